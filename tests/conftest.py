@@ -1,0 +1,79 @@
+"""The one place where tests get their devices, their strictness and their profiles.
+
+Eight fake CPU devices, implicit rank promotion an error, warnings errors (pytest's
+settings), and the caller's own jax settings left out. Programs that a test starts
+inherit an environment that says "CPU" and nothing about devices or strictness: how
+many devices they have is their own argument.
+"""
+
+import os
+from collections.abc import Iterator
+
+for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
+    del os.environ[_name]
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices on two busy cores may reach a collective minutes apart; XLA's own limit
+# of 40 seconds would abort the whole process.
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+import jax  # noqa: E402  (reads the environment above)
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# An example that compiles is slow the first time, which is no reason to fail it.
+settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "long", parent=settings.get_profile("ci"), derandomize=False, max_examples=250
+)
+settings.register_profile("smoke", parent=settings.get_profile("ci"), max_examples=5)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-case-each",
+        action="store_true",
+        help="run the first case only of every parametrised test (make test-smoke)",
+    )
+
+
+# Last, so that cases which -m or -k leave out are not the ones kept.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if not config.getoption("--one-case-each"):
+        return
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _global_jax_state() -> dict[str, object]:
+    return {
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        "jax_numpy_rank_promotion": jax.config.jax_numpy_rank_promotion,
+        "mesh": jax.sharding.get_abstract_mesh(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_jax_state() -> Iterator[None]:
+    """Fails a test that leaves float64, rank promotion or a mesh set for the next."""
+    before = _global_jax_state()
+    yield
+    assert _global_jax_state() == before
