@@ -1,0 +1,15 @@
+"""What differs between the jax versions that we support, in one place."""
+
+import jax
+from jax import lax
+
+
+def varying_axes(x) -> frozenset[str]:
+    """The manual mesh axes that a value varies over (empty under check_vma=False)."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_over(x, axes: frozenset[str]):
+    """Marks a value as varying over `axes`, beside those it varies over already."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x

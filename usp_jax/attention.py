@@ -1,0 +1,375 @@
+"""The public attention functions: global arrays, shards of them, or one device."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from usp_jax import arguments, kernels
+from usp_jax._compat import vary_over, varying_axes
+from usp_jax.kernels.logits import Logits
+from usp_jax.layout import check_layout, check_length, length_multiple
+from usp_jax.masking import MaskRule, Tokens, pad_tokens
+from usp_jax.mesh import MeshAxes, axis_size, check_axes, present, resolve_mesh
+from usp_jax.tokens import gather_tokens
+from usp_jax.ulysses import Heads
+from usp_jax.usp import Call, usp
+
+Ids = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+Result = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+
+
+def usp_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    layout: str = "contiguous",
+    mesh: Mesh | AbstractMesh | None = None,
+    axes: MeshAxes = MeshAxes(),
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Result:
+    """Attention whose sequence is split over the `ring` and `ulysses` axes of a mesh.
+
+    softmax(scale · q kᵀ + mask) v, as `jax.nn.dot_product_attention` computes it on one
+    device (USP, arXiv 2405.07719, Algorithm 1). Takes and gives global arrays, under
+    jit or not; everything along T and S is in the order of `layout`.
+
+    Args:
+      query: [B, T, N, H] in bfloat16, float16, float32 or float64.
+      key: [B, S, K, H] in the query's dtype; N is a multiple of K.
+      value: [B, S, K, H].
+      is_causal: a query sees no key after its own position.
+      scale: multiplies q·k; None is 1 / sqrt(H).
+      segment_ids: int32 [B, T], or a pair for query and key/value [B, T], [B, S]. Tokens
+        see equal ids only; -1 is padding, whose output and gradient are exactly 0.
+      positions: int32 [B, T] or a pair: the order that causal and window masks compare.
+        None takes those of `layout`.
+      local_window_size: (left, right): a query at p sees positions p - left to
+        p + right; an int is both, None is no bound.
+      logits_soft_cap: c makes a logit x into c · tanh(x / c).
+      sinks: [N], for each head a logit that takes part in the softmax and has no value.
+      layout: how T is stored: "contiguous" (any length), "zigzag", "striped" (lengths
+        that `padded_length` gives) or "data" (with `positions`).
+      mesh: None takes the mesh of `jax.set_mesh`; without one, runs on one device.
+      axes: which axis of the mesh plays which role.
+      implementation: "xla" or "reference"; None takes the platform's best.
+      return_residual: also returns the log-sum-exp of the logits.
+
+    Returns:
+      out [B, T, N, H] in the query's dtype; with `return_residual` (out, lse), lse
+      [B, T, N] in promote_types(query.dtype, float32), natural log, -inf where a query
+      sees nothing, and differentiable.
+
+    Raises:
+      ValueError: shapes, dtypes, lengths, heads, axes or names that do not fit.
+
+    Example:
+      >>> mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+      >>> q, k, v = (usp_jax.to_layout(x, "zigzag", mesh) for x in (q, k, v))
+      >>> out = usp_jax.usp_attention(
+      ...     q, k, v, is_causal=True, layout="zigzag", mesh=mesh)
+    """
+    arguments.check_arrays(query, key, value)
+    arguments.check_sinks(sinks, query.shape[2])
+    options = _Options.of(
+        query,
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        layout=layout,
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    positions = arguments.pair_of("positions", positions, query.shape, key.shape)
+    segment_ids = arguments.pair_of("segment_ids", segment_ids, query.shape, key.shape)
+    _check_positions(layout, positions)
+    mesh = resolve_mesh(mesh, axes)
+    arrays = (query, key, value, sinks, positions, segment_ids)
+    if mesh is None:
+        return _on_shards(options, MeshAxes(*(None,) * 6), *arrays)
+    _check_divides(query, key, mesh, axes, layout)
+    return _on_mesh(options, axes, mesh, *arrays)
+
+
+def usp_attention_per_shard(
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B s K H"],
+    value: Float[Array, "B s K H"],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    layout: str = "contiguous",
+    axes: MeshAxes = MeshAxes(),
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Result:
+    """`usp_attention` for code that is already inside a `jax.shard_map`.
+
+    Takes and gives this device's shards: t = T / (ring · ulysses) tokens in the order of
+    `layout`, and this device's batch rows and heads. Needs the axes `ring` and `ulysses`
+    to be manual (or bound by `jax.vmap(..., axis_name=)`); one that is not bound has
+    size 1. Arguments, results and errors are those of `usp_attention`; `segment_ids` and
+    `positions` are shards, [B, t], and lengths must divide as they stand.
+    """
+    arguments.check_arrays(query, key, value)
+    arguments.check_sinks(sinks, query.shape[2])
+    options = _Options.of(
+        query,
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        layout=layout,
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    positions = arguments.pair_of("positions", positions, query.shape, key.shape)
+    segment_ids = arguments.pair_of("segment_ids", segment_ids, query.shape, key.shape)
+    _check_positions(layout, positions)
+    bound = [name for name in axes.sequence if name is not None and _is_bound(name)]
+    check_axes(
+        dataclasses.replace(axes, pipe=None, data=None, fsdp=None, tensor=None), bound
+    )
+    size = {name: lax.axis_size(name) for name in bound}
+    ring_size, ulysses_size = (size.get(name, 1) for name in axes.sequence)
+    for name, x in (("query", query), ("key", key)):
+        length = x.shape[1] * ring_size * ulysses_size
+        what = f"the length of all shards of {name}"
+        check_length(length, layout, ring_size, ulysses_size, what)
+    return _on_shards(options, axes, query, key, value, sinks, positions, segment_ids)
+
+
+def flash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Result:
+    """Attention on one device in O(T) memory: what the ring does with each chunk.
+
+    FlashAttention-2 (arXiv 2307.08691). Arguments, results and errors are those of
+    `usp_attention`; tokens are in natural order unless `positions` says otherwise.
+    """
+    return usp_attention_per_shard(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        scale=scale,
+        segment_ids=segment_ids,
+        positions=positions,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        axes=MeshAxes(*(None,) * 6),
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The checked static arguments of a call."""
+
+    logits: Logits
+    rule: MaskRule
+    layout: str
+    implementation: str
+    return_residual: bool
+
+    @classmethod
+    def of(
+        cls,
+        query,
+        *,
+        is_causal,
+        scale,
+        local_window_size,
+        logits_soft_cap,
+        layout,
+        implementation,
+        return_residual,
+    ):
+        check_layout(layout)
+        return cls(
+            arguments.logits(scale, logits_soft_cap, query.shape[3]),
+            arguments.mask_rule(is_causal, local_window_size),
+            layout,
+            kernels.choose(implementation),
+            bool(return_residual),
+        )
+
+
+@partial(jax.jit, static_argnames=("options", "axes", "mesh"))
+def _on_mesh(options, axes, mesh, query, key, value, sinks, positions, segment_ids):
+    """Pads to a length that the mesh can split, and runs the shards."""
+    batch, sequence = present(mesh, axes.batch), present(mesh, axes.sequence)
+    multiple = length_multiple(
+        "contiguous", axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
+    )
+    length = query.shape[1]
+    padding = [-x.shape[1] % multiple for x in (query, key)]
+    if any(padding):
+        query, key, value, positions, segment_ids = _padded(
+            options, padding, query, key, value, positions, segment_ids
+        )
+    tokens = jax.P(batch, sequence)
+    rows = jax.P(batch, sequence, present(mesh, (axes.tensor,)), None)
+    in_specs = (rows, rows, rows, jax.P(present(mesh, (axes.tensor,))), tokens, tokens)
+    arrays = (query, key, value, sinks, positions, segment_ids)
+    arrays = tuple(
+        jax.tree.map(partial(_placed, mesh=mesh, spec=spec), x)
+        for x, spec in zip(arrays, in_specs, strict=True)
+    )
+    residual = jax.P(*rows[:3])
+    names = {name for name in mesh.axis_names if name not in _manual_axes()}
+    result = jax.shard_map(
+        partial(_on_shards, options, axes),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(rows, residual) if options.return_residual else rows,
+        axis_names=names,
+    )(*arrays)
+    if padding[0]:
+        result = jax.tree.map(lambda x: _cut(x, length, mesh), result)
+    return result
+
+
+def _on_shards(options, axes, query, key, value, sinks, positions, segment_ids):
+    """One device's part of the call."""
+    ring, ulysses = (
+        name
+        if name is not None and _is_bound(name) and lax.axis_size(name) > 1
+        else None
+        for name in axes.sequence
+    )
+    arrays = (query, key, value, sinks, positions, segment_ids)
+    # The results vary over every axis that an input varies over, and with them all
+    # loops' states: mark the inputs once, here.
+    varying = [varying_axes(x) for x in jax.tree.leaves(arrays)]
+    varying += [varying_axes(lax.axis_index(name)) for name in (ring, ulysses) if name]
+    everywhere = frozenset().union(*varying)
+    query, key, value, sinks, positions, segment_ids = jax.tree.map(
+        lambda x: vary_over(x, everywhere), arrays
+    )
+    ulysses_size = 1 if ulysses is None else lax.axis_size(ulysses)
+    gather = partial(
+        gather_tokens, layout=options.layout, ring_axis=ring, ulysses_axis=ulysses
+    )
+    kv_tokens = gather(positions[1], segment_ids[1], length=key.shape[1] * ulysses_size)
+    q_tokens = gather(
+        positions[0], segment_ids[0], length=query.shape[1] * ulysses_size
+    )
+    call = Call(
+        heads=Heads(query.shape[2], key.shape[2], ulysses_size),
+        logits=options.logits,
+        rule=options.rule,
+        implementation=options.implementation,
+        ring_axis=ring,
+        ulysses_axis=ulysses,
+        return_residual=options.return_residual,
+    )
+    out, lse = usp(call, query, key, value, sinks, q_tokens, kv_tokens)
+    return (out, lse) if options.return_residual else out
+
+
+def _padded(options, padding, query, key, value, positions, segment_ids):
+    """Appends padding tokens to both sides of a contiguous call."""
+
+    def rows(x, n):
+        return jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
+
+    def tokens(x, side, n):
+        own = jnp.zeros(x.shape[:2], jnp.int32)
+        given = Tokens(
+            own if positions[side] is None else positions[side], segment_ids[side]
+        )
+        padded = pad_tokens(given, n, with_ids=True)
+        return None if positions[side] is None else padded.positions, padded.segment_ids
+
+    sides = [tokens(x, i, padding[i]) for i, x in enumerate((query, key))]
+    positions, segment_ids = zip(*sides, strict=True)
+    key, value = rows(key, padding[1]), rows(value, padding[1])
+    return rows(query, padding[0]), key, value, positions, segment_ids
+
+
+def _placed(x, mesh, spec):
+    """On an Explicit mesh, an input with the sharding that the call needs."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.reshard(x, NamedSharding(mesh, spec))
+
+
+def _cut(x, length, mesh):
+    """The first `length` tokens; an Explicit mesh cannot cut a split axis."""
+    if AxisType.Explicit in mesh.axis_types:
+        spec = list(jax.typeof(x).sharding.spec)
+        x = jax.reshard(x, NamedSharding(mesh, jax.P(spec[0], None, *spec[2:])))
+    return x[:, :length]
+
+
+def _manual_axes():
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _is_bound(name):
+    """Whether this code runs under a manual mesh axis (or vmap axis) of that name."""
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def _check_positions(layout, positions):
+    if layout == "data" and positions[0] is None:
+        raise ValueError('layout="data" needs positions=, an int32 array [B, T]')
+
+
+def _check_divides(query, key, mesh, axes, layout):
+    """Checks what a mesh must divide: batch, heads and the layout's lengths."""
+    ways = axis_size(mesh, axes.data) * axis_size(mesh, axes.fsdp)
+    if query.shape[0] % ways:
+        raise ValueError(
+            f"the batch, B={query.shape[0]}, must be a multiple of data·fsdp = {ways}"
+        )
+    tensor = axis_size(mesh, axes.tensor)
+    for letter, x in (("N", query), ("K", key)):
+        if x.shape[2] % tensor:
+            raise ValueError(
+                f"{letter}={x.shape[2]} heads must be a multiple of the mesh axis "
+                f"{axes.tensor!r}, {tensor}; give that axis fewer devices"
+            )
+    if layout == "contiguous":
+        return
+    sizes = axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
+    for name, x in (("query.shape[1]", query), ("key.shape[1]", key)):
+        check_length(x.shape[1], layout, *sizes, name)

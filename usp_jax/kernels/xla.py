@@ -1,0 +1,260 @@
+"""The chunk contract in plain XLA: blockwise, O(T) in memory, on any platform.
+
+Blocks of queries are taken one after the other; each walks the list of the key blocks
+that it sees anything of, with no mask arithmetic where it sees all of a block, and keeps
+a running maximum and sum (FlashAttention-2, arXiv 2307.08691, Algorithms 1 and 2). The
+backward makes one such walk: dq belongs to the block of queries, dk and dv are added
+in place.
+
+Arrays are held block by block with heads in front of tokens: queries
+[B, nq, K, G·bq, H], so that the G query heads of a key head are rows of one matrix
+product and their dk, dv sum by itself, and keys [B, nk, K, bk, H].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from usp_jax._compat import vary_over, varying_axes
+from usp_jax.masking import (
+    FULL,
+    Mask,
+    block_kinds,
+    block_lists,
+    pad_tokens,
+    visible,
+)
+from usp_jax.merge import finite, normalize
+
+# A block of scores is a few MiB for the usual numbers of heads.
+BLOCK = 512
+
+
+def chunk_forward(q, k, v, mask, carry, logits):
+    """Attention of q over k, v, merged into `carry`."""
+    blocks = _Blocks.of(q, k, v, mask)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q_blocks, k_blocks, v_blocks = blocks.q(q), blocks.kv(k), blocks.kv(v)
+    if carry is None:
+        m = jnp.full_like(q_blocks[..., 0], -jnp.inf, dtype)
+        acc = jnp.zeros_like(q_blocks, dtype, shape=(*m.shape, v.shape[-1]))
+        l = jnp.zeros_like(m)
+    else:
+        # A finished row is a running one whose sum is 1 at its lse.
+        acc, m = blocks.q(carry[0]), blocks.rows(carry[1], -jnp.inf)
+        l = jnp.where(m == -jnp.inf, 0, 1).astype(dtype)
+
+    def attend(q, state, kv_index, tokens):
+        m, l, acc = state
+        k, v = k_blocks[kv_index], v_blocks[kv_index]
+        s = _scores(q, k, tokens, logits, dtype)
+        m_next = jnp.maximum(m, s.max(-1))
+        safe = finite(m_next)
+        p = jnp.exp(s - safe[..., None])
+        decay = jnp.exp(m - safe)
+        pv = _einsum("KTS,KSH->KTH", p.astype(v.dtype), v, dtype)
+        return m_next, l * decay + p.sum(-1), acc * decay[..., None] + pv
+
+    def body(_, x):
+        q, *state, index = x
+        state = blocks.walk(index, lambda *a: attend(q, *a), tuple(state))
+        return None, state
+
+    _, (m, l, acc) = lax.scan(body, None, (q_blocks, m, l, acc, blocks.indices))
+    out, lse = normalize(acc, m, l)
+    return blocks.from_q(out), blocks.from_rows(lse)
+
+
+def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
+    """dq, dk, dv of one chunk from the global lse and delta."""
+    blocks = _Blocks.of(q, k, v, mask)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    k_blocks, v_blocks = blocks.kv(k), blocks.kv(v)
+    # Rows without a visible key have every score masked, whatever is subtracted.
+    xs = (
+        blocks.q(q),
+        blocks.q(dout.astype(q.dtype)),
+        blocks.rows(finite(lse), 0),
+        blocks.rows(delta, 0),
+    )
+
+    def attend(x, state, kv_index, tokens):
+        q, do, lse, delta = x
+        dq, dk, dv = state
+        k, v = k_blocks[kv_index], v_blocks[kv_index]
+        s = _scores(q, k, tokens, logits, dtype)
+        p = jnp.exp(s - lse[..., None])
+        dp = _einsum("KTH,KSH->KTS", do, v, dtype)
+        # A masked logit is -inf, which a soft cap's derivative must not meet.
+        seen = s if tokens is None else jnp.where(s == -jnp.inf, 0, s)
+        ds = logits.pull_back(p * (dp - delta[..., None]), seen).astype(q.dtype)
+        dq += _einsum("KTS,KSH->KTH", ds, k, dtype)
+        dk = dk.at[kv_index].add(_einsum("KTS,KTH->KSH", ds, q, dtype))
+        dv = dv.at[kv_index].add(_einsum("KTS,KTH->KSH", p.astype(do.dtype), do, dtype))
+        return dq, dk, dv
+
+    def body(dkv, x):
+        *x, index = x
+        state = (jnp.zeros_like(x[0], dtype), *dkv)
+        dq, *dkv = blocks.walk(index, lambda *a: attend(x, *a), state)
+        return tuple(dkv), dq
+
+    dkv = tuple(jnp.zeros_like(x, dtype) for x in (k_blocks, v_blocks))
+    (dk, dv), dq = lax.scan(body, dkv, (*xs, blocks.indices))
+    return blocks.from_q(dq), blocks.from_kv(dk), blocks.from_kv(dv)
+
+
+def _scores(q, k, tokens, logits, dtype):
+    """Logits [K, G·bq, bk] of one block, masked unless `tokens` is None."""
+    s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
+    if tokens is None:
+        return s
+    seen = visible(tokens)
+    groups = s.reshape(s.shape[0], -1, *seen.shape)
+    return jnp.where(seen, groups, -jnp.inf).reshape(s.shape)
+
+
+def _einsum(spec, a, b, dtype):
+    """A product that accumulates in `dtype`; only 16-bit inputs are multiplied in 16."""
+    highest = lax.Precision.HIGHEST
+    return jnp.einsum(spec, a, b, precision=highest, preferred_element_type=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """How one chunk is cut into blocks, and which of them are walked."""
+
+    batch: int
+    heads: int
+    q_length: int
+    kv_length: int
+    block_q: int
+    block_kv: int
+    mask: Mask
+    counts: jax.Array | None
+    order: jax.Array | None
+    kinds: jax.Array | None
+
+    @classmethod
+    def of(cls, q, k, v, mask):
+        """Chooses the blocks of a chunk and lists those that `mask` lets it see."""
+        block_q, block_kv = _block(q.shape[1]), _block(k.shape[1])
+        pad_q, pad_kv = -q.shape[1] % block_q, -k.shape[1] % block_kv
+        with_ids = bool(pad_q or pad_kv)
+        mask = Mask(
+            mask.rule,
+            pad_tokens(mask.q, pad_q, with_ids=with_ids),
+            pad_tokens(mask.kv, pad_kv, with_ids=with_ids),
+        )
+        counts = order = kinds = None
+        if not mask.sees_all:
+            kinds = block_kinds(mask, block_q, block_kv)
+            counts, order = block_lists(kinds)
+        sizes = (q.shape[0], k.shape[2], q.shape[1], k.shape[1], block_q, block_kv)
+        return cls(*sizes, mask, counts, order, kinds)
+
+    @property
+    def indices(self):
+        """The number of each block of queries, over all batch rows."""
+        return lax.iota(jnp.int32, self.batch * -(-self.q_length // self.block_q))
+
+    def walk(self, index, attend, state):
+        """Folds `attend(state, (row, block), tokens)` over what block `index` sees."""
+        num_q = -(-self.q_length // self.block_q)
+        num_kv = -(-self.kv_length // self.block_kv)
+        row, i = index // num_q, index % num_q
+        state = _vary_with(state, self.mask)
+        if self.mask.sees_all:
+            return lax.fori_loop(
+                0, num_kv, lambda j, state: attend(state, (row, j), None), state
+            )
+        mask_row = row if self.kinds.shape[0] > 1 else 0
+
+        def step(n, state):
+            j = self.order[mask_row, i, n]
+            return lax.cond(
+                self.kinds[mask_row, i, j] == FULL,
+                lambda state: attend(state, (row, j), None),
+                lambda state: attend(state, (row, j), self._tokens(row, i, j)),
+                state,
+            )
+
+        return lax.fori_loop(0, self.counts[mask_row, i], step, state)
+
+    def _tokens(self, row, i, j):
+        """The mask of one block."""
+
+        def cut(tokens, block, index):
+            def piece(x):
+                blocks = x.reshape(x.shape[0], -1, block)
+                return blocks[row if x.shape[0] > 1 else 0, index]
+
+            return jax.tree.map(piece, tokens)
+
+        q = cut(self.mask.q, self.block_q, i)
+        return Mask(self.mask.rule, q, cut(self.mask.kv, self.block_kv, j))
+
+    def q(self, x):
+        """[B, T, N, H] -> [B·nq, K, G·bq, H]"""
+        x = _pad(x, self.block_q, 0)
+        x = x.reshape(self.batch, -1, self.block_q, self.heads, *_split(x, self.heads))
+        x = x.transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(-1, self.heads, x.shape[3] * self.block_q, x.shape[-1])
+
+    def rows(self, x, fill):
+        """[B, T, N] -> [B·nq, K, G·bq]"""
+        return self.q(_pad(x, self.block_q, fill)[..., None])[..., 0]
+
+    def kv(self, x):
+        """[B, S, K, H] -> [B, nk, K, bk, H]"""
+        x = _pad(x, self.block_kv, 0)
+        x = x.reshape(self.batch, -1, self.block_kv, *x.shape[2:])
+        return x.swapaxes(2, 3)
+
+    def from_q(self, x):
+        """The inverse of `q`."""
+        shape = (self.batch, -1, self.heads, x.shape[2] // self.block_q, self.block_q)
+        x = x.reshape(*shape, x.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
+        x = x.reshape(self.batch, -1, x.shape[3] * x.shape[4], x.shape[5])
+        return x[:, : self.q_length]
+
+    def from_rows(self, x):
+        """The inverse of `rows`."""
+        return self.from_q(x[..., None])[..., 0]
+
+    def from_kv(self, x):
+        """The inverse of `kv`."""
+        x = x.swapaxes(2, 3)
+        return x.reshape(self.batch, -1, *x.shape[3:])[:, : self.kv_length]
+
+
+def _block(length):
+    """A block size that cuts a length evenly: as many halves as keep it in BLOCK.
+
+    An even number of blocks lets none straddle the two chunks of a zigzag shard.
+    """
+    if length <= BLOCK // 2:
+        return max(length, 1)
+    return -(-length // (2 * -(-length // (2 * BLOCK))))
+
+
+def _pad(x, block, fill):
+    """Pads the tokens of [B, T, ...] to a multiple of the block."""
+    if not (padding := -x.shape[1] % block):
+        return x
+    widths = [(0, padding if i == 1 else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _split(x, heads):
+    """The sizes (G, H) that the heads of [B, T, N, H] are seen as."""
+    return x.shape[2] // heads, x.shape[3]
+
+
+def _vary_with(state, mask):
+    """A loop's state, marked as varying over what its inputs vary over."""
+    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(mask)]
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+    return jax.tree.map(lambda x: vary_over(x, axes), state)

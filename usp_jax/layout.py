@@ -1,0 +1,252 @@
+"""Layouts: the order in which the tokens of a sequence are stored on the mesh.
+
+A layout is a permutation of the sequence, cut into one piece for each ring shard; it
+exists to balance causal work over the ring. Nothing outside this file knows how the
+permutations look: they read positions.
+
+* contiguous: ring shard r holds the r-th piece of the sequence.
+* zigzag: the sequence is cut into 2R chunks; ring shard r holds chunks r and 2R-1-r
+  (USP, arXiv 2405.07719, section 3.3).
+* striped: token t lives on ring shard t % R (Striped Attention, arXiv 2311.09431).
+* data: whatever order the data loader chose; the positions come with the data.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Int
+
+from usp_jax.mesh import MeshAxes, axis_size, check_axes
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "data")
+
+
+def check_layout(layout: str) -> None:
+    """Raises ValueError when `layout` is not the name of a layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
+
+
+def length_multiple(layout: str, ring_size: int, ulysses_size: int) -> int:
+    """What the stored length of a sequence is a multiple of."""
+    pieces = 2 if layout == "zigzag" else 1
+    return ring_size * math.lcm(pieces, ulysses_size)
+
+
+def shard_positions(
+    layout: str, ring_index: Int[Array, ""] | int, ring_size: int, length: int
+) -> Int[Array, " t"]:
+    """Positions in the sequence of the `length` tokens that a ring shard stores."""
+    tokens = lax.iota(jnp.int32, length)
+    if layout == "contiguous":
+        return ring_index * length + tokens
+    if layout == "striped":
+        return ring_index + ring_size * tokens
+    if layout == "zigzag":
+        chunk = length // 2
+        late = (2 * ring_size - 2 - ring_index) * chunk
+        return tokens + jnp.where(tokens < chunk, ring_index * chunk, late)
+    raise ValueError(f"layout={layout!r} has no positions of its own: give positions=")
+
+
+def padded_length(
+    length: int,
+    layout: str,
+    mesh: Mesh | AbstractMesh,
+    *,
+    axes: MeshAxes = MeshAxes(),
+) -> int:
+    """The length at which `length` tokens are stored in a layout on a mesh.
+
+    For "contiguous" it is `length` itself (the op pads inside), for the others the next
+    multiple that the mesh can split.
+    """
+    ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    if layout == "contiguous":
+        return length
+    multiple = length_multiple(layout, ring_size, ulysses_size)
+    return -(-length // multiple) * multiple
+
+
+def layout_positions(
+    length: int,
+    layout: str,
+    mesh: Mesh | AbstractMesh,
+    *,
+    axes: MeshAxes = MeshAxes(),
+) -> Int[Array, " T"]:
+    """Position in the sequence of each stored token, for RoPE: int32 [T].
+
+    Args:
+      length: the stored length, a multiple that `padded_length` gives.
+
+    Raises:
+      ValueError: an unknown layout, "data" (its positions come with the data), or a
+        length that the layout cannot have.
+    """
+    ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    if layout == "contiguous":
+        return lax.iota(jnp.int32, length)
+    _check_permutes(layout)
+    check_length(length, layout, ring_size, ulysses_size, "length")
+    shard = length // ring_size
+    index = lax.iota(jnp.int32, ring_size)
+    shards = jax.vmap(lambda i: shard_positions(layout, i, ring_size, shard))(index)
+    return shards.reshape(length)
+
+
+def to_layout(
+    x: Array | np.ndarray,
+    layout: str,
+    mesh: Mesh | AbstractMesh,
+    *,
+    axis: int = 1,
+    pad_value=None,
+    axes: MeshAxes = MeshAxes(),
+) -> Array | np.ndarray:
+    """Permutes an array along its sequence axis from natural to stored order.
+
+    A numpy array gives a numpy array, so that a data loader can do it on the host.
+
+    Args:
+      x: any array; `axis` is its sequence axis, of length T.
+      pad_value: what fills a sequence whose length the layout cannot have, up to
+        `padded_length`; its tokens must then have segment id -1. None raises instead.
+
+    Raises:
+      ValueError: an unknown layout, "data", or a length that does not divide while
+        `pad_value` is None.
+    """
+    ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    if layout == "contiguous":
+        return x
+    _check_permutes(layout)
+    length = x.shape[axis]
+    padding = padded_length(length, layout, mesh, axes=axes) - length
+    if padding and pad_value is None:
+        check_length(length, layout, ring_size, ulysses_size, f"x.shape[{axis}]")
+    return _permute(x, layout, axis, ring_size, padding, pad_value)
+
+
+def from_layout(
+    x: Array | np.ndarray,
+    layout: str,
+    mesh: Mesh | AbstractMesh,
+    *,
+    axis: int = 1,
+    length: int | None = None,
+    axes: MeshAxes = MeshAxes(),
+) -> Array | np.ndarray:
+    """The inverse of `to_layout`: from stored to natural order.
+
+    Args:
+      length: the number of tokens before padding; what follows them is cut off.
+
+    Raises:
+      ValueError: an unknown layout, "data", or a length that the layout cannot have.
+    """
+    ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    if layout != "contiguous":
+        _check_permutes(layout)
+        check_length(x.shape[axis], layout, ring_size, ulysses_size, f"x.shape[{axis}]")
+        x = _unpermute(x, layout, axis, ring_size)
+    if length is not None and length != x.shape[axis]:
+        if not 0 <= length <= x.shape[axis]:
+            raise ValueError(f"{length=} must be between 0 and {x.shape[axis]}")
+        x = _unsharded(x, axis)[_along(x.ndim, axis, slice(length))]
+    return x
+
+
+def check_length(
+    length: int, layout: str, ring_size: int, ulysses_size: int, name: str
+) -> None:
+    """Raises ValueError when a layout cannot store a sequence of this length."""
+    multiple = length_multiple(layout, ring_size, ulysses_size)
+    if length % multiple:
+        raise ValueError(
+            f"{name}={length} must be a multiple of {multiple} for {layout=} at "
+            f"ring={ring_size}, ulysses={ulysses_size}: pad it with "
+            "usp_jax.to_layout(..., pad_value=) and give the padding segment id -1"
+        )
+
+
+def _sizes(layout, mesh, axes):
+    check_layout(layout)
+    if mesh is not None:
+        check_axes(axes, tuple(mesh.shape))
+    return axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
+
+
+def _check_permutes(layout):
+    if layout == "data":
+        raise ValueError(
+            'layout="data" is permuted by whoever made the data; there is no rule for it'
+        )
+
+
+def _along(ndim, axis, index):
+    """An index that applies `index` to one axis."""
+    return tuple(index if i == axis % ndim else slice(None) for i in range(ndim))
+
+
+def _permute(x, layout, axis, ring_size, padding, pad_value):
+    xp = np if isinstance(x, np.ndarray) else jnp
+    spec, x = _spec(x), _unsharded(x, axis)
+    axis %= x.ndim
+    if padding:
+        widths = [(0, padding if i == axis else 0) for i in range(x.ndim)]
+        x = xp.pad(x, widths, constant_values=pad_value)
+    head, length, tail = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    if layout == "striped":
+        pieces = x.reshape(*head, length // ring_size, ring_size, *tail)
+        stored = xp.swapaxes(pieces, axis, axis + 1)
+    else:
+        chunks = x.reshape(*head, 2, ring_size, length // (2 * ring_size), *tail)
+        early = chunks[_along(chunks.ndim, axis, 0)]
+        late = xp.flip(chunks[_along(chunks.ndim, axis, 1)], axis)
+        stored = xp.stack([early, late], axis + 1)
+    return _resharded(stored.reshape(*head, length, *tail), spec)
+
+
+def _unpermute(x, layout, axis, ring_size):
+    xp = np if isinstance(x, np.ndarray) else jnp
+    spec, x = _spec(x), _unsharded(x, axis)
+    axis %= x.ndim
+    head, length, tail = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    if layout == "striped":
+        pieces = x.reshape(*head, ring_size, length // ring_size, *tail)
+        natural = xp.swapaxes(pieces, axis, axis + 1)
+    else:
+        chunks = x.reshape(*head, ring_size, 2, length // (2 * ring_size), *tail)
+        early = chunks[_along(chunks.ndim, axis + 1, 0)]
+        late = xp.flip(chunks[_along(chunks.ndim, axis + 1, 1)], axis)
+        natural = xp.concatenate([early, late], axis)
+    return _resharded(natural.reshape(*head, length, *tail), spec)
+
+
+def _spec(x):
+    """The sharding that an Explicit mesh has given `x`, or None."""
+    if isinstance(x, np.ndarray):
+        return None
+    sharding = jax.typeof(x).sharding
+    return sharding if any(part is not None for part in sharding.spec) else None
+
+
+def _unsharded(x, axis):
+    """`x` with one axis gathered where an Explicit mesh splits it.
+
+    In Explicit mode a split axis can be neither permuted nor cut.
+    """
+    if (sharding := _spec(x)) is None or sharding.spec[axis % x.ndim] is None:
+        return x
+    parts = list(sharding.spec)
+    parts[axis % x.ndim] = None
+    return jax.reshard(x, sharding.update(spec=jax.P(*parts)))
+
+
+def _resharded(x, sharding):
+    return x if sharding is None else jax.reshard(x, sharding)

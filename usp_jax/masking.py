@@ -1,0 +1,175 @@
+"""Masks as data: who may see whom, token by token and block by block.
+
+A token is visible when four facts allow it: its order (causal), its distance (window),
+its document (segment) and that neither side is padding. All four are one function of
+(query position, key position, query segment, key segment); kernels know no other.
+
+nq and nk are numbers of blocks; the batch axis of positions may be 1 (same for all).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Int8
+
+PADDING = -1
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRule:
+    """The static part of a mask.
+
+    A query at position p sees positions from p - left to p + right (None: no bound) and,
+    when causal, none after p.
+    """
+
+    is_causal: bool = False
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def before(self) -> int | None:
+        """How far back a query sees."""
+        return self.left
+
+    @property
+    def after(self) -> int | None:
+        """How far ahead a query sees."""
+        if not self.is_causal:
+            return self.right
+        return 0 if self.right is None else min(0, self.right)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What a mask asks of a run of tokens: its order and, if given, its documents."""
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys each query sees."""
+
+    rule: MaskRule = dataclasses.field(metadata={"static": True})
+    q: Tokens
+    kv: Tokens
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it is known before running that nothing is masked."""
+        return (
+            self.rule.before is None
+            and self.rule.after is None
+            and self.q.segment_ids is None
+        )
+
+
+def visible(mask: Mask) -> Bool[Array, "B T S"]:
+    """Whether each query sees each key: [B, T], [B, S] -> [B, T, S].
+
+    Leading axes are carried along, so a block of tokens [t] gives [t, s].
+    """
+    rule, q, kv = mask.rule, mask.q, mask.kv
+    ahead = kv.positions[..., None, :] - q.positions[..., :, None]
+    seen = jnp.ones(ahead.shape, bool)
+    if rule.after is not None:
+        seen &= ahead <= rule.after
+    if rule.before is not None:
+        seen &= ahead >= -rule.before
+    if q.segment_ids is not None:
+        q_ids, kv_ids = q.segment_ids[..., :, None], kv.segment_ids[..., None, :]
+        seen &= (q_ids == kv_ids) & (q_ids != PADDING)
+    return seen
+
+
+def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk"]:
+    """Whether each block of (queries, keys) is EMPTY, PARTIAL or FULL.
+
+    Read from each block's least and greatest position and segment id. FULL is certain;
+    a block called PARTIAL may happen to be empty or full. The lengths must be multiples
+    of the block sizes.
+    """
+    rule = mask.rule
+    q, kv = _extent(mask.q, block_q, 2), _extent(mask.kv, block_kv, 1)
+    # The least and the greatest distance that a key can be ahead of a query.
+    least, most = kv.first - q.last, kv.last - q.first
+    some = jnp.ones(least.shape, bool)
+    every = jnp.ones(least.shape, bool)
+    if rule.after is not None:
+        some &= least <= rule.after
+        every &= most <= rule.after
+    if rule.before is not None:
+        some &= most >= -rule.before
+        every &= least >= -rule.before
+    if mask.q.segment_ids is not None:
+        overlap = (q.low <= kv.high) & (kv.low <= q.high)
+        some = some & overlap & ~q.all_padding & ~kv.all_padding
+        one = (q.low == kv.high) & (kv.low == q.high)
+        every = every & one & ~q.any_padding & ~kv.any_padding
+    return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
+
+
+def block_lists(
+    kinds: Int8[Array, "B nq nk"],
+) -> tuple[Int[Array, "B nq"], Int[Array, "B nq nk"]]:
+    """For each block of queries how many key blocks are not empty, and those first."""
+    order = jnp.argsort(kinds == EMPTY, axis=-1, stable=True).astype(jnp.int32)
+    return jnp.sum(kinds != EMPTY, axis=-1, dtype=jnp.int32), order
+
+
+def pad_tokens(tokens: Tokens, padding: int, *, with_ids: bool) -> Tokens:
+    """Appends `padding` tokens that nothing sees; `with_ids` makes ids if there are none.
+
+    They repeat the last position, so that they do not widen their block's extent.
+    """
+    ids = tokens.segment_ids
+    if ids is None and with_ids:
+        ids = jnp.zeros_like(tokens.positions)
+    if not padding:
+        return Tokens(tokens.positions, ids)
+    widths = ((0, 0), (0, padding))
+    positions = jnp.pad(tokens.positions, widths, mode="edge")
+    return Tokens(positions, jnp.pad(ids, widths, constant_values=PADDING))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extent:
+    """Least and greatest values of each block, shaped to broadcast to [B, nq, nk]."""
+
+    first: Int[Array, "..."]
+    last: Int[Array, "..."]
+    low: Int[Array, "..."] | None = None
+    high: Int[Array, "..."] | None = None
+    any_padding: Bool[Array, "..."] | None = None
+    all_padding: Bool[Array, "..."] | None = None
+
+
+def _extent(tokens, block, axis):
+    """The extents of the blocks of a run of tokens; `axis` is where 1 is inserted."""
+
+    def blocks(x):
+        return x.reshape(x.shape[0], -1, block)
+
+    positions = blocks(tokens.positions)
+    if tokens.segment_ids is None:
+        facts = (positions.min(-1), positions.max(-1))
+    else:
+        ids = blocks(tokens.segment_ids)
+        padding = ids == PADDING
+        greatest = jnp.iinfo(jnp.int32).max
+        facts = (
+            positions.min(-1),
+            positions.max(-1),
+            jnp.where(padding, greatest, ids).min(-1),
+            jnp.where(padding, -1, ids).max(-1),
+            padding.any(-1),
+            padding.all(-1),
+        )
+    return _Extent(*(jnp.expand_dims(fact, axis) for fact in facts))

@@ -1,0 +1,156 @@
+"""Device meshes: the six axes of the system and the mesh that a call runs on.
+
+The order, outermost first, puts the axes that talk most on the fastest links
+(USP, arXiv 2405.07719, Tip 7).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+ROLES = ("pipe", "data", "fsdp", "ring", "ulysses", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """Which axis of the user's mesh plays which role.
+
+    A role whose axis is not in the mesh has size 1. Naming an axis other than the
+    default one (the role's own name) asks for it: it must then be in the mesh.
+    """
+
+    pipe: str | None = "pipe"
+    data: str | None = "data"
+    fsdp: str | None = "fsdp"
+    ring: str | None = "ring"
+    ulysses: str | None = "ulysses"
+    tensor: str | None = "tensor"
+
+    def __post_init__(self):
+        names = [name for role in ROLES if (name := getattr(self, role)) is not None]
+        if len(set(names)) != len(names):
+            raise ValueError(f"axes={self} gives one mesh axis to two roles")
+
+    @property
+    def batch(self) -> tuple[str | None, str | None]:
+        """The axes that split the batch, outermost first."""
+        return (self.data, self.fsdp)
+
+    @property
+    def sequence(self) -> tuple[str | None, str | None]:
+        """The axes that split the sequence, outermost first."""
+        return (self.ring, self.ulysses)
+
+
+def make_mesh(
+    *,
+    pipe: int = 1,
+    data: int = 1,
+    fsdp: int = 1,
+    ring: int = 1,
+    ulysses: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    explicit: bool = False,
+) -> Mesh:
+    """Makes a mesh with all six axes; those not named have size 1.
+
+    Args:
+      devices: the devices to use, all of them; None takes as many of
+        `jax.devices()` as the sizes ask for, placed as the hardware's links advise.
+      explicit: makes the axes `AxisType.Explicit` instead of `AxisType.Auto`.
+
+    Raises:
+      ValueError: a size is not a positive int, or the sizes and the number of devices
+        do not fit.
+
+    Example:
+      >>> mesh = make_mesh(ring=4, ulysses=2)
+    """
+    sizes = (pipe, data, fsdp, ring, ulysses, tensor)
+    for role, size in zip(ROLES, sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{role}={size!r} must be a positive int")
+    wanted = math.prod(sizes)
+    shape = dict(zip(ROLES, sizes, strict=True))
+    if devices is not None and len(devices) != wanted:
+        raise ValueError(
+            f"the sizes {shape} need {wanted} devices, devices= has {len(devices)}"
+        )
+    if devices is None and wanted > jax.device_count():
+        raise ValueError(
+            f"the sizes {shape} need {wanted} devices, there are "
+            f"{jax.device_count()}; on a CPU jax.config.update('jax_num_cpu_devices', "
+            f"{wanted}) before the first use of jax makes them"
+        )
+    if devices is None and wanted < jax.device_count() and jax.process_count() > 1:
+        raise ValueError(
+            f"the sizes {shape} leave some of the {jax.device_count()} devices of "
+            f"{jax.process_count()} processes idle; pass devices= to choose them"
+        )
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(sizes, ROLES, axis_types=(kind,) * len(ROLES), devices=devices)
+
+
+def axis_size(mesh: Mesh | AbstractMesh | None, name: str | None) -> int:
+    """The size of a mesh axis; 1 without a mesh or when the mesh lacks it."""
+    if mesh is None or name is None:
+        return 1
+    return mesh.shape.get(name, 1)
+
+
+def present(mesh: Mesh | AbstractMesh, names: Sequence[str | None]) -> tuple[str, ...]:
+    """Those of `names` that the mesh has, in their order."""
+    return tuple(name for name in names if name is not None and name in mesh.shape)
+
+
+def resolve_mesh(
+    mesh: Mesh | AbstractMesh | None, axes: MeshAxes
+) -> Mesh | AbstractMesh | None:
+    """The mesh that a call on global arrays runs on, or None for one device.
+
+    In a region that is manual over some axes (a pipeline's shard_map) that is the
+    context's mesh; elsewhere `mesh`, or the mesh of `jax.set_mesh`.
+
+    Raises:
+      ValueError: a mesh axis that `axes` asks for is missing, `mesh` contradicts
+        `jax.set_mesh`, or the region is already manual over an axis that the call
+        itself has to split over.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty:
+        context = None
+    if context is not None and mesh is not None:
+        given = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+        if dict(given.shape) != dict(context.shape):
+            raise ValueError(
+                f"mesh={mesh} differs from the mesh of jax.set_mesh, {context}; "
+                "leave one of them out"
+            )
+    if context is not None and (mesh is None or context.manual_axes):
+        mesh = context
+    if mesh is None:
+        return None
+    check_axes(axes, tuple(mesh.shape))
+    manual = set(context.manual_axes) if context is not None else set()
+    wanted = (*axes.batch, *axes.sequence, axes.tensor)
+    if taken := [name for name in present(mesh, wanted) if name in manual]:
+        raise ValueError(
+            f"this region is already manual over the mesh axes {taken}; "
+            "call usp_attention_per_shard here"
+        )
+    return mesh
+
+
+def check_axes(axes: MeshAxes, names: Sequence[str]) -> None:
+    """Raises ValueError when `axes` asks for an axis that is not among `names`."""
+    for role in ROLES:
+        name = getattr(axes, role)
+        if name is not None and name != role and name not in names:
+            raise ValueError(
+                f"axes={axes} gives the role {role!r} to the axis {name!r}, which is "
+                f"not among the mesh's axes {tuple(names)}"
+            )

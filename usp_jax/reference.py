@@ -1,0 +1,48 @@
+"""The oracle: attention written as its definition, O(T·S) in memory."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from usp_jax.masking import Mask, visible
+
+
+def reference_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    scale: float,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """softmax(soft_cap(scale · q kᵀ) + mask) v, and its log-sum-exp.
+
+    Computed in promote_types(query.dtype, float32) at the highest precision, returned in
+    it, and differentiable as it stands. A row that sees nothing gives (0, -inf).
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    B, T, N, H = query.shape
+    q = query.astype(dtype).reshape(B, T, key.shape[2], -1, H)
+    k, v = key.astype(dtype), value.astype(dtype)
+    highest = lax.Precision.HIGHEST
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=highest) * scale
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    seen = visible(mask)[:, None, None]
+    # Rows without a visible key are taken out before the softmax, so that their
+    # derivative is 0 and not NaN.
+    alive = seen.any(-1)
+    logits = jnp.where(seen | ~alive[..., None], logits, -jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(dtype).reshape(1, key.shape[2], -1, 1, 1)
+        sink = jnp.broadcast_to(sink, (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sink], -1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - lse[..., None])[..., : key.shape[1]]
+    weights = jnp.where(alive[..., None], weights, 0)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=highest)
+    lse = jnp.where(alive, lse, -jnp.inf)
+    return out.reshape(B, T, N, -1), lse.transpose(0, 3, 1, 2).reshape(B, T, N)

@@ -1,0 +1,55 @@
+"""What masks need to know of every ring shard, gathered once per call."""
+
+import dataclasses
+
+import jax
+from jax import lax
+from jaxtyping import Array, Int
+
+from usp_jax.layout import shard_positions
+from usp_jax.masking import Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingTokens:
+    """Positions and segment ids of all ring shards; positions None: the layout's own."""
+
+    positions: Int[Array, "R B t"] | None
+    segment_ids: Int[Array, "R B t"] | None
+    layout: str = dataclasses.field(metadata={"static": True})
+    ring_size: int = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
+
+    def shard(self, index: Int[Array, ""] | int) -> Tokens:
+        """The tokens of one ring shard."""
+        if self.positions is None:
+            positions = shard_positions(
+                self.layout, index, self.ring_size, self.length
+            )[None]
+        else:
+            positions = self.positions[index]
+        ids = None if self.segment_ids is None else self.segment_ids[index]
+        return Tokens(positions, ids)
+
+
+def gather_tokens(
+    positions: Int[Array, "B t"] | None,
+    segment_ids: Int[Array, "B t"] | None,
+    *,
+    layout: str,
+    ring_axis: str | None,
+    ulysses_axis: str | None,
+    length: int,
+) -> RingTokens:
+    """All shards' tokens from this device's; `length` tokens make a ring shard."""
+
+    def gather(x):
+        if x is None:
+            return None
+        if ulysses_axis is not None:
+            x = lax.all_gather(x, ulysses_axis, axis=1, tiled=True)
+        return x[None] if ring_axis is None else lax.all_gather(x, ring_axis)
+
+    ring_size = 1 if ring_axis is None else lax.axis_size(ring_axis)
+    return RingTokens(gather(positions), gather(segment_ids), layout, ring_size, length)

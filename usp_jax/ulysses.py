@@ -1,0 +1,148 @@
+"""The Ulysses half: all-to-alls that trade a split sequence for split heads.
+
+DeepSpeed-Ulysses (arXiv 2309.14509) for any numbers of heads. Query heads are padded to
+a multiple of the axis. Key/value heads are sent as they are when they divide; otherwise
+every device receives the m heads that its query heads need, m the same for all: the
+tables below say which. Lower case letters are this device's share.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from usp_jax.kernels import Chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Which heads each device of the Ulysses axis works on."""
+
+    num_heads: int
+    num_kv_heads: int
+    ulysses_size: int
+
+    @property
+    def padded(self) -> int:
+        """The number of query heads, padded to a multiple of the axis."""
+        return -(-self.num_heads // self.ulysses_size) * self.ulysses_size
+
+    @functools.cached_property
+    def needs(self) -> np.ndarray:
+        """The key/value head of each query head: [ulysses, N / ulysses]."""
+        group = self.num_heads // self.num_kv_heads
+        heads = np.minimum(np.arange(self.padded) // group, self.num_kv_heads - 1)
+        return heads.reshape(self.ulysses_size, -1)
+
+    @functools.cached_property
+    def sent(self) -> np.ndarray:
+        """The key/value heads that each device receives: [ulysses, m].
+
+        m is the largest number of distinct heads that any device needs; a device that
+        needs fewer is sent its last one again.
+        """
+        needed = [np.unique(row) for row in self.needs]
+        m = max(len(row) for row in needed)
+        return np.stack([np.pad(row, (0, m - len(row)), "edge") for row in needed])
+
+    @property
+    def replicated(self) -> bool:
+        """Whether some key/value head goes to more than one device."""
+        return self.sent.size != self.num_kv_heads
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """Equal groups of each device's query heads: the received head of each group.
+
+        [ulysses, n / g], with g the largest group size that no device's groups straddle.
+        """
+        local = np.stack(
+            [np.searchsorted(row, need) for row, need in zip(self.sent, self.needs)]
+        )
+        bounds = [np.flatnonzero(np.diff(row)) + 1 for row in local]
+        g = math.gcd(local.shape[1], *(int(b) for row in bounds for b in row))
+        return local[:, ::g]
+
+
+def to_heads(
+    x: Float[Array, "*L B t N H"], axis_name: str | None
+) -> Float[Array, "*L B T n H"]:
+    """[..., B, T/(R·U), N, H] -> [..., B, T/R, N/U, H]"""
+    return _all_to_all(x, axis_name, split=x.ndim - 2, concat=x.ndim - 3)
+
+
+def to_seq(
+    x: Float[Array, "*L B T n H"], axis_name: str | None
+) -> Float[Array, "*L B t N H"]:
+    """[..., B, T/R, N/U, H] -> [..., B, T/(R·U), N, H]"""
+    return _all_to_all(x, axis_name, split=x.ndim - 3, concat=x.ndim - 2)
+
+
+def _all_to_all(x, axis_name, split, concat):
+    if axis_name is None or lax.axis_size(axis_name) == 1:
+        return x
+    return lax.all_to_all(
+        x, axis_name, split_axis=split, concat_axis=concat, tiled=True
+    )
+
+
+def pad_heads(x: Float[Array, "B t N H"], heads: Heads) -> Float[Array, "B t M H"]:
+    """Query heads, zero-padded to a multiple of the axis."""
+    padding = heads.padded - heads.num_heads
+    return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x
+
+
+def kv_to_heads(
+    kv: Float[Array, "2 B s K H"], heads: Heads, axis_name: str | None
+) -> Float[Array, "2 B S m H"]:
+    """[2, B, S/(R·U), K, H] -> [2, B, S/R, m, H]"""
+    if heads.replicated:
+        kv = jnp.take(kv, heads.sent.reshape(-1), axis=3)
+    return to_heads(kv, axis_name)
+
+
+def kv_to_seq(
+    dkv: Float[Array, "2 B S m H"], heads: Heads, axis_name: str | None, dtype
+) -> Float[Array, "2 B s K H"]:
+    """The transpose of `kv_to_heads`, in `dtype`.
+
+    What several devices have of one head is summed before it is rounded to `dtype`.
+    """
+    if not heads.replicated:
+        return to_seq(dkv.astype(dtype), axis_name)
+    parts = to_seq(dkv, axis_name)
+    total = jnp.zeros_like(
+        parts, shape=(*parts.shape[:3], heads.num_kv_heads, parts.shape[4])
+    )
+    return total.at[:, :, :, heads.sent.reshape(-1)].add(parts).astype(dtype)
+
+
+def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chunk:
+    """A chunk implementation that sees equal groups of query heads.
+
+    Where the received heads serve unequal numbers of a device's query heads, the heads
+    that several groups share are repeated for the kernel alone; nothing of it travels.
+    """
+    groups = heads.groups
+    m = heads.sent.shape[1]
+    if groups.shape[1] == m and (groups == np.arange(m)).all():
+        return chunk
+    table = jnp.asarray(groups)[index]
+
+    def forward(q, k, v, mask, carry, logits):
+        k, v = (jnp.take(x, table, axis=2) for x in (k, v))
+        return chunk.forward(q, k, v, mask, carry, logits)
+
+    def backward(q, k, v, *args):
+        expanded = (jnp.take(x, table, axis=2) for x in (k, v))
+        dq, *dkv = chunk.backward(q, *expanded, *args)
+        shape = (*k.shape[:3], dkv[0].shape[3])
+        zeros = jnp.zeros_like(dkv[0], shape=shape)
+        dk, dv = (zeros.at[:, :, table].add(x) for x in dkv)
+        return dq, dk, dv
+
+    return Chunk(forward, backward)
