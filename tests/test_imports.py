@@ -19,10 +19,17 @@ CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 # the test until it is given its place here.
 LAYERS = (
     {"usp_jax._compat"},
-    {"usp_jax.layout", "usp_jax.masking", "usp_jax.merge", "usp_jax.mesh"},
-    {"usp_jax.kernels", "usp_jax.reference"},
-    {"usp_jax.flash", "usp_jax.ring", "usp_jax.ulysses"},
+    {
+        "usp_jax.layout",
+        "usp_jax.masking",
+        "usp_jax.merge",
+        "usp_jax.mesh",
+        "usp_jax.tokens",
+    },
+    {"usp_jax.arguments", "usp_jax.kernels", "usp_jax.reference"},
+    {"usp_jax.ring", "usp_jax.ulysses"},
     {"usp_jax.usp"},
+    {"usp_jax.attention"},
     {"usp_jax"},
     {"usp_jax.models", "usp_jax.nn"},
     {"train"},
