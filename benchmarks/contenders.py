@@ -1,8 +1,8 @@
 """The attention implementations that attention_cpu.py sets side by side.
 
 All compute causal attention of float32 [B, T, N, H] arrays. What an implementation
-wants its inputs to look like (device, sharding, order of tokens) is prepared outside the
-timed functions, because a training step prepares it once, for its token ids.
+wants its inputs to look like (device, sharding, order of tokens) is prepared outside
+the timed functions, because a training step prepares it once, for its token ids.
 """
 
 import dataclasses
