@@ -53,8 +53,9 @@ def usp_attention(
       value: [B, S, K, H].
       is_causal: a query sees no key after its own position.
       scale: multiplies q·k; None is 1 / sqrt(H).
-      segment_ids: int32 [B, T], or a pair for query and key/value [B, T], [B, S]. Tokens
-        see equal ids only; -1 is padding, whose output and gradient are exactly 0.
+      segment_ids: int32 [B, T], or a pair for query and key/value [B, T], [B, S].
+        Tokens see equal ids only; -1 is padding, whose output and gradient are exactly
+        0.
       positions: int32 [B, T] or a pair: the order that causal and window masks compare.
         None takes those of `layout`.
       local_window_size: (left, right): a query at p sees positions p - left to
@@ -124,11 +125,12 @@ def usp_attention_per_shard(
 ) -> Result:
     """`usp_attention` for code that is already inside a `jax.shard_map`.
 
-    Takes and gives this device's shards: t = T / (ring · ulysses) tokens in the order of
-    `layout`, and this device's batch rows and heads. Needs the axes `ring` and `ulysses`
-    to be manual (or bound by `jax.vmap(..., axis_name=)`); one that is not bound has
-    size 1. Arguments, results and errors are those of `usp_attention`; `segment_ids` and
-    `positions` are shards, [B, t], and lengths must divide as they stand.
+    Takes and gives this device's shards: t = T / (ring · ulysses) tokens in the order
+    of `layout`, and this device's batch rows and heads. Needs the axes `ring` and
+    `ulysses` to be manual (or bound by `jax.vmap(..., axis_name=)`); one that is not
+    bound has size 1. Arguments, results and errors are those of `usp_attention`;
+    `segment_ids` and `positions` are shards, [B, t], and lengths must divide as they
+    stand.
     """
     arguments.check_arrays(query, key, value)
     arguments.check_sinks(sinks, query.shape[2])

@@ -184,7 +184,7 @@ def _sizes(layout, mesh, axes):
 def _check_permutes(layout):
     if layout == "data":
         raise ValueError(
-            'layout="data" is permuted by whoever made the data; there is no rule for it'
+            'layout="data" is permuted by whoever made the data, not by a rule'
         )
 
 

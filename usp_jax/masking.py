@@ -23,8 +23,8 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 class MaskRule:
     """The static part of a mask.
 
-    A query at position p sees positions from p - left to p + right (None: no bound) and,
-    when causal, none after p.
+    A query at position p sees positions from p - left to p + right (None: no bound)
+    and, when causal, none after p.
     """
 
     is_causal: bool = False
@@ -132,7 +132,7 @@ def block_lists(
 
 
 def pad_tokens(tokens: Tokens, padding: int, *, with_ids: bool) -> Tokens:
-    """Appends `padding` tokens that nothing sees; `with_ids` makes ids if there are none.
+    """Appends `padding` tokens that nothing sees; `with_ids` makes ids if need be.
 
     They repeat the last position, so that they do not widen their block's extent.
     """

@@ -20,8 +20,8 @@ def reference_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax(soft_cap(scale · q kᵀ) + mask) v, and its log-sum-exp.
 
-    Computed in promote_types(query.dtype, float32) at the highest precision, returned in
-    it, and differentiable as it stands. A row that sees nothing gives (0, -inf).
+    Computed in promote_types(query.dtype, float32) at the highest precision, returned
+    in it, and differentiable as it stands. A row that sees nothing gives (0, -inf).
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     B, T, N, H = query.shape

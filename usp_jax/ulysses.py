@@ -58,10 +58,13 @@ class Heads:
     def groups(self) -> np.ndarray:
         """Equal groups of each device's query heads: the received head of each group.
 
-        [ulysses, n / g], with g the largest group size that no device's groups straddle.
+        [ulysses, n / g], g the largest size that no device's groups straddle.
         """
         local = np.stack(
-            [np.searchsorted(row, need) for row, need in zip(self.sent, self.needs)]
+            [
+                np.searchsorted(row, need)
+                for row, need in zip(self.sent, self.needs, strict=True)
+            ]
         )
         bounds = [np.flatnonzero(np.diff(row)) + 1 for row in local]
         g = math.gcd(local.shape[1], *(int(b) for row in bounds for b in row))

@@ -1,10 +1,10 @@
 """The chunk contract in plain XLA: blockwise, O(T) in memory, on any platform.
 
 Blocks of queries are taken one after the other; each walks the list of the key blocks
-that it sees anything of, with no mask arithmetic where it sees all of a block, and keeps
-a running maximum and sum (FlashAttention-2, arXiv 2307.08691, Algorithms 1 and 2). The
-backward makes one such walk: dq belongs to the block of queries, dk and dv are added
-in place.
+that it sees anything of, with no mask arithmetic where it sees all of a block, and
+keeps a running maximum and sum (FlashAttention-2, arXiv 2307.08691, Algorithms 1 and
+2). The backward makes one such walk: dq belongs to the block of queries, dk and dv are
+added in place.
 
 Arrays are held block by block with heads in front of tokens: queries
 [B, nq, K, G·bq, H], so that the G query heads of a key head are rows of one matrix
@@ -120,7 +120,7 @@ def _masked(x, seen, fill):
 
 
 def _einsum(spec, a, b, dtype):
-    """A product that accumulates in `dtype`; only 16-bit inputs are multiplied in 16."""
+    """A product of what it is given, accumulated in `dtype`."""
     highest = lax.Precision.HIGHEST
     return jnp.einsum(spec, a, b, precision=highest, preferred_element_type=dtype)
 
