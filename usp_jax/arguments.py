@@ -71,7 +71,9 @@ def mask_rule(is_causal, local_window_size) -> MaskRule:
             f"{local_window_size=} must be None, an int >= 0 or a pair (left, right) "
             "of them, None for no bound"
         )
-    return MaskRule(is_causal, *sides)
+    # No two positions are farther apart, and int32 holds no more.
+    farthest = jnp.iinfo(jnp.int32).max
+    return MaskRule(is_causal, *(s if s is None else min(s, farthest) for s in sides))
 
 
 def sides_of(name: str, value, query_shape, key_shape):

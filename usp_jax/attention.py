@@ -72,7 +72,7 @@ def usp_attention(
     Returns:
       out [B, T, N, H] in the query's dtype; with `return_residual` (out, lse), lse
       [B, T, N] in promote_types(query.dtype, float32), natural log, -inf where a query
-      sees nothing, and differentiable.
+      sees nothing (a sink is seen by all but padding), and differentiable.
 
     Raises:
       ValueError: shapes, dtypes, lengths, heads, axes or names that do not fit.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from usp_jax.masking import Mask, visible
+from usp_jax.masking import PADDING, Mask, visible
 
 
 def reference_attention(
@@ -21,7 +21,8 @@ def reference_attention(
     """softmax(soft_cap(scale · q kᵀ) + mask) v, and its log-sum-exp.
 
     Computed in promote_types(query.dtype, float32) at the highest precision, returned
-    in it, and differentiable as it stands. A row that sees nothing gives (0, -inf).
+    in it, and differentiable as it stands. A row that sees nothing gives (0, -inf); a
+    sink is seen by every row but padding.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     B, T, N, H = query.shape
@@ -35,6 +36,10 @@ def reference_attention(
     # Rows without a visible key are taken out before the softmax, so that their
     # derivative is 0 and not NaN.
     alive = seen.any(-1)
+    if sinks is not None:
+        ids = mask.q.segment_ids
+        padding = jnp.zeros((1, 1), bool) if ids is None else ids == PADDING
+        alive = jnp.broadcast_to(~padding[:, None, None], alive.shape)
     logits = jnp.where(seen | ~alive[..., None], logits, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(dtype).reshape(1, key.shape[2], -1, 1, 1)
