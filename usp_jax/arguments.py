@@ -74,15 +74,18 @@ def mask_rule(is_causal, local_window_size) -> MaskRule:
     return MaskRule(is_causal, *sides)
 
 
-def pair_of(name: str, value, query_shape, key_shape):
-    """(query's, key/value's) int32 arrays [B, T], [B, S] from one array or a pair."""
+def sides_of(name: str, value, query_shape, key_shape):
+    """int32 [B, T] for both sides, (x,), or one for each, (query's, key/value's).
+
+    None stays None.
+    """
     if value is None:
-        return None, None
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an array or a pair, not {len(pair)} arrays")
-    sides = (("query", query_shape), ("key/value", key_shape))
-    for x, (side, shape) in zip(pair, sides, strict=True):
+        return None
+    sides = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if len(sides) not in (1, 2):
+        raise ValueError(f"{name} must be an array or a pair, not {len(sides)} arrays")
+    for side, shape in (("query", query_shape), ("key/value", key_shape)):
+        x = sides[0] if side == "query" else sides[-1]
         if getattr(x, "shape", None) != shape[:2]:
             raise ValueError(
                 f"{name} of the {side} side has shape {getattr(x, 'shape', None)}, "
@@ -90,10 +93,7 @@ def pair_of(name: str, value, query_shape, key_shape):
             )
         if x.dtype != jnp.int32:
             raise ValueError(f"{name} has dtype {x.dtype}, it must be int32")
-    if pair[0] is pair[1]:
-        shared = jnp.asarray(pair[0])
-        return shared, shared
-    return jnp.asarray(pair[0]), jnp.asarray(pair[1])
+    return tuple(jnp.asarray(x) for x in sides)
 
 
 def check_sinks(sinks, num_heads: int) -> None:

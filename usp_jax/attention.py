@@ -94,8 +94,8 @@ def usp_attention(
         implementation=implementation,
         return_residual=return_residual,
     )
-    positions = arguments.pair_of("positions", positions, query.shape, key.shape)
-    segment_ids = arguments.pair_of("segment_ids", segment_ids, query.shape, key.shape)
+    positions = arguments.sides_of("positions", positions, query.shape, key.shape)
+    segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
     _check_positions(layout, positions)
     mesh = resolve_mesh(mesh, axes)
     arrays = (query, key, value, sinks, positions, segment_ids)
@@ -142,8 +142,8 @@ def usp_attention_per_shard(
         implementation=implementation,
         return_residual=return_residual,
     )
-    positions = arguments.pair_of("positions", positions, query.shape, key.shape)
-    segment_ids = arguments.pair_of("segment_ids", segment_ids, query.shape, key.shape)
+    positions = arguments.sides_of("positions", positions, query.shape, key.shape)
+    segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
     _check_positions(layout, positions)
     bound = [name for name in axes.sequence if name is not None and _is_bound(name)]
     check_axes(
@@ -281,13 +281,20 @@ def _on_shards(options, axes, query, key, value, sinks, positions, segment_ids):
         lambda x: vary_over(x, everywhere), arrays
     )
     ulysses_size = 1 if ulysses is None else lax.axis_size(ulysses)
-    gather = partial(
-        gather_tokens, layout=options.layout, ring_axis=ring, ulysses_axis=ulysses
-    )
-    kv_tokens = gather(positions[1], segment_ids[1], length=key.shape[1] * ulysses_size)
-    q_tokens = gather(
-        positions[0], segment_ids[0], length=query.shape[1] * ulysses_size
-    )
+
+    def gather(side, x):
+        return gather_tokens(
+            None if positions is None else positions[side],
+            None if segment_ids is None else segment_ids[side],
+            layout=options.layout,
+            ring_axis=ring,
+            ulysses_axis=ulysses,
+            length=x.shape[1] * ulysses_size,
+        )
+
+    kv_tokens = gather(-1, key)
+    shared = _one_side(query, key, positions, segment_ids)
+    q_tokens = kv_tokens if shared else gather(0, query)
     call = Call(
         heads=Heads(query.shape[2], key.shape[2], ulysses_size),
         logits=options.logits,
@@ -310,15 +317,25 @@ def _padded(options, padding, query, key, value, positions, segment_ids):
     def tokens(x, side, n):
         own = jnp.zeros(x.shape[:2], jnp.int32)
         given = Tokens(
-            own if positions[side] is None else positions[side], segment_ids[side]
+            own if positions is None else positions[side],
+            None if segment_ids is None else segment_ids[side],
         )
-        padded = pad_tokens(given, n, with_ids=True)
-        return None if positions[side] is None else padded.positions, padded.segment_ids
+        return pad_tokens(given, n, with_ids=True)
 
-    sides = [tokens(x, i, padding[i]) for i, x in enumerate((query, key))]
-    positions, segment_ids = zip(*sides, strict=True)
+    sides = [tokens(query, 0, padding[0])]
+    if not _one_side(query, key, positions, segment_ids):
+        sides.append(tokens(key, -1, padding[1]))
+    if positions is not None:
+        positions = tuple(side.positions for side in sides)
+    segment_ids = tuple(side.segment_ids for side in sides)
     key, value = rows(key, padding[1]), rows(value, padding[1])
     return rows(query, padding[0]), key, value, positions, segment_ids
+
+
+def _one_side(query, key, positions, segment_ids):
+    """Whether queries and keys are the same tokens, so that they are gathered once."""
+    pairs = [x for x in (positions, segment_ids) if x is not None and len(x) > 1]
+    return query.shape[1] == key.shape[1] and not pairs
 
 
 def _placed(x, mesh, spec):
@@ -350,7 +367,7 @@ def _is_bound(name):
 
 
 def _check_positions(layout, positions):
-    if layout == "data" and positions[0] is None:
+    if layout == "data" and positions is None:
         raise ValueError('layout="data" needs positions=, an int32 array [B, T]')
 
 

@@ -8,6 +8,7 @@ nq and nk are numbers of blocks; the batch axis of positions may be 1 (same for 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,16 @@ class MaskRule:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What a mask asks of a run of tokens: its order and, if given, its documents."""
+    """What a mask asks of a run of tokens: its order and, if given, its documents.
 
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None = None
+    Attributes:
+      positions: int32 [B, T], or [T] for one row's block; B may be 1 for all rows.
+      segment_ids: the same of documents, or None.
+    """
+
+    # A pytree's leaves are whatever jax puts there, so they have no array type.
+    positions: Any
+    segment_ids: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +78,7 @@ class Mask:
         )
 
 
-def visible(mask: Mask) -> Bool[Array, "B T S"]:
+def visible(mask: Mask) -> Bool[Array, "*B T S"]:
     """Whether each query sees each key: [B, T], [B, S] -> [B, T, S].
 
     Leading axes are carried along, so a block of tokens [t] gives [t, s].

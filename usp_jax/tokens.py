@@ -1,6 +1,7 @@
 """What masks need to know of every ring shard, gathered once per call."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -13,10 +14,16 @@ from usp_jax.masking import Tokens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingTokens:
-    """Positions and segment ids of all ring shards; positions None: the layout's own."""
+    """Positions and segment ids of all ring shards.
 
-    positions: Int[Array, "R B t"] | None
-    segment_ids: Int[Array, "R B t"] | None
+    Attributes:
+      positions: int32 [R, B, t], or None for the layout's own.
+      segment_ids: int32 [R, B, t], or None.
+      length: t, the number of tokens of a ring shard.
+    """
+
+    positions: Any
+    segment_ids: Any
     layout: str = dataclasses.field(metadata={"static": True})
     ring_size: int = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})

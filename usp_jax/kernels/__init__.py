@@ -14,7 +14,7 @@ has seen nothing has lse = -inf and out = 0, and its gradient is 0.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -27,6 +27,7 @@ Carry = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 IMPLEMENTATIONS = ("reference", "xla")
 
 
+@runtime_checkable
 class ChunkForward(Protocol):
     """Attention of q over one chunk of keys, merged into what was seen before."""
 
@@ -41,6 +42,7 @@ class ChunkForward(Protocol):
     ) -> Carry: ...
 
 
+@runtime_checkable
 class ChunkBackward(Protocol):
     """The part of dq, dk and dv that comes from one chunk of keys."""
 

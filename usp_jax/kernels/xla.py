@@ -49,7 +49,9 @@ def chunk_forward(q, k, v, mask, carry, logits):
     def attend(q, state, kv_index, tokens):
         m, l, acc = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
-        s = _scores(q, k, tokens, logits, dtype)
+        s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
+        if tokens is not None:
+            s = _masked(s, visible(tokens), -jnp.inf)
         m_next = jnp.maximum(m, s.max(-1))
         safe = finite(m_next)
         p = jnp.exp(s - safe[..., None])
@@ -80,40 +82,41 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
         blocks.rows(delta, 0),
     )
 
+    # Scores are held as [K, bk, G·bq] and dq as [K, H, G·bq]: no product then has a
+    # large transposed operand, which a CPU multiplies at half the speed.
     def attend(x, state, kv_index, tokens):
         q, do, lse, delta = x
         dq, dk, dv = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
-        s = _scores(q, k, tokens, logits, dtype)
-        p = jnp.exp(s - lse[..., None])
-        dp = _einsum("KTH,KSH->KTS", do, v, dtype)
-        # A masked logit is -inf, which a soft cap's derivative must not meet.
-        seen = s if tokens is None else jnp.where(s == -jnp.inf, 0, s)
-        ds = logits.pull_back(p * (dp - delta[..., None]), seen).astype(q.dtype)
-        dq += _einsum("KTS,KSH->KTH", ds, k, dtype)
-        dk = dk.at[kv_index].add(_einsum("KTS,KTH->KSH", ds, q, dtype))
-        dv = dv.at[kv_index].add(_einsum("KTS,KTH->KSH", p.astype(do.dtype), do, dtype))
+        s = logits.of(_einsum("KSH,KTH->KST", k, q, dtype))
+        p = jnp.exp(s - lse[:, None])
+        dp = _einsum("KSH,KTH->KST", v, do, dtype)
+        ds = logits.pull_back(p * (dp - delta[:, None]), s)
+        if tokens is not None:
+            seen = visible(tokens).T
+            p, ds = _masked(p, seen, 0), _masked(ds, seen, 0)
+        p, ds = p.astype(do.dtype), ds.astype(q.dtype)
+        dq += _einsum("KHS,KST->KHT", k.swapaxes(1, 2), ds, dtype)
+        dk = dk.at[kv_index].add(_einsum("KST,KTH->KSH", ds, q, dtype))
+        dv = dv.at[kv_index].add(_einsum("KST,KTH->KSH", p, do, dtype))
         return dq, dk, dv
 
     def body(dkv, x):
         *x, index = x
-        state = (jnp.zeros_like(x[0], dtype), *dkv)
+        state = (jnp.zeros_like(x[0].swapaxes(1, 2), dtype), *dkv)
         dq, *dkv = blocks.walk(index, lambda *a: attend(x, *a), state)
-        return tuple(dkv), dq
+        return tuple(dkv), dq.swapaxes(1, 2)
 
     dkv = tuple(jnp.zeros_like(x, dtype) for x in (k_blocks, v_blocks))
     (dk, dv), dq = lax.scan(body, dkv, (*xs, blocks.indices))
     return blocks.from_q(dq), blocks.from_kv(dk), blocks.from_kv(dv)
 
 
-def _scores(q, k, tokens, logits, dtype):
-    """Logits [K, G·bq, bk] of one block, masked unless `tokens` is None."""
-    s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
-    if tokens is None:
-        return s
-    seen = visible(tokens)
-    groups = s.reshape(s.shape[0], -1, *seen.shape)
-    return jnp.where(seen, groups, -jnp.inf).reshape(s.shape)
+def _masked(x, seen, fill):
+    """Fills what is not seen: `x` is `seen` for each head, G times along one axis."""
+    (a, b), (_, c, d) = seen.shape, x.shape
+    blocks = x.reshape(x.shape[0], c // a, a, d // b, b)
+    return jnp.where(seen[None, None, :, None], blocks, fill).reshape(x.shape)
 
 
 def _einsum(spec, a, b, dtype):

@@ -1,0 +1,1 @@
+"""Side-by-side measurements; each runs alone and prints JSON lines."""

@@ -1,0 +1,137 @@
+"""The attention implementations that attention_cpu.py sets side by side.
+
+All compute causal attention of float32 [B, T, N, H] arrays. What an implementation
+wants its inputs to look like (device, sharding, order of tokens) is prepared outside
+the timed functions, because a training step prepares it once, for its token ids.
+"""
+
+import dataclasses
+import types
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.extend
+import numpy as np
+
+import usp_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+      place: a natural-order numpy array -> the array that `attention` takes.
+      restore: an array that `attention` gave -> a natural-order numpy array.
+    """
+
+    name: str
+    attention: Callable[..., jax.Array]
+    place: Callable[[np.ndarray], jax.Array]
+    restore: Callable[[jax.Array], np.ndarray]
+
+    @property
+    def forward(self) -> Callable:
+        """Compiled (q, k, v, dout) -> (out,)."""
+        return jax.jit(lambda q, k, v, dout: (self.attention(q, k, v),))
+
+    @property
+    def forward_backward(self) -> Callable:
+        """Compiled (q, k, v, dout) -> (out, dq, dk, dv)."""
+
+        def run(q, k, v, dout):
+            out, pull_back = jax.vjp(self.attention, q, k, v)
+            return out, *pull_back(dout)
+
+        return jax.jit(run)
+
+
+def contenders() -> dict[str, Contender]:
+    """All implementations by name; XLA on one device, the yardstick, first."""
+    every = [
+        _one_device(
+            "xla one device", partial(jax.nn.dot_product_attention, is_causal=True)
+        ),
+        _one_device(
+            "usp_jax one device", partial(usp_jax.flash_attention, is_causal=True)
+        ),
+        *(_usp(ring, ulysses) for ring, ulysses in ((8, 1), (4, 2), (2, 4))),
+        # Of the sizes 128 to 1024, each of these was the fastest at something.
+        *(_ringattention(q, kv) for q, kv in ((256, 256), (512, 512), (1024, 256))),
+    ]
+    return {contender.name: contender for contender in every}
+
+
+def _one_device(name: str, attention: Callable[..., jax.Array]) -> Contender:
+    place = partial(jax.device_put, device=jax.devices()[0])
+    return Contender(name, attention, place, np.asarray)
+
+
+def _usp(ring: int, ulysses: int) -> Contender:
+    mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
+    sharding = jax.NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
+
+    def place(x):
+        return jax.device_put(usp_jax.to_layout(x, "zigzag", mesh), sharding)
+
+    def restore(x):
+        return usp_jax.from_layout(np.asarray(x), "zigzag", mesh)
+
+    attention = partial(
+        usp_jax.usp_attention, is_causal=True, layout="zigzag", mesh=mesh
+    )
+    name = f"usp_jax ring={ring} ulysses={ulysses}"
+    return Contender(name, attention, place, restore)
+
+
+def _ringattention(query_block: int, key_block: int) -> Contender:
+    # ringattention 0.1.2 asks jax.lib for the platform when it is imported; jax keeps
+    # that in jax.extend since 0.8.
+    if not hasattr(jax.lib, "xla_bridge"):
+        jax.lib.xla_bridge = types.SimpleNamespace(
+            get_backend=jax.extend.backend.get_backend
+        )
+    from ringattention import ringattention
+
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P(None, "sequence")
+    settings = {
+        "causal_block_size": 1,
+        "query_chunk_size": query_block,
+        "key_chunk_size": key_block,
+        "deterministic": True,
+        "dropout_rng": None,
+        "attn_pdrop": 0.0,
+        "dtype": jax.numpy.float32,
+        "policy": jax.checkpoint_policies.nothing_saveable,
+        "precision": None,
+        "prevent_cse": False,
+    }
+
+    def per_shard(q, k, v):
+        bias = segment_ids = cache_index = None
+        float32_logits = True
+        return ringattention(
+            q,
+            k,
+            v,
+            bias,
+            segment_ids,
+            cache_index,
+            "sequence",
+            float32_logits,
+            settings,
+        )
+
+    attention = jax.shard_map(
+        per_shard,
+        mesh=mesh,
+        in_specs=(spec, spec, spec),
+        out_specs=spec,
+        # It was written before jax tracked which values vary over a mesh axis.
+        check_vma=False,
+    )
+    place = partial(jax.device_put, device=jax.NamedSharding(mesh, spec))
+    name = f"ringattention blocks={query_block}x{key_block}"
+    return Contender(name, attention, place, np.asarray)
