@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from usp_jax.compiled.groups import Groups, parse_groups
 from usp_jax.compiled.hlo import (
@@ -32,6 +32,7 @@ KINDS = (
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
+@runtime_checkable
 class Compiled(Protocol):
     """What `jax.jit(f).lower(...).compile()` gives."""
 

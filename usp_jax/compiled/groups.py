@@ -29,7 +29,7 @@ def parse_groups(text: str, num_devices: int) -> Groups:
         return (tuple(range(num_devices)),)
     if mesh := _MESH.fullmatch(text):
         return _over_mesh(mesh["axes"], mesh["ids"], mesh["over"])
-    if _IOTA.fullmatch(text):
+    if "<=" in text:
         (_, size), devices = _iota(text)
         return _rows(devices, size)
     if not re.fullmatch(r"\{[\d,{}\s]+\}", text):
@@ -48,37 +48,38 @@ def _over_mesh(axes, ids, over):
         devices = tuple(range(math.prod(sizes)))
     else:
         devices = _iota(ids)[1] if "<=" in ids else _integers(ids)
-    digits, chosen = [], []
-    parts = [_part(axis) for axis in split(over)]
-    # An axis of which only a factor is meant is cut into what is before, it, and after.
+    # An axis of which only a factor is meant is cut in up to three.
+    spans = [_span(axis, dict(zip(names, sizes, strict=True))) for axis in split(over)]
+    digits = []
     for name, size in zip(names, sizes, strict=True):
-        cuts = {1, size}
-        for part, before, factor in parts:
-            if part == name:
-                cuts |= {before, before * (factor or size)}
-        edges = sorted(cuts)
-        digits += [(name, a, b // a) for a, b in itertools.pairwise(edges)]
-    for name, before, factor in parts:
-        size = sizes[names.index(name)]
-        stop = before * (factor or size)
-        chosen += [
-            i for i, (n, a, _) in enumerate(digits) if n == name and before <= a < stop
-        ]
-    shape = [size for *_, size in digits]
-    rest = [i for i in range(len(shape)) if i not in chosen]
-    order = [devices[i] for i in _transposed(shape, rest + chosen)]
-    return _rows(order, math.prod(shape[i] for i in chosen))
+        edges = {1, size}.union(*(span[1:] for span in spans if span[0] == name))
+        digits += [(name, *pair) for pair in itertools.pairwise(sorted(edges))]
+    chosen = [
+        digit
+        for name, start, stop in spans
+        for digit in digits
+        if digit[0] == name and start <= digit[1] and digit[2] <= stop
+    ]
+    order = [digit for digit in digits if digit not in chosen] + chosen
+    shape = [stop // start for _, start, stop in digits]
+    places = _transposed(shape, [digits.index(digit) for digit in order])
+    size = math.prod(stop // start for _, start, stop in chosen)
+    return _rows([devices[i] for i in places], size)
 
 
-def _part(axis):
-    """(name, how many parts come before, size or None) of `'a'` or `'a':(2)4`."""
+def _span(axis, sizes):
+    """(name, parts before, parts up to its end) of `'a'` or of a factor `'a':(2)4`."""
     if match := _SUB_AXIS.fullmatch(axis):
-        return match[1], int(match[2]), int(match[3])
-    return axis, 1, None
+        start, size = int(match[2]), int(match[3])
+        return match[1], start, start * size
+    return axis, 1, sizes[axis]
 
 
 def _iota(text):
-    dims, shape, order = _IOTA.fullmatch(text).groups()
+    match = _IOTA.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not an iota")
+    dims, shape, order = match.groups()
     shape = _integers(shape)
     order = _integers(order) if order else range(len(shape))
     return _integers(dims), _transposed(shape, order)

@@ -42,7 +42,7 @@ class Trips:
 
     def __init__(self, module: Module):
         self._module = module
-        self._steps = {}
+        self._steps: dict[str, tuple[Value, ...] | None] = {}
 
     def values(
         self, computation: Computation, arguments: tuple[Value, ...]
@@ -59,46 +59,33 @@ class Trips:
             return int(known[1])
         condition, body = (self._module.computations[name] for name in loop.called)
         steps = self._step(body)
-        if state is None or steps is None:
+        if not isinstance(state, tuple) or steps is None:
             return None
         inside = tuple(
             start if step == Integer(0, i) else Integer(0, i)
             for i, (start, step) in enumerate(zip(state, steps, strict=True))
         )
         asked = self.values(condition, (inside,))[condition.root.name]
-        if not isinstance(asked, Comparison):
-            return None
-        if asked.left.element is None:
-            asked = Comparison(_FLIPPED.get(asked.direction), asked.right, asked.left)
-        counter, bound = asked.left, asked.right
-        if counter.element is None or bound.element is not None:
-            return None
-        start, step = state[counter.element], steps[counter.element]
-        if not _is_constant(start) or not isinstance(step, Integer):
-            return None
-        if step.element != counter.element:
-            return None
-        distance = bound.offset - counter.offset - start.offset
-        return _trips(asked.direction, distance, step.offset)
+        return _count(asked, state, steps) if isinstance(asked, Comparison) else None
 
     def passed_on(self, loop: Instruction, state: Value) -> Value:
         """What is known of a loop's state in every trip and after the last."""
         steps = self._step(self._module.computations[loop.called[1]])
-        if state is None or steps is None:
+        if not isinstance(state, tuple) or steps is None:
             return None
         return tuple(
             start if step == Integer(0, i) else None
             for i, (start, step) in enumerate(zip(state, steps, strict=True))
         )
 
-    def _step(self, body):
+    def _step(self, body: Computation) -> tuple[Value, ...] | None:
         """The state after one trip, in terms of the state before it."""
         if body.name not in self._steps:
             shape = body.root.shape
             size = 0 if isinstance(shape, Shape) else len(shape)
             before = tuple(Integer(0, i) for i in range(size))
             after = self.values(body, (before,))[body.root.name]
-            self._steps[body.name] = after
+            self._steps[body.name] = after if isinstance(after, tuple) else None
         return self._steps[body.name]
 
     def _value(self, instruction, values, arguments):
@@ -117,7 +104,7 @@ class Trips:
             index = int(instruction.attribute("index"))
             return operands[0] and operands[0][index]
         if opcode in ("add", "subtract"):
-            return _sum(*operands, sign=1 if opcode == "add" else -1)
+            return _sum(opcode, *operands)
         if opcode == "compare":
             return _comparison(instruction.attribute("direction"), *operands)
         if opcode == "while":
@@ -140,17 +127,14 @@ def _is_scalar(instruction):
     return all(not leaf.dims for leaf in leaves(instruction.shape))
 
 
-def _is_constant(value):
-    return isinstance(value, Integer) and value.element is None
-
-
-def _sum(left, right, sign):
+def _sum(opcode, left, right):
     if not isinstance(left, Integer) or not isinstance(right, Integer):
         return None
-    if sign == 1 and _is_constant(left):
+    if opcode == "add" and left.element is None:
         left, right = right, left
-    if not _is_constant(right):
+    if right.element is not None:
         return None
+    sign = 1 if opcode == "add" else -1
     return Integer(left.offset + sign * right.offset, left.element)
 
 
@@ -158,6 +142,24 @@ def _comparison(direction, left, right):
     if isinstance(left, Integer) and isinstance(right, Integer):
         return Comparison(direction, left, right)
     return None
+
+
+def _count(asked, state, steps):
+    """Trips of the loop that asks this of its state before every trip."""
+    if asked.left.element is None:
+        asked = Comparison(
+            _FLIPPED.get(asked.direction, asked.direction), asked.right, asked.left
+        )
+    counter, bound = asked.left, asked.right
+    if counter.element is None or bound.element is not None:
+        return None
+    start, step = state[counter.element], steps[counter.element]
+    if not isinstance(start, Integer) or start.element is not None:
+        return None
+    if not isinstance(step, Integer) or step.element != counter.element:
+        return None
+    distance = bound.offset - counter.offset - start.offset
+    return _trips(asked.direction, distance, step.offset)
 
 
 def _trips(direction, distance, step):
