@@ -39,30 +39,29 @@ def parse_groups(text: str, num_devices: int) -> Groups:
 
 def _over_mesh(axes, ids, over):
     """Groups of the devices that differ only in their places along some axes."""
-    names, sizes = [], []
+    sizes = {}
     for axis in split(axes):
-        name, _, size = axis.rpartition("=")
-        names.append(name)
-        sizes.append(int(size))
+        name, _, digits = axis.rpartition("=")
+        sizes[name] = int(digits)
     if ids is None:
-        devices = tuple(range(math.prod(sizes)))
+        devices = tuple(range(math.prod(sizes.values())))
     else:
         devices = _iota(ids)[1] if "<=" in ids else _integers(ids)
     # An axis of which only a factor is meant is cut in up to three.
-    spans = [_span(axis, dict(zip(names, sizes, strict=True))) for axis in split(over)]
-    digits = []
-    for name, size in zip(names, sizes, strict=True):
+    spans = [_span(axis, sizes) for axis in split(over)]
+    parts = []
+    for name, size in sizes.items():
         edges = {1, size}.union(*(span[1:] for span in spans if span[0] == name))
-        digits += [(name, *pair) for pair in itertools.pairwise(sorted(edges))]
+        parts += [(name, *pair) for pair in itertools.pairwise(sorted(edges))]
     chosen = [
-        digit
+        part
         for name, start, stop in spans
-        for digit in digits
-        if digit[0] == name and start <= digit[1] and digit[2] <= stop
+        for part in parts
+        if part[0] == name and start <= part[1] and part[2] <= stop
     ]
-    order = [digit for digit in digits if digit not in chosen] + chosen
-    shape = [stop // start for _, start, stop in digits]
-    places = _transposed(shape, [digits.index(digit) for digit in order])
+    order = [part for part in parts if part not in chosen] + chosen
+    shape = [stop // start for _, start, stop in parts]
+    places = _transposed(shape, [parts.index(part) for part in order])
     size = math.prod(stop // start for _, start, stop in chosen)
     return _rows([devices[i] for i in places], size)
 

@@ -11,8 +11,13 @@ import math
 import re
 
 # What an instruction runs, by attribute: all of it once, except a while loop's.
-_CALLS = ("calls", "called_computations", "branch_computations")
-_CALLS += ("true_computation", "false_computation")
+_CALLS = (
+    "calls",
+    "called_computations",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+)
 
 _NAME = r"%?([\w.\-]+)"
 _HEADER = re.compile(rf"^(ENTRY )?{_NAME} (?:\(.*\) -> .* )?\{{$")
@@ -148,7 +153,9 @@ def parse_module(text: str) -> Module:
             f"text starts with {text[:40]!r} and is not HLO: pass "
             "jax.jit(f).lower(...).compile() or its as_text()"
         )
-    computations, entry, name, body = {}, None, None, []
+    computations: dict[str, Computation] = {}
+    body: list[Instruction] = []
+    entry = name = None
     for line in lines[1:]:
         if name is None:
             if header := _HEADER.match(line):

@@ -12,8 +12,15 @@ import re
 from usp_jax.compiled.hlo import Computation, Instruction, Module, Shape, leaves
 
 _KNOWN = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"(\d+)')
-_SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done")
-_SAME += ("opt-barrier", "optimization-barrier")
+_SAME = (
+    "copy",
+    "bitcast",
+    "reshape",
+    "convert",
+    "copy-start",
+    "copy-done",
+    "opt-barrier",
+)
 _FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
 
@@ -48,7 +55,7 @@ class Trips:
         self, computation: Computation, arguments: tuple[Value, ...]
     ) -> dict[str, Value]:
         """What is known of every instruction, given what the parameters are."""
-        values = {}
+        values: dict[str, Value] = {}
         for instruction in computation.instructions:
             values[instruction.name] = self._value(instruction, values, arguments)
         return values
