@@ -1,0 +1,18 @@
+"""Reads a compiled program: its collectives, how often they run and what they move.
+
+    compiled = jax.jit(f).lower(*args).compile()
+    print(table(collectives(compiled)))
+
+Works on the optimized HLO text of XLA's CPU, GPU and TPU backends, and needs nothing
+but that text.
+"""
+
+from usp_jax.compiled.collectives import (
+    KINDS as KINDS,
+    Collective as Collective,
+    Total as Total,
+    by_kind as by_kind,
+    collectives as collectives,
+    table as table,
+)
+from usp_jax.compiled.hlo import Module as Module, parse_module as parse_module

@@ -1,0 +1,102 @@
+"""Which devices take part in a collective together, in each of XLA's notations."""
+
+import itertools
+import math
+import re
+
+from usp_jax.compiled.hlo import split
+
+Groups = tuple[tuple[int, ...], ...]
+
+_ROW = re.compile(r"\{([\d,\s]*)\}")
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>.*)\))? \{(?P<over>[^}]*)\}"
+)
+_SUB_AXIS = re.compile(r"(.*):\((\d+)\)(\d+)")
+
+
+def parse_groups(text: str, num_devices: int) -> Groups:
+    """The groups of `replica_groups=` or the pairs of `source_target_pairs=`.
+
+    Written out, {{0,1},{2,3}}; as a reshaped and transposed iota, [2,4]<=[4,2]T(1,0);
+    over axes of a mesh, mesh['a'=4,'b'=2] {'b'}; or {}, all devices in one group.
+
+    Raises:
+      ValueError: another notation.
+    """
+    if text in ("{}", "{{}}"):
+        return (tuple(range(num_devices)),)
+    if mesh := _MESH.fullmatch(text):
+        return _over_mesh(mesh["axes"], mesh["ids"], mesh["over"])
+    if "<=" in text:
+        (_, size), devices = _iota(text)
+        return _rows(devices, size)
+    if not re.fullmatch(r"\{[\d,{}\s]+\}", text):
+        raise ValueError(f"replica groups {text!r} are in a notation that is not known")
+    return tuple(_integers(row) for row in _ROW.findall(text))
+
+
+def _over_mesh(axes, ids, over):
+    """Groups of the devices that differ only in their places along some axes."""
+    sizes = {}
+    for axis in split(axes):
+        name, _, digits = axis.rpartition("=")
+        sizes[name] = int(digits)
+    if ids is None:
+        devices = tuple(range(math.prod(sizes.values())))
+    else:
+        devices = _iota(ids)[1] if "<=" in ids else _integers(ids)
+    # An axis of which only a factor is meant is cut in up to three.
+    spans = [_span(axis, sizes) for axis in split(over)]
+    parts = []
+    for name, size in sizes.items():
+        edges = {1, size}.union(*(span[1:] for span in spans if span[0] == name))
+        parts += [(name, *pair) for pair in itertools.pairwise(sorted(edges))]
+    chosen = [
+        part
+        for name, start, stop in spans
+        for part in parts
+        if part[0] == name and start <= part[1] and part[2] <= stop
+    ]
+    order = [part for part in parts if part not in chosen] + chosen
+    shape = [stop // start for _, start, stop in parts]
+    places = _transposed(shape, [parts.index(part) for part in order])
+    size = math.prod(stop // start for _, start, stop in chosen)
+    return _rows([devices[i] for i in places], size)
+
+
+def _span(axis, sizes):
+    """(name, parts before, parts up to its end) of `'a'` or of a factor `'a':(2)4`."""
+    if match := _SUB_AXIS.fullmatch(axis):
+        start, size = int(match[2]), int(match[3])
+        return match[1], start, start * size
+    return axis, 1, sizes[axis]
+
+
+def _iota(text):
+    match = _IOTA.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not an iota")
+    dims, shape, order = match.groups()
+    shape = _integers(shape)
+    order = _integers(order) if order else range(len(shape))
+    return _integers(dims), _transposed(shape, order)
+
+
+def _transposed(shape, order):
+    """An iota of `shape`, transposed and flattened."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    places = itertools.product(*(range(shape[axis]) for axis in order))
+    return [
+        sum(i * strides[axis] for i, axis in zip(place, order, strict=True))
+        for place in places
+    ]
+
+
+def _rows(devices, size):
+    return tuple(tuple(devices[i : i + size]) for i in range(0, len(devices), size))
+
+
+def _integers(text):
+    return tuple(int(x) for x in text.split(",") if x.strip())

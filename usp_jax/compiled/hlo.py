@@ -1,0 +1,262 @@
+"""HLO text, as `jax.stages.Compiled.as_text` prints it, into dataclasses.
+
+Only the structure is read: computations, their instructions in the printed order (the
+schedule, where `Module.is_scheduled`), shapes, operands and the computations that an
+instruction calls. Everything else stays text in `Instruction.attributes`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+# What an instruction runs, by attribute: all of it once, except a while loop's.
+_CALLS = (
+    "calls",
+    "called_computations",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+)
+
+_NAME = r"%?([\w.\-]+)"
+_HEADER = re.compile(rf"^(ENTRY )?{_NAME} (?:\(.*\) -> .* )?\{{$")
+_INSTRUCTION = re.compile(rf"^\s+(ROOT )?{_NAME} = ")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_SHAPE = re.compile(r"(\w+)\[([^\]]*)\](?:\{[^}]*\})?")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_COMMENT = re.compile(r"/\*.*?\*/")
+_BRACKET = re.compile(r"[(){}\[\],]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array's element type and dimensions; tiling and padding are left out."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements; tokens and opaque values have none."""
+        bits = 8 if self.dtype == "pred" else int(_digits(self.dtype))
+        return -(-math.prod(self.dims) * bits // 8)
+
+
+Shapes = Shape | tuple["Shapes", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      arguments: the text between the opcode's parentheses.
+      attributes: the text after them.
+    """
+
+    name: str
+    opcode: str
+    shape: Shapes
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the instructions it reads."""
+        if self.opcode in ("constant", "parameter"):
+            return ()
+        pieces = split(_COMMENT.sub("", self.arguments))
+        return tuple(piece.split()[-1].lstrip("%") for piece in pieces if piece)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations it runs; what a reduction applies is left out.
+
+        A while loop's are its condition and its body. Only the start of an asynchronous
+        operation runs what the update and the done repeat.
+        """
+        if self.opcode == "while":
+            return self._names("condition") + self._names("body")
+        if self.opcode in ("async-update", "async-done"):
+            return ()
+        keys = (*_CALLS, "to_apply") if self.opcode == "call" else _CALLS
+        return tuple(name for key in keys for name in self._names(key))
+
+    def attribute(self, key: str) -> str | None:
+        """The text of `key=...`, without anything that is quoted; None without it."""
+        for piece in self._pieces:
+            name, equals, value = piece.partition("=")
+            if equals and name == key:
+                return value
+        return None
+
+    def _names(self, key):
+        value = self.attribute(key)
+        if value is None:
+            return ()
+        return tuple(name.strip().lstrip("%") for name in value.strip("{}").split(","))
+
+    @functools.cached_property
+    def _pieces(self):
+        return split(_QUOTED.sub("", self.attributes).removeprefix(", "))
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions in the order in which they are printed."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """The instructions, by name."""
+        return {instruction.name: instruction for instruction in self.instructions}
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """The instruction whose value the computation gives."""
+        return next(i for i in reversed(self.instructions) if i.is_root)
+
+    def operand_shapes(self, instruction: Instruction) -> tuple[Shapes, ...]:
+        """The shapes of what an instruction of this computation reads."""
+        return tuple(self.by_name[name].shape for name in instruction.operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program.
+
+    Attributes:
+      is_scheduled: the order of instructions is the order in which they are issued.
+      num_devices: the number of partitions times the number of replicas.
+    """
+
+    name: str
+    computations: dict[str, Computation]
+    entry: str
+    is_scheduled: bool
+    num_devices: int
+
+
+def parse_module(text: str) -> Module:
+    """Reads the text of one HLO module.
+
+    Raises:
+      ValueError: the text is not HLO (StableHLO, for instance), or breaks off.
+    """
+    lines = text.splitlines()
+    if not lines or not lines[0].startswith("HloModule "):
+        raise ValueError(
+            f"text starts with {text[:40]!r} and is not HLO: pass "
+            "jax.jit(f).lower(...).compile() or its as_text()"
+        )
+    computations: dict[str, Computation] = {}
+    body: list[Instruction] = []
+    entry = name = None
+    for line in lines[1:]:
+        if name is None:
+            if header := _HEADER.match(line):
+                name, body = header[2], []
+                entry = name if header[1] else entry
+        elif line.startswith("}"):
+            computations[name] = Computation(name, tuple(body))
+            name = None
+        elif line.strip():
+            body.append(_instruction(line))
+    if entry is None or name is not None:
+        raise ValueError(f"text ends in the middle of computation {name or 'ENTRY'!r}")
+    head = lines[0]
+    return Module(
+        name=head.split()[1].rstrip(","),
+        computations=computations,
+        entry=entry,
+        is_scheduled="is_scheduled=true" in head,
+        num_devices=_count(head, "num_partitions") * _count(head, "replica_count"),
+    )
+
+
+def leaves(shape: Shapes) -> tuple[Shape, ...]:
+    """The arrays of a shape, nested tuples flattened."""
+    if isinstance(shape, Shape):
+        return (shape,)
+    return tuple(leaf for part in shape for leaf in leaves(part))
+
+
+def num_bytes(shape: Shapes) -> int:
+    """Bytes of all arrays of a shape."""
+    return sum(leaf.num_bytes for leaf in leaves(shape))
+
+
+def parse_shape(text: str) -> Shapes:
+    """`f32[2,3]{1,0}` or a tuple of such, `(f32[2], (s32[], pred[4]))`."""
+    text = text.strip()
+    if text.startswith("("):
+        return tuple(parse_shape(part) for part in split(text[1:-1]) if part)
+    match = _SHAPE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not the shape of an array")
+    # A dynamic dimension, <=8, is as long as it can become.
+    dims = match[2].replace("<=", "").split(",") if match[2] else []
+    return Shape(match[1], tuple(int(dim) for dim in dims))
+
+
+def split(text: str) -> list[str]:
+    """The pieces between commas that stand in no bracket."""
+    pieces, start, depth = [], 0, 0
+    for match in _BRACKET.finditer(text):
+        if match[0] == ",":
+            if not depth:
+                pieces.append(text[start : match.start()].strip())
+                start = match.end()
+        else:
+            depth += 1 if match[0] in "({[" else -1
+    return [*pieces, text[start:].strip()]
+
+
+def _instruction(line):
+    match = _INSTRUCTION.match(line)
+    if match is None:
+        raise ValueError(f"{line.strip()[:80]!r} is not an instruction of HLO")
+    start = match.end()
+    if line[start] == "(":
+        end = _closing(line, start) + 1
+    else:
+        end = line.index(" ", start)
+    opcode = _OPCODE.match(line, end)
+    if opcode is None:
+        raise ValueError(f"{line.strip()[:80]!r} has no opcode")
+    close = _closing(line, opcode.end() - 1)
+    return Instruction(
+        name=match[2],
+        opcode=opcode[1],
+        shape=parse_shape(_COMMENT.sub("", line[start:end])),
+        arguments=line[opcode.end() : close],
+        attributes=line[close + 1 :],
+        is_root=match[1] is not None,
+    )
+
+
+_PARENTHESIS = re.compile(r'[()]|"(?:[^"\\]|\\.)*"')
+
+
+def _closing(line, start):
+    """Where the parenthesis closes that opens at `start`."""
+    depth = 0
+    for match in _PARENTHESIS.finditer(line, start):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if not depth:
+            return match.start()
+    raise ValueError(f"{line.strip()[:80]!r} breaks off")
+
+
+def _count(head, key):
+    match = re.search(rf"{key}=(\d+)", head)
+    return int(match[1]) if match else 1
+
+
+def _digits(dtype):
+    match = re.search(r"\d+", dtype)
+    return match[0] if match else 0

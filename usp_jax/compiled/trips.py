@@ -1,0 +1,185 @@
+"""How often the loops of a program run.
+
+GPU and CPU programs say it (`known_trip_count`), TPU programs do not: there it follows
+from the counter's start, its step and the bound that the condition compares it with.
+For that, the integers of a program are followed through tuples, copies, fusions and
+loops that pass them on unchanged. A value that is not followed is None.
+"""
+
+import dataclasses
+import re
+
+from usp_jax.compiled.hlo import Computation, Instruction, Module, Shape, leaves
+
+_KNOWN = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"(\d+)')
+_SAME = (
+    "copy",
+    "bitcast",
+    "reshape",
+    "convert",
+    "copy-start",
+    "copy-done",
+    "opt-barrier",
+)
+_FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """A constant, or a constant added to an element of the loop's own state."""
+
+    offset: int
+    element: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What a loop's condition asks."""
+
+    direction: str
+    left: Integer
+    right: Integer
+
+
+Value = Integer | Comparison | tuple["Value", ...] | None
+
+
+class Trips:
+    """Follows the integers of one program."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._steps: dict[str, tuple[Value, ...] | None] = {}
+
+    def values(
+        self, computation: Computation, arguments: tuple[Value, ...]
+    ) -> dict[str, Value]:
+        """What is known of every instruction, given what the parameters are."""
+        values: dict[str, Value] = {}
+        for instruction in computation.instructions:
+            values[instruction.name] = self._value(instruction, values, arguments)
+        return values
+
+    def count(self, loop: Instruction, state: Value) -> int | None:
+        """How often the body of a while loop runs that starts from `state`."""
+        if known := _KNOWN.search(loop.attributes):
+            return int(known[1])
+        condition, body = (self._module.computations[name] for name in loop.called)
+        steps = self._step(body)
+        if not isinstance(state, tuple) or steps is None:
+            return None
+        inside = tuple(
+            start if step == Integer(0, i) else Integer(0, i)
+            for i, (start, step) in enumerate(zip(state, steps, strict=True))
+        )
+        asked = self.values(condition, (inside,))[condition.root.name]
+        return _count(asked, state, steps) if isinstance(asked, Comparison) else None
+
+    def passed_on(self, loop: Instruction, state: Value) -> Value:
+        """What is known of a loop's state in every trip and after the last."""
+        steps = self._step(self._module.computations[loop.called[1]])
+        if not isinstance(state, tuple) or steps is None:
+            return None
+        return tuple(
+            start if step == Integer(0, i) else None
+            for i, (start, step) in enumerate(zip(state, steps, strict=True))
+        )
+
+    def _step(self, body: Computation) -> tuple[Value, ...] | None:
+        """The state after one trip, in terms of the state before it."""
+        if body.name not in self._steps:
+            shape = body.root.shape
+            size = 0 if isinstance(shape, Shape) else len(shape)
+            before = tuple(Integer(0, i) for i in range(size))
+            after = self.values(body, (before,))[body.root.name]
+            self._steps[body.name] = after if isinstance(after, tuple) else None
+        return self._steps[body.name]
+
+    def _value(self, instruction, values, arguments):
+        opcode = instruction.opcode
+        if opcode == "parameter":
+            index = int(instruction.arguments)
+            return arguments[index] if index < len(arguments) else None
+        if opcode == "constant":
+            return _constant(instruction)
+        operands = [values.get(name) for name in instruction.operands]
+        if opcode in _SAME:
+            return operands[0]
+        if opcode == "tuple":
+            return tuple(operands)
+        if opcode == "get-tuple-element":
+            index = int(instruction.attribute("index"))
+            return operands[0] and operands[0][index]
+        if opcode in ("add", "subtract"):
+            return _sum(opcode, *operands)
+        if opcode == "compare":
+            return _comparison(instruction.attribute("direction"), *operands)
+        if opcode == "while":
+            return self.passed_on(instruction, operands[0])
+        if opcode == "call" or (opcode == "fusion" and _is_scalar(instruction)):
+            called = self._module.computations[instruction.called[0]]
+            return self.values(called, tuple(operands))[called.root.name]
+        return None
+
+
+def _constant(instruction):
+    literal = instruction.arguments.strip()
+    is_scalar = instruction.shape == Shape(leaves(instruction.shape)[0].dtype, ())
+    if is_scalar and re.fullmatch(r"-?\d+", literal):
+        return Integer(int(literal))
+    return None
+
+
+def _is_scalar(instruction):
+    return all(not leaf.dims for leaf in leaves(instruction.shape))
+
+
+def _sum(opcode, left, right):
+    if not isinstance(left, Integer) or not isinstance(right, Integer):
+        return None
+    if opcode == "add" and left.element is None:
+        left, right = right, left
+    if right.element is not None:
+        return None
+    sign = 1 if opcode == "add" else -1
+    return Integer(left.offset + sign * right.offset, left.element)
+
+
+def _comparison(direction, left, right):
+    if isinstance(left, Integer) and isinstance(right, Integer):
+        return Comparison(direction, left, right)
+    return None
+
+
+def _count(asked, state, steps):
+    """Trips of the loop that asks this of its state before every trip."""
+    if asked.left.element is None:
+        asked = Comparison(
+            _FLIPPED.get(asked.direction, asked.direction), asked.right, asked.left
+        )
+    counter, bound = asked.left, asked.right
+    if counter.element is None or bound.element is not None:
+        return None
+    start, step = state[counter.element], steps[counter.element]
+    if not isinstance(start, Integer) or start.element is not None:
+        return None
+    if not isinstance(step, Integer) or step.element != counter.element:
+        return None
+    distance = bound.offset - counter.offset - start.offset
+    return _trips(asked.direction, distance, step.offset)
+
+
+def _trips(direction, distance, step):
+    """Trips of `while counter < bound: counter += step`, from bound - start."""
+    if direction in ("GT", "GE"):
+        direction, distance, step = _FLIPPED[direction], -distance, -step
+    if direction == "NE":
+        divides = step and distance % step == 0 and distance // step >= 0
+        return distance // step if divides else None
+    if direction not in ("LT", "LE"):
+        return None
+    if direction == "LE":
+        distance += 1
+    if distance <= 0:
+        return 0
+    return -(-distance // step) if step > 0 else None
