@@ -5,7 +5,8 @@
 Causal, float32, batch 1, 4 heads of 64. Prints JSON lines: what was run on what, then
 one line a contender and pass (forward; forward and backward). All contenders are timed
 in one process, in turn, so that a busy moment of the machine hits them alike; ratios
-compare medians with the fastest ringattention's. Peak memory is measured in a process
+compare medians with the fastest ringattention's, in elapsed time and in processor time,
+which other programs on the machine disturb less. Peak memory is measured in a process
 of its own for each. A contender that does not compute the same as XLA stops the run.
 """
 
@@ -54,18 +55,19 @@ def check(contender: Contender, results: tuple, expected: list[np.ndarray]) -> f
     return max(errors)
 
 
-def seconds(run: Callable, arrays: tuple) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable, arrays: tuple) -> tuple[float, float]:
+    """Elapsed and processor time of one run."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run(*arrays))
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def measure_times(length: int, repeats: int) -> list[dict]:
-    """Median and shortest time of each contender and pass, and their errors."""
+    """The times of each contender and pass, and their errors."""
     natural = inputs(length)
     expected: list[np.ndarray] = []
     errors, runs = {}, {}
-    for name, contender in contenders().items():
+    for name, contender in contenders(length).items():
         arrays = tuple(contender.place(x) for x in natural)
         for which in PASSES:
             runs[name, which] = getattr(contender, which), arrays
@@ -80,30 +82,35 @@ def measure_times(length: int, repeats: int) -> list[dict]:
     for _ in range(repeats):
         for key, (run, arrays) in runs.items():
             times[key].append(seconds(run, arrays))
-    return [
-        {
-            "contender": name,
-            "pass": which,
-            "seconds_median": statistics.median(measured),
-            "seconds_min": min(measured),
-            "max_error": errors[name],
-        }
-        for (name, which), measured in times.items()
-    ]
+    rows = []
+    for (name, which), measured in times.items():
+        elapsed, cpu = zip(*measured, strict=True)
+        rows.append(
+            {
+                "contender": name,
+                "pass": which,
+                "seconds_median": statistics.median(elapsed),
+                "seconds_min": min(elapsed),
+                "cpu_seconds_median": statistics.median(cpu),
+                "max_error": errors[name],
+            }
+        )
+    return rows
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
     """Adds each median's ratio to the fastest ringattention's of the same pass."""
-    fastest = {
-        which: min(
-            row["seconds_median"]
-            for row in rows
-            if row["pass"] == which and row["contender"].startswith("ringattention")
-        )
-        for which in PASSES
-    }
+
+    def ratio(row, key):
+        peers = [x for x in rows if x["contender"].startswith("ringattention")]
+        return row[key] / min(x[key] for x in peers if x["pass"] == row["pass"])
+
     return [
-        row | {"ratio_to_ringattention": row["seconds_median"] / fastest[row["pass"]]}
+        row
+        | {
+            "ratio_to_ringattention": ratio(row, "seconds_median"),
+            "cpu_ratio_to_ringattention": ratio(row, "cpu_seconds_median"),
+        }
         for row in rows
     ]
 
@@ -121,7 +128,7 @@ def peak_resident_bytes() -> int:
 
 def measure_memory(name: str, which: str, length: int) -> dict:
     """Peak memory of one contender, for a process that runs nothing else."""
-    contender = contenders()[name]
+    contender = contenders(length)[name]
     arrays = tuple(contender.place(x) for x in inputs(length))
     compiled = getattr(contender, which).lower(*arrays).compile()
     before = peak_resident_bytes()
@@ -170,6 +177,8 @@ def main() -> None:
         help="measure the peak memory of one contender in this process and stop",
     )
     options = parser.parse_args()
+    if options.length < 128 or options.length % 128:
+        parser.error(f"--length {options.length} must be a positive multiple of 128")
     jax.config.update("jax_num_cpu_devices", 8)
     if options.memory:
         print(json.dumps(measure_memory(*options.memory, options.length)))
