@@ -14,8 +14,8 @@ from usp_jax._compat import vary_over, varying_axes
 from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_layout, check_length, length_multiple
 from usp_jax.masking import MaskRule, Tokens, pad_tokens
-from usp_jax.mesh import MeshAxes, axis_size, check_axes, present, resolve_mesh
-from usp_jax.tokens import gather_tokens
+from usp_jax.mesh import MeshAxes, axis_size, check_axes, resolve_mesh
+from usp_jax.shards import SEQ, SINKS, TOKENS, Shards
 from usp_jax.ulysses import Heads
 from usp_jax.usp import Call, usp
 
@@ -101,9 +101,9 @@ def usp_attention(
     mesh = resolve_mesh(mesh, axes)
     arrays = (query, key, value, sinks, positions, segment_ids)
     if mesh is None:
-        return _on_shards(options, MeshAxes(*(None,) * 6), *arrays)
+        return _on_shards(options, Shards(), *arrays)
     _check_divides(query, key, mesh, axes, layout)
-    return _on_mesh(options, axes, mesh, *arrays)
+    return _on_mesh(options, Shards.of_mesh(mesh, axes), *arrays)
 
 
 def usp_attention_per_shard(
@@ -151,13 +151,17 @@ def usp_attention_per_shard(
     check_axes(
         dataclasses.replace(axes, pipe=None, data=None, fsdp=None, tensor=None), bound
     )
-    size = {name: lax.axis_size(name) for name in bound}
-    ring_size, ulysses_size = (size.get(name, 1) for name in axes.sequence)
+    split = [
+        name if name in bound and lax.axis_size(name) > 1 else None
+        for name in axes.sequence
+    ]
+    shards = Shards(None, axes, *split)
+    ring_size, ulysses_size = (shards.size(name) for name in split)
     for name, x in (("query", query), ("key", key)):
         length = x.shape[1] * ring_size * ulysses_size
         what = f"the length of all shards of {name}"
         check_length(length, layout, ring_size, ulysses_size, what)
-    return _on_shards(options, axes, query, key, value, sinks, positions, segment_ids)
+    return _on_shards(options, shards, query, key, value, sinks, positions, segment_ids)
 
 
 def flash_attention(
@@ -229,88 +233,58 @@ class _Options:
             bool(return_residual),
         )
 
+    def call(self, shards, heads) -> Call:
+        """The static side of the call on these shards."""
+        return Call(
+            shards,
+            heads,
+            self.logits,
+            self.rule,
+            self.layout,
+            self.implementation,
+            self.return_residual,
+        )
 
-@partial(jax.jit, static_argnames=("options", "axes", "mesh"))
-def _on_mesh(options, axes, mesh, query, key, value, sinks, positions, segment_ids):
+
+@partial(jax.jit, static_argnames=("options", "shards"))
+def _on_mesh(options, shards, query, key, value, sinks, positions, segment_ids):
     """Pads to a length that the mesh can split, and runs the shards."""
-    batch, sequence = present(mesh, axes.batch), present(mesh, axes.sequence)
-    multiple = length_multiple(
-        "contiguous", axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
-    )
+    mesh, axes = shards.mesh, shards.axes
+    ring_size, ulysses_size = (axis_size(mesh, name) for name in axes.sequence)
+    multiple = length_multiple("contiguous", ring_size, ulysses_size)
     length = query.shape[1]
     padding = [-x.shape[1] % multiple for x in (query, key)]
     if any(padding):
         query, key, value, positions, segment_ids = _padded(
-            options, padding, query, key, value, positions, segment_ids
+            padding, query, key, value, positions, segment_ids
         )
-    tokens = jax.P(batch, sequence)
-    rows = jax.P(batch, sequence, present(mesh, (axes.tensor,)), None)
-    in_specs = (rows, rows, rows, jax.P(present(mesh, (axes.tensor,))), tokens, tokens)
+    tensor = axis_size(mesh, axes.tensor)
+    heads = Heads(query.shape[2] // tensor, key.shape[2] // tensor, ulysses_size)
+    call = options.call(shards, heads)
     arrays = (query, key, value, sinks, positions, segment_ids)
-    arrays = tuple(
-        jax.tree.map(partial(_placed, mesh=mesh, spec=spec), x)
-        for x, spec in zip(arrays, in_specs, strict=True)
-    )
-    residual = jax.P(*rows[:3])
-    names = {name for name in mesh.axis_names if name not in _manual_axes()}
-    result = jax.shard_map(
-        partial(_on_shards, options, axes),
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=(rows, residual) if options.return_residual else rows,
-        axis_names=names,
-    )(*arrays)
+    dims = (SEQ, SEQ, SEQ, SINKS, TOKENS, TOKENS)
+    out, lse = usp(call, *map(shards.place, arrays, dims))
     if padding[0]:
-        result = jax.tree.map(lambda x: _cut(x, length, mesh), result)
-    return result
+        out, lse = jax.tree.map(lambda x: _cut(x, length, mesh), (out, lse))
+    return (out, lse) if options.return_residual else out
 
 
-def _on_shards(options, axes, query, key, value, sinks, positions, segment_ids):
-    """One device's part of the call."""
-    ring, ulysses = (
-        name
-        if name is not None and _is_bound(name) and lax.axis_size(name) > 1
-        else None
-        for name in axes.sequence
-    )
+def _on_shards(options, shards, query, key, value, sinks, positions, segment_ids):
+    """The call on shards, in the caller's own shard_map or on one device."""
     arrays = (query, key, value, sinks, positions, segment_ids)
     # The results vary over every axis that an input varies over, and with them all
     # loops' states: mark the inputs once, here.
     varying = [varying_axes(x) for x in jax.tree.leaves(arrays)]
-    varying += [varying_axes(lax.axis_index(name)) for name in (ring, ulysses) if name]
+    axes = [name for name in (shards.ring, shards.ulysses) if name is not None]
+    varying += [varying_axes(lax.axis_index(name)) for name in axes]
     everywhere = frozenset().union(*varying)
-    query, key, value, sinks, positions, segment_ids = jax.tree.map(
-        lambda x: vary_over(x, everywhere), arrays
-    )
-    ulysses_size = 1 if ulysses is None else lax.axis_size(ulysses)
-
-    def gather(side, x):
-        return gather_tokens(
-            None if positions is None else positions[side],
-            None if segment_ids is None else segment_ids[side],
-            layout=options.layout,
-            ring_axis=ring,
-            ulysses_axis=ulysses,
-            length=x.shape[1] * ulysses_size,
-        )
-
-    kv_tokens = gather(-1, key)
-    shared = _one_side(query, key, positions, segment_ids)
-    q_tokens = kv_tokens if shared else gather(0, query)
-    call = Call(
-        heads=Heads(query.shape[2], key.shape[2], ulysses_size),
-        logits=options.logits,
-        rule=options.rule,
-        implementation=options.implementation,
-        ring_axis=ring,
-        ulysses_axis=ulysses,
-        return_residual=options.return_residual,
-    )
-    out, lse = usp(call, query, key, value, sinks, q_tokens, kv_tokens)
+    arrays = jax.tree.map(lambda x: vary_over(x, everywhere), arrays)
+    heads = Heads(query.shape[2], key.shape[2], shards.size(shards.ulysses))
+    out, lse = usp(options.call(shards, heads), *arrays)
     return (out, lse) if options.return_residual else out
 
 
-def _padded(options, padding, query, key, value, positions, segment_ids):
+def _padded(padding, query, key, value, positions, segment_ids):
     """Appends padding tokens to both sides of a contiguous call."""
 
     def rows(x, n):
@@ -325,7 +299,8 @@ def _padded(options, padding, query, key, value, positions, segment_ids):
         return pad_tokens(given, n, with_ids=True)
 
     sides = [tokens(query, 0, padding[0])]
-    if not _one_side(query, key, positions, segment_ids):
+    pairs = [x for x in (positions, segment_ids) if x is not None and len(x) > 1]
+    if pairs or query.shape[1] != key.shape[1]:
         sides.append(tokens(key, -1, padding[1]))
     if positions is not None:
         positions = tuple(side.positions for side in sides)
@@ -334,29 +309,12 @@ def _padded(options, padding, query, key, value, positions, segment_ids):
     return rows(query, padding[0]), key, value, positions, segment_ids
 
 
-def _one_side(query, key, positions, segment_ids):
-    """Whether queries and keys are the same tokens, so that they are gathered once."""
-    pairs = [x for x in (positions, segment_ids) if x is not None and len(x) > 1]
-    return query.shape[1] == key.shape[1] and not pairs
-
-
-def _placed(x, mesh, spec):
-    """On an Explicit mesh, an input with the sharding that the call needs."""
-    if AxisType.Explicit not in mesh.axis_types:
-        return x
-    return jax.reshard(x, NamedSharding(mesh, spec))
-
-
 def _cut(x, length, mesh):
     """The first `length` tokens; an Explicit mesh cannot cut a split axis."""
     if AxisType.Explicit in mesh.axis_types:
         spec = list(jax.typeof(x).sharding.spec)
         x = jax.reshard(x, NamedSharding(mesh, jax.P(spec[0], None, *spec[2:])))
     return x[:, :length]
-
-
-def _manual_axes():
-    return jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _is_bound(name):

@@ -12,6 +12,8 @@ ulysses degree:
     out [B, T/(R·U), N, H]
 
 Pure Ulysses (R = 1), pure Ring (U = 1) and one device are the ends of this one path.
+Each of the three stages, and the backward pass as a whole, is a function of one
+device's shards; `Shards` runs it on all of them.
 """
 
 import dataclasses
@@ -26,6 +28,8 @@ from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, Mask, MaskRule
 from usp_jax.ring import Ring, ring_backward, ring_forward
+from usp_jax.shards import HEADS, KV_HEADS, SEQ, SINKS, TOKENS, Shards
+from usp_jax.tokens import gather_tokens
 from usp_jax.ulysses import (
     Heads,
     kv_to_heads,
@@ -46,118 +50,148 @@ of them it runs no collective of attention again.
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static side of one attention call on one device."""
+    """The static side of one attention call."""
 
+    shards: Shards
     heads: Heads
     logits: Logits
     rule: MaskRule
+    layout: str
     implementation: str
-    ring_axis: str | None = None
-    ulysses_axis: str | None = None
-    return_residual: bool = False
+    return_residual: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def usp(call: Call, q, k, v, sinks, q_tokens, kv_tokens):
-    """Attention on one device's shards; (out, lse or None), in the shards' order.
+def usp(call: Call, q, k, v, sinks, positions, segment_ids):
+    """Attention; (out, lse or None), in the order of the inputs.
 
     Args:
+      q, k, v: [B, T, N, H], [B, S, K, H], [B, S, K, H].
       sinks: [N], a logit for each head that takes weight and gives nothing, or None.
-      q_tokens, kv_tokens: `RingTokens`.
+      positions, segment_ids: None, (x,) or (query's, key's), int32 [B, T], [B, S].
     """
-    return _usp_fwd(call, q, k, v, sinks, q_tokens, kv_tokens)[0]
+    return _usp_fwd(call, q, k, v, sinks, positions, segment_ids)[0]
 
 
-def _usp_fwd(call, q, k, v, sinks, q_tokens, kv_tokens):
-    ring = _ring(call, q_tokens, kv_tokens)
-    dtype = q.dtype
-    q = checkpoint_name(to_heads(pad_heads(q, call.heads), call.ulysses_axis), "usp_q")
-    kv = kv_to_heads(jnp.stack([k, v]), call.heads, call.ulysses_axis)
-    kv = checkpoint_name(kv, "usp_kv")
-    out, lse = ring_forward(ring, q, kv, _before(call, q, sinks))
-    if sinks is not None:
-        lse = jnp.where(_is_padding(ring, lse), -jnp.inf, lse)
-    out = checkpoint_name(out.astype(dtype), "usp_out")
-    lse = checkpoint_name(lse, "usp_lse")
-    result = to_seq(out, call.ulysses_axis)[:, :, : call.heads.num_heads]
+def _usp_fwd(call, q, k, v, sinks, positions, segment_ids):
+    run, tokens = call.shards.run, (positions, segment_ids)
+    q, kv = run(partial(_to_heads, call), (SEQ, SEQ, SEQ), (HEADS, KV_HEADS))(q, k, v)
+    q, kv = checkpoint_name(q, "usp_q"), checkpoint_name(kv, "usp_kv")
+    specs = (HEADS, KV_HEADS, SINKS, TOKENS)
+    attend = run(partial(_attend, call), specs, (HEADS, HEADS))
+    out, lse = attend(q, kv, sinks, tokens)
+    out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
+    result = run(partial(_to_seq, call), (HEADS,), SEQ)(out)
     if call.heads.ulysses_size > 1:
         result = checkpoint_name(result, "usp_result")
     residual = None
     if call.return_residual:
-        residual = to_seq(lse[..., None], call.ulysses_axis)[..., 0]
-        residual = residual[:, :, : call.heads.num_heads]
-    return (result, residual), (q, kv, out, lse, sinks, q_tokens, kv_tokens)
+        residual = run(partial(_to_seq, call), (HEADS,), SEQ)(lse[..., None])[..., 0]
+    return (result, residual), (q, kv, out, lse, sinks, tokens)
 
 
 def _usp_bwd(call, saved, cotangents):
-    q, kv, out, lse, sinks, q_tokens, kv_tokens = saved
-    dresult, dresidual = cotangents
-    ring = _ring(call, q_tokens, kv_tokens)
-    dout = to_heads(pad_heads(dresult, call.heads), call.ulysses_axis)
-    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
-    if call.return_residual:
-        # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
-        dlse = pad_heads(dresidual[..., None], call.heads)
-        delta -= to_heads(dlse, call.ulysses_axis)[..., 0]
-    dq, dkv = ring_backward(ring, q, kv, dout, lse, delta)
-    dq = to_seq(dq.astype(q.dtype), call.ulysses_axis)[:, :, : call.heads.num_heads]
-    dk, dv = kv_to_seq(dkv, call.heads, call.ulysses_axis, kv.dtype)
-    dsinks = None if sinks is None else _dsinks(call, sinks, lse, delta)
-    return dq, dk, dv, dsinks, None, None
+    backward = call.shards.run(
+        partial(_backward, call),
+        (HEADS, KV_HEADS, HEADS, HEADS, SINKS, TOKENS, SEQ, SEQ),
+        (SEQ, SEQ, SEQ, SINKS),
+    )
+    return *backward(*saved, *cotangents), None, None
 
 
 usp.defvjp(_usp_fwd, _usp_bwd)
 
 
-def _ring(call, q_tokens, kv_tokens):
-    index = 0 if call.ring_axis is None else lax.axis_index(call.ring_axis)
-    tokens = q_tokens.shard(index)
+def _to_heads(call, q, k, v):
+    axis = call.shards.ulysses
+    q = to_heads(pad_heads(q, call.heads), axis)
+    return q, kv_to_heads(jnp.stack([k, v]), call.heads, axis)
+
+
+def _attend(call, q, kv, sinks, tokens):
+    ring = _ring(call, q, kv, tokens)
+    out, lse = ring_forward(ring, q, kv, _before(call, q, sinks))
+    if sinks is not None:
+        ids = ring.mask(0).q.segment_ids
+        if ids is not None:
+            lse = jnp.where((ids == PADDING)[..., None], -jnp.inf, lse)
+    return out.astype(q.dtype), lse
+
+
+def _to_seq(call, x):
+    return to_seq(x, call.shards.ulysses)[:, :, : call.heads.num_heads]
+
+
+def _backward(call, q, kv, out, lse, sinks, tokens, dresult, dresidual):
+    axis = call.shards.ulysses
+    dout = to_heads(pad_heads(dresult, call.heads), axis)
+    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
+    if dresidual is not None:
+        # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
+        dlse = to_heads(pad_heads(dresidual[..., None], call.heads), axis)[..., 0]
+        delta -= dlse
+    dq, dkv = ring_backward(_ring(call, q, kv, tokens), q, kv, dout, lse, delta)
+    dq = _to_seq(call, dq.astype(q.dtype))
+    dk, dv = kv_to_seq(dkv, call.heads, axis, kv.dtype)
+    dsinks = None if sinks is None else _dsinks(call, sinks, lse, delta)
+    return dq, dk, dv, dsinks
+
+
+def _ring(call, q, kv, tokens):
+    """The ring as this device sees it; gathers what masks ask of all its shards."""
+    shards, (positions, segment_ids) = call.shards, tokens
+
+    def gather(side, length):
+        return gather_tokens(
+            None if positions is None else positions[side],
+            None if segment_ids is None else segment_ids[side],
+            layout=call.layout,
+            ring_axis=shards.ring,
+            ulysses_axis=shards.ulysses,
+            length=length,
+        )
+
+    kv_tokens = q_tokens = gather(-1, kv.shape[2])
+    pairs = [x for x in tokens if x is not None and len(x) > 1]
+    if pairs or q.shape[1] != kv.shape[2]:
+        q_tokens = gather(0, q.shape[1])
+    own = q_tokens.shard(shards.index(shards.ring))
     chunk = kernels.chunk(call.implementation)
     return Ring(
-        axis_name=call.ring_axis,
-        size=1 if call.ring_axis is None else lax.axis_size(call.ring_axis),
-        index=index,
-        chunk=with_groups(chunk, call.heads, _ulysses_index(call)),
-        mask_of=lambda shard: Mask(call.rule, tokens, kv_tokens.shard(shard)),
+        axis_name=shards.ring,
+        size=shards.size(shards.ring),
+        index=shards.index(shards.ring),
+        chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
+        mask_of=lambda shard: Mask(call.rule, own, kv_tokens.shard(shard)),
         logits=call.logits,
     )
 
 
-def _ulysses_index(call):
-    return 0 if call.ulysses_axis is None else lax.axis_index(call.ulysses_axis)
-
-
 def _local_sinks(call, sinks, dtype):
     """This device's heads' sinks: [N] -> [n]"""
-    padding = call.heads.padded - call.heads.num_heads
-    local = call.heads.padded // call.heads.ulysses_size
-    sinks = jnp.pad(sinks.astype(dtype), (0, padding))
-    return lax.dynamic_slice_in_dim(sinks, _ulysses_index(call) * local, local)
+    heads = call.heads
+    local = heads.padded // heads.ulysses_size
+    sinks = jnp.pad(sinks.astype(dtype), (0, heads.padded - heads.num_heads))
+    start = call.shards.index(call.shards.ulysses) * local
+    return lax.dynamic_slice_in_dim(sinks, start, local)
 
 
 def _before(call, q, sinks):
     """The carry before the ring: a sink is a key that was seen, whose value is 0."""
     if sinks is None:
         return None
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    sinks = _local_sinks(call, sinks, dtype)
-    out = jnp.zeros_like(q, dtype)
+    out = jnp.zeros_like(q, jnp.promote_types(q.dtype, jnp.float32))
+    sinks = _local_sinks(call, sinks, out.dtype)
     return out, jnp.zeros_like(out[..., 0]) + sinks[None, None]
 
 
-def _is_padding(ring, lse):
-    """Whether each row [B, T, n] is padding."""
-    ids = ring.mask(0).q.segment_ids
-    return jnp.zeros_like(lse, bool) if ids is None else (ids == PADDING)[..., None]
-
-
 def _dsinks(call, sinks, lse, delta):
-    """The sinks' gradient, [N] with zeros for the other devices' heads."""
+    """The sinks' gradient: [N]"""
     local = _local_sinks(call, sinks, lse.dtype)
     weight = jnp.exp(local[None, None] - lse)
     weight = jnp.where(lse == -jnp.inf, 0, weight)
     dlocal = -jnp.sum(weight * delta, axis=(0, 1))
     total = jnp.zeros_like(dlocal, shape=(call.heads.padded,))
-    start = _ulysses_index(call) * dlocal.shape[0]
+    start = call.shards.index(call.shards.ulysses) * dlocal.shape[0]
     total = lax.dynamic_update_slice_in_dim(total, dlocal, start, 0)
-    return total[: call.heads.num_heads].astype(sinks.dtype)
+    return call.shards.total(total)[: call.heads.num_heads].astype(sinks.dtype)

@@ -1,0 +1,103 @@
+"""Running a function of one device's shards on every device of a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from usp_jax.mesh import MeshAxes, axis_size, present
+
+# What the leading dims of an array are split over.
+SEQ = ("batch", "sequence", "tensor")
+HEADS = ("batch", "ring", "heads")
+KV_HEADS = (None, "batch", "ring", "heads")
+SINKS = ("tensor",)
+TOKENS = ("batch", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The devices of a call.
+
+    With a mesh, functions of shards run in a shard_map of their own over global arrays.
+    Without one they are called as they are: inside the caller's shard_map, or on one
+    device.
+
+    Attributes:
+      ring, ulysses: the axes that split the sequence; None where that has size 1.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    axes: MeshAxes = MeshAxes()
+    ring: str | None = None
+    ulysses: str | None = None
+
+    @classmethod
+    def of_mesh(cls, mesh: Mesh | AbstractMesh, axes: MeshAxes) -> "Shards":
+        """All devices of a mesh."""
+        split = (name if axis_size(mesh, name) > 1 else None for name in axes.sequence)
+        return cls(mesh, axes, *split)
+
+    def run(self, f: Callable, in_dims: tuple, out_dims: tuple) -> Callable:
+        """`f` on every device, each argument and result split by its dims.
+
+        No gradient ever passes through, it is written by hand around this; so nothing
+        has to be known of what varies over which axis.
+        """
+        if self.mesh is None:
+            return f
+        single = not isinstance(out_dims[0], tuple)
+        in_specs = tuple(self.spec(dims) for dims in in_dims)
+        out_specs = (
+            self.spec(out_dims) if single else tuple(self.spec(d) for d in out_dims)
+        )
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return jax.shard_map(
+            f,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={name for name in self.mesh.axis_names if name not in manual},
+            check_vma=False,
+        )
+
+    def spec(self, dims: tuple[str | None, ...]) -> jax.P:
+        """The mesh axes of an array's leading dims."""
+        axes = self.axes
+        names = {
+            None: (),
+            "batch": axes.batch,
+            "sequence": axes.sequence,
+            "ring": (axes.ring,),
+            "tensor": (axes.tensor,),
+            # After the all-to-all each tensor shard's heads are split again.
+            "heads": (axes.tensor, axes.ulysses),
+        }
+        return jax.P(*(present(self.mesh, names[dim]) or None for dim in dims))
+
+    def place(self, x, dims: tuple[str | None, ...]):
+        """Arrays with the sharding that a stage asks for, where a mesh is Explicit.
+
+        Elsewhere the compiler sees to it.
+        """
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return x
+        sharding = NamedSharding(self.mesh, self.spec(dims))
+        return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), x)
+
+    def size(self, name: str | None):
+        """The size of a bound axis, on one device; 1 for None."""
+        return 1 if name is None else lax.axis_size(name)
+
+    def index(self, name: str | None):
+        """This device's place on a bound axis; 0 for None."""
+        return 0 if name is None else lax.axis_index(name)
+
+    def total(self, x):
+        """A sum over all axes but those of heads; the caller's own shard_map sums."""
+        if self.mesh is None:
+            return x
+        axes = present(self.mesh, (*self.axes.batch, *self.axes.sequence))
+        return lax.psum(x, axes)
