@@ -1,0 +1,42 @@
+"""The README: its example runs as it stands, and its reading list tells the truth."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-c", example], check=True, timeout=300, env=environment
+    )
+
+
+READING_LIST = re.findall(r"^\| \[`(.*?)`\]\((.*?)\) \| (\d+) \|", README, re.MULTILINE)
+
+
+def test_reading_list_is_found():
+    assert len(READING_LIST) >= 8
+
+
+@pytest.mark.parametrize(("name", "link", "lines"), READING_LIST)
+def test_reading_list(name, link, lines):
+    assert name == link
+    actual = len((ROOT / name).read_text().splitlines())
+    assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
+
+
+def test_tree_names_what_is_there():
+    (tree,) = re.findall(r"```text\nusp_jax/(.*?)```", README, re.DOTALL)
+    named = set(re.findall(r"[a-z]+\.py\b", tree))
+    there = {path.name for path in (ROOT / "usp_jax").glob("*.py")}
+    assert there - {"__init__.py", "_compat.py"} <= named
+    assert named <= there
