@@ -24,6 +24,7 @@ LAYERS = (
         "usp_jax.masking",
         "usp_jax.merge",
         "usp_jax.mesh",
+        "usp_jax.shards",
         "usp_jax.tokens",
     },
     {"usp_jax.arguments", "usp_jax.kernels", "usp_jax.reference"},
