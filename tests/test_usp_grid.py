@@ -103,9 +103,7 @@ def check(cell):
         program = jax.jit(lambda *args: results(attend, *args))
         # Compiled beside jit's cache, which would keep all the grid's programs.
         actual = program.lower(*stored).compile()(*stored)
-        assert_equal_to(
-            oracle(mask, heads), jax.tree.map(order.restore, actual), 1e-10
-        )
+        assert_equal_to(oracle(mask, heads), jax.tree.map(order.restore, actual), 1e-10)
 
 
 def test_the_grid_is_whole_and_the_sample_covers_it():
