@@ -117,7 +117,7 @@ X = np.zeros((2, 12))
     [
         (
             lambda mesh: usp_jax.to_layout(X, "spiral", mesh),
-            r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped', 'data'",
+            r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped'",
         ),
         (
             lambda mesh: usp_jax.to_layout(X, "data", mesh),
@@ -148,7 +148,7 @@ X = np.zeros((2, 12))
             lambda mesh: usp_jax.padded_length(
                 8, "zigzag", mesh, axes=usp_jax.MeshAxes(ring="r")
             ),
-            r"gives the role 'ring' to the axis 'r', which is not among the mesh's axes",
+            r"the role 'ring' to the axis 'r', which is not among the mesh's axes",
         ),
     ],
     ids=range(8),
