@@ -1,0 +1,1 @@
+"""Language models whose attention is `usp_jax`'s; each is imported by its own name."""

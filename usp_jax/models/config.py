@@ -1,0 +1,102 @@
+"""What a LLaMA is made of: one frozen dataclass."""
+
+import dataclasses
+from typing import Any
+
+from usp_jax.kernels import choose
+from usp_jax.models.presets import PRESETS
+from usp_jax.models.rope import RopeScaling
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "attention", "attention_qkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and choices of a `Llama`.
+
+    Attributes:
+      num_kv_heads: key/value heads, which `num_heads` is a multiple of (GQA).
+      rope_scaling: LLaMA 3.1's stretching of RoPE, or None.
+      tie_embeddings: the output matrix is the embedding's.
+      dtype: of the computation; parameters are float32 always.
+      remat: what the backward pass recomputes. "none": nothing but gathered weights;
+        "full": everything inside a layer; "attention": as "full", but attention's
+        output and log-sum-exp are kept, so that the ring runs once; "attention_qkv":
+        also q, k, v and the output on both sides of the all-to-alls, so that no
+        collective of attention runs twice.
+      loss_chunk: of how many of a device's tokens, and
+      loss_block: of how many of the vocabulary's entries the loss has logits in memory
+        at once.
+      implementation: of attention, as in `usp_attention`.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    d_ff: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    loss_chunk: int = 1024
+    loss_block: int = 8192
+    implementation: str | None = None
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "LlamaConfig":
+        """A published model, "tiny", or a variation of one.
+
+        Raises:
+          ValueError: there is no preset of this name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} must be one of {tuple(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def __post_init__(self):
+        sizes = (
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_size",
+            "d_ff",
+            "loss_chunk",
+            "loss_block",
+        )
+        for name in sizes:
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r} must be a positive int")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_size={self.head_size} must be even, for RoPE")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+        for name, values in (("dtype", DTYPES), ("remat", REMAT)):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of {values}"
+                )
+        if self.implementation is not None:
+            choose(self.implementation)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has learnt."""
+        d, heads = self.d_model, 2 * self.num_heads + 2 * self.num_kv_heads
+        layer = d * heads * self.head_size + 3 * d * self.d_ff + 2 * d
+        tables = 1 if self.tie_embeddings else 2
+        return self.num_layers * layer + tables * self.vocab_size * d + d

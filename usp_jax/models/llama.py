@@ -1,0 +1,158 @@
+"""LLaMA 2, 3, 3.1 and 3.2 as a flax NNX module whose sequence is split over a mesh.
+
+    mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+    model = Llama("llama3.2-1b", mesh=mesh, rngs=nnx.Rngs(0))
+    logits = model(tokens)
+
+`sharding.py` says where parameters live, `transformer.py` what one device computes;
+`loss.py` and `generate.py` use a model.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int
+
+from usp_jax.models.batch import Batch
+from usp_jax.models.config import LlamaConfig as LlamaConfig
+from usp_jax.models.rope import RopeScaling as RopeScaling
+from usp_jax.models.sharding import (
+    Split,
+    check_mesh,
+    parameter_shapes,
+    parameter_shardings,
+)
+from usp_jax.models.transformer import Transformer
+
+Ids = Int[Array, "B T"]
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model.
+
+    Its only state are float32 `nnx.Param`s, one for each name in `sharding.TABLE`,
+    those of all layers stacked.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig | str,
+        *,
+        mesh: Mesh | AbstractMesh | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the parameters, straight into their shards.
+
+        Args:
+          config: or the name of a preset.
+          mesh: from `make_mesh`, with Auto axes; None is one device.
+
+        Raises:
+          ValueError: no such preset, or sizes that the mesh does not divide.
+        """
+        if isinstance(config, str):
+            config = LlamaConfig.preset(config)
+        check_mesh(config, mesh)
+        self.config = config
+        self.mesh = mesh
+        shardings = None if mesh is None else parameter_shardings(config, mesh)
+        draw = jax.jit(partial(_draw, config), out_shardings=shardings)
+        for name, value in draw(rngs.params()).items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__(
+        self,
+        tokens: Ids,
+        *,
+        segment_ids: Ids | None = None,
+        positions: Ids | None = None,
+        layout: str = "natural",
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32 [B, T, V], in the order of `tokens`.
+
+        Args:
+          tokens: int32 [B, T]; B a multiple of data · fsdp.
+          segment_ids: int32 [B, T]: the documents of a packed row, -1 for padding.
+          positions: int32 [B, T], for RoPE; None counts from the row's beginning.
+          layout: "natural": tokens come in their order, any number of them; otherwise
+            the layout that they, ids and positions are stored in.
+
+        Raises:
+          ValueError: shapes, dtypes or lengths that do not fit.
+        """
+        batch = Batch.of(self.mesh, tokens, segment_ids, positions, layout)
+        return batch.order.restore(self.run(_logits, batch, self.split.logits))
+
+    @property
+    def split(self) -> Split:
+        """How the model's mesh splits arrays."""
+        return Split.of(self.mesh)
+
+    def run(self, f: Callable, batch: Batch, out_specs, *extra):
+        """Runs a function of one device's shards on all of them.
+
+        Args:
+          f: called as f(transformer, weights, tokens, positions, segment_ids, *extra).
+          out_specs: how its results are split.
+          extra: (array, partition spec) pairs.
+        """
+        split = self.split
+        transformer = Transformer(self.config, split, batch.order.stored)
+        params = {name: getattr(self, name)[...] for name in self._names}
+        one_row = batch.positions.shape[0] == 1
+        positions = jax.P(None, *split.tokens[1:]) if one_row else split.tokens
+        arrays = [
+            (params, {name: split.parameter(name) for name in params}),
+            (batch.tokens, split.tokens),
+            (batch.positions, positions),
+            (batch.segment_ids, split.tokens),
+            *extra,
+        ]
+
+        def shards(params, *rest):
+            return f(transformer, transformer.working_copy(params), *rest)
+
+        values, specs = zip(*arrays, strict=True)
+        return split.run(shards, specs, out_specs)(*values)
+
+    @property
+    def _names(self):
+        return parameter_shapes(self.config)
+
+
+def _logits(transformer, weights, tokens, positions, segment_ids):
+    x = transformer.hidden(weights, tokens, positions, segment_ids)
+    return transformer.logits(weights, x)
+
+
+def _draw(config, key):
+    """The first values of all parameters.
+
+    Matrices keep the variance of what they are applied to. The embeddings are drawn
+    small, so that the first logits are near 0; and what is added to the residual stream
+    is the smaller, the more layers add to it.
+    """
+    residual = 2 * config.num_layers
+    inputs = {
+        "q": config.d_model,
+        "k": config.d_model,
+        "v": config.d_model,
+        "o": config.num_heads * config.head_size * residual,
+        "gate": config.d_model,
+        "up": config.d_model,
+        "down": config.d_ff * residual,
+    }
+    values = {}
+    for number, (name, shape) in enumerate(parameter_shapes(config).items()):
+        if name.endswith("norm"):
+            values[name] = jnp.ones(shape, jnp.float32)
+            continue
+        scale = 1 / math.sqrt(inputs[name]) if name in inputs else 0.02
+        own = jax.random.fold_in(key, number)
+        values[name] = scale * jax.random.normal(own, shape, jnp.float32)
+    return values

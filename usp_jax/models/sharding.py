@@ -1,0 +1,200 @@
+"""How a LLaMA's parameters and activations are split over a mesh.
+
+Parameters (and with them optimizer state) are float32 and split over all ZeRO axes; the
+forward pass casts them to the computation's dtype and gathers them over `data` once
+(ZeRO-1), and over the others one layer at a time, just before use (ZeRO-3). Splitting
+the sequence is to ZeRO what splitting the batch is, so `ring` and `ulysses` are ZeRO
+axes like `fsdp`. Gradients take the same way back: the transpose of a gather is a
+reduce-scatter.
+
+The model is a function of one device's shards, run on all of them; `Split` has the
+collectives it calls, which do nothing where there is nothing to split.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from usp_jax._compat import vary_over
+from usp_jax.mesh import axis_size
+from usp_jax.models.config import LlamaConfig
+
+# Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
+# L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
+# vocabulary.
+TABLE: dict[str, tuple[str, str | None, str]] = {
+    "embed": ("VD", "V", "D"),
+    "attention_norm": ("LD", None, "D"),
+    "q": ("LDNH", "N", "D"),
+    "k": ("LDKH", "K", "D"),
+    "v": ("LDKH", "K", "D"),
+    "o": ("LNHD", "N", "D"),
+    "mlp_norm": ("LD", None, "D"),
+    "gate": ("LDF", "F", "D"),
+    "up": ("LDF", "F", "D"),
+    "down": ("LFD", "F", "D"),
+    "final_norm": ("D", None, "D"),
+    "lm_head": ("VD", "V", "D"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The axes of a mesh that split something, that is, whose size is not 1.
+
+    Attributes:
+      zero: split the parameters' working copy, outermost first.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    data: tuple[str, ...] = ()
+    fsdp: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    tensor: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, mesh: Mesh | AbstractMesh | None) -> "Split":
+        """The split over a mesh, or over one device for None."""
+
+        def split(*names):
+            return tuple(name for name in names if axis_size(mesh, name) > 1)
+
+        return cls(
+            mesh,
+            split("data"),
+            split("fsdp"),
+            split("ring", "ulysses"),
+            split("tensor"),
+        )
+
+    @property
+    def zero(self) -> tuple[str, ...]:
+        return self.fsdp + self.sequence
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        return self.data + self.fsdp
+
+    @property
+    def tokens(self) -> jax.P:
+        """Of arrays [B, T, ...]."""
+        return jax.P(self.batch or None, self.sequence or None)
+
+    @property
+    def logits(self) -> jax.P:
+        """Of logits [B, T, V]."""
+        return jax.P(self.batch or None, self.sequence or None, self.tensor or None)
+
+    def parameter(self, name: str) -> jax.P:
+        """Of a parameter: `data` is innermost, so that it can be gathered by itself."""
+        dims, tensor, zero = TABLE[name]
+        axes = {tensor: self.tensor, zero: self.zero + self.data}
+        return jax.P(*(axes.get(dim) or None for dim in dims))
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """How many shards some axes make."""
+        size = 1
+        for name in axes:
+            size *= axis_size(self.mesh, name)
+        return size
+
+    def gather(self, x, name: str, axes: tuple[str, ...]):
+        """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
+        dims, _, zero = TABLE[name]
+        dim = x.ndim - len(dims) + dims.index(zero)
+        return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+    def scatter(self, x, name: str, axes: tuple[str, ...]):
+        """The sum over devices of what `gather` gives, split again."""
+        dims, _, zero = TABLE[name]
+        dim = x.ndim - len(dims) + dims.index(zero)
+        if not axes:
+            return x
+        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+    def vary(self, x):
+        """Marks x as different on every device.
+
+        Where devices along `tensor` then use the same x each for themselves, their
+        gradients are summed here, once.
+        """
+        axes = self.data + self.zero + self.tensor
+        return vary_over(x, frozenset(axes)) if axes else x
+
+    def sum(self, x, axes: tuple[str, ...]):
+        """The sum over the devices along `axes`."""
+        return lax.psum(x, axes) if axes else x
+
+    def index(self, axes: tuple[str, ...]):
+        """This device's place along `axes`."""
+        return lax.axis_index(axes) if axes else 0
+
+    def run(self, f: Callable, in_specs, out_specs) -> Callable:
+        """`f`, a function of one device's shards, on all of them."""
+        if self.mesh is None:
+            return f
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The global shape of each parameter."""
+    sizes = {
+        "L": config.num_layers,
+        "D": config.d_model,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_size,
+        "F": config.d_ff,
+        "V": config.vocab_size,
+    }
+    return {
+        name: tuple(sizes[dim] for dim in dims)
+        for name, (dims, _, _) in TABLE.items()
+        if not (name == "lm_head" and config.tie_embeddings)
+    }
+
+
+def parameter_shardings(
+    config: LlamaConfig, mesh: Mesh | AbstractMesh | None
+) -> dict[str, NamedSharding | None]:
+    """Where each parameter, and what an optimizer keeps for it, lives."""
+    split = Split.of(mesh)
+    return {
+        name: None if mesh is None else NamedSharding(mesh, split.parameter(name))
+        for name in parameter_shapes(config)
+    }
+
+
+def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
+    """Raises ValueError when the model cannot be split over a mesh."""
+    if mesh is None:
+        return
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"mesh={mesh} has Explicit axes; a Llama needs Auto ones: "
+            "make_mesh(explicit=False)"
+        )
+    if axis_size(mesh, "pipe") > 1:
+        raise ValueError(
+            f"the mesh axis 'pipe' has size {axis_size(mesh, 'pipe')}, it must be 1: "
+            "a Llama is not split into pipeline stages"
+        )
+    split = Split.of(mesh)
+    shards = {"ZeRO": split.zero + split.data, "tensor": split.tensor}
+    needs = (
+        ("d_model", "ZeRO"),
+        ("num_heads", "tensor"),
+        ("num_kv_heads", "tensor"),
+        ("d_ff", "tensor"),
+        ("vocab_size", "tensor"),
+    )
+    for name, kind in needs:
+        size, parts = getattr(config, name), split.size(shards[kind])
+        if size % parts:
+            raise ValueError(
+                f"{name}={size} must be a multiple of {parts}, the devices along the "
+                f"mesh axes {shards[kind]}; give one of them fewer devices"
+            )

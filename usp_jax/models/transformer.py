@@ -1,0 +1,158 @@
+"""The LLaMA transformer (arXiv 2307.09288) as a function of one device's shards.
+
+    tokens [b, t]
+      | embed          each device looks all tokens up in its slice of D; all-to-all
+    x [b, t, D]
+      | L blocks       weights gathered one layer at a time, in one scan
+    x [b, t, D]        the final norm's output
+
+Weights are the working copy of the parameters, split over the ZeRO axes and `tensor`.
+Small letters are this device's sizes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from usp_jax import SAVED_NAMES, usp_attention_per_shard
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.rope import rope_angles, rope_frequencies, rotate
+from usp_jax.models.sharding import TABLE, Split
+
+Weights = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """The static side of a call."""
+
+    config: LlamaConfig
+    split: Split
+    layout: str
+
+    def working_copy(self, params: Weights) -> Weights:
+        """What `hidden` and `logits` take, from the float32 shards.
+
+        Matrices are cast to the computation's dtype, then gathered over `data`. Norms
+        are small: they stay float32, and are gathered whole for all layers at once. The
+        embedding's table stays as it is, and the output matrix is a weight of its own.
+        """
+        dtype, split = jnp.dtype(self.config.dtype), self.split
+        output = params["embed" if self.config.tie_embeddings else "lm_head"]
+        weights = {"embed": params["embed"]}
+        for name, x in {**params, "lm_head": output}.items():
+            if _is_norm(name):
+                weights[name] = split.gather(x, name, split.zero + split.data)
+            elif name != "embed":
+                weights[name] = split.gather(x.astype(dtype), name, split.data)
+        return weights
+
+    def hidden(
+        self,
+        weights: Weights,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "#b t"],
+        segment_ids: Int[Array, "b t"] | None,
+    ) -> Float[Array, "b t D"]:
+        """What the output matrix is applied to."""
+        config = self.config
+        frequencies = rope_frequencies(
+            config.head_size, config.rope_theta, config.rope_scaling
+        )
+        angles = rope_angles(positions, frequencies)
+        mask = {"segment_ids": segment_ids}
+        if self.layout == "data":
+            mask["positions"] = jnp.broadcast_to(positions, tokens.shape)
+
+        def body(x, layer):
+            return self._block(layer, x, angles, mask), None
+
+        body = jax.checkpoint(body, policy=_policy(config.remat), prevent_cse=False)
+        layers = {name: w for name, w in weights.items() if TABLE[name][0][0] == "L"}
+        x, _ = lax.scan(body, self._embed(weights["embed"], tokens), layers)
+        return _rms_norm(x, weights["final_norm"], config.rms_norm_eps)
+
+    def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
+        """Logits of this device's part of the vocabulary, float32."""
+        matrix = self.split.gather(weights["lm_head"], "lm_head", self.split.zero)
+        return jnp.einsum(
+            "...D,VD->...V", x, matrix, preferred_element_type=jnp.float32
+        )
+
+    def _embed(self, table, tokens):
+        """[b, t] -> [b, t, D]: what travels is activations, never the table.
+
+        Each device looks the tokens of all of them up in its slice of D, so that the
+        gradient is added up in float32 where the parameter lives.
+        """
+        split = self.split
+        axes = split.zero + split.data
+        every = lax.all_gather(tokens, axes) if axes else tokens[None]
+        ids = every - split.index(split.tensor) * table.shape[0]
+        x = jnp.take(table, ids, axis=0, mode="clip").astype(self.config.dtype)
+        here = (ids >= 0) & (ids < table.shape[0])
+        x = jnp.where(here[..., None], x, 0)
+        if axes:
+            x = lax.all_to_all(x, axes, 0, 3, tiled=True)
+        return split.sum(x[0], split.tensor)
+
+    def _block(self, layer, x, angles, mask):
+        """One layer: attention, then the feed-forward network."""
+        config, split = self.config, self.split
+        w = {
+            name: x if _is_norm(name) else split.gather(x, name, split.zero)
+            for name, x in layer.items()
+        }
+        y = split.vary(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
+        q = rotate(jnp.einsum("BTD,DNH->BTNH", y, w["q"]), *angles)
+        k = rotate(jnp.einsum("BTD,DKH->BTKH", y, w["k"]), *angles)
+        v = jnp.einsum("BTD,DKH->BTKH", y, w["v"])
+        out = usp_attention_per_shard(
+            q,
+            k,
+            v,
+            is_causal=True,
+            layout=self.layout,
+            implementation=config.implementation,
+            **mask,
+        )
+        out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
+        x = x + split.sum(out, split.tensor)
+        y = split.vary(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
+        gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
+        up = jnp.einsum("BTD,DF->BTF", y, w["up"])
+        out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
+        return x + split.sum(out, split.tensor)
+
+
+def _rms_norm(x, weight, eps):
+    """RMSNorm (arXiv 1910.07467), float32 inside."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return (y * weight[None, None]).astype(x.dtype)
+
+
+def _is_norm(name):
+    return name.endswith("norm")
+
+
+def _policy(remat: str) -> Callable[..., Any]:
+    """What a layer keeps for its backward pass; its input is always kept."""
+    if remat == "none":
+        return _all_but_gathered
+    names = {
+        "full": (),
+        "attention": ("usp_out", "usp_lse"),
+        "attention_qkv": SAVED_NAMES,
+    }[remat]
+    return jax.checkpoint_policies.save_only_these_names(*names)
+
+
+def _all_but_gathered(primitive, *_, **__):
+    """Keeps everything but gathered weights: kept, they would be the whole model."""
+    return primitive.name != "all_gather"
