@@ -1,6 +1,5 @@
 """The command line: a preset's name, then options that replace its fields."""
 
-import sys
 from collections.abc import Sequence
 
 import tyro
@@ -33,7 +32,7 @@ def parse(arguments: Sequence[str]) -> Config:
         Config,
         default=preset(name),
         args=options,
-        prog=f"{sys.executable} -m train {name}",
+        prog=f"python -m train {name}",
         description="Trains a LLaMA whose sequence is split over devices.",
     )
     check(config)

@@ -212,12 +212,26 @@ def batches(
     return iter(rows.batch(batch_size).to_iter_dataset(options))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How rows [B, T] are split over a mesh."""
+    return NamedSharding(mesh, jax.P(("data", "fsdp"), ("ring", "ulysses")))
+
+
+def describe(batch_size: int, length: int, mesh: Mesh) -> Batch:
+    """The shapes of a batch, for the compiler."""
+    shape = jax.ShapeDtypeStruct(
+        (batch_size, length), np.int32, sharding=batch_sharding(mesh)
+    )
+    return dict.fromkeys(PADDING, shape)
+
+
 def place(batch: dict[str, np.ndarray], layout: str, mesh: Mesh) -> Batch:
     """Rows in natural order to global arrays in stored order, split over a mesh."""
-    sharding = NamedSharding(mesh, jax.P(("data", "fsdp"), ("ring", "ulysses")))
 
     def one(x):
         stored = to_layout(x, layout, mesh)
-        return jax.make_array_from_callback(x.shape, sharding, stored.__getitem__)
+        return jax.make_array_from_callback(
+            x.shape, batch_sharding(mesh), stored.__getitem__
+        )
 
     return {name: one(x) for name, x in batch.items()}

@@ -8,12 +8,12 @@ import jax
 
 from train.build import Run
 from train.config import Config
-from train.data import place
+from train.data import describe, place
 from train.flops import step_flops
 from train.metrics import MetricsFile, Progress, rates, read_rows
 from train.report import draw_loss, sample
 from train.state import learning_rate, with_params
-from train.step import Metrics, compile_step, make_step
+from train.step import METRICS, Metrics, compile_step, make_step
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> None:
@@ -21,25 +21,17 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> None:
 
     A checkpoint that the run directory has is where it begins.
     """
-    config, state, data = run.config, run.state, run.data
-    checkpoints = run.checkpoints
-    first = checkpoints.newest() or 0
-    if first:
-        state = checkpoints.restore(first, state, data)
-        tell(f"going on after step {first}")
-    schedule = learning_rate(config.optimizer, config.steps)
-    step_fn = make_step(run.graphdef, run.optimizer, schedule, config.layout)
-    compiled = None
-    with contextlib.closing(Log(config, first)) as log:
-        step = first
+    config, mesh, checkpoints = run.config, run.mesh, run.checkpoints
+    state, data = run.state, run.data
+    step = checkpoints.newest() or 0
+    if step:
+        state = checkpoints.restore(step, state, data)
+        tell(f"going on after step {step}")
+    step_fn = _compile(run, state) if step < config.steps else None
+    with contextlib.closing(Log(config, step)) as log:
         while step < config.steps and not should_stop(step):
-            batch = place(next(data), config.layout, run.mesh)
-            if compiled is None:
-                compiled = _compile(step_fn, state, batch)
-                log.begin()
-            state, metrics = compiled(state, batch)
+            state, metrics = step_fn(state, place(next(data), config.layout, mesh))
             step += 1
-            # Tells of the step before, while this one runs.
             log.dispatched(step, metrics)
             if step % config.checkpoint.every == 0:
                 log.finish()
@@ -66,10 +58,6 @@ class Log:
             progress = Progress(config.log, step=step, steps=config.steps)
             self._outputs = MetricsFile(config.run_dir, step), progress
 
-    def begin(self) -> None:
-        """The next step's time begins now."""
-        self._last = time.monotonic()
-
     def dispatched(self, step: int, metrics: Metrics) -> None:
         """Takes the promised metrics of a step, and tells of the one before."""
         self._tell()
@@ -89,7 +77,8 @@ class Log:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        values = jax.device_get(metrics)
+        values = {name: float(values[name]) for name in METRICS}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         due = step % self._config.log.every == 0 or step == self._config.steps
@@ -107,9 +96,12 @@ def tell(message: str) -> None:
         print(message, flush=True)
 
 
-def _compile(step_fn, state, batch):
-    begun = time.monotonic()
-    compiled = compile_step(step_fn, state, batch)
+def _compile(run, state):
+    config, begun = run.config, time.monotonic()
+    schedule = learning_rate(config.optimizer, config.steps)
+    step = make_step(run.graphdef, run.optimizer, schedule, config.layout)
+    batch = describe(config.batch_size, config.sequence_length, run.mesh)
+    compiled = compile_step(step, state, batch)
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")
     return compiled
 

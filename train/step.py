@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -11,6 +12,7 @@ from train.state import State, with_params
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
+METRICS = ("loss", "grad_norm", "learning_rate")
 
 
 def make_step(
@@ -34,16 +36,13 @@ def make_step(
             layout=layout,
         )
         # A batch of nothing but one-token documents has no label.
-        return nats / jax.numpy.maximum(labels, 1)
+        return nats / jnp.maximum(labels, 1)
 
     def step(state, batch):
         value, gradient = jax.value_and_grad(mean_loss)(state.params, batch)
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        metrics = {
-            "loss": value,
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": schedule(state.step),
-        }
+        values = value, optax.tree.norm(gradient), schedule(state.step)
+        metrics = dict(zip(METRICS, values, strict=True))
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, memory), metrics
 
