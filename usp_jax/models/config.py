@@ -25,7 +25,9 @@ class LlamaConfig:
         output and log-sum-exp are kept, so that the ring runs once; "attention_qkv":
         also q, k, v and the output on both sides of the all-to-alls, so that no
         collective of attention runs twice.
-      loss_chunk: how many of a device's tokens have their logits in memory at once.
+      loss_chunk: of how many of a device's tokens, and
+      loss_block: of how many of the vocabulary's entries the loss has logits in memory
+        at once.
       implementation: of attention, as in `usp_attention`.
     """
 
@@ -43,6 +45,7 @@ class LlamaConfig:
     dtype: str = "bfloat16"
     remat: str = "full"
     loss_chunk: int = 1024
+    loss_block: int = 8192
     implementation: str | None = None
 
     @classmethod
@@ -66,6 +69,7 @@ class LlamaConfig:
             "head_size",
             "d_ff",
             "loss_chunk",
+            "loss_block",
         )
         for name in sizes:
             size = getattr(self, name)

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Int, Key
 
-from usp_jax.models.llama import Batch, Llama
+from usp_jax.models.batch import Batch
+from usp_jax.models.llama import Llama
 
 
 def generate(
@@ -84,17 +85,16 @@ def _next_logits(model, tokens, length):
     batch = Batch.of(model.mesh, tokens, segment_ids, places, "natural")
     split = model.split
     out_specs = jax.P(split.batch or None, split.tensor or None)
-    return model.run(_last_logits, (jax.P(),), out_specs)(batch, length - 1)
+    return model.run(_last_logits, batch, out_specs, (length - 1, jax.P()))
 
 
 def _last_logits(transformer, weights, tokens, positions, segment_ids, last):
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     here = (positions == last) & (segment_ids >= 0)
     x = jnp.sum(jnp.where(here[..., None], x, 0), 1)
-    matrix = transformer.output_matrix(weights)
-    logits = jnp.einsum("BD,VD->BV", x, matrix, preferred_element_type=jnp.float32)
     # One shard of the sequence has the token, the others add zeros.
-    return transformer.split.sum(logits, transformer.split.sequence)
+    split = transformer.split
+    return split.sum(transformer.logits(weights, x), split.sequence)
 
 
 def _sample(logits, key, temperature, top_k):

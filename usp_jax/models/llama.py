@@ -4,12 +4,12 @@
     model = Llama("llama3.2-1b", mesh=mesh, rngs=nnx.Rngs(0))
     logits = model(tokens)
 
-`sharding.py` says where parameters live, `transformer.py` what one device computes,
+`sharding.py` says where parameters live, `transformer.py` what one device computes;
 `loss.py` and `generate.py` use a model.
 """
 
-import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,15 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from usp_jax.layout import (
-    check_layout,
-    check_length,
-    from_layout,
-    layout_positions,
-    length_multiple,
-    to_layout,
-)
-from usp_jax.mesh import axis_size
+from usp_jax.models.batch import Batch
 from usp_jax.models.config import LlamaConfig as LlamaConfig
 from usp_jax.models.rope import RopeScaling as RopeScaling
 from usp_jax.models.sharding import (
@@ -43,8 +35,8 @@ Ids = Int[Array, "B T"]
 class Llama(nnx.Module):
     """A LLaMA language model.
 
-    Parameters are float32 `nnx.Param`s, one for each name in `sharding.TABLE`, those of
-    the layers stacked; there is no other state.
+    Its only state are float32 `nnx.Param`s, one for each name in `sharding.TABLE`,
+    those of all layers stacked.
     """
 
     def __init__(
@@ -58,7 +50,7 @@ class Llama(nnx.Module):
 
         Args:
           config: or the name of a preset.
-          mesh: from `make_mesh`; None is one device.
+          mesh: from `make_mesh`, with Auto axes; None is one device.
 
         Raises:
           ValueError: no such preset, or sizes that the mesh does not divide.
@@ -94,159 +86,73 @@ class Llama(nnx.Module):
           ValueError: shapes, dtypes or lengths that do not fit.
         """
         batch = Batch.of(self.mesh, tokens, segment_ids, positions, layout)
-        logits = self.run(_logits, (), self.split.logits)(batch)
-        return batch.restore(logits)
+        return batch.order.restore(self.run(_logits, batch, self.split.logits))
 
     @property
     def split(self) -> Split:
         """How the model's mesh splits arrays."""
         return Split.of(self.mesh)
 
-    def run(self, f, in_specs: tuple, out_specs):
-        """`f(transformer, weights, tokens, positions, segment_ids, *extra)` on shards.
+    def run(self, f: Callable, batch: Batch, out_specs, *extra):
+        """Runs a function of one device's shards on all of them.
 
-        Returns a function of (batch, *extra), with `in_specs` of the extra arguments.
+        Args:
+          f: called as f(transformer, weights, tokens, positions, segment_ids, *extra).
+          out_specs: how its results are split.
+          extra: (array, partition spec) pairs.
         """
+        split = self.split
+        transformer = Transformer(self.config, split, batch.order.stored)
+        params = {name: getattr(self, name)[...] for name in self._names}
+        one_row = batch.positions.shape[0] == 1
+        positions = jax.P(None, *split.tokens[1:]) if one_row else split.tokens
+        arrays = [
+            (params, {name: split.parameter(name) for name in params}),
+            (batch.tokens, split.tokens),
+            (batch.positions, positions),
+            (batch.segment_ids, split.tokens),
+            *extra,
+        ]
 
-        def call(batch: Batch, *extra):
-            split = self.split
-            transformer = Transformer(self.config, split, batch.layout)
+        def shards(params, *rest):
+            return f(transformer, transformer.working_copy(params), *rest)
 
-            def shards(params, *arrays):
-                return f(transformer, transformer.working_copy(params), *arrays)
+        values, specs = zip(*arrays, strict=True)
+        return split.run(shards, specs, out_specs)(*values)
 
-            params = {
-                name: getattr(self, name)[...] for name in parameter_shapes(self.config)
-            }
-            specs = {name: split.parameter(name) for name in params}
-            rows = (
-                split.tokens
-                if batch.positions.shape[0] > 1
-                else jax.P(None, *split.tokens[1:])
-            )
-            run = split.run(
-                shards,
-                (specs, split.tokens, rows, split.tokens, *in_specs),
-                out_specs,
-            )
-            return run(params, batch.tokens, batch.positions, batch.segment_ids, *extra)
-
-        return call
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Tokens in a stored order, checked, at a length that the mesh divides.
-
-    Attributes:
-      tokens: int32 [B, T].
-      positions: int32 [B, T] or [1, T].
-      segment_ids: int32 [B, T] or None.
-      layout: the order that the arrays are in.
-      given: the layout that the caller named.
-      length: the number of tokens that the caller gave.
-    """
-
-    mesh: Mesh | AbstractMesh | None
-    tokens: Array
-    positions: Array
-    segment_ids: Array | None
-    layout: str
-    given: str
-    length: int
-
-    @classmethod
-    def of(cls, mesh, tokens, segment_ids, positions, layout: str) -> "Batch":
-        """Checks the arrays, pads them and stores them in a layout."""
-        if layout != "natural":
-            check_layout(layout)
-        if layout == "data" and positions is None:
-            raise ValueError('layout="data" needs positions=, int32 [B, T]')
-        _check_ids(mesh, tokens, segment_ids, positions)
-        sizes = axis_size(mesh, "ring"), axis_size(mesh, "ulysses")
-        length = tokens.shape[1]
-        stored = layout
-        if layout == "natural":
-            stored = "zigzag" if sizes[0] > 1 else "contiguous"
-        padding = -length % length_multiple(stored, *sizes)
-        if padding and layout not in ("natural", "contiguous"):
-            check_length(length, layout, *sizes, "tokens.shape[1]")
-        if padding and segment_ids is None:
-            segment_ids = jnp.zeros_like(tokens)
-
-        batch = cls(mesh, tokens, positions, segment_ids, stored, layout, length)
-        tokens, positions = batch.store(tokens, 0), batch.store(positions, 0)
-        segment_ids = batch.store(segment_ids, -1)
-        if positions is None:
-            positions = layout_positions(tokens.shape[1], stored, mesh)[None]
-        return dataclasses.replace(
-            batch, tokens=tokens, positions=positions, segment_ids=segment_ids
-        )
-
-    def store(self, x, pad_value: int):
-        """An array [B, T] in the caller's order, padded and permuted as the tokens."""
-        if x is None:
-            return None
-        sizes = axis_size(self.mesh, "ring"), axis_size(self.mesh, "ulysses")
-        padding = -self.length % length_multiple(self.layout, *sizes)
-        if padding:
-            x = jnp.pad(x, ((0, 0), (0, padding)), constant_values=pad_value)
-        return to_layout(x, self.layout, self.mesh) if self.given == "natural" else x
-
-    def restore(self, x):
-        """[B, T, ...] in the caller's order and length."""
-        if self.given == "natural":
-            x = from_layout(x, self.layout, self.mesh)
-        return x[:, : self.length]
-
-
-def _check_ids(mesh, tokens, segment_ids, positions):
-    ids = (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions))
-    for name, x in ids:
-        if x is None:
-            continue
-        if x.ndim != 2 or x.shape != tokens.shape or 0 in x.shape:
-            raise ValueError(
-                f"{name}.shape={x.shape} must be [B, T]"
-                + ("" if name == "tokens" else f" = {tokens.shape}, as tokens")
-            )
-        if x.dtype != jnp.int32:
-            raise ValueError(f"{name}.dtype={x.dtype} must be int32")
-    ways = axis_size(mesh, "data") * axis_size(mesh, "fsdp")
-    if tokens.shape[0] % ways:
-        raise ValueError(
-            f"the batch, B={tokens.shape[0]}, must be a multiple of data·fsdp = {ways}"
-        )
+    @property
+    def _names(self):
+        return parameter_shapes(self.config)
 
 
 def _logits(transformer, weights, tokens, positions, segment_ids):
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    matrix = transformer.output_matrix(weights)
-    return jnp.einsum("BTD,VD->BTV", x, matrix, preferred_element_type=jnp.float32)
+    return transformer.logits(weights, x)
 
 
 def _draw(config, key):
-    """The first values of all parameters: the variance of activations is kept.
+    """The first values of all parameters.
 
-    Embeddings are drawn small, so that the first logits are near 0; what is added to
-    the residual stream is smaller the more layers add to it.
+    Matrices keep the variance of what they are applied to. The embeddings are drawn
+    small, so that the first logits are near 0; and what is added to the residual stream
+    is the smaller, the more layers add to it.
     """
-    shapes = parameter_shapes(config)
-    fan_in = {
+    residual = 2 * config.num_layers
+    inputs = {
         "q": config.d_model,
         "k": config.d_model,
         "v": config.d_model,
-        "o": config.num_heads * config.head_size * 2 * config.num_layers,
+        "o": config.num_heads * config.head_size * residual,
         "gate": config.d_model,
         "up": config.d_model,
-        "down": config.d_ff * 2 * config.num_layers,
+        "down": config.d_ff * residual,
     }
     values = {}
-    for number, (name, shape) in enumerate(shapes.items()):
+    for number, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("norm"):
             values[name] = jnp.ones(shape, jnp.float32)
             continue
-        scale = 1 / math.sqrt(fan_in[name]) if name in fan_in else 0.02
+        scale = 1 / math.sqrt(inputs[name]) if name in inputs else 0.02
         own = jax.random.fold_in(key, number)
         values[name] = scale * jax.random.normal(own, shape, jnp.float32)
     return values

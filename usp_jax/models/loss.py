@@ -1,7 +1,9 @@
 """Cross-entropy of the next token without the logits of a whole sequence.
 
-Each device takes its own tokens a chunk at a time, forward and backward, so that no
-[T, V] array exists, and the sums over devices do not depend on how tokens are split.
+Each device computes its own tokens' logits in tiles, forward and again backward: chunks
+of tokens by blocks of the vocabulary, with the softmax's running maximum and sum over
+the blocks. So no [T, V] array exists, no sequence is gathered, and of the output matrix
+and its gradient one block at a time is whole.
 """
 
 from functools import partial
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from usp_jax.models.llama import Batch, Llama
+from usp_jax.models.batch import Batch
+from usp_jax.models.llama import Llama
 
 Ids = Int[Array, "B T"]
 NO_LABEL = -1
@@ -45,8 +48,9 @@ def loss(
             f"{list(tokens.shape)}, as tokens"
         )
     batch = Batch.of(model.mesh, tokens, segment_ids, positions, layout)
-    run = model.run(_loss, (model.split.tokens,), (jax.P(), jax.P()))
-    return run(batch, batch.store(labels, NO_LABEL))
+    labels = batch.order.store(labels, NO_LABEL)
+    extra = (labels, model.split.tokens)
+    return model.run(_loss, batch, (jax.P(), jax.P()), extra)
 
 
 def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
@@ -62,76 +66,100 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
 
 
 def _loss(transformer, weights, tokens, positions, segment_ids, labels):
+    """(nats, number of labels) of all devices."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    split, chunk = transformer.split, transformer.config.loss_chunk
-    x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
-    chunk = min(chunk, labels.size)
+    split, config = transformer.split, transformer.config
+    chunk = min(config.loss_chunk, labels.size)
     padding = -labels.size % chunk
-    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
-    labels = jnp.pad(labels, (0, padding), constant_values=NO_LABEL)
-    labels = labels.reshape(-1, chunk)
-    nats = _nats(split, x, transformer.output_matrix(weights), labels)
+    x = jnp.pad(x.reshape(labels.size, -1), ((0, padding), (0, 0)))
+    labels = jnp.pad(labels.reshape(-1), (0, padding), constant_values=NO_LABEL)
+    x, labels = x.reshape(-1, chunk, x.shape[-1]), labels.reshape(-1, chunk)
+    blocks = _blocks(weights["lm_head"], config.loss_block)
+    nats = split.sum(_nats(split, x, blocks, labels), split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
-    everyone = split.batch + split.sequence
-    return split.sum(nats, everyone), split.sum(count, everyone)
+    return nats, split.sum(count, split.batch + split.sequence)
+
+
+def _blocks(matrix, limit):
+    """[v, d] -> [number, block, d], the largest equal blocks of at most `limit`."""
+    size = matrix.shape[0]
+    number = next(n for n in range(-(-size // limit), size + 1) if size % n == 0)
+    return matrix.reshape(number, size // number, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nats(split, x, matrix, labels):
+def _nats(split, x, blocks, labels):
     """The sum of nats of this device's labels.
 
     Args:
       x: [n, c, D], n chunks of c tokens.
-      matrix: [v, D], this device's part of the vocabulary.
+      blocks: [m, w, d], this device's part of the output matrix as m blocks.
       labels: int32 [n, c].
     """
-    return _nats_fwd(split, x, matrix, labels)[0]
+    return _nats_fwd(split, x, blocks, labels)[0]
 
 
-def _nats_fwd(split, x, matrix, labels):
-    def body(total, chunk):
-        x, labels = chunk
-        logits, hot = _chunk(split, x, matrix, labels)
-        top = jnp.max(logits, -1)
-        if split.tensor:
-            top = lax.pmax(top, split.tensor)
-        weights = jnp.exp(logits - top[:, None])
-        lse = top + jnp.log(split.sum(jnp.sum(weights, -1), split.tensor))
-        label = split.sum(jnp.sum(jnp.where(hot, logits, 0), -1), split.tensor)
-        total += jnp.sum(jnp.where(labels >= 0, lse - label, 0))
-        return total, lse
+def _nats_fwd(split, x, blocks, labels):
+    def body(carry, block):
+        matrix = split.gather(block[1], "lm_head", split.zero)
 
-    # Zero, varying over the axes that the sum varies over.
-    zero = jnp.sum(x[:0].astype(jnp.float32)) + jnp.sum(labels[:0])
-    total, lse = lax.scan(body, zero, (x, labels))
-    return total, (x, matrix, labels, lse)
+        def tile(_, chunk):
+            x, labels, top, total, hit = chunk
+            logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
+            higher = jnp.maximum(top, jnp.max(logits, -1))
+            now = jnp.sum(jnp.exp(logits - higher[:, None]), -1)
+            total = total * jnp.exp(top - higher) + now
+            return None, (higher, total, hit + jnp.sum(jnp.where(hot, logits, 0), -1))
+
+        return lax.scan(tile, None, (x, labels, *carry))[1], None
+
+    zeros = split.vary(jnp.zeros(labels.shape, jnp.float32))
+    carry = (zeros - jnp.inf, zeros, zeros)
+    (top, total, hit), _ = lax.scan(body, carry, _numbered(blocks))
+    highest = lax.pmax(top, split.tensor) if split.tensor else top
+    total = split.sum(total * jnp.exp(top - highest), split.tensor)
+    lse = highest + jnp.log(total)
+    nats = jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0)
+    return jnp.sum(nats), (x, blocks, labels, lse)
 
 
-def _nats_bwd(split, saved, dtotal):
-    x, matrix, labels, lse = saved
+def _nats_bwd(split, saved, dnats):
+    x, blocks, labels, lse = saved
+    weight = jnp.where(labels >= 0, dnats, 0)
 
-    def body(dmatrix, chunk):
-        x, labels, lse = chunk
-        logits, hot = _chunk(split, x, matrix, labels)
-        dlogits = jnp.exp(logits - lse[:, None]) - hot
-        dlogits *= jnp.where(labels >= 0, dtotal, 0)[:, None]
-        dlogits = dlogits.astype(x.dtype)
-        dx = split.sum(jnp.einsum("TV,VD->TD", dlogits, matrix), split.tensor)
-        dmatrix += jnp.einsum(
-            "TV,TD->VD", dlogits, x, preferred_element_type=jnp.float32
-        )
-        return dmatrix, dx
+    def body(dx, block):
+        matrix = split.gather(block[1], "lm_head", split.zero)
 
-    dmatrix, dx = lax.scan(body, jnp.zeros_like(matrix, jnp.float32), (x, labels, lse))
-    return dx, dmatrix.astype(matrix.dtype), None
+        def tile(dmatrix, chunk):
+            x, labels, lse, weight, dx = chunk
+            logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
+            dlogits = (jnp.exp(logits - lse[:, None]) - hot) * weight[:, None]
+            dlogits = dlogits.astype(x.dtype)
+            dx += _matmul("TV,VD->TD", dlogits, matrix)
+            return dmatrix + _matmul("TV,TD->VD", dlogits, x), dx
+
+        zeros = split.vary(jnp.zeros(matrix.shape, jnp.float32))
+        dmatrix, dx = lax.scan(tile, zeros, (x, labels, lse, weight, dx))
+        return dx, split.scatter(dmatrix.astype(matrix.dtype), "lm_head", split.zero)
+
+    zeros = split.vary(jnp.zeros(x.shape, jnp.float32))
+    dx, dblocks = lax.scan(body, zeros, _numbered(blocks))
+    return split.sum(dx, split.tensor).astype(x.dtype), dblocks, None
 
 
 _nats.defvjp(_nats_fwd, _nats_bwd)
 
 
-def _chunk(split, x, matrix, labels):
-    """Logits of this device's vocabulary, and which of them is the label's."""
-    logits = jnp.einsum("TD,VD->TV", x, matrix, preferred_element_type=jnp.float32)
-    first = split.index(split.tensor) * matrix.shape[0]
-    own = first + lax.iota(jnp.int32, matrix.shape[0])
-    return logits, labels[:, None] == own[None]
+def _numbered(blocks):
+    return lax.iota(jnp.int32, blocks.shape[0]), blocks
+
+
+def _tile(split, x, matrix, labels, number, blocks):
+    """Logits of a chunk of tokens in a block, and which of them are the labels'."""
+    first = (split.index(split.tensor) * blocks.shape[0] + number) * blocks.shape[1]
+    own = first + lax.iota(jnp.int32, blocks.shape[1])
+    return _matmul("TD,VD->TV", x, matrix), labels[:, None] == own[None]
+
+
+def _matmul(dims, x, y):
+    return jnp.einsum(dims, x, y, preferred_element_type=jnp.float32)

@@ -18,6 +18,7 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from usp_jax._compat import vary_over
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
 
@@ -100,13 +101,28 @@ class Split:
             size *= axis_size(self.mesh, name)
         return size
 
-    def gather(self, x, name: str, axes: tuple[str, ...], *, of_layer: bool = False):
-        """A parameter's shards over `axes` put together; `of_layer`: it has no L."""
+    def gather(self, x, name: str, axes: tuple[str, ...]):
+        """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
+        dims, _, zero = TABLE[name]
+        dim = x.ndim - len(dims) + dims.index(zero)
+        return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+    def scatter(self, x, name: str, axes: tuple[str, ...]):
+        """The sum over devices of what `gather` gives, split again."""
+        dims, _, zero = TABLE[name]
+        dim = x.ndim - len(dims) + dims.index(zero)
         if not axes:
             return x
-        dims, _, zero = TABLE[name]
-        dim = dims.removeprefix("L" if of_layer else "").index(zero)
-        return lax.all_gather(x, axes, axis=dim, tiled=True)
+        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+    def vary(self, x):
+        """Marks x as different on every device.
+
+        Where devices along `tensor` then use the same x each for themselves, their
+        gradients are summed here, once.
+        """
+        axes = self.data + self.zero + self.tensor
+        return vary_over(x, frozenset(axes)) if axes else x
 
     def sum(self, x, axes: tuple[str, ...]):
         """The sum over the devices along `axes`."""

@@ -6,8 +6,8 @@
       | L blocks       weights gathered one layer at a time, in one scan
     x [b, t, D]        the final norm's output
 
-Weights are the working copy: the computation's dtype, split over the ZeRO axes and
-`tensor`. Small letters are this device's sizes.
+Weights are the working copy of the parameters, split over the ZeRO axes and `tensor`.
+Small letters are this device's sizes.
 """
 
 import dataclasses
@@ -36,14 +36,21 @@ class Transformer:
     layout: str
 
     def working_copy(self, params: Weights) -> Weights:
-        """The float32 shards, cast and gathered over `data`; norms gathered whole."""
+        """What `hidden` and `logits` take, from the float32 shards.
+
+        Matrices are cast to the computation's dtype, then gathered over `data`. Norms
+        are small: they stay float32, and are gathered whole for all layers at once. The
+        embedding's table stays as it is, and the output matrix is a weight of its own.
+        """
         dtype, split = jnp.dtype(self.config.dtype), self.split
-
-        def prepare(name, x):
-            axes = split.zero + split.data if _is_norm(name) else split.data
-            return split.gather(x.astype(dtype), name, axes)
-
-        return {name: prepare(name, x) for name, x in params.items()}
+        output = params["embed" if self.config.tie_embeddings else "lm_head"]
+        weights = {"embed": params["embed"]}
+        for name, x in {**params, "lm_head": output}.items():
+            if _is_norm(name):
+                weights[name] = split.gather(x, name, split.zero + split.data)
+            elif name != "embed":
+                weights[name] = split.gather(x.astype(dtype), name, split.data)
+        return weights
 
     def hidden(
         self,
@@ -70,35 +77,38 @@ class Transformer:
         x, _ = lax.scan(body, self._embed(weights["embed"], tokens), layers)
         return _rms_norm(x, weights["final_norm"], config.rms_norm_eps)
 
-    def output_matrix(self, weights: Weights) -> Float[Array, "v D"]:
-        """The weights that turn hidden states into logits, gathered."""
-        name = "embed" if self.config.tie_embeddings else "lm_head"
-        return self.split.gather(weights[name], name, self.split.zero)
+    def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
+        """Logits of this device's part of the vocabulary, float32."""
+        matrix = self.split.gather(weights["lm_head"], "lm_head", self.split.zero)
+        return jnp.einsum(
+            "...D,VD->...V", x, matrix, preferred_element_type=jnp.float32
+        )
 
     def _embed(self, table, tokens):
-        """[b, t] -> [b, t, D]: what travels is activations, never the table."""
+        """[b, t] -> [b, t, D]: what travels is activations, never the table.
+
+        Each device looks the tokens of all of them up in its slice of D, so that the
+        gradient is added up in float32 where the parameter lives.
+        """
         split = self.split
-        every = tokens[None]
-        if split.zero:
-            every = lax.all_gather(tokens, split.zero)
+        axes = split.zero + split.data
+        every = lax.all_gather(tokens, axes) if axes else tokens[None]
         ids = every - split.index(split.tensor) * table.shape[0]
-        here = (0 <= ids) & (ids < table.shape[0])
-        x = jnp.take(table, ids, axis=0, mode="clip")
+        x = jnp.take(table, ids, axis=0, mode="clip").astype(self.config.dtype)
+        here = (ids >= 0) & (ids < table.shape[0])
         x = jnp.where(here[..., None], x, 0)
-        if split.zero:
-            x = lax.all_to_all(x, split.zero, 0, 3, tiled=True)
+        if axes:
+            x = lax.all_to_all(x, axes, 0, 3, tiled=True)
         return split.sum(x[0], split.tensor)
 
     def _block(self, layer, x, angles, mask):
         """One layer: attention, then the feed-forward network."""
         config, split = self.config, self.split
         w = {
-            name: x
-            if _is_norm(name)
-            else split.gather(x, name, split.zero, of_layer=True)
+            name: x if _is_norm(name) else split.gather(x, name, split.zero)
             for name, x in layer.items()
         }
-        y = _rms_norm(x, w["attention_norm"], config.rms_norm_eps)
+        y = split.vary(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
         q = rotate(jnp.einsum("BTD,DNH->BTNH", y, w["q"]), *angles)
         k = rotate(jnp.einsum("BTD,DKH->BTKH", y, w["k"]), *angles)
         v = jnp.einsum("BTD,DKH->BTKH", y, w["v"])
@@ -113,7 +123,7 @@ class Transformer:
         )
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
         x = x + split.sum(out, split.tensor)
-        y = _rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
+        y = split.vary(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
         gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
         up = jnp.einsum("BTD,DF->BTF", y, w["up"])
         out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
@@ -124,7 +134,7 @@ def _rms_norm(x, weight, eps):
     """RMSNorm (arXiv 1910.07467), float32 inside."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight[None, None]
+    return (y * weight[None, None]).astype(x.dtype)
 
 
 def _is_norm(name):

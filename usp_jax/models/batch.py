@@ -1,0 +1,116 @@
+"""The tokens of a call, checked, padded and put into the order that they are stored in.
+
+"natural" order is stored zigzag where there is a ring, which balances causal attention.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from usp_jax.layout import (
+    check_layout,
+    check_length,
+    from_layout,
+    layout_positions,
+    length_multiple,
+    to_layout,
+)
+from usp_jax.mesh import axis_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How the caller's tokens are stored.
+
+    Attributes:
+      given: the layout that the caller named.
+      stored: the layout that they get.
+      length: how many tokens a row has, and `padding` how many are appended.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    given: str
+    stored: str
+    length: int
+    padding: int
+
+    @classmethod
+    def of(cls, layout: str, length: int, mesh: Mesh | AbstractMesh | None) -> "Order":
+        """Raises ValueError for an unknown layout, or a length that it cannot have."""
+        if layout != "natural":
+            check_layout(layout)
+        sizes = axis_size(mesh, "ring"), axis_size(mesh, "ulysses")
+        stored = layout
+        if layout == "natural":
+            stored = "zigzag" if sizes[0] > 1 else "contiguous"
+        elif layout != "contiguous":
+            check_length(length, layout, *sizes, "tokens.shape[1]")
+        padding = -length % length_multiple(stored, *sizes)
+        return cls(mesh, layout, stored, length, padding)
+
+    def store(self, x, pad_value: int):
+        """[B, T] as the caller's -> [B, T + padding] as it is stored."""
+        if self.padding:
+            x = jnp.pad(x, ((0, 0), (0, self.padding)), constant_values=pad_value)
+        return to_layout(x, self.stored, self.mesh) if self.given == "natural" else x
+
+    def restore(self, x):
+        """[B, T + padding, ...] as it is stored -> [B, T, ...] as the caller's."""
+        if self.given == "natural":
+            x = from_layout(x, self.stored, self.mesh)
+        return x[:, : self.length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Stored tokens, of a length that the mesh divides.
+
+    Attributes:
+      tokens: int32 [B, T].
+      positions: int32 [B, T], or [1, T] where all rows have the same.
+      segment_ids: int32 [B, T] or None.
+    """
+
+    order: Order
+    tokens: Any
+    positions: Any
+    segment_ids: Any
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh | AbstractMesh | None, tokens, segment_ids, positions, layout
+    ) -> "Batch":
+        """Raises ValueError for shapes, dtypes and lengths that do not fit."""
+        _check("tokens", tokens, tokens)
+        ways = axis_size(mesh, "data") * axis_size(mesh, "fsdp")
+        if tokens.shape[0] % ways:
+            raise ValueError(
+                f"the batch, B={tokens.shape[0]}, must be a multiple of data·fsdp = "
+                f"{ways}"
+            )
+        order = Order.of(layout, tokens.shape[1], mesh)
+        if segment_ids is not None:
+            _check("segment_ids", segment_ids, tokens)
+        elif order.padding:
+            segment_ids = jnp.zeros_like(tokens)
+        if positions is not None:
+            _check("positions", positions, tokens)
+            positions = order.store(positions, 0)
+        elif layout == "data":
+            raise ValueError('layout="data" needs positions=, an int32 array [B, T]')
+        else:
+            length = order.length + order.padding
+            positions = layout_positions(length, order.stored, mesh)[None]
+        if segment_ids is not None:
+            segment_ids = order.store(segment_ids, -1)
+        return cls(order, order.store(tokens, 0), positions, segment_ids)
+
+
+def _check(name, x, tokens):
+    expected = "[B, T]" if x is tokens else f"{tokens.shape}, that of tokens"
+    if x.ndim != 2 or 0 in x.shape or x.shape != tokens.shape:
+        raise ValueError(f"{name}.shape={x.shape} must be {expected}")
+    if x.dtype != jnp.int32:
+        raise ValueError(f"{name}.dtype={x.dtype} must be int32")
