@@ -39,7 +39,7 @@ def test_losses_fall(plain: Config) -> None:
     found = losses(plain.run_dir)
     assert [step for step, _ in found] == list(range(1, 21))
     assert abs(found[0][1] - np.log(256)) < 0.1
-    assert found[-1][1] < 4
+    assert found[-1][1] < 4.3
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
