@@ -56,7 +56,7 @@ def shard_positions(
 def padded_length(
     length: int,
     layout: str,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh | AbstractMesh | None,
     *,
     axes: MeshAxes = MeshAxes(),
 ) -> int:
@@ -75,7 +75,7 @@ def padded_length(
 def layout_positions(
     length: int,
     layout: str,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh | AbstractMesh | None,
     *,
     axes: MeshAxes = MeshAxes(),
 ) -> Int[Array, " T"]:
@@ -102,7 +102,7 @@ def layout_positions(
 def to_layout(
     x: Array | np.ndarray,
     layout: str,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh | AbstractMesh | None,
     *,
     axis: int = 1,
     pad_value=None,
@@ -135,7 +135,7 @@ def to_layout(
 def from_layout(
     x: Array | np.ndarray,
     layout: str,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh | AbstractMesh | None,
     *,
     axis: int = 1,
     length: int | None = None,

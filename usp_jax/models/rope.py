@@ -77,8 +77,8 @@ def rope_angles(
 
 def rotate(
     x: Float[Array, "B T N H"],
-    cos: Float[Array, "B T h"],
-    sin: Float[Array, "B T h"],
+    cos: Float[Array, "#B T h"],
+    sin: Float[Array, "#B T h"],
 ) -> Float[Array, "B T N H"]:
     """Applies RoPE to the heads of q or k; float32 inside, x's dtype outside."""
     cos, sin = cos[..., None, :], sin[..., None, :]

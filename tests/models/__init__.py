@@ -1,0 +1,1 @@
+"""Tests of `usp_jax.models`."""
