@@ -23,7 +23,7 @@ def tiny() -> Config:
         ),
         steps=300,
         sequence_length=1024,
-        batch_size=8,
+        batch_size=4,
         run_dir=RUNS / "tiny",
         fake_devices=8,
         dtype="float32",
