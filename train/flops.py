@@ -58,11 +58,14 @@ def layer_weights(model: ModelConfig) -> int:
 def _recomputed(config, layers, attention):
     """What a layer's forward costs when its backward needs it again."""
     model = config.model
+    per_weight = layers / layer_weights(model)
     # The last product of a layer, `down`, is nobody's input.
-    needed = layers * (1 - model.d_model * model.d_ff / layer_weights(model))
+    needed = layers - per_weight * model.d_model * model.d_ff
+    heads = model.num_heads + 2 * model.num_kv_heads
+    projections = per_weight * model.d_model * heads * model.head_size
     return {
         "none": 0.0,
         "full": needed + attention,
         "attention": needed,
-        "attention_qkv": needed,
+        "attention_qkv": needed - projections,
     }[model.remat]

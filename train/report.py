@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def sample(
     prompt = vocabulary.encode(config.prompt.encode(), special=False)
     tokens = generate(
         model,
-        prompt[None],
+        jnp.asarray(prompt)[None],
         config.length,
         key=jax.random.key(seed),
         temperature=config.temperature,
