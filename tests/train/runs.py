@@ -1,0 +1,129 @@
+"""Small runs for the tests: in this process, and as programs of their own."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.build import build
+from train.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+)
+from train.loop import train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def write_text(folder: Path) -> Path:
+    """A folder with documents of many lengths, the same at each call."""
+    draw = random.Random(7)
+    words = ["ring", "of", "devices", "sends", "its", "keys", "round", "\n", "(", "x1"]
+    folder.mkdir()
+    for number in range(24):
+        length = int(draw.paretovariate(0.8) * 8)
+        text = " ".join(draw.choice(words) for _ in range(min(length, 400)))
+        (folder / f"{number:02}.txt").write_text(text)
+    return folder
+
+
+def small_config(tmp_path: Path, **changes: Any) -> Config:
+    """A run of a very small model in `tmp_path`, on all eight devices."""
+    text = tmp_path / "text"
+    config = Config(
+        model=ModelConfig(
+            vocab_size=256,
+            d_model=32,
+            num_layers=2,
+            num_heads=8,
+            num_kv_heads=2,
+            head_size=4,
+            d_ff=64,
+        ),
+        steps=20,
+        sequence_length=64,
+        batch_size=8,
+        run_dir=tmp_path / "run",
+        dtype="float32",
+        mesh=MeshConfig(ring=4, ulysses=2),
+        data=DataConfig(text if text.exists() else write_text(text)),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(),
+        sample=SampleConfig(length=0),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def never(step: int) -> bool:
+    """For `train`: no signal comes."""
+    del step
+    return False
+
+
+def run_here(config: Config) -> list[dict[str, Any]]:
+    """Trains in this process and returns the rows of metrics.jsonl."""
+    train(build(config), never)
+    return rows(config.run_dir)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The finished lines of a run's metrics.jsonl, while it runs or after."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every row."""
+    return [(row["step"], row["loss"]) for row in rows(run_dir)]
+
+
+def options(config: Config) -> list[str]:
+    """The command line that asks for `config`."""
+    found = []
+
+    def add(prefix, section):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                add(f"{prefix}{field.name}.", value)
+            elif isinstance(value, bool):
+                found.append(f"--{prefix}{'' if value else 'no-'}{field.name}")
+            else:
+                found.extend([f"--{prefix}{field.name}", str(value)])
+
+    add("", config)
+    return found
+
+
+def start(arguments: list[str], cache: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Starts `python -m train` with a cache of compiled programs; it tells `log`."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "train", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for a program that must succeed."""
+    assert process.wait(timeout=600) == 0, log.read_text()

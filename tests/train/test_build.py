@@ -1,0 +1,128 @@
+"""Mistakes that only the text, the devices or the run directory show."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from tests.train.runs import ROOT, run_here, small_config
+from train.build import build
+from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return small_config(tmp_path, steps=2)
+
+
+def test_more_devices_than_there_are(config: Config) -> None:
+    config = dataclasses.replace(config, mesh=MeshConfig(ring=8, ulysses=2))
+    with pytest.raises(
+        ValueError, match="needs 16 devices, there are 8; --fake-devices 16 makes"
+    ):
+        build(config)
+
+
+def test_a_model_that_the_mesh_cannot_split(config: Config) -> None:
+    config = dataclasses.replace(config, mesh=MeshConfig(tensor=4))
+    with pytest.raises(ValueError, match="num_kv_heads=2 must be a multiple of 4"):
+        build(config)
+    config = dataclasses.replace(config, mesh=MeshConfig(pipe=2))
+    with pytest.raises(ValueError, match="'pipe' has size 2, it must be 1"):
+        build(config)
+
+
+def test_text_that_is_not_there(config: Config, tmp_path: Path) -> None:
+    for name, message in (
+        ("missing.txt", r"data\.path=.*missing\.txt is not there; it must be a text"),
+        ("empty.txt", "has no document of at least two tokens"),
+        ("folder", "is a folder without files"),
+    ):
+        path = tmp_path / name
+        if name == "empty.txt":
+            path.touch()
+        if name == "folder":
+            path.mkdir()
+        with pytest.raises(ValueError, match=message):
+            build(dataclasses.replace(config, data=DataConfig(path)))
+    assert not config.run_dir.exists()
+
+
+def test_tokenizers_that_are_none(config: Config, tmp_path: Path) -> None:
+    missing = dataclasses.replace(config.data, tokenizer=tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not there; it must be"):
+        build(dataclasses.replace(config, data=missing))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
+        build(dataclasses.replace(config, data=missing))
+
+
+def test_a_vocabulary_that_is_too_small(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    words = {f"word{number}": number for number in range(300)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "word0")).save(str(path))
+    data = dataclasses.replace(config.data, tokenizer=path)
+    with pytest.raises(
+        ValueError, match=r"model\.vocab_size=256 is less than the 300 tokens of data"
+    ):
+        build(dataclasses.replace(config, data=data))
+
+
+def test_a_run_directory_of_another_run(config: Config, tmp_path: Path) -> None:
+    build(config)
+    before = (config.run_dir / "config.json").read_text()
+    others = {
+        "model.d_ff: 64 there, 128 now": {
+            "model": dataclasses.replace(config.model, d_ff=128)
+        },
+        r"optimizer\.learning_rate: 0\.003 there, 0\.5 now": {
+            "optimizer": OptimizerConfig(learning_rate=0.5, warmup_steps=5)
+        },
+        "seed: 0 there, 7 now": {"seed": 7},
+        r"data\.tokens: \d+ there, 9 now": {"data": DataConfig(tmp_path / "new.txt")},
+    }
+    (tmp_path / "new.txt").write_text("nine char")
+    for message, changes in others.items():
+        with pytest.raises(ValueError, match=message) as told:
+            build(dataclasses.replace(config, **changes))
+        assert f"run_dir={config.run_dir} holds another run:" in str(told.value)
+        assert "or another --run-dir to begin anew" in str(told.value)
+    assert (config.run_dir / "config.json").read_text() == before
+
+
+def test_what_may_change_when_a_run_goes_on(config: Config) -> None:
+    run_here(config)
+    changed = dataclasses.replace(
+        config,
+        steps=4,
+        layout="contiguous",
+        mesh=MeshConfig(fsdp=2, ulysses=2),
+        model=dataclasses.replace(config.model, remat="none", loss_chunk=16),
+    )
+    assert [row["step"] for row in run_here(changed)] == [1, 2, 3, 4]
+    told = json.loads((config.run_dir / "config.json").read_text())
+    assert (told["steps"], told["mesh"]["fsdp"], told["model"]["remat"]) == (
+        4,
+        2,
+        "none",
+    )
+    with pytest.raises(ValueError, match="has done 4 steps already, steps=3 is fewer"):
+        build(dataclasses.replace(changed, steps=3))
+
+
+def test_the_program_tells_mistakes_in_one_line() -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "train", "tiny", "--data.path", "nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (child.returncode, child.stdout) == (2, "")
+    assert child.stderr == (
+        "error: data.path=nowhere is not there; it must be a text file or a folder of "
+        "them\n"
+    )

@@ -1,0 +1,127 @@
+"""What cannot be trained is told, with the option, its value and the remedy."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import options, small_config
+from train.cli import parse
+from train.config import DistributedConfig, MeshConfig, check, flatten
+from train.presets import PRESETS, preset
+
+WRONG = {
+    "steps 0": (["--steps", "0"], "steps=0 must be positive"),
+    "batch size 0": (["--batch-size", "0"], "batch_size=0 must be positive"),
+    "mesh size 0": (["--mesh.ring", "0"], r"mesh\.ring=0 must be positive"),
+    "seed": (["--seed", "-1"], "seed=-1 must not be negative"),
+    "fake devices": (["--fake-devices", "0"], "fake_devices=0 must be positive"),
+    "momentum": (["--optimizer.b1", "1"], r"optimizer\.b1=1\.0 must be in \[0, 1\)"),
+    "learning rate": (
+        ["--optimizer.learning-rate", "nan"],
+        r"optimizer\.learning_rate=nan must be positive",
+    ),
+    "final fraction": (
+        ["--optimizer.final-fraction", "2"],
+        r"optimizer\.final_fraction=2\.0 must be between 0 and 1",
+    ),
+    "prompt": (["--sample.prompt", ""], r"sample\.prompt='' must have at least one"),
+    "layout": (
+        ["--layout", "spiral"],
+        r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped'\)",
+    ),
+    "layout data": (["--layout", "data"], "layout='data' must be one of"),
+    "dtype": (
+        ["--dtype", "int8"],
+        r"dtype='int8' must be one of \('float32', 'bfloat16'\)",
+    ),
+    "remat": (["--model.remat", "some"], "remat='some' must be one of"),
+    "heads": (["--model.num-kv-heads", "3"], "must be a multiple of num_kv_heads=3"),
+    "length": (
+        ["--sequence-length", "1020"],
+        "sequence_length=1020 must be a multiple of 8 for layout='zigzag' at "
+        r"mesh\.ring=4, mesh\.ulysses=2",
+    ),
+    "batch": (
+        ["--mesh.data", "3", "--mesh.fsdp", "2"],
+        r"batch_size=4 must be a multiple of 6 at mesh\.data=3, mesh\.fsdp=2",
+    ),
+    "half a cluster": (
+        ["--distributed.coordinator", "localhost:1234"],
+        "give all three, with host:port; or coordinator=auto alone; or none",
+    ),
+    "process id": (
+        "--distributed.coordinator localhost:1 --distributed.num-processes 2 "
+        "--distributed.process-id 2".split(),
+        r"distributed\.process_id=2 must be at least 0 and less than num_processes=2",
+    ),
+    "no preset": (["--steps", "3"], "the first argument is '--steps', it must be a"),
+}
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_mistakes_are_told(given: str) -> None:
+    arguments, message = WRONG[given]
+    first = [] if given == "no preset" else ["tiny"]
+    with pytest.raises(ValueError, match=message):
+        parse([*first, *arguments])
+
+
+def test_an_unknown_preset_is_told() -> None:
+    with pytest.raises(ValueError, match="preset 'huge' must be one of: tiny"):
+        parse(["huge"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_be_trained(name: str) -> None:
+    check(preset(name))
+    assert parse([name]) == preset(name)
+
+
+def test_options_replace_fields_with_dashes_and_with_underscores() -> None:
+    expected = dataclasses.replace(
+        preset("tiny"),
+        run_dir=Path("here"),
+        mesh=MeshConfig(ring=2, ulysses=2),
+        batch_size=3,
+    )
+    dashes = "--run-dir here --mesh.ring 2 --batch-size 3".split()
+    underscores = "--run_dir here --mesh.ring 2 --batch_size 3".split()
+    assert parse(["tiny", *dashes]) == parse(["tiny", *underscores]) == expected
+
+
+def test_every_field_is_an_option(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path,
+        seed=3,
+        layout="striped",
+        fake_devices=8,
+        distributed=DistributedConfig("localhost:1", 2, 1),
+    )
+    assert parse(["tiny", *options(config)]) == config
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["tiny", "--help"]])
+def test_help_lists_every_option(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(arguments)
+    told = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for name in flatten(dataclasses.asdict(preset("tiny"))):
+        assert f"--{name.replace('_', '-')}" in told or f"--{name}" in told, name
+    assert ("presets:\n  tiny: " in told) == (arguments != ["tiny", "--help"])
+
+
+def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
+    from train.run_dir import record
+
+    told = record(small_config(tmp_path), data={"tokens": 5})
+    assert json.loads(json.dumps(told)) == told
+    assert told["data"] == {
+        "path": str(tmp_path / "text"),
+        "tokenizer": None,
+        "tokens": 5,
+    }

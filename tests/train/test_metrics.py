@@ -1,0 +1,107 @@
+"""What a run tells of itself: rows, events, the picture, the printed lines."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from tests.train.runs import rows, run_here, small_config
+from train.config import LogConfig, MeshConfig, SampleConfig
+from train.flops import StepFlops
+from train.metrics import MetricsFile, Progress, rates, read_rows
+
+KEYS = (
+    "step loss grad_norm learning_rate tokens_per_second step_seconds mfu_causal "
+    "mfu_full hfu peak_bytes_in_use"
+).split()
+
+
+def test_a_run_leaves_what_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(
+        tmp_path,
+        mesh=MeshConfig(data=2),
+        steps=5,
+        log=LogConfig(every=2, print_every=4),
+        sample=SampleConfig(prompt="ring", length=12, temperature=0.0),
+    )
+    found = run_here(config)
+    assert [row["step"] for row in found] == [2, 4, 5]
+    for row in found:
+        assert list(row) == KEYS
+        assert row["tokens_per_second"] == pytest.approx(512 / row["step_seconds"])
+        # Nobody knows a CPU's peak, and it does not count its memory.
+        assert [row[key] for key in KEYS[6:]] == [None] * 4
+    told = capsys.readouterr().out
+    assert "step 4/5  loss " in told and "step 2/5" not in told
+    assert told[told.index("a sample of what it has learnt:\n") :].count("ring") == 1
+    assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((config.run_dir / "tensorboard").glob("events*"))
+    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["5"]
+    told = json.loads((config.run_dir / "config.json").read_text())
+    assert told["environment"]["devices"] == 2
+    assert told["environment"]["jax"] == jax.__version__
+
+
+def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(
+        device_kind="TPU v4", memory_stats=lambda: {"peak_bytes_in_use": 7}
+    )
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    found = rates(4.0, 100, StepFlops(275e12, 550e12, 1100e12))
+    assert found == {
+        "tokens_per_second": 25.0,
+        "step_seconds": 4.0,
+        "mfu_causal": 0.125,
+        "mfu_full": 0.25,
+        "hfu": 0.5,
+        "peak_bytes_in_use": 7,
+    }
+
+
+def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {n}, "loss": {n}.5}}\n' for n in (1, 2, 3)))
+    # Killed while it wrote a row.
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    metrics = MetricsFile(tmp_path, 2)
+    metrics.write({"step": 3, "loss": 9.0, "mfu_full": None})
+    metrics.close()
+    assert rows(tmp_path) == [
+        {"step": 1, "loss": 1.5},
+        {"step": 2, "loss": 2.5},
+        {"step": 3, "loss": 9.0, "mfu_full": None},
+    ]
+
+
+def test_what_is_no_number_is_told_as_json_can(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    metrics.close()
+    assert rows(tmp_path) == [{"step": 1, "loss": "nan", "grad_norm": "inf"}]
+
+
+def test_a_terminal_gets_one_live_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    progress = Progress(LogConfig(print_every=1), step=0, steps=2)
+    row = {
+        "step": 2,
+        "loss": 1.25,
+        "grad_norm": 0.5,
+        "tokens_per_second": 1000.0,
+        "mfu_causal": 0.5,
+    }
+    progress.tell(row)
+    progress.close()
+    told = capsys.readouterr().out
+    assert "\x1b[" in told and "loss 1.2500" in told and "MFU 50.0%" in told

@@ -1,0 +1,1 @@
+"""The training program, run from the checkout: `python -m train PRESET`."""

@@ -1,0 +1,109 @@
+"""The parts of a run, made from its `Config`; every mistake is told here."""
+
+import dataclasses
+import json
+import platform
+from typing import Any
+
+import grain
+import jax
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+import usp_jax
+from train.checkpoint import Checkpoints
+from train.config import Config, check
+from train.data import Vocabulary, batches, load_corpus
+from train.run_dir import check_same_run, record, write_atomically
+from train.state import State, first_state, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of, all that can be wrong having been told.
+
+    Attributes:
+      data: the iterator over batches, which has state of its own.
+      state: before the first step.
+    """
+
+    config: Config
+    mesh: Mesh
+    vocabulary: Vocabulary
+    data: grain.DatasetIterator
+    checkpoints: Checkpoints
+    optimizer: optax.GradientTransformation
+    graphdef: nnx.GraphDef
+    state: State
+
+
+def build(config: Config) -> Run:
+    """Reads the text and makes the model.
+
+    Raises:
+      ValueError: a run that cannot be, or a run directory that holds another one.
+    """
+    check(config)
+    mesh = _make_mesh(config)
+    vocabulary = Vocabulary.load(config.data.tokenizer)
+    if config.model.vocab_size < vocabulary.size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is less than the "
+            f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
+        )
+    corpus = load_corpus(config.data, vocabulary)
+    checkpoints = _claim_run_dir(config, _record(config, mesh, corpus.facts))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, state = first_state(config, optimizer, mesh)
+    data = batches(
+        corpus,
+        length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return Run(config, mesh, vocabulary, data, checkpoints, optimizer, graphdef, state)
+
+
+def _make_mesh(config):
+    sizes = dataclasses.asdict(config.mesh)
+    count = config.mesh.devices
+    if count > jax.device_count():
+        raise ValueError(
+            f"mesh={sizes} needs {count} devices, there are {jax.device_count()}; "
+            f"--fake-devices {count} makes as many on a CPU"
+        )
+    return usp_jax.make_mesh(**sizes)
+
+
+def _record(config, mesh, facts):
+    """What config.json says of this run."""
+    environment = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "devices": mesh.devices.size,
+        "processes": jax.process_count(),
+    }
+    return record(config, data=facts, environment=environment)
+
+
+def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
+    """Writes config.json, unless the directory holds another run."""
+    path = config.run_dir / "config.json"
+    check_same_run(path, wanted)
+    checkpoints = Checkpoints(
+        config.run_dir / "checkpoints", keep=config.checkpoint.keep
+    )
+    done = checkpoints.newest() or 0
+    if done > config.steps:
+        raise ValueError(
+            f"run_dir={config.run_dir} has done {done} steps already, "
+            f"steps={config.steps} is fewer: give more, or another --run-dir"
+        )
+    # Nobody compares with what process 0 writes now.
+    multihost_utils.sync_global_devices("run directory is compared")
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+    return checkpoints

@@ -1,0 +1,281 @@
+"""What a run is: one frozen, typed dataclass with a section for each subject.
+
+A preset (`presets.py`) is a function that returns a `Config`; the command line replaces
+fields of it. Everything that can be told wrong without a device is told here.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from usp_jax.layout import LAYOUTS, length_multiple
+from usp_jax.models.llama import LlamaConfig
+
+STORED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "data")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh, outermost first.
+
+    Attributes:
+      pipe: pipeline stages; the model has one, so 1.
+      data: splits the batch; optimizer state is split too (ZeRO-1).
+      fsdp: splits the batch, parameters, gradients and optimizer state (ZeRO-3).
+      ring: splits the sequence, by ring attention.
+      ulysses: splits the sequence, by all-to-all.
+      tensor: splits heads and the feed-forward network.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    fsdp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return math.prod(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of the LLaMA, as `usp_jax.models.llama.LlamaConfig` has them.
+
+    Attributes:
+      remat: what the backward pass computes again: none, full, attention (attention's
+        output is kept) or attention_qkv (its inputs too).
+      loss_chunk: how many of a device's tokens have their logits in memory at once.
+      implementation: of attention; None is the platform's own.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    d_ff: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    remat: str = "full"
+    loss_chunk: int = 1024
+    implementation: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The text.
+
+    Attributes:
+      path: a text file, or a folder whose files are all read, one document each; None
+        is the source text of the running Python's standard library.
+      tokenizer: a tokenizer.json; None takes bytes as tokens.
+    """
+
+    path: Path | None = None
+    tokenizer: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, warm-up and cosine.
+
+    Attributes:
+      learning_rate: the highest, reached after `warmup_steps`.
+      final_fraction: of it, reached with the last step.
+      weight_decay: of everything but the norms' weights.
+      clip_norm: the longest that the gradient of all parameters may be.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints, beside the one at the end and the one at SIGTERM.
+
+    Attributes:
+      every: steps between two.
+      keep: how many of the newest stay.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is told of the steps.
+
+    Attributes:
+      every: steps between two rows of metrics.jsonl.
+      print_every: steps between two printed lines, where there is no terminal.
+    """
+
+    every: int = 1
+    print_every: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The text that the trained model writes at the end.
+
+    Attributes:
+      prompt: how it begins.
+      length: tokens that the model adds; 0 for no sample.
+      temperature: 0 takes the likeliest token.
+    """
+
+    prompt: str = "def "
+    length: int = 200
+    temperature: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train together.
+
+    Attributes:
+      coordinator: host:port of process 0; "auto" reads the cluster's environment
+        (SLURM, TPU pods, JAX_COORDINATOR_ADDRESS and its like); None is one process.
+      num_processes, process_id: needed with host:port.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Attributes:
+      steps: of the optimizer, after which the run is complete.
+      sequence_length: tokens of a row.
+      batch_size: rows of a step, over all devices.
+      layout: the order in which a row is stored on the mesh.
+      seed: of the first parameters and of the order of the data.
+      run_dir: where the run is kept; a run that is there already goes on.
+      fake_devices: this many CPU devices in each process, instead of what there is.
+      dtype: of the computation; parameters are float32.
+    """
+
+    model: ModelConfig
+    steps: int
+    sequence_length: int
+    batch_size: int
+    run_dir: Path
+    layout: str = "zigzag"
+    seed: int = 0
+    fake_devices: int | None = None
+    dtype: str = "bfloat16"
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    @property
+    def llama(self) -> LlamaConfig:
+        """The model's configuration; raises ValueError for sizes it cannot have."""
+        return LlamaConfig(**dataclasses.asdict(self.model), dtype=self.dtype)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, with the option and the remedy, for what cannot be trained."""
+    _check_numbers(config)
+    for name, values in (("layout", STORED_LAYOUTS), ("dtype", DTYPES)):
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} must be one of {values}"
+            )
+    _ = config.llama
+    mesh = config.mesh
+    ways = mesh.data * mesh.fsdp
+    if config.batch_size % ways:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {ways} at "
+            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}"
+        )
+    multiple = length_multiple(config.layout, mesh.ring, mesh.ulysses)
+    if config.sequence_length % multiple:
+        raise ValueError(
+            f"sequence_length={config.sequence_length} must be a multiple of "
+            f"{multiple} for layout={config.layout!r} at mesh.ring={mesh.ring}, "
+            f"mesh.ulysses={mesh.ulysses}"
+        )
+    _check_distributed(config.distributed)
+
+
+def _check_numbers(config):
+    flat = flatten(dataclasses.asdict(config))
+    positive = (
+        "steps sequence_length batch_size optimizer.learning_rate optimizer.eps "
+        "optimizer.clip_norm checkpoint.every checkpoint.keep log.every log.print_every"
+    )
+    counts = "seed optimizer.warmup_steps optimizer.weight_decay sample.length"
+    for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
+        if not flat[name] > 0:
+            raise ValueError(f"{name}={flat[name]} must be positive")
+    for name in [*counts.split(), "sample.temperature"]:
+        if not flat[name] >= 0:
+            raise ValueError(f"{name}={flat[name]} must not be negative")
+    if config.fake_devices is not None and config.fake_devices < 1:
+        raise ValueError(f"fake_devices={config.fake_devices} must be positive")
+    for name in ("b1", "b2"):
+        if not 0 <= flat[f"optimizer.{name}"] < 1:
+            raise ValueError(
+                f"optimizer.{name}={flat[f'optimizer.{name}']} must be in [0, 1)"
+            )
+    if not 0 <= config.optimizer.final_fraction <= 1:
+        raise ValueError(
+            f"optimizer.final_fraction={config.optimizer.final_fraction} must be "
+            "between 0 and 1"
+        )
+    if config.sample.length and not config.sample.prompt:
+        raise ValueError(
+            "sample.prompt='' must have at least one character, or sample.length be 0"
+        )
+
+
+def _check_distributed(config):
+    given = (config.num_processes is not None, config.process_id is not None)
+    explicit = config.coordinator not in (None, "auto")
+    if explicit != all(given) or any(given) != all(given):
+        raise ValueError(
+            f"distributed.coordinator={config.coordinator!r}, "
+            f"num_processes={config.num_processes}, process_id={config.process_id}: "
+            "give all three, with host:port; or coordinator=auto alone; or none"
+        )
+    if explicit and not 0 <= config.process_id < config.num_processes:
+        raise ValueError(
+            f"distributed.process_id={config.process_id} must be at least 0 and less "
+            f"than num_processes={config.num_processes}"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one with dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,133 @@
+"""Rows of numbers about the steps: metrics.jsonl, TensorBoard and the progress line."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+import tensorboardX
+
+from train.config import LogConfig
+from train.flops import StepFlops
+from train.peaks import PEAK_FLOPS
+from train.run_dir import write_atomically
+
+Row = dict[str, float | int | None]
+
+
+def rates(seconds: float, tokens: int, flops: StepFlops) -> Row:
+    """What a step's duration says; None where the devices' peak is not known."""
+    device = jax.devices()[0]
+    peak = PEAK_FLOPS.get(device.device_kind)
+
+    def utilisation(work):
+        return None if peak is None else work / (seconds * peak * jax.device_count())
+
+    return {
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "mfu_causal": utilisation(flops.causal),
+        "mfu_full": utilisation(flops.full),
+        "hfu": utilisation(flops.hardware),
+        "peak_bytes_in_use": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int | None:
+    """The most memory that one of this process's devices has had in use, if it says."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    known = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(known, default=None)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that was not finished is left out."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+class MetricsFile:
+    """A metrics.jsonl and its TensorBoard events, which go on after a known step."""
+
+    def __init__(self, run_dir: Path, step: int):
+        path = run_dir / "metrics.jsonl"
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(_line(row) for row in kept))
+        self._file = path.open("a")
+        # TensorBoard hides what another process has told of later steps.
+        self._events = tensorboardX.SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=step + 1
+        )
+
+    def write(self, row: Row) -> None:
+        """Adds a row."""
+        self._file.write(_line(row))
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._events.add_scalar(name, value, row["step"])
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk, as they must be before a checkpoint."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    # JSON has no word for infinity or for what is not a number.
+    finite = {
+        name: value if value is None or math.isfinite(value) else str(value)
+        for name, value in row.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a line every `print_every` steps."""
+
+    def __init__(self, config: LogConfig, *, step: int, steps: int):
+        self._every, self._steps = config.print_every, steps
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bar = rich.progress.Progress(
+            "step",
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.BarColumn(),
+            "{task.fields[told]}",
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", completed=step, total=steps, told="")
+        self._first, self._begun = step, time.monotonic()
+        self._bar.start()
+
+    def tell(self, row: Row) -> None:
+        """Shows a row."""
+        step = row["step"]
+        told = (
+            f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
+        )
+        if row["mfu_causal"] is not None:
+            told += f"  MFU {row['mfu_causal']:.1%}"
+        self._bar.update(self._task, completed=step, told=told)
+        shown = step in (self._first + 1, self._steps) or step % self._every == 0
+        if not self._console.is_terminal and shown:
+            left = self._steps - step
+            seconds = (time.monotonic() - self._begun) / (step - self._first) * left
+            self._console.print(
+                f"step {step}/{self._steps}  {told}  {seconds:.0f} s left"
+            )
+
+    def close(self) -> None:
+        self._bar.stop()
