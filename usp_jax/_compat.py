@@ -13,3 +13,9 @@ def vary_over(x, axes: frozenset[str]):
     """Marks a value as varying over `axes`, beside those it varies over already."""
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def vary_like(xs, others):
+    """Marks the leaves of `xs` as varying over what any of `others` varies over."""
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
+    return jax.tree.map(lambda x: vary_over(x, axes), xs)
