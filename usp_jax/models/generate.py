@@ -23,7 +23,7 @@ def generate(
     num_tokens: int,
     *,
     key: Key[Array, ""] | None = None,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
 ) -> Int[Array, "B T"]:
     """Continues prompts: int32 [B, P + num_tokens], the prompt included.

@@ -1,0 +1,429 @@
+"""The LLaMA against a plain one, on every kind of mesh, and what its programs do."""
+
+import dataclasses
+from functools import lru_cache
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import usp_jax
+from tests.models import oracle
+from usp_jax.compiled import by_kind, collectives
+from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from usp_jax.models.loss import loss, shift_labels
+from usp_jax.models.sharding import TABLE, parameter_shapes, parameter_shardings
+
+MESHES = (
+    {"data": 8},
+    {"ring": 8},
+    {"ulysses": 8},
+    {"ring": 4, "ulysses": 2},
+    {"ring": 2, "ulysses": 2, "data": 2},
+    {"fsdp": 2, "ring": 2, "tensor": 2},
+)
+# 60 is no multiple of what any of the rings asks for.
+BATCH, LENGTH = 8, 60
+
+
+def small(**overrides) -> LlamaConfig:
+    """The tiny preset with few layers, tiles that do not divide, scaled RoPE."""
+    options = {
+        "num_layers": 2,
+        "rope_scaling": RopeScaling(8.0, original_length=64),
+        "loss_chunk": 11,
+        "loss_block": 48,
+        **overrides,
+    }
+    return LlamaConfig.preset("tiny", **options)
+
+
+def tokens(seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (BATCH, LENGTH), 0, 256, jnp.int32)
+
+
+def segments() -> jax.Array:
+    """Other documents in every row; the last rows end in padding."""
+    rows = np.zeros((BATCH, LENGTH), np.int32)
+    for row in range(BATCH):
+        rows[row, 5 * row + 3 :], rows[row, 5 * row + 20 :] = 1, 2
+    rows[5, 40:], rows[6, 59:] = -1, -1
+    return jnp.asarray(rows)
+
+
+@lru_cache
+def build(config: LlamaConfig, **mesh: int) -> Llama:
+    """A model, made once: no test changes one."""
+    own = usp_jax.make_mesh(**mesh) if mesh else None
+    return Llama(config, mesh=own, rngs=nnx.Rngs(0))
+
+
+def plain(model: Llama, dtype=np.float64) -> dict[str, np.ndarray]:
+    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+    return {name: np.asarray(value, dtype) for name, value in params.items()}
+
+
+def mean_loss(graphdef, params, *arrays, **options):
+    nats, count = loss(nnx.merge(graphdef, params), *arrays, **options)
+    return nats / count
+
+
+def loss_and_gradients(model: Llama, *arrays, **options):
+    graphdef, params = nnx.split(model, nnx.Param)
+    step = jax.jit(
+        jax.value_and_grad(mean_loss, 1), static_argnums=0, static_argnames="layout"
+    )
+    value, gradients = step(graphdef, params, *arrays, **options)
+    return value, {k: np.asarray(v) for k, v in nnx.to_pure_dict(gradients).items()}
+
+
+@lru_cache
+def expected_loss_and_gradients():
+    """The plain model's, with documents."""
+    model, ids = build(small()), segments()
+    labels = shift_labels(tokens(), ids)
+
+    def mean(params):
+        total = oracle.nats(model.config, params, tokens(), labels, ids)
+        return total / jnp.sum(labels >= 0)
+
+    with jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jnp.asarray, plain(model, np.float32))
+        return jax.jit(jax.value_and_grad(mean))(params)
+
+
+def assert_close_to(actual, expected, tolerance):
+    """Compares each gradient on its own scale."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        scale = np.max(np.abs(expected[name]))
+        assert scale > 0, name
+        chex.assert_trees_all_close(
+            actual[name] / scale, expected[name] / scale, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("mesh", [{}, {"ring": 2, "ulysses": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_logits_are_the_plain_models(mesh, tied):
+    model, ids = build(small(tie_embeddings=tied), **mesh), segments()
+    expected = oracle.logits(
+        model.config, plain(model), np.asarray(tokens()), np.asarray(ids)
+    )
+    actual = jax.jit(lambda t, s: model(t, segment_ids=s))(tokens(), ids)
+    chex.assert_shape(actual, (BATCH, LENGTH, 256))
+    chex.assert_type(actual, jnp.float32)
+    real = np.asarray(ids >= 0)
+    chex.assert_trees_all_close(actual[real], expected[real], atol=2e-5)
+    assert np.std(expected[real]) > 0.1
+
+
+def test_logits_without_documents():
+    model = build(small(rope_scaling=None), ring=2)
+    expected = oracle.logits(model.config, plain(model), np.asarray(tokens()))
+    chex.assert_trees_all_close(model(tokens()), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [{}, *MESHES], ids=str)
+def test_loss_and_gradients_are_the_plain_models_on_every_mesh(mesh):
+    expected, expected_gradients = expected_loss_and_gradients()
+    ids = segments()
+    value, gradients = loss_and_gradients(
+        build(small(), **mesh), tokens(), shift_labels(tokens(), ids), segment_ids=ids
+    )
+    chex.assert_trees_all_close(value, expected, rtol=2e-6)
+    assert_close_to(gradients, expected_gradients, 1e-5)
+
+
+def test_tied_embeddings_gather_both_gradients():
+    model = build(small(tie_embeddings=True), fsdp=2, ring=2, tensor=2)
+    labels = shift_labels(tokens())
+    with jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jnp.asarray, plain(model, np.float32))
+        expected = jax.jit(
+            jax.grad(lambda p: oracle.nats(model.config, p, tokens(), labels))
+        )(params)
+    _, gradients = loss_and_gradients(model, tokens(), labels)
+    count = float(jnp.sum(labels >= 0))
+    assert_close_to(gradients, {k: v / count for k, v in expected.items()}, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "data"])
+def test_stored_layouts_give_the_natural_loss(layout):
+    model, ids = build(small(), ring=2, ulysses=2), segments()
+    labels = shift_labels(tokens(), ids)
+    arrays = (tokens(), labels, ids)
+    expected = loss(model, *arrays[:2], segment_ids=ids)
+    if layout == "data":
+        order = jax.random.permutation(jax.random.key(1), LENGTH)
+        places = jnp.broadcast_to(order.astype(jnp.int32)[None], (BATCH, LENGTH))
+        stored, positions = [x[:, order] for x in arrays], places
+    else:
+        stored = [usp_jax.to_layout(x, layout, model.mesh) for x in arrays]
+        positions = None
+    actual = loss(
+        model, *stored[:2], segment_ids=stored[2], positions=positions, layout=layout
+    )
+    chex.assert_trees_all_close(actual, expected, rtol=2e-6)
+    if layout != "data":
+        logits = model(stored[0], segment_ids=stored[2], layout=layout)
+        natural = usp_jax.from_layout(logits, layout, model.mesh)
+        expected = model(tokens(), segment_ids=ids)
+        chex.assert_trees_all_close(natural, expected, atol=2e-5)
+
+
+def test_positions_may_restart_in_every_document():
+    model, ids = build(small(rope_scaling=None), ring=2, ulysses=2), segments()
+    starts = jnp.concatenate([jnp.ones((BATCH, 1), bool), ids[:, 1:] != ids[:, :-1]], 1)
+    places = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None], ids.shape)
+    restarted = places - jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
+    real = np.asarray(ids >= 0)
+    counted = model(tokens(), segment_ids=ids)[real]
+    actual = model(tokens(), segment_ids=ids, positions=restarted)[real]
+    chex.assert_trees_all_close(actual, counted, atol=2e-5)
+    moved = model(tokens(), segment_ids=ids, positions=2 * places)[real]
+    assert jnp.max(jnp.abs(moved - counted)) > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "attention_qkv"])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_remat_runs_the_collectives_it_says(remat, layers):
+    """Counted in the compiled gradient, for ring=4 and ulysses=2."""
+    found = collectives(compiled_gradient(small(remat=remat, num_layers=layers)))
+    total = by_kind(found)
+    # k and v go round the ring three times forward; backward, they do so again, and
+    # their gradients with them.
+    permutes = total["collective-permute"].executions
+    if remat == "full":
+        # The first rotation of the ring that is run again is also its backward's, and
+        # the compiler may see that.
+        assert permutes in (layers * (3 + 3 + 6), layers * (3 + 3 + 6 - 1))
+    else:
+        assert permutes == layers * (3 + 6)
+    # q, kv, out; backward, dout, dq, dkv; the embedding's forward and backward.
+    again = {"full": 3, "attention": 3}.get(remat, 0)
+    assert total["all-to-all"].executions == layers * (3 + 3 + again) + 2
+
+
+def test_no_stack_of_layers_is_gathered_and_gradients_are_scattered():
+    config = small(num_layers=5, remat="none")
+    program = compiled_gradient(config)
+    found = collectives(program)
+    shapes = parameter_shapes(config)
+    whole = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
+    layers = [name for name, (dims, _, _) in TABLE.items() if dims[0] == "L"]
+    matrices = [name for name in layers if not name.endswith("norm")]
+    gathers = [c for c in found if c.kind == "all-gather"]
+    one_layer = max(whole[name] for name in matrices) // config.num_layers
+    assert max(c.result_bytes for c in gathers) == one_layer
+    # Twice each layer's, forward and backward, and the norms once.
+    per_layer = [c for c in gathers if c.executions == config.num_layers]
+    assert len(per_layer) == 2 * len(matrices)
+    scattered = sum(
+        c.executions * c.operand_bytes for c in found if c.kind == "reduce-scatter"
+    )
+    assert scattered == sum(whole.values()) - whole["embed"]
+    reduced = [c for c in found if c.kind == "all-reduce"]
+    assert all(c.operand_bytes <= 8 for c in reduced)
+
+
+@lru_cache
+def compiled_gradient(config: LlamaConfig):
+    model = build(config, ring=4, ulysses=2)
+    graphdef, params = nnx.split(model, nnx.Param)
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+    def gradients(params, tokens, labels):
+        return jax.grad(mean_loss, 1)(graphdef, params, tokens, labels, layout="zigzag")
+
+    return jax.jit(gradients).lower(params, ids, ids).compile()
+
+
+def test_tensor_parallel_sums_are_few():
+    """Four sums of [b, t, D] a layer, as Megatron's, of which none is of q or k."""
+    config = small(num_layers=3, remat="attention_qkv")
+    model = build(config, ring=2, tensor=4)
+    graphdef, params = nnx.split(model, nnx.Param)
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    found = collectives(
+        jax.jit(jax.grad(mean_loss, 1), static_argnums=0)
+        .lower(graphdef, params, ids, ids)
+        .compile()
+    )
+    activations = 4 * 2 * 32 * config.d_model
+    sums = [c for c in found if c.kind == "all-reduce" and c.operand_bytes > 1024]
+    in_layers = [c for c in sums if c.executions == 3 and "while" in c.op_name]
+    # The fifth recomputes what the feed-forward network is given.
+    assert sum(c.operand_bytes for c in in_layers) == 5 * activations
+
+
+def test_the_loss_needs_no_logits_of_the_sequence():
+    length, vocabulary = 512, 32768
+    config = small(num_layers=1, vocab_size=vocabulary, loss_chunk=64, loss_block=1024)
+    model = build(config, ring=2)
+    graphdef, params = nnx.split(model, nnx.Param)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    compiled = (
+        jax.jit(jax.value_and_grad(mean_loss, 1), static_argnums=0)
+        .lower(graphdef, params, ids, ids)
+        .compile()
+    )
+    # A device's own 256 tokens' logits would be 32 MiB; its half of the embedding and
+    # the output matrix are 8 MiB each, with a gradient of as many.
+    assert compiled.memory_analysis().temp_size_in_bytes < 28 * 2**20
+
+
+def test_bfloat16_computes_on_float32_parameters():
+    ids = segments()
+    labels = shift_labels(tokens(), ids)
+    exact, exact_gradients = expected_loss_and_gradients()
+    model = build(small(dtype="bfloat16"), ring=4, ulysses=2)
+    value, gradients = loss_and_gradients(model, tokens(), labels, segment_ids=ids)
+    chex.assert_type(list(gradients.values()), jnp.float32)
+    chex.assert_trees_all_close(value, exact, rtol=2e-3)
+    assert value != exact
+    for name, expected in exact_gradients.items():
+        error = np.linalg.norm(gradients[name] - expected) / np.linalg.norm(expected)
+        assert error < 0.03, (name, error)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_parameters_live_in_their_shards(mesh):
+    model = build(small(), **mesh)
+    shardings = parameter_shardings(model.config, model.mesh)
+    for name, shape in parameter_shapes(model.config).items():
+        value = getattr(model, name)[...]
+        chex.assert_shape(value, shape)
+        chex.assert_type(value, jnp.float32)
+        assert value.sharding == shardings[name], name
+        ways = 8 // mesh.get("tensor", 1) if name.endswith("norm") else 8
+        assert value.addressable_shards[0].data.size * ways == value.size, name
+
+
+def test_parameters_do_not_depend_on_the_mesh():
+    expected = plain(build(small()))
+    for mesh in MESHES[3:]:
+        chex.assert_trees_all_equal(plain(build(small(), **mesh)), expected)
+    other = Llama(small(), rngs=nnx.Rngs(1))
+    assert np.max(np.abs(plain(other)["q"] - expected["q"])) > 0.1
+
+
+def test_the_model_is_parameters_only():
+    model = build(small(), ring=2)
+    graphdef, params = nnx.split(model, nnx.Param)
+    assert hash(graphdef) == hash(nnx.split(build(small(), ring=2))[0])
+    assert set(nnx.to_pure_dict(params)) == set(parameter_shapes(model.config))
+    mesh = model.mesh
+    shapes = nnx.eval_shape(lambda: Llama(small(), mesh=mesh, rngs=nnx.Rngs(0)))
+    assert jax.tree.map(lambda x: x.shape, nnx.split(shapes)[1]) == jax.tree.map(
+        lambda x: x.shape, params
+    )
+
+
+def test_a_model_starts_near_the_uniform_loss():
+    nats, count = loss(
+        build(LlamaConfig.preset("tiny")), tokens(), shift_labels(tokens())
+    )
+    assert count == BATCH * (LENGTH - 1)
+    chex.assert_trees_all_close(nats / count, np.log(256), atol=0.15)
+
+
+def test_shift_labels():
+    row = jnp.asarray([[7, 8, 9, 10, 11]], jnp.int32)
+    ids = jnp.asarray([[0, 0, 1, 1, -1]], jnp.int32)
+    chex.assert_trees_all_equal(shift_labels(row), jnp.asarray([[8, 9, 10, 11, -1]]))
+    labels = shift_labels(row, ids)
+    chex.assert_trees_all_equal(labels, jnp.asarray([[8, -1, 10, -1, -1]]))
+    nothing = shift_labels(row, jnp.full_like(ids, -1))
+    chex.assert_trees_all_equal(nothing, jnp.full_like(ids, -1))
+
+
+def test_wrong_meshes_are_told():
+    cases = (
+        ({"ring": 2, "explicit": True}, {}, "has Explicit axes; .* needs Auto ones"),
+        ({"pipe": 2}, {}, "axis 'pipe' has size 2, it must be 1"),
+        ({"tensor": 8}, {}, "num_kv_heads=4 must be a multiple of 8"),
+        ({"ring": 8}, {"d_model": 100}, "d_model=100 must be a multiple of 8"),
+    )
+    for mesh, overrides, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build(small(**overrides), **mesh)
+
+
+def test_wrong_calls_are_told():
+    model = build(small(), ring=2, data=2)
+    ids = tokens()
+    cases = (
+        ((ids[:, :, None],), {}, r"tokens.shape=\(8, 60, 1\) must be \[B, T\]"),
+        ((ids.astype(jnp.uint32),), {}, "tokens.dtype=uint32 must be int32"),
+        ((ids[:3],), {}, r"B=3, must be a multiple of data·fsdp = 2"),
+        (
+            (ids[:, :7],),
+            {"layout": "zigzag"},
+            r"tokens.shape\[1\]=7 must be a multiple",
+        ),
+        ((ids,), {"layout": "zagzig"}, "layout='zagzig' must be one of"),
+        ((ids,), {"layout": "data"}, 'layout="data" needs positions='),
+        ((ids,), {"segment_ids": ids[:4]}, r"segment_ids.shape=\(4, 60\) must be \(8"),
+        ((ids,), {"positions": ids * 1.0}, "positions.dtype=float32 must be int32"),
+    )
+    for arrays, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call_unchecked(model, *arrays, **options)
+    with pytest.raises(
+        ValueError, match=r"labels is float32\[8, 60\], it must be int32"
+    ):
+        loss.__wrapped__(model, ids, ids * 1.0)
+
+
+def call_unchecked(model, *arrays, **options):
+    """Without the tests' own checks of annotations, which would raise first."""
+    return Llama.__call__.__wrapped__(model, *arrays, **options)
+
+
+def test_configurations():
+    with pytest.raises(ValueError, match="preset 'llama9' must be one of"):
+        LlamaConfig.preset("llama9")
+    with pytest.raises(ValueError, match="preset 'llama9' must be one of"):
+        Llama("llama9", rngs=nnx.Rngs(0))
+    cases = (
+        ({"d_model": 0}, "d_model=0 must be a positive int"),
+        ({"num_kv_heads": 3}, "num_heads=8 must be a multiple of num_kv_heads=3"),
+        ({"head_size": 15}, "head_size=15 must be even, for RoPE"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be positive"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of"),
+        ({"remat": "all"}, "remat='all' must be one of"),
+        ({"implementation": "fast"}, "implementation='fast' must be None or one of"),
+    )
+    for overrides, message in cases:
+        with pytest.raises(ValueError, match=message):
+            LlamaConfig.preset("tiny", **overrides)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LlamaConfig.preset("tiny").d_model = 3
+
+
+# From the model cards and the number of elements in the published checkpoints.
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name):
+    config = LlamaConfig.preset(name)
+    assert config.num_parameters == PUBLISHED[name]
+    shapes = parameter_shapes(config).values()
+    assert (
+        sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) == PUBLISHED[name]
+    )
