@@ -13,47 +13,49 @@ from usp_jax.models.llama import Llama, LlamaConfig
 PROMPT = jax.random.randint(jax.random.key(0), (3, 7), 0, 256, jnp.int32)
 
 
-def model(**mesh: int) -> Llama:
+def build(**mesh: int) -> Llama:
     config = LlamaConfig.preset("tiny", num_layers=2)
     own = usp_jax.make_mesh(**mesh) if mesh else None
     return Llama(config, mesh=own, rngs=nnx.Rngs(0))
 
 
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return build()
+
+
 @pytest.mark.parametrize(
     "mesh", [{}, {"ring": 4, "ulysses": 2}, {"fsdp": 2, "tensor": 2}], ids=str
 )
-def test_greedy_takes_the_likeliest_token(mesh):
-    out = generate(model(**mesh), PROMPT, 5, temperature=0)
+def test_greedy_takes_the_likeliest_token(model, mesh):
+    out = generate(build(**mesh) if mesh else model, PROMPT, 5, temperature=0)
     chex.assert_type(out, jnp.int32)
-    one, row = model(), PROMPT
-    for _ in range(5):
-        row = jnp.concatenate([row, jnp.argmax(one(row)[:, -1:], -1)], 1)
-    chex.assert_trees_all_equal(out, row)
+    chex.assert_trees_all_equal(out[:, :7], PROMPT)
+    likeliest = jnp.argmax(model(out), -1)
+    chex.assert_trees_all_equal(out[:, 7:], likeliest[:, 6:-1])
 
 
-def test_sampling_follows_key_temperature_and_top_k():
-    one = model()
-    greedy = generate(one, PROMPT, 5, temperature=0)
+def test_sampling_follows_key_temperature_and_top_k(model):
+    greedy = generate(model, PROMPT, 5, temperature=0)
     keys = [jax.random.key(seed) for seed in (1, 2)]
-    first, again = (generate(one, PROMPT, 5, key=keys[0]) for _ in range(2))
+    first, again = (generate(model, PROMPT, 5, key=keys[0]) for _ in range(2))
     chex.assert_trees_all_equal(first, again)
-    assert jnp.any(generate(one, PROMPT, 5, key=keys[1]) != first)
-    only = generate(one, PROMPT, 5, key=keys[0], top_k=1)
-    chex.assert_trees_all_equal(only, greedy)
-    cold = generate(one, PROMPT, 5, key=keys[0], temperature=1e-6)
+    assert jnp.any(generate(model, PROMPT, 5, key=keys[1]) != first)
+    cold = generate(model, PROMPT, 5, key=keys[0], temperature=1e-6)
     chex.assert_trees_all_equal(cold, greedy)
 
 
-def test_top_k_leaves_the_others_out():
-    one = model()
+def test_top_k_leaves_the_others_out(model):
     prompts = jnp.broadcast_to(PROMPT[:1], (64, 7))
-    drawn = generate(one, prompts, 1, key=jax.random.key(0), top_k=3, temperature=10.0)
-    likely = jax.lax.top_k(one(PROMPT[:1])[0, -1], 3)[1]
+    drawn = generate(
+        model, prompts, 1, key=jax.random.key(0), top_k=3, temperature=10.0
+    )
+    likely = jax.lax.top_k(model(PROMPT)[0, -1], 3)[1]
     assert set(drawn[:, -1].tolist()) == set(likely.tolist())
 
 
-def test_nothing_to_generate_is_the_prompt():
-    chex.assert_trees_all_equal(generate(model(), PROMPT, 0, temperature=0), PROMPT)
+def test_nothing_to_generate_is_the_prompt(model):
+    chex.assert_trees_all_equal(generate(model, PROMPT, 0, temperature=0), PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +68,11 @@ def test_nothing_to_generate_is_the_prompt():
     ],
     ids=["tokens", "temperature", "key", "top_k"],
 )
-def test_wrong_arguments_are_told(options, message):
+def test_wrong_arguments_are_told(model, options, message):
     options = {"num_tokens": 2, **options}
     if "top_k" in options:
         options["key"] = jax.random.key(0)
     with pytest.raises(ValueError, match=message):
-        generate(model(), PROMPT, **options)
+        generate(model, PROMPT, **options)
     with pytest.raises(ValueError, match=r"prompt is int32\[3, 0\], it must be"):
-        generate(model(), PROMPT[:, :0], 1, temperature=0)
+        generate(model, PROMPT[:, :0], 1, temperature=0)

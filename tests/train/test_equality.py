@@ -2,7 +2,10 @@
 
 import dataclasses
 import socket
+import subprocess
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from tests.train.runs import (
     small_config,
     start,
 )
-from train.config import Config, DistributedConfig, MeshConfig
+from train.config import Config, DistributedConfig, MeshConfig, SampleConfig
 
 MESHES = {
     "ring8": MeshConfig(ring=8),
@@ -25,6 +28,11 @@ MESHES = {
     "data2-ring2-ulysses2": MeshConfig(data=2, ring=2, ulysses=2),
     "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
 }
+
+
+class Program(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +65,55 @@ def test_losses_are_the_same_on_every_mesh(
         )
 
 
+def start_four(config: Config, cache: Path) -> list[Program]:
+    """Starts a run in four processes of two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    programs = []
+    for number in range(4):
+        distributed = DistributedConfig(address, 4, number)
+        own = dataclasses.replace(config, fake_devices=2, distributed=distributed)
+        log = config.run_dir.with_name(f"{number}.log")
+        programs.append(Program(start(["tiny", *options(own)], cache, log), log))
+    return programs
+
+
 def test_four_processes_have_the_losses_of_one(plain: Config, tmp_path: Path) -> None:
     mesh = MESHES["ring4-ulysses2"]
     one = dataclasses.replace(plain, mesh=mesh, run_dir=tmp_path / "one")
     run_here(one)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    four = dataclasses.replace(one, run_dir=tmp_path / "four", fake_devices=2)
-    processes = [
-        dataclasses.replace(four, distributed=DistributedConfig(address, 4, number))
-        for number in range(4)
-    ]
-    logs = [tmp_path / f"{number}.log" for number in range(4)]
-    started = [
-        start(["tiny", *options(config)], tmp_path / "cache", log)
-        for config, log in zip(processes, logs, strict=True)
-    ]
-    for process, log in zip(started, logs, strict=True):
-        finish(process, log)
+    four = dataclasses.replace(
+        one, run_dir=tmp_path / "four", sample=SampleConfig(length=4)
+    )
+    programs = start_four(four, tmp_path / "cache")
+    for program in programs:
+        finish(program.process, program.log)
     np.testing.assert_allclose(losses(four.run_dir), losses(one.run_dir), rtol=1e-6)
+    told = [program.log.read_text().count("a sample of") for program in programs]
+    assert told == [1, 0, 0, 0]
+
+
+@pytest.mark.long
+def test_sigterm_to_one_of_four_processes_stops_all(
+    plain: Config, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        plain,
+        mesh=MESHES["ring4-ulysses2"],
+        run_dir=tmp_path / "four",
+        steps=60,
+    )
+    programs = start_four(config, tmp_path / "cache")
+    while len(losses(config.run_dir)) < 3:
+        assert programs[0].process.poll() is None, programs[0].log.read_text()
+        time.sleep(0.01)
+    programs[2].process.terminate()
+    for program in programs:
+        finish(program.process, program.log)
+    stopped = losses(config.run_dir)[-1][0]
+    assert stopped < 60
+    assert (config.run_dir / "checkpoints" / str(stopped)).is_dir()
+    for program in start_four(config, tmp_path / "cache"):
+        finish(program.process, program.log)
+    assert [step for step, _ in losses(config.run_dir)] == list(range(1, 61))
