@@ -94,35 +94,43 @@ class Llama(nnx.Module):
         return Split.of(self.mesh)
 
     def run(self, f: Callable, batch: Batch, out_specs, *extra):
-        """Runs a function of one device's shards on all of them.
+        """Runs a function of one device's shards on all of them, compiled.
 
         Args:
-          f: called as f(transformer, weights, tokens, positions, segment_ids, *extra).
+          f: called as f(transformer, weights, tokens, positions, segment_ids, *extra);
+            a function of a module, since a new one each time is compiled each time.
           out_specs: how its results are split.
           extra: (array, partition spec) pairs.
         """
-        split = self.split
-        transformer = Transformer(self.config, split, batch.order.stored)
+        transformer = Transformer(self.config, self.split, batch.order.stored)
         params = {name: getattr(self, name)[...] for name in self._names}
-        one_row = batch.positions.shape[0] == 1
-        positions = jax.P(None, *split.tokens[1:]) if one_row else split.tokens
-        arrays = [
-            (params, {name: split.parameter(name) for name in params}),
-            (batch.tokens, split.tokens),
-            (batch.positions, positions),
-            (batch.segment_ids, split.tokens),
-            *extra,
-        ]
-
-        def shards(params, *rest):
-            return f(transformer, transformer.working_copy(params), *rest)
-
-        values, specs = zip(*arrays, strict=True)
-        return split.run(shards, specs, out_specs)(*values)
+        arrays = (params, batch.tokens, batch.positions, batch.segment_ids)
+        specs = tuple(spec for _, spec in extra)
+        arrays += tuple(array for array, _ in extra)
+        return _run(f, transformer, specs, out_specs, *arrays)
 
     @property
     def _names(self):
         return parameter_shapes(self.config)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(f, transformer, extra_specs, out_specs, params, tokens, positions, *rest):
+    split = transformer.split
+    one_row = positions.shape[0] == 1
+    in_specs = (
+        {name: split.parameter(name) for name in params},
+        split.tokens,
+        jax.P(None, *split.tokens[1:]) if one_row else split.tokens,
+        split.tokens,
+        *extra_specs,
+    )
+
+    def shards(params, *arrays):
+        return f(transformer, transformer.working_copy(params), *arrays)
+
+    run = split.run(shards, in_specs, out_specs)
+    return run(params, tokens, positions, *rest)
 
 
 def _logits(transformer, weights, tokens, positions, segment_ids):
