@@ -269,7 +269,7 @@ def test_the_loss_needs_no_logits_of_the_sequence():
     compiled = compiled_gradient(config, 1, 512, ring=2)
     # A device's own 256 tokens' logits would be 32 MiB; its half of the embedding and
     # the output matrix are 8 MiB each, with a gradient of as many.
-    assert compiled.memory_analysis().temp_size_in_bytes < 28 * 2**20
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**20
 
 
 def test_bfloat16_computes_on_float32_parameters():
