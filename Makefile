@@ -17,7 +17,9 @@ EXTRAS_train := train
 EXTRAS_test := train,test
 EXTRAS_benchmark := benchmark
 
-PYTEST := $(PY) -m pytest
+# Most of a test's time is compiling, which keeps one core busy.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS)
 
 .PHONY: help train test test-smoke test-all lint coverage benchmark clean python-found
 .DEFAULT_GOAL := help
