@@ -12,7 +12,7 @@ Arrays stay [B, T, N, H]. A head is taken in pieces whose sizes are powers of tw
 Triton wants them (80 = 64 + 16), so heads of 80, 96 or 192 have no padded work.
 Exponentials are base 2 inside; lse is the natural log outside.
 
-JAX has deprecated Pallas Triton; nothing but the choice of kernels depends on this file.
+JAX has deprecated Pallas Triton; only the choice of kernels depends on this file.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from usp_jax._compat import vary_over, varying_axes
+from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import (
     EMPTY,
@@ -81,9 +82,31 @@ class BlockSizes:
     dq: Tile
     dkv: Tile
 
+    @classmethod
+    def of(cls, target: Target, head_size: int, dtype) -> "BlockSizes":
+        """The default for a device, a head size and the dtype of q, k, v."""
+        del target
+        tables = _SIZES_32 if jnp.dtype(dtype).itemsize == 4 else _SIZES_16
+        return next(sizes for most, sizes in tables if head_size <= most)
 
-def chunk_forward(q, k, v, mask, carry, logits, *, sizes, interpret=False):
-    """Attention of q over k, v, merged into `carry`."""
+
+_SIZES_16 = (
+    (1024, BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))),
+)
+_SIZES_32 = (
+    (1024, BlockSizes(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))),
+)
+
+
+def chunk_forward(q, k, v, mask, carry, logits, *, target, sizes=None, interpret=False):
+    """Attention of q over k, v, merged into `carry`.
+
+    Args:
+      target: the device; with the head size it gives the block sizes.
+      sizes: other block sizes.
+      interpret: runs on any device, block by block in XLA.
+    """
+    sizes = sizes or BlockSizes.of(target, q.shape[3], q.dtype)
     q, k, v, mask, carry = _vary_alike((q, k, v, mask, carry))
     value_size = v.shape[3]
     q, k, v = map(_whole_pieces, (q, k, v))
@@ -118,7 +141,9 @@ def chunk_forward(q, k, v, mask, carry, logits, *, sizes, interpret=False):
     return out[..., :value_size], _from_rows(lse, length)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, carry, out_ref, lse_ref, *, tile, logits):
+def _forward_kernel(
+    q_ref, k_ref, v_ref, mask, lists, carry, out_ref, lse_ref, *, tile, logits
+):
     # The last blocks see most under a causal mask: they start first.
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = pl.ds(i * tile.block_q, tile.block_q)
@@ -137,7 +162,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, carry, out_ref, lse_ref, *
         k = _load(k_ref, j, tile.block_kv)
         s = logits.of(_dot_nt(q, k))
         if is_partial:
-            s = jnp.where(_visible(mask, i, tile.block_q, j, tile.block_kv), s, -jnp.inf)
+            s = jnp.where(
+                _visible(mask, i, tile.block_q, j, tile.block_kv), s, -jnp.inf
+            )
         m_next = jnp.maximum(m, s.max(1))
         safe = finite(m_next)
         p = jnp.exp2(s - safe[:, None])
@@ -153,8 +180,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, mask, lists, carry, out_ref, lse_ref, *
     lse_ref[rows] = jnp.where(l == 0.0, -jnp.inf, m / LOG2E + jnp.log(safe))
 
 
-def chunk_backward(q, k, v, dout, lse, delta, mask, logits, *, sizes, interpret=False):
+def chunk_backward(
+    q, k, v, dout, lse, delta, mask, logits, *, target, sizes=None, interpret=False
+):
     """dq, dk, dv of one chunk from the global lse and delta."""
+    sizes = sizes or BlockSizes.of(target, q.shape[3], q.dtype)
     arrays = map(_whole_pieces, (q, k, v, dout.astype(q.dtype)))
     # Rows without a visible key have every score masked, whatever is subtracted.
     args = _vary_alike((*arrays, finite(lse) * LOG2E, delta, mask))
@@ -191,7 +221,21 @@ def _dq(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
     )(q, k, v, dout, lse, delta, mask, lists)
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, mask, lists, dq_ref, *, tile, logits, scale):
+def _dq_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    dout_ref,
+    lse_ref,
+    delta_ref,
+    mask,
+    lists,
+    dq_ref,
+    *,
+    tile,
+    logits,
+    scale,
+):
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = pl.ds(i * tile.block_q, tile.block_q)
     q, do = (_load(ref, i, tile.block_q) for ref in (q_ref, dout_ref))
@@ -240,7 +284,22 @@ def _dkv(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
     )(q, k, v, dout, lse, delta, mask, lists)
 
 
-def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, mask, lists, dk_ref, dv_ref, *, tile, logits, scale):
+def _dkv_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    dout_ref,
+    lse_ref,
+    delta_ref,
+    mask,
+    lists,
+    dk_ref,
+    dv_ref,
+    *,
+    tile,
+    logits,
+    scale,
+):
     # Scores are held transposed, [block_kv, block_q], and so is the mask.
     j = pl.program_id(0)
     k, v = (_load(ref, j, tile.block_kv) for ref in (k_ref, v_ref))

@@ -1,0 +1,123 @@
+"""implementation=None takes what its devices run best, and says so."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+import usp_jax
+from usp_jax import kernels
+from usp_jax.kernels import Target, choose, target_of
+from usp_jax.kernels.choice import KERNELS
+
+CPU = Target("cpu", "cpu")
+TPU = Target("tpu", "TPU v5")
+V100 = Target("gpu", "Tesla V100-SXM2-16GB", (7, 0))
+A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))
+H100 = Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+AMD = Target("gpu", "AMD Instinct MI300X")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    platform: str
+    device_kind: str
+    compute_capability: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "expected"),
+    [
+        (CPU, "float32", "xla"),
+        (TPU, "bfloat16", "xla"),
+        (V100, "float16", "xla"),
+        (AMD, "bfloat16", "xla"),
+        (A100, "bfloat16", "triton"),
+        (A100, "float64", "xla"),
+        (H100, "float32", "triton"),
+    ],
+)
+def test_none_takes_the_best_of_the_device(target, dtype, expected, caplog) -> None:
+    with caplog.at_level(logging.DEBUG, logger="usp_jax"):
+        assert choose(None, target=target, dtype=dtype) == expected
+    (record,) = caplog.records
+    assert record.levelno == logging.DEBUG
+    for part in (expected, dtype, target.kind):
+        assert part in record.getMessage()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_a_name_is_taken_where_it_runs_and_refused_elsewhere(kernel) -> None:
+    for target in (CPU, TPU, V100, A100, H100):
+        for dtype in ("bfloat16", "float64"):
+            if kernel.refusal(target, jnp.dtype(dtype)) is None:
+                assert choose(kernel.name, target=target, dtype=dtype) == kernel.name
+            else:
+                with pytest.raises(ValueError, match=f"implementation='{kernel.name}'"):
+                    choose(kernel.name, target=target, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "match"),
+    [
+        (CPU, "float32", r"runs on a gpu, the call is for a cpu \(cpu\); use None or"),
+        (TPU, "float32", r"'triton' runs on a gpu.* tpu \(TPU v5\).*'xla'"),
+        (V100, "float32", r"needs compute capability 8\.0, .*V100.* 7\.0\)"),
+        (AMD, "float32", r"needs compute capability 8\.0, .*MI300X"),
+        (A100, "float64", r"has no float64; use None or one of \('xla', 'reference'"),
+    ],
+)
+def test_refusals_name_the_device_and_what_runs_there(target, dtype, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        choose("triton", target=target, dtype=dtype)
+
+
+def test_an_unknown_name_is_told() -> None:
+    with pytest.raises(ValueError, match="implementation='flash' must be None or one"):
+        choose("flash", target=CPU, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (FakeDevice("gpu", A100.kind, "8.0"), A100),
+        (FakeDevice("cuda", H100.kind, "9.0"), H100),
+        (FakeDevice("gpu", "NVIDIA RTX 6000", "12.0"),
+         Target("gpu", "NVIDIA RTX 6000", (12, 0))),
+        (FakeDevice("rocm", AMD.kind, "gfx942"), AMD),
+        (FakeDevice("tpu", TPU.kind), TPU),
+    ],
+)  # fmt: skip
+def test_a_device_tells_what_it_is(device, expected) -> None:
+    assert Target.of(device) == expected
+
+
+@pytest.mark.parametrize("expected", [A100, H100, TPU])
+def test_an_abstract_mesh_is_asked_for_its_devices(expected) -> None:
+    device = jax.sharding.AbstractDevice(
+        device_kind=expected.kind, num_cores=None, platform=expected.platform
+    )
+    mesh = AbstractMesh((2,), ("ring",), abstract_device=device)
+    assert target_of(mesh) == expected
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert target_of(None) == expected
+
+
+def test_without_a_mesh_it_is_the_default_device() -> None:
+    assert target_of(None) == target_of(usp_jax.make_mesh(ring=2)) == CPU
+    assert target_of(AbstractMesh((2,), ("ring",))) == CPU
+    with jax.default_device("cpu"):
+        assert target_of(None) == CPU
+
+
+def test_the_functions_refuse_what_their_devices_cannot_run() -> None:
+    x = jnp.zeros((1, 16, 2, 16))
+    with pytest.raises(ValueError, match=r"'triton' runs on a gpu"):
+        usp_jax.flash_attention(x, x, x, implementation="triton")
+    with pytest.raises(ValueError, match=r"'triton' runs on a gpu"):
+        mesh = usp_jax.make_mesh(ring=2)
+        usp_jax.usp_attention(x, x, x, mesh=mesh, implementation="triton")
+    assert set(kernels.IMPLEMENTATIONS) == {kernel.name for kernel in KERNELS}
