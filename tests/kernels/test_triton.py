@@ -136,6 +136,17 @@ def test_a_chunk_is_the_oracle_and_twice_the_same(case) -> None:
     chex.assert_trees_all_equal(actual, run())
 
 
+def test_entries_of_several_blocks_change_nothing_but_the_order(monkeypatch) -> None:
+    case = CASES["causal, groups of heads, a head in pieces"]
+    *_, mask, _ = arrays(case)
+    _, each = triton._listed(mask, 32, 16)
+    monkeypatch.setattr(triton, "MAX_LIST", 3)
+    _, several = triton._listed(mask, 32, 16)
+    assert (each.blocks, several.blocks) == (1, 4)
+    assert each.order.shape[-1] == 4 * several.order.shape[-1]
+    test_a_chunk_is_the_oracle_and_twice_the_same(case)
+
+
 def test_inside_a_ring_and_ulysses_it_is_the_xla_op() -> None:
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     rng = np.random.default_rng(3)

@@ -42,6 +42,10 @@ from usp_jax.merge import finite
 
 LOG2E = math.log2(math.e)
 
+# Lists are sorted, and as long as rows times columns: for very long sequences an entry
+# is several blocks.
+MAX_LIST = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -330,15 +334,16 @@ def _dkv_kernel(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Lists:
-    """For each block of rows its columns' blocks, FULL ones first, and how many are.
+    """For each block of rows the spans of columns it sees, FULL ones first.
 
     Arrays, or what Pallas puts in their place: int32 [B, rows], [B, rows] and
-    [B, rows, columns]; B may be 1.
+    [B, rows, spans]; B may be 1. A span is `blocks` blocks of columns.
     """
 
     num_full: Any
     num_some: Any
     order: Any
+    blocks: int = dataclasses.field(metadata={"static": True})
 
 
 def _listed(mask, block_rows, block_columns):
@@ -350,11 +355,14 @@ def _listed(mask, block_rows, block_columns):
     mask = Mask(mask.rule, q, pad_tokens(mask.kv, column_padding, with_ids=with_ids))
     if mask.sees_all:
         return None, None
-    kinds = block_kinds(mask, block_rows, block_columns)
+    num_columns, blocks = mask.kv.positions.shape[1] // block_columns, 1
+    while num_columns // blocks > MAX_LIST and num_columns % (2 * blocks) == 0:
+        blocks *= 2
+    kinds = block_kinds(mask, block_rows, block_columns * blocks)
     num_full = jnp.sum(kinds == FULL, -1, dtype=jnp.int32)
     num_some = jnp.sum(kinds != EMPTY, -1, dtype=jnp.int32)
     order = jnp.argsort(-kinds, axis=-1, stable=True).astype(jnp.int32)
-    return mask, _Lists(num_full, num_some, order)
+    return mask, _Lists(num_full, num_some, order, blocks)
 
 
 def _transposed(mask):
@@ -369,9 +377,15 @@ def _walk(lists, row, num_columns, attend, state):
         return lax.fori_loop(0, num_columns, lambda j, x: attend(j, False, x), state)
 
     def step(is_partial):
-        return lambda n, x: attend(lists.order[row, n], is_partial, x)
+        def body(n, state):
+            span = lists.order[row, lax.div(n, lists.blocks)]
+            column = span * lists.blocks + lax.rem(n, lists.blocks)
+            return attend(column, is_partial, state)
 
-    num_full, num_some = lists.num_full[row], lists.num_some[row]
+        return body
+
+    num_full = lists.num_full[row] * lists.blocks
+    num_some = lists.num_some[row] * lists.blocks
     state = lax.fori_loop(0, num_full, step(False), state)
     return lax.fori_loop(num_full, num_some, step(True), state)
 
