@@ -154,12 +154,12 @@ def _forward_kernel(
     q = _load(q_ref, i, tile.block_q)
     if carry is None:
         m = jnp.full((tile.block_q,), -jnp.inf, jnp.float32)
-        l = jnp.zeros((tile.block_q,), jnp.float32)
         acc = _zeros(v_ref, tile.block_q)
     else:
-        # A finished row is a running one whose sum is 1 at its lse.
         acc, m = _load(carry[0], i, tile.block_q), carry[1][rows] * LOG2E
-        l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+    # A finished row is a running one whose sum is 1 at its lse. That of a row that has
+    # seen nothing, at -inf, is forgotten with the first key it sees.
+    l = jnp.ones((tile.block_q,), jnp.float32)
 
     def attend(j, is_partial, state):
         m, l, acc = state
@@ -179,9 +179,8 @@ def _forward_kernel(
 
     num_kv = pl.cdiv(k_ref.shape[0], tile.block_kv)
     m, l, acc = _walk(lists, i, num_kv, attend, (m, l, acc))
-    safe = jnp.where(l == 0.0, 1.0, l)
-    _store(out_ref, i, tile.block_q, [x / safe[:, None] for x in acc])
-    lse_ref[rows] = jnp.where(l == 0.0, -jnp.inf, m / LOG2E + jnp.log(safe))
+    _store(out_ref, i, tile.block_q, [x / l[:, None] for x in acc])
+    lse_ref[rows] = m / LOG2E + jnp.log(l)
 
 
 def chunk_backward(
