@@ -229,6 +229,7 @@ class _Options:
         return_residual,
     ):
         check_layout(layout)
+        arguments.check_bool("return_residual", return_residual)
         return cls(
             arguments.logits(scale, logits_soft_cap, query.shape[3]),
             arguments.mask_rule(is_causal, local_window_size),
@@ -236,7 +237,7 @@ class _Options:
             kernels.choose(
                 implementation, target=kernels.target_of(mesh), dtype=query.dtype
             ),
-            bool(return_residual),
+            return_residual,
         )
 
     def call(self, shards, heads) -> Call:

@@ -82,7 +82,7 @@ class Shards:
 
         Elsewhere the compiler sees to it.
         """
-        if AxisType.Explicit not in self.mesh.axis_types:
+        if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
             return x
         sharding = NamedSharding(self.mesh, self.spec(dims))
         return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), x)
