@@ -73,7 +73,8 @@ CASES = {
     "carry-of-dead-rows": Case(96, 96, chunks=2, window=(8, 0)),
 }
 
-HERE = [kernel.name for kernel in KERNELS if not kernel.refusal(target_of(None), "f4")]
+FLOAT32 = {"target": target_of(None), "dtype": jnp.dtype("float32"), "head_size": 128}
+HERE = [kernel.name for kernel in KERNELS if not kernel.refusal(**FLOAT32)]
 
 # name of an implementation -> (whether a case and a dtype are beyond it, why)
 UNSUPPORTED = {
@@ -214,9 +215,7 @@ def test_a_chunk_that_is_not_seen_leaves_the_carry_as_it_is(implementation):
 
 
 def test_names():
-    here = functools.partial(
-        kernels.choose, target=target_of(None), dtype=jnp.dtype("float32")
-    )
+    here = functools.partial(kernels.choose, **FLOAT32)
     assert here(None) in HERE
     for name in HERE:
         assert here(name) == name

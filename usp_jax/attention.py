@@ -235,7 +235,10 @@ class _Options:
             arguments.mask_rule(is_causal, local_window_size),
             layout,
             kernels.choose(
-                implementation, target=kernels.target_of(mesh), dtype=query.dtype
+                implementation,
+                target=kernels.target_of(mesh),
+                dtype=query.dtype,
+                head_size=query.shape[3],
             ),
             return_residual,
         )

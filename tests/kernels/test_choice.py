@@ -29,20 +29,24 @@ class FakeDevice:
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "expected"),
+    ("target", "dtype", "head_size", "expected"),
     [
-        (CPU, "float32", "xla"),
-        (TPU, "bfloat16", "xla"),
-        (V100, "float16", "xla"),
-        (AMD, "bfloat16", "xla"),
-        (A100, "bfloat16", "triton"),
-        (A100, "float64", "xla"),
-        (H100, "float32", "triton"),
+        (CPU, "float32", 128, "xla"),
+        (TPU, "bfloat16", 128, "xla"),
+        (V100, "float16", 128, "xla"),
+        (AMD, "bfloat16", 128, "xla"),
+        (A100, "bfloat16", 128, "triton"),
+        (A100, "bfloat16", 512, "xla"),
+        (A100, "float64", 128, "xla"),
+        (H100, "float32", 128, "triton"),
     ],
 )
-def test_none_takes_the_best_of_the_device(target, dtype, expected, caplog) -> None:
+def test_none_takes_the_best_of_the_device(
+    target, dtype, head_size, expected, caplog
+) -> None:
+    call = {"target": target, "dtype": dtype, "head_size": head_size}
     with caplog.at_level(logging.DEBUG, logger="usp_jax"):
-        assert choose(None, target=target, dtype=dtype) == expected
+        assert choose(None, **call) == expected
     (record,) = caplog.records
     assert record.levelno == logging.DEBUG
     for part in (expected, dtype, target.kind):
@@ -52,32 +56,46 @@ def test_none_takes_the_best_of_the_device(target, dtype, expected, caplog) -> N
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_name_is_taken_where_it_runs_and_refused_elsewhere(kernel) -> None:
     for target in (CPU, TPU, V100, A100, H100):
-        for dtype in ("bfloat16", "float64"):
-            if kernel.refusal(target, jnp.dtype(dtype)) is None:
-                assert choose(kernel.name, target=target, dtype=dtype) == kernel.name
+        for dtype in map(jnp.dtype, ("bfloat16", "float64")):
+            call = {"target": target, "dtype": dtype, "head_size": 128}
+            if kernel.refusal(**call) is None:
+                assert choose(kernel.name, **call) == kernel.name
             else:
                 with pytest.raises(ValueError, match=f"implementation='{kernel.name}'"):
-                    choose(kernel.name, target=target, dtype=dtype)
+                    choose(kernel.name, **call)
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "match"),
+    ("target", "dtype", "head_size", "match"),
     [
-        (CPU, "float32", r"runs on a gpu, the call is for a cpu \(cpu\); use None or"),
-        (TPU, "float32", r"'triton' runs on a gpu.* tpu \(TPU v5\).*'xla'"),
-        (V100, "float32", r"needs compute capability 8\.0, .*V100.* 7\.0\)"),
-        (AMD, "float32", r"needs compute capability 8\.0, .*MI300X"),
-        (A100, "float64", r"has no float64; use None or one of \('xla', 'reference'"),
+        (
+            CPU,
+            "float32",
+            128,
+            r"runs on a gpu, the call is for a cpu \(cpu\); use None or",
+        ),
+        (TPU, "float32", 128, r"'triton' runs on a gpu.* tpu \(TPU v5\).*'xla'"),
+        (V100, "float32", 128, r"needs compute capability 8\.0, .*V100.* 7\.0\)"),
+        (AMD, "float32", 128, r"needs compute capability 8\.0, .*MI300X"),
+        (
+            A100,
+            "float64",
+            128,
+            r"has no float64; use None or one of \('xla', 'reference'",
+        ),
+        (A100, "float16", 300, r"heads up to 256, not head_size=300; .*'xla'"),
     ],
 )
-def test_refusals_name_the_device_and_what_runs_there(target, dtype, match) -> None:
+def test_refusals_name_what_does_not_fit_and_what_runs_there(
+    target, dtype, head_size, match
+) -> None:
     with pytest.raises(ValueError, match=match):
-        choose("triton", target=target, dtype=dtype)
+        choose("triton", target=target, dtype=dtype, head_size=head_size)
 
 
 def test_an_unknown_name_is_told() -> None:
     with pytest.raises(ValueError, match="implementation='flash' must be None or one"):
-        choose("flash", target=CPU, dtype="float32")
+        choose("flash", target=CPU, dtype="float32", head_size=64)
 
 
 @pytest.mark.parametrize(

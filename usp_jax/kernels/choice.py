@@ -64,6 +64,7 @@ class Kernel:
     Attributes:
       platform: the only one that it runs on; None is any.
       capability: the least compute capability of the GPU.
+      max_head_size: the largest head; None is no bound.
       float64: whether it takes float64.
       automatic: whether implementation=None may take it.
     """
@@ -71,10 +72,11 @@ class Kernel:
     name: str
     platform: str | None = None
     capability: tuple[int, int] | None = None
+    max_head_size: int | None = None
     float64: bool = False
     automatic: bool = False
 
-    def refusal(self, target: Target, dtype) -> str | None:
+    def refusal(self, target: Target, dtype, head_size: int) -> str | None:
         """Why it cannot run a call; None when it can."""
         if self.platform not in (None, target.platform):
             return f"runs on a {self.platform}, the call is for a {target}"
@@ -86,31 +88,35 @@ class Kernel:
             return f"needs compute capability {least}, the call is for a {target}"
         if dtype == jnp.float64 and not self.float64:
             return "has no float64"
+        if self.max_head_size is not None and head_size > self.max_head_size:
+            return f"has heads up to {self.max_head_size}, not {head_size=}"
         return None
 
 
 # implementation=None takes the first automatic one that can run the call.
 KERNELS = (
-    Kernel("triton", platform="gpu", capability=(8, 0), automatic=True),
+    Kernel(
+        "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
+    ),
     Kernel("xla", float64=True, automatic=True),
     Kernel("reference", float64=True),
-    Kernel("triton_interpret"),
+    Kernel("triton_interpret", max_head_size=256),
 )
 
 IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)
 
 
-def choose(implementation: str | None, *, target: Target, dtype) -> str:
+def choose(implementation: str | None, *, target: Target, dtype, head_size: int) -> str:
     """The implementation to use: the one asked for, or the target's best.
 
     What None took is logged at debug level.
 
     Raises:
       ValueError: `implementation` is not the name of one, or it cannot run on the
-        target or with the dtype.
+        target, with the dtype or with heads of that size.
     """
-    dtype = jnp.dtype(dtype)
-    able = [kernel for kernel in KERNELS if kernel.refusal(target, dtype) is None]
+    call = target, jnp.dtype(dtype), head_size
+    able = [kernel for kernel in KERNELS if kernel.refusal(*call) is None]
     if implementation is None:
         name = next(kernel.name for kernel in able if kernel.automatic)
         _logger.debug("implementation=None takes %r for %s on %s", name, dtype, target)
@@ -118,7 +124,7 @@ def choose(implementation: str | None, *, target: Target, dtype) -> str:
     for kernel in KERNELS:
         if kernel.name != implementation:
             continue
-        if reason := kernel.refusal(target, dtype):
+        if reason := kernel.refusal(*call):
             raise ValueError(
                 f"{implementation=} {reason}; use None or one of "
                 f"{tuple(kernel.name for kernel in able)}"
