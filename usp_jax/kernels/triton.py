@@ -120,8 +120,8 @@ class _Default:
 # Compute capabilities whose shared memory is 163 KiB and more.
 _ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
-# The largest found by compiling that neither spill registers nor overflow shared
-# memory on an A100 and an H200; nothing here was timed.
+# Found by compiling, not by timing: with 16 bits none spills a register on an A100 and an
+# H200. A B200 has small spills at head sizes 96 and 256, an A100 at 256 in float32.
 _SIZES = (
     _Default(
         2, 64, BlockSizes(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
@@ -130,7 +130,7 @@ _SIZES = (
         2, 96, BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))
     ),
     _Default(
-        2, 128, BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        2, 128, BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
     ),
     _Default(
         2, 192, BlockSizes(Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2))
