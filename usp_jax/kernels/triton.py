@@ -120,8 +120,8 @@ class _Default:
 # Compute capabilities whose shared memory is 163 KiB and more.
 _ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
-# Found by compiling, not by timing: with 16 bits none spills a register on an A100 and an
-# H200. A B200 has small spills at head sizes 96 and 256, an A100 at 256 in float32.
+# Found by compiling, not by timing: with 16 bits none spills registers on an A100 or an
+# H200. A B200 spills some at head sizes 96 and 256, an A100 at 256 in float32.
 _SIZES = (
     _Default(
         2, 64, BlockSizes(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
