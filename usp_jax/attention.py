@@ -66,7 +66,8 @@ def usp_attention(
         that `padded_length` gives) or "data" (with `positions`).
       mesh: None takes the mesh of `jax.set_mesh`; without one, runs on one device.
       axes: which axis of the mesh plays which role.
-      implementation: "xla" or "reference"; None takes the platform's best.
+      implementation: "triton" (NVIDIA GPUs from Ampere on), "xla", "reference" or
+        "triton_interpret"; None takes the best for the mesh's devices.
       return_residual: also returns the log-sum-exp of the logits.
 
     Returns:
@@ -85,8 +86,10 @@ def usp_attention(
     """
     arguments.check_arrays(query, key, value)
     arguments.check_sinks(sinks, query.shape[2])
+    mesh = resolve_mesh(mesh, axes)
     options = _Options.of(
         query,
+        mesh,
         is_causal=is_causal,
         scale=scale,
         local_window_size=local_window_size,
@@ -98,7 +101,6 @@ def usp_attention(
     positions = arguments.sides_of("positions", positions, query.shape, key.shape)
     segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
     _check_positions(layout, positions)
-    mesh = resolve_mesh(mesh, axes)
     arrays = (query, key, value, sinks, positions, segment_ids)
     if mesh is None:
         return _on_shards(options, Shards(), *arrays)
@@ -139,6 +141,7 @@ def usp_attention_per_shard(
     arguments.check_sinks(sinks, query.shape[2])
     options = _Options.of(
         query,
+        None,
         is_causal=is_causal,
         scale=scale,
         local_window_size=local_window_size,
@@ -218,6 +221,7 @@ class _Options:
     def of(
         cls,
         query,
+        mesh,
         *,
         is_causal,
         scale,
@@ -233,7 +237,12 @@ class _Options:
             arguments.logits(scale, logits_soft_cap, query.shape[3]),
             arguments.mask_rule(is_causal, local_window_size),
             layout,
-            kernels.choose(implementation),
+            kernels.choose(
+                implementation,
+                target=kernels.target_of(mesh),
+                dtype=query.dtype,
+                head_size=query.shape[3],
+            ),
             return_residual,
         )
 

@@ -158,7 +158,7 @@ def _ring(call, q, kv, tokens):
     if pairs or q.shape[1] != kv.shape[2]:
         q_tokens = gather(0, q.shape[1])
     own = q_tokens.shard(shards.index(shards.ring))
-    chunk = kernels.chunk(call.implementation)
+    chunk = kernels.chunk(call.implementation, kernels.target_of(shards.mesh))
     return Ring(
         axis_name=shards.ring,
         size=shards.size(shards.ring),

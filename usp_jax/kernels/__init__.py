@@ -14,17 +14,22 @@ has seen nothing has lse = -inf and out = 0, and its gradient is 0.
 """
 
 import dataclasses
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
 from usp_jax.kernels import reference, xla
+from usp_jax.kernels.choice import (
+    IMPLEMENTATIONS as IMPLEMENTATIONS,
+    Target as Target,
+    choose as choose,
+    target_of as target_of,
+)
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
 
 Carry = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
-
-IMPLEMENTATIONS = ("reference", "xla")
 
 
 @runtime_checkable
@@ -69,20 +74,23 @@ class Chunk:
     backward: ChunkBackward
 
 
-def chunk(implementation: str) -> Chunk:
-    """The functions of a chosen implementation."""
+def chunk(implementation: str, target: Target | None = None) -> Chunk:
+    """The functions of a chosen implementation.
+
+    Args:
+      target: what block sizes are chosen for; None is the default device.
+    """
+    if implementation in ("triton", "triton_interpret"):
+        # Not all installations of jax have all of Pallas.
+        from usp_jax.kernels import triton
+
+        options = {
+            "target": target_of(None) if target is None else target,
+            "interpret": implementation == "triton_interpret",
+        }
+        return Chunk(
+            partial(triton.chunk_forward, **options),
+            partial(triton.chunk_backward, **options),
+        )
     module = {"reference": reference, "xla": xla}[implementation]
     return Chunk(module.chunk_forward, module.chunk_backward)
-
-
-def choose(implementation: str | None) -> str:
-    """The implementation to use: the one asked for, or the platform's best.
-
-    Raises:
-      ValueError: `implementation` is not the name of one.
-    """
-    if implementation is None:
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
-    return implementation

@@ -1,0 +1,163 @@
+"""Which implementation a call uses: a table of where each runs, read from the top."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+_logger = logging.getLogger(__name__)
+
+# Compute capabilities of the GPUs that an abstract mesh may name. GH200 and GB200 hold
+# an H200 and a B200.
+_CAPABILITIES = {
+    "A100": (8, 0),
+    "A800": (8, 0),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "H800": (9, 0),
+    "B200": (10, 0),
+    "B300": (10, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a call will run on.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      kind: the device's own name, "NVIDIA A100-SXM4-80GB" for instance.
+      capability: the compute capability of an NVIDIA GPU, (8, 0) for instance.
+    """
+
+    platform: str
+    kind: str = ""
+    capability: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, device) -> "Target":
+        """A `jax.Device`, or a `jax.sharding.AbstractDevice`, as a target."""
+        nvidia_or_amd = device.platform in ("gpu", "cuda", "rocm")
+        platform = "gpu" if nvidia_or_amd else device.platform
+        kind = device.device_kind
+        written = getattr(device, "compute_capability", None)
+        # An AMD GPU's is the name of its architecture.
+        if isinstance(written, str) and written.replace(".", "").isdigit():
+            major, _, minor = written.partition(".")
+            return cls(platform, kind, (int(major), int(minor or 0)))
+        known = [value for name, value in _CAPABILITIES.items() if name in kind]
+        return cls(platform, kind, known[0] if known and nvidia_or_amd else None)
+
+    def __str__(self) -> str:
+        capability = (
+            "" if self.capability is None else " {}.{}".format(*self.capability)
+        )
+        return f"{self.platform} ({self.kind}{capability})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation, and what it can run.
+
+    Attributes:
+      platform: the only one that it runs on; None is any.
+      capability: the least compute capability of the GPU.
+      max_head_size: the largest head; None is no bound.
+      float64: whether it takes float64.
+      automatic: whether implementation=None may take it.
+    """
+
+    name: str
+    platform: str | None = None
+    capability: tuple[int, int] | None = None
+    max_head_size: int | None = None
+    float64: bool = False
+    automatic: bool = False
+
+    def refusal(self, target: Target, dtype, head_size: int) -> str | None:
+        """Why it cannot run a call; None when it can."""
+        if self.platform not in (None, target.platform):
+            return f"runs on a {self.platform}, the call is for a {target}"
+        if (
+            self.capability is not None
+            and (target.capability or (0, 0)) < self.capability
+        ):
+            least = "{}.{}".format(*self.capability)
+            return f"needs compute capability {least}, the call is for a {target}"
+        if dtype == jnp.float64 and not self.float64:
+            return "has no float64"
+        if self.max_head_size is not None and head_size > self.max_head_size:
+            return f"has heads up to {self.max_head_size}, not {head_size=}"
+        return None
+
+
+# implementation=None takes the first automatic one that can run the call.
+KERNELS = (
+    Kernel(
+        "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
+    ),
+    Kernel("xla", float64=True, automatic=True),
+    Kernel("reference", float64=True),
+    Kernel("triton_interpret", max_head_size=256),
+)
+
+IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)
+
+
+def choose(implementation: str | None, *, target: Target, dtype, head_size: int) -> str:
+    """The implementation to use: the one asked for, or the target's best.
+
+    What None took is logged at debug level.
+
+    Raises:
+      ValueError: `implementation` is not the name of one, or it cannot run on the
+        target, with the dtype or with heads of that size.
+    """
+    call = target, jnp.dtype(dtype), head_size
+    able = [kernel for kernel in KERNELS if kernel.refusal(*call) is None]
+    if implementation is None:
+        name = next(kernel.name for kernel in able if kernel.automatic)
+        _logger.debug("implementation=None takes %r for %s on %s", name, dtype, target)
+        return name
+    for kernel in KERNELS:
+        if kernel.name != implementation:
+            continue
+        if reason := kernel.refusal(*call):
+            raise ValueError(
+                f"{implementation=} {reason}; use None or one of "
+                f"{tuple(kernel.name for kernel in able)}"
+            )
+        return implementation
+    raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+
+
+def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
+    """What a call on a mesh runs on.
+
+    Those are the mesh's devices (also such as are compiled for without being here),
+    those of the context's mesh, or else the default device.
+    """
+    if isinstance(mesh, Mesh):
+        return Target.of(mesh.devices.flat[0])
+    abstract = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if abstract.empty or abstract.abstract_device is None:
+        return Target.of(_default_device())
+    device = abstract.abstract_device
+    target = Target.of(device)
+    if target.platform == "gpu" and target.capability is None:
+        here = _default_device()
+        return Target.of(here) if here.device_kind == device.device_kind else target
+    return target
+
+
+def _dotted(capability):
+    return ".".join(map(str, capability))
+
+
+def _default_device():
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.devices()[0]
+    return jax.devices(device)[0] if isinstance(device, str) else device
