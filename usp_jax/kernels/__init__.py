@@ -14,6 +14,7 @@ has seen nothing has lse = -inf and out = 0, and its gradient is 0.
 """
 
 import dataclasses
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
@@ -24,7 +25,7 @@ from usp_jax.masking import Mask
 
 Carry = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret")
 
 
 @runtime_checkable
@@ -71,6 +72,15 @@ class Chunk:
 
 def chunk(implementation: str) -> Chunk:
     """The functions of a chosen implementation."""
+    if implementation.startswith("mosaic_tpu"):
+        # Not all installations of jax have all of Pallas.
+        from usp_jax.kernels import mosaic_tpu
+
+        interpret = implementation == "mosaic_tpu_interpret"
+        return Chunk(
+            partial(mosaic_tpu.chunk_forward, interpret=interpret),
+            partial(mosaic_tpu.chunk_backward, interpret=interpret),
+        )
     module = {"reference": reference, "xla": xla}[implementation]
     return Chunk(module.chunk_forward, module.chunk_backward)
 

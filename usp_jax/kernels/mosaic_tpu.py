@@ -8,11 +8,11 @@ blocks carry their kind; only PARTIAL ones evaluate the mask.
 The forward's list is sorted by block of queries. Its accumulator is the result itself,
 initialised from the carry and normalised at the end of each run of the list.
 
-The backward's is sorted by block of keys and makes all three gradients in one walk, five
-matrix products a block (Algorithm 2): dk and dv accumulate in their result blocks over
-a run and over the query heads of the key head; a block of dq is read from HBM, added to
-and written back at each visit, in the background of the products. One core makes all
-visits of a block, in order, so the sum is the same each time.
+The backward's is sorted by block of keys and makes all three gradients in one walk,
+five matrix products a block (Algorithm 2): dk and dv accumulate in their result blocks
+over a run and over the query heads of the key head; a block of dq is read from HBM,
+added to and written back at each visit, in the background of the products. One core
+makes all visits of a block, in order, so the sum is the same each time.
 
 Arrays have heads in front of tokens, [B, N, T, H]. What is one number per token (lse,
 delta, positions, ids) is a row [B, N or 1, 1, T] of HBM; the forward, which has queries
@@ -108,12 +108,12 @@ class Tuning:
 
 
 def chunk_forward(
-    q, k, v, mask, carry, logits, *, blocks: BlockSizes | None = None, interpret=False
+    q, k, v, mask, carry, logits, *, tuning: Tuning | None = None, interpret=False
 ):
     """Attention of q over k, v, merged into `carry`."""
     q, k, v = _multipliable(q, k, v)
-    tuning = Tuning.of_device(device_kind())
-    cut = _Cut.of(q, k, mask, blocks or tuning.forward)
+    tuning = tuning or Tuning.of_device(device_kind())
+    cut = _Cut.of(q, k, mask, tuning.forward)
     walk = _Walk.of(cut.kinds, cut.batch, visit_all=carry is None)
     num_heads, group = q.shape[2], q.shape[2] // k.shape[2]
 
@@ -237,13 +237,13 @@ def chunk_backward(
     mask,
     logits,
     *,
-    blocks: BlockSizes | None = None,
+    tuning: Tuning | None = None,
     interpret=False,
 ):
     """dq, dk, dv of one chunk from the global lse and delta."""
     q, k, v, dout = _multipliable(q, k, v, dout.astype(q.dtype))
-    tuning = Tuning.of_device(device_kind())
-    cut = _Cut.of(q, k, mask, blocks or tuning.backward)
+    tuning = tuning or Tuning.of_device(device_kind())
+    cut = _Cut.of(q, k, mask, tuning.backward)
     walk = _Walk.of(cut.kinds.swapaxes(1, 2), cut.batch, visit_all=False)
     num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
 
@@ -336,7 +336,7 @@ def _backward_kernel(
         g=g,
     )
 
-    # An EMPTY entry stands alone in its list, so no copy waits for one that is not made.
+    # An EMPTY entry stands alone in its list: no copy waits for one that is not made.
     visited = step.listed & (step.kind != EMPTY)
     pl.when(visited)(dq.begin)
 
@@ -377,10 +377,10 @@ def _backward_kernel(
 class _InPlace:
     """Adds to blocks of an array in HBM, one a step, behind the computation.
 
-    Step n = t * group + g adds to block `minor(t)` of head `head + g`. Its block is read
-    during step n - 1 and written during step n + 1, in the (n mod 3)th of three buffers.
-    Only if steps n - 1 or n - 2 write the very same block is it read in step n itself,
-    after those writes.
+    Step n = t * group + g adds to block `minor(t)` of head `head + g`. Its block is
+    read during step n - 1 and written during step n + 1, in the (n mod 3)th of three
+    buffers. Only if steps n - 1 or n - 2 write the very same block is it read in step n
+    itself, after those writes.
     """
 
     hbm: Any
@@ -425,7 +425,7 @@ class _InPlace:
 
     def end(self):
         """Starts this step's write; the last step waits for all."""
-        t, g, n = self.t, self.g, self.t * self.group + self.g
+        t, n = self.t, self.t * self.group + self.g
         self._write(n).start()
 
         @pl.when(n + 1 == self.count * self.group)
@@ -520,14 +520,13 @@ class _Walk:
         codes = codes.reshape(num_rows // rows, rows, stripes, stripe * minor)
         codes = lax.sort(codes.swapaxes(1, 2), dimension=3)
         counts = jnp.sum(codes != unused, axis=3, dtype=jnp.int32)
-        # A grid has at least one step: an EMPTY one in the stripe, which changes nothing.
+        # A grid has at least one step: an EMPTY one of the stripe changes nothing.
         start = lax.broadcasted_iota(jnp.int32, codes.shape, 1) * stripe
         codes = jnp.where(codes == unused, start << (INDEX_BITS + 2), codes)
         calls = stripes * (num_rows // rows)
         taken = rows if num_rows > 1 else batch
-        first = (
-            lax.broadcasted_iota(jnp.int32, (num_rows // rows, stripes, 1), 0) * rows
-        )
+        shape = (num_rows // rows, stripes, 1)
+        first = lax.broadcasted_iota(jnp.int32, shape, 0) * rows
         sizes = jnp.concatenate([first, jnp.maximum(counts, 1)], axis=2)
         return cls(codes.reshape(calls, -1), sizes.reshape(calls, -1), taken)
 
@@ -725,7 +724,7 @@ class _Kernel:
 
     def run(self, walk, operands, specs, state):
         """The results of all calls of a walk, made one after the other."""
-        # Operands, lists and state vary over all mesh axes that any of them varies over.
+        # All inputs vary over all mesh axes that any of them varies over.
         inputs = (walk.entries, walk.sizes, operands, state)
         axes = frozenset().union(*map(varying_axes, jax.tree.leaves(inputs)))
         entries, sizes, operands, state = jax.tree.map(
