@@ -106,22 +106,11 @@ CASES = {
     "everything": {"rule": MaskRule(), "heads": (6, 2), "batch": 2},
     "causal": {"length": 640, "kv_length": 384, "shift": -100, "heads": (2, 1)},
     "far": {"shift": -1000},
-    "no-multiple": {"length": 300, "kv_length": 410, "shift": 120},
-    "no-multiple-everything": {"length": 200, "kv_length": 130, "rule": MaskRule()},
-    "window": {"length": 640, "kv_length": 640, "rule": MaskRule(False, 150, 200)},
-    "narrow": {
-        "length": 640,
-        "kv_length": 640,
-        "rule": MaskRule(True, 50),
-        "heads": (2, 1),
-    },
+    "no-multiple": {"length": 200, "kv_length": 130, "rule": MaskRule()},
+    "narrow": {"length": 640, "kv_length": 640, "rule": MaskRule(False, 50, 20)},
     "packed": {"batch": 3, "documents": True, "length": 384, "heads": (2, 2)},
-    "packed-full": {"batch": 2, "documents": True, "rule": MaskRule()},
-    "soft-cap": {"soft_cap": 2.0, "heads": (4, 2)},
-    "head-size-80": {"head_size": 80},
-    "head-size-192": {"head_size": 192},
-    "head-size-256": {"head_size": 256},
-    "bfloat16": {"dtype": "bfloat16", "heads": (4, 2), "documents": True},
+    "soft-cap": {"soft_cap": 2.0, "heads": (4, 2), "head_size": 192},
+    "bfloat16": {"dtype": "bfloat16", "heads": (4, 2), "head_size": 80},
     "float16": {"dtype": "float16"},
 }
 
@@ -131,20 +120,20 @@ def test_with_a_carry(name):
     check(*inputs(**CASES[name]))
 
 
-@pytest.mark.parametrize("name", ["everything", "causal", "far", "packed"])
+@pytest.mark.parametrize("name", ["causal", "packed"])
 def test_without_a_carry(name):
     arrays, _, mask, logits = inputs(**CASES[name])
     check(arrays, None, mask, logits)
 
 
-@pytest.mark.parametrize("name", ["causal", "packed"])
-def test_blocks_of_unequal_sizes(name):
-    case = {**CASES[name], "length": 1280, "kv_length": 1100, "batch": 1}
+def test_blocks_of_unequal_sizes():
+    case = {**CASES["packed"], "length": 1280, "kv_length": 1100, "batch": 1}
     check(*inputs(**case), tuning=UNEVEN)
 
 
-@pytest.mark.parametrize("with_carry", [False, True])
-@pytest.mark.parametrize("name", ["causal", "packed", "narrow"])
+@pytest.mark.parametrize(
+    ("name", "with_carry"), [("packed", True), ("packed", False), ("narrow", True)]
+)
 def test_lists_in_several_calls(name, with_carry, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "MAX_ENTRIES", 8)
     arrays, carry, mask, logits = inputs(**CASES[name])
@@ -169,13 +158,169 @@ def test_no_races_and_nothing_unwritten(name, capfd):
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-def test_a_race_would_be_found(monkeypatch, capfd, caplog):
+def test_a_race_would_be_found(monkeypatch, capfd):
     monkeypatch.setattr(mosaic_tpu._InPlace, "_again", lambda *_: jnp.bool_(False))
     interpret = pltpu.InterpretParams(detect_races=True)
     arrays, carry, mask, logits = inputs(**RACY["one-head"])
     q, k, v, dout = arrays
-    dq, _, _ = mosaic_tpu.chunk_backward(
-        q, k, v, dout, carry[1], carry[1] * 0, mask, logits, tuning=SMALL, interpret=interpret
+    lse = carry[1]
+    try:
+        dq, _, _ = mosaic_tpu.chunk_backward(
+            q, k, v, dout, lse, lse * 0, mask, logits, tuning=SMALL, interpret=interpret
+        )
+        dq.block_until_ready()
+        # From jax 0.11 on a race raises, before it is only printed.
+        found = "".join(capfd.readouterr())
+    except jax.errors.JaxRuntimeError as error:
+        found = str(error)
+        pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE DETECTED" in found
+
+
+def walked(kinds, batch, **options):
+    """What the calls of a walk visit: (batch row, major, minor, kind), in order."""
+    walk = mosaic_tpu._Walk.of(jnp.asarray(kinds, jnp.int8), batch, **options)
+    visited = []
+    for lists in zip(np.asarray(walk.entries), np.asarray(walk.sizes), strict=True):
+        for b in range(walk.batch):
+            count = int(walk.step(lists, b, 0).count)
+            for t in range(count):
+                step = walk.step(lists, b, t)
+                assert step.listed
+                row, major, minor = walk.blocks(lists, b, t)
+                visited.append((int(row), int(major), int(minor), int(step.kind)))
+            assert not walk.step(lists, b, count).listed
+            assert walk.step(lists, b, 0).first and walk.step(lists, b, count - 1).last
+    return visited
+
+
+@pytest.mark.parametrize("limit", [8, 20, 2**15])
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 4, 6)])
+def test_lists_hold_what_is_visible_once_and_in_order(shape, limit, monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "MAX_ENTRIES", limit)
+    kinds = np.random.default_rng(0).integers(0, 3, shape)
+    kinds[0, 2] = kinds[:, 4:] = EMPTY
+    visited = walked(kinds, 3, visit_all=False)
+    for row in range(3):
+        expected = [
+            (i, j, kinds[row % len(kinds), i, j])
+            for i, j in np.argwhere(kinds[row % len(kinds)] != EMPTY)
+        ]
+        actual = [x[1:] for x in visited if x[0] == row and x[3] != EMPTY]
+        assert actual == expected
+
+
+def test_lists_of_all_blocks_have_one_entry_where_nothing_is_visible():
+    kinds = np.zeros((1, 3, 4))
+    kinds[0, 1, 2] = 1
+    expected = [(0, 0, 0, 0), (0, 1, 2, 1), (0, 2, 0, 0)]
+    assert walked(kinds, 1, visit_all=True) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_lists_of_four_million_tokens_fit_scalar_memory(rows):
+    # 4M tokens on 8 x 8 devices: 512K tokens a ring shard, in blocks of 512.
+    kinds = jax.ShapeDtypeStruct((rows, 1024, 1024), jnp.int8)
+
+    def lists(kinds):
+        walk = mosaic_tpu._Walk.of(kinds, rows, visit_all=False)
+        return walk.entries[0], walk.sizes[0]
+
+    shapes = jax.tree.leaves(jax.eval_shape(lists, kinds))
+    assert sum(x.size * x.dtype.itemsize for x in shapes) < 256 * 1024
+
+
+def test_blocks_visited_of_a_zigzag_shard():
+    # At step 0 of a ring of 4: the diagonal blocks of both chunks, and the later chunk
+    # sees all of the earlier one.
+    chunk = np.arange(512, dtype=np.int32)
+    positions = jnp.asarray(np.concatenate([chunk, 7 * 512 + chunk]))[None]
+    mask = Mask(CAUSAL, Tokens(positions), Tokens(positions))
+    visited = walked(block_kinds(mask, 128, 128), 1, visit_all=False)
+    assert len(visited) == 2 * (4 * 5 // 2) + 4 * 4
+
+
+def test_inside_a_ring():
+    """Eight devices, ring x ulysses, packed documents, forward and backward."""
+    mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+    q, k, v, dout = normal(
+        3, (1, 256, 4, 16), (1, 256, 2, 16), (1, 256, 2, 16), (1, 256, 4, 16)
     )
-    dq.block_until_ready()
-    assert "RACE" in "".join(capfd.readouterr())
+    order = np.arange(256)
+    ids = jnp.asarray(order // 150 - (order > 240) * 2, jnp.int32)[None]
+
+    def program_of(implementation):
+        def attention(q, k, v):
+            return usp_jax.usp_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                layout="zigzag",
+                segment_ids=ids,
+                mesh=mesh,
+                implementation=implementation,
+            )
+
+        @jax.jit
+        def program(q, k, v, dout):
+            out, pull_back = jax.vjp(attention, q, k, v)
+            return out, *pull_back(dout)
+
+        return program
+
+    program = program_of("mosaic_tpu_interpret")
+    actual = program(q, k, v, dout)
+    chex.assert_trees_all_equal(actual, program(q, k, v, dout))
+    expected = program_of("reference")(q, k, v, dout)
+    chex.assert_trees_all_close(actual, expected, atol=2e-5)
+
+
+def test_interpreted_under_check_vma():
+    mesh = usp_jax.make_mesh(ring=2, devices=jax.devices()[:2])
+    (x,) = normal(0, (1, 128, 1, 16))
+
+    def attention(q):
+        return usp_jax.usp_attention_per_shard(
+            q, q, q, implementation="mosaic_tpu_interpret"
+        )
+
+    spec = jax.P(None, "ring")
+    program = jax.shard_map(attention, mesh=mesh, in_specs=spec, out_specs=spec)
+    with pytest.raises(NotImplementedError, match="pass check_vma=False"):
+        jax.eval_shape(program, x)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 128, 128), "BlockSizes.q=0 must be a positive multiple of 128"),
+        ((128, 200, 128), "BlockSizes.kv=200 must be a positive multiple of 128"),
+        ((128, 384, 256), "BlockSizes.kv=384 must be a multiple of .*256"),
+    ],
+)
+def test_block_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        BlockSizes(*sizes)
+
+
+def test_what_it_cannot_do():
+    arrays, carry, mask, logits = inputs(dtype="float16")
+    with jax.enable_x64():
+        q, k, v, _ = (x.astype(jnp.float64) for x in arrays)
+        with pytest.raises(ValueError, match="cannot take float64: use .*xla"):
+            mosaic_tpu.chunk_forward(q, k, v, mask, carry, logits, interpret=True)
+    with pytest.raises(ValueError, match="16385 blocks .* larger BlockSizes"):
+        mosaic_tpu._Walk.of(jnp.zeros((1, 1, 16385), jnp.int8), 1, visit_all=False)
+    q, k, v, _ = arrays
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        mosaic_tpu.chunk_forward(q, k, v, mask, carry, logits)
+
+
+@pytest.mark.parametrize(
+    "kind", ["TPU v4", "TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x", "cpu"]
+)
+def test_every_device_kind_has_block_sizes(kind):
+    tuning = Tuning.of_device(kind)
+    assert tuning.vmem_bytes >= 16 * 2**20
+    assert tuning.forward.q >= 512

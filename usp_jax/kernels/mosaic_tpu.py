@@ -730,10 +730,12 @@ class _Kernel:
         entries, sizes, operands, state = jax.tree.map(
             lambda x: vary_over(x, axes), inputs
         )
-        if axes and self.interpret is True:
-            # The plain interpreter does not know of axes that values vary over.
-            interpret = pltpu.InterpretParams()
-            self = dataclasses.replace(self, interpret=interpret)
+        if axes and self.interpret:
+            raise NotImplementedError(
+                "mosaic_tpu_interpret cannot run where jax checks over which axes "
+                f"values vary ({', '.join(sorted(axes))}): pass check_vma=False to "
+                "jax.shard_map"
+            )
         if walk.calls == 1:
             return self._call(walk, entries[0], sizes[0], operands, specs, state)
 
