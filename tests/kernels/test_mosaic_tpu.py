@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import usp_jax
-from usp_jax.kernels import mosaic_tpu, reference
+from usp_jax.kernels import mosaic_tpu, reference, walk
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu import BlockSizes, Tuning
 from usp_jax.masking import EMPTY, Mask, MaskRule, Tokens, block_kinds
@@ -135,7 +135,7 @@ def test_blocks_of_unequal_sizes():
     ("name", "with_carry"), [("packed", True), ("packed", False), ("narrow", True)]
 )
 def test_lists_in_several_calls(name, with_carry, monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "MAX_ENTRIES", 8)
+    monkeypatch.setattr(walk, "MAX_ENTRIES", 8)
     arrays, carry, mask, logits = inputs(**CASES[name])
     check(arrays, carry if with_carry else None, mask, logits)
 
@@ -179,25 +179,30 @@ def test_a_race_would_be_found(monkeypatch, capfd):
 
 def walked(kinds, batch, **options):
     """What the calls of a walk visit: (batch row, major, minor, kind), in order."""
-    walk = mosaic_tpu._Walk.of(jnp.asarray(kinds, jnp.int8), batch, **options)
+    lists_of = walk.Walk.of(jnp.asarray(kinds, jnp.int8), batch, **options)
     visited = []
-    for lists in zip(np.asarray(walk.entries), np.asarray(walk.sizes), strict=True):
-        for b in range(walk.batch):
-            count = int(walk.step(lists, b, 0).count)
+    for lists in zip(
+        np.asarray(lists_of.entries), np.asarray(lists_of.sizes), strict=True
+    ):
+        for b in range(lists_of.batch):
+            count = int(lists_of.step(lists, b, 0).count)
             for t in range(count):
-                step = walk.step(lists, b, t)
+                step = lists_of.step(lists, b, t)
                 assert step.listed
-                row, major, minor = walk.blocks(lists, b, t)
+                row, major, minor = lists_of.blocks(lists, b, t)
                 visited.append((int(row), int(major), int(minor), int(step.kind)))
-            assert not walk.step(lists, b, count).listed
-            assert walk.step(lists, b, 0).first and walk.step(lists, b, count - 1).last
+            assert not lists_of.step(lists, b, count).listed
+            assert (
+                lists_of.step(lists, b, 0).first
+                and lists_of.step(lists, b, count - 1).last
+            )
     return visited
 
 
 @pytest.mark.parametrize("limit", [8, 20, 2**15])
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 4, 6)])
 def test_lists_hold_what_is_visible_once_and_in_order(shape, limit, monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "MAX_ENTRIES", limit)
+    monkeypatch.setattr(walk, "MAX_ENTRIES", limit)
     kinds = np.random.default_rng(0).integers(0, 3, shape)
     kinds[0, 2] = kinds[:, 4:] = EMPTY
     visited = walked(kinds, 3, visit_all=False)
@@ -223,8 +228,8 @@ def test_lists_of_four_million_tokens_fit_scalar_memory(rows):
     kinds = jax.ShapeDtypeStruct((rows, 1024, 1024), jnp.int8)
 
     def lists(kinds):
-        walk = mosaic_tpu._Walk.of(kinds, rows, visit_all=False)
-        return walk.entries[0], walk.sizes[0]
+        whole = walk.Walk.of(kinds, rows, visit_all=False)
+        return whole.entries[0], whole.sizes[0]
 
     shapes = jax.tree.leaves(jax.eval_shape(lists, kinds))
     assert sum(x.size * x.dtype.itemsize for x in shapes) < 256 * 1024
@@ -311,7 +316,7 @@ def test_what_it_cannot_do():
         with pytest.raises(ValueError, match="cannot take float64: use .*xla"):
             mosaic_tpu.chunk_forward(q, k, v, mask, carry, logits, interpret=True)
     with pytest.raises(ValueError, match="16385 blocks .* larger BlockSizes"):
-        mosaic_tpu._Walk.of(jnp.zeros((1, 1, 16385), jnp.int8), 1, visit_all=False)
+        walk.Walk.of(jnp.zeros((1, 1, 16385), jnp.int8), 1, visit_all=False)
     q, k, v, _ = arrays
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         mosaic_tpu.chunk_forward(q, k, v, mask, carry, logits)
