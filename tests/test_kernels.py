@@ -1,7 +1,6 @@
 """The conformance suite of the chunk contract: one set of cases, all implementations.
 
-An implementation joins by its name in `IMPLEMENTATIONS`, where the tests' device can
-run it, and says in `UNSUPPORTED` what it cannot do. Every case is compared with the
+An implementation joins by its row in `KERNELS`, where the tests' device can run it. Every case is compared with the
 float32 oracle on the same rounded inputs (float64 for float64), forward and backward,
 and run twice, which must give the same bits.
 """
@@ -74,13 +73,7 @@ CASES = {
 }
 
 FLOAT32 = {"target": target_of(None), "dtype": jnp.dtype("float32"), "head_size": 128}
-HERE = [kernel.name for kernel in KERNELS if not kernel.refusal(**FLOAT32)]
-
-# name of an implementation -> (whether a case and a dtype are beyond it, why)
-UNSUPPORTED = {
-    **{name: (lambda case, dtype: False, "") for name in HERE},
-    "triton_interpret": (lambda case, dtype: dtype == "float64", "has no float64"),
-}
+HERE = {kernel.name: kernel for kernel in KERNELS if not kernel.refusal(**FLOAT32)}
 
 
 def inputs(case, dtype):
@@ -158,9 +151,8 @@ def run(chunk, case, arrays, positions, ids):
 
 
 def check(implementation, case, dtype):
-    beyond, why = UNSUPPORTED[implementation]
-    if beyond(case, dtype):
-        pytest.skip(why)
+    if dtype == "float64" and not HERE[implementation].float64:
+        pytest.skip(f"{implementation} has no float64")
     chunk = kernels.chunk(implementation)
     with jax.enable_x64(dtype == "float64"):
         program = jax.jit(functools.partial(run, chunk, case))

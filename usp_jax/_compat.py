@@ -19,3 +19,9 @@ def vary_like(xs, others):
     """Marks the leaves of `xs` as varying over what any of `others` varies over."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
     return jax.tree.map(lambda x: vary_over(x, axes), xs)
+
+
+def varying_like(x, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result that varies over the mesh axes that `x` does."""
+    axes = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)

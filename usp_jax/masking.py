@@ -83,17 +83,34 @@ def visible(mask: Mask) -> Bool[Array, "*B T S"]:
 
     Leading axes are carried along, so a block of tokens [t] gives [t, s].
     """
-    rule, q, kv = mask.rule, mask.q, mask.kv
-    ahead = kv.positions[..., None, :] - q.positions[..., :, None]
-    seen = jnp.ones(ahead.shape, bool)
-    if rule.after is not None:
-        seen &= ahead <= rule.after
-    if rule.before is not None:
-        seen &= ahead >= -rule.before
+    q = jax.tree.map(lambda x: x[..., :, None], mask.q)
+    kv = jax.tree.map(lambda x: x[..., None, :], mask.kv)
+    return sees(mask.rule, q, kv)
+
+
+def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
+    """Whether each query sees each key, of tokens whose shapes broadcast together.
+
+    Positions are read only if the rule bounds distances.
+    """
+    seen = None
+    if rule.after is not None or rule.before is not None:
+        ahead = kv.positions - q.positions
+        if rule.after is not None:
+            seen = _both(seen, ahead <= rule.after)
+        if rule.before is not None:
+            seen = _both(seen, ahead >= -rule.before)
     if q.segment_ids is not None:
-        q_ids, kv_ids = q.segment_ids[..., :, None], kv.segment_ids[..., None, :]
-        seen &= (q_ids == kv_ids) & (q_ids != PADDING)
+        seen = _both(seen, q.segment_ids == kv.segment_ids)
+        seen = _both(seen, q.segment_ids != PADDING)
+    if seen is None:
+        shape = jnp.broadcast_shapes(q.positions.shape, kv.positions.shape)
+        return jnp.ones(shape, bool)
     return seen
+
+
+def _both(a, b):
+    return b if a is None else a & b
 
 
 def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk"]:

@@ -32,7 +32,7 @@ class FakeDevice:
     ("target", "dtype", "head_size", "expected"),
     [
         (CPU, "float32", 128, "xla"),
-        (TPU, "bfloat16", 128, "xla"),
+        (TPU, "bfloat16", 128, "mosaic_tpu"),
         (V100, "float16", 128, "xla"),
         (AMD, "bfloat16", 128, "xla"),
         (A100, "bfloat16", 128, "triton"),

@@ -14,6 +14,7 @@ has seen nothing has lse = -inf and out = 0, and its gradient is 0.
 """
 
 import dataclasses
+import importlib
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +29,8 @@ from usp_jax.kernels.choice import (
 )
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
+
+_PLAIN = {"reference": reference, "xla": xla}
 
 Carry = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
@@ -80,17 +83,17 @@ def chunk(implementation: str, target: Target | None = None) -> Chunk:
     Args:
       target: what block sizes are chosen for; None is the default device.
     """
-    if implementation in ("triton", "triton_interpret"):
-        # Not all installations of jax have all of Pallas.
-        from usp_jax.kernels import triton
-
-        options = {
-            "target": target_of(None) if target is None else target,
-            "interpret": implementation == "triton_interpret",
-        }
-        return Chunk(
-            partial(triton.chunk_forward, **options),
-            partial(triton.chunk_backward, **options),
-        )
-    module = {"reference": reference, "xla": xla}[implementation]
-    return Chunk(module.chunk_forward, module.chunk_backward)
+    if implementation in _PLAIN:
+        module = _PLAIN[implementation]
+        return Chunk(module.chunk_forward, module.chunk_backward)
+    name = implementation.removesuffix("_interpret")
+    # Not all installations of jax have all of Pallas.
+    module = importlib.import_module(f"usp_jax.kernels.{name}")
+    options = {
+        "target": target_of(None) if target is None else target,
+        "interpret": name != implementation,
+    }
+    return Chunk(
+        partial(module.chunk_forward, **options),
+        partial(module.chunk_backward, **options),
+    )

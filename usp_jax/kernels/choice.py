@@ -95,12 +95,14 @@ class Kernel:
 
 # implementation=None takes the first automatic one that can run the call.
 KERNELS = (
+    Kernel("mosaic_tpu", platform="tpu", automatic=True),
     Kernel(
         "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
     ),
     Kernel("xla", float64=True, automatic=True),
     Kernel("reference", float64=True),
     Kernel("triton_interpret", max_head_size=256),
+    Kernel("mosaic_tpu_interpret"),
 )
 
 IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)

@@ -1,0 +1,118 @@
+"""The lists of visible blocks that the TPU kernels walk, cut to fit scalar memory."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from usp_jax.masking import EMPTY
+
+# Entries of a list in one call: 128 KiB of the 1 MiB of scalar memory.
+MAX_ENTRIES = 2**15
+
+# An entry is major << 16 | minor << 2 | kind.
+INDEX_BITS = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the list says of one step of the grid."""
+
+    count: Any
+    listed: Any
+    first: Any
+    last: Any
+    kind: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The lists of visible blocks, cut into calls that fit scalar memory.
+
+    A call takes `rows` of the mask's rows and a stripe of major blocks; calls are made
+    one after the other on the same results.
+
+    Attributes:
+      entries: int32 [calls, rows * length], each row's list, the last entries unused.
+      sizes: int32 [calls, 1 + rows]: the first batch row, and how many entries each
+        row has, at least one.
+      batch: how many batch rows a call takes.
+    """
+
+    entries: jax.Array
+    sizes: jax.Array
+    batch: int
+
+    @classmethod
+    def of(cls, kinds, batch: int, *, visit_all: bool) -> "Walk":
+        """Lists the blocks of `kinds` [rows, major, minor] that are not EMPTY.
+
+        Args:
+          batch: the number of batch rows; the mask's rows are as many, or one for all.
+          visit_all: also lists one EMPTY block where a major block has no other.
+        """
+        num_rows, major, minor = kinds.shape
+        if max(major, minor) > 2**INDEX_BITS:
+            raise ValueError(
+                f"{max(major, minor)} blocks of tokens in one shard, mosaic_tpu takes "
+                f"at most {2**INDEX_BITS}: choose larger BlockSizes or a larger ring"
+            )
+        rows = num_rows if num_rows * minor <= MAX_ENTRIES else 1
+        stripe = min(major, MAX_ENTRIES // (rows * minor))
+        stripes = -(-major // stripe)
+
+        index = partial(lax.broadcasted_iota, jnp.int32, kinds.shape)
+        listed = kinds != EMPTY
+        if visit_all:
+            listed |= (index(2) == 0) & ~listed.any(2, keepdims=True)
+        codes = index(1) << (INDEX_BITS + 2) | index(2) << 2 | kinds.astype(jnp.int32)
+        unused = jnp.iinfo(jnp.int32).max
+        codes = jnp.where(listed, codes, unused)
+        widths = ((0, 0), (0, stripes * stripe - major), (0, 0))
+        codes = jnp.pad(codes, widths, constant_values=unused)
+        # Sorting packs a list, and its order is that of major, then minor blocks.
+        codes = codes.reshape(num_rows // rows, rows, stripes, stripe * minor)
+        codes = lax.sort(codes.swapaxes(1, 2), dimension=3)
+        counts = jnp.sum(codes != unused, axis=3, dtype=jnp.int32)
+        # A grid has at least one step: an EMPTY one of the stripe changes nothing.
+        start = lax.broadcasted_iota(jnp.int32, codes.shape, 1) * stripe
+        codes = jnp.where(codes == unused, start << (INDEX_BITS + 2), codes)
+        calls = stripes * (num_rows // rows)
+        taken = rows if num_rows > 1 else batch
+        shape = (num_rows // rows, stripes, 1)
+        first = lax.broadcasted_iota(jnp.int32, shape, 0) * rows
+        sizes = jnp.concatenate([first, jnp.maximum(counts, 1)], axis=2)
+        return cls(codes.reshape(calls, -1), sizes.reshape(calls, -1), taken)
+
+    @property
+    def calls(self) -> int:
+        """How many calls there are."""
+        return self.entries.shape[0]
+
+    def entry(self, lists, b, t):
+        """(major, minor, kind) of entry t of batch row b; the last one beyond it."""
+        entries, sizes = lists
+        rows = self.sizes.shape[1] - 1
+        row = b if rows > 1 else 0
+        last = sizes[1 + row] - 1
+        code = entries[row * (self.entries.shape[1] // rows) + jnp.minimum(t, last)]
+        index = (1 << INDEX_BITS) - 1
+        return code >> (INDEX_BITS + 2), code >> 2 & index, code & 3
+
+    def blocks(self, lists, b, t):
+        """(batch row, major, minor) of entry t."""
+        return lists[1][0] + b, *self.entry(lists, b, t)[:2]
+
+    def step(self, lists, b, t) -> Step:
+        """What to do at entry t."""
+        count = lists[1][1 + (b if self.sizes.shape[1] > 2 else 0)]
+        major, _, kind = self.entry(lists, b, t)
+        before, _, _ = self.entry(lists, b, jnp.maximum(t - 1, 0))
+        after, _, _ = self.entry(lists, b, t + 1)
+        listed = t < count
+        first = listed & ((t == 0) | (before != major))
+        last = listed & ((t == count - 1) | (after != major))
+        return Step(count, listed, first, last, kind)
