@@ -1,8 +1,8 @@
 """The conformance suite of the chunk contract: one set of cases, all implementations.
 
-An implementation joins by its row in `KERNELS`, where the tests' device can run it. Every case is compared with the
-float32 oracle on the same rounded inputs (float64 for float64), forward and backward,
-and run twice, which must give the same bits.
+An implementation joins by its row in `KERNELS`, where the tests' device can run it.
+Every case is compared with the float32 oracle on the same rounded inputs (float64 for
+float64), forward and backward, and run twice, which must give the same bits.
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ from usp_jax.masking import (
 from usp_jax.merge import finite, normalize
 
 # A block of scores is a few MiB for the usual numbers of heads.
-BLOCK = 512
+BLOCK = 256
 
 
 def chunk_forward(q, k, v, mask, carry, logits):
