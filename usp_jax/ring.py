@@ -109,7 +109,8 @@ def ring_backward(
     if not last:
         return attend(0, kv)
     own, kv = kv, ring.rotate(kv)
-    # Barriers hold each half of the own shard's work in its place.
+    # Barriers hold each half of the own shard's work in its place, and what follows the
+    # ring behind the last hop; schedulers would else leave a hop without work.
     kv, *grads = lax.optimization_barrier((kv, *attend(0, own, slice(half))))
     kv_next = ring.rotate(kv) if last > 1 else None
     dq, dkv = attend(1, kv)
@@ -121,7 +122,7 @@ def ring_backward(
     if half < q.shape[1]:
         dq_rest, dkv = attend(0, own, slice(half, None))
         dq_home, home = jnp.concatenate([dq_home, dq_rest], 1), home + dkv
-    return dq + dq_home, home
+    return lax.optimization_barrier((dq + dq_home, home))
 
 
 def _attend_backward(ring, mask, kv, q, dout, lse, delta):
