@@ -19,9 +19,8 @@ Options = Mapping[str, bool | int | float | str]
 class Report:
     """A compiled program, seen from one of its devices. Nothing of it was measured.
 
-    Of a program that the compiler gave up for want of memory only `device`,
-    `num_devices`, `fits`, `error` and `compile_seconds` are told; the bytes are None and
-    there are no collectives.
+    Of a program that the compiler gave up for want of memory the bytes are None and
+    there are no collectives; `error` says what the compiler said.
 
     Attributes:
       argument_bytes, output_bytes: what the program takes and gives.

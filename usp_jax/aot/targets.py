@@ -31,7 +31,7 @@ def target_text(gpu: Gpu) -> str:
         _BF16: gpu.matrix_ops,
     }
     if gpu.has_fp8:
-        matrix |= {dtype: 2 * gpu.matrix_ops for dtype in _F8}
+        matrix |= dict.fromkeys(_F8, 2 * gpu.matrix_ops)
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
