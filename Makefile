@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_USER PIP_TARGET PIP_PREFIX
 
 EXTRAS_train := train
-EXTRAS_test := train,test
+EXTRAS_test := train,test,aot
 EXTRAS_benchmark := benchmark
 
 # Most of a test's time is compiling, which keeps one core busy.

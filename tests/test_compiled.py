@@ -19,6 +19,7 @@ from usp_jax.compiled import (
     Total,
     by_kind,
     collectives,
+    in_flight,
     parse_module,
     table,
 )
@@ -190,6 +191,88 @@ def test_a_start_and_its_done_are_one(kind, start, done):
     assert one.result_bytes == num_bytes(parse_shape(done))
 
 
+WORK = """
+%product (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  ROOT %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (s: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %s = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%s), index=1
+  %start = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %f = f32[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%product
+  %done = f32[8,8]{1,0} collective-permute-done(%start)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%next, %done)
+}
+
+%condition (s: (s32[], f32[8,8])) -> pred[] {
+  %s = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+"""
+
+
+def test_work_beside_a_collective_in_flight():
+    pairs = "source_target_pairs={{0,1},{1,0}}"
+    text = program(
+        f"""
+        %x = f32[8,8]{{1,0}} parameter(0)
+        %zero = s32[] constant(0)
+        %state = (s32[], f32[8,8]{{1,0}}) tuple(%zero, %x)
+        %s1 = (f32[8,8]{{1,0}}, f32[8,8]{{1,0}}) collective-permute-start(%x), {pairs}
+        %idle = f32[8,8]{{1,0}} negate(%x)
+        %d1 = f32[8,8]{{1,0}} collective-permute-done(%s1)
+        %s2 = (f32[8,8]{{1,0}}, f32[8,8]{{1,0}}) collective-permute-start(%d1), {pairs}
+        %loop = (s32[], f32[8,8]{{1,0}}) while(%state), condition=%condition, body=%body
+        %plain = f32[8,8]{{1,0}} custom-call(%x), custom_call_target="AllocateBuffer"
+        %kernel = f32[8,8]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call"
+        %d2 = f32[8,8]{{1,0}} collective-permute-done(%s2)
+        ROOT %now = f32[8,8]{{1,0}} collective-permute(%d2), {pairs}
+        """,
+        WORK,
+        devices=2,
+    )
+    beside = {one.name: (one.executions, one.beside) for one in collectives(text)}
+    assert beside == {
+        "s1": (1, ()),
+        "s2": (1, ("loop", "kernel")),
+        "start": (3, ("f",)),
+        "now": (1, ()),
+    }
+    # Four of six executions: three trips of the loop, and s2.
+    assert in_flight(collectives(text)) == pytest.approx(4 / 6)
+    assert in_flight(collectives(text), "all-gather") is None
+    assert "  yes" in table(collectives(text))
+
+
+def test_work_beside_what_an_async_start_runs():
+    text = program(
+        """
+        %x = f32[8,8]{1,0} parameter(0)
+        %s = ((f32[8,8]), f32[8,8], u32[]) async-start(%x), calls=%wrapped
+        %u = ((f32[8,8]), f32[8,8], u32[]) async-update(%s)
+        %f = f32[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%product
+        ROOT %d = f32[8,8]{1,0} async-done(%u)
+        """,
+        """
+%wrapped (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  ROOT %all = f32[8,8]{1,0} all-to-all(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+""",
+        WORK,
+    )
+    one = only(text)
+    assert (one.name, one.is_async, one.beside) == ("all", True, ("f",))
+
+
 def test_permutes_that_xla_combined_are_one_with_all_their_bytes():
     text = program(
         f"""
@@ -305,6 +388,10 @@ def test_fusions_of_a_tpu_program():
     )
     gather, scatter = collectives(text)
     assert (gather.kind, gather.name, gather.wire_bytes) == ("all-gather", "g1", 32)
+    # The fusion that it is in flight beside multiplies no matrices.
+    assert (gather.is_async, gather.beside) == (True, ())
+    working = text.replace("tanh(%p)", "dot(%p, %p)")
+    assert collectives(working)[0].beside == ("f",)
     assert (scatter.kind, scatter.operand_bytes) == ("reduce-scatter", 64)
     assert (scatter.result_bytes, scatter.wire_bytes) == (16, 48)
 

@@ -1,6 +1,7 @@
 """usp_jax: unified sequence parallelism (Ulysses x Ring) for JAX."""
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
+from usp_jax.flags import recommended_flags
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout
 from usp_jax.mesh import MeshAxes, make_mesh
 from usp_jax.usp import SAVED_NAMES
@@ -15,6 +16,7 @@ __all__ = [
     "layout_positions",
     "make_mesh",
     "padded_length",
+    "recommended_flags",
     "to_layout",
     "usp_attention",
     "usp_attention_per_shard",

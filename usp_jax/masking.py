@@ -77,6 +77,11 @@ class Mask:
             and self.q.segment_ids is None
         )
 
+    def rows(self, rows: slice) -> "Mask":
+        """The mask of some of the queries."""
+        q = jax.tree.map(lambda x: x[:, rows], self.q)
+        return dataclasses.replace(self, q=q)
+
 
 def visible(mask: Mask) -> Bool[Array, "*B T S"]:
     """Whether each query sees each key: [B, T], [B, S] -> [B, T, S].

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 ROLES = ("pipe", "data", "fsdp", "ring", "ulysses", "tensor")
@@ -92,7 +94,18 @@ def make_mesh(
             f"{jax.process_count()} processes idle; pass devices= to choose them"
         )
     kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(sizes, ROLES, axis_types=(kind,) * len(ROLES), devices=devices)
+    kinds = (kind,) * len(ROLES)
+    try:
+        return jax.make_mesh(sizes, ROLES, axis_types=kinds, devices=devices)
+    except NotImplementedError:
+        # An axis of 8 on a torus of 4x4x4 has to run round parts of two of its sides.
+        placed = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    except AssertionError:
+        # TPU v4 whose chips are two devices each: jax places none such.
+        placed = np.array(jax.devices() if devices is None else devices)
+    return Mesh(placed.reshape(sizes), ROLES, axis_types=kinds)
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, name: str | None) -> int:

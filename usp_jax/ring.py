@@ -86,14 +86,14 @@ def ring_backward(
     dk, dv follow the shard they belong to, one hop late: at each step the sum over the
     steps before is on its way while this step's part is computed. The own shard's part
     stays at home; the travelling sum starts at step 1 and comes home after the last.
+    The first hop and the last have no such step: beside each, half of the queries meet
+    their own shard.
     """
+    half = -(-q.shape[1] // 2)
 
-    def attend(step, kv):
-        mask = ring.mask(step)
-        dq, *dkv = ring.chunk.backward(
-            q, kv[0], kv[1], dout, lse, delta, mask, ring.logits
-        )
-        return dq, jnp.stack(dkv)
+    def attend(step, kv, rows=slice(None)):
+        ours = (x[:, rows] for x in (q, dout, lse, delta))
+        return _attend_backward(ring, ring.mask(step).rows(rows), kv, *ours)
 
     def late(step, kv, dq, dkv):
         """One step after the first: the sum arrives while this step's part is made."""
@@ -106,17 +106,30 @@ def ring_backward(
         return ring.rotate(kv), *late(step, kv, *grads)
 
     last = ring.size - 1
-    kv_next = ring.rotate(kv) if last else kv
-    dq, home = attend(0, kv)
     if not last:
-        return dq, home
-    kv, kv_next = kv_next, ring.rotate(kv_next) if last > 1 else None
-    dq_part, dkv = attend(1, kv)
-    dq += dq_part
+        return attend(0, kv)
+    own, kv = kv, ring.rotate(kv)
+    # Barriers hold each half of the own shard's work in its place, and what follows the
+    # ring behind the last hop; schedulers would else leave a hop without work.
+    kv, *grads = lax.optimization_barrier((kv, *attend(0, own, slice(half))))
+    kv_next = ring.rotate(kv) if last > 1 else None
+    dq, dkv = attend(1, kv)
     if last > 1:
         kv, dq, dkv = _loop(2, last, body, (kv_next, dq, dkv))
         dq, dkv = late(last, kv, dq, dkv)
-    return dq, home + ring.rotate(dkv)
+    dkv, own = lax.optimization_barrier((dkv, own))
+    dq_home, home = grads[0], grads[1] + ring.rotate(dkv)
+    if half < q.shape[1]:
+        dq_rest, dkv = attend(0, own, slice(half, None))
+        dq_home, home = jnp.concatenate([dq_home, dq_rest], 1), home + dkv
+    return lax.optimization_barrier((dq + dq_home, home))
+
+
+def _attend_backward(ring, mask, kv, q, dout, lse, delta):
+    """dq and stacked dk, dv of some queries and one shard."""
+    k, v = kv
+    dq, *dkv = ring.chunk.backward(q, k, v, dout, lse, delta, mask, ring.logits)
+    return dq, jnp.stack(dkv)
 
 
 def _loop(start, stop, body, state):

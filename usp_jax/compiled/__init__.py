@@ -13,6 +13,7 @@ from usp_jax.compiled.collectives import (
     Total as Total,
     by_kind as by_kind,
     collectives as collectives,
+    in_flight as in_flight,
     table as table,
 )
 from usp_jax.compiled.hlo import Module as Module, parse_module as parse_module

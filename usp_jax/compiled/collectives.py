@@ -15,6 +15,7 @@ from usp_jax.compiled.hlo import (
     num_bytes,
     parse_module,
 )
+from usp_jax.compiled.schedule import Schedule
 from usp_jax.compiled.trips import Trips
 
 KINDS = (
@@ -55,6 +56,8 @@ class Collective:
       groups: the devices that exchange with each other; for a permute and a send the
         (source, target) pairs.
       is_async: it has a start and a done of its own.
+      beside: the instructions with matrix products or kernels that are issued between
+        the two (in the printed order, which is the schedule where the backend has one).
       op_name: the place in the traced program, jax's "jit(f)/shard_map/ppermute".
     """
 
@@ -67,6 +70,7 @@ class Collective:
     result_bytes: int
     groups: Groups
     is_async: bool
+    beside: tuple[str, ...]
     is_conditional: bool
     op_name: str
 
@@ -134,6 +138,18 @@ def collectives(
     return tuple(walk.found.values())
 
 
+def in_flight(
+    found: Iterable[Collective], kind: str = "collective-permute"
+) -> float | None:
+    """The share of a kind's executions that are in flight while something is computed.
+
+    None where nothing of that kind is executed.
+    """
+    counts = [(one.executions, bool(one.beside)) for one in found if one.kind == kind]
+    total = sum(times for times, _ in counts)
+    return sum(times for times, hidden in counts if hidden) / total if total else None
+
+
 def by_kind(found: Iterable[Collective]) -> dict[str, Total]:
     """Executions and bytes of each kind that occurs, over all executions."""
     totals: dict[str, Total] = {}
@@ -150,16 +166,19 @@ def by_kind(found: Iterable[Collective]) -> dict[str, Total]:
 def table(found: Iterable[Collective]) -> str:
     """The collectives as lines of text, one each, and the sum of what is sent."""
     found = tuple(found)
-    head = ("kind", "times", "dtype", "operand", "sent", "sent in all", "devices", "at")
+    head = ("kind", "times", "dtype", "operand", "sent", "sent in all", "devices")
+    head += ("beside work", "at")
     rows: list[tuple[str, ...]] = [head]
     for one in found:
         times = f"<={one.executions}" if one.is_conditional else str(one.executions)
         numbers = (one.operand_bytes, one.wire_bytes, one.total_wire_bytes)
         devices = f"{len(one.groups)}x{one.group_size}"
         dtypes = "+".join(one.dtypes)
-        rows.append((one.kind, times, dtypes, *map(str, numbers), devices, one.op_name))
+        work = "yes" if one.beside else "no"
+        row = (one.kind, times, dtypes, *map(str, numbers), devices, work, one.op_name)
+        rows.append(row)
     total = sum(one.total_wire_bytes for one in found)
-    rows.append(("", "", "", "", "", str(total), "", ""))
+    rows.append(("", "", "", "", "", str(total), "", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = (
         "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows
@@ -174,26 +193,27 @@ class _Walk:
         self.module = module
         self.found: dict[tuple[str, str], Collective] = {}
         self._trips = Trips(module)
+        self._schedule = Schedule(module)
         self._unknown_trips = unknown_trips
         self._has: dict[str, bool] = {}
 
-    def enter(self, computation, arguments, executions, *, wrapped=False, branch=False):
+    def enter(self, computation, arguments, executions, *, start=None, branch=False):
         """Notes what `executions` runs of a computation do.
 
         Args:
-          wrapped: an async-start runs it.
+          start: (computation, instruction) that runs it asynchronously, or None.
           branch: it may also not run.
         """
         values = self._trips.values(computation, arguments)
         for instruction in computation.instructions:
             if kind := _kind(computation, instruction):
-                self._note(kind, computation, instruction, executions, wrapped, branch)
+                self._note(kind, computation, instruction, executions, start, branch)
             for inner, given, times in self._runs(instruction, values):
                 self.enter(
                     inner,
                     given,
                     executions * times,
-                    wrapped=wrapped or instruction.opcode == "async-start",
+                    start=start or _start(computation, instruction, inner),
                     branch=branch or instruction.opcode == "conditional",
                 )
 
@@ -237,11 +257,12 @@ class _Walk:
             )
         return self._has[name]
 
-    def _note(self, kind, computation, instruction, executions, wrapped, branch):
+    def _note(self, kind, computation, instruction, executions, start, branch):
         key = (computation.name, instruction.name)
         if before := self.found.get(key):
             executions += before.executions
             branch = branch or before.is_conditional
+        start = start or _start(computation, instruction)
         operands = _data(computation.operand_shapes(instruction))
         name = _OP_NAME.search(instruction.attributes)
         self.found[key] = Collective(
@@ -253,7 +274,8 @@ class _Walk:
             operand_bytes=num_bytes(operands),
             result_bytes=num_bytes(_result(kind, computation, instruction)),
             groups=self._groups(instruction),
-            is_async=wrapped or instruction.opcode.endswith("-start"),
+            is_async=start is not None,
+            beside=self._schedule.beside(*start) if start else (),
             is_conditional=branch,
             op_name=name[1] if name else "",
         )
@@ -268,6 +290,14 @@ class _Walk:
             return parse_groups(match[1], 0) if match else ()
         text = pairs or instruction.attribute("replica_groups") or "{}"
         return parse_groups(text, self.module.num_devices)
+
+
+def _start(computation, instruction, inner=None):
+    """The two, where the instruction puts something (what it runs) in flight."""
+    starts = instruction.opcode.endswith("-start")
+    if inner is not None:
+        starts |= 'custom_call_target="AsyncCollectiveStart"' in inner.root.attributes
+    return (computation, instruction) if starts else None
 
 
 def _kind(computation: Computation, instruction: Instruction) -> str | None:

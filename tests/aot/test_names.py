@@ -1,0 +1,117 @@
+"""Names of machines, facts of devices and messages: what needs no compiler."""
+
+import importlib.util
+import re
+
+import pytest
+
+import usp_jax
+from usp_jax import aot, plugins
+from usp_jax.aot.devices import of_kind
+from usp_jax.aot.report import Report
+from usp_jax.aot.targets import target_text
+
+DEVICES = (*aot.TPUS, *aot.GPUS)
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v7x:2x2x1", "h100", "v5p:", "v5p:4,4", "v5e:0x4", "", "cpu:8"]
+)
+def test_unknown_names_tell_what_is_known(name):
+    with pytest.raises(ValueError, match=re.escape(repr(name))) as error:
+        aot.topology(name)
+    for known in ("v5p:4x4x4", "v5e:4x4", "tpu7x:2x2x1", "h100:2x8", "b200:1x8"):
+        assert known in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["h100:8", "a100:1x2x8"])
+def test_gpus_are_given_as_hosts_and_gpus_a_host(name):
+    with pytest.raises(ValueError, match="hosts x GPUs a host"):
+        aot.topology(name)
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "h100:2x8"])
+def test_without_the_compilers_it_is_told_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'usp_jax\[aot\]'"):
+        aot.topology(name)
+
+
+def test_the_environment_is_as_it_was(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_WORKER_ID", "3")
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+    settings = plugins._libtpu_settings()
+    # What the user says of his TPU host is not touched.
+    assert "TPU_WORKER_ID" not in settings
+    assert settings["TPU_ACCELERATOR_TYPE"]
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    assert "TPU_ACCELERATOR_TYPE" not in plugins._libtpu_settings()
+
+
+def test_the_tables_name_each_device_once():
+    for key in ("name", "kind", "example"):
+        assert len({getattr(device, key) for device in DEVICES}) == len(DEVICES)
+    for device in DEVICES:
+        assert device.example.startswith(device.name + ":")
+        assert of_kind(device.kind) is device
+    assert of_kind("cpu") is None
+
+
+@pytest.mark.parametrize("gpu", aot.GPUS, ids=lambda gpu: gpu.name)
+def test_the_target_of_a_gpu(gpu):
+    text = target_text(gpu)
+    assert text.count("{") == text.count("}")
+    fields = dict(re.findall(r"^\s+(\w+): (\S+)$", text, re.MULTILINE))
+    assert int(fields["core_count"]) == gpu.cores
+    assert int(fields["device_memory_size"]) == gpu.hbm_bytes
+    assert int(fields["major"]) == gpu.capability[0]
+    assert f'device_description_str: "{gpu.kind}"' in text
+    # The oldest jax refuses what it does not know.
+    for unknown in ("collective_memory_granularity", "mem_clock_ghz", "active_links"):
+        assert unknown not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"), [("a100", 312), ("h100", 989), ("h200", 989), ("b200", 2250)]
+)
+def test_the_peak_that_the_target_implies_is_the_data_sheets(name, teraflops):
+    # NVIDIA counts dense bfloat16 at a clock a little below the boost clock.
+    gpu = next(gpu for gpu in aot.GPUS if gpu.name == name)
+    implied = gpu.cores * 4 * gpu.matrix_ops * 2 * gpu.clock_ghz / 1000
+    assert teraflops <= implied * 1.001 <= 1.12 * teraflops
+
+
+def test_a_report_that_does_not_fit():
+    v5e = of_kind("TPU v5 lite")
+    report = Report(v5e, 8, False, 1.5, error="used 20G of 15.75G hbm")
+    assert "DOES NOT FIT: used 20G" in report.table()
+    assert report.as_dict()["device"]["name"] == "v5e"
+    assert report.in_flight() is None
+    h100 = of_kind("NVIDIA H100 80GB HBM3")
+    report = Report(h100, 8, False, 1.5, peak_bytes=2**40)
+    assert "1048576.0 MiB" in report.table()
+    assert "DOES NOT FIT in 79.11 GiB" in report.table()
+
+
+def test_what_is_compiled_needs_devices():
+    with pytest.raises(ValueError, match="no argument has a sharding"):
+        aot.compile(lambda: 0)
+
+
+def test_flags_of_an_unknown_platform_raise():
+    with pytest.raises(ValueError, match="platform='cpu' must be one of"):
+        usp_jax.recommended_flags("cpu")
+
+
+def test_without_a_compiler_no_flag_is_recommended(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert usp_jax.recommended_flags("tpu") == {}
+
+
+def test_flags_that_the_compiler_does_not_know_are_left_out(monkeypatch):
+    wanted = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_nonsense": True}
+    monkeypatch.setitem(usp_jax.flags._WANTED, "gpu", wanted)
+    assert usp_jax.recommended_flags("gpu") == {
+        "xla_gpu_enable_latency_hiding_scheduler": True
+    }

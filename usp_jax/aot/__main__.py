@@ -1,0 +1,129 @@
+"""`python -m usp_jax.aot TOPOLOGY ...`: what a compiler makes of one attention call.
+
+python -m usp_jax.aot v5p:4x4x4 --ring 8 --ulysses 8 --length 1M --backward
+python -m usp_jax.aot h100:2x8 --ring 2 --ulysses 8 --length 256K --json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+import usp_jax
+from usp_jax import aot
+from usp_jax.mesh import ROLES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the reports; 0 when everything fits, 1 when not, 2 for a mistake."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    # Nothing runs: whatever accelerator is here stays free for others.
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        reports = _reports(args)
+    except (ValueError, ImportError, jax.errors.JaxRuntimeError) as error:
+        parser.error(str(error))
+    if args.json:
+        print(json.dumps({name: report.as_dict() for name, report in reports.items()}))
+    else:
+        for name, report in reports.items():
+            print(f"== {name}\n{report.table()}\n")
+    return 0 if all(report.fits for report in reports.values()) else 1
+
+
+def _reports(args) -> dict[str, aot.Report]:
+    topology = aot.topology(args.topology)
+    sizes = {role: getattr(args, role) for role in ROLES}
+    mesh = usp_jax.make_mesh(devices=topology.devices, **sizes)
+    spec = jax.P(("data", "fsdp"), ("ring", "ulysses"), "tensor")
+    sharding = NamedSharding(mesh, spec)
+
+    def struct(heads):
+        shape = (args.batch, args.length, heads, args.head_size)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype), sharding=sharding)
+
+    def attention(query, key, value):
+        return usp_jax.usp_attention(
+            query,
+            key,
+            value,
+            is_causal=args.causal,
+            layout=args.layout,
+            mesh=mesh,
+            implementation=args.implementation,
+        )
+
+    arguments = struct(args.heads), *[struct(args.kv_heads or args.heads)] * 2
+    options = dict(args.option)
+    if args.recommended_flags:
+        options = usp_jax.recommended_flags(topology.platform) | options
+    if args.backward:
+        names = ("forward", "backward")
+        reports = aot.compile_vjp(attention, *arguments, compiler_options=options)
+        return dict(zip(names, reports, strict=True))
+    return {"forward": aot.compile(attention, *arguments, compiler_options=options)}
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m usp_jax.aot",
+        description="Compiles usp_attention for a machine that is not here: bytes a "
+        "device, collectives, and what is computed while they are in flight.",
+        epilog=f"Machines: {', '.join(aot.known())}. 1K is 1024, 1M is 1024K.",
+    )
+    parser.add_argument("topology", help="such as v5p:4x4x4 or h100:2x8")
+    for role in ROLES:
+        parser.add_argument(f"--{role}", type=int, default=1, metavar="N")
+    parser.add_argument("--length", type=_length, default="64K", help="of the sequence")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layout", default="zigzag")
+    causal = argparse.BooleanOptionalAction
+    parser.add_argument("--causal", action=causal, default=True)
+    parser.add_argument("--implementation", help="default: the platform's")
+    parser.add_argument("--backward", action="store_true", help="compile it as well")
+    parser.add_argument(
+        "--recommended-flags",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile with usp_jax.recommended_flags",
+    )
+    parser.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a compiler option; may be given again",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _length(text: str) -> int:
+    """A number of tokens: "4096", "64K", "1M"."""
+    units = {"K": 2**10, "M": 2**20}
+    unit = units.get(text[-1:].upper(), 1)
+    return int(text if unit == 1 else text[:-1]) * unit
+
+
+def _option(text: str) -> tuple[str, bool | int | str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
+    return name, int(value) if value.isdecimal() else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

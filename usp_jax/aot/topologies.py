@@ -1,0 +1,75 @@
+"""The devices of machines that are not here, by name."""
+
+import dataclasses
+import re
+
+import jax
+
+from usp_jax import plugins
+from usp_jax.aot.devices import GPUS, TPUS, Device
+from usp_jax.aot.targets import target_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that can be compiled for: `usp_jax.make_mesh(..., devices=x.devices)`.
+
+    Attributes:
+      device: the facts of one of them.
+    """
+
+    name: str
+    device: Device
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def platform(self) -> str:
+        """ "tpu" or "gpu", as `usp_jax.recommended_flags` takes it."""
+        return self.device.platform
+
+
+def topology(name: str) -> Topology:
+    """The devices of a machine.
+
+    Args:
+      name: a TPU slice by its chips, "v5p:4x4x4" or "v5e:4x4"; or NVIDIA nodes by hosts
+        and GPUs a host, "h100:2x8".
+
+    Raises:
+      ValueError: the name is not known; the message lists what is.
+      ImportError: the compiler for it is not installed.
+      RuntimeError: it is, and cannot be loaded.
+
+    Example:
+      >>> devices = topology("v5p:4x4x4").devices
+      >>> mesh = usp_jax.make_mesh(ring=8, ulysses=8, devices=devices)
+    """
+    device, sizes = _parse(name)
+    if device.platform == "tpu":
+        # A host has 2x2 chips, but one where a side of the slice is odd.
+        host = tuple(1 if size % 2 else 2 for size in (*sizes, 1)[:2])
+        devices = plugins.tpu_devices(name, (*host, 1))
+    else:
+        devices = plugins.cuda_devices(target_text(device), *sizes)
+    return Topology(name, device, tuple(devices))
+
+
+def known() -> tuple[str, ...]:
+    """An example of each generation's names."""
+    return tuple(device.example for device in (*TPUS, *GPUS))
+
+
+def _parse(name):
+    kind, _, shape = name.partition(":")
+    device = next((d for d in (*TPUS, *GPUS) if d.name == kind), None)
+    if device is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise ValueError(
+            f"topology {name!r} is not known; names are like {', '.join(known())}: "
+            "chips of a TPU slice, or hosts x GPUs a host"
+        )
+    sizes = tuple(int(size) for size in shape.split("x"))
+    if device.platform == "gpu" and len(sizes) != 2:
+        raise ValueError(
+            f"topology {name!r} must give hosts x GPUs a host, as {device.example!r}"
+        )
+    return device, sizes

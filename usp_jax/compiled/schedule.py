@@ -1,0 +1,62 @@
+"""What a program computes while a collective is in flight, read from its schedule.
+
+Work is what an accelerator takes time for: matrix products and the kernels of custom
+calls, in whatever fusion, loop or branch they stand.
+"""
+
+import re
+
+from usp_jax.compiled.hlo import Computation, Instruction, Module
+
+_KERNELS = re.compile(
+    r'custom_call_target="[^"]*(tpu_custom_call|mosaic|triton|cublas|cudnn)', re.I
+)
+_PASSES_ON = ("get-tuple-element", "async-update", "bitcast")
+
+
+class Schedule:
+    """Follows what stands between the start and the done of asynchronous operations."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._has_work: dict[str, bool] = {}
+
+    def beside(self, computation: Computation, start: Instruction) -> tuple[str, ...]:
+        """The instructions with work that are issued between a start and its done.
+
+        Without a done in the same computation (a loop takes it into its next trip) it
+        is all that follows.
+        """
+        at = next(i for i, x in enumerate(computation.instructions) if x is start)
+        pending = {start.name}
+        found = []
+        for instruction in computation.instructions[at + 1 :]:
+            if pending.intersection(instruction.operands):
+                if not self._passes_on(instruction):
+                    break
+                pending.add(instruction.name)
+            if self._is_work(instruction):
+                found.append(instruction.name)
+        return tuple(found)
+
+    def _passes_on(self, instruction):
+        """Whether what is in flight goes through this and stays in flight."""
+        if instruction.opcode in _PASSES_ON:
+            return True
+        # The TPU backend threads it through each fusion that it overlaps.
+        return instruction.opcode == "fusion" and instruction.called[0].startswith(
+            "async_collective_fusion"
+        )
+
+    def _is_work(self, instruction):
+        if instruction.opcode in ("dot", "convolution", "ragged-dot", "scaled-dot"):
+            return True
+        if instruction.opcode == "custom-call":
+            return _KERNELS.search(instruction.attributes) is not None
+        return any(self._computes(name) for name in instruction.called)
+
+    def _computes(self, name):
+        if name not in self._has_work:
+            instructions = self._module.computations[name].instructions
+            self._has_work[name] = any(map(self._is_work, instructions))
+        return self._has_work[name]

@@ -1,0 +1,126 @@
+"""The compilers of machines that are not here: jax's plugins for TPU and CUDA.
+
+A plugin's devices can be compiled for but not run on. Loading one leaves the process's
+own devices as they are, whether it has used them already or not.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+_CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+# What libtpu asks of a TPU host's metadata when it is loaded, and complains about where
+# there is none. The answers do not matter: nothing is going to run.
+_NO_TPU_HOST = {
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+def tpu_devices(
+    name: str, host_bounds: tuple[int, int, int] = (2, 2, 1)
+) -> list[jax.Device]:
+    """The devices of a TPU slice, in libtpu's names: "v5p:4x4x4".
+
+    Args:
+      host_bounds: the chips of each host.
+
+    Raises:
+      ImportError: libtpu is not installed.
+      ValueError: libtpu knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(_to_install("TPUs", "libtpu", "tpu"))
+    bounds = {"chips_per_host_bounds": host_bounds}
+    with _environment(_libtpu_settings()):
+        try:
+            topology = topologies.get_topology_desc(name, "tpu", **bounds)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"libtpu refuses the topology {name!r}: {error}") from None
+    return topology.devices
+
+
+def cuda_devices(target: str, hosts: int, gpus_per_host: int) -> list[jax.Device]:
+    """NVIDIA GPUs of the given target (the text of a GpuTargetConfigProto).
+
+    Raises:
+      ImportError: jax's CUDA plugin is not installed.
+      RuntimeError: it is, and refuses to be loaded.
+    """
+    plugin = next((name for name in _CUDA_PLUGINS if _is_installed(name)), None)
+    if plugin is None:
+        raise ImportError(_to_install("NVIDIA GPUs", "jax-cuda13-plugin", "gpu"))
+    config = {"target_config": target, "topology": f"1x{hosts}x{gpus_per_host}"}
+    with _environment(_libtpu_settings()), _no_cuda_libraries():
+        try:
+            topology = topologies.get_topology_desc("", "cuda", **config)
+        except NotImplementedError:
+            # jax loaded its plugins before, and this one refused for want of libraries
+            # that it needs for running only.
+            importlib.import_module(plugin).initialize()
+            try:
+                topology = topologies.get_topology_desc("", "cuda", **config)
+            except NotImplementedError:
+                raise RuntimeError(
+                    f"jax could not load {plugin}, it said above why; does its "
+                    f"version match jax {jax.__version__}?"
+                ) from None
+    return topology.devices
+
+
+def _is_installed(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _to_install(machines, package, platform):
+    return (
+        f"compiling for {machines} needs {package}, of the version that goes with jax "
+        f"{jax.__version__}: pip install 'usp_jax[aot]' (platform {platform!r})"
+    )
+
+
+def _libtpu_settings():
+    """The environment in which to load libtpu, which every plugin's loading may do."""
+    # Several processes may compile at the same time; none of them holds a TPU.
+    settings = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    # jax sets this where it finds no TPU. On a TPU host libtpu finds its own answers.
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):
+        settings |= _NO_TPU_HOST
+    return {name: x for name, x in settings.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _environment(settings):
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def _no_cuda_libraries():
+    """Lets the plugin load without the libraries that only running needs.
+
+    It looks for them unless jax is told to use other platforms than its own.
+    """
+    before = jax.config.jax_platforms
+    if before:
+        yield
+        return
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_platforms", before)
