@@ -103,18 +103,20 @@ def ring_backward(
 
     def body(step, state):
         kv, *grads = state
-        return ring.rotate(kv), *late(step, kv, *grads)
+        return lax.optimization_barrier((ring.rotate(kv), *late(step, kv, *grads)))
 
     last = ring.size - 1
     if not last:
         return attend(0, kv)
     own, kv = kv, ring.rotate(kv)
-    # Barriers hold each half of the own shard's work in its place, and what follows the
-    # ring behind the last hop; schedulers would else leave a hop without work.
+    # Barriers end each step only when its hop has arrived, hold each half of the own
+    # shard's work in its place, and what follows the ring behind the last hop;
+    # schedulers would else leave a hop without work.
     kv, *grads = lax.optimization_barrier((kv, *attend(0, own, slice(half))))
     kv_next = ring.rotate(kv) if last > 1 else None
     dq, dkv = attend(1, kv)
     if last > 1:
+        kv_next, dq, dkv = lax.optimization_barrier((kv_next, dq, dkv))
         kv, dq, dkv = _loop(2, last, body, (kv_next, dq, dkv))
         dq, dkv = late(last, kv, dq, dkv)
     dkv, own = lax.optimization_barrier((dkv, own))
