@@ -8,6 +8,8 @@ nq and nk are numbers of blocks; the batch axis of positions may be 1 (same for 
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -83,17 +85,29 @@ def visible(mask: Mask) -> Bool[Array, "*B T S"]:
 
     Leading axes are carried along, so a block of tokens [t] gives [t, s].
     """
-    rule, q, kv = mask.rule, mask.q, mask.kv
-    ahead = kv.positions[..., None, :] - q.positions[..., :, None]
-    seen = jnp.ones(ahead.shape, bool)
-    if rule.after is not None:
-        seen &= ahead <= rule.after
-    if rule.before is not None:
-        seen &= ahead >= -rule.before
+    q = jax.tree.map(lambda x: x[..., :, None], mask.q)
+    kv = jax.tree.map(lambda x: x[..., None, :], mask.kv)
+    seen = sees(mask.rule, q, kv)
+    shape = jnp.broadcast_shapes(q.positions.shape, kv.positions.shape)
+    return jnp.ones(shape, bool) if seen is None else seen
+
+
+def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Any:
+    """The rule itself, element by element: which q see which kv; None is all.
+
+    The arrays of `q` and `kv` broadcast against each other, in a kernel too.
+    """
+    facts = []
+    if rule.after is not None or rule.before is not None:
+        ahead = kv.positions - q.positions
+        if rule.after is not None:
+            facts.append(ahead <= rule.after)
+        if rule.before is not None:
+            facts.append(ahead >= -rule.before)
     if q.segment_ids is not None:
-        q_ids, kv_ids = q.segment_ids[..., :, None], kv.segment_ids[..., None, :]
-        seen &= (q_ids == kv_ids) & (q_ids != PADDING)
-    return seen
+        facts.append(q.segment_ids == kv.segment_ids)
+        facts.append(q.segment_ids != PADDING)
+    return functools.reduce(operator.and_, facts) if facts else None
 
 
 def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk"]:
