@@ -205,7 +205,6 @@ def _forward(call, walk, refs, outs, scratch):
     q_full, turn = scratch["q_full"], scratch["turn"]
     out_ref, lse_ref = outs
 
-    @pl.when(warpgroup < COMPUTING)
     def compute():
         plgpu.set_max_registers(232, action="increase")
         first = walk.tile * TILE + warpgroup * ROWS
@@ -246,7 +245,7 @@ def _forward(call, walk, refs, outs, scratch):
             safe = m_next if seen is None else finite(m_next)
             p = jnp.exp2(s * scale - _rows(safe, s.shape))
             decay = jnp.exp2(m - safe)
-            return m_next, l * decay + p.sum(axis=1), decay, p.astype(k_s.dtype)
+            return m_next, l * decay + p.sum(axis=1), decay, p
 
         def step(n, state, masked):
             """The scores of block n, while o takes in the block before it."""
@@ -256,7 +255,7 @@ def _forward(call, walk, refs, outs, scratch):
             plgpu.barrier_wait(v_full.at[before])
             plgpu.barrier_wait(turn.at[warpgroup])
 
-            def body(accumulators, m, l, p):
+            def body(accumulators):
                 def scores(s_ref):
                     plgpu.wgmma(s_ref, q, _transposed(k_s.at[now]))
                     plgpu.wgmma(accumulators[0], p, v_s.at[before])
@@ -268,9 +267,11 @@ def _forward(call, walk, refs, outs, scratch):
                 return softmax(s, m, l, seen(n) if masked else None)
 
             o = o * _rows(decay, o.shape)
-            (o,), values = call.in_flight(body, [o], [m, l, decay, p])
+            like = [m, l, decay, _zeros((ROWS, step_size))]
+            (o,), (*made, p) = call.in_flight(body, [o], like)
             plgpu.barrier_arrive(v_free.at[before])
-            return o, *values
+            # Rounded no sooner: until here the product was reading the last p.
+            return o, *made, p.astype(k_s.dtype)
 
         def scores(s_ref):
             plgpu.wgmma(s_ref, q, _transposed(k_s.at[0]))
@@ -284,19 +285,18 @@ def _forward(call, walk, refs, outs, scratch):
         plgpu.barrier_arrive(k_free.at[0])
         # A carry is a running row whose sum is 1 at its lse.
         m, l = lse * LOG2E, jnp.where(lse == -jnp.inf, 0.0, 1.0)
-        state = o, *softmax(s, m, l, seen(0))
+        *state, p = softmax(s, m, l, seen(0))
+        state = o, *state, p.astype(k_s.dtype)
         o, m, l, decay, p = walk.fold(step, state, start=1)
         last = _slot(walk.listed - 1, stages)
         plgpu.barrier_wait(v_full.at[last])
         (o,), _ = call.in_flight(
-            lambda accumulators, p: plgpu.wgmma(accumulators[0], p, v_s.at[last]),
+            lambda accumulators: plgpu.wgmma(accumulators[0], p, v_s.at[last]),
             [o * _rows(decay, o.shape)],
-            [p],
         )
         inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
         save(o * _rows(inverse, o.shape), (m + jnp.log2(l)) / LOG2E)
 
-    @pl.when(warpgroup == COMPUTING)
     def feed():
         plgpu.set_max_registers(40, action="decrease")
 
@@ -319,6 +319,9 @@ def _forward(call, walk, refs, outs, scratch):
             [(partial(copy, "k"), k_full, k_free), (partial(copy, "v"), v_full, v_free)],
         )
 
+    pl.when(warpgroup < COMPUTING)(compute)
+    pl.when(warpgroup == COMPUTING)(feed)
+
 
 def _dq(call, walk, refs, outs, scratch):
     """One tile of queries and one head of dq."""
@@ -329,7 +332,6 @@ def _dq(call, walk, refs, outs, scratch):
     own_full = scratch["own_full"]
     step_size, stages = k_s.shape[1], k_s.shape[0]
 
-    @pl.when(warpgroup < COMPUTING)
     def compute():
         plgpu.set_max_registers(232, action="increase")
         first = walk.tile * TILE + warpgroup * ROWS
@@ -363,14 +365,13 @@ def _dq(call, walk, refs, outs, scratch):
                 plgpu.barrier_arrive(v_free.at[slot])
                 plgpu.wgmma(accumulators[0], ds.astype(k_s.dtype), k_s.at[slot])
 
-            (dq,), _ = call.in_flight(body, state, [])
+            (dq,), _ = call.in_flight(body, state)
             plgpu.barrier_arrive(k_free.at[slot])
             return (dq,)
 
         (dq,) = walk.fold(step, (_zeros((ROWS, q_s.shape[-1])),))
         gpu_store(outs[0].at[batch, rows, head], dq * call.late_scale)
 
-    @pl.when(warpgroup == COMPUTING)
     def feed():
         plgpu.set_max_registers(40, action="decrease")
 
@@ -396,6 +397,9 @@ def _dq(call, walk, refs, outs, scratch):
             [(partial(copy, "k"), k_full, k_free), (partial(copy, "v"), v_full, v_free)],
         )
 
+    pl.when(warpgroup < COMPUTING)(compute)
+    pl.when(warpgroup == COMPUTING)(feed)
+
 
 def _dkv(names, call, walk, refs, outs, scratch):
     """One tile of keys and one key head of dk, dv or both; scores are transposed."""
@@ -407,7 +411,6 @@ def _dkv(names, call, walk, refs, outs, scratch):
     step_size, stages = q_s.shape[1], q_s.shape[0]
     sizes = {"dk": k_s.shape[-1], "dv": v_s.shape[-1]}
 
-    @pl.when(warpgroup < COMPUTING)
     def compute():
         plgpu.set_max_registers(232, action="increase")
         first = walk.tile * TILE + warpgroup * ROWS
@@ -454,7 +457,7 @@ def _dkv(names, call, walk, refs, outs, scratch):
                 refs = [plgpu.ACC(shape, jnp.float32)] * (1 + ("dk" in names))
                 pl.run_scoped(products, *refs)
 
-            state, _ = call.in_flight(body, state, [])
+            state, _ = call.in_flight(body, state)
             plgpu.barrier_arrive(q_free.at[slot])
             plgpu.barrier_arrive(do_free.at[slot])
             return tuple(state)
@@ -464,7 +467,6 @@ def _dkv(names, call, walk, refs, outs, scratch):
         for name, ref, x in zip(names, outs, walk.fold(step, start), strict=True):
             gpu_store(ref.at[batch, pl.ds(first, ROWS), kv_head], x * scales[name])
 
-    @pl.when(warpgroup == COMPUTING)
     def feed():
         plgpu.set_max_registers(40, action="decrease")
 
@@ -495,6 +497,9 @@ def _dkv(names, call, walk, refs, outs, scratch):
                 (partial(copy, "do", "delta"), do_full, do_free),
             ],
         )
+
+    pl.when(warpgroup < COMPUTING)(compute)
+    pl.when(warpgroup == COMPUTING)(feed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -567,16 +572,16 @@ class _Call:
         )(*leaves)
         return [vary_over(x, axes) for x in made]
 
-    def in_flight(self, body, accumulators, values):
-        """Runs body(accumulator refs, *values), then awaits all its products.
+    def in_flight(self, body, accumulators, like=()):
+        """Runs body(accumulator refs), then awaits all its products.
 
         Returns:
-          The accumulators' values, and what `body` gave: arrays like `values`, or None.
+          The accumulators' values, and what `body` gave: arrays like those of `like`.
         """
         if self.interpret:
             # The interpreter has no accumulator that starts at a value.
             def scoped(*refs):
-                made = body(refs, *values)
+                made = body(refs)
                 return [ref[...] for ref in refs], made
 
             types = [plgpu.ACC(x.shape, x.dtype) for x in accumulators]
@@ -584,13 +589,13 @@ class _Call:
             return [x + y for x, y in zip(accumulators, sums, strict=True)], made
 
         def stateful(refs):
-            accumulator_refs, value_refs = refs
-            made = body(accumulator_refs, *(ref[...] for ref in value_refs))
-            for ref, x in zip(value_refs, made or (), strict=False):
+            accumulator_refs, made_refs = refs
+            made = body(accumulator_refs) or ()
+            for ref, x in zip(made_refs, made, strict=True):
                 ref[...] = x
 
         started = [plgpu.ACC.init(x) for x in accumulators]
-        return pl.run_state(stateful)((started, list(values)))
+        return pl.run_state(stateful)((started, list(like)))
 
     def base2(self, products):
         """(x, c) such that c · x, c > 0, are the logits times log2(e)."""
