@@ -233,7 +233,7 @@ def _forward(call, walk, refs, outs, scratch):
                 return None
             keys = walk.column(n) * step_size
             shape = (ROWS, step_size)
-            return call.seen(own, refs["mask"].kv, keys, shape, 1)
+            return call.seen(own, refs["mask"].kv, keys, shape)
 
         def softmax(s, m, l, seen):
             """The running maximum and sum (base 2), the decay of o, and p."""
@@ -258,7 +258,7 @@ def _forward(call, walk, refs, outs, scratch):
             def body(accumulators):
                 def scores(s_ref):
                     plgpu.wgmma(s_ref, q, _transposed(k_s.at[now]))
-                    plgpu.wgmma(accumulators[0], p, v_s.at[before])
+                    call.multiply(accumulators[0], p, v_s.at[before], scratch)
                     plgpu.barrier_arrive(turn.at[1 - warpgroup])
                     return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
 
@@ -291,7 +291,7 @@ def _forward(call, walk, refs, outs, scratch):
         last = _slot(walk.listed - 1, stages)
         plgpu.barrier_wait(v_full.at[last])
         (o,), _ = call.in_flight(
-            lambda accumulators: plgpu.wgmma(accumulators[0], p, v_s.at[last]),
+            lambda refs: call.multiply(refs[0], p, v_s.at[last], scratch),
             [o * _rows(decay, o.shape)],
         )
         inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
@@ -355,7 +355,7 @@ def _dq(call, walk, refs, outs, scratch):
                 seen = None
                 if masked:
                     keys = walk.column(n) * step_size
-                    seen = call.seen(own, refs["mask"].kv, keys, shape, 1)
+                    seen = call.seen(own, refs["mask"].kv, keys, shape)
                 p = call.weights(s, _rows(lse, shape), seen)
                 dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                 return call.pull_back(p * (dp - _rows(delta, shape)), s)
@@ -363,7 +363,8 @@ def _dq(call, walk, refs, outs, scratch):
             def body(accumulators):
                 ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
                 plgpu.barrier_arrive(v_free.at[slot])
-                plgpu.wgmma(accumulators[0], ds.astype(k_s.dtype), k_s.at[slot])
+                ds = ds.astype(k_s.dtype)
+                call.multiply(accumulators[0], ds, k_s.at[slot], scratch)
 
             (dq,), _ = call.in_flight(body, state)
             plgpu.barrier_arrive(k_free.at[slot])
@@ -433,7 +434,7 @@ def _dkv(names, call, walk, refs, outs, scratch):
                 seen = None
                 if masked:
                     queries = walk.column(n) * step_size
-                    seen = call.seen(own, refs["mask"].q, queries, shape, 1)
+                    seen = call.seen(own, refs["mask"].q, queries, shape, True)
                 return call.weights(s, columns(scratch["lse_s"]), seen)
 
             def body(accumulators):
@@ -446,13 +447,13 @@ def _dkv(names, call, walk, refs, outs, scratch):
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(dp_ref))
                     p = weights(s)
                     if "dv" in names:
-                        plgpu.wgmma(into["dv"], p.astype(q_s.dtype), do)
+                        call.multiply(into["dv"], p.astype(q_s.dtype), do, scratch)
                     for ref in dp_ref:
                         in_flight = len(names) - 1
                         dp = plgpu.wgmma_accumulator_load(ref, wait_n=in_flight)
                         dp -= columns(scratch["delta_s"])
                         ds = call.pull_back(p * dp, s).astype(q_s.dtype)
-                        plgpu.wgmma(into["dk"], ds, q)
+                        call.multiply(into["dk"], ds, q, scratch)
 
                 refs = [plgpu.ACC(shape, jnp.float32)] * (1 + ("dk" in names))
                 pl.run_scoped(products, *refs)
@@ -546,6 +547,9 @@ class _Call:
         if not self.mask.sees_all:
             operands["mask"] = self.mask
             operands["walks"] = _walks(self.mask, block_q, block_kv, transposed)
+        if self.interpret:
+            staged = (COMPUTING, ROWS, block_q if transposed else block_kv)
+            scratch = scratch | {"staged": _tile(staged, operands["q"], 16)}
         leaves, tree = jax.tree.flatten(operands)
         axes = frozenset().union(*map(varying_axes, leaves))
 
@@ -597,6 +601,16 @@ class _Call:
         started = [plgpu.ACC.init(x) for x in accumulators]
         return pl.run_state(stateful)((started, list(like)))
 
+    def multiply(self, accumulator, a, b, scratch):
+        """accumulator += a · b of an array and a ref, asynchronously."""
+        if self.interpret:
+            # The interpreter takes no operand from registers.
+            staged = scratch["staged"].at[lax.axis_index("warpgroup")]
+            staged[...] = a
+            plgpu.commit_smem()
+            a = staged
+        plgpu.wgmma(accumulator, a, b)
+
     def base2(self, products):
         """(x, c) such that c · x, c > 0, are the logits times log2(e)."""
         if self.logits.soft_cap is None and self.logits.scale > 0:
@@ -630,14 +644,15 @@ class _Call:
 
         return jax.tree.map(load, refs)
 
-    def seen(self, own, others, first, shape, dim):
-        """Which of the other side's tokens are seen, as a block of `shape`."""
-        others = self.tokens(others, first, shape[dim], dim)
+    def seen(self, own, others, first, shape, transposed=False):
+        """What is seen of a block whose rows are `own` and columns start at `first`."""
+        others = self.tokens(others, first, shape[1], 1)
         own, others = (
-            jax.tree.map(lambda x: lax.broadcast_in_dim(x, shape, (d,)), tokens)
-            for tokens, d in ((own, 1 - dim), (others, dim))
+            jax.tree.map(lambda x: lax.broadcast_in_dim(x, shape, (dim,)), tokens)
+            for dim, tokens in enumerate((own, others))
         )
-        return sees(self.mask.rule, own, others)
+        q, kv = (others, own) if transposed else (own, others)
+        return sees(self.mask.rule, q, kv)
 
 
 @dataclasses.dataclass(frozen=True)
