@@ -14,6 +14,7 @@ has seen nothing has lse = -inf and out = 0, and its gradient is 0.
 """
 
 import dataclasses
+import functools
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
@@ -24,7 +25,7 @@ from usp_jax.masking import Mask
 
 Carry = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_gpu_interpret")
 
 
 @runtime_checkable
@@ -71,6 +72,15 @@ class Chunk:
 
 def chunk(implementation: str) -> Chunk:
     """The functions of a chosen implementation."""
+    if implementation in ("mosaic_gpu", "mosaic_gpu_interpret"):
+        # Where Pallas has no GPU part the other implementations still work.
+        from usp_jax.kernels import mosaic_gpu
+
+        how = {"interpret": implementation == "mosaic_gpu_interpret"}
+        return Chunk(
+            functools.partial(mosaic_gpu.chunk_forward, **how),
+            functools.partial(mosaic_gpu.chunk_backward, **how),
+        )
     module = {"reference": reference, "xla": xla}[implementation]
     return Chunk(module.chunk_forward, module.chunk_backward)
 

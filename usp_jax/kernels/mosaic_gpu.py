@@ -56,6 +56,9 @@ LOG2E = math.log2(math.e)
 ROWS, COMPUTING = 64, 2
 TILE = ROWS * COMPUTING
 
+# Registers a thread, out of the 64K that a multiprocessor has for 3 · 128 threads.
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -206,7 +209,7 @@ def _forward(call, walk, refs, outs, scratch):
     out_ref, lse_ref = outs
 
     def compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         first = walk.tile * TILE + warpgroup * ROWS
         rows = pl.ds(first, ROWS)
         if refs["carry"] is None:
@@ -298,7 +301,7 @@ def _forward(call, walk, refs, outs, scratch):
         save(o * _rows(inverse, o.shape), (m + jnp.log2(l)) / LOG2E)
 
     def feed():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
         @pl.when(walk.listed > 0)
         def own():
@@ -333,7 +336,7 @@ def _dq(call, walk, refs, outs, scratch):
     step_size, stages = k_s.shape[1], k_s.shape[0]
 
     def compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         first = walk.tile * TILE + warpgroup * ROWS
         rows = pl.ds(first, ROWS)
         shape = (ROWS, step_size)
@@ -374,7 +377,7 @@ def _dq(call, walk, refs, outs, scratch):
         gpu_store(outs[0].at[batch, rows, head], dq * call.late_scale)
 
     def feed():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
         @pl.when(walk.listed > 0)
         def own():
@@ -413,7 +416,7 @@ def _dkv(names, call, walk, refs, outs, scratch):
     sizes = {"dk": k_s.shape[-1], "dv": v_s.shape[-1]}
 
     def compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         first = walk.tile * TILE + warpgroup * ROWS
         shape = (ROWS, step_size)
         k, v = k_s.at[warpgroup], v_s.at[warpgroup]
@@ -469,7 +472,7 @@ def _dkv(names, call, walk, refs, outs, scratch):
             gpu_store(ref.at[batch, pl.ds(first, ROWS), kv_head], x * scales[name])
 
     def feed():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
         @pl.when(walk.listed > 0)
         def own():
