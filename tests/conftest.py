@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax  # noqa: E402  (reads the environment above)
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -77,3 +78,11 @@ def no_leaked_jax_state() -> Iterator[None]:
     before = _global_jax_state()
     yield
     assert _global_jax_state() == before
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """Lets wrong types through to the library's own checks, which users see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

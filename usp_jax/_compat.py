@@ -15,8 +15,14 @@ def vary_over(x, axes: frozenset[str]):
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def vary_like(xs, others):
+    """Marks the leaves of `xs` as varying over what any of `others` varies over."""
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
+    return jax.tree.map(lambda x: vary_over(x, axes), xs)
+
+
 def gpu_load(ref, layout):
-    """Loads shared or global memory into registers laid out as a Mosaic GPU kernel asks."""
+    """A Mosaic GPU kernel's load from shared or global memory into registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     # jax 0.10.2 has one argument more, an index.
@@ -28,7 +34,7 @@ def gpu_load(ref, layout):
 
 
 def gpu_store(ref, value):
-    """Stores a Mosaic GPU kernel's registers to global memory."""
+    """A Mosaic GPU kernel's store from registers to global memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if jax.__version_info__ < (0, 11):
@@ -38,7 +44,12 @@ def gpu_store(ref, value):
 
 
 def gpu_interpret_params():
-    """What makes `plgpu.kernel` run on any platform, with races and NaNs told."""
+    """What makes `plgpu.kernel` run on any platform and tell races and unset memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"mosaic_gpu_interpret needs jax 0.11 or newer, this is {jax.__version__}; "
+            "use implementation='xla'"
+        )
     return plgpu.InterpretGPUParams(detect_races=True)

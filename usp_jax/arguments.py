@@ -17,7 +17,8 @@ def check_arrays(query, key, value) -> None:
     """Checks shapes [B, T, N, H], [B, S, K, H], [B, S, K, H] and dtypes."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         letters = "[B, T, N, H]" if name == "query" else "[B, S, K, H]"
-        if x.ndim != 4:
+        _check_is_array(name, x, letters)
+        if len(x.shape) != 4:
             raise ValueError(f"{name}.shape={x.shape} must be {letters}")
         if 0 in x.shape:
             raise ValueError(f"{name}.shape={x.shape} must not have a size of 0")
@@ -33,7 +34,9 @@ def check_arrays(query, key, value) -> None:
         raise ValueError(f"{key.shape=} and {value.shape=} must be equal")
     for i, letter in ((0, "B"), (3, "H")):
         if query.shape[i] != key.shape[i]:
-            raise ValueError(f"{query.shape=} and {key.shape=} differ in {letter}")
+            raise ValueError(
+                f"{query.shape=} and {key.shape=} must have the same {letter}"
+            )
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"the query's heads, N={query.shape[2]}, must be a multiple of the "
@@ -45,20 +48,21 @@ def logits(scale, logits_soft_cap, head_size: int) -> Logits:
     """The rule from products to logits; scale defaults to 1 / sqrt(H)."""
     if scale is None:
         scale = 1 / math.sqrt(head_size)
-    elif isinstance(scale, bool) or not isinstance(scale, Real):
-        raise ValueError(f"{scale=} must be None or a Python number")
+    elif not _is_finite(scale):
+        raise ValueError(f"{scale=} must be None or a finite Python number")
     cap = logits_soft_cap
     if cap is not None:
-        if isinstance(cap, bool) or not isinstance(cap, Real) or not cap > 0:
-            raise ValueError(f"{logits_soft_cap=} must be None or a positive number")
+        if not _is_finite(cap) or cap <= 0:
+            raise ValueError(
+                f"{logits_soft_cap=} must be None or a finite positive number"
+            )
         cap = float(cap)
     return Logits(float(scale), cap)
 
 
 def mask_rule(is_causal, local_window_size) -> MaskRule:
     """The static part of the mask."""
-    if not isinstance(is_causal, bool):
-        raise ValueError(f"{is_causal=} must be True or False")
+    check_bool("is_causal", is_causal)
     window = local_window_size
     if window is None:
         return MaskRule(is_causal)
@@ -94,7 +98,9 @@ def sides_of(name: str, value, query_shape, key_shape):
                 f"it must be [B, length] = {shape[:2]}"
             )
         if x.dtype != jnp.int32:
-            raise ValueError(f"{name} has dtype {x.dtype}, it must be int32")
+            raise ValueError(
+                f"{name} of the {side} side has dtype {x.dtype}, it must be int32"
+            )
     return tuple(jnp.asarray(x) for x in sides)
 
 
@@ -102,8 +108,26 @@ def check_sinks(sinks, num_heads: int) -> None:
     """Checks that the sinks are one floating number for each query head."""
     if sinks is None:
         return
+    _check_is_array("sinks", sinks, "[N]")
     if sinks.shape != (num_heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(
             f"sinks is {sinks.dtype}{list(sinks.shape)}, it must be floating "
             f"[N] = [{num_heads}]"
         )
+
+
+def check_bool(name: str, value) -> None:
+    """Checks that a static switch is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def _check_is_array(name, x, letters):
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise ValueError(f"{name} must be an array {letters}, not {type(x).__name__}")
+
+
+def _is_finite(x):
+    """Whether this is a finite Python number."""
+    number = isinstance(x, Real) and not isinstance(x, bool)
+    return number and math.isfinite(x)

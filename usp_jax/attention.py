@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments, kernels
-from usp_jax._compat import vary_over, varying_axes
+from usp_jax._compat import vary_like
 from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_layout, check_length, length_multiple
 from usp_jax.masking import MaskRule, Tokens, pad_tokens
@@ -131,6 +131,9 @@ def usp_attention_per_shard(
     bound has size 1. Arguments, results and errors are those of `usp_attention`;
     `segment_ids` and `positions` are shards, [B, t], and lengths must divide as they
     stand.
+
+    Under such a vmap take gradients inside of it: what is differentiated from outside,
+    jax runs backward without the vmap's axis names.
     """
     arguments.check_arrays(query, key, value)
     arguments.check_sinks(sinks, query.shape[2])
@@ -225,12 +228,13 @@ class _Options:
         return_residual,
     ):
         check_layout(layout)
+        arguments.check_bool("return_residual", return_residual)
         return cls(
             arguments.logits(scale, logits_soft_cap, query.shape[3]),
             arguments.mask_rule(is_causal, local_window_size),
             layout,
             kernels.choose(implementation),
-            bool(return_residual),
+            return_residual,
         )
 
     def call(self, shards, heads) -> Call:
@@ -252,7 +256,7 @@ def _on_mesh(options, shards, query, key, value, sinks, positions, segment_ids):
     mesh, axes = shards.mesh, shards.axes
     ring_size, ulysses_size = (axis_size(mesh, name) for name in axes.sequence)
     multiple = length_multiple("contiguous", ring_size, ulysses_size)
-    length = query.shape[1]
+    length, given = query.shape[1], query
     padding = [-x.shape[1] % multiple for x in (query, key)]
     if any(padding):
         query, key, value, positions, segment_ids = _padded(
@@ -263,22 +267,25 @@ def _on_mesh(options, shards, query, key, value, sinks, positions, segment_ids):
     call = options.call(shards, heads)
     arrays = (query, key, value, sinks, positions, segment_ids)
     dims = (SEQ, SEQ, SEQ, SINKS, TOKENS, TOKENS)
+    # In a region that is manual over other axes the results vary over every axis that
+    # an input varies over.
+    arrays = vary_like(arrays, arrays)
     out, lse = usp(call, *map(shards.place, arrays, dims))
     if padding[0]:
         out, lse = jax.tree.map(lambda x: _cut(x, length, mesh), (out, lse))
+    out, lse = jax.tree.map(lambda x: shards.spelled_like(x, given), (out, lse))
     return (out, lse) if options.return_residual else out
 
 
+# One compiled program outside jit too.
+@partial(jax.jit, static_argnames=("options", "shards"))
 def _on_shards(options, shards, query, key, value, sinks, positions, segment_ids):
     """The call on shards, in the caller's own shard_map or on one device."""
     arrays = (query, key, value, sinks, positions, segment_ids)
     # The results vary over every axis that an input varies over, and with them all
     # loops' states: mark the inputs once, here.
-    varying = [varying_axes(x) for x in jax.tree.leaves(arrays)]
     axes = [name for name in (shards.ring, shards.ulysses) if name is not None]
-    varying += [varying_axes(lax.axis_index(name)) for name in axes]
-    everywhere = frozenset().union(*varying)
-    arrays = jax.tree.map(lambda x: vary_over(x, everywhere), arrays)
+    arrays = vary_like(arrays, (arrays, [lax.axis_index(name) for name in axes]))
     heads = Heads(query.shape[2], key.shape[2], shards.size(shards.ulysses))
     out, lse = usp(options.call(shards, heads), *arrays)
     return (out, lse) if options.return_residual else out

@@ -66,6 +66,7 @@ def padded_length(
     multiple that the mesh can split.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    _check_count(length)
     if layout == "contiguous":
         return length
     multiple = length_multiple(layout, ring_size, ulysses_size)
@@ -89,6 +90,7 @@ def layout_positions(
         length that the layout cannot have.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    _check_count(length)
     if layout == "contiguous":
         return lax.iota(jnp.int32, length)
     _check_permutes(layout)
@@ -118,10 +120,11 @@ def to_layout(
         `padded_length`; its tokens must then have segment id -1. None raises instead.
 
     Raises:
-      ValueError: an unknown layout, "data", or a length that does not divide while
-        `pad_value` is None.
+      ValueError: an unknown layout, "data", an axis that `x` does not have, or a
+        length that does not divide while `pad_value` is None.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    _check_axis(x, axis)
     if layout == "contiguous":
         return x
     _check_permutes(layout)
@@ -147,9 +150,11 @@ def from_layout(
       length: the number of tokens before padding; what follows them is cut off.
 
     Raises:
-      ValueError: an unknown layout, "data", or a length that the layout cannot have.
+      ValueError: an unknown layout, "data", an axis that `x` does not have, or a
+        length that the layout cannot have.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
+    _check_axis(x, axis)
     if layout != "contiguous":
         _check_permutes(layout)
         check_length(x.shape[axis], layout, ring_size, ulysses_size, f"x.shape[{axis}]")
@@ -186,6 +191,17 @@ def _check_permutes(layout):
         raise ValueError(
             'layout="data" is permuted by whoever made the data, not by a rule'
         )
+
+
+def _check_axis(x, axis):
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{axis=} must be one of the {x.ndim} axes of {x.shape=}")
+
+
+def _check_count(length):
+    whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
+    if not whole or length < 0:
+        raise ValueError(f"{length=} must be an int, 0 or greater")
 
 
 def _along(ndim, axis, index):

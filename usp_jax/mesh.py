@@ -120,6 +120,8 @@ def resolve_mesh(
         `jax.set_mesh`, or the region is already manual over an axis that the call
         itself has to split over.
     """
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"{mesh=} must be a jax.sharding.Mesh or None")
     context = jax.sharding.get_abstract_mesh()
     if context.empty:
         context = None
@@ -147,6 +149,8 @@ def resolve_mesh(
 
 def check_axes(axes: MeshAxes, names: Sequence[str]) -> None:
     """Raises ValueError when `axes` asks for an axis that is not among `names`."""
+    if not isinstance(axes, MeshAxes):
+        raise ValueError(f"{axes=} must be a usp_jax.MeshAxes")
     for role in ROLES:
         name = getattr(axes, role)
         if name is not None and name != role and name not in names:

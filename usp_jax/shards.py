@@ -7,6 +7,7 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from usp_jax._compat import vary_like
 from usp_jax.mesh import MeshAxes, axis_size, present
 
 # What the leading dims of an array are split over.
@@ -54,7 +55,7 @@ class Shards:
             self.spec(out_dims) if single else tuple(self.spec(d) for d in out_dims)
         )
         manual = jax.sharding.get_abstract_mesh().manual_axes
-        return jax.shard_map(
+        mapped = jax.shard_map(
             f,
             mesh=self.mesh,
             in_specs=in_specs,
@@ -62,6 +63,12 @@ class Shards:
             axis_names={name for name in self.mesh.axis_names if name not in manual},
             check_vma=False,
         )
+
+        def call(*args):
+            # What varies over the axes of a region around this one still does.
+            return vary_like(mapped(*args), args)
+
+        return call
 
     def spec(self, dims: tuple[str | None, ...]) -> jax.P:
         """The mesh axes of an array's leading dims."""
@@ -82,10 +89,29 @@ class Shards:
 
         Elsewhere the compiler sees to it.
         """
-        if AxisType.Explicit not in self.mesh.axis_types:
+        if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
             return x
         sharding = NamedSharding(self.mesh, self.spec(dims))
         return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), x)
+
+    def spelled_like(self, x, other):
+        """`x` with the type of sharding that `other` has, where both split it alike.
+
+        An Explicit mesh tells apart specs that differ in axes of size 1 only; with the
+        query's own spec the result can be added to it, and carried by a scan.
+        """
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return x
+        ours, theirs = (jax.typeof(y).sharding.spec for y in (x, other))
+        theirs = theirs[: x.ndim]
+        if self._splits(ours) != self._splits(theirs):
+            return x
+        return jax.reshard(x, NamedSharding(self.mesh, jax.P(*theirs)))
+
+    def _splits(self, spec):
+        """The axes of more than one device in each part of a spec."""
+        parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+        return [[n for n in part if axis_size(self.mesh, n) > 1] for part in parts]
 
     def size(self, name: str | None):
         """The size of a bound axis, on one device; 1 for None."""

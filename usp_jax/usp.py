@@ -96,6 +96,8 @@ def _usp_bwd(call, saved, cotangents):
         (HEADS, KV_HEADS, HEADS, HEADS, SINKS, TOKENS, SEQ, SEQ),
         (SEQ, SEQ, SEQ, SINKS),
     )
+    # A caller of jax.vjp may give cotangents of any sharding.
+    cotangents = call.shards.place(cotangents, SEQ)
     return *backward(*saved, *cotangents), None, None
 
 

@@ -35,8 +35,7 @@ from usp_jax._compat import (
     gpu_interpret_params,
     gpu_load,
     gpu_store,
-    vary_over,
-    varying_axes,
+    vary_like,
 )
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import (
@@ -319,7 +318,10 @@ def _forward(call, walk, refs, outs, scratch):
 
         walk.feed(
             stages,
-            [(partial(copy, "k"), k_full, k_free), (partial(copy, "v"), v_full, v_free)],
+            [
+                (partial(copy, "k"), k_full, k_free),
+                (partial(copy, "v"), v_full, v_free),
+            ],
         )
 
     pl.when(warpgroup < COMPUTING)(compute)
@@ -398,7 +400,10 @@ def _dq(call, walk, refs, outs, scratch):
 
         walk.feed(
             stages,
-            [(partial(copy, "k"), k_full, k_free), (partial(copy, "v"), v_full, v_free)],
+            [
+                (partial(copy, "k"), k_full, k_free),
+                (partial(copy, "v"), v_full, v_free),
+            ],
         )
 
     pl.when(warpgroup < COMPUTING)(compute)
@@ -554,7 +559,6 @@ class _Call:
             staged = (COMPUTING, ROWS, block_q if transposed else block_kv)
             scratch = scratch | {"staged": _tile(staged, operands["q"], 16)}
         leaves, tree = jax.tree.flatten(operands)
-        axes = frozenset().union(*map(varying_axes, leaves))
 
         def body(*refs, **scratch):
             ins = tree.unflatten(refs[: len(leaves)])
@@ -577,7 +581,7 @@ class _Call:
             ),
             interpret=gpu_interpret_params() if self.interpret else None,
         )(*leaves)
-        return [vary_over(x, axes) for x in made]
+        return vary_like(list(made), leaves)
 
     def in_flight(self, body, accumulators, like=()):
         """Runs body(accumulator refs), then awaits all its products.
@@ -715,7 +719,9 @@ class _Walk:
             # Read ahead, so that no copy waits for the table.
             ahead = self.column(jnp.minimum(n + 1, self.columns * self.repeats - 1))
             for copy, full, free in streams:
-                pl.when(n >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                pl.when(n >= stages)(
+                    lambda free=free: plgpu.barrier_wait(free.at[slot])
+                )
                 copy(column, repeat, slot, full.at[slot])
             return ahead
 

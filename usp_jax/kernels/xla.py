@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from usp_jax._compat import vary_over, varying_axes
+from usp_jax._compat import vary_like
 from usp_jax.masking import (
     FULL,
     Mask,
@@ -168,7 +168,7 @@ class _Blocks:
         num_q = -(-self.q_length // self.block_q)
         num_kv = -(-self.kv_length // self.block_kv)
         row, i = index // num_q, index % num_q
-        state = _vary_with(state, self.mask)
+        state = vary_like(state, (state, self.mask))
         if self.mask.sees_all:
             return lax.fori_loop(
                 0, num_kv, lambda j, state: attend(state, (row, j), None), state
@@ -254,10 +254,3 @@ def _pad(x, block, fill):
 def _split(x, heads):
     """The sizes (G, H) that the heads of [B, T, N, H] are seen as."""
     return x.shape[2] // heads, x.shape[3]
-
-
-def _vary_with(state, mask):
-    """A loop's state, marked as varying over what its inputs vary over."""
-    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(mask)]
-    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
-    return jax.tree.map(lambda x: vary_over(x, axes), state)

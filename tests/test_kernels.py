@@ -1,0 +1,231 @@
+"""The conformance suite of the chunk contract: one set of cases, all implementations.
+
+An implementation joins by its name in `IMPLEMENTATIONS`, and says in `UNSUPPORTED` what
+it cannot do. Every case is compared with the float32 oracle on the same rounded inputs
+(float64 for float64), forward and backward, and run twice, which must give the same
+bits.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.oracle import expected, normal, packed
+from usp_jax import kernels
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import Mask, MaskRule, Tokens
+
+# The largest error of out and lse, for inputs of standard deviation 1, in units of the
+# largest value where that is above 1; gradients may have twice as much.
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of a chunk, or of `chunks` in a row that cut the keys.
+
+    Attributes:
+      order: how query and key positions are laid: "natural", "reversed", or "apart",
+        every key after every query.
+    """
+
+    q_length: int = 96
+    kv_length: int = 96
+    batch: int = 1
+    heads: tuple[int, int] = (2, 2)
+    head_size: int = 16
+    is_causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    soft_cap: float | None = None
+    documents: bool = False
+    order: str = "natural"
+    chunks: int = 1
+
+
+CASES = {
+    "one-block": Case(),
+    "several-blocks": Case(1024, 1024),
+    "no-multiple-of-a-block": Case(700, 1100),
+    "one-query": Case(1, 600),
+    "one-key": Case(600, 1),
+    "head-size-8": Case(head_size=8),
+    "head-size-80": Case(head_size=80),
+    "head-size-128": Case(head_size=128),
+    "gqa": Case(heads=(6, 2), batch=2),
+    "mqa": Case(heads=(4, 1), is_causal=True),
+    "causal": Case(700, 700, is_causal=True),
+    "causal-reversed": Case(700, 700, is_causal=True, order="reversed"),
+    "window": Case(700, 700, window=(100, 30)),
+    "causal-window": Case(700, 700, is_causal=True, window=(64, None)),
+    "packed": Case(700, 700, batch=2, documents=True, is_causal=True),
+    "packed-full": Case(60, 60, batch=2, documents=True),
+    "soft-cap": Case(soft_cap=1.5),
+    "soft-cap-causal-gqa": Case(700, 700, heads=(4, 2), soft_cap=3.0, is_causal=True),
+    "nothing-visible": Case(64, 64, is_causal=True, order="apart"),
+    "carry": Case(90, 90, chunks=3, is_causal=True),
+    "carry-packed": Case(700, 1400, batch=2, chunks=2, window=(900, 5), heads=(4, 2)),
+    "carry-of-dead-rows": Case(96, 96, chunks=2, window=(8, 0)),
+}
+
+# Interpreted Mosaic GPU kernels take 16-bit types and seconds: tests/kernels has theirs.
+HERE = [name for name in kernels.IMPLEMENTATIONS if "mosaic_gpu" not in name]
+
+# name of an implementation -> (whether a case and a dtype are beyond it, why)
+UNSUPPORTED = {name: (lambda case, dtype: False, "") for name in HERE}
+
+
+def inputs(case, dtype):
+    """Arrays in `dtype`, and the mask's tokens."""
+    n, k = case.heads
+    q = (case.batch, case.q_length, n, case.head_size)
+    kv = (case.batch, case.kv_length, k, case.head_size)
+    arrays = normal(3, q, kv, kv, q, q[:3], dtype=dtype)
+    q_order, kv_order = (
+        np.arange(length, dtype=np.int32) for length in (case.q_length, case.kv_length)
+    )
+    if case.order == "reversed":
+        q_order, kv_order = q_order[::-1], kv_order[::-1]
+    if case.order == "apart":
+        kv_order = kv_order + case.q_length
+    ids = None
+    if case.documents:
+        ids = jnp.asarray(packed(case.batch, case.q_length))
+    shape = case.batch, 1
+    positions = tuple(
+        jnp.asarray(np.broadcast_to(x, (shape[0], len(x)))) for x in (q_order, kv_order)
+    )
+    return arrays, positions, ids
+
+
+@functools.cache
+def oracle(case, dtype):
+    """The oracle on the inputs as `dtype` rounds them, and its gradients."""
+    arrays, positions, ids = inputs(case, dtype)
+    exact = jnp.promote_types(dtype, jnp.float32)
+    q, k, v, dout, dlse = (x.astype(exact) for x in arrays)
+    results = expected(
+        (q, k, v),
+        (dout, dlse),
+        is_causal=case.is_causal,
+        local_window_size=case.window,
+        logits_soft_cap=case.soft_cap,
+        positions=positions,
+        segment_ids=ids,
+    )
+    return jax.tree.map(np.asarray, results)
+
+
+def run(chunk, case, arrays, positions, ids):
+    """The contract as the ring uses it: chunks of the keys one after the other."""
+    q, k, v, dout, dlse = arrays
+    rule = MaskRule(case.is_causal, *case.window)
+    logits = Logits(case.head_size**-0.5, case.soft_cap)
+    cuts = np.linspace(0, case.kv_length, case.chunks + 1).astype(int)
+    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    masks = [
+        Mask(
+            rule,
+            Tokens(positions[0], ids),
+            Tokens(positions[1][:, part], None if ids is None else ids[:, part]),
+        )
+        for part in parts
+    ]
+    carry = None
+    for part, mask in zip(parts, masks, strict=True):
+        carry = chunk.forward(q, k[:, part], v[:, part], mask, carry, logits)
+    out, lse = carry
+    delta = jnp.sum(out * dout.astype(out.dtype), -1) - dlse.astype(out.dtype)
+    grads = [
+        chunk.backward(q, k[:, part], v[:, part], dout, lse, delta, mask, logits)
+        for part, mask in zip(parts, masks, strict=True)
+    ]
+    return {
+        "out": out,
+        "lse": lse,
+        "dq": sum(dq for dq, _, _ in grads),
+        "dk": jnp.concatenate([dk for _, dk, _ in grads], 1),
+        "dv": jnp.concatenate([dv for _, _, dv in grads], 1),
+    }
+
+
+def check(implementation, case, dtype):
+    beyond, why = UNSUPPORTED.get(implementation, (lambda *_: False, ""))
+    if beyond(case, dtype):
+        pytest.skip(why)
+    chunk = kernels.chunk(implementation)
+    with jax.enable_x64(dtype == "float64"):
+        program = jax.jit(functools.partial(run, chunk, case))
+        actual, again = (program(*inputs(case, dtype)) for _ in range(2))
+        chex.assert_trees_all_equal(actual, again)
+        for name, x in oracle(case, dtype).items():
+            assert actual[name].dtype == x.dtype == jnp.promote_types(dtype, "float32")
+            largest = np.max(np.abs(x), where=np.isfinite(x), initial=1)
+            tolerance = largest * TOLERANCES[dtype]
+            if name.startswith("d"):
+                tolerance *= 2
+            np.testing.assert_allclose(
+                actual[name], x, rtol=0, atol=tolerance, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("name", CASES)
+def test_float32(implementation, name):
+    check(implementation, CASES[name], "float32")
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize(
+    "name", ["no-multiple-of-a-block", "gqa", "packed", "soft-cap", "carry"]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_dtypes(implementation, name, dtype):
+    check(implementation, CASES[name], dtype)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_what_nothing_sees_is_exactly_zero(implementation):
+    case = CASES["nothing-visible"]
+    chunk = kernels.chunk(implementation)
+    actual = jax.jit(functools.partial(run, chunk, case))(*inputs(case, "float32"))
+    assert (actual.pop("lse") == -jnp.inf).all()
+    chex.assert_trees_all_equal(actual, jax.tree.map(jnp.zeros_like, actual))
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_a_chunk_that_is_not_seen_leaves_the_carry_as_it_is(implementation):
+    case = CASES["nothing-visible"]
+    (q, k, v, out, lse), positions, _ = inputs(case, "float32")
+    mask = Mask(MaskRule(True), *map(Tokens, positions))
+    lse = jnp.where(lse < -1, -jnp.inf, lse)
+    out = jnp.where((lse == -jnp.inf)[..., None], 0, out)
+    carry = kernels.chunk(implementation).forward(
+        q, k, v, mask, (out, lse), Logits(1.0)
+    )
+    chex.assert_trees_all_close(carry, (out, lse), atol=1e-6)
+
+
+def test_names():
+    assert kernels.choose(None) in kernels.IMPLEMENTATIONS
+    for name in kernels.IMPLEMENTATIONS:
+        assert kernels.choose(name) == name
+        assert isinstance(kernels.chunk(name), kernels.Chunk)
+    with pytest.raises(
+        ValueError, match="implementation='flash' must be None or one of .*'xla'"
+    ):
+        kernels.choose("flash")
+
+
+def test_logits_and_their_derivative():
+    (x,) = normal(0, (64,))
+    for rule in (Logits(0.3), Logits(0.3, 2.0)):
+        y, pull = jax.vjp(rule.of, 10 * x)
+        chex.assert_trees_all_close(
+            rule.pull_back(jnp.ones_like(y), y), pull(jnp.ones_like(y))[0], atol=1e-6
+        )
+    assert abs(Logits(1.0, 2.0).of(jnp.float32(100.0))) <= 2

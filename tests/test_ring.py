@@ -1,0 +1,95 @@
+"""The ring on virtual devices: R hops add up to one chunk over all keys."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from tests.oracle import normal
+from usp_jax import kernels
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import Mask, MaskRule, Tokens
+from usp_jax.ring import Ring, ring_backward, ring_forward
+
+B, T, N, K, H = 1, 3, 4, 2, 4
+RULES = {"full": MaskRule(), "causal": MaskRule(True), "window": MaskRule(False, 3, 1)}
+
+
+def tokens(shard, length):
+    return Tokens((shard * length + jnp.arange(length, dtype=jnp.int32))[None])
+
+
+def ring_of(size, rule):
+    """The ring as the device that calls it sees it."""
+    index = lax.axis_index("ring") if size > 1 else 0
+    return Ring(
+        axis_name="ring" if size > 1 else None,
+        size=size,
+        index=index,
+        chunk=kernels.chunk("xla"),
+        mask_of=lambda shard: Mask(rule, tokens(index, T), tokens(shard, T)),
+        logits=Logits(0.5),
+    )
+
+
+def joined(x, axis):
+    """[R, ...] -> all shards one after the other along a dim."""
+    return jnp.concatenate(list(x), axis)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_equals_one_chunk(size, rule):
+    rule = RULES[rule]
+    q, kv, dout, delta = normal(
+        0,
+        (size, B, T, N, H),
+        (size, 2, B, T, K, H),
+        (size, B, T, N, H),
+        (size, B, T, N),
+    )
+
+    def shard(q, kv, dout, delta):
+        ring = ring_of(size, rule)
+        out, lse = ring_forward(ring, q, kv)
+        return out, lse, *ring_backward(ring, q, kv, dout, lse, delta)
+
+    run = jax.jit(jax.vmap(shard, axis_name="ring"))
+    out, lse, dq, dkv = run(q, kv, dout, delta)
+    whole = tokens(0, size * T)
+    mask = Mask(rule, whole, whole)
+    chunk = kernels.chunk("reference")
+    q, dout, delta = (joined(x, 1) for x in (q, dout, delta))
+    k, v = joined(kv, 2)
+    expected = chunk.forward(q, k, v, mask, None, Logits(0.5))
+    actual = joined(out, 1), joined(lse, 1)
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
+    expected = chunk.backward(q, k, v, dout, expected[1], delta, mask, Logits(0.5))
+    actual = joined(dq, 1), *joined(dkv, 2)
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+def test_what_was_seen_before_the_ring_counts():
+    q, kv, out, lse = normal(
+        1, (2, B, T, N, H), (2, 2, B, T, K, H), (2, B, T, N, H), (2, B, T, N)
+    )
+
+    def shard(carry_is_used, q, kv, out, lse):
+        ring = ring_of(2, RULES["full"])
+        if carry_is_used:
+            return ring_forward(ring, q, kv, (out, lse))
+        return ring_forward(ring, q, kv)
+
+    with_carry, without = (
+        jax.jit(jax.vmap(functools.partial(shard, used), axis_name="ring"))(
+            q, kv, out, lse
+        )
+        for used in (True, False)
+    )
+    total = jnp.logaddexp(without[1], lse)
+    chex.assert_trees_all_close(with_carry[1], total, atol=1e-5)
+    parts = [x * jnp.exp(y - total)[..., None] for x, y in (without, (out, lse))]
+    chex.assert_trees_all_close(with_carry[0], sum(parts), atol=1e-5)
