@@ -72,7 +72,7 @@ CASES = {
     "carry-of-dead-rows": Case(96, 96, chunks=2, window=(8, 0)),
 }
 
-# Interpreted Mosaic GPU kernels take 16-bit types and seconds: tests/kernels has theirs.
+# Interpreted Mosaic GPU kernels take 16 bits and seconds: tests/kernels has theirs.
 HERE = [name for name in kernels.IMPLEMENTATIONS if "mosaic_gpu" not in name]
 
 # name of an implementation -> (whether a case and a dtype are beyond it, why)
