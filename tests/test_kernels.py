@@ -151,8 +151,8 @@ def run(chunk, case, arrays, positions, ids):
 
 
 def check(implementation, case, dtype):
-    if dtype == "float64" and not HERE[implementation].float64:
-        pytest.skip(f"{implementation} has no float64")
+    if implementation in HERE and dtype not in HERE[implementation].dtypes:
+        pytest.skip(f"{implementation} has no {dtype}")
     chunk = kernels.chunk(implementation)
     with jax.enable_x64(dtype == "float64"):
         program = jax.jit(functools.partial(run, chunk, case))

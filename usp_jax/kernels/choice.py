@@ -65,7 +65,7 @@ class Kernel:
       platform: the only one that it runs on; None is any.
       capability: the least compute capability of the GPU.
       max_head_size: the largest head; None is no bound.
-      float64: whether it takes float64.
+      dtypes: of the inputs that it takes.
       automatic: whether implementation=None may take it.
     """
 
@@ -73,7 +73,7 @@ class Kernel:
     platform: str | None = None
     capability: tuple[int, int] | None = None
     max_head_size: int | None = None
-    float64: bool = False
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     automatic: bool = False
 
     def refusal(self, target: Target, dtype, head_size: int) -> str | None:
@@ -86,12 +86,15 @@ class Kernel:
         ):
             least = "{}.{}".format(*self.capability)
             return f"needs compute capability {least}, the call is for a {target}"
-        if dtype == jnp.float64 and not self.float64:
-            return "has no float64"
+        if jnp.dtype(dtype).name not in self.dtypes:
+            return f"has no {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
             return f"has heads up to {self.max_head_size}, not {head_size=}"
         return None
 
+
+_ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_16_BITS = ("bfloat16", "float16")
 
 # implementation=None takes the first automatic one that can run the call.
 KERNELS = (
@@ -99,10 +102,19 @@ KERNELS = (
     Kernel(
         "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
     ),
-    Kernel("xla", float64=True, automatic=True),
-    Kernel("reference", float64=True),
+    # Compiled for Hopper and interpreted, but not yet run on one: only by its name.
+    Kernel(
+        "mosaic_gpu",
+        platform="gpu",
+        capability=(9, 0),
+        max_head_size=256,
+        dtypes=_16_BITS,
+    ),
+    Kernel("xla", dtypes=_ALL_DTYPES, automatic=True),
+    Kernel("reference", dtypes=_ALL_DTYPES),
     Kernel("triton_interpret", max_head_size=256),
     Kernel("mosaic_tpu_interpret"),
+    Kernel("mosaic_gpu_interpret", max_head_size=256, dtypes=_16_BITS),
 )
 
 IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)

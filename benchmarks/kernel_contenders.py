@@ -1,0 +1,200 @@
+"""The attention kernels that benchmarks/kernels.py sets side by side on one device.
+
+All take q [B, T, N, H] and k, v [B, T, K, H]. A contender that cannot do a shape
+raises, and its row says so.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+import usp_jax
+from benchmarks.timing import Shape, with_gradients
+from usp_jax.kernels import IMPLEMENTATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+      program: (shape, "forward" or "forward_backward") -> run(q, k, v, dout), which
+        gives (out,) or (out, dq, dk, dv).
+      place: the arrays that `run` takes, from jax's.
+      wait: returns when results are there.
+    """
+
+    program: Callable[[Shape, str], Callable]
+    place: Callable[[tuple], tuple] = tuple
+    wait: Callable = jax.block_until_ready
+
+
+def contenders() -> dict[str, Contender]:
+    """By name; ours first, and of the others those that can be imported here."""
+    on_gpu = jax.default_backend() == "gpu"
+    found = {
+        f"usp_jax {name}": _of_jax(partial(_ours, name))
+        for name in IMPLEMENTATIONS
+        if _runs_here(name, on_gpu)
+    }
+    found["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
+    if on_gpu:
+        found["jax.nn cudnn"] = _of_jax(partial(_jax_nn, "cudnn"))
+        found["jax mosaic"] = _of_jax(_jax_mosaic)
+        found["jax triton"] = _of_jax(_jax_triton)
+        if importlib.util.find_spec("tokamax"):
+            found["tokamax"] = _of_jax(_tokamax)
+        if importlib.util.find_spec("torch"):
+            for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+                name = f"torch {backend.removesuffix('_ATTENTION').lower()}"
+                found[name] = _of_torch(backend)
+    return found
+
+
+def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Callable]:
+    """Our op as `size` devices of a ring would run it, all of them on this one.
+
+    Takes what the devices hold, in zigzag order: [size, B, T / size, N, H].
+    """
+
+    def program(shape, which):
+        def per_shard(*arrays):
+            axes = usp_jax.MeshAxes(*(None,) * 3, "ring", None, None)
+            attention = partial(
+                usp_jax.usp_attention_per_shard,
+                is_causal=shape.is_causal,
+                layout="zigzag",
+                axes=axes,
+                implementation=implementation,
+            )
+            return _program(attention, which)(*arrays)
+
+        if shape.mask == "packed":
+            raise NotImplementedError("the virtual ring has no documents")
+        return jax.jit(jax.vmap(per_shard, axis_name="ring", axis_size=size))
+
+    return program
+
+
+def _runs_here(name, on_gpu):
+    """Whether an implementation of ours is one for this device."""
+    if name == "reference" or "tpu" in name:
+        return False
+    return name == "xla" or name.endswith("_interpret") != on_gpu
+
+
+def _program(attention, which):
+    if which == "forward":
+        return lambda q, k, v, dout: (attention(q, k, v),)
+    return with_gradients(attention)
+
+
+def _of_jax(build):
+    """A contender whose build(shape) is attention(q, k, v) on jax arrays."""
+    return Contender(lambda shape, which: jax.jit(_program(build(shape), which)))
+
+
+def _ours(implementation, shape):
+    return partial(
+        usp_jax.flash_attention,
+        is_causal=shape.is_causal,
+        segment_ids=shape.segment_ids(),
+        implementation=implementation,
+    )
+
+
+def _jax_nn(implementation, shape):
+    if shape.mask == "packed":
+        raise NotImplementedError("jax.nn has no documents of a row")
+    if implementation == "xla" and shape.length > 4096:
+        raise NotImplementedError("its scores, T x T, do not fit")
+    return partial(
+        jax.nn.dot_product_attention,
+        is_causal=shape.is_causal,
+        implementation=implementation,
+    )
+
+
+def _jax_mosaic(shape):
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    if shape.mask == "packed":
+        raise NotImplementedError("it has no documents of a row")
+    config = attention_mgpu.TuningConfig(
+        block_q=64,
+        block_kv=128,
+        max_concurrent_steps=2,
+        causal=shape.is_causal,
+        compute_wgs_bwd=2,
+        block_q_dkv=64,
+        block_kv_dkv=64,
+        block_q_dq=64,
+        block_kv_dq=64,
+    )
+    scale = shape.head_size**-0.5
+    # It scales nothing.
+    return lambda q, k, v: attention_mgpu.attention(q * scale, k, v, config)
+
+
+def _jax_triton(shape):
+    from jax.experimental.pallas.ops.gpu import attention
+
+    group = shape.heads // shape.kv_heads
+
+    def run(q, k, v):
+        # It has no groups of query heads.
+        k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+        return attention.mha(
+            q,
+            k,
+            v,
+            shape.segment_ids(),
+            sm_scale=shape.head_size**-0.5,
+            causal=shape.is_causal,
+        )
+
+    return run
+
+
+def _tokamax(shape):
+    import tokamax
+
+    if shape.mask == "packed":
+        raise NotImplementedError("its mask of documents would be T x T")
+    return partial(tokamax.dot_product_attention, is_causal=shape.is_causal)
+
+
+def _of_torch(backend):
+    """torch's scaled_dot_product_attention with one of its backends."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def program(shape, which):
+        if shape.mask == "packed":
+            raise NotImplementedError("it has no documents of a row")
+
+        def run(q, k, v, dout):
+            with sdpa_kernel([getattr(SDPBackend, backend)]):
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=shape.is_causal, enable_gqa=True
+                )
+            if which == "forward":
+                return (out.detach(),)
+            return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+        return run
+
+    def place(arrays):
+        # [B, T, N, H] -> [B, N, T, H]
+        placed = [torch.from_dlpack(x).transpose(1, 2).contiguous() for x in arrays]
+        return tuple(x.requires_grad_() for x in placed[:3]) + (placed[3],)
+
+    def wait(results):
+        torch.cuda.synchronize()
+        return results
+
+    return Contender(program, place, wait)

@@ -1,0 +1,102 @@
+"""What measurements of attention on one device share: inputs, times, visible work."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Floating-point operations of the backward, in units of the forward's (two products
+# against five), as FlashAttention-2 and -3 count them.
+BACKWARD_OVER_FORWARD = 2.5
+DOCUMENTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One call of attention: its sizes, and which of its pairs are visible.
+
+    Attributes:
+      mask: "full", "causal", or "packed": causal within each of 8 documents.
+    """
+
+    length: int
+    head_size: int
+    mask: str
+    heads: int = 32
+    kv_heads: int = 8
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask != "full"
+
+    def document_lengths(self) -> list[int]:
+        """The lengths of a row's documents: one, or 8 that are cut at random."""
+        if self.mask != "packed":
+            return [self.length]
+        generator = np.random.default_rng(self.length)
+        cuts = generator.choice(self.length - 1, DOCUMENTS - 1, replace=False) + 1
+        return np.diff([0, *np.sort(cuts), self.length]).tolist()
+
+    def segment_ids(self) -> jax.Array | None:
+        """int32 [B, T], or None for rows of one document."""
+        if self.mask != "packed":
+            return None
+        lengths = self.document_lengths()
+        ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        return jnp.asarray(np.broadcast_to(ids, (self.batch, self.length)))
+
+    def flops(self, which: str) -> float:
+        """Operations on visible pairs only, of a "forward" or "forward_backward"."""
+        if self.is_causal:
+            pairs = sum(n * (n + 1) / 2 for n in self.document_lengths())
+        else:
+            pairs = self.length**2
+        forward = 4.0 * self.batch * self.heads * self.head_size * pairs
+        factor = 1.0 if which == "forward" else 1.0 + BACKWARD_OVER_FORWARD
+        return forward * factor
+
+    def inputs(self, seed: int) -> tuple[jax.Array, ...]:
+        """q, k, v and the cotangent of out, normally distributed."""
+        sizes = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        keys = jax.random.split(jax.random.key(seed), 4)
+        return tuple(
+            jax.random.normal(key, (self.batch, self.length, n, self.head_size))
+            .astype(self.dtype)
+            .block_until_ready()
+            for key, n in zip(keys, sizes, strict=True)
+        )
+
+
+def with_gradients(attention: Callable) -> Callable:
+    """(q, k, v, dout) -> (out, dq, dk, dv) of attention(q, k, v)."""
+
+    def run(q, k, v, dout):
+        out, pull_back = jax.vjp(attention, q, k, v)
+        return out, *pull_back(dout)
+
+    return run
+
+
+def seconds_a_call(
+    run: Callable,
+    sets: list[tuple],
+    repeats: int,
+    wait: Callable = jax.block_until_ready,
+) -> dict[str, float]:
+    """Times of run(*set), the sets in turn so that none is found in a cache.
+
+    Every sample is of as many calls in a row as there are sets, which hides what it
+    takes to launch them. `run` must have been called before.
+    """
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        wait([run(*arrays) for arrays in sets])
+        samples.append((time.perf_counter() - start) / len(sets))
+    return {"seconds_median": statistics.median(samples), "seconds_min": min(samples)}

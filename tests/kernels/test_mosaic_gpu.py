@@ -1,0 +1,157 @@
+"""The Mosaic GPU kernels as jax's interpreter runs them, against the oracle.
+
+The interpreter runs all warpgroups with their barriers and copies, tells races and
+reads of unset memory; its products are synchronous and take no operand in registers.
+It needs jax 0.11, and a host thread for each warpgroup, of which the tests' 8 fake
+devices give enough.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import usp_jax
+from tests.test_kernels import CASES, Case, check, inputs, run
+from usp_jax import MeshAxes, kernels
+from usp_jax.kernels import mosaic_gpu
+from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.mosaic_gpu_blocks import DEFAULTS, BlockSizes
+from usp_jax.masking import EMPTY, FULL, Mask, MaskRule, Tokens, block_kinds
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 has no interpreter for it"
+)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        # Three tiles and five blocks: entirely seen, in part, and not.
+        (Case(300, 300, heads=(2, 1), head_size=64, is_causal=True), "bfloat16"),
+        (Case(130, 130, batch=2, documents=True, head_size=80), "float16"),
+        (Case(100, 200, chunks=2, window=(70, 5), soft_cap=3.0), "bfloat16"),
+        (Case(64, 64, head_size=160, is_causal=True), "bfloat16"),
+    ],
+    ids=["causal-gqa", "packed", "carry-window-soft-cap", "dk-and-dv-apart"],
+)
+def test_interpreted(case, dtype) -> None:
+    check("mosaic_gpu_interpret", case, dtype)
+
+
+@interpreted
+def test_what_nothing_sees_is_exactly_zero() -> None:
+    case = CASES["nothing-visible"]
+    chunk = kernels.chunk("mosaic_gpu_interpret")
+    program = jax.jit(functools.partial(run, chunk, case))
+    actual = program(*inputs(case, "bfloat16"))
+    assert (actual.pop("lse") == -jnp.inf).all()
+    chex.assert_trees_all_equal(actual, jax.tree.map(jnp.zeros_like, actual))
+
+
+@interpreted
+def test_a_chunk_that_is_not_seen_leaves_the_carry_to_the_bit() -> None:
+    (q, k, v, out, lse), positions, _ = inputs(CASES["nothing-visible"], "bfloat16")
+    mask = Mask(MaskRule(True), *map(Tokens, positions))
+    out, lse = out.astype("float32") / 3, lse.astype("float32") / 3
+    chunk = kernels.chunk("mosaic_gpu_interpret")
+    carry = chunk.forward(q, k, v, mask, (out, lse), Logits(1.0))
+    chex.assert_trees_all_equal(carry, (out, lse))
+
+
+@interpreted
+def test_inside_a_ring_and_ulysses_it_is_the_xla_op() -> None:
+    # Virtual devices: the interpreter cannot tell apart kernels of several real ones.
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (
+        jnp.asarray(rng.normal(size=(2, 2, 1, 64, n, 16)), "bfloat16")
+        for n in (4, 2, 2, 4)
+    )
+    axes = MeshAxes(pipe=None, data=None, fsdp=None, tensor=None)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def attend(implementation, *arrays):
+        def per_shard(q, k, v, dout):
+            attention = functools.partial(
+                usp_jax.usp_attention_per_shard,
+                is_causal=True,
+                layout="zigzag",
+                axes=axes,
+                implementation=implementation,
+            )
+            out, pull_back = jax.vjp(attention, q, k, v)
+            return out, *pull_back(dout)
+
+        ulysses = jax.vmap(per_shard, axis_name="ulysses")
+        return jax.vmap(ulysses, axis_name="ring")(*arrays)
+
+    expected = attend("xla", q, k, v, dout)
+    for x, y in zip(
+        attend("mosaic_gpu_interpret", q, k, v, dout), expected, strict=True
+    ):
+        chex.assert_trees_all_close(*(z.astype("float32") for z in (x, y)), atol=3e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_walks_list_what_is_seen_with_the_heaviest_tiles_first(transposed) -> None:
+    """Every block that is not empty once, entirely seen ones in front."""
+    rng = np.random.default_rng(4)
+    ids = jnp.asarray(np.sort(rng.integers(-1, 4, (2, 512)), 1), "int32")
+    tokens = Tokens(jnp.arange(512, dtype=jnp.int32)[None], ids)
+    mask = Mask(MaskRule(True), tokens, tokens)
+    table = np.asarray(mosaic_gpu._walks(mask, 64, transposed))
+    kinds = block_kinds(mask, *((64, 128) if transposed else (128, 64)))
+    kinds = np.asarray(kinds.swapaxes(1, 2) if transposed else kinds)
+    assert table.shape == (2, 4, 3 + 8)
+    for rows, expected in zip(table, kinds, strict=True):
+        assert sorted(rows[:, 0]) == [0, 1, 2, 3]
+        assert (np.diff(rows[:, 2]) <= 0).all()
+        for tile, full, listed, *blocks in rows:
+            assert set(blocks[:full]) == set(np.flatnonzero(expected[tile] == FULL))
+            seen = np.flatnonzero(expected[tile] != EMPTY)
+            assert sorted(blocks[:listed]) == list(seen)
+
+
+def test_what_it_cannot_do_is_told() -> None:
+    chunk = kernels.chunk("mosaic_gpu")
+    tokens = Tokens(jnp.arange(8, dtype=jnp.int32)[None])
+    mask = Mask(MaskRule(), tokens, tokens)
+
+    def forward(dtype, size):
+        x = jnp.zeros((1, 8, 1, size), dtype)
+        return chunk.forward(x, x, x, mask, None, Logits(1.0))
+
+    with pytest.raises(NotImplementedError, match="float32.*bfloat16 and float16"):
+        forward("float32", 64)
+    with pytest.raises(NotImplementedError, match="heads of at most 256, not 320"):
+        forward("bfloat16", 320)
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        forward("bfloat16", 64)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="it has an interpreter")
+def test_without_an_interpreter_it_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="needs jax 0.11"):
+        check("mosaic_gpu_interpret", CASES["one-block"], "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ((96, 64, 64), "forward=96 must be 16, 32, 64 or 128"),
+        ((64, 256, 64), "dq=256 must be 16, 32, 64 or 128"),
+        ((64, 64, 64, 2, 2, 0), "dkv_stages=0 must be at least 1"),
+    ],
+)
+def test_block_sizes_that_cannot_be_are_told(sizes, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        BlockSizes(*sizes)
+
+
+def test_every_head_size_has_block_sizes() -> None:
+    for head_size in range(1, 257):
+        assert BlockSizes.of(head_size, "NVIDIA H200") in DEFAULTS.values()
