@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from usp_jax.kernels import choose
+from usp_jax.kernels import IMPLEMENTATIONS
 from usp_jax.models.presets import PRESETS
 from usp_jax.models.rope import RopeScaling
 
@@ -90,8 +90,11 @@ class LlamaConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be one of {values}"
                 )
-        if self.implementation is not None:
-            choose(self.implementation)
+        if self.implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"implementation={self.implementation!r} must be None or one of "
+                f"{IMPLEMENTATIONS}"
+            )
 
     @property
     def num_parameters(self) -> int:
