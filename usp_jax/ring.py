@@ -103,28 +103,24 @@ def ring_backward(
 
     def body(step, state):
         kv, *grads = state
-        return lax.optimization_barrier((ring.rotate(kv), *late(step, kv, *grads)))
+        return _together(ring.rotate(kv), *late(step, kv, *grads))
 
     last = ring.size - 1
     if not last:
         return attend(0, kv)
-    own, kv = kv, ring.rotate(kv)
-    # Barriers end each step only when its hop has arrived, hold each half of the own
-    # shard's work in its place, and what follows the ring behind the last hop;
-    # schedulers would else leave a hop without work.
-    kv, *grads = lax.optimization_barrier((kv, *attend(0, own, slice(half))))
+    own = kv
+    kv, dq_home, home = _together(ring.rotate(own), *attend(0, own, slice(half)))
     kv_next = ring.rotate(kv) if last > 1 else None
-    dq, dkv = attend(1, kv)
+    kv, dq, dkv = _together(kv_next, *attend(1, kv))
     if last > 1:
-        kv_next, dq, dkv = lax.optimization_barrier((kv_next, dq, dkv))
-        kv, dq, dkv = _loop(2, last, body, (kv_next, dq, dkv))
+        kv, dq, dkv = _loop(2, last, body, (kv, dq, dkv))
         dq, dkv = late(last, kv, dq, dkv)
-    dkv, own = lax.optimization_barrier((dkv, own))
-    dq_home, home = grads[0], grads[1] + ring.rotate(dkv)
+    own, dkv = _together(own, dkv)
+    home += ring.rotate(dkv)
     if half < q.shape[1]:
         dq_rest, dkv = attend(0, own, slice(half, None))
         dq_home, home = jnp.concatenate([dq_home, dq_rest], 1), home + dkv
-    return lax.optimization_barrier((dq + dq_home, home))
+    return _together(dq + dq_home, home)
 
 
 def _attend_backward(ring, mask, kv, q, dout, lse, delta):
@@ -132,6 +128,14 @@ def _attend_backward(ring, mask, kv, q, dout, lse, delta):
     k, v = kv
     dq, *dkv = ring.chunk.backward(q, k, v, dout, lse, delta, mask, ring.logits)
     return dq, jnp.stack(dkv)
+
+
+def _together(*values):
+    """The values, none of them there before the others.
+
+    A hop then has no later work to wait beside: schedulers would leave some without.
+    """
+    return lax.optimization_barrier(values)
 
 
 def _loop(start, stop, body, state):

@@ -24,9 +24,17 @@ def test_unknown_names_tell_what_is_known(name):
         assert known in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["h100:8", "a100:1x2x8"])
-def test_gpus_are_given_as_hosts_and_gpus_a_host(name):
-    with pytest.raises(ValueError, match="hosts x GPUs a host"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("h100:8", "must give hosts x GPUs as 'h100:2x8'"),
+        ("a100:1x2x8", "must give hosts x GPUs as 'a100:2x8'"),
+        ("v5e:4x4x4", "must give chips along each side as 'v5e:4x4'"),
+        ("v5p:4x4", "must give chips along each side as 'v5p:4x4x4'"),
+    ],
+)
+def test_names_have_the_sizes_of_their_kind(name, message):
+    with pytest.raises(ValueError, match=message):
         aot.topology(name)
 
 

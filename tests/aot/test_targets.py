@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import usp_jax
-from usp_jax import aot
+from usp_jax import aot, plugins
 from usp_jax.aot.__main__ import main
 from usp_jax.compiled import by_kind
 
@@ -131,8 +131,8 @@ def test_meshes_of_machines_that_are_not_here(name, count, sizes, explicit):
 
 
 def test_a_slice_that_libtpu_refuses():
-    with pytest.raises(ValueError, match=r"libtpu refuses the topology 'v5e:64x64x8'"):
-        aot.topology("v5e:64x64x8")
+    with pytest.raises(ValueError, match="libtpu refuses the topology 'v9:2x2'"):
+        plugins.tpu_devices("v9:2x2")
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h200:1x1"])
@@ -152,7 +152,8 @@ def test_what_does_not_fit_is_told(name):
     small = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     fits = aot.compile(jax.jit(lambda x: x @ x), small, topology=topology)
     assert fits.fits and fits.argument_bytes == fits.output_bytes == 2**22
-    assert (fits.peak_bytes, fits.collectives, fits.num_devices) == (2**23, (), 1)
+    assert 2**23 <= fits.peak_bytes <= 2**24
+    assert (fits.collectives, fits.num_devices) == ((), 1)
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "a100:1x1"])
@@ -204,7 +205,7 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 3)
 before = sys.argv[1] == "used" and jax.devices()
-from usp_jax import aot
+from usp_jax import aot, plugins
 
 theirs = {*aot.topology("h100:1x8").devices, *aot.topology("v5e:2x2").devices}
 assert len(theirs) == 12

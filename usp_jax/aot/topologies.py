@@ -33,7 +33,7 @@ def topology(name: str) -> Topology:
 
     Args:
       name: a TPU slice by its chips, "v5p:4x4x4" or "v5e:4x4"; or NVIDIA nodes by hosts
-        and GPUs a host, "h100:2x8".
+        and GPUs a host, "h100:2x8". libtpu takes sizes that are no product, too.
 
     Raises:
       ValueError: the name is not known; the message lists what is.
@@ -68,8 +68,9 @@ def _parse(name):
             "chips of a TPU slice, or hosts x GPUs a host"
         )
     sizes = tuple(int(size) for size in shape.split("x"))
-    if device.platform == "gpu" and len(sizes) != 2:
+    if len(sizes) != len(device.example.partition(":")[2].split("x")):
+        what = "chips along each side" if device.platform == "tpu" else "hosts x GPUs"
         raise ValueError(
-            f"topology {name!r} must give hosts x GPUs a host, as {device.example!r}"
+            f"topology {name!r} must give {what} as {device.example!r} does"
         )
     return device, sizes
