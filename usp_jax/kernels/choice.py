@@ -166,10 +166,6 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
     return target
 
 
-def _dotted(capability):
-    return ".".join(map(str, capability))
-
-
 def _default_device():
     device = jax.config.jax_default_device
     if device is None:

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from usp_jax._compat import vary_over, varying_axes
+from usp_jax._compat import vary_like, varying_like
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import (
@@ -165,7 +165,8 @@ def chunk_forward(q, k, v, mask, carry, logits, *, target, sizes=None, interpret
       interpret: runs on any device, block by block in XLA.
     """
     sizes = sizes or BlockSizes.of(target, q.shape[3], q.dtype)
-    q, k, v, mask, carry = _vary_alike((q, k, v, mask, carry))
+    arrays = (q, k, v, mask, carry)
+    q, k, v, mask, carry = vary_like(arrays, arrays)
     value_size = v.shape[3]
     q, k, v = map(_whole_pieces, (q, k, v))
     tile = sizes.forward.within(q, k)
@@ -176,8 +177,8 @@ def chunk_forward(q, k, v, mask, carry, logits, *, target, sizes=None, interpret
     if carry is not None:
         rows = _to_rows(carry[1], tile.block_q, -jnp.inf)
         carry = _whole_pieces(carry[0]), rows
-    out = _like(q, (batch, length, heads, v.shape[3]))
-    lse = _like(q, (batch, heads, num_blocks * tile.block_q))
+    out = varying_like(q, (batch, length, heads, v.shape[3]), jnp.float32)
+    lse = varying_like(q, (batch, heads, num_blocks * tile.block_q), jnp.float32)
     carry_specs = None if carry is None else (_heads_spec(carry[0]), _rows_spec(lse))
     out, lse = pl.pallas_call(
         partial(_forward_kernel, tile=tile, logits=_base2(logits)),
@@ -246,7 +247,8 @@ def chunk_backward(
     sizes = sizes or BlockSizes.of(target, q.shape[3], q.dtype)
     arrays = map(_whole_pieces, (q, k, v, dout.astype(q.dtype)))
     # Rows without a visible key have every score masked, whatever is subtracted.
-    args = _vary_alike((*arrays, finite(lse) * LOG2E, delta, mask))
+    args = (*arrays, finite(lse) * LOG2E, delta, mask)
+    args = vary_like(args, args)
     dq = _dq(*args, logits, sizes.dq, interpret)
     dk, dv = _dkv(*args, logits, sizes.dkv, interpret)
     head_size, value_size = q.shape[3], v.shape[3]
@@ -273,7 +275,7 @@ def _dq(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
             _batch_specs(lists),
         ],
         out_specs=_heads_spec(q),
-        out_shape=_like(q, q.shape),
+        out_shape=varying_like(q, q.shape, jnp.float32),
         compiler_params=tile.params,
         interpret=interpret,
         name="usp_dq",
@@ -336,7 +338,10 @@ def _dkv(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
             _batch_specs(lists),
         ],
         out_specs=[_heads_spec(k), _heads_spec(v)],
-        out_shape=[_like(k, k.shape), _like(v, v.shape)],
+        out_shape=[
+            varying_like(k, k.shape, jnp.float32),
+            varying_like(v, v.shape, jnp.float32),
+        ],
         compiler_params=tile.params,
         interpret=interpret,
         name="usp_dkv",
@@ -581,15 +586,3 @@ def _to_rows(x, block, fill):
 def _from_rows(x, length):
     """[B, N, T'] -> [B, T, N]"""
     return x[:, :, :length].swapaxes(1, 2)
-
-
-def _like(x, shape):
-    """A float32 result that varies over the manual axes that `x` varies over."""
-    varying = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
-
-
-def _vary_alike(arrays):
-    """All arrays, marked as varying over every axis that one of them varies over."""
-    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda x: vary_over(x, axes), arrays)
