@@ -13,6 +13,7 @@ from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
 from usp_jax.ring import Ring, ring_backward, ring_forward
+from usp_jax.tokens import RingTokens
 
 B, T, N, K, H = 1, 3, 4, 2, 4
 RULES = {"full": MaskRule(), "causal": MaskRule(True), "window": MaskRule(False, 3, 1)}
@@ -24,14 +25,15 @@ def tokens(shard, length):
 
 def ring_of(size, rule):
     """The ring as the device that calls it sees it."""
-    index = lax.axis_index("ring") if size > 1 else 0
+    tokens = RingTokens(None, None, "contiguous", size, T)
     return Ring(
         axis_name="ring" if size > 1 else None,
-        size=size,
-        index=index,
+        index=lax.axis_index("ring") if size > 1 else 0,
         chunk=kernels.chunk("xla"),
-        mask_of=lambda shard: Mask(rule, tokens(index, T), tokens(shard, T)),
+        rule=rule,
         logits=Logits(0.5),
+        q_tokens=tokens,
+        kv_tokens=tokens,
     )
 
 

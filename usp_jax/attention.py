@@ -15,6 +15,7 @@ from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_layout, check_length, length_multiple
 from usp_jax.masking import MaskRule, Tokens, pad_tokens
 from usp_jax.mesh import MeshAxes, axis_size, check_axes, resolve_mesh
+from usp_jax.schedules import Schedule, schedule
 from usp_jax.shards import SEQ, SINKS, TOKENS, Shards
 from usp_jax.ulysses import Heads
 from usp_jax.usp import Call, usp
@@ -40,6 +41,8 @@ def usp_attention(
     axes: MeshAxes = MeshAxes(),
     implementation: str | None = None,
     return_residual: bool = False,
+    ring_schedule: str = "unidirectional",
+    ring_inner: int | None = None,
 ) -> Result:
     """Attention whose sequence is split over the `ring` and `ulysses` axes of a mesh.
 
@@ -69,6 +72,13 @@ def usp_attention(
       implementation: "triton" (NVIDIA GPUs from Ampere on), "xla", "reference" or
         "triton_interpret"; None takes the best for the mesh's devices.
       return_residual: also returns the log-sum-exp of the logits.
+      ring_schedule: how keys meet queries round the ring, the result is the same.
+        "unidirectional": k, v go round; hops that the layout and the masks make empty
+        do not exist. "bidirectional": half of each shard goes either way round, half
+        the time of a hop on a torus. "double": rings of `ring_inner` neighbours inside
+        an outer ring, for links of two speeds. "all_gather": all k, v at once, memory
+        for them all. "pass_q": queries go round and k, v stay, for few queries.
+      ring_inner: the size of the inner rings of "double", which divides the ring.
 
     Returns:
       out [B, T, N, H] in the query's dtype; with `return_residual` (out, lse), lse
@@ -95,6 +105,7 @@ def usp_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         layout=layout,
+        schedule=schedule(ring_schedule, ring_inner, axis_size(mesh, axes.ring)),
         implementation=implementation,
         return_residual=return_residual,
     )
@@ -124,6 +135,8 @@ def usp_attention_per_shard(
     axes: MeshAxes = MeshAxes(),
     implementation: str | None = None,
     return_residual: bool = False,
+    ring_schedule: str = "unidirectional",
+    ring_inner: int | None = None,
 ) -> Result:
     """`usp_attention` for code that is already inside a `jax.shard_map`.
 
@@ -139,20 +152,6 @@ def usp_attention_per_shard(
     """
     arguments.check_arrays(query, key, value)
     arguments.check_sinks(sinks, query.shape[2])
-    options = _Options.of(
-        query,
-        None,
-        is_causal=is_causal,
-        scale=scale,
-        local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap,
-        layout=layout,
-        implementation=implementation,
-        return_residual=return_residual,
-    )
-    positions = arguments.sides_of("positions", positions, query.shape, key.shape)
-    segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
-    _check_positions(layout, positions)
     bound = [name for name in axes.sequence if name is not None and _is_bound(name)]
     check_axes(
         dataclasses.replace(axes, pipe=None, data=None, fsdp=None, tensor=None), bound
@@ -163,6 +162,21 @@ def usp_attention_per_shard(
     ]
     shards = Shards(None, axes, *split)
     ring_size, ulysses_size = (shards.size(name) for name in split)
+    options = _Options.of(
+        query,
+        None,
+        is_causal=is_causal,
+        scale=scale,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        layout=layout,
+        schedule=schedule(ring_schedule, ring_inner, ring_size),
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    positions = arguments.sides_of("positions", positions, query.shape, key.shape)
+    segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
+    _check_positions(layout, positions)
     for name, x in (("query", query), ("key", key)):
         length = x.shape[1] * ring_size * ulysses_size
         what = f"the length of all shards of {name}"
@@ -214,6 +228,7 @@ class _Options:
     logits: Logits
     rule: MaskRule
     layout: str
+    schedule: Schedule
     implementation: str
     return_residual: bool
 
@@ -228,6 +243,7 @@ class _Options:
         local_window_size,
         logits_soft_cap,
         layout,
+        schedule,
         implementation,
         return_residual,
     ):
@@ -237,6 +253,7 @@ class _Options:
             arguments.logits(scale, logits_soft_cap, query.shape[3]),
             arguments.mask_rule(is_causal, local_window_size),
             layout,
+            schedule,
             kernels.choose(
                 implementation,
                 target=kernels.target_of(mesh),
@@ -254,6 +271,7 @@ class _Options:
             self.logits,
             self.rule,
             self.layout,
+            self.schedule,
             self.implementation,
             self.return_residual,
         )

@@ -53,6 +53,28 @@ def shard_positions(
     raise ValueError(f"layout={layout!r} has no positions of its own: give positions=")
 
 
+RUN = np.dtype([(name, int) for name in ("start", "count", "first", "stride")])
+
+
+def shard_runs(layout: str, ring_size: int, length: int) -> np.ndarray:
+    """The positions of `shard_positions` as runs, on the host: RUN [R, runs].
+
+    The tokens of a shard from `start`, `count` of them, have the positions `first`,
+    `first + stride` and so on.
+    """
+    if layout == "contiguous":
+        runs = [[(0, length, r * length, 1)] for r in range(ring_size)]
+    elif layout == "striped":
+        runs = [[(0, length, r, ring_size)] for r in range(ring_size)]
+    elif layout == "zigzag":
+        c = length // 2
+        last = 2 * ring_size - 1
+        runs = [[(0, c, r * c, 1), (c, c, (last - r) * c, 1)] for r in range(ring_size)]
+    else:
+        raise ValueError(f"layout={layout!r} has no positions of its own")
+    return np.array(runs, RUN)
+
+
 def padded_length(
     length: int,
     layout: str,

@@ -9,39 +9,77 @@ R - 1 forward, and backward R - 1 of k, v and R - 1 of dk, dv.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.kernels import Carry, Chunk
 from usp_jax.kernels.logits import Logits
-from usp_jax.masking import Mask
+from usp_jax.masking import Mask, MaskRule, Tokens
+from usp_jax.tokens import RingTokens
+
+ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """A ring of devices, and what each does with a shard of keys and values.
+    """A ring of devices, and what each does with the keys and values that it holds.
 
     Attributes:
-      mask_of: the mask of this device's queries against the keys of a ring shard.
+      index: this device's place on the axis.
     """
 
     axis_name: str | None
-    size: int
     index: Int[Array, ""] | int
     chunk: Chunk
-    mask_of: Callable[[Int[Array, ""] | int], Mask]
+    rule: MaskRule
     logits: Logits
+    q_tokens: RingTokens
+    kv_tokens: RingTokens
+
+    @property
+    def devices(self) -> int:
+        """The number of devices of the axis."""
+        return self.kv_tokens.ring_size
+
+    @property
+    def size(self) -> int:
+        """The number of steps of one turn."""
+        return self.devices
+
+    def send(self, x, pairs):
+        """`x` from each pair's first device to its second; zeros where none sends."""
+        permute = lambda leaf: lax.ppermute(leaf, self.axis_name, pairs)  # noqa: E731
+        return jax.tree.map(permute, x)
 
     def rotate(self, x):
         """Sends `x` to the next device of the ring, and receives the previous one's."""
-        ring = [(i, (i + 1) % self.size) for i in range(self.size)]
-        return lax.ppermute(x, self.axis_name, ring)
+        return self.send(x, [(i, (i + 1) % self.size) for i in range(self.size)])
 
-    def mask(self, step):
-        """The mask of the shard that this device holds at a step."""
-        return self.mask_of((self.index - step) % self.size)
+    def held(self, step) -> Tokens:
+        """The tokens of the keys that this device holds at a step."""
+        return self.kv_tokens.shard((self.index - step) % self.size)
+
+    def attend(self, step, q, kv, carry: Carry | None) -> Carry:
+        """This device's queries to the keys that it holds at a step."""
+        mask = Mask(self.rule, self.q_tokens.shard(self.index), self.held(step))
+        return self.chunk.forward(q, *kv, mask, carry, self.logits)
+
+    def pull_back(self, step, kv, rows: slice, q, dout, lse, delta):
+        """dq of some rows of queries, and stacked dk, dv, from the keys held."""
+        own = self.q_tokens.shard(self.index)
+        mask = Mask(self.rule, own, self.held(step)).rows(rows)
+        q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
+        dq, *dkv = self.chunk.backward(q, *kv, dout, lse, delta, mask, self.logits)
+        return dq, jnp.stack(dkv)
+
+    def own_rows(self, length: int) -> list[slice]:
+        """How the queries are cut for step 0: work for the first hop and the last."""
+        half = -(-length // 2)
+        return [slice(half), slice(half, None)][:length]
 
 
 def ring_forward(
@@ -59,18 +97,15 @@ def ring_forward(
       out [B, T, n, H] and lse [B, T, n] in the accumulation dtype.
     """
 
-    def attend(step, kv, carry):
-        return ring.chunk.forward(q, kv[0], kv[1], ring.mask(step), carry, ring.logits)
-
     def body(step, state):
         kv, carry = state
-        return ring.rotate(kv), attend(step, kv, carry)
+        return ring.rotate(kv), ring.attend(step, q, kv, carry)
 
     if ring.size == 1:
-        return attend(0, kv, carry)
+        return ring.attend(0, q, kv, carry)
     kv, carry = body(0, (kv, carry))
     kv, carry = _loop(1, ring.size - 1, body, (kv, carry))
-    return attend(ring.size - 1, kv, carry)
+    return ring.attend(ring.size - 1, q, kv, carry)
 
 
 def ring_backward(
@@ -81,61 +116,81 @@ def ring_backward(
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
-    """dq and dk, dv (stacked) of `ring_forward`, in the accumulation dtype.
+    """dq and dk, dv (stacked) of `ring_forward`, in the accumulation dtype."""
 
-    dk, dv follow the shard they belong to, one hop late: at each step the sum over the
-    steps before is on its way while this step's part is computed. The own shard's part
-    stays at home; the travelling sum starts at step 1 and comes home after the last.
-    The first hop and the last have no such step: beside each, half of the queries meet
-    their own shard.
+    def part(step, kv, rows):
+        return ring.pull_back(step, kv, rows, q, dout, lse, delta)
+
+    def join(first, rest):
+        return jnp.concatenate([first[0], rest[0]], 1), first[1] + rest[1]
+
+    return turn(ring, kv, part, ring.own_rows(q.shape[1]), add=jnp.add, join=join)
+
+
+def turn(
+    ring: Ring,
+    visitor: Any,
+    part: Callable[[Any, Any, slice], tuple[Any, Any]],
+    own_rows: list[slice],
+    *,
+    add: Callable[[Any, Any], Any],
+    join: Callable[[tuple, tuple], tuple],
+) -> tuple[Any, Any]:
+    """One turn of a ring in which sums follow the visitors that they belong to.
+
+    The sums travel one hop late: at each step the sum over the steps before is on its
+    way while this step's part is computed. The own visitor's part stays at home; the
+    travelling sum starts at step 1 and comes home after the last. The first hop and the
+    last have no such step: beside each, some rows of the queries meet their own shard.
+
+    Args:
+      visitor: what travels and is read only.
+      part: (step, visitor, rows) -> (what stays on this device, what follows).
+      own_rows: the runs of queries, one or two, that step 0 is cut into.
+      add: adds two followers.
+      join: puts the results of the two runs together.
+
+    Returns:
+      The total that stayed, and the total of this device's own visitor.
     """
-    half = -(-q.shape[1] // 2)
-
-    def attend(step, kv, rows=slice(None)):
-        ours = (x[:, rows] for x in (q, dout, lse, delta))
-        return _attend_backward(ring, ring.mask(step).rows(rows), kv, *ours)
-
-    def late(step, kv, dq, dkv):
-        """One step after the first: the sum arrives while this step's part is made."""
-        arrived = ring.rotate(dkv)
-        dq_part, dkv_part = attend(step, kv)
-        return dq + dq_part, arrived + dkv_part
-
-    def body(step, state):
-        kv, *grads = state
-        return _together(ring.rotate(kv), *late(step, kv, *grads))
-
     last = ring.size - 1
     if not last:
-        return attend(0, kv)
-    own = kv
-    kv, dq_home, home = _together(ring.rotate(own), *attend(0, own, slice(half)))
-    kv_next = ring.rotate(kv) if last > 1 else None
-    kv, dq, dkv = _together(kv_next, *attend(1, kv))
+        return part(0, visitor, ALL)
+
+    def late(step, visitor, stays, travels):
+        """One step after the first: the sum arrives while this step's part is made."""
+        arrived = ring.rotate(travels)
+        more, new = part(step, visitor, ALL)
+        return _sum(stays, more), add(arrived, new)
+
+    def body(step, state):
+        visitor, *sums = state
+        return together(ring.rotate(visitor), *late(step, visitor, *sums))
+
+    own = visitor
+    visitor, *home = together(ring.rotate(own), *part(0, own, own_rows[0]))
+    following = ring.rotate(visitor) if last > 1 else None
+    visitor, *sums = together(following, *part(1, visitor, ALL))
     if last > 1:
-        kv, dq, dkv = _loop(2, last, body, (kv, dq, dkv))
-        dq, dkv = late(last, kv, dq, dkv)
-    own, dkv = _together(own, dkv)
-    home += ring.rotate(dkv)
-    if half < q.shape[1]:
-        dq_rest, dkv = attend(0, own, slice(half, None))
-        dq_home, home = jnp.concatenate([dq_home, dq_rest], 1), home + dkv
-    return _together(dq + dq_home, home)
+        visitor, *sums = _loop(2, last, body, (visitor, *sums))
+        sums = late(last, visitor, *sums)
+    own, stays, travels = together(own, *sums)
+    arrived = ring.rotate(travels)
+    for rows in own_rows[1:]:
+        home = join(home, part(0, own, rows))
+    return together(_sum(stays, home[0]), add(arrived, home[1]))
 
 
-def _attend_backward(ring, mask, kv, q, dout, lse, delta):
-    """dq and stacked dk, dv of some queries and one shard."""
-    k, v = kv
-    dq, *dkv = ring.chunk.backward(q, k, v, dout, lse, delta, mask, ring.logits)
-    return dq, jnp.stack(dkv)
-
-
-def _together(*values):
+def together(*values):
     """The values, none of them there before the others.
 
     A hop then has no later work to wait beside: schedulers would leave some without.
     """
     return lax.optimization_barrier(values)
+
+
+def _sum(a, b):
+    return jax.tree.map(jnp.add, a, b)
 
 
 def _loop(start, stop, body, state):

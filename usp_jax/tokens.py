@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -38,6 +39,11 @@ class RingTokens:
             positions = self.positions[index]
         ids = None if self.segment_ids is None else self.segment_ids[index]
         return Tokens(positions, ids)
+
+    def all(self) -> Tokens:
+        """The tokens of all ring shards, one after the other."""
+        shards = [self.shard(index) for index in range(self.ring_size)]
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *shards)
 
 
 def gather_tokens(

@@ -6,7 +6,7 @@ ulysses degree:
     q [B, T/(R·U), N, H], k, v [B, S/(R·U), K, H]
       | to_heads      all-to-all over `ulysses`
     q [B, T/R, N/U, H], kv [2, B, S/R, m, H]
-      | ring_forward  R chunks, R - 1 rotations of kv over `ring`
+      | Schedule      R chunks, R - 1 rotations of kv over `ring`
     out [B, T/R, N/U, H], lse [B, T/R, N/U]
       | to_seq        all-to-all over `ulysses`
     out [B, T/(R·U), N, H]
@@ -26,8 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
-from usp_jax.masking import PADDING, Mask, MaskRule
-from usp_jax.ring import Ring, ring_backward, ring_forward
+from usp_jax.masking import PADDING, MaskRule
+from usp_jax.ring import Ring
+from usp_jax.schedules import Schedule
 from usp_jax.shards import HEADS, KV_HEADS, SEQ, SINKS, TOKENS, Shards
 from usp_jax.tokens import gather_tokens
 from usp_jax.ulysses import (
@@ -57,6 +58,7 @@ class Call:
     logits: Logits
     rule: MaskRule
     layout: str
+    schedule: Schedule
     implementation: str
     return_residual: bool
 
@@ -112,9 +114,9 @@ def _to_heads(call, q, k, v):
 
 def _attend(call, q, kv, sinks, tokens):
     ring = _ring(call, q, kv, tokens)
-    out, lse = ring_forward(ring, q, kv, _before(call, q, sinks))
+    out, lse = call.schedule.forward(ring, q, kv, _before(call, q, sinks))
     if sinks is not None:
-        ids = ring.mask(0).q.segment_ids
+        ids = ring.q_tokens.shard(ring.index).segment_ids
         if ids is not None:
             lse = jnp.where((ids == PADDING)[..., None], -jnp.inf, lse)
     return out.astype(q.dtype), lse
@@ -132,7 +134,8 @@ def _backward(call, q, kv, out, lse, sinks, tokens, dresult, dresidual):
         # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
         dlse = to_heads(pad_heads(dresidual[..., None], call.heads), axis)[..., 0]
         delta -= dlse
-    dq, dkv = ring_backward(_ring(call, q, kv, tokens), q, kv, dout, lse, delta)
+    ring = _ring(call, q, kv, tokens)
+    dq, dkv = call.schedule.backward(ring, q, kv, dout, lse, delta)
     dq = _to_seq(call, dq.astype(q.dtype))
     dk, dv = kv_to_seq(dkv, call.heads, axis, kv.dtype)
     dsinks = None if sinks is None else _dsinks(call, sinks, lse, delta)
@@ -157,15 +160,15 @@ def _ring(call, q, kv, tokens):
     pairs = [x for x in tokens if x is not None and len(x) > 1]
     if pairs or q.shape[1] != kv.shape[2]:
         q_tokens = gather(0, q.shape[1])
-    own = q_tokens.shard(shards.index(shards.ring))
     chunk = kernels.chunk(call.implementation, kernels.target_of(shards.mesh))
     return Ring(
         axis_name=shards.ring,
-        size=shards.size(shards.ring),
         index=shards.index(shards.ring),
         chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
-        mask_of=lambda shard: Mask(call.rule, own, kv_tokens.shard(shard)),
+        rule=call.rule,
         logits=call.logits,
+        q_tokens=q_tokens,
+        kv_tokens=kv_tokens,
     )
 
 

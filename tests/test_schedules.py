@@ -1,0 +1,218 @@
+"""Every way round the ring gives the oracle's results, and moves what it says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+import usp_jax
+from tests.oracle import Order, assert_equal_to, expected, normal, packed, results
+from usp_jax.compiled import by_kind, collectives
+
+BATCH, LENGTH, HEADS, HEAD_SIZE = 2, 32, (4, 2), 4
+DEGREES = ((4, 2), (2, 4), (8, 1), (1, 8))
+SCHEDULES = {
+    "unidirectional": {},
+    "bidirectional": {"ring_schedule": "bidirectional"},
+    "double": {"ring_schedule": "double", "ring_inner": 2},
+    "all_gather": {"ring_schedule": "all_gather"},
+    "pass_q": {"ring_schedule": "pass_q"},
+}
+# Masks that leave some hops of some layout empty, and some that do not.
+CALLS = {
+    "zigzag packed": {"layout": "zigzag", "is_causal": True, "packs": True},
+    "contiguous causal": {"layout": "contiguous", "is_causal": True},
+    "contiguous halo": {
+        "layout": "contiguous",
+        "is_causal": True,
+        "local_window_size": (3, 0),
+    },
+    "contiguous both sides": {"layout": "contiguous", "local_window_size": (9, 5)},
+    "zigzag window": {"layout": "zigzag", "local_window_size": (2, 1)},
+    "data packed": {"layout": "data", "is_causal": True, "packs": True},
+}
+
+
+def sized(schedule, ring):
+    """The options of a schedule on a ring; an inner ring must divide it."""
+    options = dict(SCHEDULES[schedule])
+    if "ring_inner" in options:
+        options["ring_inner"] = min(ring, options["ring_inner"])
+    return options
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_equals_the_oracle(schedule, call):
+    """Degrees and axis types take turns over the cells, so that all pairs are seen."""
+    turn = list(SCHEDULES).index(schedule) + list(CALLS).index(call)
+    for explicit in (False, True):
+        degrees = DEGREES[(turn + explicit) % 3]
+        check(degrees, explicit, sized(schedule, degrees[0]), **CALLS[call])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_ring_of_one(schedule):
+    check((1, 8), False, sized(schedule, 1), **CALLS["zigzag packed"])
+
+
+def check(degrees, explicit, options, *, layout, packs=False, **masks):
+    ring, ulysses = degrees
+    with jax.enable_x64(True):
+        mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses, explicit=explicit)
+        order = Order(layout, mesh, BATCH, LENGTH)
+        (n, k), h = HEADS, HEAD_SIZE
+        arrays = normal(
+            0,
+            (BATCH, LENGTH, n, h),
+            (BATCH, LENGTH, k, h),
+            (BATCH, LENGTH, k, h),
+            (n,),
+            dtype=jnp.float64,
+        )
+        cotangents = normal(
+            1, (BATCH, LENGTH, n, h), (BATCH, LENGTH, n), dtype=jnp.float64
+        )
+        ids = packed(BATCH, LENGTH) if packs else None
+        oracle = expected(
+            arrays,
+            cotangents,
+            segment_ids=None if ids is None else jnp.asarray(ids),
+            **masks,
+        )
+
+        def attend(q, k, v, sinks):
+            return usp_jax.usp_attention(
+                q,
+                k,
+                v,
+                sinks=sinks,
+                segment_ids=None if ids is None else order.store(ids),
+                positions=order.positions,
+                layout=layout,
+                mesh=mesh,
+                return_residual=True,
+                **masks,
+                **options,
+            )
+
+        stored = [*map(order.store, arrays[:3]), arrays[3]]
+        found = jax.jit(functools.partial(results, attend))(
+            stored, [order.store(x) for x in cotangents]
+        )
+        restored = {
+            name: x if name == "dsinks" else order.restore(x)
+            for name, x in found.items()
+        }
+        assert_equal_to(oracle, restored, 1e-10)
+
+
+def passes(degrees, length, heads, **options):
+    """The collectives by kind of the forward, and of the backward."""
+    mesh = usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
+    sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
+    arrays = [
+        jax.device_put(jnp.ones((BATCH, length, n, HEAD_SIZE)), sharding)
+        for n in (heads[0], heads[1], heads[1])
+    ]
+    attend = functools.partial(usp_jax.usp_attention, mesh=mesh, **options)
+    forward = jax.jit(functools.partial(jax.vjp, attend)).lower(*arrays).compile()
+    result, pull = forward(*arrays)
+    backward = jax.jit(lambda pull, x: pull(x)).lower(pull, result).compile()
+    return by_kind(collectives(forward)), by_kind(collectives(backward))
+
+
+PERMUTE, GATHER, SCATTER = "collective-permute", "all-gather", "reduce-scatter"
+
+
+@pytest.mark.parametrize("degrees", [(8, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bytes_and_hops(schedule, degrees):
+    ring, ulysses = degrees
+    length, (n, k) = 64, (8, 4)
+    forward, backward = passes(
+        degrees,
+        length,
+        (n, k),
+        is_causal=True,
+        layout="zigzag",
+        **sized(schedule, ring),
+    )
+    # Floats of a ring shard, at one head a device.
+    shard = BATCH * length // ring * HEAD_SIZE
+    kv = 4 * 2 * k // ulysses * shard
+    hops = ring - 1
+    if schedule == "all_gather":
+        assert forward[GATHER].wire_bytes == hops * kv
+        assert backward[GATHER].wire_bytes == hops * kv
+        # psum_scatter's operand is dk, dv of the whole sequence.
+        assert backward[SCATTER].wire_bytes == hops * kv
+        assert PERMUTE not in forward and PERMUTE not in backward
+    elif schedule == "pass_q":
+        q = 4 * n // ulysses * shard
+        lse = q // HEAD_SIZE
+        assert forward[PERMUTE].wire_bytes == hops * (q + q + lse)
+        assert backward[PERMUTE].wire_bytes == hops * (2 * q + 2 * lse + q)
+    else:
+        ways = 2 if schedule == "bidirectional" else 1
+        assert forward[PERMUTE].executions == ways * hops
+        assert backward[PERMUTE].executions == ways * 2 * hops
+        assert forward[PERMUTE].wire_bytes == hops * kv
+        assert backward[PERMUTE].wire_bytes == 2 * hops * kv
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens"),
+    [
+        # A shard has 16 tokens: a halo; one shard and a halo; both sides.
+        ((3, 0), [3]),
+        ((20, 0), [16, 4]),
+        ((3, 5), [3, 5]),
+        ((0, 0), []),
+    ],
+    ids=str,
+)
+def test_a_window_moves_its_tokens_only(window, tokens):
+    forward, backward = passes(
+        (4, 1), 64, (4, 2), layout="contiguous", local_window_size=window
+    )
+    kv = 4 * 2 * 2 * BATCH * HEAD_SIZE * sum(tokens)
+    for found, times in ((forward, 1), (backward, 2)):
+        permutes = found.get(PERMUTE)
+        assert (permutes.executions if permutes else 0) == times * len(tokens)
+        assert (permutes.wire_bytes if permutes else 0) == times * kv
+
+
+def test_causal_contiguous_sends_to_later_shards_only():
+    mesh = usp_jax.make_mesh(ring=4)
+    x = jnp.ones((1, 16, 2, HEAD_SIZE))
+    attend = functools.partial(usp_jax.usp_attention, mesh=mesh, is_causal=True)
+    text = jax.jit(attend).lower(x, x, x).as_text()
+    pairs = [
+        line.split("source_target_pairs = dense<")[1].split(">")[0]
+        for line in text.splitlines()
+        if "source_target_pairs" in line
+    ]
+    assert pairs == ["[[0, 1], [1, 2], [2, 3]]", "[[0, 2], [1, 3]]", "[[0, 3]]"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ring_schedule": "spiral"}, "ring_schedule='spiral' must be one of"),
+        ({"ring_inner": 2}, 'given for ring_schedule="double" and only for it'),
+        ({"ring_schedule": "double"}, "ring_inner=None with ring_schedule='double'"),
+        (
+            {"ring_schedule": "double", "ring_inner": 3},
+            "ring_inner=3 must be a positive int that divides the ring axis, 4",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, message):
+    mesh = usp_jax.make_mesh(ring=4)
+    x = jnp.ones((1, 16, 2, HEAD_SIZE))
+    with pytest.raises(ValueError, match=message):
+        usp_jax.usp_attention(x, x, x, mesh=mesh, **options)

@@ -1,0 +1,84 @@
+"""The ring that passes queries: keys and values stay, queries travel to them.
+
+Context parallelism for inference (arXiv 2411.01783, section 3.2): where the queries are
+fewer than the keys, it is they that should move. With them, one hop late, travels what
+they have seen, (out, lse) in the accumulation dtype; backward it is dq. R - 1 rotations
+of each, and nothing of k, v is sent at all.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from usp_jax.kernels import Carry
+from usp_jax.masking import Mask
+from usp_jax.merge import merge
+from usp_jax.ring import Ring, turn
+
+
+def pass_q_forward(
+    ring: Ring,
+    q: Float[Array, "B T n H"],
+    kv: Float[Array, "2 B S m H"],
+    carry: Carry | None = None,
+) -> Carry:
+    """`ring_forward` with the queries going round."""
+
+    def part(step, q, rows):
+        # What was seen before the ring belongs to the own queries, once.
+        before = carry if isinstance(step, int) and step == 0 else None
+        before = jax.tree.map(lambda x: x[:, rows], before)
+        mask = _mask(ring, step).rows(rows)
+        seen = ring.chunk.forward(q[:, rows], *kv, mask, before, ring.logits)
+        return None, _packed(seen)
+
+    def add(a, b):
+        return _packed(merge(*_unpacked(a), *_unpacked(b)))
+
+    def join(first, rest):
+        return None, jnp.concatenate([first[1], rest[1]], 1)
+
+    own_rows = ring.own_rows(q.shape[1])
+    _, seen = turn(ring, q, part, own_rows, add=add, join=join)
+    return _unpacked(seen)
+
+
+def pass_q_backward(
+    ring: Ring,
+    q: Float[Array, "B T n H"],
+    kv: Float[Array, "2 B S m H"],
+    dout: Float[Array, "B T n H"],
+    lse: Float[Array, "B T n"],
+    delta: Float[Array, "B T n"],
+) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
+    """`ring_backward` with the queries going round."""
+
+    def part(step, visitor, rows):
+        (q, dout), (lse, delta) = (x[:, :, rows] for x in visitor)
+        mask = _mask(ring, step).rows(rows)
+        dq, *dkv = ring.chunk.backward(q, *kv, dout, lse, delta, mask, ring.logits)
+        return jnp.stack(dkv), dq
+
+    def join(first, rest):
+        return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)
+
+    visitor = jnp.stack([q, dout.astype(q.dtype)]), jnp.stack([lse, delta])
+    own_rows = ring.own_rows(q.shape[1])
+    dkv, dq = turn(ring, visitor, part, own_rows, add=jnp.add, join=join)
+    return dq, dkv
+
+
+def _mask(ring, step):
+    """The queries that are here at a step, against this device's own keys."""
+    q = ring.q_tokens.shard((ring.index - step) % ring.size)
+    return Mask(ring.rule, q, ring.kv_tokens.shard(ring.index))
+
+
+def _packed(carry):
+    """(out, lse) as one array, for one collective."""
+    out, lse = carry
+    return jnp.concatenate([out, lse[..., None]], -1)
+
+
+def _unpacked(x):
+    return x[..., :-1], x[..., -1]

@@ -1,0 +1,159 @@
+"""Which shards see anything of which, where it is known before running.
+
+In the contiguous layout a causal device sees no later shard, and behind a window no
+shard beyond it; in zigzag a window leaves the neighbours. A hop that no visible pair
+crosses then does not exist, and one that only a window crosses carries the window's
+tokens: a halo. What hops there are, and which tokens each sends, is numpy on the host,
+from the layout's runs of positions; the two functions below make those visits.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from usp_jax.kernels import Carry
+from usp_jax.layout import shard_runs
+from usp_jax.masking import Mask, MaskRule
+from usp_jax.ring import Ring, together
+
+# Every visit is a chunk of its own in the compiled program; more compile for minutes.
+MAX_VISITS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """One hop: some tokens of each device go straight to the device `offset` further.
+
+    Attributes:
+      pairs: who sends to whom.
+      rows: the tokens of a shard that are sent.
+    """
+
+    offset: int
+    pairs: tuple[tuple[int, int], ...]
+    rows: slice
+
+
+def static_visits(ring: Ring) -> tuple[Visit, ...] | None:
+    """The hops of a ring some of whose visits see nothing; None for a whole turn."""
+    q, kv = ring.q_tokens, ring.kv_tokens
+    if ring.devices == 1 or q.positions is not None or kv.positions is not None:
+        return None
+    visits = _visits(q.layout, kv.layout, ring.rule, ring.devices, q.length, kv.length)
+    whole = len(visits) == ring.devices - 1 and all(
+        len(visit.pairs) == ring.devices and visit.rows == slice(0, kv.length)
+        for visit in visits
+    )
+    return None if whole or len(visits) > MAX_VISITS else visits
+
+
+@functools.cache
+def _visits(q_layout, kv_layout, rule: MaskRule, size, q_length, kv_length):
+    """One visit for each offset at which anything is seen, but the own one."""
+    q = shard_runs(q_layout, size, q_length)[:, None, :, None]
+    kv = shard_runs(kv_layout, size, kv_length)[None, :, None, :]
+    # Of each run of keys the part that some query of each run may see.
+    start, stop = np.zeros(()), kv["count"]
+    if rule.before is not None:
+        least = q["first"] - rule.before - kv["first"]
+        start = np.ceil(least / kv["stride"])
+    if rule.after is not None:
+        last = q["first"] + (q["count"] - 1) * q["stride"]
+        stop = np.floor((last + rule.after - kv["first"]) / kv["stride"]) + 1
+    start, stop = (np.clip(x, 0, kv["count"]).astype(int) for x in (start, stop))
+    start, stop = np.broadcast_arrays(kv["start"] + start, kv["start"] + stop)
+    some = start < stop
+    start = np.where(some, start, kv_length).min((2, 3))
+    stop = np.where(some, stop, 0).max((2, 3))
+    some = some.any((2, 3))
+    visits = []
+    for offset in sorted(range(1, size), key=lambda s: (min(s, size - s), s)):
+        pairs = [(j, (j + offset) % size) for j in range(size)]
+        pairs = tuple((j, i) for j, i in pairs if some[i, j])
+        if pairs:
+            rows = slice(
+                int(min(start[i, j] for j, i in pairs)),
+                int(max(stop[i, j] for j, i in pairs)),
+            )
+            visits.append(Visit(offset, pairs, rows))
+    return tuple(visits)
+
+
+def visits_forward(
+    ring: Ring,
+    visits: tuple[Visit, ...],
+    q: Float[Array, "B T n H"],
+    kv: Float[Array, "2 B S m H"],
+    carry: Carry | None = None,
+) -> Carry:
+    """`ring_forward` over the visits that see anything."""
+    attend = functools.partial(ring.attend, 0, q, kv)
+    for visit in visits:
+        arrived = ring.send(kv[:, :, visit.rows], visit.pairs)
+        arrived, carry = together(arrived, attend(carry))
+        attend = functools.partial(_attend, ring, visit, q, arrived)
+    return attend(carry)
+
+
+def visits_backward(
+    ring: Ring,
+    visits: tuple[Visit, ...],
+    q: Float[Array, "B T n H"],
+    kv: Float[Array, "2 B S m H"],
+    dout: Float[Array, "B T n H"],
+    lse: Float[Array, "B T n"],
+    delta: Float[Array, "B T n"],
+) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
+    """`ring_backward` over them; each part of dk, dv goes straight home, one hop late.
+
+    Half of the queries meet their own shard beside the first hop, half beside the last.
+    """
+    ours = (q, dout, lse, delta)
+    first, *rest = ring.own_rows(q.shape[1])
+    if not visits:
+        return ring.pull_back(0, kv, slice(None), *ours)
+    arriving = ring.send(kv[:, :, visits[0].rows], visits[0].pairs)
+    arriving, dq_own, home = together(arriving, *ring.pull_back(0, kv, first, *ours))
+    dq, part, visit = jnp.zeros_like(dq_own, shape=q.shape), None, None
+    for n, this in enumerate(visits):
+        arrived, arriving = arriving, None
+        if n + 1 < len(visits):
+            following = visits[n + 1]
+            arriving = ring.send(kv[:, :, following.rows], following.pairs)
+        if part is not None:
+            home = _brought_home(ring, visit, part, home)
+        dq_part, part = _pull_back(ring, this, arrived, *ours)
+        visit = this
+        arriving, home, part, dq = together(arriving, home, part, dq + dq_part)
+    own, part = together(kv, part)
+    home = _brought_home(ring, visit, part, home)
+    for rows in rest:
+        dq_rest, more = ring.pull_back(0, own, rows, *ours)
+        dq_own, home = jnp.concatenate([dq_own, dq_rest], 1), home + more
+    return together(dq + dq_own, home)
+
+
+def _brought_home(ring, visit, part, home):
+    """dk, dv of the tokens that a visit sent, added where they came from."""
+    back = [(i, j) for j, i in visit.pairs]
+    return home.at[:, :, visit.rows].add(ring.send(part, back))
+
+
+def _mask(ring, visit):
+    kv = ring.kv_tokens.shard((ring.index - visit.offset) % ring.devices)
+    kv = jax.tree.map(lambda x: x[:, visit.rows], kv)
+    return Mask(ring.rule, ring.q_tokens.shard(ring.index), kv)
+
+
+def _attend(ring, visit, q, kv, carry):
+    return ring.chunk.forward(q, *kv, _mask(ring, visit), carry, ring.logits)
+
+
+def _pull_back(ring, visit, kv, q, dout, lse, delta):
+    mask = _mask(ring, visit)
+    dq, *dkv = ring.chunk.backward(q, *kv, dout, lse, delta, mask, ring.logits)
+    return dq, jnp.stack(dkv)
