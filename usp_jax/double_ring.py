@@ -9,6 +9,8 @@ ring, R - 1, of which R / inner - 1 are outer ones.
 
 import dataclasses
 
+from jaxtyping import Array, Int
+
 from usp_jax.masking import Tokens
 from usp_jax.ring import ALL, Ring, ring_backward, ring_forward
 
@@ -54,7 +56,7 @@ class DoubleRing(Ring):
 @dataclasses.dataclass(frozen=True)
 class _InnerRing(Ring):
     inner: int = 1
-    outer_step: int = 0
+    outer_step: Int[Array, ""] | int = 0
 
     @property
     def size(self) -> int:
