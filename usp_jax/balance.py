@@ -145,8 +145,7 @@ def balance(
     for name, value in (("ring", ring), ("ulysses", ulysses)):
         check_positive(name, value)
     total = int(lengths.sum())
-    shard_length = _shard_length(total, ring, ulysses, length, chunk)
-    chunk = _default_chunk(shard_length) if chunk is None else chunk
+    shard_length, chunk = _shard_and_chunk(total, ring, ulysses, length, chunk)
     if shard_length % chunk:
         raise ValueError(
             f"{chunk=} must divide the {shard_length} tokens of a ring shard"
@@ -409,8 +408,8 @@ def _document_lengths(segment_lengths):
     return lengths.astype(np.int64)
 
 
-def _shard_length(total, ring, ulysses, length, chunk):
-    """The tokens of a ring shard."""
+def _shard_and_chunk(total, ring, ulysses, length, chunk):
+    """The tokens of a ring shard and of a chunk."""
     if chunk is not None:
         check_positive("chunk", chunk)
     if length is None:
@@ -418,18 +417,21 @@ def _shard_length(total, ring, ulysses, length, chunk):
             raise ValueError("segment_lengths is empty: give length= for a row of it")
         shard = -(-total // ring)
         if chunk is None:
-            chunk = min(_CHUNK, 1 << max(shard // _CHUNKS_A_SHARD, 1).bit_length() - 1)
+            # The greatest power of two, for padding may be added to make it divide.
+            chunk = 1 << _most_chunk(shard).bit_length() - 1
         multiple = math.lcm(chunk, ulysses)
-        return -(-shard // multiple) * multiple
+        return -(-shard // multiple) * multiple, chunk
     check_positive("length", length)
     if length < total:
         raise ValueError(f"{length=} must hold the {total} tokens of segment_lengths")
     if length % (ring * ulysses):
         raise ValueError(f"{length=} must be a multiple of {ring=} · {ulysses=}")
-    return length // ring
+    shard = length // ring
+    if chunk is None:
+        chunk = next(c for c in range(_most_chunk(shard), 0, -1) if shard % c == 0)
+    return shard, chunk
 
 
-def _default_chunk(shard_length):
-    """The largest divisor that is at most 128 and leaves 32 chunks, if one does."""
-    most = max(min(_CHUNK, shard_length // _CHUNKS_A_SHARD), 1)
-    return next(c for c in range(most, 0, -1) if shard_length % c == 0)
+def _most_chunk(shard_length):
+    """128, or what leaves a shard 32 chunks, or 1."""
+    return max(min(_CHUNK, shard_length // _CHUNKS_A_SHARD), 1)
