@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import usp_jax
+from benchmarks import packing_balance
 from tests.oracle import assert_equal_to, expected, normal, results
 from usp_jax.masking import Mask, MaskRule, Tokens, visible
 
@@ -168,6 +169,21 @@ def test_a_million_tokens_take_milliseconds(ring):
     assert plan.chunk == 128
     assert plan.work.max() <= 1.05 * plan.work.mean()
     assert min(seconds) < 0.2
+
+
+def test_benchmark_measures_every_order_of_the_same_rows():
+    rows = {
+        order: packing_balance.measure(order, 8, 4, 16384, 2)
+        for order in packing_balance.ORDERS
+    }
+    assert set(rows) == {"contiguous", "zigzag", "striped", "balanced"}
+    assert rows["balanced"]["totals_worst"] <= 1.05 < rows["contiguous"]["totals_mean"]
+    # Striped is even by tokens, at the price of blocks that see little.
+    assert rows["balanced"]["visited_mean"] < rows["striped"]["visited_mean"]
+    assert all(row["totals_mean"] <= row["path_mean"] for row in rows.values())
+    table = packing_balance.table_head().split("\n")[0]
+    line = packing_balance.table_row(list(rows.values()))
+    assert table.count("|") == line.count("|")
 
 
 def test_lengths_and_chunks_by_default():

@@ -34,7 +34,7 @@ _CHUNKS_A_SHARD = 32
 _EVEN = 1.01
 
 # A ring's path over the mean after which nothing better is looked for.
-_GOOD_PATH = 1.05
+_GOOD_PATH = 1.1
 
 # The natural order is tried if its busiest shard has no more of the mean as it is.
 _NEARLY_EVEN = 1.05
