@@ -29,7 +29,7 @@ LAYERS = (
         "usp_jax.tokens",
     },
     {"usp_jax.arguments", "usp_jax.kernels", "usp_jax.reference"},
-    {"usp_jax.ring", "usp_jax.ulysses"},
+    {"usp_jax.ring", "usp_jax.ringwork", "usp_jax.ulysses"},
     {
         "usp_jax.all_gather",
         "usp_jax.both_ways",
@@ -38,7 +38,7 @@ LAYERS = (
         "usp_jax.visits",
     },
     {"usp_jax.schedules"},
-    {"usp_jax.usp"},
+    {"usp_jax.balance", "usp_jax.usp"},
     {"usp_jax.attention"},
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},

@@ -1,9 +1,11 @@
 """usp_jax: unified sequence parallelism (Ulysses x Ring) for JAX."""
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
+from usp_jax.balance import balance
 from usp_jax.flags import recommended_flags
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout
 from usp_jax.mesh import MeshAxes, make_mesh
+from usp_jax.ringwork import ring_balance
 from usp_jax.usp import SAVED_NAMES
 
 __version__ = "0.1.0"
@@ -11,12 +13,14 @@ __version__ = "0.1.0"
 __all__ = [
     "SAVED_NAMES",
     "MeshAxes",
+    "balance",
     "flash_attention",
     "from_layout",
     "layout_positions",
     "make_mesh",
     "padded_length",
     "recommended_flags",
+    "ring_balance",
     "to_layout",
     "usp_attention",
     "usp_attention_per_shard",

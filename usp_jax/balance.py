@@ -1,0 +1,446 @@
+"""Balance of packed rows: equal visible work for the ring's shards, not equal tokens.
+
+A query sees keys of its own document only, so a shard that holds the ends of long
+documents works much longer than one that holds short ones. `balance` cuts a packed row
+into chunks and gives every ring shard the same number of them and, nearly, the same
+number of visible (query, key) pairs. What comes out is data for `layout="data"`.
+All of it is numpy, on the host; `ringwork.py` has the figures that tell how even an
+order is.
+
+Spreading a document's chunks over the shards in rows that alternate in direction (a
+zigzag of many turns) makes the work of every two shards even, because each pair of
+rows meets in every pair of shards once. Documents of few chunks would leave holes in
+it, so keeping them whole is tried too, and the natural order where it is nearly even.
+Swaps of chunks between the busiest and an idle shard even out the rest.
+"""
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from usp_jax import arguments
+from usp_jax.masking import PADDING
+from usp_jax.ringwork import by_step, check_positive
+
+# A chunk is a kernel's block where the row is long enough for this many a shard.
+_CHUNK = 128
+_CHUNKS_A_SHARD = 32
+
+# Swaps stop when the busiest shard has so much of the mean.
+_EVEN = 1.01
+
+# A ring's path over the mean after which nothing better is looked for.
+_GOOD_PATH = 1.1
+
+# The natural order is tried if its busiest shard has no more of the mean as it is.
+_NEARLY_EVEN = 1.05
+
+# The most shards times chunks for which it is worth estimating a path.
+_ESTIMATED = 2**22
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Balance:
+    """The order in which a packed row is stored; ring shards follow one another.
+
+    Attributes:
+      order: int32 [T], which token of the padded natural row each stored place holds.
+      segment_ids: int32 [T] in stored order: the document's index, -1 for padding.
+      work: int64 [ring], the visible pairs of each shard's queries.
+      chunk: the tokens of a chunk. Within a shard chunks are in natural order.
+    """
+
+    order: Int32[np.ndarray, " T"]
+    segment_ids: Int32[np.ndarray, " T"]
+    work: Int64[np.ndarray, " ring"]
+    chunk: int
+
+    @property
+    def positions(self) -> Int32[np.ndarray, " T"]:
+        """What masks and RoPE take: each stored token's place in the natural row.
+
+        They do not start again with each document, which neither can tell.
+        """
+        return self.order
+
+    def to_stored(self, x: np.ndarray, *, axis: int = 0, pad_value=None) -> np.ndarray:
+        """Permutes a natural row to stored order along `axis`.
+
+        Args:
+          x: of length T along `axis`, or shorter with `pad_value`, which then follows.
+
+        Raises:
+          ValueError: the length is neither.
+        """
+        x = np.asarray(x)
+        length, missing = x.shape[axis], len(self.order) - x.shape[axis]
+        if missing < 0 or (missing and pad_value is None):
+            raise ValueError(
+                f"x.shape[{axis}]={length} must be {len(self.order)}, or less with "
+                "pad_value="
+            )
+        if missing:
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, missing)
+            x = np.pad(x, widths, constant_values=pad_value)
+        return np.take(x, self.order, axis)
+
+    def to_natural(
+        self, x: np.ndarray, *, axis: int = 0, length: int | None = None
+    ) -> np.ndarray:
+        """The inverse of `to_stored`.
+
+        Args:
+          length: how many tokens to keep of the natural row; None keeps the padding.
+
+        Raises:
+          ValueError: `x` is not of length T, or has no such beginning.
+        """
+        x, whole = np.asarray(x), len(self.order)
+        if x.shape[axis] != whole:
+            raise ValueError(f"x.shape[{axis}]={x.shape[axis]} must be {whole}")
+        if length is not None and not 0 <= length <= whole:
+            raise ValueError(f"{length=} must be between 0 and {whole}")
+        inverse = np.empty_like(self.order)
+        inverse[self.order] = np.arange(whole, dtype=np.int32)
+        return np.take(x, inverse[:length], axis)
+
+
+def balance(
+    segment_lengths: Sequence[int] | np.ndarray,
+    ring: int,
+    *,
+    length: int | None = None,
+    chunk: int | None = None,
+    ulysses: int = 1,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+) -> Balance:
+    """Orders a row of packed documents so that ring shards have equal visible work.
+
+        plan = usp_jax.balance([700, 200, 100], ring=4, length=1024)
+        tokens = plan.to_stored(tokens, pad_value=0)
+        usp_attention(..., layout="data", positions=plan.positions[None],
+                      segment_ids=plan.segment_ids[None])
+
+    Args:
+      segment_lengths: the tokens of each document, in the order they are packed.
+      ring: the number of ring shards.
+      length: T, the row's length with its padding; a multiple of ring · ulysses. None
+        is the least that holds the documents and divides.
+      chunk: the tokens that stay together; T / ring must be a multiple. None is 128, a
+        block of the kernels, or less where a shard would have fewer than 32 chunks.
+      ulysses: the other degree, for T.
+      is_causal, local_window_size: those of the attention, as in `usp_attention`.
+
+    Raises:
+      ValueError: an argument is not of its kind, or lengths do not fit or divide.
+    """
+    rule = arguments.mask_rule(is_causal, local_window_size)
+    lengths = _document_lengths(segment_lengths)
+    for name, value in (("ring", ring), ("ulysses", ulysses)):
+        check_positive(name, value)
+    total = int(lengths.sum())
+    shard_length, chunk = _shard_and_chunk(total, ring, ulysses, length, chunk)
+    if shard_length % chunk:
+        raise ValueError(
+            f"{chunk=} must divide the {shard_length} tokens of a ring shard"
+        )
+    row = _Row.of(lengths, ring * shard_length, chunk, rule)
+    shards = _assign(row, ring)
+    chunks = np.argsort(shards, kind="stable")
+    tokens = np.arange(chunk, dtype=np.int32)
+    order = (chunks.astype(np.int32) * chunk)[:, None] + tokens
+    ids = np.full(ring * shard_length, PADDING, np.int32)
+    ids[:total] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return Balance(
+        order=order.reshape(-1),
+        segment_ids=ids.reshape(-1, chunk)[chunks].reshape(-1),
+        work=row.work[chunks].reshape(ring, -1).sum(1),
+        chunk=chunk,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """A packed row, cut into chunks.
+
+    Attributes:
+      starts: [D + 1], the first token of each document, and where padding starts.
+      work: [chunks], the visible pairs of each chunk's queries.
+      owner: [chunks], the document of a chunk's middle token; D is padding.
+      size: [D + 1], how many chunks each owns.
+      pieces: of what one document has in one chunk the first token, the number of
+        tokens, and the first key that the middle query sees and where they stop.
+    """
+
+    starts: np.ndarray
+    work: np.ndarray
+    owner: np.ndarray
+    size: np.ndarray
+    pieces: tuple[np.ndarray, ...]
+    chunk: int
+
+    @classmethod
+    def of(cls, lengths, length, chunk, rule):
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        edges = np.arange(0, length + 1, chunk)
+        work = np.diff(_work_before(edges, lengths, starts, rule))
+        middles = edges[:-1] + chunk // 2
+        owner = np.searchsorted(starts, middles, side="right") - 1
+        size = np.bincount(owner, minlength=len(starts))
+        pieces = _pieces(edges[:-1], starts, rule)
+        return cls(starts, work, owner, size, pieces, chunk)
+
+
+def _pieces(edges, starts, rule):
+    """`_Row.pieces`"""
+    cuts = np.sort(np.concatenate([edges[edges < starts[-1]], starts]), kind="stable")
+    begin, size = cuts[:-1], np.diff(cuts)
+    begin, size = begin[size > 0], size[size > 0]
+    middle = begin + (size - 1) / 2
+    document = np.searchsorted(starts, begin, side="right") - 1
+    first, stop = starts[document], starts[document + 1]
+    if rule.before is not None:
+        first = np.maximum(first, middle - rule.before)
+    if rule.after is not None:
+        stop = np.minimum(stop, middle + rule.after + 1)
+    return begin, size, first, stop
+
+
+def _work_before(tokens, lengths, starts, rule):
+    """The visible pairs of all queries before each of some tokens of a row."""
+    # A document of no tokens stands for the padding.
+    lengths = np.append(lengths, 0)
+    whole = _document_work(lengths, lengths, rule)
+    before = np.concatenate([[0], np.cumsum(whole)])
+    document = np.searchsorted(starts, tokens, side="right") - 1
+    queries = np.minimum(tokens - starts[document], lengths[document])
+    return before[document] + _document_work(queries, lengths[document], rule)
+
+
+def _document_work(queries, length, rule):
+    """The visible pairs of the first queries of a document of some length.
+
+    Query i sees the keys from max(0, i - before) to min(length - 1, i + after); both
+    ends are summed over i.
+    """
+    after = length if rule.after is None else np.minimum(rule.after, length)
+    before = length if rule.before is None else np.minimum(rule.before, length)
+    inside = np.clip(length - after, 0, queries)
+    last = inside * (inside - 1) // 2 + after * inside
+    last += (queries - inside) * (length - 1)
+    bounded = np.maximum(queries - 1 - before, 0)
+    return last - bounded * (bounded + 1) // 2 + queries
+
+
+def _assign(row, ring):
+    """The ring shard of each chunk: the first good plan, or else the best."""
+    if ring * len(row.owner) > _ESTIMATED:
+        return _spread(row, ring)
+    good = _GOOD_PATH * row.work.sum() / ring
+    best, shortest = None, math.inf
+    for plan in (_natural, _spread, _kept):
+        if (shards := plan(row, ring)) is None:
+            continue
+        path = _estimated_path(row, shards, ring)
+        if path < shortest:
+            best, shortest = shards, path
+        if path <= good:
+            break
+    return best
+
+
+def _natural(row, ring):
+    """Every shard has consecutive chunks; None where that is far from even."""
+    totals = row.work.reshape(ring, -1).sum(1)
+    if totals.max() > _NEARLY_EVEN * totals.mean():
+        return None
+    return np.repeat(np.arange(ring), len(row.owner) // ring)
+
+
+def _spread(row, ring):
+    """All documents are spread over the shards."""
+    return _placed(row, ring, np.zeros(len(row.size), bool))
+
+
+def _kept(row, ring):
+    """Documents of few chunks are on one shard each; None where there are none."""
+    work = np.bincount(row.owner, weights=row.work, minlength=len(row.size))
+    whole = (row.size > 1) & (row.size <= min(ring / 2, len(row.owner) // ring))
+    whole &= work <= row.work.sum() / ring
+    whole[-1] = False
+    return _placed(row, ring, whole) if whole.any() else None
+
+
+def _placed(row, ring, whole):
+    """Shards of chunks: documents in `whole` on one shard each, the others spread."""
+    spread = np.flatnonzero(~whole[row.owner])
+    longest_first = np.argsort(-row.size[row.owner[spread]], kind="stable")
+    spread = spread[longest_first]
+    rows = len(spread) // ring
+    turns = np.tile(np.arange(ring), (rows, 1))
+    turns[1::2] = turns[1::2, ::-1]
+    shards = np.full(len(row.owner), -1)
+    shards[spread[: rows * ring]] = turns.reshape(-1)
+    room = len(row.owner) // ring - rows
+    if room:
+        _fill(row, shards, whole, [room] * ring)
+    return _evened(shards, row.work, ring)
+
+
+def _fill(row, shards, whole, room):
+    """Places the chunks without a shard, the heaviest run on the least busy shard.
+
+    A run is what one document has of them; it is cut where no shard has room for it.
+    """
+    placed = shards >= 0
+    busy = np.bincount(
+        shards[placed], weights=row.work[placed], minlength=len(room)
+    ).tolist()
+    left = np.flatnonzero(~placed)
+    owner = row.owner[left]
+    first = np.append(True, (owner[1:] != owner[:-1]) | ~whole[owner[1:]])
+    edges = np.append(np.flatnonzero(first), len(left))
+    before = np.append(0, np.cumsum(row.work[left]))
+    work = np.diff(before[edges])
+    heap = [(pairs, r) for r, pairs in enumerate(busy)]
+    heapq.heapify(heap)
+    for run in np.argsort(-work, kind="stable"):
+        start, stop = int(edges[run]), int(edges[run + 1])
+        while start < stop:
+            full = []
+            while heap and room[heap[0][1]] < stop - start:
+                full.append(heapq.heappop(heap))
+            # Sorted, for they were popped in order: a heap as it is.
+            heap, full = (heap, full) if heap else (full, [])
+            pairs, r = heapq.heappop(heap)
+            end = start + min(room[r], stop - start)
+            shards[left[start:end]] = r
+            room[r] -= end - start
+            if room[r]:
+                full.append((pairs + int(before[end] - before[start]), r))
+            for item in full:
+                heapq.heappush(heap, item)
+            start = end
+
+
+def _evened(shards, work, ring):
+    """Swaps chunks of the busiest shard with lighter ones until totals are even."""
+    totals = np.bincount(shards, weights=work, minlength=ring)
+    for _ in range(8 * ring):
+        busiest = int(totals.argmax())
+        if totals[busiest] <= _EVEN * totals.mean():
+            break
+        swap = None
+        for idle in np.argsort(totals):
+            gap = totals[busiest] - totals[idle]
+            if swap := _swap(shards, work, busiest, idle, gap):
+                break
+        if swap is None:
+            break
+        heavy, light = swap
+        shards[heavy], shards[light] = idle, busiest
+        totals[busiest] -= work[heavy] - work[light]
+        totals[idle] += work[heavy] - work[light]
+    return shards
+
+
+def _swap(shards, work, busiest, idle, gap):
+    """The two chunks whose exchange leaves the least of a gap, or None."""
+    heavy, light = np.flatnonzero(shards == busiest), np.flatnonzero(shards == idle)
+    light = light[np.argsort(work[light])]
+    wanted = work[heavy] - gap / 2
+    above = np.searchsorted(work[light], wanted)
+    near = np.clip([above - 1, above], 0, len(light) - 1)
+    distance = np.abs(work[light[near]] - wanted)
+    side, i = np.unravel_index(distance.argmin(), distance.shape)
+    pair = heavy[i], light[near[side, i]]
+    return pair if 0 < work[pair[0]] - work[pair[1]] < gap else None
+
+
+def _estimated_path(row, shards, ring):
+    """The path's length in pairs, from the middle query of every piece of a chunk.
+
+    A piece is what one document has in a chunk. Exact without a window: then what a
+    query sees of each shard is linear within a piece.
+    """
+    count = len(shards)
+    begin, size, first, stop = row.pieces
+    r = shards[begin // row.chunk]
+    low = (first // row.chunk).astype(np.int64)
+    high = np.minimum(stop // row.chunk, count - 1).astype(np.int64)
+    # How many queries of each shard see each chunk: it begins at one, ends at another.
+    steps = np.zeros(count * ring, np.float32)
+    weight = size.astype(np.float32)
+    np.add.at(steps, low * ring + r, weight)
+    np.add.at(steps, high * ring + r, -weight)
+    queries = _running_sum(steps.reshape(count, ring), min(ring, count // ring))
+    queries = queries[np.argsort(shards, kind="stable")]
+    by_keys = queries.reshape(ring, -1, ring).sum(1) * float(row.chunk)
+    # The parts of the first and the last chunk that are seen.
+    parts = np.concatenate(
+        [size * (stop - high * row.chunk), size * (low * row.chunk - first)]
+    )
+    cells = np.concatenate([shards[high] * ring + r, shards[low] * ring + r])
+    by_keys += np.bincount(cells, parts, minlength=ring * ring).reshape(ring, ring)
+    return by_step(by_keys.T).max(1).sum()
+
+
+def _running_sum(x, block):
+    """cumsum along axis 0 in place, by blocks: numpy's own takes rows one by one."""
+    blocks = x.reshape(-1, block, x.shape[1])
+    for i in range(1, block):
+        blocks[:, i] += blocks[:, i - 1]
+    blocks[1:] += np.cumsum(blocks[:-1, -1], axis=0)[:, None]
+    return x
+
+
+def _document_lengths(segment_lengths):
+    lengths = np.asarray(segment_lengths)
+    if not lengths.size:
+        lengths = lengths.astype(np.int64)
+    if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(
+            f"segment_lengths is {lengths.dtype}{list(lengths.shape)}, it must be "
+            "integers [documents]"
+        )
+    if (lengths < 1).any():
+        i = int((lengths < 1).argmax())
+        raise ValueError(f"segment_lengths[{i}]={lengths[i]} must be 1 or greater")
+    if lengths.sum(dtype=np.float64) > np.iinfo(np.int32).max:
+        raise ValueError("the sum of segment_lengths must fit into int32")
+    return lengths.astype(np.int64)
+
+
+def _shard_and_chunk(total, ring, ulysses, length, chunk):
+    """The tokens of a ring shard and of a chunk."""
+    if chunk is not None:
+        check_positive("chunk", chunk)
+    if length is None:
+        if not total:
+            raise ValueError("segment_lengths is empty: give length= for a row of it")
+        shard = -(-total // ring)
+        if chunk is None:
+            # The greatest power of two, for padding may be added to make it divide.
+            chunk = 1 << _most_chunk(shard).bit_length() - 1
+        multiple = math.lcm(chunk, ulysses)
+        return -(-shard // multiple) * multiple, chunk
+    check_positive("length", length)
+    if length < total:
+        raise ValueError(f"{length=} must hold the {total} tokens of segment_lengths")
+    if length % (ring * ulysses):
+        raise ValueError(f"{length=} must be a multiple of {ring=} · {ulysses=}")
+    shard = length // ring
+    if chunk is None:
+        chunk = next(c for c in range(_most_chunk(shard), 0, -1) if shard % c == 0)
+    return shard, chunk
+
+
+def _most_chunk(shard_length):
+    """128, or what leaves a shard 32 chunks, or 1."""
+    return max(min(_CHUNK, shard_length // _CHUNKS_A_SHARD), 1)

@@ -1,0 +1,125 @@
+"""Work of the ring's shards: how many visible pairs, and how evenly, in any order.
+
+W[r, s] is the number of visible pairs of queries of shard r and keys of shard s, R the
+number of shards. At step i of the ring shard r meets the keys of shard r - i. Two
+figures tell how even the work is, each 1 at best:
+
+* totals: the most work of a shard, over the mean.
+* path: sum over i of max over r of W[r, r - i], over the mean of a shard: how long the
+  ring takes when every step waits for its slowest shard.
+
+All of it is numpy, on the host.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int64
+
+from usp_jax import arguments
+from usp_jax.masking import PADDING
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RingWork:
+    """How much each ring shard computes, and with whose keys.
+
+    Attributes:
+      pairs: int64 [R, R], visible pairs of queries of shard r and keys of shard s.
+    """
+
+    pairs: Int64[np.ndarray, "R R"]
+
+    @property
+    def totals(self) -> float:
+        """The most pairs of a shard's queries, over the mean; 1 of nothing."""
+        return self._over_mean(self.pairs.sum(1).max())
+
+    @property
+    def path(self) -> float:
+        """The sum over steps of the most pairs of a shard, over the mean of a shard."""
+        return self._over_mean(by_step(self.pairs).max(1).sum())
+
+    def _over_mean(self, pairs):
+        total = self.pairs.sum()
+        return float(pairs * len(self.pairs) / total) if total else 1.0
+
+
+def ring_balance(
+    positions: np.ndarray,
+    segment_ids: np.ndarray | None,
+    ring: int,
+    *,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+) -> RingWork:
+    """Counts the visible pairs of every two ring shards, for tokens in any order.
+
+    Args:
+      positions: integers [T] in stored order; `usp_jax.layout_positions` has a
+        layout's.
+      segment_ids: integers [T] in stored order, -1 for padding, or None.
+      ring: the number of ring shards, which divides T.
+
+    Raises:
+      ValueError: an argument is not of its kind, or lengths differ or do not divide.
+    """
+    rule = arguments.mask_rule(is_causal, local_window_size)
+    check_positive("ring", ring)
+    positions = _row_of("positions", positions)
+    ids = np.zeros_like(positions)
+    if segment_ids is not None:
+        ids = _row_of("segment_ids", segment_ids)
+    if len(ids) != len(positions):
+        raise ValueError(
+            f"segment_ids has {len(ids)} tokens, it must have the {len(positions)} of "
+            "positions"
+        )
+    if len(positions) % ring:
+        raise ValueError(f"{len(positions)} tokens must be a multiple of {ring=}")
+    shards = np.repeat(np.arange(ring), len(positions) // ring)
+    real = ids != PADDING
+    return RingWork(_pairs(positions[real], ids[real], shards[real], ring, rule))
+
+
+def _pairs(positions, ids, shards, ring, rule):
+    """int64 [R, R] of tokens that are all real."""
+    pairs = np.zeros((ring, ring), np.int64)
+    if not len(positions):
+        return pairs
+    positions = positions - positions.min()
+    span = positions.max() + 1
+    natural = np.lexsort((positions, ids))
+    positions, ids, shards = positions[natural], ids[natural], shards[natural]
+    # Keys of one document at consecutive places of the line are what a query sees.
+    line = ids * span + positions
+    last = span - 1 if rule.after is None else np.minimum(positions + rule.after, span)
+    first = 0 if rule.before is None else np.maximum(positions - rule.before, 0)
+    stop = np.searchsorted(line, ids * span + np.minimum(last, span - 1), side="right")
+    start = np.searchsorted(line, ids * span + first, side="left")
+    count = np.zeros(len(line) + 1, np.int64)
+    for s in range(ring):
+        np.cumsum(shards == s, out=count[1:])
+        seen = count[stop] - count[start]
+        pairs[:, s] = np.bincount(shards, weights=seen, minlength=ring)
+    return pairs
+
+
+def by_step(pairs):
+    """W [R, R] by (shard of queries, of keys) -> by (step, shard of queries)."""
+    r = np.arange(len(pairs))
+    return pairs[r[None], (r[None] - r[:, None]) % len(pairs)]
+
+
+def _row_of(name, x):
+    x = np.asarray(x)
+    if x.ndim != 1 or not np.issubdtype(x.dtype, np.integer):
+        raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, it must be integers [T]")
+    return x.astype(np.int64)
+
+
+def check_positive(name: str, value) -> None:
+    """Checks that a size is an int, 1 or greater."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(f"{name}={value!r} must be an int, 1 or greater")
