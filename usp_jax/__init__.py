@@ -1,6 +1,7 @@
 """usp_jax: unified sequence parallelism (Ulysses x Ring) for JAX."""
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
+from usp_jax.decode import KVCache, decode_attention
 from usp_jax.flags import recommended_flags
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout
 from usp_jax.mesh import MeshAxes, make_mesh
@@ -10,7 +11,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAVED_NAMES",
+    "KVCache",
     "MeshAxes",
+    "decode_attention",
     "flash_attention",
     "from_layout",
     "layout_positions",
