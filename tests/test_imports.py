@@ -31,7 +31,7 @@ LAYERS = (
     {"usp_jax.arguments", "usp_jax.kernels", "usp_jax.reference"},
     {"usp_jax.ring", "usp_jax.ulysses"},
     {"usp_jax.usp"},
-    {"usp_jax.attention", "usp_jax.decode"},
+    {"usp_jax.attention", "usp_jax.decode", "usp_jax.joint"},
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
     {"train"},

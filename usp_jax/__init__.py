@@ -3,6 +3,7 @@
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
 from usp_jax.decode import KVCache, decode_attention
 from usp_jax.flags import recommended_flags
+from usp_jax.joint import usp_joint_attention
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout
 from usp_jax.mesh import MeshAxes, make_mesh
 from usp_jax.usp import SAVED_NAMES
@@ -23,4 +24,5 @@ __all__ = [
     "to_layout",
     "usp_attention",
     "usp_attention_per_shard",
+    "usp_joint_attention",
 ]
