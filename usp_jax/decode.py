@@ -163,7 +163,7 @@ class KVCache:
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = _tokens(positions, segment_ids, key.shape)
         page = Page(
-            *_laid(shards, (key, value), SEQ),
+            *_laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ),
             _laid(shards, tokens, TOKENS),
         )
         # A prefill's page is never written to: it counts as full. A numpy number, so
@@ -450,7 +450,7 @@ def _tokens(positions, segment_ids, shape):
                 f"{name} is {getattr(x, 'dtype', type(x).__name__)}"
                 f"{list(getattr(x, 'shape', ()))}, it must be int32{list(shape[:2])}"
             )
-    return Tokens(positions, segment_ids)
+    return Tokens(jnp.asarray(positions), jnp.asarray(segment_ids))
 
 
 def _check_kv(key, value):
