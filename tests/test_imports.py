@@ -39,7 +39,7 @@ LAYERS = (
     },
     {"usp_jax.schedules"},
     {"usp_jax.balance", "usp_jax.usp"},
-    {"usp_jax.attention"},
+    {"usp_jax.attention", "usp_jax.decode", "usp_jax.joint"},
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
     {"train"},

@@ -2,7 +2,9 @@
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
 from usp_jax.balance import balance
+from usp_jax.decode import KVCache, decode_attention
 from usp_jax.flags import recommended_flags
+from usp_jax.joint import usp_joint_attention
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout
 from usp_jax.mesh import MeshAxes, make_mesh
 from usp_jax.ringwork import ring_balance
@@ -12,8 +14,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAVED_NAMES",
+    "KVCache",
     "MeshAxes",
     "balance",
+    "decode_attention",
     "flash_attention",
     "from_layout",
     "layout_positions",
@@ -24,4 +28,5 @@ __all__ = [
     "to_layout",
     "usp_attention",
     "usp_attention_per_shard",
+    "usp_joint_attention",
 ]

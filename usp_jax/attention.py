@@ -14,7 +14,7 @@ from usp_jax._compat import vary_like
 from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_layout, check_length, length_multiple
 from usp_jax.masking import MaskRule, Tokens, pad_tokens
-from usp_jax.mesh import MeshAxes, axis_size, check_axes, resolve_mesh
+from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
 from usp_jax.schedules import Schedule, schedule
 from usp_jax.shards import SEQ, SINKS, TOKENS, Shards
 from usp_jax.ulysses import Heads
@@ -152,16 +152,9 @@ def usp_attention_per_shard(
     """
     arguments.check_arrays(query, key, value)
     arguments.check_sinks(sinks, query.shape[2])
-    bound = [name for name in axes.sequence if name is not None and _is_bound(name)]
-    check_axes(
-        dataclasses.replace(axes, pipe=None, data=None, fsdp=None, tensor=None), bound
-    )
-    split = [
-        name if name in bound and lax.axis_size(name) > 1 else None
-        for name in axes.sequence
-    ]
-    shards = Shards(None, axes, *split)
-    ring_size, ulysses_size = (shards.size(name) for name in split)
+    shards = Shards.of_bound(axes)
+    ring_size = shards.size(shards.ring)
+    ulysses_size = shards.size(shards.ulysses)
     options = _Options.of(
         query,
         None,
@@ -349,15 +342,6 @@ def _cut(x, length, mesh):
         spec = list(jax.typeof(x).sharding.spec)
         x = jax.reshard(x, NamedSharding(mesh, jax.P(spec[0], None, *spec[2:])))
     return x[:, :length]
-
-
-def _is_bound(name):
-    """Whether this code runs under a manual mesh axis (or vmap axis) of that name."""
-    try:
-        lax.axis_size(name)
-    except NameError:
-        return False
-    return True
 
 
 def _check_positions(layout, positions):

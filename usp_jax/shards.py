@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from usp_jax._compat import vary_like
-from usp_jax.mesh import MeshAxes, axis_size, present
+from usp_jax.mesh import MeshAxes, axis_size, check_axes, present
 
 # What the leading dims of an array are split over.
 SEQ = ("batch", "sequence", "tensor")
@@ -40,6 +40,22 @@ class Shards:
         """All devices of a mesh."""
         split = (name if axis_size(mesh, name) > 1 else None for name in axes.sequence)
         return cls(mesh, axes, *split)
+
+    @classmethod
+    def of_bound(cls, axes: MeshAxes) -> "Shards":
+        """The devices of the caller's own shard_map.
+
+        Raises:
+          ValueError: an axis of the sequence that `axes` asks for is not bound there.
+        """
+        bound = [name for name in axes.sequence if name is not None and _is_bound(name)]
+        others = dict.fromkeys(("pipe", "data", "fsdp", "tensor"))
+        check_axes(dataclasses.replace(axes, **others), bound)
+        split = (
+            name if name in bound and lax.axis_size(name) > 1 else None
+            for name in axes.sequence
+        )
+        return cls(None, axes, *split)
 
     def run(self, f: Callable, in_dims: tuple, out_dims: tuple) -> Callable:
         """`f` on every device, each argument and result split by its dims.
@@ -127,3 +143,12 @@ class Shards:
             return x
         axes = present(self.mesh, (*self.axes.batch, *self.axes.sequence))
         return lax.psum(x, axes)
+
+
+def _is_bound(name):
+    """Whether this code runs under a manual mesh axis (or vmap axis) of that name."""
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True

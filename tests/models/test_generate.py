@@ -14,7 +14,7 @@ PROMPT = jax.random.randint(jax.random.key(0), (3, 7), 0, 256, jnp.int32)
 
 
 def build(**mesh: int) -> Llama:
-    config = LlamaConfig.preset("tiny", num_layers=2)
+    config = LlamaConfig.preset("tiny", num_layers=2, dtype="float32")
     own = usp_jax.make_mesh(**mesh) if mesh else None
     return Llama(config, mesh=own, rngs=nnx.Rngs(0))
 
@@ -33,6 +33,33 @@ def test_greedy_takes_the_likeliest_token(model, mesh):
     chex.assert_trees_all_equal(out[:, :7], PROMPT)
     likeliest = jnp.argmax(model(out), -1)
     chex.assert_trees_all_equal(out[:, 7:], likeliest[:, 6:-1])
+
+
+def recomputed(model: Llama, prompt, num_tokens, key, temperature):
+    """Continues prompts by computing the whole row again for each token."""
+    tokens = prompt
+    for length in range(prompt.shape[1], prompt.shape[1] + num_tokens):
+        logits = model(tokens)[:, -1] / temperature
+        own = jax.random.fold_in(key, length)
+        token = jax.random.categorical(own, logits, -1).astype(jnp.int32)
+        tokens = jnp.concatenate([tokens, token[:, None]], 1)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"ring": 4, "ulysses": 2},
+        {"data": 2, "ring": 2, "tensor": 2},
+        {"fsdp": 2, "ulysses": 4},
+    ],
+    ids=str,
+)
+def test_the_cache_gives_what_recomputing_gives(model, mesh):
+    key = jax.random.key(3)
+    expected = recomputed(model, PROMPT, 9, key, 0.7)
+    out = generate(build(**mesh), PROMPT, 9, key=key, temperature=0.7)
+    chex.assert_trees_all_equal(out, expected)
 
 
 def test_sampling_follows_key_temperature_and_top_k(model):

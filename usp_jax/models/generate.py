@@ -1,8 +1,7 @@
-"""Sampling from a model by computing the whole sequence again for each token.
+"""Sampling from a model: one pass over the prompts, then one token at a time.
 
-The simplest thing that is right: one program at one length, in which what is not yet
-written is padding. There is no cache of keys and values, so a token costs a full
-forward pass.
+The prompts' keys and values stay where the first pass has them, split over the
+sequence (`usp_jax.decode`); so do those of the new tokens, in one more page.
 """
 
 from functools import partial
@@ -15,6 +14,7 @@ from jaxtyping import Array, Int, Key
 
 from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
+from usp_jax.models.transformer import Transformer
 
 
 def generate(
@@ -28,8 +28,7 @@ def generate(
 ) -> Int[Array, "B T"]:
     """Continues prompts: int32 [B, P + num_tokens], the prompt included.
 
-    Every new token runs the model on the whole row (no cache of keys and values): meant
-    for a look at what a model has learnt.
+    Each token's weights are gathered anew: meant for a look at what a model has learnt.
 
     Args:
       prompt: int32 [B, P], any B.
@@ -55,6 +54,8 @@ def generate(
         raise ValueError(
             f"{top_k=} must be between 1 and the vocabulary, {model.config.vocab_size}"
         )
+    if num_tokens == 0:
+        return prompt
     graphdef, params = nnx.split(model, nnx.Param)
     key = jax.random.key(0) if key is None else key
     temperature = jnp.asarray(temperature, jnp.float32)
@@ -66,35 +67,82 @@ def _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature):
     model = nnx.merge(graphdef, params)
     rows, start = prompt.shape
     # Rows of the batch may be split: fill up with copies of the last one.
-    ways = model.split.size(model.split.batch)
-    widths = ((0, -rows % ways), (0, num_tokens))
-    tokens = jnp.pad(prompt, widths, mode="edge")
+    split = model.split
+    padding = -rows % split.size(split.batch)
+    prompt = jnp.pad(prompt, ((0, padding), (0, 0)), mode="edge")
+    tokens = jnp.pad(prompt, ((0, 0), (0, num_tokens)))
+    logits, cache = _prefill(model, prompt, num_tokens - 1)
 
-    def body(length, tokens):
-        logits = _next_logits(model, tokens, length)
+    def write(tokens, logits, length):
         token = _sample(logits, jax.random.fold_in(key, length), temperature, top_k)
         return lax.dynamic_update_slice(tokens, token[:, None], (0, length))
 
-    return lax.fori_loop(start, start + num_tokens, body, tokens)[:rows]
+    def body(length, state):
+        tokens, cache = state
+        last = lax.dynamic_slice_in_dim(tokens, length - 1, 1, 1)
+        logits, cache = _step(model, last, length - 1, cache)
+        return write(tokens, logits, length), cache
+
+    tokens = write(tokens, logits, start)
+    state = lax.fori_loop(start + 1, start + num_tokens, body, (tokens, cache))
+    return state[0][:rows]
 
 
-def _next_logits(model, tokens, length):
-    """Logits [B, V] of what follows the first `length` tokens."""
-    places = jnp.broadcast_to(lax.iota(jnp.int32, tokens.shape[1])[None], tokens.shape)
-    segment_ids = jnp.where(places < length, 0, -1)
-    batch = Batch.of(model.mesh, tokens, segment_ids, places, "natural")
+def _prefill(model, prompt, num_tokens):
+    """Logits [B, V] after the prompts, and their cache with room for more tokens."""
     split = model.split
-    out_specs = jax.P(split.batch or None, split.tensor or None)
-    return model.run(_last_logits, batch, out_specs, (length - 1, jax.P()))
+    batch = Batch.of(model.mesh, prompt, None, None, "natural")
+    parts = split.size(split.sequence)
+    page_tokens = -(-max(num_tokens, 1) // parts) * parts
+    specs = _specs(model, page_tokens)
+    run = partial(_prefill_shards, page_tokens)
+    last = prompt.shape[1] - 1
+    return model.run(run, batch, (_logits_spec(split), specs), (last, jax.P()))
 
 
-def _last_logits(transformer, weights, tokens, positions, segment_ids, last):
-    x = transformer.hidden(weights, tokens, positions, segment_ids)
-    here = (positions == last) & (segment_ids >= 0)
+def _prefill_shards(
+    page_tokens, transformer, weights, tokens, positions, segment_ids, last
+):
+    x, cache = transformer.prefill(weights, tokens, positions, segment_ids, page_tokens)
+    here = positions == last
+    if segment_ids is not None:
+        here = here & (segment_ids >= 0)
     x = jnp.sum(jnp.where(here[..., None], x, 0), 1)
     # One shard of the sequence has the token, the others add zeros.
     split = transformer.split
-    return split.sum(transformer.logits(weights, x), split.sequence)
+    return split.sum(transformer.logits(weights, x), split.sequence), cache
+
+
+def _step(model, token, position, cache):
+    """Logits [B, V] after one token more, [B, 1], and the cache with it."""
+    split = model.split
+    rows = jax.P(split.batch or None)
+    specs = _specs(model, cache.page_tokens)
+    return model.run_on(
+        _step_shards,
+        (_logits_spec(split), specs),
+        (token, rows),
+        (position, jax.P()),
+        (cache, specs),
+    )
+
+
+def _step_shards(transformer, weights, tokens, position, cache):
+    positions = jnp.zeros_like(tokens) + position
+    x, cache = transformer.decode(weights, tokens, positions, cache)
+    # All shards of the sequence have the same: the first one's counts.
+    split = transformer.split
+    x = jnp.where(split.index(split.sequence) == 0, x[:, 0], 0)
+    return split.sum(transformer.logits(weights, x), split.sequence), cache
+
+
+def _specs(model, page_tokens):
+    transformer = Transformer(model.config, model.split, "contiguous")
+    return transformer.cache_specs(page_tokens)
+
+
+def _logits_spec(split):
+    return jax.P(split.batch or None, split.tensor or None)
 
 
 def _sample(logits, key, temperature, top_k):

@@ -102,12 +102,28 @@ class Llama(nnx.Module):
           out_specs: how its results are split.
           extra: (array, partition spec) pairs.
         """
-        transformer = Transformer(self.config, self.split, batch.order.stored)
+        split = self.split
+        one_row = jax.P(None, *split.tokens[1:])
+        positions = one_row if batch.positions.shape[0] == 1 else split.tokens
+        own = (
+            (batch.tokens, split.tokens),
+            (batch.positions, positions),
+            (batch.segment_ids, split.tokens),
+        )
+        return self.run_on(f, out_specs, *own, *extra, layout=batch.order.stored)
+
+    def run_on(self, f: Callable, out_specs, *arrays, layout: str = "contiguous"):
+        """`run` for any arrays: f(transformer, weights, *arrays).
+
+        Args:
+          arrays: (array, partition spec) pairs.
+          layout: that of the transformer's `hidden`.
+        """
+        transformer = Transformer(self.config, self.split, layout)
         params = {name: getattr(self, name)[...] for name in self._names}
-        arrays = (params, batch.tokens, batch.positions, batch.segment_ids)
-        specs = tuple(spec for _, spec in extra)
-        arrays += tuple(array for array, _ in extra)
-        return _run(f, transformer, specs, out_specs, *arrays)
+        specs = tuple(spec for _, spec in arrays)
+        arrays = tuple(array for array, _ in arrays)
+        return _run(f, transformer, specs, out_specs, params, *arrays)
 
     @property
     def _names(self):
@@ -115,22 +131,14 @@ class Llama(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(f, transformer, extra_specs, out_specs, params, tokens, positions, *rest):
+def _run(f, transformer, specs, out_specs, params, *arrays):
     split = transformer.split
-    one_row = positions.shape[0] == 1
-    in_specs = (
-        {name: split.parameter(name) for name in params},
-        split.tokens,
-        jax.P(None, *split.tokens[1:]) if one_row else split.tokens,
-        split.tokens,
-        *extra_specs,
-    )
+    in_specs = ({name: split.parameter(name) for name in params}, *specs)
 
     def shards(params, *arrays):
         return f(transformer, transformer.working_copy(params), *arrays)
 
-    run = split.run(shards, in_specs, out_specs)
-    return run(params, tokens, positions, *rest)
+    return split.run(shards, in_specs, out_specs)(params, *arrays)
 
 
 def _logits(transformer, weights, tokens, positions, segment_ids):

@@ -12,6 +12,7 @@ Small letters are this device's sizes.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from usp_jax import SAVED_NAMES, usp_attention_per_shard
+from usp_jax import (
+    SAVED_NAMES,
+    KVCache,
+    MeshAxes,
+    decode_attention,
+    usp_attention_per_shard,
+)
+from usp_jax.decode import Page
+from usp_jax.masking import Tokens
+from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.rope import rope_angles, rope_frequencies, rotate
 from usp_jax.models.sharding import TABLE, Split
+from usp_jax.shards import Shards
 
 Weights = dict[str, Array]
 
@@ -60,22 +71,111 @@ class Transformer:
         segment_ids: Int[Array, "b t"] | None,
     ) -> Float[Array, "b t D"]:
         """What the output matrix is applied to."""
+        attend = partial(self._attend, positions, segment_ids)
+        return self._layers(
+            weights, tokens, positions, lambda *x: (attend(*x[:3]), None)
+        )[0]
+
+    def prefill(
+        self,
+        weights: Weights,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "#b t"],
+        segment_ids: Int[Array, "b t"] | None,
+        page_tokens: int,
+    ) -> tuple[Float[Array, "b t D"], KVCache]:
+        """`hidden`, and the layers' caches with room for `page_tokens` more tokens.
+
+        The caches of all layers are one, whose arrays have a leading dim L.
+        """
+
+        def attend(q, k, v, _):
+            cache = KVCache.of_shards(
+                k,
+                v,
+                positions=jnp.broadcast_to(positions, tokens.shape),
+                segment_ids=segment_ids,
+                page_tokens=page_tokens,
+            )
+            return self._attend(positions, segment_ids, q, k, v), cache.grow()
+
+        return self._layers(weights, tokens, positions, attend)
+
+    def decode(
+        self,
+        weights: Weights,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "b t D"], KVCache]:
+        """`hidden` of tokens that follow those in a cache, and the cache with them.
+
+        The tokens are the same on all devices that share a sequence.
+        """
+
+        def attend(q, k, v, cache):
+            cache = cache.append(k, v, positions=positions)
+            out = decode_attention(
+                q,
+                cache,
+                positions=positions,
+                implementation=self.config.implementation,
+            )
+            # The scan copies what it returns: the one page that was written to.
+            return out, (cache.pages[-1], cache.used)
+
+        x, (page, used) = self._layers(weights, tokens, positions, attend, cache)
+        pages = (*cache.pages[:-1], page)
+        return x, dataclasses.replace(cache, pages=pages, used=used)
+
+    def cache_specs(self, page_tokens: int) -> KVCache:
+        """How the cache of `prefill` is split, in its own form."""
+        split = self.split
+        batch, sequence = split.batch or None, split.sequence or None
+        kv = jax.P(None, batch, sequence, split.tensor or None)
+        tokens = jax.P(None, batch, sequence)
+        page = Page(kv, kv, Tokens(tokens, tokens))
+        names = ("ring", "ulysses")
+        axes = (n if axis_size(split.mesh, n) > 1 else None for n in names)
+        shards = Shards(None, MeshAxes(), *axes)
+        return KVCache((page, page), jax.P(), page_tokens, shards)
+
+    def _layers(self, weights, tokens, positions, attend, state=None):
+        """The final norm's output, and what `attend` has returned beside its own.
+
+        Args:
+          attend: called as attend(q, k, v, one layer's part of `state`).
+        """
         config = self.config
         frequencies = rope_frequencies(
             config.head_size, config.rope_theta, config.rope_scaling
         )
         angles = rope_angles(positions, frequencies)
-        mask = {"segment_ids": segment_ids}
-        if self.layout == "data":
-            mask["positions"] = jnp.broadcast_to(positions, tokens.shape)
 
         def body(x, layer):
-            return self._block(layer, x, angles, mask), None
+            return self._block(*layer, x, angles, attend)
 
         body = jax.checkpoint(body, policy=_policy(config.remat), prevent_cse=False)
         layers = {name: w for name, w in weights.items() if TABLE[name][0][0] == "L"}
-        x, _ = lax.scan(body, self._embed(weights["embed"], tokens), layers)
-        return _rms_norm(x, weights["final_norm"], config.rms_norm_eps)
+        x, state = lax.scan(
+            body, self._embed(weights["embed"], tokens), (layers, state)
+        )
+        return _rms_norm(x, weights["final_norm"], config.rms_norm_eps), state
+
+    def _attend(self, positions, segment_ids, q, k, v):
+        """Attention of a whole sequence to itself."""
+        mask = {"segment_ids": segment_ids}
+        if self.layout == "data":
+            mask["positions"] = jnp.broadcast_to(positions, q.shape[:2])
+        return usp_attention_per_shard(
+            q,
+            k,
+            v,
+            is_causal=True,
+            layout=self.layout,
+            implementation=self.config.implementation,
+            **mask,
+        )
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
         """Logits of this device's part of the vocabulary, float32."""
@@ -101,7 +201,7 @@ class Transformer:
             x = lax.all_to_all(x, axes, 0, 3, tiled=True)
         return split.sum(x[0], split.tensor)
 
-    def _block(self, layer, x, angles, mask):
+    def _block(self, layer, state, x, angles, attend):
         """One layer: attention, then the feed-forward network."""
         config, split = self.config, self.split
         w = {
@@ -112,22 +212,14 @@ class Transformer:
         q = rotate(jnp.einsum("BTD,DNH->BTNH", y, w["q"]), *angles)
         k = rotate(jnp.einsum("BTD,DKH->BTKH", y, w["k"]), *angles)
         v = jnp.einsum("BTD,DKH->BTKH", y, w["v"])
-        out = usp_attention_per_shard(
-            q,
-            k,
-            v,
-            is_causal=True,
-            layout=self.layout,
-            implementation=config.implementation,
-            **mask,
-        )
+        out, state = attend(q, k, v, state)
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
         x = x + split.sum(out, split.tensor)
         y = split.vary(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
         gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
         up = jnp.einsum("BTD,DF->BTF", y, w["up"])
         out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
-        return x + split.sum(out, split.tensor)
+        return x + split.sum(out, split.tensor), state
 
 
 def _rms_norm(x, weight, eps):
