@@ -166,7 +166,9 @@ def traced_collectives(jaxpr):
 def test_bfloat16_travels_as_bfloat16_and_its_gradients_as_float32(heads):
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     args = shapes(mesh, heads, 64, jnp.bfloat16)
-    forward = traced_collectives(jax.make_jaxpr(forward_of(mesh))(*args).jaxpr)
+    forward = traced_collectives(
+        jax.make_jaxpr(forward_of(mesh, layout="zigzag"))(*args).jaxpr
+    )
     # q, kv and out; one kv rotation in the loop and one before it.
     assert forward == [
         ("all_to_all", "bfloat16"),
@@ -175,7 +177,9 @@ def test_bfloat16_travels_as_bfloat16_and_its_gradients_as_float32(heads):
         ("ppermute", "bfloat16"),
         ("all_to_all", "bfloat16"),
     ]
-    both = traced_collectives(jax.make_jaxpr(both_of(mesh))(*args).jaxpr)
+    both = traced_collectives(
+        jax.make_jaxpr(both_of(mesh, layout="zigzag"))(*args).jaxpr
+    )
     backward = both[len(forward) :]
     rotations = {dtype for name, dtype in backward if name == "ppermute"}
     assert rotations == {"bfloat16", "float32"}

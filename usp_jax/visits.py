@@ -91,10 +91,12 @@ def visits_forward(
     carry: Carry | None = None,
 ) -> Carry:
     """`ring_forward` over the visits that see anything."""
+    # k, v pass every barrier: sends that looked like the backward's would be made once
+    # for both, and what arrived be kept until then.
     attend = functools.partial(ring.attend, 0, q, kv)
     for visit in visits:
         arrived = ring.send(kv[:, :, visit.rows], visit.pairs)
-        arrived, carry = together(arrived, attend(carry))
+        kv, arrived, carry = together(kv, arrived, attend(carry))
         attend = functools.partial(_attend, ring, visit, q, arrived)
     return attend(carry)
 
@@ -117,7 +119,9 @@ def visits_backward(
     if not visits:
         return ring.pull_back(0, kv, slice(None), *ours)
     arriving = ring.send(kv[:, :, visits[0].rows], visits[0].pairs)
-    arriving, dq_own, home = together(arriving, *ring.pull_back(0, kv, first, *ours))
+    kv, arriving, dq_own, home = together(
+        kv, arriving, *ring.pull_back(0, kv, first, *ours)
+    )
     dq, part, visit = jnp.zeros_like(dq_own, shape=q.shape), None, None
     for n, this in enumerate(visits):
         arrived, arriving = arriving, None
@@ -128,11 +132,10 @@ def visits_backward(
             home = _brought_home(ring, visit, part, home)
         dq_part, part = _pull_back(ring, this, arrived, *ours)
         visit = this
-        arriving, home, part, dq = together(arriving, home, part, dq + dq_part)
-    own, part = together(kv, part)
+        kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
     home = _brought_home(ring, visit, part, home)
     for rows in rest:
-        dq_rest, more = ring.pull_back(0, own, rows, *ours)
+        dq_rest, more = ring.pull_back(0, kv, rows, *ours)
         dq_own, home = jnp.concatenate([dq_own, dq_rest], 1), home + more
     return together(dq + dq_own, home)
 
