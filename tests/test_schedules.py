@@ -23,6 +23,7 @@ SCHEDULES = {
 # Masks that leave some hops of some layout empty, and some that do not.
 CALLS = {
     "zigzag packed": {"layout": "zigzag", "is_causal": True, "packs": True},
+    "contiguous full": {"layout": "contiguous"},
     "contiguous causal": {"layout": "contiguous", "is_causal": True},
     "contiguous halo": {
         "layout": "contiguous",

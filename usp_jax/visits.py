@@ -65,7 +65,7 @@ def _visits(q_layout, kv_layout, rule: MaskRule, size, q_length, kv_length):
         last = q["first"] + (q["count"] - 1) * q["stride"]
         stop = np.floor((last + rule.after - kv["first"]) / kv["stride"]) + 1
     start, stop = (np.clip(x, 0, kv["count"]).astype(int) for x in (start, stop))
-    start, stop = np.broadcast_arrays(kv["start"] + start, kv["start"] + stop)
+    start, stop, _ = np.broadcast_arrays(kv["start"] + start, kv["start"] + stop, q)
     some = start < stop
     start = np.where(some, start, kv_length).min((2, 3))
     stop = np.where(some, stop, 0).max((2, 3))
