@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ TPU = Target("tpu", "TPU v5")
 V100 = Target("gpu", "Tesla V100-SXM2-16GB", (7, 0))
 A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+B200 = Target("gpu", "NVIDIA B200", (10, 0))
 AMD = Target("gpu", "AMD Instinct MI300X")
 
 
@@ -39,6 +41,7 @@ class FakeDevice:
         (A100, "bfloat16", 512, "xla"),
         (A100, "float64", 128, "xla"),
         (H100, "float32", 128, "triton"),
+        (B200, "bfloat16", 128, "triton"),
     ],
 )
 def test_none_takes_the_best_of_the_device(
@@ -55,7 +58,7 @@ def test_none_takes_the_best_of_the_device(
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_name_is_taken_where_it_runs_and_refused_elsewhere(kernel) -> None:
-    for target in (CPU, TPU, V100, A100, H100):
+    for target in (CPU, TPU, V100, A100, H100, B200):
         for dtype in map(jnp.dtype, ("bfloat16", "float64")):
             call = {"target": target, "dtype": dtype, "head_size": 128}
             if kernel.refusal(**call) is None:
@@ -91,6 +94,29 @@ def test_refusals_name_what_does_not_fit_and_what_runs_there(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         choose("triton", target=target, dtype=dtype, head_size=head_size)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (9, 1)])
+def test_hopper_kernels_are_taken_on_hopper(capability) -> None:
+    hopper = dataclasses.replace(H100, capability=capability)
+    call = {"target": hopper, "dtype": "bfloat16", "head_size": 128}
+    assert choose("mosaic_gpu", **call) == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [A100, AMD, B200, Target("gpu", "NVIDIA RTX 6000", (12, 0))],
+    ids=lambda target: target.kind,
+)
+def test_hopper_kernels_are_refused_elsewhere_also_on_what_is_newer(target) -> None:
+    # WGMMA is of capability 9.0 alone: the compiler would fail, late and unclearly.
+    call = {"target": target, "dtype": "bfloat16", "head_size": 128}
+    message = re.escape(
+        "implementation='mosaic_gpu' needs compute capability 9.0 to 9.x, the call is "
+        f"for a {target}; use None or one of ("
+    )
+    with pytest.raises(ValueError, match=message):
+        choose("mosaic_gpu", **call)
 
 
 def test_an_unknown_name_is_told() -> None:

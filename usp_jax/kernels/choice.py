@@ -64,6 +64,8 @@ class Kernel:
     Attributes:
       platform: the only one that it runs on; None is any.
       capability: the least compute capability of the GPU.
+      same_major: whether it runs on GPUs of that major only: its instructions are
+        not those of later ones.
       max_head_size: the largest head; None is no bound.
       dtypes: of the inputs that it takes.
       automatic: whether implementation=None may take it.
@@ -72,6 +74,7 @@ class Kernel:
     name: str
     platform: str | None = None
     capability: tuple[int, int] | None = None
+    same_major: bool = False
     max_head_size: int | None = None
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     automatic: bool = False
@@ -80,12 +83,16 @@ class Kernel:
         """Why it cannot run a call; None when it can."""
         if self.platform not in (None, target.platform):
             return f"runs on a {self.platform}, the call is for a {target}"
-        if (
-            self.capability is not None
-            and (target.capability or (0, 0)) < self.capability
-        ):
-            least = "{}.{}".format(*self.capability)
-            return f"needs compute capability {least}, the call is for a {target}"
+        if self.capability is not None:
+            found = target.capability or (0, 0)
+            later = self.same_major and found[0] > self.capability[0]
+            if found < self.capability or later:
+                needed = "{}.{}".format(*self.capability)
+                last = f" to {self.capability[0]}.x" if self.same_major else ""
+                return (
+                    f"needs compute capability {needed}{last}, the call is for a "
+                    f"{target}"
+                )
         if jnp.dtype(dtype).name not in self.dtypes:
             return f"has no {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
@@ -107,6 +114,7 @@ KERNELS = (
         "mosaic_gpu",
         platform="gpu",
         capability=(9, 0),
+        same_major=True,
         max_head_size=256,
         dtypes=_16_BITS,
     ),
