@@ -51,9 +51,18 @@ class Ring:
         return self.devices
 
     def send(self, x, pairs):
-        """`x` from each pair's first device to its second; zeros where none sends."""
-        permute = lambda leaf: lax.ppermute(leaf, self.axis_name, pairs)  # noqa: E731
-        return jax.tree.map(permute, x)
+        """`x` from each pair's first device to its second.
+
+        Who is sent nothing has to read nothing: it gets zeros, or under `jax.vmap`,
+        which permutes all or none, what another has.
+        """
+        pairs = list(pairs)
+        if self.axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+            sources, targets = (set(side) for side in zip(*pairs, strict=True))
+            idle = [n for n in range(self.devices) if n not in sources]
+            free = [n for n in range(self.devices) if n not in targets]
+            pairs += zip(idle, free, strict=True)
+        return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis_name, pairs), x)
 
     def rotate(self, x):
         """Sends `x` to the next device of the ring, and receives the previous one's."""
