@@ -1,6 +1,6 @@
 """Block sizes of the Mosaic GPU kernels, by device kind and head size.
 
-`benchmarks/tune.py` measures on the device it runs on and rewrites `TUNED`.
+They were chosen to fit registers and shared memory, and not yet measured on a GPU.
 """
 
 import dataclasses
