@@ -6,12 +6,10 @@ nothing hides, and memory for the whole. Backward gathers again and reduce-scatt
 dk, dv in the accumulation dtype.
 """
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax.kernels import Carry
-from usp_jax.masking import Mask
 from usp_jax.ring import Ring
 
 
@@ -23,7 +21,7 @@ def gather_forward(
 ) -> Carry:
     """`ring_forward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=2, tiled=True)
-    return ring.chunk.forward(q, *kv, _mask(ring), carry, ring.logits)
+    return ring.chunk_forward(ring.mask(ring.kv_tokens.all()), q, kv, carry)
 
 
 def gather_backward(
@@ -36,12 +34,7 @@ def gather_backward(
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
     """`ring_backward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=2, tiled=True)
-    dq, *dkv = ring.chunk.backward(q, *kv, dout, lse, delta, _mask(ring), ring.logits)
-    dkv = lax.psum_scatter(
-        jnp.stack(dkv), ring.axis_name, scatter_dimension=2, tiled=True
-    )
+    mask = ring.mask(ring.kv_tokens.all())
+    dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
+    dkv = lax.psum_scatter(dkv, ring.axis_name, scatter_dimension=2, tiled=True)
     return dq, dkv
-
-
-def _mask(ring):
-    return Mask(ring.rule, ring.q_tokens.shard(ring.index), ring.kv_tokens.all())

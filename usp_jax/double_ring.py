@@ -49,8 +49,7 @@ class DoubleRing(Ring):
         return [ALL]
 
     def _inner_ring(self, step):
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Ring)}
-        return _InnerRing(**fields, inner=self.inner, outer_step=step)
+        return self.into(_InnerRing, inner=self.inner, outer_step=step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,7 @@ def pass_q_forward(
         before = carry if isinstance(step, int) and step == 0 else None
         before = jax.tree.map(lambda x: x[:, rows], before)
         mask = _mask(ring, step).rows(rows)
-        seen = ring.chunk.forward(q[:, rows], *kv, mask, before, ring.logits)
-        return None, _packed(seen)
+        return None, _packed(ring.chunk_forward(mask, q[:, rows], kv, before))
 
     def add(a, b):
         return _packed(merge(*_unpacked(a), *_unpacked(b)))
@@ -56,8 +55,8 @@ def pass_q_backward(
     def part(step, visitor, rows):
         (q, dout), (lse, delta) = (x[:, :, rows] for x in visitor)
         mask = _mask(ring, step).rows(rows)
-        dq, *dkv = ring.chunk.backward(q, *kv, dout, lse, delta, mask, ring.logits)
-        return jnp.stack(dkv), dq
+        dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
+        return dkv, dq
 
     def join(first, rest):
         return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)

@@ -72,23 +72,38 @@ class Ring:
         """The tokens of the keys that this device holds at a step."""
         return self.kv_tokens.shard((self.index - step) % self.size)
 
+    def mask(self, keys: Tokens) -> Mask:
+        """This device's queries against some keys."""
+        return Mask(self.rule, self.q_tokens.shard(self.index), keys)
+
+    def chunk_forward(self, mask: Mask, q, kv, carry: Carry | None) -> Carry:
+        """The chunk's forward, of stacked k, v."""
+        return self.chunk.forward(q, *kv, mask, carry, self.logits)
+
+    def chunk_backward(self, mask: Mask, q, kv, dout, lse, delta):
+        """The chunk's backward: dq, and stacked dk, dv."""
+        dq, *dkv = self.chunk.backward(q, *kv, dout, lse, delta, mask, self.logits)
+        return dq, jnp.stack(dkv)
+
     def attend(self, step, q, kv, carry: Carry | None) -> Carry:
         """This device's queries to the keys that it holds at a step."""
-        mask = Mask(self.rule, self.q_tokens.shard(self.index), self.held(step))
-        return self.chunk.forward(q, *kv, mask, carry, self.logits)
+        return self.chunk_forward(self.mask(self.held(step)), q, kv, carry)
 
     def pull_back(self, step, kv, rows: slice, q, dout, lse, delta):
         """dq of some rows of queries, and stacked dk, dv, from the keys held."""
-        own = self.q_tokens.shard(self.index)
-        mask = Mask(self.rule, own, self.held(step)).rows(rows)
+        mask = self.mask(self.held(step)).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
-        dq, *dkv = self.chunk.backward(q, *kv, dout, lse, delta, mask, self.logits)
-        return dq, jnp.stack(dkv)
+        return self.chunk_backward(mask, q, kv, dout, lse, delta)
 
     def own_rows(self, length: int) -> list[slice]:
         """How the queries are cut for step 0: work for the first hop and the last."""
         half = -(-length // 2)
         return [slice(half), slice(half, None)][:length]
+
+    def into(self, kind: type["Ring"], **more) -> "Ring":
+        """The same devices, tokens and chunk as a ring of another kind."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Ring)}
+        return kind(**fields, **more)
 
 
 def ring_forward(

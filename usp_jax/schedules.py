@@ -1,6 +1,7 @@
 """How keys, values and queries meet round the ring: one argument, the same result."""
 
 import dataclasses
+from functools import partial
 
 from usp_jax.all_gather import gather_backward, gather_forward
 from usp_jax.both_ways import BothWays
@@ -25,43 +26,29 @@ class Schedule:
 
     def forward(self, ring: Ring, q, kv, carry):
         """Attention of this device's queries to all keys: `ring_forward`."""
-        if ring.devices == 1:
-            return ring_forward(ring, q, kv, carry)
-        match self.name:
-            case "all_gather":
-                return gather_forward(ring, q, kv, carry)
-            case "pass_q":
-                return pass_q_forward(ring, q, kv, carry)
-            case "unidirectional":
-                visits = static_visits(ring)
-                if visits is not None:
-                    return visits_forward(ring, visits, q, kv, carry)
-        return ring_forward(self._ring(ring), q, kv, carry)
+        return self._way(ring)[0](q, kv, carry)
 
     def backward(self, ring: Ring, q, kv, dout, lse, delta):
         """Its gradients: `ring_backward`."""
-        args = (q, kv, dout, lse, delta)
-        if ring.devices == 1:
-            return ring_backward(ring, *args)
-        match self.name:
-            case "all_gather":
-                return gather_backward(ring, *args)
-            case "pass_q":
-                return pass_q_backward(ring, *args)
-            case "unidirectional":
-                visits = static_visits(ring)
-                if visits is not None:
-                    return visits_backward(ring, visits, *args)
-        return ring_backward(self._ring(ring), *args)
+        return self._way(ring)[1](q, kv, dout, lse, delta)
 
-    def _ring(self, ring):
-        fields = {f.name: getattr(ring, f.name) for f in dataclasses.fields(Ring)}
-        match self.name:
-            case "bidirectional":
-                return BothWays(**fields)
-            case "double":
-                return DoubleRing(**fields, inner=self.inner)
-        return ring
+    def _way(self, ring):
+        """The two functions that go this way round the ring."""
+        way = ring_forward, ring_backward
+        args = (ring,)
+        if ring.devices > 1:
+            match self.name:
+                case "all_gather":
+                    way = gather_forward, gather_backward
+                case "pass_q":
+                    way = pass_q_forward, pass_q_backward
+                case "bidirectional":
+                    args = (ring.into(BothWays),)
+                case "double":
+                    args = (ring.into(DoubleRing, inner=self.inner),)
+                case "unidirectional" if (visits := static_visits(ring)) is not None:
+                    way, args = (visits_forward, visits_backward), (ring, visits)
+        return tuple(partial(f, *args) for f in way)
 
 
 def schedule(ring_schedule: str, ring_inner: int | None, ring_size: int) -> Schedule:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels import Carry
 from usp_jax.layout import shard_runs
-from usp_jax.masking import Mask, MaskRule
+from usp_jax.masking import MaskRule
 from usp_jax.ring import Ring, together
 
 # Every visit is a chunk of its own in the compiled program; more compile for minutes.
@@ -97,7 +97,7 @@ def visits_forward(
     for visit in visits:
         arrived = ring.send(kv[:, :, visit.rows], visit.pairs)
         kv, arrived, carry = together(kv, arrived, attend(carry))
-        attend = functools.partial(_attend, ring, visit, q, arrived)
+        attend = functools.partial(ring.chunk_forward, _mask(ring, visit), q, arrived)
     return attend(carry)
 
 
@@ -130,7 +130,9 @@ def visits_backward(
             arriving = ring.send(kv[:, :, following.rows], following.pairs)
         if part is not None:
             home = _brought_home(ring, visit, part, home)
-        dq_part, part = _pull_back(ring, this, arrived, *ours)
+        dq_part, part = ring.chunk_backward(
+            _mask(ring, this), q, arrived, dout, lse, delta
+        )
         visit = this
         kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
     home = _brought_home(ring, visit, part, home)
@@ -148,15 +150,4 @@ def _brought_home(ring, visit, part, home):
 
 def _mask(ring, visit):
     kv = ring.kv_tokens.shard((ring.index - visit.offset) % ring.devices)
-    kv = jax.tree.map(lambda x: x[:, visit.rows], kv)
-    return Mask(ring.rule, ring.q_tokens.shard(ring.index), kv)
-
-
-def _attend(ring, visit, q, kv, carry):
-    return ring.chunk.forward(q, *kv, _mask(ring, visit), carry, ring.logits)
-
-
-def _pull_back(ring, visit, kv, q, dout, lse, delta):
-    mask = _mask(ring, visit)
-    dq, *dkv = ring.chunk.backward(q, *kv, dout, lse, delta, mask, ring.logits)
-    return dq, jnp.stack(dkv)
+    return ring.mask(jax.tree.map(lambda x: x[:, visit.rows], kv))
