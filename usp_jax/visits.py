@@ -41,19 +41,24 @@ class Visit:
 def static_visits(ring: Ring) -> tuple[Visit, ...] | None:
     """The hops of a ring some of whose visits see nothing; None for a whole turn."""
     q, kv = ring.q_tokens, ring.kv_tokens
-    if ring.devices == 1 or q.positions is not None or kv.positions is not None:
+    if q.positions is not None or kv.positions is not None:
         return None
     visits = _visits(q.layout, kv.layout, ring.rule, ring.devices, q.length, kv.length)
+    if visits is None:
+        return None
     whole = len(visits) == ring.devices - 1 and all(
         len(visit.pairs) == ring.devices and visit.rows == slice(0, kv.length)
         for visit in visits
     )
-    return None if whole or len(visits) > MAX_VISITS else visits
+    return None if whole else visits
 
 
 @functools.cache
 def _visits(q_layout, kv_layout, rule: MaskRule, size, q_length, kv_length):
-    """One visit for each offset at which anything is seen, but the own one."""
+    """One visit for each offset at which anything is seen, but the own one.
+
+    None where those are more than MAX_VISITS.
+    """
     q = shard_runs(q_layout, size, q_length)[:, None, :, None]
     kv = shard_runs(kv_layout, size, kv_length)[None, :, None, :]
     # Of each run of keys the part that some query of each run may see.
@@ -70,16 +75,19 @@ def _visits(q_layout, kv_layout, rule: MaskRule, size, q_length, kv_length):
     start = np.where(some, start, kv_length).min((2, 3))
     stop = np.where(some, stop, 0).max((2, 3))
     some = some.any((2, 3))
+    i, j = np.nonzero(some)
+    offsets = set(((i - j) % size).tolist()) - {0}
+    if len(offsets) > MAX_VISITS:
+        return None
     visits = []
-    for offset in sorted(range(1, size), key=lambda s: (min(s, size - s), s)):
+    for offset in sorted(offsets, key=lambda s: (min(s, size - s), s)):
         pairs = [(j, (j + offset) % size) for j in range(size)]
         pairs = tuple((j, i) for j, i in pairs if some[i, j])
-        if pairs:
-            rows = slice(
-                int(min(start[i, j] for j, i in pairs)),
-                int(max(stop[i, j] for j, i in pairs)),
-            )
-            visits.append(Visit(offset, pairs, rows))
+        rows = slice(
+            int(min(start[i, j] for j, i in pairs)),
+            int(max(stop[i, j] for j, i in pairs)),
+        )
+        visits.append(Visit(offset, pairs, rows))
     return tuple(visits)
 
 
