@@ -16,16 +16,7 @@ from usp_jax.masking import MaskRule
 def check_arrays(query, key, value) -> None:
     """Checks shapes [B, T, N, H], [B, S, K, H], [B, S, K, H] and dtypes."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        letters = "[B, T, N, H]" if name == "query" else "[B, S, K, H]"
-        _check_is_array(name, x, letters)
-        if len(x.shape) != 4:
-            raise ValueError(f"{name}.shape={x.shape} must be {letters}")
-        if 0 in x.shape:
-            raise ValueError(f"{name}.shape={x.shape} must not have a size of 0")
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-            raise ValueError(
-                f"{name}.dtype={x.dtype} must be bfloat16, float16, float32 or float64"
-            )
+        check_array(name, x, "[B, T, N, H]" if name == "query" else "[B, S, K, H]")
         if x.dtype != query.dtype:
             raise ValueError(
                 f"{name}.dtype={x.dtype} must be the query's dtype, {query.dtype}"
@@ -41,6 +32,19 @@ def check_arrays(query, key, value) -> None:
         raise ValueError(
             f"the query's heads, N={query.shape[2]}, must be a multiple of the "
             f"key/value heads, K={key.shape[2]}"
+        )
+
+
+def check_array(name: str, x, letters: str) -> None:
+    """Checks that `x` is a floating array of four dims, none of them 0."""
+    _check_is_array(name, x, letters)
+    if len(x.shape) != 4:
+        raise ValueError(f"{name}.shape={x.shape} must be {letters}")
+    if 0 in x.shape:
+        raise ValueError(f"{name}.shape={x.shape} must not have a size of 0")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name}.dtype={x.dtype} must be bfloat16, float16, float32 or float64"
         )
 
 

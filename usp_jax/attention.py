@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -304,8 +303,7 @@ def _on_shards(options, shards, query, key, value, sinks, positions, segment_ids
     arrays = (query, key, value, sinks, positions, segment_ids)
     # The results vary over every axis that an input varies over, and with them all
     # loops' states: mark the inputs once, here.
-    axes = [name for name in (shards.ring, shards.ulysses) if name is not None]
-    arrays = vary_like(arrays, (arrays, [lax.axis_index(name) for name in axes]))
+    arrays = vary_like(arrays, (arrays, shards.bound_indices()))
     heads = Heads(query.shape[2], key.shape[2], shards.size(shards.ulysses))
     out, lse = usp(options.call(shards, heads), *arrays)
     return (out, lse) if options.return_residual else out

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments, kernels
@@ -309,7 +309,7 @@ def _attend_on_all(step, query, sinks, tokens, pages):
     kvs, kv_tokens = zip(*(page.parts for page in pages), strict=True)
     args = (query, sinks, tokens, kvs, kv_tokens)
     dims = (NEW, SINKS, NEW_TOKENS, SEQ, TOKENS)
-    args = vary_like(args, (args, _bound_indices(shards)))
+    args = vary_like(args, (args, shards.bound_indices()))
     run = shards.run(partial(_attend, step), dims, (NEW, NEW))
     results = run(*map(shards.place, args, dims))
     if shards.mesh is None:
@@ -325,7 +325,7 @@ def _attend(step, q, sinks, tokens, kvs, kv_tokens):
     for (k, v), page_tokens in zip(kvs, kv_tokens, strict=True):
         mask = Mask(step.rule, tokens, page_tokens)
         carry = chunk.forward(q, k, v, mask, carry, step.logits)
-    out, lse = _merge_over(_axes(shards), *carry)
+    out, lse = _merge_over(shards.split, *carry)
     if sinks is not None:
         padding = (tokens.segment_ids == PADDING)[..., None]
         lse = jnp.where(padding, -jnp.inf, lse)
@@ -391,18 +391,13 @@ def _empty_page(shards, page_tokens, like):
         zeros = jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
         positions = jnp.zeros_like(ids, shape=zeros.shape[:2])
         tokens = Tokens(positions, jnp.full_like(positions, PADDING))
-        axes = _bound_indices(shards)
+        axes = shards.bound_indices()
         zeros = vary_like(zeros, (x, axes))
         return (zeros, zeros), vary_like(tokens, (ids, axes))
 
     dims = (SEQ, TOKENS)
     kv, tokens = shards.run(empty, dims, dims)(*map(shards.place, like.parts, dims))
     return Page(*kv, tokens)
-
-
-def _axes(shards):
-    """The axes that split the sequence."""
-    return tuple(name for name in (shards.ring, shards.ulysses) if name is not None)
 
 
 def _place(shards):
@@ -417,25 +412,16 @@ def _whole_length(shards, length):
     return length if shards.mesh is not None else length * _place(shards)[1]
 
 
-def _bound_indices(shards):
-    """What varies over the caller's own axes of the sequence."""
-    return [] if shards.mesh else [lax.axis_index(name) for name in _axes(shards)]
-
-
 def _laid(shards, xs, dims):
     """Arrays where a page's parts belong; what lies there already does not move."""
     mesh = shards.mesh
-    if mesh is None:
-        return xs
-    sharding = NamedSharding(mesh, shards.spec(dims))
 
     def lay(x):
-        known = isinstance(mesh, Mesh) and not isinstance(x, jax.core.Tracer)
-        if known and sharding.is_equivalent_to(x.sharding, x.ndim):
-            return x
-        if AxisType.Explicit in mesh.axis_types:
-            return jax.reshard(x, sharding)
-        return lax.with_sharding_constraint(x, sharding)
+        if isinstance(mesh, Mesh) and not isinstance(x, jax.core.Tracer):
+            sharding = NamedSharding(mesh, shards.spec(dims))
+            if sharding.is_equivalent_to(x.sharding, x.ndim):
+                return x
+        return shards.constrain(x, dims)
 
     return jax.tree.map(lay, xs)
 
@@ -455,14 +441,7 @@ def _tokens(positions, segment_ids, shape):
 
 def _check_kv(key, value):
     for name, x in (("key", key), ("value", value)):
-        if len(x.shape) != 4 or 0 in x.shape:
-            raise ValueError(
-                f"{name}.shape={x.shape} must be [B, S, K, H] without a size of 0"
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-            raise ValueError(
-                f"{name}.dtype={x.dtype} must be bfloat16, float16, float32 or float64"
-            )
+        arguments.check_array(name, x, "[B, S, K, H]")
     if key.shape != value.shape or key.dtype != value.dtype:
         raise ValueError(
             f"{key.shape=}, {key.dtype=} and {value.shape=}, {value.dtype=} must be "

@@ -16,10 +16,8 @@ counted twice, whatever the degrees:
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments
@@ -124,29 +122,12 @@ def _cut(length, x):
 
 def _on_all(shards, f, in_dims, out_dims):
     """`f` on every device's shards; jax differentiates it."""
-    mesh = shards.mesh
-    if mesh is None:
-        return f
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    many = isinstance(out_dims[0], tuple)
-    return jax.shard_map(
-        f,
-        mesh=mesh,
-        in_specs=shards.spec(in_dims),
-        out_specs=tuple(map(shards.spec, out_dims)) if many else shards.spec(out_dims),
-        axis_names={name for name in mesh.axis_names if name not in manual},
-    )
+    return f if shards.mesh is None else shards.shard_map(f, in_dims, out_dims)
 
 
 def _whole(shards, x):
     """Joint tokens on every device that shares a sequence."""
-    mesh = shards.mesh
-    if mesh is None:
-        return x
-    dims = ("batch", None, "tensor")[: 3 if x.ndim == 4 else 2]
-    if AxisType.Explicit in mesh.axis_types:
-        return shards.place(x, dims)
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, shards.spec(dims)))
+    return shards.constrain(x, ("batch", None, "tensor")[: 3 if x.ndim == 4 else 2])
 
 
 def _check_pairs(query, key, joint_query, joint_key):

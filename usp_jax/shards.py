@@ -65,26 +65,34 @@ class Shards:
         """
         if self.mesh is None:
             return f
-        single = not isinstance(out_dims[0], tuple)
-        in_specs = tuple(self.spec(dims) for dims in in_dims)
-        out_specs = (
-            self.spec(out_dims) if single else tuple(self.spec(d) for d in out_dims)
-        )
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        mapped = jax.shard_map(
-            f,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names={name for name in self.mesh.axis_names if name not in manual},
-            check_vma=False,
-        )
+        mapped = self.shard_map(f, in_dims, out_dims, check_vma=False)
 
         def call(*args):
             # What varies over the axes of a region around this one still does.
             return vary_like(mapped(*args), args)
 
         return call
+
+    def shard_map(self, f: Callable, in_dims: tuple, out_dims: tuple, **options):
+        """`jax.shard_map` of `f` over all axes of the mesh that are not manual yet.
+
+        Args:
+          in_dims, out_dims: a tuple of dims for each array, or one for all of them.
+        """
+
+        def specs(dims):
+            many = isinstance(dims[0], tuple)
+            return tuple(map(self.spec, dims)) if many else self.spec(dims)
+
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return jax.shard_map(
+            f,
+            mesh=self.mesh,
+            in_specs=specs(in_dims),
+            out_specs=specs(out_dims),
+            axis_names={name for name in self.mesh.axis_names if name not in manual},
+            **options,
+        )
 
     def spec(self, dims: tuple[str | None, ...]) -> jax.P:
         """The mesh axes of an array's leading dims."""
@@ -110,6 +118,13 @@ class Shards:
         sharding = NamedSharding(self.mesh, self.spec(dims))
         return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), x)
 
+    def constrain(self, x, dims: tuple[str | None, ...]):
+        """Arrays that are split so, on an Auto mesh too."""
+        if self.mesh is None or AxisType.Explicit in self.mesh.axis_types:
+            return self.place(x, dims)
+        sharding = NamedSharding(self.mesh, self.spec(dims))
+        return lax.with_sharding_constraint(x, sharding)
+
     def spelled_like(self, x, other):
         """`x` with the type of sharding that `other` has, where both split it alike.
 
@@ -128,6 +143,15 @@ class Shards:
         """The axes of more than one device in each part of a spec."""
         parts = (part if isinstance(part, tuple) else (part,) for part in spec)
         return [[n for n in part if axis_size(self.mesh, n) > 1] for part in parts]
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """The axes that split the sequence."""
+        return tuple(name for name in (self.ring, self.ulysses) if name is not None)
+
+    def bound_indices(self) -> list:
+        """This device's places on the caller's own axes, which vary over them."""
+        return [] if self.mesh else [lax.axis_index(name) for name in self.split]
 
     def size(self, name: str | None):
         """The size of a bound axis, on one device; 1 for None."""
