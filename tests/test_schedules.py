@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 import usp_jax
+from tests import programs
 from tests.oracle import Order, assert_equal_to, expected, normal, packed, results
-from usp_jax.compiled import by_kind, collectives
+from usp_jax.compiled import by_kind
 
 BATCH, LENGTH, HEADS, HEAD_SIZE = 2, 32, (4, 2), 4
 DEGREES = ((4, 2), (2, 4), (8, 1), (1, 8))
@@ -114,15 +115,14 @@ def passes(degrees, length, heads, **options):
     """The collectives by kind of the forward, and of the backward."""
     mesh = usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
     sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
-    arrays = [
-        jax.device_put(jnp.ones((BATCH, length, n, HEAD_SIZE)), sharding)
+    shapes = [
+        jax.ShapeDtypeStruct(
+            (BATCH, length, n, HEAD_SIZE), jnp.float32, sharding=sharding
+        )
         for n in (heads[0], heads[1], heads[1])
     ]
     attend = functools.partial(usp_jax.usp_attention, mesh=mesh, **options)
-    forward = jax.jit(functools.partial(jax.vjp, attend)).lower(*arrays).compile()
-    result, pull = forward(*arrays)
-    backward = jax.jit(lambda pull, x: pull(x)).lower(pull, result).compile()
-    return by_kind(collectives(forward)), by_kind(collectives(backward))
+    return map(by_kind, programs.passes(attend, shapes))
 
 
 PERMUTE, GATHER, SCATTER = "collective-permute", "all-gather", "reduce-scatter"

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import usp_jax
+from tests import programs
 from usp_jax.compiled import by_kind, collectives, parse_module
 from usp_jax.compiled.hlo import leaves
 from usp_jax.ulysses import Heads
@@ -52,16 +53,8 @@ def both_of(mesh, **options):
 
 
 def passes(mesh, args, **options):
-    """The collectives of the forward and of the backward, each a program of its own.
-
-    In one program XLA shares the first rotation of k, v between them.
-    """
-    arrays = [jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding) for x in args]
-    forward = jax.jit(functools.partial(jax.vjp, forward_of(mesh, **options)))
-    forward = forward.lower(*arrays).compile()
-    result, pull = forward(*arrays)
-    backward = jax.jit(lambda pull, x: pull(x)).lower(pull, result).compile()
-    return collectives(forward), collectives(backward)
+    """The collectives of a causal call's forward and backward."""
+    return programs.passes(forward_of(mesh, **options), args)
 
 
 def executions(found, kind):
