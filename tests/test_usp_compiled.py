@@ -184,19 +184,28 @@ def test_bfloat16_travels_as_bfloat16_and_its_gradients_as_float32(heads):
     )
 
 
-def block(mesh, policy):
+def block(mesh, policy, layout):
     """The gradient of a rematerialised block with attention in its middle."""
 
     def f(x, w):
         q, k, v = (jnp.einsum("BTNH,HJ->BTNJ", x, w[i]) for i in range(3))
-        out = usp_jax.usp_attention(q, k, v, is_causal=True, mesh=mesh)
+        out = usp_jax.usp_attention(q, k, v, is_causal=True, mesh=mesh, layout=layout)
         return jnp.sum(jnp.tanh(jnp.einsum("BTNH,HJ->BTNJ", out, w[3])))
 
     return jax.value_and_grad(jax.checkpoint(f, policy=policy), (0, 1))
 
 
-@pytest.mark.parametrize("degrees", [(4, 2), (1, 8), (8, 1)], ids=str)
-def test_what_a_rematerialised_block_runs_again(degrees):
+@pytest.mark.parametrize(
+    ("degrees", "layout"),
+    [
+        ((4, 2), "zigzag"),
+        ((1, 8), "zigzag"),
+        ((8, 1), "zigzag"),
+        ((4, 2), "contiguous"),
+    ],
+    ids=str,
+)
+def test_what_a_rematerialised_block_runs_again(degrees, layout):
     """Forward and backward alone: 3 (R-1) rotations and 6 all-to-alls."""
     ring, ulysses = degrees
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
@@ -205,7 +214,7 @@ def test_what_a_rematerialised_block_runs_again(degrees):
 
     def runs(*saved):
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
-        found = collectives(jax.jit(block(mesh, policy)).lower(x, w).compile())
+        found = collectives(jax.jit(block(mesh, policy, layout)).lower(x, w).compile())
         return executions(found, PERMUTE), executions(found, A2A)
 
     once = 3 * (ring - 1)
@@ -216,7 +225,8 @@ def test_what_a_rematerialised_block_runs_again(degrees):
     rotations, exchanges = runs(*usp_jax.SAVED_NAMES)
     assert max(once - 1, 0) <= rotations <= once
     assert exchanges == (6 if ulysses > 1 else 0)
-    if ring > 1:
+    # XLA's older CPU backend undoes the rematerialisation of what is no loop.
+    if ring > 1 and layout == "zigzag":
         assert runs()[0] > once
 
 

@@ -99,8 +99,7 @@ def visits_forward(
     carry: Carry | None = None,
 ) -> Carry:
     """`ring_forward` over the visits that see anything."""
-    # k, v pass every barrier: sends that looked like the backward's would be made once
-    # for both, and what arrived be kept until then.
+    # k, v pass every barrier, so that no hop is made before its step.
     attend = functools.partial(ring.attend, 0, q, kv)
     for visit in visits:
         arrived = ring.send(kv[:, :, visit.rows], visit.pairs)
@@ -126,7 +125,13 @@ def visits_backward(
     first, *rest = ring.own_rows(q.shape[1])
     if not visits:
         return ring.pull_back(0, kv, slice(None), *ours)
-    arriving = ring.send(kv[:, :, visits[0].rows], visits[0].pairs)
+
+    def send(kv, visit):
+        # As v, k: a compiler that took this send for the forward's would make it once
+        # for both, and keep all that arrived until now.
+        return ring.send(kv[::-1, :, visit.rows], visit.pairs)
+
+    arriving = send(kv, visits[0])
     kv, arriving, dq_own, home = together(
         kv, arriving, *ring.pull_back(0, kv, first, *ours)
     )
@@ -134,12 +139,11 @@ def visits_backward(
     for n, this in enumerate(visits):
         arrived, arriving = arriving, None
         if n + 1 < len(visits):
-            following = visits[n + 1]
-            arriving = ring.send(kv[:, :, following.rows], following.pairs)
+            arriving = send(kv, visits[n + 1])
         if part is not None:
             home = _brought_home(ring, visit, part, home)
         dq_part, part = ring.chunk_backward(
-            _mask(ring, this), q, arrived, dout, lse, delta
+            _mask(ring, this), q, arrived[::-1], dout, lse, delta
         )
         visit = this
         kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
