@@ -47,6 +47,8 @@ def expected(
     scale=None,
     positions=None,
     segment_ids=None,
+    bias=None,
+    weight_factors=None,
 ):
     """The results of the oracle, for tokens in natural order; arrays may have sinks.
 
@@ -74,6 +76,10 @@ def expected(
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             logits_soft_cap=logits_soft_cap,
             sinks=sinks,
+            bias=None if bias is None else jnp.asarray(bias),
+            weight_factors=None
+            if weight_factors is None
+            else jnp.asarray(weight_factors),
         )
 
     return jax.jit(lambda *args: results(attend, *args))(arrays, cotangents)

@@ -12,10 +12,10 @@ from tests.oracle import normal
 from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
-from usp_jax.ring import Ring, ring_backward, ring_forward
+from usp_jax.ring import Ring, apart, ring_backward, ring_forward
 from usp_jax.tokens import RingTokens
 
-B, T, N, K, H = 1, 3, 4, 2, 4
+B, T, N, K, H, V = 1, 3, 4, 2, 4, 5
 RULES = {"full": MaskRule(), "causal": MaskRule(True), "window": MaskRule(False, 3, 1)}
 
 
@@ -49,8 +49,8 @@ def test_equals_one_chunk(size, rule):
     q, kv, dout, delta = normal(
         0,
         (size, B, T, N, H),
-        (size, 2, B, T, K, H),
-        (size, B, T, N, H),
+        (size, B, T, K, H + V),
+        (size, B, T, N, V),
         (size, B, T, N),
     )
 
@@ -65,18 +65,18 @@ def test_equals_one_chunk(size, rule):
     mask = Mask(rule, whole, whole)
     chunk = kernels.chunk("reference")
     q, dout, delta = (joined(x, 1) for x in (q, dout, delta))
-    k, v = joined(kv, 2)
+    k, v = apart(joined(kv, 1), H)
     expected = chunk.forward(q, k, v, mask, None, Logits(0.5))
     actual = joined(out, 1), joined(lse, 1)
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
     expected = chunk.backward(q, k, v, dout, expected[1], delta, mask, Logits(0.5))
-    actual = joined(dq, 1), *joined(dkv, 2)
+    actual = joined(dq, 1), *apart(joined(dkv, 1), H)
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
 
 
 def test_what_was_seen_before_the_ring_counts():
     q, kv, out, lse = normal(
-        1, (2, B, T, N, H), (2, 2, B, T, K, H), (2, B, T, N, H), (2, B, T, N)
+        1, (2, B, T, N, H), (2, B, T, K, H + V), (2, B, T, N, V), (2, B, T, N)
     )
 
     def shard(carry_is_used, q, kv, out, lse):

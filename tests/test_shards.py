@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import usp_jax
-from usp_jax.shards import HEADS, KV_HEADS, SEQ, SINKS, TOKENS, Shards
+from usp_jax.shards import BY_HEAD, HEADS, SEQ, TOKENS, Shards
 
 
 def shards_of(**sizes):
@@ -26,9 +26,8 @@ def test_every_axis_of_the_mesh_but_pipe_is_named():
     batch, sequence, heads = ("data", "fsdp"), ("ring", "ulysses"), ("tensor",)
     assert shards.spec(SEQ) == jax.P(batch, sequence, heads)
     assert shards.spec(HEADS) == jax.P(batch, ("ring",), ("tensor", "ulysses"))
-    assert shards.spec(KV_HEADS) == jax.P(None, *shards.spec(HEADS))
     assert shards.spec(TOKENS) == jax.P(batch, sequence)
-    assert shards.spec(SINKS) == jax.P(heads)
+    assert shards.spec(BY_HEAD) == jax.P(heads)
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ def test_kv_to_seq_is_the_transpose_of_kv_to_heads(heads, dtype):
     heads = Heads(*heads, size)
     x, y = normal(
         1,
-        (size, 2, 1, 2, heads.num_kv_heads, 3),
-        (size, 2, 1, 2 * size, heads.sent.shape[1], 3),
+        (size, 1, 2, heads.num_kv_heads, 3),
+        (size, 1, 2 * size, heads.sent.shape[1], 3),
     )
     ax = per_rank(lambda x: kv_to_heads(x, heads, "ulysses"))(x)
     aty = per_rank(lambda y: kv_to_seq(y, heads, "ulysses", dtype))(y)

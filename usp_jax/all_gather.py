@@ -16,25 +16,25 @@ from usp_jax.ring import Ring
 def gather_forward(
     ring: Ring,
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
+    kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
     """`ring_forward` in one chunk."""
-    kv = lax.all_gather(kv, ring.axis_name, axis=2, tiled=True)
+    kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     return ring.chunk_forward(ring.mask(ring.kv_tokens.all()), q, kv, carry)
 
 
 def gather_backward(
     ring: Ring,
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
-    dout: Float[Array, "B T n H"],
+    kv: Float[Array, "B S m D"],
+    dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
+) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
     """`ring_backward` in one chunk."""
-    kv = lax.all_gather(kv, ring.axis_name, axis=2, tiled=True)
+    kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     mask = ring.mask(ring.kv_tokens.all())
     dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
-    dkv = lax.psum_scatter(dkv, ring.axis_name, scatter_dimension=2, tiled=True)
+    dkv = lax.psum_scatter(dkv, ring.axis_name, scatter_dimension=1, tiled=True)
     return dq, dkv

@@ -8,21 +8,28 @@ import math
 from numbers import Real
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from usp_jax.kernels.logits import Logits
+from usp_jax.layout import check_layout
 from usp_jax.masking import MaskRule
 
 
 def check_arrays(query, key, value) -> None:
-    """Checks shapes [B, T, N, H], [B, S, K, H], [B, S, K, H] and dtypes."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_array(name, x, "[B, T, N, H]" if name == "query" else "[B, S, K, H]")
+    """Checks shapes [B, T, N, H], [B, S, K, H], [B, S, K, V] and dtypes."""
+    letters = "[B, T, N, H]", "[B, S, K, H]", "[B, S, K, V]"
+    names = ("query", "key", "value")
+    for name, x, dims in zip(names, (query, key, value), letters, strict=True):
+        check_array(name, x, dims)
         if x.dtype != query.dtype:
             raise ValueError(
                 f"{name}.dtype={x.dtype} must be the query's dtype, {query.dtype}"
             )
-    if key.shape != value.shape:
-        raise ValueError(f"{key.shape=} and {value.shape=} must be equal")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"{key.shape=} and {value.shape=} must be equal but for the head size"
+        )
     for i, letter in ((0, "B"), (3, "H")):
         if query.shape[i] != key.shape[i]:
             raise ValueError(
@@ -108,16 +115,73 @@ def sides_of(name: str, value, query_shape, key_shape):
     return tuple(jnp.asarray(x) for x in sides)
 
 
-def check_sinks(sinks, num_heads: int) -> None:
-    """Checks that the sinks are one floating number for each query head."""
-    if sinks is None:
+def check_by_head(name: str, x, num_heads: int) -> None:
+    """Checks that `x` is None or one floating number for each query head."""
+    if x is None:
         return
-    _check_is_array("sinks", sinks, "[N]")
-    if sinks.shape != (num_heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+    _check_is_array(name, x, "[N]")
+    if x.shape != (num_heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"sinks is {sinks.dtype}{list(sinks.shape)}, it must be floating "
+            f"{name} is {x.dtype}{list(x.shape)}, it must be floating "
             f"[N] = [{num_heads}]"
         )
+
+
+def check_dropout_rate(rate) -> None:
+    """Checks that a share of weights can be dropped."""
+    if not _is_finite(rate) or not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate={rate!r} must be a number from 0 to below 1")
+
+
+def dropout_seed(seed, rate: float) -> Array | np.uint32 | None:
+    """The seed as uint32 []; None where nothing is dropped."""
+    if not rate:
+        return None
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return np.uint32(seed % 2**32)
+    if seed is None:
+        raise ValueError(f"dropout_rate={rate} needs dropout_seed=, an integer")
+    _check_is_array("dropout_seed", seed, "[]")
+    if seed.shape != () or not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise ValueError(
+            f"dropout_seed is {seed.dtype}{list(seed.shape)}, it must be one integer"
+        )
+    return jnp.asarray(seed).astype(jnp.uint32)
+
+
+def layouts(layout) -> tuple[str, str]:
+    """The layouts of queries and of keys."""
+    pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
+    if len(pair) != 2:
+        raise ValueError(f"{layout=} must be one name or a pair (query's, key's)")
+    for one in pair:
+        check_layout(one)
+    return pair
+
+
+def prefix(length, batch: int, rule: MaskRule, **others: bool):
+    """The length of each row's prefix, int32 [B], or None.
+
+    Args:
+      others: which options are asked for that a prefix cannot be joined with.
+    """
+    if length is None:
+        return None
+    _check_is_array("prefix_length", length, "[B]")
+    if length.shape != (batch,) or length.dtype != jnp.int32:
+        raise ValueError(
+            f"prefix_length is {length.dtype}{list(length.shape)}, it must be int32 "
+            f"[B] = [{batch}]"
+        )
+    if not rule.is_causal:
+        raise ValueError("prefix_length= needs is_causal=True: it widens a causal mask")
+    for name, asked in others.items():
+        if asked:
+            raise ValueError(
+                f"prefix_length= cannot be joined with {name}=, which needs to know "
+                "where a token of the prefix stands"
+            )
+    return jnp.asarray(length)
 
 
 def check_bool(name: str, value) -> None:

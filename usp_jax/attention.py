@@ -5,28 +5,29 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments, kernels
 from usp_jax._compat import vary_like
 from usp_jax.kernels.logits import Logits
-from usp_jax.layout import check_layout, check_length, length_multiple
+from usp_jax.layout import check_length, length_multiple
 from usp_jax.masking import MaskRule, Tokens, pad_tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
 from usp_jax.schedules import Schedule, schedule
-from usp_jax.shards import SEQ, SINKS, TOKENS, Shards
+from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.ulysses import Heads
-from usp_jax.usp import Call, usp
+from usp_jax.usp import FACTS, Call, Facts, two_sided, usp
 
 Ids = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
-Result = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+Result = Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
 
 
 def usp_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -35,7 +36,11 @@ def usp_attention(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    layout: str = "contiguous",
+    prefix_length: Int[Array, " B"] | None = None,
+    alibi_slopes: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | Int[Array, ""] | None = None,
+    layout: str | tuple[str, str] = "contiguous",
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
     implementation: str | None = None,
@@ -52,7 +57,7 @@ def usp_attention(
     Args:
       query: [B, T, N, H] in bfloat16, float16, float32 or float64.
       key: [B, S, K, H] in the query's dtype; N is a multiple of K.
-      value: [B, S, K, H].
+      value: [B, S, K, V]; its head size may differ from the keys' (as in MLA).
       is_causal: a query sees no key after its own position.
       scale: multiplies q·k; None is 1 / sqrt(H).
       segment_ids: int32 [B, T], or a pair for query and key/value [B, T], [B, S].
@@ -64,8 +69,17 @@ def usp_attention(
         p + right; an int is both, None is no bound.
       logits_soft_cap: c makes a logit x into c · tanh(x / c).
       sinks: [N], for each head a logit that takes part in the softmax and has no value.
+      prefix_length: int32 [B]; with `is_causal`, tokens at positions below it see each
+        other in both directions (a prefix-LM). Not with a window, ALiBi or dropout.
+      alibi_slopes: [N]; slope · |query's position - key's| is taken off each logit
+        (ALiBi, arXiv 2108.12409), after the cap. Constants: no gradient flows to them.
+      dropout_rate: the share of the softmax's weights that is dropped, the others are
+        scaled by 1 / (1 - rate). Which, is a hash of the seed, the batch row, the head,
+        the segment and the two positions: the same on any mesh and in any layout.
+      dropout_seed: an integer, a new one for each call that shall drop others.
       layout: how T is stored: "contiguous" (any length), "zigzag", "striped" (lengths
-        that `padded_length` gives) or "data" (with `positions`).
+        that `padded_length` gives) or "data" (with `positions`); a pair where queries
+        and keys differ.
       mesh: None takes the mesh of `jax.set_mesh`; without one, runs on one device.
       axes: which axis of the mesh plays which role.
       implementation: "triton" (NVIDIA GPUs from Ampere on), "xla", "reference" or
@@ -80,7 +94,7 @@ def usp_attention(
       ring_inner: the size of the inner rings of "double", which divides the ring.
 
     Returns:
-      out [B, T, N, H] in the query's dtype; with `return_residual` (out, lse), lse
+      out [B, T, N, V] in the query's dtype; with `return_residual` (out, lse), lse
       [B, T, N] in promote_types(query.dtype, float32), natural log, -inf where a query
       sees nothing (a sink is seen by all but padding), and differentiable.
 
@@ -93,35 +107,46 @@ def usp_attention(
       >>> out = usp_jax.usp_attention(
       ...     q, k, v, is_causal=True, layout="zigzag", mesh=mesh)
     """
-    arguments.check_arrays(query, key, value)
-    arguments.check_sinks(sinks, query.shape[2])
     mesh = resolve_mesh(mesh, axes)
     options = _Options.of(
         query,
+        key,
+        value,
         mesh,
         is_causal=is_causal,
         scale=scale,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
+        has_bias=alibi_slopes is not None,
+        dropout_rate=dropout_rate,
         layout=layout,
         schedule=schedule(ring_schedule, ring_inner, axis_size(mesh, axes.ring)),
         implementation=implementation,
         return_residual=return_residual,
     )
-    positions = arguments.sides_of("positions", positions, query.shape, key.shape)
-    segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
-    _check_positions(layout, positions)
-    arrays = (query, key, value, sinks, positions, segment_ids)
+    shards = Shards() if mesh is None else Shards.of_mesh(mesh, axes)
+    facts = options.facts(
+        query,
+        key,
+        shards,
+        positions=positions,
+        segment_ids=segment_ids,
+        prefix_length=prefix_length,
+        alibi_slopes=alibi_slopes,
+        dropout_seed=dropout_seed,
+    )
+    arguments.check_by_head("sinks", sinks, query.shape[2])
+    arrays = (query, key, value, sinks, facts)
     if mesh is None:
-        return _on_shards(options, Shards(), *arrays)
-    _check_divides(query, key, mesh, axes, layout)
-    return _on_mesh(options, Shards.of_mesh(mesh, axes), *arrays)
+        return _on_shards(options, shards, *arrays)
+    _check_divides(query, key, mesh, axes, options.layouts)
+    return _on_mesh(options, shards, *arrays)
 
 
 def usp_attention_per_shard(
     query: Float[Array, "B t N H"],
     key: Float[Array, "B s K H"],
-    value: Float[Array, "B s K H"],
+    value: Float[Array, "B s K V"],
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -130,7 +155,11 @@ def usp_attention_per_shard(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    layout: str = "contiguous",
+    prefix_length: Int[Array, " B"] | None = None,
+    alibi_slopes: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | Int[Array, ""] | None = None,
+    layout: str | tuple[str, str] = "contiguous",
     axes: MeshAxes = MeshAxes(),
     implementation: str | None = None,
     return_residual: bool = False,
@@ -149,37 +178,49 @@ def usp_attention_per_shard(
     Under such a vmap take gradients inside of it: what is differentiated from outside,
     jax runs backward without the vmap's axis names.
     """
-    arguments.check_arrays(query, key, value)
-    arguments.check_sinks(sinks, query.shape[2])
     shards = Shards.of_bound(axes)
     ring_size = shards.size(shards.ring)
     ulysses_size = shards.size(shards.ulysses)
     options = _Options.of(
         query,
+        key,
+        value,
         None,
         is_causal=is_causal,
         scale=scale,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
+        has_bias=alibi_slopes is not None,
+        dropout_rate=dropout_rate,
         layout=layout,
         schedule=schedule(ring_schedule, ring_inner, ring_size),
         implementation=implementation,
         return_residual=return_residual,
     )
-    positions = arguments.sides_of("positions", positions, query.shape, key.shape)
-    segment_ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
-    _check_positions(layout, positions)
-    for name, x in (("query", query), ("key", key)):
+    facts = options.facts(
+        query,
+        key,
+        shards,
+        positions=positions,
+        segment_ids=segment_ids,
+        prefix_length=prefix_length,
+        alibi_slopes=alibi_slopes,
+        dropout_seed=dropout_seed,
+    )
+    arguments.check_by_head("sinks", sinks, query.shape[2])
+    for name, x, own in zip(
+        ("query", "key"), (query, key), options.layouts, strict=True
+    ):
         length = x.shape[1] * ring_size * ulysses_size
         what = f"the length of all shards of {name}"
-        check_length(length, layout, ring_size, ulysses_size, what)
-    return _on_shards(options, shards, query, key, value, sinks, positions, segment_ids)
+        check_length(length, own, ring_size, ulysses_size, what)
+    return _on_shards(options, shards, query, key, value, sinks, facts)
 
 
 def flash_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -188,6 +229,10 @@ def flash_attention(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    prefix_length: Int[Array, " B"] | None = None,
+    alibi_slopes: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | Int[Array, ""] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Result:
@@ -207,6 +252,10 @@ def flash_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        prefix_length=prefix_length,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_seed=dropout_seed,
         axes=MeshAxes(*(None,) * 6),
         implementation=implementation,
         return_residual=return_residual,
@@ -219,7 +268,8 @@ class _Options:
 
     logits: Logits
     rule: MaskRule
-    layout: str
+    layouts: tuple[str, str]
+    dropout_rate: float
     schedule: Schedule
     implementation: str
     return_residual: bool
@@ -228,49 +278,93 @@ class _Options:
     def of(
         cls,
         query,
+        key,
+        value,
         mesh,
         *,
         is_causal,
         scale,
         local_window_size,
         logits_soft_cap,
+        has_bias,
+        dropout_rate,
         layout,
         schedule,
         implementation,
         return_residual,
     ):
-        check_layout(layout)
+        arguments.check_arrays(query, key, value)
         arguments.check_bool("return_residual", return_residual)
+        arguments.check_dropout_rate(dropout_rate)
+        needs = {"alibi_slopes": has_bias, "dropout_rate": dropout_rate > 0}
         return cls(
             arguments.logits(scale, logits_soft_cap, query.shape[3]),
             arguments.mask_rule(is_causal, local_window_size),
-            layout,
+            arguments.layouts(layout),
+            float(dropout_rate),
             schedule,
             kernels.choose(
                 implementation,
                 target=kernels.target_of(mesh),
                 dtype=query.dtype,
-                head_size=query.shape[3],
+                head_size=max(query.shape[3], value.shape[3]),
+                needs=next((name for name, asked in needs.items() if asked), None),
             ),
             return_residual,
         )
 
+    def facts(
+        self,
+        query,
+        key,
+        shards,
+        *,
+        positions,
+        segment_ids,
+        prefix_length,
+        alibi_slopes,
+        dropout_seed,
+    ) -> Facts:
+        """The checked array arguments, beside q, k, v and the sinks."""
+        batch, _, num_heads, _ = query.shape
+        sides = {"positions": positions, "segment_ids": segment_ids}
+        sides = {
+            name: arguments.sides_of(name, x, query.shape, key.shape)
+            for name, x in sides.items()
+        }
+        _check_positions(self.layouts, sides["positions"])
+        arguments.check_by_head("alibi_slopes", alibi_slopes, num_heads)
+        prefix = arguments.prefix(
+            prefix_length,
+            batch,
+            self.rule,
+            local_window_size=(self.rule.left, self.rule.right) != (None, None),
+            alibi_slopes=alibi_slopes is not None,
+            dropout_rate=self.dropout_rate > 0,
+        )
+        seed = arguments.dropout_seed(dropout_seed, self.dropout_rate)
+        rows = heads = None
+        if seed is not None:
+            rows, heads = (np.arange(n, dtype=np.int32) for n in (batch, num_heads))
+            rows = shards.bound_index(shards.axes.batch) * batch + rows
+            heads = shards.bound_index((shards.axes.tensor,)) * num_heads + heads
+        return Facts(
+            **sides,
+            prefix=prefix,
+            rows=rows,
+            heads=heads,
+            slopes=alibi_slopes,
+            seed=seed,
+        )
+
     def call(self, shards, heads) -> Call:
         """The static side of the call on these shards."""
-        return Call(
-            shards,
-            heads,
-            self.logits,
-            self.rule,
-            self.layout,
-            self.schedule,
-            self.implementation,
-            self.return_residual,
-        )
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Call(shards=shards, heads=heads, **fields)
 
 
 @partial(jax.jit, static_argnames=("options", "shards"))
-def _on_mesh(options, shards, query, key, value, sinks, positions, segment_ids):
+def _on_mesh(options, shards, query, key, value, sinks, facts):
     """Pads to a length that the mesh can split, and runs the shards."""
     mesh, axes = shards.mesh, shards.axes
     ring_size, ulysses_size = (axis_size(mesh, name) for name in axes.sequence)
@@ -278,14 +372,14 @@ def _on_mesh(options, shards, query, key, value, sinks, positions, segment_ids):
     length, given = query.shape[1], query
     padding = [-x.shape[1] % multiple for x in (query, key)]
     if any(padding):
-        query, key, value, positions, segment_ids = _padded(
-            padding, query, key, value, positions, segment_ids
+        query, key, value, facts = _padded(
+            padding, options.layouts, query, key, value, facts
         )
     tensor = axis_size(mesh, axes.tensor)
     heads = Heads(query.shape[2] // tensor, key.shape[2] // tensor, ulysses_size)
     call = options.call(shards, heads)
-    arrays = (query, key, value, sinks, positions, segment_ids)
-    dims = (SEQ, SEQ, SEQ, SINKS, TOKENS, TOKENS)
+    arrays = (query, key, value, sinks, facts)
+    dims = (SEQ, SEQ, SEQ, BY_HEAD, FACTS)
     # In a region that is manual over other axes the results vary over every axis that
     # an input varies over.
     arrays = vary_like(arrays, arrays)
@@ -298,9 +392,9 @@ def _on_mesh(options, shards, query, key, value, sinks, positions, segment_ids):
 
 # One compiled program outside jit too.
 @partial(jax.jit, static_argnames=("options", "shards"))
-def _on_shards(options, shards, query, key, value, sinks, positions, segment_ids):
+def _on_shards(options, shards, query, key, value, sinks, facts):
     """The call on shards, in the caller's own shard_map or on one device."""
-    arrays = (query, key, value, sinks, positions, segment_ids)
+    arrays = (query, key, value, sinks, facts)
     # The results vary over every axis that an input varies over, and with them all
     # loops' states: mark the inputs once, here.
     arrays = vary_like(arrays, (arrays, shards.bound_indices()))
@@ -309,8 +403,8 @@ def _on_shards(options, shards, query, key, value, sinks, positions, segment_ids
     return (out, lse) if options.return_residual else out
 
 
-def _padded(padding, query, key, value, positions, segment_ids):
-    """Appends padding tokens to both sides of a contiguous call."""
+def _padded(padding, layouts, query, key, value, facts):
+    """Appends padding tokens to what is contiguous."""
 
     def rows(x, n):
         return jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
@@ -318,20 +412,22 @@ def _padded(padding, query, key, value, positions, segment_ids):
     def tokens(x, side, n):
         own = jnp.zeros(x.shape[:2], jnp.int32)
         given = Tokens(
-            own if positions is None else positions[side],
-            None if segment_ids is None else segment_ids[side],
+            own if facts.positions is None else facts.positions[side],
+            None if facts.segment_ids is None else facts.segment_ids[side],
         )
         return pad_tokens(given, n, with_ids=True)
 
     sides = [tokens(query, 0, padding[0])]
-    pairs = [x for x in (positions, segment_ids) if x is not None and len(x) > 1]
-    if pairs or query.shape[1] != key.shape[1]:
+    two = two_sided(layouts, facts.positions, facts.segment_ids)
+    if two or query.shape[1] != key.shape[1]:
         sides.append(tokens(key, -1, padding[1]))
-    if positions is not None:
+    positions = None
+    if facts.positions is not None:
         positions = tuple(side.positions for side in sides)
     segment_ids = tuple(side.segment_ids for side in sides)
+    facts = dataclasses.replace(facts, positions=positions, segment_ids=segment_ids)
     key, value = rows(key, padding[1]), rows(value, padding[1])
-    return rows(query, padding[0]), key, value, positions, segment_ids
+    return rows(query, padding[0]), key, value, facts
 
 
 def _cut(x, length, mesh):
@@ -342,12 +438,15 @@ def _cut(x, length, mesh):
     return x[:, :length]
 
 
-def _check_positions(layout, positions):
-    if layout == "data" and positions is None:
-        raise ValueError('layout="data" needs positions=, an int32 array [B, T]')
+def _check_positions(layouts, positions):
+    if "data" not in layouts:
+        return
+    sides = "[B, T]" if layouts[0] == layouts[1] else "[B, T] and [B, S], a pair"
+    if positions is None or len(positions) < len(set(layouts)):
+        raise ValueError(f'layout="data" needs positions=, int32 {sides}')
 
 
-def _check_divides(query, key, mesh, axes, layout):
+def _check_divides(query, key, mesh, axes, layouts):
     """Checks what a mesh must divide: batch, heads and the layout's lengths."""
     ways = axis_size(mesh, axes.data) * axis_size(mesh, axes.fsdp)
     if query.shape[0] % ways:
@@ -361,8 +460,9 @@ def _check_divides(query, key, mesh, axes, layout):
                 f"{letter}={x.shape[2]} heads must be a multiple of the mesh axis "
                 f"{axes.tensor!r}, {tensor}; give that axis fewer devices"
             )
-    if layout == "contiguous":
-        return
     sizes = axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
-    for name, x in (("query.shape[1]", query), ("key.shape[1]", key)):
-        check_length(x.shape[1], layout, *sizes, name)
+    names = ("query.shape[1]", "key.shape[1]")
+    for name, x, layout in zip(names, (query, key), layouts, strict=True):
+        # Contiguous tokens are padded.
+        if layout != "contiguous":
+            check_length(x.shape[1], layout, *sizes, name)

@@ -17,14 +17,14 @@ class BothWays(Ring):
     """A ring whose device r holds half of shard r - s and half of r + s at step s."""
 
     def rotate(self, x):
-        """Sends one half of the tokens of [2, B, S, m, H] to either neighbour."""
+        """Sends one half of the tokens of [B, S, ...] to either neighbour."""
         forwards = [(i, (i + 1) % self.size) for i in range(self.size)]
         backwards = [(j, i) for i, j in forwards]
-        half = -(-x.shape[2] // 2)
-        first, second = x[:, :, :half], x[:, :, half:]
+        half = -(-x.shape[1] // 2)
+        first, second = x[:, :half], x[:, half:]
         if second.size:
             second = self.send(second, backwards)
-        return jnp.concatenate([self.send(first, forwards), second], 2)
+        return jnp.concatenate([self.send(first, forwards), second], 1)
 
     def held(self, step) -> Tokens:
         """The tokens of the two halves."""

@@ -35,7 +35,7 @@ from usp_jax.layout import check_layout, layout_positions
 from usp_jax.masking import PADDING, Mask, MaskRule, Tokens
 from usp_jax.merge import finite, normalize
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
-from usp_jax.shards import SEQ, SINKS, TOKENS, Shards
+from usp_jax.shards import BY_HEAD, SEQ, TOKENS, Shards
 
 # New tokens are whole on every device that shares a sequence.
 NEW = ("batch", None, "tensor")
@@ -274,7 +274,7 @@ def decode_attention(
     """
     for page in cache.pages:
         arguments.check_arrays(query, page.key, page.value)
-    arguments.check_sinks(sinks, query.shape[2])
+    arguments.check_by_head("sinks", sinks, query.shape[2])
     arguments.check_bool("return_residual", return_residual)
     shards = cache.shards
     step = _Step(
@@ -308,7 +308,7 @@ def _attend_on_all(step, query, sinks, tokens, pages):
     shards = step.shards
     kvs, kv_tokens = zip(*(page.parts for page in pages), strict=True)
     args = (query, sinks, tokens, kvs, kv_tokens)
-    dims = (NEW, SINKS, NEW_TOKENS, SEQ, TOKENS)
+    dims = (NEW, BY_HEAD, NEW_TOKENS, SEQ, TOKENS)
     args = vary_like(args, (args, shards.bound_indices()))
     run = shards.run(partial(_attend, step), dims, (NEW, NEW))
     results = run(*map(shards.place, args, dims))

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
-from usp_jax.ring import Ring, turn
+from usp_jax.ring import Ring, apart, side_by_side, turn
 
 
 def pass_q_forward(
     ring: Ring,
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
+    kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
     """`ring_forward` with the queries going round."""
@@ -45,15 +45,16 @@ def pass_q_forward(
 def pass_q_backward(
     ring: Ring,
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
-    dout: Float[Array, "B T n H"],
+    kv: Float[Array, "B S m D"],
+    dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
+) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
     """`ring_backward` with the queries going round."""
 
     def part(step, visitor, rows):
-        (q, dout), (lse, delta) = (x[:, :, rows] for x in visitor)
+        rows_seen, (lse, delta) = visitor[0][:, rows], visitor[1][:, :, rows]
+        q, dout = apart(rows_seen, head_size)
         mask = _mask(ring, step).rows(rows)
         dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
         return dkv, dq
@@ -61,7 +62,8 @@ def pass_q_backward(
     def join(first, rest):
         return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)
 
-    visitor = jnp.stack([q, dout.astype(q.dtype)]), jnp.stack([lse, delta])
+    head_size = q.shape[-1]
+    visitor = side_by_side(q, dout.astype(q.dtype)), jnp.stack([lse, delta])
     own_rows = ring.own_rows(q.shape[1])
     dkv, dq = turn(ring, visitor, part, own_rows, add=jnp.add, join=join)
     return dq, dkv

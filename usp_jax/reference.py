@@ -11,18 +11,21 @@ from usp_jax.masking import PADDING, Mask, visible
 def reference_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     mask: Mask,
     *,
     scale: float,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """softmax(soft_cap(scale · q kᵀ) + mask) v, and its log-sum-exp.
+    bias: Float[Array, "#B N T S"] | None = None,
+    weight_factors: Float[Array, "B N T S"] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """softmax(soft_cap(scale · q kᵀ) + bias + mask) v, and its log-sum-exp.
 
     Computed in promote_types(query.dtype, float32) at the highest precision, returned
     in it, and differentiable as it stands. A row that sees nothing gives (0, -inf); a
-    sink is seen by every row but padding.
+    sink is seen by every row but padding. `weight_factors`, dropout's, multiply the
+    softmax and do not count in the log-sum-exp.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     B, T, N, H = query.shape
@@ -32,6 +35,8 @@ def reference_attention(
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=highest) * scale
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    if bias is not None:
+        logits += _by_group(bias, logits)
     seen = visible(mask)[:, None, None]
     # Rows without a visible key are taken out before the softmax, so that their
     # derivative is 0 and not NaN.
@@ -48,6 +53,13 @@ def reference_attention(
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - lse[..., None])[..., : key.shape[1]]
     weights = jnp.where(alive[..., None], weights, 0)
+    if weight_factors is not None:
+        weights *= _by_group(weight_factors, weights)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=highest)
     lse = jnp.where(alive, lse, -jnp.inf)
     return out.reshape(B, T, N, -1), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def _by_group(x, like):
+    """[B, N, T, S] as the logits are held, [B, K, G, T, S], in their dtype."""
+    return x.astype(like.dtype).reshape(x.shape[0], *like.shape[1:])

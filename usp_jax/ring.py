@@ -24,6 +24,20 @@ from usp_jax.tokens import RingTokens
 ALL = slice(None)
 
 
+def side_by_side(
+    k: Float[Array, "B S K H"], v: Float[Array, "B S K V"]
+) -> Float[Array, "B S K H+V"]:
+    """k, v as one array, so that one collective moves both."""
+    return jnp.concatenate([k, v], -1)
+
+
+def apart(
+    kv: Float[Array, "B S K D"], head_size: int
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """The inverse of `side_by_side` for keys of a head size."""
+    return kv[..., :head_size], kv[..., head_size:]
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """A ring of devices, and what each does with the keys and values that it holds.
@@ -77,20 +91,22 @@ class Ring:
         return Mask(self.rule, self.q_tokens.shard(self.index), keys)
 
     def chunk_forward(self, mask: Mask, q, kv, carry: Carry | None) -> Carry:
-        """The chunk's forward, of stacked k, v."""
+        """The chunk's forward, of k, v side by side."""
+        kv = apart(kv, q.shape[-1])
         return self.chunk.forward(q, *kv, mask, carry, self.logits)
 
     def chunk_backward(self, mask: Mask, q, kv, dout, lse, delta):
-        """The chunk's backward: dq, and stacked dk, dv."""
+        """The chunk's backward: dq, and dk, dv side by side."""
+        kv = apart(kv, q.shape[-1])
         dq, *dkv = self.chunk.backward(q, *kv, dout, lse, delta, mask, self.logits)
-        return dq, jnp.stack(dkv)
+        return dq, side_by_side(*dkv)
 
     def attend(self, step, q, kv, carry: Carry | None) -> Carry:
         """This device's queries to the keys that it holds at a step."""
         return self.chunk_forward(self.mask(self.held(step)), q, kv, carry)
 
     def pull_back(self, step, kv, rows: slice, q, dout, lse, delta):
-        """dq of some rows of queries, and stacked dk, dv, from the keys held."""
+        """dq of some rows of queries, and dk, dv side by side, from the keys held."""
         mask = self.mask(self.held(step)).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
         return self.chunk_backward(mask, q, kv, dout, lse, delta)
@@ -109,16 +125,17 @@ class Ring:
 def ring_forward(
     ring: Ring,
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
+    kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
     """Attention of this device's queries to the keys of the whole ring.
 
     Args:
+      kv: this device's keys and values, `side_by_side`.
       carry: what was seen before the ring, an attention sink for instance.
 
     Returns:
-      out [B, T, n, H] and lse [B, T, n] in the accumulation dtype.
+      out [B, T, n, V] and lse [B, T, n] in the accumulation dtype.
     """
 
     def body(step, state):
@@ -135,12 +152,12 @@ def ring_forward(
 def ring_backward(
     ring: Ring,
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
-    dout: Float[Array, "B T n H"],
+    kv: Float[Array, "B S m D"],
+    dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
-    """dq and dk, dv (stacked) of `ring_forward`, in the accumulation dtype."""
+) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
+    """dq and dk, dv (side by side) of `ring_forward`, in the accumulation dtype."""
 
     def part(step, kv, rows):
         return ring.pull_back(step, kv, rows, q, dout, lse, delta)

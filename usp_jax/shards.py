@@ -10,12 +10,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from usp_jax._compat import vary_like
 from usp_jax.mesh import MeshAxes, axis_size, check_axes, present
 
-# What the leading dims of an array are split over.
+# What the leading dims of an array are split over. One such tuple stands for all arrays
+# of a pytree; where they differ, a pytree of tuples does.
 SEQ = ("batch", "sequence", "tensor")
 HEADS = ("batch", "ring", "heads")
-KV_HEADS = (None, "batch", "ring", "heads")
-SINKS = ("tensor",)
 TOKENS = ("batch", "sequence")
+BY_ROW = ("batch",)
+BY_HEAD = ("tensor",)
+WHOLE = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,7 @@ class Shards:
         """
 
         def specs(dims):
-            many = isinstance(dims[0], tuple)
-            return tuple(map(self.spec, dims)) if many else self.spec(dims)
+            return jax.tree.map(self.spec, dims, is_leaf=_is_dims)
 
         manual = jax.sharding.get_abstract_mesh().manual_axes
         return jax.shard_map(
@@ -108,15 +109,19 @@ class Shards:
         }
         return jax.P(*(present(self.mesh, names[dim]) or None for dim in dims))
 
-    def place(self, x, dims: tuple[str | None, ...]):
+    def place(self, x, dims):
         """Arrays with the sharding that a stage asks for, where a mesh is Explicit.
 
         Elsewhere the compiler sees to it.
         """
         if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
             return x
-        sharding = NamedSharding(self.mesh, self.spec(dims))
-        return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), x)
+
+        def place(dims, part):
+            sharding = NamedSharding(self.mesh, self.spec(dims))
+            return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), part)
+
+        return jax.tree.map(place, dims, x, is_leaf=_is_dims)
 
     def constrain(self, x, dims: tuple[str | None, ...]):
         """Arrays that are split so, on an Auto mesh too."""
@@ -161,12 +166,22 @@ class Shards:
         """This device's place on a bound axis; 0 for None."""
         return 0 if name is None else lax.axis_index(name)
 
+    def bound_index(self, names: tuple[str | None, ...]):
+        """This device's place on those of some axes that the caller's region binds."""
+        bound = tuple(name for name in names if name is not None and _is_bound(name))
+        return lax.axis_index(bound) if bound else 0
+
     def total(self, x):
         """A sum over all axes but those of heads; the caller's own shard_map sums."""
         if self.mesh is None:
             return x
         axes = present(self.mesh, (*self.axes.batch, *self.axes.sequence))
         return lax.psum(x, axes)
+
+
+def _is_dims(x):
+    """Whether this says what the dims of one array are split over."""
+    return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
 
 
 def _is_bound(name):

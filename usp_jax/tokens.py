@@ -20,6 +20,8 @@ class RingTokens:
     Attributes:
       positions: int32 [R, B, t], or None for the layout's own.
       segment_ids: int32 [R, B, t], or None.
+      prefix: int32 [B], or None: as queries of a causal mask, the first tokens of a row
+        see all of that many.
       length: t, the number of tokens of a ring shard.
     """
 
@@ -28,6 +30,7 @@ class RingTokens:
     layout: str = dataclasses.field(metadata={"static": True})
     ring_size: int = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})
+    prefix: Any = None
 
     def shard(self, index: Int[Array, ""] | int) -> Tokens:
         """The tokens of one ring shard."""
@@ -37,6 +40,9 @@ class RingTokens:
             )[None]
         else:
             positions = self.positions[index]
+        if self.prefix is not None:
+            # Who stands within the prefix sees as much as its last token.
+            positions = jnp.maximum(positions, self.prefix[:, None] - 1)
         ids = None if self.segment_ids is None else self.segment_ids[index]
         return Tokens(positions, ids)
 

@@ -72,17 +72,17 @@ class Heads:
 
 
 def to_heads(
-    x: Float[Array, "*L B t N H"], axis_name: str | None
-) -> Float[Array, "*L B T n H"]:
-    """[..., B, T/(R·U), N, H] -> [..., B, T/R, N/U, H]"""
-    return _all_to_all(x, axis_name, split=x.ndim - 2, concat=x.ndim - 3)
+    x: Float[Array, "B t N H"], axis_name: str | None
+) -> Float[Array, "B T n H"]:
+    """[B, T/(R·U), N, H] -> [B, T/R, N/U, H]"""
+    return _all_to_all(x, axis_name, split=2, concat=1)
 
 
 def to_seq(
-    x: Float[Array, "*L B T n H"], axis_name: str | None
-) -> Float[Array, "*L B t N H"]:
-    """[..., B, T/R, N/U, H] -> [..., B, T/(R·U), N, H]"""
-    return _all_to_all(x, axis_name, split=x.ndim - 3, concat=x.ndim - 2)
+    x: Float[Array, "B T n H"], axis_name: str | None
+) -> Float[Array, "B t N H"]:
+    """[B, T/R, N/U, H] -> [B, T/(R·U), N, H]"""
+    return _all_to_all(x, axis_name, split=1, concat=2)
 
 
 def _all_to_all(x, axis_name, split, concat):
@@ -100,17 +100,17 @@ def pad_heads(x: Float[Array, "B t N H"], heads: Heads) -> Float[Array, "B t M H
 
 
 def kv_to_heads(
-    kv: Float[Array, "2 B s K H"], heads: Heads, axis_name: str | None
-) -> Float[Array, "2 B S m H"]:
-    """[2, B, S/(R·U), K, H] -> [2, B, S/R, m, H]"""
+    kv: Float[Array, "B s K D"], heads: Heads, axis_name: str | None
+) -> Float[Array, "B S m D"]:
+    """[B, S/(R·U), K, D] -> [B, S/R, m, D]"""
     if heads.replicated:
-        kv = jnp.take(kv, heads.sent.reshape(-1), axis=3)
+        kv = jnp.take(kv, heads.sent.reshape(-1), axis=2)
     return to_heads(kv, axis_name)
 
 
 def kv_to_seq(
-    dkv: Float[Array, "2 B S m H"], heads: Heads, axis_name: str | None, dtype
-) -> Float[Array, "2 B s K H"]:
+    dkv: Float[Array, "B S m D"], heads: Heads, axis_name: str | None, dtype
+) -> Float[Array, "B s K D"]:
     """The transpose of `kv_to_heads`, in `dtype`.
 
     What several devices have of one head is summed before it is rounded to `dtype`.
@@ -119,9 +119,9 @@ def kv_to_seq(
         return to_seq(dkv.astype(dtype), axis_name)
     parts = to_seq(dkv, axis_name)
     total = jnp.zeros_like(
-        parts, shape=(*parts.shape[:3], heads.num_kv_heads, parts.shape[4])
+        parts, shape=(*parts.shape[:2], heads.num_kv_heads, parts.shape[3])
     )
-    return total.at[:, :, :, heads.sent.reshape(-1)].add(parts).astype(dtype)
+    return total.at[:, :, heads.sent.reshape(-1)].add(parts).astype(dtype)
 
 
 def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chunk:

@@ -5,7 +5,7 @@ ulysses degree:
 
     q [B, T/(R·U), N, H], k, v [B, S/(R·U), K, H]
       | to_heads      all-to-all over `ulysses`
-    q [B, T/R, N/U, H], kv [2, B, S/R, m, H]
+    q [B, T/R, N/U, H], kv [B, S/R, m, 2H], side by side
       | Schedule      R chunks, R - 1 rotations of kv over `ring`
     out [B, T/R, N/U, H], lse [B, T/R, N/U]
       | to_seq        all-to-all over `ulysses`
@@ -18,6 +18,7 @@ device's shards; `Shards` runs it on all of them.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from usp_jax import kernels
+from usp_jax.dropout import Dropout
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, MaskRule
-from usp_jax.ring import Ring
+from usp_jax.ring import Ring, apart, side_by_side
 from usp_jax.schedules import Schedule
-from usp_jax.shards import HEADS, KV_HEADS, SEQ, SINKS, TOKENS, Shards
+from usp_jax.shards import BY_HEAD, BY_ROW, HEADS, SEQ, TOKENS, WHOLE, Shards
 from usp_jax.tokens import gather_tokens
 from usp_jax.ulysses import (
     Heads,
@@ -57,31 +59,65 @@ class Call:
     heads: Heads
     logits: Logits
     rule: MaskRule
-    layout: str
+    layouts: tuple[str, str]
+    dropout_rate: float
     schedule: Schedule
     implementation: str
     return_residual: bool
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What an attention call is told beside its arrays; each may be None.
+
+    Attributes:
+      positions, segment_ids: (x,) or (query's, key's), int32 [B, T], [B, S].
+      prefix: int32 [B], the length of the prefix of each row.
+      rows, heads: int32 [B] and [N], their numbers in the whole call.
+      slopes: floating [N], ALiBi's.
+      seed: uint32 [], dropout's.
+    """
+
+    positions: Any = None
+    segment_ids: Any = None
+    prefix: Any = None
+    rows: Any = None
+    heads: Any = None
+    slopes: Any = None
+    seed: Any = None
+
+
+# What each of the facts is split over.
+FACTS = Facts(
+    positions=TOKENS,
+    segment_ids=TOKENS,
+    prefix=BY_ROW,
+    rows=BY_ROW,
+    heads=BY_HEAD,
+    slopes=BY_HEAD,
+    seed=WHOLE,
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def usp(call: Call, q, k, v, sinks, positions, segment_ids):
+def usp(call: Call, q, k, v, sinks, facts: Facts):
     """Attention; (out, lse or None), in the order of the inputs.
 
     Args:
-      q, k, v: [B, T, N, H], [B, S, K, H], [B, S, K, H].
+      q, k, v: [B, T, N, H], [B, S, K, H], [B, S, K, V].
       sinks: [N], a logit for each head that takes weight and gives nothing, or None.
-      positions, segment_ids: None, (x,) or (query's, key's), int32 [B, T], [B, S].
     """
-    return _usp_fwd(call, q, k, v, sinks, positions, segment_ids)[0]
+    return _usp_fwd(call, q, k, v, sinks, facts)[0]
 
 
-def _usp_fwd(call, q, k, v, sinks, positions, segment_ids):
-    run, tokens = call.shards.run, (positions, segment_ids)
-    q, kv = run(partial(_to_heads, call), (SEQ, SEQ, SEQ), (HEADS, KV_HEADS))(q, k, v)
+def _usp_fwd(call, q, k, v, sinks, facts):
+    run = call.shards.run
+    q, kv = run(partial(_to_heads, call), (SEQ, SEQ, SEQ), (HEADS, HEADS))(q, k, v)
     q, kv = checkpoint_name(q, "usp_q"), checkpoint_name(kv, "usp_kv")
-    specs = (HEADS, KV_HEADS, SINKS, TOKENS)
+    specs = (HEADS, HEADS, BY_HEAD, FACTS)
     attend = run(partial(_attend, call), specs, (HEADS, HEADS))
-    out, lse = attend(q, kv, sinks, tokens)
+    out, lse = attend(q, kv, sinks, facts)
     out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
     result = run(partial(_to_seq, call), (HEADS,), SEQ)(out)
     if call.heads.ulysses_size > 1:
@@ -89,18 +125,18 @@ def _usp_fwd(call, q, k, v, sinks, positions, segment_ids):
     residual = None
     if call.return_residual:
         residual = run(partial(_to_seq, call), (HEADS,), SEQ)(lse[..., None])[..., 0]
-    return (result, residual), (q, kv, out, lse, sinks, tokens)
+    return (result, residual), (q, kv, out, lse, sinks, facts)
 
 
 def _usp_bwd(call, saved, cotangents):
     backward = call.shards.run(
         partial(_backward, call),
-        (HEADS, KV_HEADS, HEADS, HEADS, SINKS, TOKENS, SEQ, SEQ),
-        (SEQ, SEQ, SEQ, SINKS),
+        (HEADS, HEADS, HEADS, HEADS, BY_HEAD, FACTS, SEQ, SEQ),
+        (SEQ, SEQ, SEQ, BY_HEAD),
     )
     # A caller of jax.vjp may give cotangents of any sharding.
     cotangents = call.shards.place(cotangents, SEQ)
-    return *backward(*saved, *cotangents), None, None
+    return *backward(*saved, *cotangents), None
 
 
 usp.defvjp(_usp_fwd, _usp_bwd)
@@ -109,12 +145,13 @@ usp.defvjp(_usp_fwd, _usp_bwd)
 def _to_heads(call, q, k, v):
     axis = call.shards.ulysses
     q = to_heads(pad_heads(q, call.heads), axis)
-    return q, kv_to_heads(jnp.stack([k, v]), call.heads, axis)
+    return q, kv_to_heads(side_by_side(k, v), call.heads, axis)
 
 
-def _attend(call, q, kv, sinks, tokens):
-    ring = _ring(call, q, kv, tokens)
-    out, lse = call.schedule.forward(ring, q, kv, _before(call, q, sinks))
+def _attend(call, q, kv, sinks, facts):
+    ring = _ring(call, q, kv, facts)
+    before = _before(call, q, kv.shape[-1] - q.shape[-1], sinks)
+    out, lse = call.schedule.forward(ring, q, kv, before)
     if sinks is not None:
         ids = ring.q_tokens.shard(ring.index).segment_ids
         if ids is not None:
@@ -126,7 +163,7 @@ def _to_seq(call, x):
     return to_seq(x, call.shards.ulysses)[:, :, : call.heads.num_heads]
 
 
-def _backward(call, q, kv, out, lse, sinks, tokens, dresult, dresidual):
+def _backward(call, q, kv, out, lse, sinks, facts, dresult, dresidual):
     axis = call.shards.ulysses
     dout = to_heads(pad_heads(dresult, call.heads), axis)
     delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
@@ -134,65 +171,85 @@ def _backward(call, q, kv, out, lse, sinks, tokens, dresult, dresidual):
         # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
         dlse = to_heads(pad_heads(dresidual[..., None], call.heads), axis)[..., 0]
         delta -= dlse
-    ring = _ring(call, q, kv, tokens)
+    ring = _ring(call, q, kv, facts)
     dq, dkv = call.schedule.backward(ring, q, kv, dout, lse, delta)
     dq = _to_seq(call, dq.astype(q.dtype))
-    dk, dv = kv_to_seq(dkv, call.heads, axis, kv.dtype)
+    dk, dv = apart(kv_to_seq(dkv, call.heads, axis, kv.dtype), q.shape[-1])
     dsinks = None if sinks is None else _dsinks(call, sinks, lse, delta)
     return dq, dk, dv, dsinks
 
 
-def _ring(call, q, kv, tokens):
+def _ring(call, q, kv, facts):
     """The ring as this device sees it; gathers what masks ask of all its shards."""
-    shards, (positions, segment_ids) = call.shards, tokens
+    shards = call.shards
+    sides = facts.positions, facts.segment_ids
 
     def gather(side, length):
+        positions, segment_ids = (None if x is None else x[side] for x in sides)
         return gather_tokens(
-            None if positions is None else positions[side],
-            None if segment_ids is None else segment_ids[side],
-            layout=call.layout,
+            positions,
+            segment_ids,
+            layout=call.layouts[side],
             ring_axis=shards.ring,
             ulysses_axis=shards.ulysses,
             length=length,
         )
 
-    kv_tokens = q_tokens = gather(-1, kv.shape[2])
-    pairs = [x for x in tokens if x is not None and len(x) > 1]
-    if pairs or q.shape[1] != kv.shape[2]:
+    kv_tokens = q_tokens = gather(-1, kv.shape[1])
+    if two_sided(call.layouts, *sides) or q.shape[1] != kv.shape[1]:
         q_tokens = gather(0, q.shape[1])
+    q_tokens = dataclasses.replace(q_tokens, prefix=facts.prefix)
     chunk = kernels.chunk(call.implementation, kernels.target_of(shards.mesh))
     return Ring(
         axis_name=shards.ring,
         index=shards.index(shards.ring),
         chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
         rule=call.rule,
-        logits=call.logits,
+        logits=_logits(call, facts),
         q_tokens=q_tokens,
         kv_tokens=kv_tokens,
     )
 
 
-def _local_sinks(call, sinks, dtype):
-    """This device's heads' sinks: [N] -> [n]"""
+def two_sided(layouts, *sides) -> bool:
+    """Whether anything is told of queries and of keys apart."""
+    pairs = [x for x in sides if x is not None and len(x) > 1]
+    return bool(pairs) or layouts[0] != layouts[1]
+
+
+def _logits(call, facts):
+    """The rule of the logits of this device's rows and heads."""
+    slopes = dropout = None
+    if facts.slopes is not None:
+        slopes = _own_heads(call, facts.slopes)
+    if facts.seed is not None:
+        heads = _own_heads(call, facts.heads)
+        dropout = Dropout(call.dropout_rate, facts.seed, facts.rows, heads)
+    return dataclasses.replace(call.logits, slopes=slopes, dropout=dropout)
+
+
+def _own_heads(call, x):
+    """What belongs to this device's heads: [N] -> [n]"""
     heads = call.heads
     local = heads.padded // heads.ulysses_size
-    sinks = jnp.pad(sinks.astype(dtype), (0, heads.padded - heads.num_heads))
+    x = jnp.pad(x, (0, heads.padded - heads.num_heads))
     start = call.shards.index(call.shards.ulysses) * local
-    return lax.dynamic_slice_in_dim(sinks, start, local)
+    return lax.dynamic_slice_in_dim(x, start, local)
 
 
-def _before(call, q, sinks):
+def _before(call, q, value_size, sinks):
     """The carry before the ring: a sink is a key that was seen, whose value is 0."""
     if sinks is None:
         return None
-    out = jnp.zeros_like(q, jnp.promote_types(q.dtype, jnp.float32))
-    sinks = _local_sinks(call, sinks, out.dtype)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    out = jnp.zeros_like(q, dtype, shape=(*q.shape[:3], value_size))
+    sinks = _own_heads(call, sinks.astype(dtype))
     return out, jnp.zeros_like(out[..., 0]) + sinks[None, None]
 
 
 def _dsinks(call, sinks, lse, delta):
     """The sinks' gradient: [N]"""
-    local = _local_sinks(call, sinks, lse.dtype)
+    local = _own_heads(call, sinks.astype(lse.dtype))
     weight = jnp.exp(local[None, None] - lse)
     weight = jnp.where(lse == -jnp.inf, 0, weight)
     dlocal = -jnp.sum(weight * delta, axis=(0, 1))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.layout import shard_runs
 from usp_jax.masking import MaskRule
-from usp_jax.ring import Ring, together
+from usp_jax.ring import Ring, apart, side_by_side, together
 
 # Every visit is a chunk of its own in the compiled program; more compile for minutes.
 MAX_VISITS = 16
@@ -41,7 +41,7 @@ class Visit:
 def static_visits(ring: Ring) -> tuple[Visit, ...] | None:
     """The hops of a ring some of whose visits see nothing; None for a whole turn."""
     q, kv = ring.q_tokens, ring.kv_tokens
-    if q.positions is not None or kv.positions is not None:
+    if any(x is not None for x in (q.positions, kv.positions, q.prefix)):
         return None
     visits = _visits(q.layout, kv.layout, ring.rule, ring.devices, q.length, kv.length)
     if visits is None:
@@ -95,14 +95,14 @@ def visits_forward(
     ring: Ring,
     visits: tuple[Visit, ...],
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
+    kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
     """`ring_forward` over the visits that see anything."""
     # k, v pass every barrier, so that no hop is made before its step.
     attend = functools.partial(ring.attend, 0, q, kv)
     for visit in visits:
-        arrived = ring.send(kv[:, :, visit.rows], visit.pairs)
+        arrived = ring.send(kv[:, visit.rows], visit.pairs)
         kv, arrived, carry = together(kv, arrived, attend(carry))
         attend = functools.partial(ring.chunk_forward, _mask(ring, visit), q, arrived)
     return attend(carry)
@@ -112,11 +112,11 @@ def visits_backward(
     ring: Ring,
     visits: tuple[Visit, ...],
     q: Float[Array, "B T n H"],
-    kv: Float[Array, "2 B S m H"],
-    dout: Float[Array, "B T n H"],
+    kv: Float[Array, "B S m D"],
+    dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "2 B S m H"]]:
+) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
     """`ring_backward` over them; each part of dk, dv goes straight home, one hop late.
 
     Half of the queries meet their own shard beside the first hop, half beside the last.
@@ -129,7 +129,8 @@ def visits_backward(
     def send(kv, visit):
         # As v, k: a compiler that took this send for the forward's would make it once
         # for both, and keep all that arrived until now.
-        return ring.send(kv[::-1, :, visit.rows], visit.pairs)
+        k, v = apart(kv[:, visit.rows], q.shape[-1])
+        return ring.send(side_by_side(v, k), visit.pairs)
 
     arriving = send(kv, visits[0])
     kv, arriving, dq_own, home = together(
@@ -142,8 +143,9 @@ def visits_backward(
             arriving = send(kv, visits[n + 1])
         if part is not None:
             home = _brought_home(ring, visit, part, home)
+        v, k = apart(arrived, arrived.shape[-1] - q.shape[-1])
         dq_part, part = ring.chunk_backward(
-            _mask(ring, this), q, arrived[::-1], dout, lse, delta
+            _mask(ring, this), q, side_by_side(k, v), dout, lse, delta
         )
         visit = this
         kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
@@ -157,7 +159,7 @@ def visits_backward(
 def _brought_home(ring, visit, part, home):
     """dk, dv of the tokens that a visit sent, added where they came from."""
     back = [(i, j) for j, i in visit.pairs]
-    return home.at[:, :, visit.rows].add(ring.send(part, back))
+    return home.at[:, visit.rows].add(ring.send(part, back))
 
 
 def _mask(ring, visit):

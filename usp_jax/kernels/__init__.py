@@ -7,7 +7,7 @@ promote_types(q.dtype, float32):
     chunk_forward(q, k, v, mask, carry, logits) -> carry
     chunk_backward(q, k, v, dout, lse, delta, mask, logits) -> dq, dk, dv
 
-`carry` is (out [B, T, N, H], lse [B, T, N]) of the keys seen so far, or None before the
+`carry` is (out [B, T, N, V], lse [B, T, N]) of the keys seen so far, or None before the
 first. The backward takes the *global* lse and delta = sum(out · dout, -1), so that the
 parts of all chunks add up (FlashAttention-2, arXiv 2307.08691, Algorithm 2). A row that
 has seen nothing has lse = -inf and out = 0, and its gradient is 0.
@@ -32,7 +32,7 @@ from usp_jax.masking import Mask
 
 _PLAIN = {"reference": reference, "xla": xla}
 
-Carry = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+Carry = tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class ChunkForward(Protocol):
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
+        v: Float[Array, "B S K V"],
         mask: Mask,
         carry: Carry | None,
         logits: Logits,
@@ -58,14 +58,14 @@ class ChunkBackward(Protocol):
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
-        dout: Float[Array, "B T N H"],
+        v: Float[Array, "B S K V"],
+        dout: Float[Array, "B T N V"],
         lse: Float[Array, "B T N"],
         delta: Float[Array, "B T N"],
         mask: Mask,
         logits: Logits,
     ) -> tuple[
-        Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]
+        Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]
     ]: ...
 
 

@@ -68,6 +68,7 @@ class Kernel:
         not those of later ones.
       max_head_size: the largest head; None is no bound.
       dtypes: of the inputs that it takes.
+      bias_and_dropout: whether it has ALiBi and the dropout of weights.
       automatic: whether implementation=None may take it.
     """
 
@@ -77,9 +78,12 @@ class Kernel:
     same_major: bool = False
     max_head_size: int | None = None
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    bias_and_dropout: bool = False
     automatic: bool = False
 
-    def refusal(self, target: Target, dtype, head_size: int) -> str | None:
+    def refusal(
+        self, target: Target, dtype, head_size: int, needs: str | None = None
+    ) -> str | None:
         """Why it cannot run a call; None when it can."""
         if self.platform not in (None, target.platform):
             return f"runs on a {self.platform}, the call is for a {target}"
@@ -97,6 +101,8 @@ class Kernel:
             return f"has no {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
             return f"has heads up to {self.max_head_size}, not {head_size=}"
+        if needs is not None and not self.bias_and_dropout:
+            return f"cannot honour {needs}="
         return None
 
 
@@ -118,8 +124,8 @@ KERNELS = (
         max_head_size=256,
         dtypes=_16_BITS,
     ),
-    Kernel("xla", dtypes=_ALL_DTYPES, automatic=True),
-    Kernel("reference", dtypes=_ALL_DTYPES),
+    Kernel("xla", dtypes=_ALL_DTYPES, bias_and_dropout=True, automatic=True),
+    Kernel("reference", dtypes=_ALL_DTYPES, bias_and_dropout=True),
     Kernel("triton_interpret", max_head_size=256),
     Kernel("mosaic_tpu_interpret"),
     Kernel("mosaic_gpu_interpret", max_head_size=256, dtypes=_16_BITS),
@@ -128,16 +134,27 @@ KERNELS = (
 IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)
 
 
-def choose(implementation: str | None, *, target: Target, dtype, head_size: int) -> str:
+def choose(
+    implementation: str | None,
+    *,
+    target: Target,
+    dtype,
+    head_size: int,
+    needs: str | None = None,
+) -> str:
     """The implementation to use: the one asked for, or the target's best.
 
     What None took is logged at debug level.
 
+    Args:
+      head_size: the larger one of keys and values.
+      needs: the name of an argument that asks for a bias or dropout.
+
     Raises:
       ValueError: `implementation` is not the name of one, or it cannot run on the
-        target, with the dtype or with heads of that size.
+        target, with the dtype, with heads of that size or what the call needs.
     """
-    call = target, jnp.dtype(dtype), head_size
+    call = target, jnp.dtype(dtype), head_size, needs
     able = [kernel for kernel in KERNELS if kernel.refusal(*call) is None]
     if implementation is None:
         name = next(kernel.name for kernel in able if kernel.automatic)

@@ -1,26 +1,48 @@
 """How a product q·k becomes a logit, and its derivative."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from usp_jax.dropout import Dropout
+from usp_jax.masking import Tokens
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """logit = soft_cap · tanh(scale · q·k / soft_cap), or scale · q·k without a cap."""
+    """logit = soft_cap · tanh(scale · q·k / soft_cap), or scale · q·k without a cap.
 
-    scale: float
-    soft_cap: float | None = None
+    Attributes:
+      slopes: floating [n]; ALiBi (arXiv 2108.12409) takes slope · distance off each
+        head's logits, after the cap. Constants: nothing flows back to them.
+      dropout: of the weights that the logits give.
+    """
+
+    scale: float = dataclasses.field(metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    slopes: Any = None
+    dropout: Dropout | None = None
 
     def of(self, products):
-        """Logits from the products q·k."""
+        """Logits from the products q·k, before ALiBi."""
         logits = products * self.scale
         if self.soft_cap is None:
             return logits
         return self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
     def pull_back(self, dlogits, logits):
-        """The products' cotangent from the logits' and the logits."""
+        """The products' cotangent from the logits' and what `of` gave."""
         if self.soft_cap is not None:
             dlogits = dlogits * (1 - (logits / self.soft_cap) ** 2)
         return dlogits * self.scale
+
+    def bias(self, q: Tokens, kv: Tokens, dtype) -> Float[Array, "*B n T S"]:
+        """What ALiBi adds for tokens [*B, T] and [*B, S]."""
+        apart = q.positions[..., None, :, None] - kv.positions[..., None, None, :]
+        slopes = self.slopes.astype(dtype)[:, None, None]
+        slopes, apart = jnp.broadcast_arrays(slopes, jnp.abs(apart).astype(dtype))
+        return -slopes * apart

@@ -9,12 +9,14 @@ from usp_jax.merge import finite, merge, normalize
 
 def chunk_forward(q, k, v, mask, carry, logits):
     """Attention of q over k, v, merged into `carry`."""
-    s = _scores(q, k, mask, logits)
+    s = _biased(_scores(q, k, mask, logits), mask, logits)
     m = finite(s.max(-1, initial=-jnp.inf))
     p = jnp.exp(s - m[..., None])
+    row_sum = p.sum(-1)
+    p = _dropped(p, mask, logits)
     out = _einsum("BKGTS,BSKH->BTKGH", p, v.astype(p.dtype))
     out = out.reshape(*q.shape[:3], v.shape[-1])
-    out, lse = normalize(out, _to_rows(m), _to_rows(p.sum(-1)))
+    out, lse = normalize(out, _to_rows(m), _to_rows(row_sum))
     return (out, lse) if carry is None else merge(*carry, out, lse)
 
 
@@ -22,11 +24,12 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
     """dq, dk, dv of one chunk from the global lse and delta."""
     s = _scores(q, k, mask, logits)
     lse, delta = (_from_rows(x, k.shape[2])[..., None] for x in (lse, delta))
-    p = jnp.where(s == -jnp.inf, 0, jnp.exp(s - finite(lse)))
+    p = jnp.exp(_biased(s, mask, logits) - finite(lse))
+    p = jnp.where(s == -jnp.inf, 0, p)
     q5, do5 = (_grouped(x, k.shape[2]).astype(s.dtype) for x in (q, dout))
     k, v = k.astype(s.dtype), v.astype(s.dtype)
-    dv = _einsum("BKGTS,BTKGH->BSKH", p, do5)
-    dp = _einsum("BTKGH,BSKH->BKGTS", do5, v)
+    dv = _einsum("BKGTS,BTKGH->BSKH", _dropped(p, mask, logits), do5)
+    dp = _dropped(_einsum("BTKGH,BSKH->BKGTS", do5, v), mask, logits)
     ds = logits.pull_back(p * (dp - delta), jnp.where(s == -jnp.inf, 0, s))
     dq = _einsum("BKGTS,BSKH->BTKGH", ds, k).reshape(q.shape)
     return dq, _einsum("BKGTS,BTKGH->BSKH", ds, q5), dv
@@ -38,6 +41,23 @@ def _scores(q, k, mask, logits):
     q, k = _grouped(q, k.shape[2]).astype(dtype), k.astype(dtype)
     s = logits.of(_einsum("BTKGH,BSKH->BKGTS", q, k))
     return jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
+
+
+def _biased(s, mask, logits):
+    """The logits with ALiBi's bias."""
+    if logits.slopes is None:
+        return s
+    bias = logits.bias(mask.q, mask.kv, s.dtype)
+    return s + bias.reshape(bias.shape[0], *s.shape[1:])
+
+
+def _dropped(weights, mask, logits):
+    """The weights, or their cotangents, that dropout keeps."""
+    if logits.dropout is None:
+        return weights
+    rows = logits.dropout.rows
+    factors = logits.dropout.factors(rows, mask.q, mask.kv, weights.dtype)
+    return weights * factors.reshape(weights.shape)
 
 
 def _einsum(spec, *xs):

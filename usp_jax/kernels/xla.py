@@ -12,6 +12,7 @@ product and their dk, dv sum by itself, and keys [B, nk, K, bk, H].
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +47,27 @@ def chunk_forward(q, k, v, mask, carry, logits):
         acc, m = blocks.q(carry[0]), blocks.rows(carry[1], -jnp.inf)
         l = jnp.where(m == -jnp.inf, 0, 1).astype(dtype)
 
-    def attend(q, state, kv_index, tokens):
+    def by_row(x):
+        """[n, bq, bk] as the scores are held: [K, G·bq, bk]"""
+        return x.reshape(blocks.heads, -1, x.shape[-1])
+
+    def attend(q, state, kv_index, tokens, is_masked):
         m, l, acc = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
         s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
-        if tokens is not None:
+        if logits.slopes is not None:
+            s += by_row(logits.bias(tokens.q, tokens.kv, dtype))
+        if is_masked:
             s = _masked(s, visible(tokens), -jnp.inf)
         m_next = jnp.maximum(m, s.max(-1))
         safe = finite(m_next)
         p = jnp.exp(s - safe[..., None])
         decay = jnp.exp(m - safe)
+        l = l * decay + p.sum(-1)
+        if logits.dropout is not None:
+            p *= by_row(_factors(logits.dropout, kv_index[0], tokens, dtype))
         pv = _einsum("KTS,KSH->KTH", p.astype(v.dtype), v, dtype)
-        return m_next, l * decay + p.sum(-1), acc * decay[..., None] + pv
+        return m_next, l, acc * decay[..., None] + pv
 
     def body(_, x):
         q, *state, index = x
@@ -84,15 +94,27 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
 
     # Scores are held as [K, bk, G·bq] and dq as [K, H, G·bq]: no product then has a
     # large transposed operand, which a CPU multiplies at half the speed.
-    def attend(x, state, kv_index, tokens):
+    def by_key(x):
+        """[n, bq, bk] as the scores are held: [K, bk, G·bq]"""
+        x = x.reshape(blocks.heads, -1, *x.shape[1:]).transpose(0, 3, 1, 2)
+        return x.reshape(*x.shape[:2], -1)
+
+    def attend(x, state, kv_index, tokens, is_masked):
         q, do, lse, delta = x
         dq, dk, dv = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
         s = logits.of(_einsum("KSH,KTH->KST", k, q, dtype))
-        p = jnp.exp(s - lse[:, None])
+        biased = s
+        if logits.slopes is not None:
+            biased += by_key(logits.bias(tokens.q, tokens.kv, dtype))
+        p = jnp.exp(biased - lse[:, None])
         dp = _einsum("KSH,KTH->KST", v, do, dtype)
-        ds = logits.pull_back(p * (dp - delta[:, None]), s)
-        if tokens is not None:
+        factors = 1
+        if logits.dropout is not None:
+            factors = by_key(_factors(logits.dropout, kv_index[0], tokens, dtype))
+        ds = logits.pull_back(p * (dp * factors - delta[:, None]), s)
+        p *= factors
+        if is_masked:
             seen = visible(tokens).T
             p, ds = _masked(p, seen, 0), _masked(ds, seen, 0)
         p, ds = p.astype(do.dtype), ds.astype(q.dtype)
@@ -110,6 +132,11 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
     dkv = tuple(jnp.zeros_like(x, dtype) for x in (k_blocks, v_blocks))
     (dk, dv), dq = lax.scan(body, dkv, (*xs, blocks.indices))
     return blocks.from_q(dq), blocks.from_kv(dk), blocks.from_kv(dv)
+
+
+def _factors(dropout, row, tokens, dtype):
+    """[n, bq, bk] of one block."""
+    return dropout.factors(dropout.rows[row], tokens.q, tokens.kv, dtype)
 
 
 def _masked(x, seen, fill):
@@ -164,23 +191,28 @@ class _Blocks:
         return lax.iota(jnp.int32, self.batch * -(-self.q_length // self.block_q))
 
     def walk(self, index, attend, state):
-        """Folds `attend(state, (row, block), tokens)` over what block `index` sees."""
+        """Folds `attend` over the blocks of keys that the block `index` sees.
+
+        attend(state, (row, block), the block's mask, whether it hides anything)
+        """
         num_q = -(-self.q_length // self.block_q)
         num_kv = -(-self.kv_length // self.block_kv)
         row, i = index // num_q, index % num_q
         state = vary_like(state, (state, self.mask))
+
+        def visit(j, state, is_masked):
+            return attend(state, (row, j), self._tokens(row, i, j), is_masked)
+
         if self.mask.sees_all:
-            return lax.fori_loop(
-                0, num_kv, lambda j, state: attend(state, (row, j), None), state
-            )
+            return lax.fori_loop(0, num_kv, partial(visit, is_masked=False), state)
         mask_row = row if self.kinds.shape[0] > 1 else 0
 
         def step(n, state):
             j = self.order[mask_row, i, n]
             return lax.cond(
                 self.kinds[mask_row, i, j] == FULL,
-                lambda state: attend(state, (row, j), None),
-                lambda state: attend(state, (row, j), self._tokens(row, i, j)),
+                partial(visit, j, is_masked=False),
+                partial(visit, j, is_masked=True),
                 state,
             )
 
