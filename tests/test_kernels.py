@@ -30,6 +30,7 @@ class Case:
     """One call of a chunk, or of `chunks` in a row that cut the keys.
 
     Attributes:
+      value_size: the head size of the values, where it is another.
       order: how query and key positions are laid: "natural", "reversed", or "apart",
         every key after every query.
     """
@@ -39,6 +40,7 @@ class Case:
     batch: int = 1
     heads: tuple[int, int] = (2, 2)
     head_size: int = 16
+    value_size: int | None = None
     is_causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
     soft_cap: float | None = None
@@ -67,6 +69,8 @@ CASES = {
     "soft-cap": Case(soft_cap=1.5),
     "soft-cap-causal-gqa": Case(700, 700, heads=(4, 2), soft_cap=3.0, is_causal=True),
     "nothing-visible": Case(64, 64, is_causal=True, order="apart"),
+    "values-smaller": Case(60, 60, head_size=24, value_size=16, is_causal=True),
+    "values-larger": Case(60, 60, head_size=16, value_size=24, heads=(4, 2)),
     "carry": Case(90, 90, chunks=3, is_causal=True),
     "carry-packed": Case(700, 1400, batch=2, chunks=2, window=(900, 5), heads=(4, 2)),
     "carry-of-dead-rows": Case(96, 96, chunks=2, window=(8, 0)),
@@ -80,8 +84,10 @@ def inputs(case, dtype):
     """Arrays in `dtype`, and the mask's tokens."""
     n, k = case.heads
     q = (case.batch, case.q_length, n, case.head_size)
-    kv = (case.batch, case.kv_length, k, case.head_size)
-    arrays = normal(3, q, kv, kv, q, q[:3], dtype=dtype)
+    key = (case.batch, case.kv_length, k, case.head_size)
+    value = (*key[:3], case.value_size or case.head_size)
+    out = (*q[:3], value[3])
+    arrays = normal(3, q, key, value, out, q[:3], dtype=dtype)
     q_order, kv_order = (
         np.arange(length, dtype=np.int32) for length in (case.q_length, case.kv_length)
     )

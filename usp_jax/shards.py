@@ -168,7 +168,11 @@ class Shards:
 
     def bound_index(self, names: tuple[str | None, ...]):
         """This device's place on those of some axes that the caller's region binds."""
-        bound = tuple(name for name in names if name is not None and _is_bound(name))
+        bound = tuple(
+            name
+            for name in names
+            if name is not None and _is_bound(name) and lax.axis_size(name) > 1
+        )
         return lax.axis_index(bound) if bound else 0
 
     def total(self, x):
