@@ -85,7 +85,15 @@ CASES = {
 
 
 def check(
-    degrees, explicit, layouts, options, oracle_options, *, segments, value_size=H
+    degrees,
+    explicit,
+    layouts,
+    options,
+    oracle_options,
+    *,
+    segments,
+    value_size=H,
+    heads=(N, K),
 ):
     """The op's results and gradients in float64 against the oracle's."""
     ring, ulysses, *data_tensor = degrees
@@ -95,9 +103,10 @@ def check(
             ring=ring, ulysses=ulysses, data=data, tensor=tensor, explicit=explicit
         )
         orders = [Order(layout, mesh, B, T) for layout in layouts]
-        q, kv, out = (B, T, N, H), (B, T, K, H), (B, T, N, value_size)
+        n, k = heads
+        q, kv, out = (B, T, n, H), (B, T, k, H), (B, T, n, value_size)
         *arrays, dout, dlse = normal(
-            0, q, kv, (B, T, K, value_size), (N,), out, out[:3], dtype=jnp.float64
+            0, q, kv, (B, T, k, value_size), (n,), out, out[:3], dtype=jnp.float64
         )
         ids = jnp.asarray(packed(B, T)) if segments else None
         oracle = expected(arrays, (dout, dlse), segment_ids=ids, **oracle_options)

@@ -190,6 +190,12 @@ def check_bool(name: str, value) -> None:
         raise ValueError(f"{name}={value!r} must be True or False")
 
 
+def check_positive_int(name: str, value) -> None:
+    """Checks that a number of things is an int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive int")
+
+
 def _check_is_array(name, x, letters):
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise ValueError(f"{name} must be an array {letters}, not {type(x).__name__}")

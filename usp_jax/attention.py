@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments, kernels
 from usp_jax._compat import vary_like
+from usp_jax.head_chunks import usp_in_chunks
 from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_length, length_multiple
 from usp_jax.masking import MaskRule, Tokens, pad_tokens
@@ -47,6 +48,7 @@ def usp_attention(
     return_residual: bool = False,
     ring_schedule: str = "unidirectional",
     ring_inner: int | None = None,
+    ulysses_chunks: int = 1,
 ) -> Result:
     """Attention whose sequence is split over the `ring` and `ulysses` axes of a mesh.
 
@@ -92,6 +94,9 @@ def usp_attention(
         an outer ring, for links of two speeds. "all_gather": all k, v at once, memory
         for them all. "pass_q": queries go round and k, v stay, for few queries.
       ring_inner: the size of the inner rings of "double", which divides the ring.
+      ulysses_chunks: how many times a device attends, each time with that part of its
+        heads, while those of the next one are on their way; what attention needs
+        memory for becomes less. Must divide its query heads, N / (tensor · ulysses).
 
     Returns:
       out [B, T, N, V] in the query's dtype; with `return_residual` (out, lse), lse
@@ -123,6 +128,7 @@ def usp_attention(
         schedule=schedule(ring_schedule, ring_inner, axis_size(mesh, axes.ring)),
         implementation=implementation,
         return_residual=return_residual,
+        ulysses_chunks=ulysses_chunks,
     )
     shards = Shards() if mesh is None else Shards.of_mesh(mesh, axes)
     facts = options.facts(
@@ -165,6 +171,7 @@ def usp_attention_per_shard(
     return_residual: bool = False,
     ring_schedule: str = "unidirectional",
     ring_inner: int | None = None,
+    ulysses_chunks: int = 1,
 ) -> Result:
     """`usp_attention` for code that is already inside a `jax.shard_map`.
 
@@ -196,6 +203,7 @@ def usp_attention_per_shard(
         schedule=schedule(ring_schedule, ring_inner, ring_size),
         implementation=implementation,
         return_residual=return_residual,
+        ulysses_chunks=ulysses_chunks,
     )
     facts = options.facts(
         query,
@@ -273,6 +281,7 @@ class _Options:
     schedule: Schedule
     implementation: str
     return_residual: bool
+    ulysses_chunks: int
 
     @classmethod
     def of(
@@ -292,10 +301,12 @@ class _Options:
         schedule,
         implementation,
         return_residual,
+        ulysses_chunks,
     ):
         arguments.check_arrays(query, key, value)
         arguments.check_bool("return_residual", return_residual)
         arguments.check_dropout_rate(dropout_rate)
+        arguments.check_positive_int("ulysses_chunks", ulysses_chunks)
         needs = {"alibi_slopes": has_bias, "dropout_rate": dropout_rate > 0}
         return cls(
             arguments.logits(scale, logits_soft_cap, query.shape[3]),
@@ -311,6 +322,7 @@ class _Options:
                 needs=next((name for name, asked in needs.items() if asked), None),
             ),
             return_residual,
+            ulysses_chunks,
         )
 
     def facts(
@@ -357,10 +369,20 @@ class _Options:
             seed=seed,
         )
 
-    def call(self, shards, heads) -> Call:
-        """The static side of the call on these shards."""
+    def attend(self, shards, heads, *arrays):
+        """The call on these shards: (out, lse or None)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Call(shards=shards, heads=heads, **fields)
+        chunks = fields.pop("ulysses_chunks")
+        call = Call(shards=shards, heads=heads, **fields)
+        if chunks == 1:
+            return usp(call, *arrays)
+        own = heads.padded // heads.ulysses_size
+        if own % chunks:
+            raise ValueError(
+                f"ulysses_chunks={chunks} must divide the query heads of a device, "
+                f"{own}"
+            )
+        return usp_in_chunks(call, chunks, *arrays)
 
 
 @partial(jax.jit, static_argnames=("options", "shards"))
@@ -377,13 +399,12 @@ def _on_mesh(options, shards, query, key, value, sinks, facts):
         )
     tensor = axis_size(mesh, axes.tensor)
     heads = Heads(query.shape[2] // tensor, key.shape[2] // tensor, ulysses_size)
-    call = options.call(shards, heads)
     arrays = (query, key, value, sinks, facts)
     dims = (SEQ, SEQ, SEQ, BY_HEAD, FACTS)
     # In a region that is manual over other axes the results vary over every axis that
     # an input varies over.
     arrays = vary_like(arrays, arrays)
-    out, lse = usp(call, *map(shards.place, arrays, dims))
+    out, lse = options.attend(shards, heads, *map(shards.place, arrays, dims))
     if padding[0]:
         out, lse = jax.tree.map(lambda x: _cut(x, length, mesh), (out, lse))
     out, lse = jax.tree.map(lambda x: shards.spelled_like(x, given), (out, lse))
@@ -399,7 +420,7 @@ def _on_shards(options, shards, query, key, value, sinks, facts):
     # loops' states: mark the inputs once, here.
     arrays = vary_like(arrays, (arrays, shards.bound_indices()))
     heads = Heads(query.shape[2], key.shape[2], shards.size(shards.ulysses))
-    out, lse = usp(options.call(shards, heads), *arrays)
+    out, lse = options.attend(shards, heads, *arrays)
     return (out, lse) if options.return_residual else out
 
 

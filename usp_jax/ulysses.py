@@ -20,11 +20,17 @@ from usp_jax.kernels import Chunk
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Which heads each device of the Ulysses axis works on."""
+    """Which heads each device of the Ulysses axis works on.
+
+    Attributes:
+      part, parts: of each device's query heads, which part of how many equal ones.
+    """
 
     num_heads: int
     num_kv_heads: int
     ulysses_size: int
+    part: int = 0
+    parts: int = 1
 
     @property
     def padded(self) -> int:
@@ -54,15 +60,38 @@ class Heads:
         """Whether some key/value head goes to more than one device."""
         return self.sent.size != self.num_kv_heads
 
+    @property
+    def local(self) -> slice:
+        """This part of a device's query heads."""
+        size = self.padded // self.ulysses_size // self.parts
+        return slice(self.part * size, (self.part + 1) * size)
+
+    @property
+    def kv_parts(self) -> int:
+        """How many parts the received key/value heads are cut into.
+
+        Each serves whole parts of the query heads, as many for each.
+        """
+        if self.replicated:
+            return 1
+        return math.gcd(self.parts, self.num_kv_heads // self.ulysses_size)
+
+    @property
+    def kv_local(self) -> slice:
+        """The part of a device's key/value heads that this part's queries see."""
+        size = self.sent.shape[1] // self.kv_parts
+        part = self.part * self.kv_parts // self.parts
+        return slice(part * size, (part + 1) * size)
+
     @functools.cached_property
     def groups(self) -> np.ndarray:
-        """Equal groups of each device's query heads: the received head of each group.
+        """Equal groups of this part's query heads: the received head of each group.
 
         [ulysses, n / g], g the largest size that no device's groups straddle.
         """
         local = np.stack(
             [
-                np.searchsorted(row, need)
+                np.searchsorted(row, need[self.local]) - self.kv_local.start
                 for row, need in zip(self.sent, self.needs, strict=True)
             ]
         )
@@ -99,6 +128,19 @@ def pad_heads(x: Float[Array, "B t N H"], heads: Heads) -> Float[Array, "B t M H
     return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x
 
 
+def of_devices(x: Float[Array, "B t M H"], own: slice, size: int) -> Array:
+    """The heads `own` of those of each of `size` devices: [B, t, size · n, H]"""
+    x = x.reshape(*x.shape[:2], size, -1, x.shape[3])[:, :, :, own]
+    return x.reshape(*x.shape[:2], -1, x.shape[4])
+
+
+def of_parts(parts: list[Float[Array, "B t n H"]], size: int) -> Array:
+    """The inverse of `of_devices` for parts of the heads: [B, t, M, H]"""
+    parts = [x.reshape(*x.shape[:2], size, -1, x.shape[3]) for x in parts]
+    joined = jnp.concatenate(parts, 3)
+    return joined.reshape(*joined.shape[:2], -1, joined.shape[4])
+
+
 def kv_to_heads(
     kv: Float[Array, "B s K D"], heads: Heads, axis_name: str | None
 ) -> Float[Array, "B S m D"]:
@@ -131,7 +173,7 @@ def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chun
     that several groups share are repeated for the kernel alone; nothing of it travels.
     """
     groups = heads.groups
-    m = heads.sent.shape[1]
+    m = heads.kv_local.stop - heads.kv_local.start
     if groups.shape[1] == m and (groups == np.arange(m)).all():
         return chunk
     table = jnp.asarray(groups)[index]

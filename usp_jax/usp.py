@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from usp_jax import kernels
@@ -116,8 +115,7 @@ def _usp_fwd(call, q, k, v, sinks, facts):
     q, kv = run(partial(_to_heads, call), (SEQ, SEQ, SEQ), (HEADS, HEADS))(q, k, v)
     q, kv = checkpoint_name(q, "usp_q"), checkpoint_name(kv, "usp_kv")
     specs = (HEADS, HEADS, BY_HEAD, FACTS)
-    attend = run(partial(_attend, call), specs, (HEADS, HEADS))
-    out, lse = attend(q, kv, sinks, facts)
+    out, lse = run(partial(attend, call), specs, (HEADS, HEADS))(q, kv, sinks, facts)
     out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
     result = run(partial(_to_seq, call), (HEADS,), SEQ)(out)
     if call.heads.ulysses_size > 1:
@@ -148,7 +146,8 @@ def _to_heads(call, q, k, v):
     return q, kv_to_heads(side_by_side(k, v), call.heads, axis)
 
 
-def _attend(call, q, kv, sinks, facts):
+def attend(call: Call, q, kv, sinks, facts: Facts):
+    """out and lse of this device's heads, from keys and values of the same heads."""
     ring = _ring(call, q, kv, facts)
     before = _before(call, q, kv.shape[-1] - q.shape[-1], sinks)
     out, lse = call.schedule.forward(ring, q, kv, before)
@@ -166,17 +165,25 @@ def _to_seq(call, x):
 def _backward(call, q, kv, out, lse, sinks, facts, dresult, dresidual):
     axis = call.shards.ulysses
     dout = to_heads(pad_heads(dresult, call.heads), axis)
-    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
+    dlse = None
     if dresidual is not None:
-        # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
         dlse = to_heads(pad_heads(dresidual[..., None], call.heads), axis)[..., 0]
+    dq, dkv, dsinks = pull_back(call, q, kv, out, lse, sinks, facts, dout, dlse)
+    dq = _to_seq(call, dq.astype(q.dtype))
+    dk, dv = apart(kv_to_seq(dkv, call.heads, axis, kv.dtype), q.shape[-1])
+    return dq, dk, dv, dsinks
+
+
+def pull_back(call: Call, q, kv, out, lse, sinks, facts: Facts, dout, dlse):
+    """dq, dk and dv side by side, and the sinks' gradient, of `attend`."""
+    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
+    if dlse is not None:
+        # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
         delta -= dlse
     ring = _ring(call, q, kv, facts)
     dq, dkv = call.schedule.backward(ring, q, kv, dout, lse, delta)
-    dq = _to_seq(call, dq.astype(q.dtype))
-    dk, dv = apart(kv_to_seq(dkv, call.heads, axis, kv.dtype), q.shape[-1])
     dsinks = None if sinks is None else _dsinks(call, sinks, lse, delta)
-    return dq, dk, dv, dsinks
+    return dq, dkv, dsinks
 
 
 def _ring(call, q, kv, facts):
@@ -231,10 +238,9 @@ def _logits(call, facts):
 def _own_heads(call, x):
     """What belongs to this device's heads: [N] -> [n]"""
     heads = call.heads
-    local = heads.padded // heads.ulysses_size
     x = jnp.pad(x, (0, heads.padded - heads.num_heads))
-    start = call.shards.index(call.shards.ulysses) * local
-    return lax.dynamic_slice_in_dim(x, start, local)
+    x = x.reshape(heads.ulysses_size, -1)[:, heads.local]
+    return x[call.shards.index(call.shards.ulysses)]
 
 
 def _before(call, q, value_size, sinks):
@@ -253,7 +259,9 @@ def _dsinks(call, sinks, lse, delta):
     weight = jnp.exp(local[None, None] - lse)
     weight = jnp.where(lse == -jnp.inf, 0, weight)
     dlocal = -jnp.sum(weight * delta, axis=(0, 1))
-    total = jnp.zeros_like(dlocal, shape=(call.heads.padded,))
-    start = call.shards.index(call.shards.ulysses) * dlocal.shape[0]
-    total = lax.dynamic_update_slice_in_dim(total, dlocal, start, 0)
-    return call.shards.total(total)[: call.heads.num_heads].astype(sinks.dtype)
+    heads = call.heads
+    shape = heads.ulysses_size, heads.padded // heads.ulysses_size
+    total = jnp.zeros_like(dlocal, shape=shape)
+    index = call.shards.index(call.shards.ulysses)
+    total = total.at[index, heads.local].set(dlocal).reshape(-1)
+    return call.shards.total(total)[: heads.num_heads].astype(sinks.dtype)

@@ -1,0 +1,156 @@
+"""Ulysses in head chunks: some of each device's heads at a time.
+
+The all-to-alls of the next heads are in flight while attention works on these, and only
+those of two chunks exist at once. Keys and values that several chunks share are sent
+once and kept until the last of them is done. What is saved for the backward is q, k, v
+as they came, in the order of the sequence, and out, lse; the backward sends them again,
+chunk by chunk.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from usp_jax.ring import apart, side_by_side, together
+from usp_jax.shards import BY_HEAD, HEADS, SEQ
+from usp_jax.ulysses import (
+    kv_to_heads,
+    kv_to_seq,
+    of_devices,
+    of_parts,
+    pad_heads,
+    to_heads,
+    to_seq,
+)
+from usp_jax.usp import FACTS, Call, Facts, attend, pull_back
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def usp_in_chunks(call: Call, chunks: int, q, k, v, sinks, facts: Facts):
+    """`usp` in that many chunks of the heads."""
+    return _fwd(call, chunks, q, k, v, sinks, facts)[0]
+
+
+def _fwd(call, chunks, q, k, v, sinks, facts):
+    run, calls = call.shards.run, _calls(call, chunks)
+    specs = (HEADS, HEADS, BY_HEAD, FACTS)
+    given, saved, results, residuals = (q, k, v), [], [], []
+    sent = _sent(run, calls, 0, given, None)
+    for i, this in enumerate(calls):
+        now, sent = sent, None
+        if i + 1 < chunks:
+            sent = _sent(run, calls, i + 1, given, now[1])
+        out, lse = run(partial(attend, this), specs, (HEADS, HEADS))(*now, sinks, facts)
+        # The hop after the next one starts when these heads are done, not before.
+        *given, out = run(together, (SEQ, SEQ, SEQ, HEADS), (SEQ, SEQ, SEQ, HEADS))(
+            *given, out
+        )
+        out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
+        saved.append((out, lse))
+        results.append(run(partial(_to_seq, call), (HEADS,), SEQ)(out))
+        if call.return_residual:
+            residuals.append(run(partial(_to_seq, call), (HEADS,), SEQ)(lse[..., None]))
+    join = run(partial(_join, call), (SEQ,), SEQ)
+    result = checkpoint_name(join(results), "usp_result")
+    residual = join(residuals)[..., 0] if call.return_residual else None
+    return (result, residual), (q, k, v, saved, sinks, facts)
+
+
+def _bwd(call, chunks, saved, cotangents):
+    backward = call.shards.run(
+        partial(_backward, _calls(call, chunks)),
+        (SEQ, SEQ, SEQ, HEADS, BY_HEAD, FACTS, SEQ, SEQ),
+        (SEQ, SEQ, SEQ, BY_HEAD),
+    )
+    cotangents = call.shards.place(cotangents, SEQ)
+    return *backward(*saved, *cotangents), None
+
+
+usp_in_chunks.defvjp(_fwd, _bwd)
+
+
+def _calls(call, chunks):
+    """The call for each chunk of the heads."""
+    return [
+        dataclasses.replace(
+            call, heads=dataclasses.replace(call.heads, part=i, parts=chunks)
+        )
+        for i in range(chunks)
+    ]
+
+
+def _sent(run, calls, i, given, kv):
+    """q, kv of the heads of chunk i; kv is the chunk's before, where it is the same."""
+    this, (q, k, v) = calls[i], given
+    if not i or this.heads.kv_local != calls[i - 1].heads.kv_local:
+        kv = run(partial(_kv_to_heads, this), (SEQ, SEQ), HEADS)(k, v)
+    return run(partial(_to_heads, this), (SEQ,), HEADS)(q), kv
+
+
+def _to_heads(call, x):
+    """The heads of this chunk: [B, T/(R·U), N, H] -> [B, T/R, N/(U·chunks), H]"""
+    x = of_devices(pad_heads(x, call.heads), call.heads.local, call.heads.ulysses_size)
+    return to_heads(x, call.shards.ulysses)
+
+
+def _to_seq(call, x):
+    return to_seq(x, call.shards.ulysses)
+
+
+def _join(call, parts):
+    """All heads, from the chunks' in the order of the sequence."""
+    return of_parts(parts, call.heads.ulysses_size)[:, :, : call.heads.num_heads]
+
+
+def _kv_to_heads(call, k, v):
+    heads, kv = call.heads, side_by_side(k, v)
+    if heads.kv_parts == 1:
+        return kv_to_heads(kv, heads, call.shards.ulysses)
+    return to_heads(
+        of_devices(kv, heads.kv_local, heads.ulysses_size), call.shards.ulysses
+    )
+
+
+def _backward(calls, q, k, v, saved, sinks, facts, dresult, dresidual):
+    """The gradients of this device's shards."""
+    call, dtype = calls[0], k.dtype
+    dqs, dkvs, dsinks = [], [], None
+
+    def send(i, given, kv):
+        *qkv, dresult, dresidual = given
+        q, kv = _sent(lambda f, *_: f, calls, i, qkv, kv)
+        dout = _to_heads(calls[i], dresult)
+        if dresidual is None:
+            return q, kv, dout, None
+        return q, kv, dout, _to_heads(calls[i], dresidual[..., None])[..., 0]
+
+    given = (q, k, v, dresult, dresidual)
+    sent = send(0, given, None)
+    for i, this in enumerate(calls):
+        (q, kv, *cotangents), sent = sent, None
+        if i + 1 < len(calls):
+            sent = send(i + 1, given, kv)
+        dq, dkv, more = pull_back(this, q, kv, *saved[i], sinks, facts, *cotangents)
+        given, dq, dkv = together(given, dq, dkv)
+        dqs.append(_to_seq(call, dq.astype(dtype)))
+        if sinks is not None:
+            dsinks = more if dsinks is None else dsinks + more
+        if i and this.heads.kv_local == calls[i - 1].heads.kv_local:
+            dkvs[-1] += dkv
+        else:
+            dkvs.append(dkv)
+    dkv = of_parts(
+        [_kv_to_seq(call, len(dkvs), dkv, dtype) for dkv in dkvs],
+        1 if len(dkvs) == 1 else call.heads.ulysses_size,
+    )
+    dk, dv = apart(dkv, q.shape[-1])
+    return _join(call, dqs), dk, dv, dsinks
+
+
+def _kv_to_seq(call, parts, dkv, dtype):
+    """The transpose of `_kv_to_heads`."""
+    if parts == 1:
+        return kv_to_seq(dkv, call.heads, call.shards.ulysses, dtype)
+    return _to_seq(call, dkv.astype(dtype))
