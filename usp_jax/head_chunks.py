@@ -43,9 +43,10 @@ def _fwd(call, chunks, q, k, v, sinks, facts):
         if i + 1 < chunks:
             sent = _sent(run, calls, i + 1, given, now[1])
         out, lse = run(partial(attend, this), specs, (HEADS, HEADS))(*now, sinks, facts)
-        # The hop after the next one starts when these heads are done, not before.
-        *given, out = run(together, (SEQ, SEQ, SEQ, HEADS), (SEQ, SEQ, SEQ, HEADS))(
-            *given, out
+        # Beside this chunk the next one arrives and the one before goes back; what
+        # comes after waits for all three.
+        given, sent, results, residuals, out, lse = together(
+            given, sent, results, residuals, out, lse
         )
         out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
         saved.append((out, lse))
@@ -116,7 +117,7 @@ def _kv_to_heads(call, k, v):
 def _backward(calls, q, k, v, saved, sinks, facts, dresult, dresidual):
     """The gradients of this device's shards."""
     call, dtype = calls[0], k.dtype
-    dqs, dkvs, dsinks = [], [], None
+    dqs, dkvs, total, dsinks = [], [], None, None
 
     def send(i, given, kv):
         *qkv, dresult, dresidual = given
@@ -133,24 +134,21 @@ def _backward(calls, q, k, v, saved, sinks, facts, dresult, dresidual):
         if i + 1 < len(calls):
             sent = send(i + 1, given, kv)
         dq, dkv, more = pull_back(this, q, kv, *saved[i], sinks, facts, *cotangents)
-        given, dq, dkv = together(given, dq, dkv)
+        total = dkv if total is None else total + dkv
+        given, sent, dqs, dkvs, dq, total = together(given, sent, dqs, dkvs, dq, total)
         dqs.append(_to_seq(call, dq.astype(dtype)))
         if sinks is not None:
             dsinks = more if dsinks is None else dsinks + more
-        if i and this.heads.kv_local == calls[i - 1].heads.kv_local:
-            dkvs[-1] += dkv
-        else:
-            dkvs.append(dkv)
-    dkv = of_parts(
-        [_kv_to_seq(call, len(dkvs), dkv, dtype) for dkv in dkvs],
-        1 if len(dkvs) == 1 else call.heads.ulysses_size,
-    )
-    dk, dv = apart(dkv, q.shape[-1])
+        if this.heads.kv_local not in [c.heads.kv_local for c in calls[i + 1 :]]:
+            dkvs.append(_kv_to_seq(call, total, dtype))
+            total = None
+    devices = call.heads.ulysses_size if len(dkvs) > 1 else 1
+    dk, dv = apart(of_parts(dkvs, devices), q.shape[-1])
     return _join(call, dqs), dk, dv, dsinks
 
 
-def _kv_to_seq(call, parts, dkv, dtype):
+def _kv_to_seq(call, dkv, dtype):
     """The transpose of `_kv_to_heads`."""
-    if parts == 1:
+    if call.heads.kv_parts == 1:
         return kv_to_seq(dkv, call.heads, call.shards.ulysses, dtype)
     return _to_seq(call, dkv.astype(dtype))
