@@ -13,9 +13,11 @@ for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
     del os.environ[_name]
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices on two busy cores may reach a collective minutes apart; XLA's own limit
-# of 40 seconds would abort the whole process.
+# of 40 seconds would abort the whole process. LLVM's optimiser would take a third of a
+# small program's compile time, and change nothing that a test reads.
 os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+    "--xla_backend_optimization_level=0"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
