@@ -35,11 +35,11 @@ settings.register_profile(
     "ci",
     deadline=None,
     derandomize=True,
-    max_examples=25,
+    max_examples=50,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
-    "long", parent=settings.get_profile("ci"), derandomize=False, max_examples=250
+    "long", parent=settings.get_profile("ci"), derandomize=False, max_examples=500
 )
 settings.register_profile("smoke", parent=settings.get_profile("ci"), max_examples=5)
 settings.load_profile("ci")

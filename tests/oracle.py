@@ -49,9 +49,11 @@ def expected(
     segment_ids=None,
     bias=None,
     weight_factors=None,
+    seen=None,
 ):
     """The results of the oracle, for tokens in natural order; arrays may have sinks.
 
+    `seen` [B, T, S] hides more than the mask does, and shows nothing that it hides.
     Positions and segment ids are None, an array, or a pair.
     """
     q, k, *_ = arrays
@@ -67,6 +69,9 @@ def expected(
         window = (window, window)
     mask = Mask(MaskRule(is_causal, *window), *sides)
 
+    further = {"bias": bias, "weight_factors": weight_factors, "also": seen}
+    further = {name: jnp.asarray(x) for name, x in further.items() if x is not None}
+
     def attend(q, k, v, sinks=None):
         return reference_attention(
             q,
@@ -76,10 +81,7 @@ def expected(
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             logits_soft_cap=logits_soft_cap,
             sinks=sinks,
-            bias=None if bias is None else jnp.asarray(bias),
-            weight_factors=None
-            if weight_factors is None
-            else jnp.asarray(weight_factors),
+            **further,
         )
 
     return jax.jit(lambda *args: results(attend, *args))(arrays, cotangents)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 import usp_jax
 from tests.oracle import expected, normal
+from tests.sampling import thinned
 from usp_jax.compiled import by_kind, collectives
 
 DEGREES = ((4, 2), (2, 4), (8, 1), (1, 8))
@@ -125,17 +126,17 @@ def check(mesh, layout, mask, explicit=False):
         assert np.isneginf(lse[1, -2:]).all() and not out[1, -2:].any()
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("degrees", DEGREES, ids=str)
+@pytest.mark.parametrize(
+    ("degrees", "layout", "explicit"),
+    thinned(DEGREES, ["contiguous", "zigzag"], [False, True], keep=3),
+)
 def test_equals_the_oracle(degrees, layout, explicit):
     ring, ulysses = degrees
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses, explicit=explicit)
     check(mesh, layout, "causal", explicit)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("ring", [None, 4])
+@pytest.mark.parametrize(("mask", "ring"), thinned(MASKS, [4, None], keep=2))
 def test_masks(mask, ring):
     mesh = ring and usp_jax.make_mesh(ring=ring, ulysses=2, explicit=True)
     check(mesh, "zigzag" if ring else "contiguous", mask, explicit=bool(ring))
@@ -192,8 +193,7 @@ def test_shards_stay_balanced_and_pages_are_not_copied(degrees):
     chex.assert_trees_all_equal(places, PREFILL + jnp.arange(16, dtype=jnp.int32))
 
 
-@pytest.mark.parametrize("num_pages", [1, 3])
-@pytest.mark.parametrize("degrees", DEGREES, ids=str)
+@pytest.mark.parametrize(("degrees", "num_pages"), thinned(DEGREES, [1, 3], keep=2))
 def test_one_merge_a_step(degrees, num_pages):
     mesh = usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
     q, k, v, _ = inputs("float32")

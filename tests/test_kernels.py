@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.oracle import expected, normal, packed
+from tests.sampling import thinned
 from usp_jax import kernels
 from usp_jax.kernels.choice import KERNELS, target_of
 from usp_jax.kernels.logits import Logits
@@ -175,18 +176,21 @@ def check(implementation, case, dtype):
             )
 
 
-@pytest.mark.parametrize("implementation", HERE)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("implementation", "name"), thinned(HERE, CASES, keep=3))
 def test_float32(implementation, name):
     check(implementation, CASES[name], "float32")
 
 
-@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize(
-    "name", ["no-multiple-of-a-block", "gqa", "packed", "soft-cap", "carry"]
+    ("implementation", "dtype", "name"),
+    thinned(
+        HERE,
+        ["bfloat16", "float16", "float64"],
+        ["no-multiple-of-a-block", "gqa", "packed", "soft-cap", "carry"],
+        keep=4,
+    ),
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_other_dtypes(implementation, name, dtype):
+def test_other_dtypes(implementation, dtype, name):
     check(implementation, CASES[name], dtype)
 
 

@@ -1,7 +1,8 @@
 """The op equals the oracle for whatever hypothesis draws.
 
 Meshes, axis types, odd lengths, different lengths of queries and keys, uneven heads,
-masks, positions and segment ids of one or both sides, sinks, layouts and dtypes.
+masks, positions and segment ids of one or both sides, sinks, ALiBi, dropout, layouts,
+ways round the ring, head chunks and dtypes.
 """
 
 import dataclasses
@@ -13,6 +14,9 @@ from hypothesis import given, strategies as st
 
 import usp_jax
 from tests.oracle import Order, assert_equal_to, expected, normal, results
+from usp_jax.dropout import Dropout
+from usp_jax.masking import Tokens
+from usp_jax.schedules import SCHEDULES
 
 DEGREES = [
     (ring, ulysses, data, tensor)
@@ -35,13 +39,16 @@ class Draw:
     lengths: tuple[int, int]
     batch: int
     heads: tuple[int, int]
-    head_size: int
+    head_sizes: tuple[int, int]
     is_causal: bool
     local_window_size: int | tuple[int | None, int | None] | None
     logits_soft_cap: float | None
     positions: str
     segment_ids: str
     has_sinks: bool
+    variant: str
+    schedule: tuple[str, int | None]
+    chunks: int
     dtype: str
     seed: int
 
@@ -61,26 +68,76 @@ def draws(draw):
     if q_length != kv_length:
         sides.remove("one")
     kv_heads = tensor * draw(st.integers(1, 4))
+    num_heads = kv_heads * draw(st.integers(1, 4))
+    own = -(-num_heads // tensor // ulysses)
     bound = st.one_of(st.none(), st.integers(0, 20))
+    is_causal = draw(st.booleans())
+    window = draw(st.one_of(st.none(), st.integers(0, 20), st.tuples(bound, bound)))
+    variants = ["none", "alibi", "dropout", "both"]
+    if is_causal and window in (None, (None, None)):
+        variants.append("prefix")
+    name = draw(st.sampled_from(SCHEDULES))
+    inner = draw(st.sampled_from(_divisors(ring))) if name == "double" else None
     return Draw(
         degrees=(ring, ulysses, data, tensor),
         explicit=draw(st.booleans()),
         layout=layout,
         lengths=(q_length, kv_length),
         batch=data * draw(st.integers(1, 2)),
-        heads=(kv_heads * draw(st.integers(1, 4)), kv_heads),
-        head_size=draw(st.sampled_from([1, 3, 8])),
-        is_causal=draw(st.booleans()),
-        local_window_size=draw(
-            st.one_of(st.none(), st.integers(0, 20), st.tuples(bound, bound))
-        ),
+        heads=(num_heads, kv_heads),
+        head_sizes=draw(st.sampled_from([(1, 1), (3, 3), (8, 8), (3, 8), (8, 1)])),
+        is_causal=is_causal,
+        local_window_size=window,
         logits_soft_cap=draw(st.sampled_from([None, 1.5])),
         positions=draw(st.sampled_from(sides)),
         segment_ids=draw(st.sampled_from(sides)),
         has_sinks=draw(st.booleans()),
+        variant=draw(st.sampled_from(variants)),
+        schedule=(name, inner),
+        chunks=draw(st.sampled_from(_divisors(own))),
         dtype=draw(st.sampled_from(sorted(TOLERANCES))),
         seed=draw(st.integers(0, 99)),
     )
+
+
+def _divisors(n):
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def variant(case, positions, segment_ids):
+    """The options of ALiBi, dropout or a prefix, and of the oracle's call."""
+    batch, (n, _), rng = case.batch, case.heads, np.random.default_rng(case.seed)
+    tokens = []
+    for side, length in ((0, case.lengths[0]), (-1, case.lengths[1])):
+        order = positions[side] if isinstance(positions, tuple) else positions
+        if order is None:
+            order = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+        ids = segment_ids[side] if isinstance(segment_ids, tuple) else segment_ids
+        ids = None if ids is None else jnp.asarray(ids)
+        tokens.append(Tokens(jnp.asarray(order), ids))
+    q, kv = tokens
+    options, oracle = {}, {}
+    if case.variant == "prefix":
+        prefix = rng.integers(0, 30, (batch,), dtype=np.int32)
+        options["prefix_length"] = jnp.asarray(prefix)
+        q_order, kv_order = (np.asarray(x.positions) for x in tokens)
+        q_order, kv_order = q_order[:, :, None], kv_order[:, None, :]
+        length = prefix[:, None, None]
+        seen = (kv_order <= q_order) | ((q_order < length) & (kv_order < length))
+        oracle |= {"is_causal": False, "seen": seen}
+    if case.variant in ("alibi", "both"):
+        slopes = jnp.asarray(rng.uniform(0, 1, n), case.dtype)
+        options["alibi_slopes"] = slopes
+        distance = np.abs(
+            np.asarray(q.positions)[:, :, None] - np.asarray(kv.positions)[:, None]
+        )
+        oracle["bias"] = -slopes[None, :, None, None] * distance[:, None]
+    if case.variant in ("dropout", "both"):
+        options |= {"dropout_rate": 0.4, "dropout_seed": case.seed}
+        rows, heads = np.arange(batch), jnp.arange(n)
+        dropout = Dropout(0.4, jnp.uint32(case.seed), rows, heads)
+        oracle["weight_factors"] = dropout.factors(rows, q, kv, case.dtype)
+    return options, oracle
 
 
 def per_side(kind, make, lengths):
@@ -108,9 +165,10 @@ def test_equals_the_oracle(case):
 
     positions = per_side(case.positions, order_of, case.lengths)
     segment_ids = per_side(case.segment_ids, ids_of, case.lengths)
-    (t, s), (n, k), h = case.lengths, case.heads, case.head_size
+    (t, s), (n, k), (h, v) = case.lengths, case.heads, case.head_sizes
     orders = [Order(case.layout, mesh, case.batch, length) for length in (t, s)]
-    q, kv = (case.batch, t, n, h), (case.batch, s, k, h)
+    q, key, value = (case.batch, t, n, h), (case.batch, s, k, h), (case.batch, s, k, v)
+    out = (case.batch, t, n, v)
 
     def store(sides):
         if isinstance(sides, tuple):
@@ -119,7 +177,7 @@ def test_equals_the_oracle(case):
 
     with jax.enable_x64(case.dtype == "float64"):
         *arrays, sinks, dout, dlse = normal(
-            case.seed, q, kv, kv, (n,), q, q[:3], dtype=case.dtype
+            case.seed, q, key, value, (n,), out, out[:3], dtype=case.dtype
         )
         if case.has_sinks:
             arrays.append(sinks)
@@ -128,13 +186,17 @@ def test_equals_the_oracle(case):
             "local_window_size": case.local_window_size,
             "logits_soft_cap": case.logits_soft_cap,
         }
+        more, told = variant(case, positions, segment_ids)
         oracle = expected(
             arrays,
             (dout, dlse),
             positions=jax.tree.map(jnp.asarray, positions),
             segment_ids=jax.tree.map(jnp.asarray, segment_ids),
-            **options,
+            **options | told,
         )
+        options |= more
+        options["ring_schedule"], options["ring_inner"] = case.schedule
+        options["ulysses_chunks"] = case.chunks
         stored_positions = store(positions)
         if stored_positions is None:
             stored_positions = orders[0].positions

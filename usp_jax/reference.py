@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from usp_jax.masking import PADDING, Mask, visible
 
@@ -19,13 +19,15 @@ def reference_attention(
     sinks: Float[Array, " N"] | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
     weight_factors: Float[Array, "B N T S"] | None = None,
+    also: Bool[Array, "B T S"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """softmax(soft_cap(scale · q kᵀ) + bias + mask) v, and its log-sum-exp.
 
     Computed in promote_types(query.dtype, float32) at the highest precision, returned
     in it, and differentiable as it stands. A row that sees nothing gives (0, -inf); a
     sink is seen by every row but padding. `weight_factors`, dropout's, multiply the
-    softmax and do not count in the log-sum-exp.
+    softmax and do not count in the log-sum-exp; where `also` is given, only what it
+    allows too is seen.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     B, T, N, H = query.shape
@@ -37,7 +39,8 @@ def reference_attention(
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     if bias is not None:
         logits += _by_group(bias, logits)
-    seen = visible(mask)[:, None, None]
+    seen = visible(mask) if also is None else visible(mask) & also
+    seen = seen[:, None, None]
     # Rows without a visible key are taken out before the softmax, so that their
     # derivative is 0 and not NaN.
     alive = seen.any(-1)

@@ -185,9 +185,10 @@ def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chun
     def backward(q, k, v, *args):
         expanded = (jnp.take(x, table, axis=2) for x in (k, v))
         dq, *dkv = chunk.backward(q, *expanded, *args)
-        shape = (*k.shape[:3], dkv[0].shape[3])
-        zeros = jnp.zeros_like(dkv[0], shape=shape)
-        dk, dv = (zeros.at[:, :, table].add(x) for x in dkv)
+        dk, dv = (
+            jnp.zeros_like(dx, shape=x.shape).at[:, :, table].add(dx)
+            for x, dx in zip((k, v), dkv, strict=True)
+        )
         return dq, dk, dv
 
     return Chunk(forward, backward)

@@ -63,6 +63,7 @@ def test_a_chunk_that_is_not_seen_leaves_the_carry_to_the_bit() -> None:
     chex.assert_trees_all_equal(carry, (out, lse))
 
 
+@pytest.mark.long
 @interpreted
 def test_inside_a_ring_and_ulysses_it_is_the_xla_op() -> None:
     # Virtual devices: the interpreter cannot tell apart kernels of several real ones.

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import usp_jax
+from tests.sampling import thinned
 from usp_jax.kernels import mosaic_tpu, reference, walk
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
@@ -117,7 +118,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES, keep=2))
 def test_with_a_carry(name):
     check(*inputs(**CASES[name]))
 
@@ -151,7 +152,7 @@ RACY = {
 }
 
 
-@pytest.mark.parametrize("name", RACY)
+@pytest.mark.parametrize("name", thinned(RACY, keep=2))
 def test_no_races_and_nothing_unwritten(name, capfd):
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     arrays, carry, mask, logits = inputs(**RACY[name])

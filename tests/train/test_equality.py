@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests.sampling import thinned
 from tests.train.runs import (
     finish,
     losses,
@@ -22,9 +23,9 @@ from tests.train.runs import (
 from train.config import Config, DistributedConfig, MeshConfig, SampleConfig
 
 MESHES = {
+    "ring4-ulysses2": MeshConfig(ring=4, ulysses=2),
     "ring8": MeshConfig(ring=8),
     "ulysses8": MeshConfig(ulysses=8),
-    "ring4-ulysses2": MeshConfig(ring=4, ulysses=2),
     "data2-ring2-ulysses2": MeshConfig(data=2, ring=2, ulysses=2),
     "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
 }
@@ -50,18 +51,18 @@ def test_losses_fall(plain: Config) -> None:
     assert found[-1][1] < 4.3
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", thinned(MESHES, keep=2))
 def test_losses_are_the_same_on_every_mesh(
-    plain: Config, mesh: MeshConfig, tmp_path: Path
+    plain: Config, name: str, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(plain, mesh=mesh, run_dir=tmp_path / "run")
+    config = dataclasses.replace(plain, mesh=MESHES[name], run_dir=tmp_path / "run")
     actual, expected = run_here(config), rows(plain.run_dir)
-    for name in ("loss", "grad_norm"):
+    for column in ("loss", "grad_norm"):
         np.testing.assert_allclose(
-            [row[name] for row in actual],
-            [row[name] for row in expected],
+            [row[column] for row in actual],
+            [row[column] for row in expected],
             rtol=1e-5,
-            err_msg=name,
+            err_msg=column,
         )
 
 
