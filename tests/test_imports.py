@@ -20,6 +20,7 @@ CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 LAYERS = (
     {"usp_jax._compat", "usp_jax.compiled", "usp_jax.plugins"},
     {
+        "usp_jax.dropout",
         "usp_jax.flags",
         "usp_jax.layout",
         "usp_jax.masking",
@@ -39,6 +40,8 @@ LAYERS = (
     },
     {"usp_jax.schedules"},
     {"usp_jax.balance", "usp_jax.usp"},
+    {"usp_jax.head_chunks"},
+    {"usp_jax.options"},
     {"usp_jax.attention", "usp_jax.decode", "usp_jax.joint"},
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},

@@ -170,7 +170,11 @@ def test_equal_functions_are_equal_modules():
     ("options", "arguments", "message"),
     [
         ({}, {"mask": True}, "mask: a dense mask has .* is_causal.*SequenceMask"),
-        ({"dropout_rate": 0.1, "deterministic": False}, {}, "dropout_rate: .*output"),
+        (
+            {"dropout_rate": 0.1, "deterministic": False},
+            {},
+            "broadcast_dropout: .* use broadcast_dropout=False",
+        ),
         ({"precision": "highest"}, {}, "precision: .*default_matmul_precision"),
         ({}, {"sow_weights": True}, "sow_weights: .*sow_weights=False"),
     ],
@@ -186,6 +190,21 @@ def test_what_cannot_be_honoured_is_told(options, arguments, message):
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     with pytest.raises(ValueError, match=message):
         linen_layer(attention, **options).init(rngs, x, **arguments)
+
+
+def test_dropout_is_that_of_the_op():
+    mesh, rate, key = usp_jax.make_mesh(**MESHES[0]), 0.4, jax.random.key(5)
+    (q,) = normal(0, (2, LENGTH, HEADS, 4))
+    drop = {"dropout_rate": rate, "dropout_rng": key, "broadcast_dropout": False}
+    attention = attention_fn(mesh, ring_schedule="bidirectional", ulysses_chunks=2)
+    seed = jax.random.bits(key)
+    wanted = usp_jax.flash_attention(q, q, q, dropout_rate=rate, dropout_seed=seed)
+    chex.assert_trees_all_close(attention(q, q, q, **drop), wanted, atol=1e-5)
+    wanted = usp_jax.flash_attention(q, q, q)
+    found = attention(q, q, q, deterministic=True, **drop)
+    chex.assert_trees_all_close(found, wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="dropout_rng: None is no seed"):
+        attention(q, q, q, **drop | {"dropout_rng": None})
 
 
 def test_what_only_a_direct_call_can_ask_is_told():

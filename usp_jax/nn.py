@@ -50,6 +50,9 @@ class AttentionFn:
     layout: str
     axes: MeshAxes
     implementation: str | None
+    ring_schedule: str
+    ring_inner: int | None
+    ulysses_chunks: int
 
     # Every argument that flax may give is named: Linen looks at the signature, and
     # leaves out what is not in it.
@@ -80,7 +83,8 @@ class AttentionFn:
           ValueError: for an argument that sequence-parallel attention cannot honour.
         """
         # The softmax is float32 whether asked for or not.
-        del broadcast_dropout, dropout_rng, force_fp32_for_softmax
+        del force_fp32_for_softmax
+        drops = dropout_rate > 0 and not deterministic
         einsums = (
             einsum_dot_general,
             qk_attn_weights_einsum,
@@ -89,7 +93,8 @@ class AttentionFn:
         _refuse(
             mask=mask is not None and not isinstance(mask, SequenceMask),
             bias=bias is not None,
-            dropout_rate=dropout_rate > 0 and not deterministic,
+            broadcast_dropout=drops and broadcast_dropout,
+            dropout_rng=drops and dropout_rng is None,
             precision=precision is not None,
             sow_weights=module is not None,
             einsum=any(einsum is not None for einsum in einsums),
@@ -110,6 +115,11 @@ class AttentionFn:
             mesh=self.mesh,
             axes=self.axes,
             implementation=self.implementation,
+            ring_schedule=self.ring_schedule,
+            ring_inner=self.ring_inner,
+            ulysses_chunks=self.ulysses_chunks,
+            dropout_rate=dropout_rate if drops else 0.0,
+            dropout_seed=jax.random.bits(dropout_rng) if drops else None,
         )
         return out.reshape(*batch, *out.shape[1:])
 
@@ -124,20 +134,24 @@ def attention_fn(
     layout: str = "contiguous",
     axes: MeshAxes = MeshAxes(),
     implementation: str | None = None,
+    ring_schedule: str = "unidirectional",
+    ring_inner: int | None = None,
+    ulysses_chunks: int = 1,
 ) -> AttentionFn:
     """`usp_attention` as the `attention_fn` of flax's attention layers.
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`. Any
     number of batch dims works. A mask is told by `is_causal`, `local_window_size` and,
     where documents are packed or padded, by a `SequenceMask` given to the layer as
-    `mask=`; dense masks, biases, dropout of attention's weights, a decoding cache and
-    sown weights raise ValueError when the layer is called.
+    `mask=`; dropout of attention's weights needs the layer's broadcast_dropout=False.
+    Dense masks, biases, a decoding cache and sown weights raise ValueError when the
+    layer is called.
 
     Args:
       mesh: None takes the mesh of `jax.set_mesh`.
       is_causal: or the layer's own `is_causal=` when it is called.
-      scale, local_window_size, logits_soft_cap, layout, axes, implementation: as
-        `usp_attention` takes them.
+      scale, local_window_size, logits_soft_cap, layout, axes, implementation,
+        ring_schedule, ring_inner, ulysses_chunks: as `usp_attention` takes them.
     """
     if isinstance(local_window_size, list):
         local_window_size = tuple(local_window_size)
@@ -150,6 +164,9 @@ def attention_fn(
         layout,
         axes,
         implementation,
+        ring_schedule,
+        ring_inner,
+        ulysses_chunks,
     )
 
 
@@ -279,8 +296,9 @@ _INSTEAD = {
     "documents and padding, mask=SequenceMask(segment_ids=...); a decoding cache makes "
     "such a mask, too, and is not supported",
     "bias": "a bias has T·S entries: encode positions in query and key, as RoPE does",
-    "dropout_rate": "attention's weights are never stored and cannot be dropped out: "
-    "use dropout_rate=0 or deterministic=True, and drop out the layer's output",
+    "broadcast_dropout": "what is dropped depends on the row and the head: use "
+    "broadcast_dropout=False",
+    "dropout_rng": "None is no seed: give a key, or deterministic=True",
     "precision": "leave it None and use jax.default_matmul_precision",
     "sow_weights": "attention's weights are never stored: use sow_weights=False",
     "einsum": "attention computes no such einsum: leave its replacement out",
