@@ -8,6 +8,7 @@ import pytest
 from flax import linen, nnx
 
 import usp_jax
+from tests.oracle import normal
 from usp_jax.models.rope import RopeScaling
 from usp_jax.nn import SequenceMask, USPAttention, attention_fn
 

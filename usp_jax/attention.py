@@ -6,13 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from usp_jax import arguments
 from usp_jax._compat import vary_like
 from usp_jax.layout import check_length, length_multiple
 from usp_jax.masking import Tokens, pad_tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
+from usp_jax.options import Options
 from usp_jax.schedules import schedule
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.ulysses import Heads
@@ -37,7 +38,7 @@ def usp_attention(
     prefix_length: Int[Array, " B"] | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_seed: int | Int[Array, ""] | None = None,
+    dropout_seed: int | Integer[Array, ""] | None = None,
     layout: str | tuple[str, str] = "contiguous",
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
@@ -161,7 +162,7 @@ def usp_attention_per_shard(
     prefix_length: Int[Array, " B"] | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_seed: int | Int[Array, ""] | None = None,
+    dropout_seed: int | Integer[Array, ""] | None = None,
     layout: str | tuple[str, str] = "contiguous",
     axes: MeshAxes = MeshAxes(),
     implementation: str | None = None,
@@ -237,7 +238,7 @@ def flash_attention(
     prefix_length: Int[Array, " B"] | None = None,
     alibi_slopes: Float[Array, " N"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_seed: int | Int[Array, ""] | None = None,
+    dropout_seed: int | Integer[Array, ""] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Result:
