@@ -177,3 +177,28 @@ def test_the_blocks_of_xla_do_not_straddle_the_chunks_of_zigzag(shard):
     # The two diagonal blocks and one whole, then half a shard from the other device.
     assert counts[:, 0].tolist() == [chunk * (chunk + 1) + chunk**2] * 2
     assert counts[:, 1].tolist() == [2 * chunk**2] * 2
+
+
+def visited(layout, ring, length, ids=None):
+    """Pairs of tokens in blocks of 128 that a causal ring visits, over those seen."""
+    places = [np.asarray(shard_positions(layout, r, ring, length)) for r in range(ring)]
+    places = np.concatenate(places)
+    lengths = [ring * length] if ids is None else np.bincount(ids)
+    stored = None if ids is None else jnp.asarray(ids[places], jnp.int32)[None]
+    tokens = Tokens(jnp.asarray(places, jnp.int32)[None], stored)
+    kinds = block_kinds(Mask(MaskRule(True), tokens, tokens), 128, 128)
+    seen = sum(n * (n + 1) / 2 for n in lengths)
+    return int((kinds != EMPTY).sum()) * 128**2 / seen
+
+
+@pytest.mark.parametrize("ring", [2, 8])
+def test_a_zigzag_ring_visits_little_more_than_half(ring):
+    assert visited("zigzag", ring, 8192) <= 1.02
+
+
+@pytest.mark.parametrize(("mean", "bound"), [(1024, 1.4), (8192, 1.15)])
+def test_packed_rows_visit_little_more_than_their_documents(mean, bound):
+    rng, total = np.random.default_rng(0), 8 * 8192
+    lengths = rng.integers(mean // 2, mean * 3 // 2, 2 * total // mean)
+    ids = np.repeat(np.arange(len(lengths)), lengths)[:total]
+    assert visited("zigzag", 8, 8192, ids) <= bound

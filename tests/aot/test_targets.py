@@ -4,6 +4,7 @@ Needs the compilers, `pip install 'usp_jax[aot]'`; without them it is skipped, a
 summary says so.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -235,3 +236,35 @@ def test_the_own_devices_stay(order):
 def test_eight_fake_cpu_devices_are_still_here():
     aot.topology("v5e:2x2")
     assert [d.platform for d in jax.devices()] == ["cpu"] * 8
+
+
+@pytest.mark.long
+def test_head_chunks_are_in_flight_and_need_less_memory():
+    """Half of the heads' all-to-alls can be beside work: all but the first and last."""
+    devices = aot.topology("v5p:2x2x2").devices
+    mesh = usp_jax.make_mesh(ring=2, ulysses=4, devices=devices)
+    sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
+    shapes = [
+        jax.ShapeDtypeStruct((1, 2**16, n, H), jnp.bfloat16, sharding=sharding)
+        for n in (32, 8, 8)
+    ]
+    whole, halves = (
+        aot.compile_vjp(
+            functools.partial(
+                usp_jax.usp_attention,
+                is_causal=True,
+                layout="zigzag",
+                mesh=mesh,
+                ulysses_chunks=chunks,
+            ),
+            *shapes,
+            compiler_options=usp_jax.recommended_flags("tpu"),
+        )
+        for chunks in (1, 2)
+    )
+    # q, k and v together, and out; beside the first half's work and the second's.
+    assert halves[0].in_flight("all-to-all") == 3 / 6
+    assert halves[1].in_flight("all-to-all") >= 4 / 10
+    for one, two in zip(whole, halves, strict=True):
+        assert two.in_flight() == 1
+        assert two.temporary_bytes < 0.75 * one.temporary_bytes
