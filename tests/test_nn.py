@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 import usp_jax
 from tests.oracle import normal
-from usp_jax.models.rope import RopeScaling
+from usp_jax.models.rope_scaling import Llama3Scaling
 from usp_jax.nn import SequenceMask, USPAttention, attention_fn
 
 LENGTH, FEATURES, HEADS = 32, 32, 8
@@ -296,7 +296,7 @@ def test_usp_attention_layer_takes_the_options_of_attention_fn():
         ({"num_kv_heads": 3}, "num_heads=8 must be a multiple of num_kv_heads=3"),
         ({"head_size": 3}, "head_size=3 must be even, for RoPE"),
         (
-            {"rope_theta": None, "rope_scaling": RopeScaling(8.0)},
+            {"rope_theta": None, "rope_scaling": Llama3Scaling(8.0)},
             "rope_scaling=.* needs rope_theta=",
         ),
         (

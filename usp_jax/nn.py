@@ -15,7 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax import MeshAxes, layout_positions, usp_attention
 from usp_jax.mesh import resolve_mesh
-from usp_jax.models.rope import RopeScaling, rope_angles, rope_frequencies, rotate
+from usp_jax.models.rope import (
+    at_length,
+    rope_amplitude,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+)
+from usp_jax.models.rope_scaling import RopeScaling
 
 Window = int | tuple[int | None, int | None] | None
 
@@ -204,6 +211,7 @@ class USPAttention(nnx.Module):
           head_size: None is in_features / num_heads.
           out_features: None is `in_features`.
           rope_theta: RoPE's base; None is no RoPE.
+          rope_scaling: a stretching of RoPE from `usp_jax.models.rope_scaling`.
           attention: from `attention_fn`, for the options that this layer lacks; then
             `mesh`, `is_causal` and `layout` are its own and may not be given.
           layout: the order in which tokens are stored; RoPE's positions follow it.
@@ -279,15 +287,17 @@ class USPAttention(nnx.Module):
         return self.o(attention(q, k, v, mask=SequenceMask(segment_ids, ordered)))
 
     def _angles(self, x, positions):
-        attention = self.attention
+        attention, scaling = self.attention, self.rope_scaling
         if positions is None:
+            scaling = at_length(scaling, x.shape[1])
             mesh = resolve_mesh(attention.mesh, attention.axes)
             positions = layout_positions(
                 x.shape[1], attention.layout, mesh, axes=attention.axes
             )[None]
         return rope_angles(
             positions,
-            rope_frequencies(self.head_size, self.rope_theta, self.rope_scaling),
+            rope_frequencies(self.head_size, self.rope_theta, scaling),
+            rope_amplitude(scaling),
         )
 
 

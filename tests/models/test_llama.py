@@ -14,7 +14,7 @@ import usp_jax
 from tests.models import oracle
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind, collectives
-from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
 from usp_jax.models.loss import loss, shift_labels
 from usp_jax.models.sharding import TABLE, parameter_shapes, parameter_shardings
 
@@ -34,7 +34,7 @@ def small(**overrides) -> LlamaConfig:
     """The tiny preset with few layers, tiles that do not divide, scaled RoPE."""
     options = {
         "num_layers": 2,
-        "rope_scaling": RopeScaling(8.0, original_length=64),
+        "rope_scaling": Llama3Scaling(8.0, original_length=64),
         "loss_chunk": 11,
         "loss_block": 48,
         **overrides,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models.oracle import rates
-from usp_jax.models.llama import LlamaConfig, RopeScaling
+from usp_jax.models.llama import Llama3Scaling, LlamaConfig
 from usp_jax.models.rope import rope_angles, rope_frequencies, rotate
 
 
@@ -55,4 +55,4 @@ def test_only_distance_matters():
 )
 def test_wrong_scalings_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
-        RopeScaling(*arguments)
+        Llama3Scaling(*arguments)

@@ -71,12 +71,14 @@ class Batch:
       tokens: int32 [B, T].
       positions: int32 [B, T], or [1, T] where all rows have the same.
       segment_ids: int32 [B, T] or None.
+      counted: positions count the tokens of a row; the caller has given none.
     """
 
     order: Order
     tokens: Any
     positions: Any
     segment_ids: Any
+    counted: bool
 
     @classmethod
     def of(
@@ -95,7 +97,8 @@ class Batch:
             _check("segment_ids", segment_ids, tokens)
         elif order.padding:
             segment_ids = jnp.zeros_like(tokens)
-        if positions is not None:
+        counted = positions is None
+        if not counted:
             _check("positions", positions, tokens)
             positions = order.store(positions, 0)
         elif layout == "data":
@@ -105,7 +108,7 @@ class Batch:
             positions = layout_positions(length, order.stored, mesh)[None]
         if segment_ids is not None:
             segment_ids = order.store(segment_ids, -1)
-        return cls(order, order.store(tokens, 0), positions, segment_ids)
+        return cls(order, order.store(tokens, 0), positions, segment_ids, counted)
 
 
 def _check(name, x, tokens):

@@ -5,7 +5,8 @@ from typing import Any
 
 from usp_jax.kernels import IMPLEMENTATIONS
 from usp_jax.models.presets import PRESETS
-from usp_jax.models.rope import RopeScaling
+from usp_jax.models.rope import at_length
+from usp_jax.models.rope_scaling import RopeScaling
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "attention", "attention_qkv")
@@ -17,7 +18,7 @@ class LlamaConfig:
 
     Attributes:
       num_kv_heads: key/value heads, which `num_heads` is a multiple of (GQA).
-      rope_scaling: LLaMA 3.1's stretching of RoPE, or None.
+      rope_scaling: a stretching of RoPE from `rope_scaling.py`, or None.
       tie_embeddings: the output matrix is the embedding's.
       dtype: of the computation; parameters are float32 always.
       remat: what the backward pass recomputes. "none": nothing but gathered weights;
@@ -95,6 +96,11 @@ class LlamaConfig:
                 f"implementation={self.implementation!r} must be None or one of "
                 f"{IMPLEMENTATIONS}"
             )
+
+    def at_length(self, length: int) -> "LlamaConfig":
+        """With a dynamic scaling of RoPE fixed to sequences of `length` tokens."""
+        scaling = at_length(self.rope_scaling, length)
+        return dataclasses.replace(self, rope_scaling=scaling)
 
     @property
     def num_parameters(self) -> int:

@@ -29,6 +29,7 @@ def generate(
     """Continues prompts: int32 [B, P + num_tokens], the prompt included.
 
     Each token's weights are gathered anew: meant for a look at what a model has learnt.
+    A dynamic scaling of RoPE is fixed to the final length, P + num_tokens.
 
     Args:
       prompt: int32 [B, P], any B.
@@ -66,6 +67,8 @@ def generate(
 def _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature):
     model = nnx.merge(graphdef, params)
     rows, start = prompt.shape
+    # Keys are rotated once: all tokens get the frequencies of the final length.
+    model.config = model.config.at_length(start + num_tokens)
     # Rows of the batch may be split: fill up with copies of the last one.
     split = model.split
     padding = -rows % split.size(split.batch)

@@ -20,7 +20,14 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax.models.batch import Batch
 from usp_jax.models.config import LlamaConfig as LlamaConfig
-from usp_jax.models.rope import RopeScaling as RopeScaling
+from usp_jax.models.rope_scaling import (
+    DynamicNTKScaling as DynamicNTKScaling,
+    LinearScaling as LinearScaling,
+    Llama3Scaling as Llama3Scaling,
+    NTKScaling as NTKScaling,
+    RopeScaling as RopeScaling,
+    YaRNScaling as YaRNScaling,
+)
 from usp_jax.models.sharding import (
     Split,
     check_mesh,
@@ -78,7 +85,8 @@ class Llama(nnx.Module):
         Args:
           tokens: int32 [B, T]; B a multiple of data · fsdp.
           segment_ids: int32 [B, T]: the documents of a packed row, -1 for padding.
-          positions: int32 [B, T], for RoPE; None counts from the row's beginning.
+          positions: int32 [B, T], for RoPE; None counts from the row's beginning,
+            and a dynamic scaling of RoPE needs that.
           layout: "natural": tokens come in their order, any number of them; otherwise
             the layout that they, ids and positions are stored in.
 
@@ -110,16 +118,22 @@ class Llama(nnx.Module):
             (batch.positions, positions),
             (batch.segment_ids, split.tokens),
         )
-        return self.run_on(f, out_specs, *own, *extra, layout=batch.order.stored)
+        config = self.config
+        if batch.counted:
+            config = config.at_length(batch.order.length)
+        transformer = Transformer(config, split, batch.order.stored)
+        return self._run_on(f, transformer, out_specs, *own, *extra)
 
-    def run_on(self, f: Callable, out_specs, *arrays, layout: str = "contiguous"):
-        """`run` for any arrays: f(transformer, weights, *arrays).
+    def run_on(self, f: Callable, out_specs, *arrays):
+        """`run` for arrays, (array, partition spec) pairs, that are not a batch.
 
         Args:
-          arrays: (array, partition spec) pairs.
-          layout: that of the transformer's `hidden`.
+          f: called as f(transformer, weights, *arrays).
         """
-        transformer = Transformer(self.config, self.split, layout)
+        transformer = Transformer(self.config, self.split, "contiguous")
+        return self._run_on(f, transformer, out_specs, *arrays)
+
+    def _run_on(self, f, transformer, out_specs, *arrays):
         params = {name: getattr(self, name)[...] for name in self._names}
         specs = tuple(spec for _, spec in arrays)
         arrays = tuple(array for array, _ in arrays)

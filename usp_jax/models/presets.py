@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from usp_jax.models.rope import RopeScaling
+from usp_jax.models.rope_scaling import Llama3Scaling
 
 _LLAMA2: dict[str, Any] = {
     "vocab_size": 32000,
@@ -65,8 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Llama 3, arXiv 2407.21783, and the model cards of its releases.
     "llama3-8b": {**_LLAMA3, **_8B},
     "llama3-70b": {**_LLAMA3, **_70B},
-    "llama3.1-8b": {**_LLAMA3, **_8B, "rope_scaling": RopeScaling(8.0)},
-    "llama3.1-70b": {**_LLAMA3, **_70B, "rope_scaling": RopeScaling(8.0)},
+    "llama3.1-8b": {**_LLAMA3, **_8B, "rope_scaling": Llama3Scaling(8.0)},
+    "llama3.1-70b": {**_LLAMA3, **_70B, "rope_scaling": Llama3Scaling(8.0)},
     "llama3.2-1b": {
         **_LLAMA3,
         "d_model": 2048,
@@ -74,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_heads": 32,
         "head_size": 64,
         "d_ff": 8192,
-        "rope_scaling": RopeScaling(32.0),
+        "rope_scaling": Llama3Scaling(32.0),
         "tie_embeddings": True,
     },
     "llama3.2-3b": {
@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 28,
         "num_heads": 24,
         "d_ff": 8192,
-        "rope_scaling": RopeScaling(32.0),
+        "rope_scaling": Llama3Scaling(32.0),
         "tie_embeddings": True,
     },
 }

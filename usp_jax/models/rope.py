@@ -4,39 +4,18 @@ The two halves of a head are rotated against each other: dim i with dim i + H/2,
 convention of the published LLaMA weights in the Hugging Face format.
 """
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How LLaMA 3.1 stretches RoPE to contexts longer than it was first trained on.
-
-    Wavelengths up to original_length / high_frequency_factor stay as they are, those
-    from original_length / low_frequency_factor on are `factor` times as long, and
-    between them the frequencies are interpolated.
-    """
-
-    factor: float
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192
-
-    def __post_init__(self):
-        if not self.factor >= 1:
-            raise ValueError(f"factor={self.factor} must be at least 1")
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        if not 0 < low < high:
-            raise ValueError(
-                f"low_frequency_factor={low} must be positive and less than "
-                f"high_frequency_factor={high}"
-            )
-        if not self.original_length > 0:
-            raise ValueError(f"original_length={self.original_length} must be positive")
+from usp_jax.models.rope_scaling import (
+    DynamicNTKScaling,
+    RopeScaling,
+    YaRNScaling,
+    plain_frequencies,
+)
 
 
 def rope_frequencies(
@@ -44,21 +23,30 @@ def rope_frequencies(
 ) -> np.ndarray:
     """Angle a position of each pair of dims: float64 [H/2], highest first.
 
-    theta^(-2i/H), scaled by `scaling`.
+    theta^(-2i/H), or what `scaling` makes of it.
+
+    Raises:
+      ValueError: a dynamic scaling, which `at_length` fixes.
     """
-    frequencies = theta ** -(np.arange(0, head_size, 2) / head_size)
     if scaling is None:
-        return frequencies
-    turns = scaling.original_length * frequencies / (2 * math.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+        return plain_frequencies(head_size, theta)
+    return scaling.frequencies(head_size, theta)
+
+
+def rope_amplitude(scaling: RopeScaling | None) -> float:
+    """What cosine and sine are multiplied by: 1, but for YaRN."""
+    return scaling.amplitude if isinstance(scaling, YaRNScaling) else 1.0
+
+
+def at_length(scaling: RopeScaling | None, length: int) -> RopeScaling | None:
+    """The scaling of sequences of `length` tokens."""
+    return scaling.at(length) if isinstance(scaling, DynamicNTKScaling) else scaling
 
 
 def rope_angles(
-    positions: Int[Array, "B T"], frequencies: np.ndarray
+    positions: Int[Array, "B T"], frequencies: np.ndarray, amplitude: float = 1.0
 ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-    """Cosine and sine of position · frequency, float32 [B, T, H/2].
+    """Cosine and sine of position · frequency, times amplitude: float32 [B, T, H/2].
 
     Exact to float32 at any int32 position. The float32 product that is usual instead is
     off by 0.06 radians at a million tokens.
@@ -72,7 +60,7 @@ def rope_angles(
     turned = positions.astype(jnp.uint32) * jnp.asarray(whole, jnp.uint32)[None, None]
     part = turned.astype(jnp.int32).astype(jnp.float32)
     angles = (part + positions.astype(jnp.float32) * rest) * (2 * math.pi / 2.0**32)
-    return jnp.cos(angles), jnp.sin(angles)
+    return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
 def rotate(

@@ -31,7 +31,12 @@ from usp_jax.decode import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.rope import rope_angles, rope_frequencies, rotate
+from usp_jax.models.rope import (
+    rope_amplitude,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+)
 from usp_jax.models.sharding import TABLE, Split
 from usp_jax.shards import Shards
 
@@ -150,7 +155,8 @@ class Transformer:
         frequencies = rope_frequencies(
             config.head_size, config.rope_theta, config.rope_scaling
         )
-        angles = rope_angles(positions, frequencies)
+        amplitude = rope_amplitude(config.rope_scaling)
+        angles = rope_angles(positions, frequencies, amplitude)
 
         def body(x, layer):
             return self._block(*layer, x, angles, attend)
