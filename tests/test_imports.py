@@ -48,7 +48,11 @@ LAYERS = (
     {"train"},
 )
 # What the parts outside the core may import beside the core's packages.
-EXTRA_PACKAGES = {"usp_jax.nn": {"flax"}, "usp_jax.models": {"flax"}}
+EXTRA_PACKAGES = {
+    "usp_jax.nn": {"flax"},
+    "usp_jax.models": {"flax"},
+    "usp_jax.models.hf": {"flax", "safetensors"},
+}
 
 
 def modules(root: Path) -> dict[str, ast.Module]:
@@ -104,6 +108,13 @@ def direction_faults(root: Path) -> list[str]:
     ]
 
 
+def extra_packages(name: str) -> set[str]:
+    """Those of the longest prefix of `name` that EXTRA_PACKAGES lists."""
+    while name and name not in EXTRA_PACKAGES:
+        name = name.rpartition(".")[0]
+    return EXTRA_PACKAGES.get(name, set())
+
+
 def package_faults(root: Path) -> list[str]:
     """Third-party imports of usp_jax that its part of the package may not have."""
     trees = modules(root)
@@ -111,8 +122,7 @@ def package_faults(root: Path) -> list[str]:
     for name, tree in trees.items():
         if name.partition(".")[0] != "usp_jax":
             continue
-        part = ".".join(name.split(".")[:2])
-        allowed = CORE_PACKAGES | EXTRA_PACKAGES.get(part, set()) | {"usp_jax"}
+        allowed = CORE_PACKAGES | extra_packages(name) | {"usp_jax"}
         for imported in sorted(imports(name, tree, set(trees))):
             top = imported.partition(".")[0]
             if top not in allowed and top not in sys.stdlib_module_names:

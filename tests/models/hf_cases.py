@@ -1,0 +1,167 @@
+"""Tiny checkpoints in the Hugging Face format, and what transformers makes of them.
+
+Their weights are drawn here, the same everywhere; transformers' logits lie beside this
+file, and `python -m tests.models.hf_cases` writes them anew. That needs torch and
+transformers, which are too large for an ordinary run of the tests to install.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).with_name("hf_logits.npz")
+BATCH, LENGTH, VOCABULARY = 2, 40, 32
+
+_SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    # Fewer than LENGTH, so that stretching has something to do.
+    "max_position_embeddings": 24,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+# Each as a checkpoint of its kind tells it, in old words and in new ones.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {**_SHAPE, "rope_theta": 10000.0, "rope_scaling": None},
+    "theta": {
+        **_SHAPE,
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama3": {**_SHAPE, "rope_theta": 500000.0, "rope_scaling": _LLAMA3},
+    "linear": {**_SHAPE, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "dynamic": {**_SHAPE, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "yarn": {
+        **_SHAPE,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+            "beta_fast": 4,
+        },
+    },
+    "tied": {
+        **_SHAPE,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 500000.0, **_LLAMA3},
+    },
+}
+
+
+def tokens() -> np.ndarray:
+    """int32 [B, T]."""
+    return _random(0).randint(VOCABULARY, size=(BATCH, LENGTH)).astype(np.int32)
+
+
+def weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors, of the size that makes attention choosy."""
+    size, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or size // config["num_attention_heads"]
+    q, kv = (config[f"num_{name}_heads"] * head for name in ("attention", "key_value"))
+    layer = {
+        "input_layernorm": (size,),
+        "self_attn.q_proj": (q, size),
+        "self_attn.k_proj": (kv, size),
+        "self_attn.v_proj": (kv, size),
+        "self_attn.o_proj": (size, q),
+        "post_attention_layernorm": (size,),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }
+    shapes = {
+        f"model.layers.{number}.{name}.weight": shape
+        for number in range(config["num_hidden_layers"])
+        for name, shape in layer.items()
+    }
+    shapes |= {"model.embed_tokens.weight": (VOCABULARY, size)}
+    shapes |= {"model.norm.weight": (size,)}
+    if not config["tie_word_embeddings"]:
+        shapes |= {"lm_head.weight": (VOCABULARY, size)}
+    return {
+        name: _draw(seed, shape) for seed, (name, shape) in enumerate(shapes.items(), 1)
+    }
+
+
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray] | None = None,
+    files: int = 1,
+) -> Path:
+    """A checkpoint in one file, or in several with an index."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = weights(config) if tensors is None else tensors
+    if files == 1:
+        save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
+        return folder
+    places = {}
+    for number in range(files):
+        name = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        own = list(tensors)[number::files]
+        save_file({key: tensors[key] for key in own}, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(own, name)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def transformers_logits(folder: Path) -> np.ndarray:
+    """What transformers' own model gives for `tokens()`: float32 [B, T, V]."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens()).long()).logits.numpy()
+
+
+def _draw(seed, shape):
+    x = _random(seed).standard_normal(shape).astype(np.float32)
+    if len(shape) == 1:
+        return 1 + x / 4
+    return 2 * x / np.float32(np.sqrt(shape[1]))
+
+
+def _random(seed):
+    # numpy keeps this generator's numbers the same for ever, those of the new one not.
+    return np.random.RandomState(seed)  # noqa: NPY002
+
+
+def main() -> None:
+    """Writes transformers' logits of all checkpoints."""
+    logits = {}
+    for name, config in CONFIGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            logits[name] = transformers_logits(write(Path(folder), config))
+    np.savez_compressed(GOLDEN, **logits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A folder of safetensors files: one, or several with an index of which has what.
+
+The format: https://huggingface.co/docs/safetensors.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from safetensors import SafetensorError, safe_open
+except ImportError as error:
+    raise ImportError(
+        "usp_jax.models.hf needs safetensors: pip install 'usp_jax[hf]'"
+    ) from error
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, with the path, for what is missing or no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object")
+    return found
+
+
+class TensorFiles:
+    """The tensors of a checkpoint, read slice by slice from mapped files."""
+
+    def __init__(self, files: Mapping[str, Any], places: Mapping[str, str]):
+        self._files = files
+        self._places = places
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path) -> Iterator["TensorFiles"]:
+        """The files of a folder, until the context ends.
+
+        Raises:
+          ValueError: there are none, or one is missing, damaged or not what the index
+            says.
+        """
+        with contextlib.ExitStack() as stack:
+            files: dict[str, Any] = {}
+            places: dict[str, str] = {}
+            index = _index(folder)
+            names = [SINGLE] if index is None else sorted(set(index.values()))
+            for name in names:
+                files[name] = stack.enter_context(_open(folder / name))
+                places |= dict.fromkeys(files[name].keys(), name)
+            for tensor, name in ({} if index is None else index).items():
+                if places.get(tensor) != name:
+                    raise ValueError(
+                        f"{folder / INDEX} says that {tensor} is in {name}, "
+                        "which does not have it"
+                    )
+            yield cls(files, places)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor, in the format's words: F32, BF16, F16."""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of a tensor; nothing else of it is read."""
+        return self._slice(name)[index]
+
+    def _slice(self, name):
+        return self._files[self._places[name]].get_slice(name)
+
+
+def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, list[str]]:
+    """Tensors' names by file: in their order, each file as full as it may be.
+
+    A tensor larger than `file_bytes` has a file of its own.
+    """
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > file_bytes:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {
+        f"model-{number:05d}-of-{count:05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+
+
+def _index(folder):
+    """Tensor -> file's name; None where one file has all."""
+    if (folder / SINGLE).exists():
+        return None
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ValueError(f"{folder / INDEX} has no weight_map")
+        return index
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    if others:
+        raise ValueError(
+            f"{folder} has its weights in {', '.join(others)} only, which can run code "
+            "when they are read; save them as safetensors first: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _open(path):
+    try:
+        return safe_open(path, framework="np")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist, but {INDEX} names it") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

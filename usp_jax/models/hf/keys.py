@@ -1,0 +1,163 @@
+"""config.json and `LlamaConfig`, each made from the other.
+
+Every key is either read, or checked to say what a `Llama` is, or known not to change
+the logits; any other raises.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from usp_jax.models.config import DTYPES, LlamaConfig
+from usp_jax.models.hf.rope import read_rope, write_rope
+
+# LlamaConfig's name of each size that every config.json must tell.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "d_ff",
+}
+_READ = {
+    *_SIZES,
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "dtype",
+    "torch_dtype",
+}
+# What a key may say; null is as good as leaving it out.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "architectures": (["LlamaForCausalLM"],),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+    "quantization_config": (),
+    "sliding_window": (),
+    "layer_types": (),
+}
+_NOTES = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    # Splits matrix products into slices, whose results are the same.
+    "pretraining_tp",
+    "return_dict",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+
+
+def read_config(config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
+    """The model that a config.json tells of.
+
+    Args:
+      overrides: of `LlamaConfig`'s fields; `dtype` None is what config.json says.
+
+    Raises:
+      ValueError: a key that is missing, unknown, or has a value not supported.
+    """
+    _check(config)
+    heads = config["num_attention_heads"]
+    theta, scaling = read_rope(config)
+    fields = {
+        **{name: config[key] for key, name in _SIZES.items()},
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_size": config.get("head_dim") or _head_size(config),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": config.get("tie_word_embeddings") or False,
+        **overrides,
+    }
+    if fields.get("dtype") is None:
+        fields["dtype"] = _dtype(config)
+    return LlamaConfig(**fields)
+
+
+def write_config(
+    config: LlamaConfig, dtype: str, like: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What config.json says of a model.
+
+    Args:
+      dtype: of the tensors.
+      like: a config.json whose notes, the model's longest length among them, are kept.
+    """
+    notes = {key: x for key, x in like.items() if key in _NOTES}
+    longest = {key: like[key] for key in ("max_position_embeddings",) if key in like}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, name) for key, name in _SIZES.items()},
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": dtype,
+        **longest,
+        **write_rope(config.rope_theta, config.rope_scaling, config.head_size),
+        **notes,
+    }
+
+
+def _check(config):
+    for key, values in _ONLY.items():
+        given = config.get(key)
+        if given is not None and given not in values:
+            told = " or ".join(map(repr, values)) or "null or left out"
+            raise ValueError(f"{key}={given!r} is not supported, it must be {told}")
+    unknown = sorted(config.keys() - _READ - _ONLY.keys() - _NOTES)
+    if unknown:
+        told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
+        raise ValueError(
+            f"{told} is not understood and may change what the model computes; if it "
+            "is a mere note, remove it from config.json"
+        )
+    missing = [key for key in ("model_type", *_SIZES) if config.get(key) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given")
+
+
+def _head_size(config):
+    size, heads = config["hidden_size"], config["num_attention_heads"]
+    if size % heads:
+        raise ValueError(
+            f"hidden_size={size} must be a multiple of num_attention_heads={heads} "
+            "where head_dim is not given"
+        )
+    return size // heads
+
+
+def _dtype(config):
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype={dtype!r} is not computed in: give dtype= one of {DTYPES}"
+        )
+    return dtype

@@ -1,0 +1,123 @@
+"""Which tensors of a checkpoint make a parameter, and how its slices are theirs.
+
+A checkpoint has a matrix [out, in] for each layer, with the heads of out or in merged;
+a parameter has the layers stacked, in before out, and heads as dims of their own:
+
+    q_proj.weight [N·H, D], for each of L layers  ->  q [L, D, N, H]
+
+So any slice of a parameter is made of one slice of each layer's tensor, provided that
+it has heads as a whole, which is how the model is split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.sharding import TABLE, parameter_shapes
+
+# Parameter -> its tensor's name, and the tensor's dims in the letters of `TABLE`.
+_LAYER = "model.layers.{}."
+_TENSORS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "embed": ("model.embed_tokens.weight", ("V", "D")),
+    "attention_norm": (_LAYER + "input_layernorm.weight", ("D",)),
+    "q": (_LAYER + "self_attn.q_proj.weight", ("NH", "D")),
+    "k": (_LAYER + "self_attn.k_proj.weight", ("KH", "D")),
+    "v": (_LAYER + "self_attn.v_proj.weight", ("KH", "D")),
+    "o": (_LAYER + "self_attn.o_proj.weight", ("D", "NH")),
+    "mlp_norm": (_LAYER + "post_attention_layernorm.weight", ("D",)),
+    "gate": (_LAYER + "mlp.gate_proj.weight", ("F", "D")),
+    "up": (_LAYER + "mlp.up_proj.weight", ("F", "D")),
+    "down": (_LAYER + "mlp.down_proj.weight", ("D", "F")),
+    "final_norm": ("model.norm.weight", ("D",)),
+    "lm_head": ("lm_head.weight", ("V", "D")),
+}
+LM_HEAD = _TENSORS["lm_head"][0]
+EMBED = _TENSORS["embed"][0]
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+      parameter: that it is a part of, and which `layer` of it, None where there is one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    layer: int | None
+
+
+def tensors(config: LlamaConfig) -> Iterator[Tensor]:
+    """All tensors of a model, one layer after the other."""
+    shapes = parameter_shapes(config)
+    layered = [name for name in shapes if TABLE[name][0][0] == "L"]
+    single = [name for name in shapes if name not in layered]
+    places = [("embed", None)]
+    places += [(name, i) for i in range(config.num_layers) for name in layered]
+    places += [(name, None) for name in single if name != "embed"]
+    for name, layer in places:
+        template, dims = _TENSORS[name]
+        sizes = dict(zip(TABLE[name][0], shapes[name], strict=True))
+        shape = tuple(math.prod(sizes[letter] for letter in dim) for dim in dims)
+        yield Tensor(template.format(layer), shape, name, layer)
+
+
+def read_parameter(
+    config: LlamaConfig,
+    name: str,
+    read: Callable[[str, Index], np.ndarray],
+    index: Index,
+) -> np.ndarray:
+    """A slice of a parameter: float32.
+
+    Args:
+      read: gives a slice of a tensor, by the tensor's name.
+    """
+    template, dims = _TENSORS[name]
+    letters = TABLE[name][0]
+    sizes = dict(zip(letters, parameter_shapes(config)[name], strict=True))
+    ranges = {
+        letter: range(*part.indices(sizes[letter]))
+        for letter, part in zip(letters, index, strict=True)
+    }
+    parts = tuple(_merged(dim, ranges, sizes) for dim in dims)
+    own = "".join(dims)
+    inner = letters.removeprefix("L")
+    order = [own.index(letter) for letter in inner]
+    split = [len(ranges[letter]) for letter in own]
+
+    def one(tensor):
+        return read(tensor, parts).reshape(split).transpose(order)
+
+    if inner == letters:
+        return np.ascontiguousarray(one(template), np.float32)
+    out = np.empty([len(ranges[letter]) for letter in letters], np.float32)
+    for place, layer in enumerate(ranges["L"]):
+        out[place] = one(template.format(layer))
+    return out
+
+
+def to_tensor(name: str, x: np.ndarray) -> np.ndarray:
+    """A parameter, or one layer of it, in its tensor's shape."""
+    _, dims = _TENSORS[name]
+    inner = TABLE[name][0].removeprefix("L")
+    sizes = dict(zip(inner, x.shape, strict=True))
+    shape = [math.prod(sizes[letter] for letter in dim) for dim in dims]
+    order = [inner.index(letter) for letter in "".join(dims)]
+    return np.ascontiguousarray(x.transpose(order).reshape(shape))
+
+
+def _merged(dim, ranges, sizes):
+    """The slice of a tensor's dim that some of its first letter's range is."""
+    unit = math.prod(sizes[letter] for letter in dim[1:])
+    first = ranges[dim[0]]
+    if any(len(ranges[letter]) != sizes[letter] for letter in dim[1:]):
+        raise AssertionError(f"{dim}: a head is split")
+    return slice(first.start * unit, first.stop * unit)

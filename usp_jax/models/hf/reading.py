@@ -1,0 +1,136 @@
+"""A checkpoint in the Hugging Face format -> a `Llama`, straight into its shards."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.hf.files import CONFIG, TensorFiles, read_json
+from usp_jax.models.hf.keys import read_config
+from usp_jax.models.hf.names import EMBED, LM_HEAD, read_parameter, tensors
+from usp_jax.models.llama import Llama
+from usp_jax.models.sharding import check_mesh, parameter_shapes, parameter_shardings
+
+# Those that float32 has all the numbers of.
+_FLOATS = ("F32", "BF16", "F16")
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    **overrides: Any,
+) -> Llama:
+    """The model of a folder with config.json and safetensors files.
+
+    Each process reads the slices that its own devices keep, one parameter after the
+    other, and no more than those of one parameter are in its memory beside them.
+
+    Args:
+      mesh: from `make_mesh`, with Auto axes; None is one device.
+      dtype: of the computation, float32 or bfloat16; None is what config.json says.
+        Parameters are float32, whatever the files have.
+      overrides: of `LlamaConfig`'s fields, such as `remat`, or `rope_theta` and
+        `rope_scaling` for longer contexts than the model was trained on.
+
+    Raises:
+      ValueError: no such checkpoint, one of another kind of model, tensors that are
+        missing, left over or of another shape, or sizes that the mesh does not divide.
+    """
+    folder = Path(path)
+    config = load_config(folder, dtype=dtype, **overrides)
+    check_mesh(config, mesh)
+    shardings = parameter_shardings(config, mesh)
+    with TensorFiles.open(folder) as files:
+        _check_tensors(folder, files, config)
+        params = {
+            name: _place(shape, shardings[name], partial(_read, files, config, name))
+            for name, shape in parameter_shapes(config).items()
+        }
+    shapes = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(shapes), params)
+
+
+def load_config(
+    path: str | os.PathLike, *, dtype: DTypeLike | None = None, **overrides: Any
+) -> LlamaConfig:
+    """The configuration that `load` gives a model.
+
+    Raises:
+      ValueError: config.json is missing, or tells of what a `Llama` is not; the message
+        names the key and its value.
+    """
+    file = Path(path) / CONFIG
+    name = None if dtype is None else jnp.dtype(dtype).name
+    found = read_json(file)
+    try:
+        return read_config(found, dtype=name, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _place(shape, sharding, read):
+    """The array whose slices `read` gives."""
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _read(files, config, name, index):
+    return read_parameter(config, name, files.read, index)
+
+
+def _check_tensors(folder, files, config):
+    """Raises ValueError unless the files have the model's tensors and no others."""
+    expected = {tensor.name: tensor for tensor in tensors(config)}
+    _tell(folder, "lacks", expected.keys() - files.names)
+    extra = {name for name in files.names - expected.keys() if not _is_derived(name)}
+    if config.tie_embeddings and LM_HEAD in extra:
+        _check_tied(folder, files)
+        extra.remove(LM_HEAD)
+    _tell(folder, "has tensors that the model does not use:", extra)
+    for name, tensor in expected.items():
+        if files.shape(name) != tensor.shape:
+            raise ValueError(
+                f"{folder}: {name} is {list(files.shape(name))}, by {CONFIG} it must "
+                f"be {list(tensor.shape)}"
+            )
+        if files.dtype(name) not in _FLOATS:
+            raise ValueError(
+                f"{folder}: {name} has the dtype {files.dtype(name)}, it must be one "
+                f"of {', '.join(_FLOATS)}: quantized weights are not supported"
+            )
+
+
+def _tell(folder, what, names):
+    if names:
+        first = sorted(names)[:3]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{folder} {what} {', '.join(first)}{more}")
+
+
+def _is_derived(name):
+    """RoPE's frequencies, which old checkpoints have and config.json tells."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def _check_tied(folder, files, rows=4096):
+    """A tied model has one table; a checkpoint with two may have them equal only."""
+    shape = files.shape(EMBED)
+    same = files.shape(LM_HEAD) == shape and all(
+        (files.read(EMBED, part) == files.read(LM_HEAD, part)).all()
+        for part in ((slice(i, i + rows),) for i in range(0, shape[0], rows))
+    )
+    if not same:
+        raise ValueError(
+            f"{folder}: {LM_HEAD} is not {EMBED}, though {CONFIG} says "
+            "tie_word_embeddings=true; give tie_embeddings=False to use it"
+        )

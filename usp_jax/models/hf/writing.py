@@ -1,0 +1,122 @@
+"""A `Llama` -> a checkpoint in the Hugging Face format, one file after the other."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from usp_jax.models.config import DTYPES
+from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
+from usp_jax.models.hf.keys import write_config
+from usp_jax.models.hf.names import tensors, to_tensor
+from usp_jax.models.llama import Llama
+
+# What belongs to a checkpoint and says nothing of the model's weights.
+_COMPANIONS = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+
+def save(
+    model: Llama,
+    path: str | os.PathLike,
+    *,
+    dtype: DTypeLike = "float32",
+    file_bytes: int = 5 * 10**9,
+    like: str | os.PathLike | None = None,
+) -> None:
+    """Writes config.json and safetensors files, which `load` and transformers read.
+
+    Every process takes part, and process 0 writes, into a folder that all see. It has
+    the tensors of one file in memory, the others one tensor. config.json comes last, so
+    a folder that has it is whole.
+
+    Args:
+      dtype: of the tensors: "float32" is the parameters bit by bit, "bfloat16" rounds
+        them, which changes nothing where they were loaded from bfloat16.
+      file_bytes: the most that a file has, unless one tensor has more.
+      like: a checkpoint whose tokenizer's files are copied, and whose config.json's
+        notes (longest length, ids of tokens) are kept.
+
+    Raises:
+      ValueError: the folder has a checkpoint already, or another dtype.
+    """
+    folder, dtype = Path(path), jnp.dtype(dtype)
+    if dtype.name not in DTYPES:
+        raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
+    if file_bytes < 1:
+        raise ValueError(f"{file_bytes=} must be positive")
+    there = [*folder.glob("*.safetensors"), *folder.glob(CONFIG)]
+    notes = {} if like is None else read_json(Path(like) / CONFIG)
+    # Nobody looks at what process 0 writes now.
+    multihost_utils.sync_global_devices("folder is looked at")
+    if there:
+        raise ValueError(
+            f"path={folder} has {there[0].name} already; give an empty folder"
+        )
+    config = write_config(model.config, dtype.name, notes)
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy_companions(like, folder)
+    _write_tensors(model, folder, dtype, file_bytes, is_writer)
+    if is_writer:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    multihost_utils.sync_global_devices("checkpoint is written")
+
+
+def _write_tensors(model, folder, dtype, file_bytes, is_writer):
+    every = {tensor.name: tensor for tensor in tensors(model.config)}
+    sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in every.items()}
+    files = split_into_files(sizes, file_bytes)
+    for file, names in files.items():
+        held = {}
+        for name in names:
+            x = _on_host(model, every[name])
+            if is_writer:
+                held[name] = to_tensor(every[name].parameter, x).astype(dtype)
+        if is_writer:
+            save_file(held, folder / file, metadata={"format": "pt"})
+    if is_writer and len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": places,
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _on_host(model, tensor):
+    """One layer's part of a parameter, gathered from all devices."""
+    x = getattr(model, tensor.parameter)[...]
+    if tensor.layer is not None:
+        x = _layer(x, tensor.layer)
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+# The layer's number is an argument, so that one program serves all layers.
+@jax.jit
+def _layer(x, number):
+    return lax.dynamic_index_in_dim(x, number, keepdims=False)
+
+
+def _copy_companions(like, folder):
+    for name in _COMPANIONS:
+        if like is not None and (Path(like) / name).exists():
+            shutil.copyfile(Path(like) / name, folder / name)
