@@ -151,7 +151,7 @@ def _draw(seed, shape):
 
 def _random(seed):
     # numpy keeps this generator's numbers the same for ever, those of the new one not.
-    return np.random.RandomState(seed)  # noqa: NPY002
+    return np.random.RandomState(seed)
 
 
 def main() -> None:

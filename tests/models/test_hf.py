@@ -1,0 +1,409 @@
+"""Checkpoints in the Hugging Face format: transformers' logits, bits, and mistakes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import usp_jax
+from tests.models import hf_cases
+from tests.models.hf_cases import CONFIGS, write
+from usp_jax.models import hf
+from usp_jax.models.hf import reading
+from usp_jax.models.hf.files import TensorFiles
+from usp_jax.models.hf.keys import read_config, write_config
+from usp_jax.models.llama import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama,
+    Llama3Scaling,
+    LlamaConfig,
+    NTKScaling,
+    YaRNScaling,
+)
+from usp_jax.models.presets import PRESETS
+
+MESHES = (
+    {},
+    {"ring": 2, "ulysses": 2, "tensor": 2},
+    {"ring": 2, "ulysses": 2, "fsdp": 2},
+)
+# Where transformers' own model is compared with, the tolerance that is asked for.
+TOLERANCE = 1e-4
+
+needs_transformers = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")),
+    reason="NOT COMPARED WITH A LIVE transformers, only with the logits kept from one: "
+    "pip install torch transformers (a CPU build of torch is enough)",
+)
+
+
+def load(folder: Path, mesh: dict[str, int], **options) -> Llama:
+    own = usp_jax.make_mesh(**mesh) if mesh else None
+    return hf.load(folder, mesh=own, **options)
+
+
+def folder_tensors(folder: Path) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def parameters(model: Llama) -> dict[str, np.ndarray]:
+    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+    return {name: np.asarray(x) for name, x in params.items()}
+
+
+def change(folder: Path, **keys) -> Path:
+    """A plain checkpoint whose config.json says something else; `...` removes a key."""
+    config = {**CONFIGS["plain"], **keys}
+    config = {key: value for key, value in config.items() if value is not ...}
+    return write(folder, config, hf_cases.weights(CONFIGS["plain"]))
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_logits_are_those_of_transformers(tmp_path, case, mesh):
+    if "fsdp" in mesh and case not in ("plain", "tied"):
+        pytest.skip("tensors are read over fsdp as over ring; RoPE does not know of it")
+    model = load(write(tmp_path, CONFIGS[case]), mesh, dtype="float32")
+    actual = model(jnp.asarray(hf_cases.tokens()))
+    chex.assert_type(actual, jnp.float32)
+    expected = np.load(hf_cases.GOLDEN)[case]
+    chex.assert_trees_all_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+@needs_transformers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CONFIGS)
+def test_transformers_reads_what_is_written(tmp_path, case):
+    first = write(tmp_path / "first", CONFIGS[case], files=3)
+    model = load(first, MESHES[1])
+    actual = model(jnp.asarray(hf_cases.tokens()))
+    expected = hf_cases.transformers_logits(first)
+    chex.assert_trees_all_close(actual, expected, atol=TOLERANCE, rtol=0)
+    hf.save(model, tmp_path / "second", file_bytes=50_000)
+    again = hf_cases.transformers_logits(tmp_path / "second")
+    # Frequencies that are stretched once more are rounded once more.
+    chex.assert_trees_all_close(again, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("case", ["theta", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_round_trip_keeps_every_bit(tmp_path, case, mesh, dtype):
+    tensors = {
+        name: x.astype(jnp.dtype(dtype))
+        for name, x in hf_cases.weights(CONFIGS[case]).items()
+    }
+    first = write(tmp_path / "first", CONFIGS[case], tensors, files=3)
+    model = load(first, mesh)
+    hf.save(model, tmp_path / "second", dtype=dtype, file_bytes=50_000)
+    index = json.loads((tmp_path / "second/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    written = folder_tensors(tmp_path / "second")
+    assert written.keys() == tensors.keys() == index["weight_map"].keys()
+    for name, x in tensors.items():
+        assert written[name].dtype == x.dtype, name
+        assert written[name].tobytes() == x.tobytes(), name
+    again = load(tmp_path / "second", {}, dtype="float32")
+    chex.assert_trees_all_equal(parameters(again), parameters(model))
+
+
+def test_float16_is_read_exactly(tmp_path):
+    tensors = {
+        name: x.astype(np.float16)
+        for name, x in hf_cases.weights(CONFIGS["plain"]).items()
+    }
+    config = {**CONFIGS["plain"], "torch_dtype": "float16"}
+    model = load(write(tmp_path / "first", config, tensors), {}, dtype=jnp.bfloat16)
+    assert model.config.dtype == "bfloat16"
+    hf.save(model, tmp_path / "second")
+    for name, x in folder_tensors(tmp_path / "second").items():
+        np.testing.assert_array_equal(x, tensors[name].astype(np.float32))
+    with pytest.raises(ValueError, match="dtype='float16' is not computed in: give dt"):
+        load(tmp_path / "first", {})
+
+
+def test_each_device_reads_its_own_slices_only(tmp_path, monkeypatch):
+    """So a process never reads what other processes' devices keep."""
+    sizes = []
+    read = TensorFiles.read
+
+    def recorded(self, name, index):
+        x = read(self, name, index)
+        sizes.append((name, x.size))
+        return x
+
+    monkeypatch.setattr(TensorFiles, "read", recorded)
+    load(write(tmp_path, CONFIGS["plain"]), MESHES[1])
+    tensors = hf_cases.weights(CONFIGS["plain"])
+    for name, whole in tensors.items():
+        # Norms are not split over `tensor`: the two devices along it read the same.
+        parts = 4 if "norm" in name else 8
+        own = [size for read_name, size in sizes if read_name == name]
+        assert set(own) == {whole.size // parts}, name
+        assert len(own) == 8, name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_keep_their_config(name):
+    config = LlamaConfig.preset(name)
+    assert read_config(write_config(config, config.dtype, {})) == config
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LinearScaling(2.0),
+        DynamicNTKScaling(2.0, 64),
+        YaRNScaling(4.0, 64, beta_fast=16.0, attention_factor=1.25, truncate=False),
+        Llama3Scaling(8.0, 1.5, 5.0, 64),
+    ],
+    ids=lambda scaling: type(scaling).__name__,
+)
+def test_scalings_keep_their_config(scaling):
+    config = LlamaConfig.preset("tiny", rope_scaling=scaling)
+    written = write_config(config, "float32", {})
+    assert read_config(written) == config
+    # The words of newer checkpoints.
+    told = {**written.pop("rope_scaling"), "rope_theta": written.pop("rope_theta")}
+    assert read_config({**written, "rope_parameters": told}) == config
+
+
+def test_a_fixed_ntk_scaling_is_written_as_the_base_that_it_is():
+    config = LlamaConfig.preset("tiny", rope_scaling=NTKScaling(4.0))
+    written = write_config(config, "float32", {})
+    assert written["rope_scaling"] is None
+    # tiny has heads of 16.
+    assert written["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14), rel=1e-12)
+
+
+def test_notes_and_tokenizer_come_along(tmp_path):
+    first = write(tmp_path / "first", CONFIGS["plain"])
+    (first / "tokenizer.json").write_text("{}")
+    hf.save(load(first, {}), tmp_path / "second", like=first)
+    written = json.loads((tmp_path / "second/config.json").read_text())
+    assert {
+        key: written[key] for key in ("bos_token_id", "max_position_embeddings")
+    } == {
+        "bos_token_id": 1,
+        "max_position_embeddings": 24,
+    }
+    assert (tmp_path / "second/tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "second/model.safetensors").exists()
+
+
+def test_overrides_stretch_a_loaded_model(tmp_path):
+    scaling = YaRNScaling(4.0, 24)
+    config = hf.load_config(
+        change(tmp_path), rope_scaling=scaling, rope_theta=5e5, remat="attention"
+    )
+    assert (config.rope_scaling, config.rope_theta) == (scaling, 5e5)
+    assert config.remat == "attention"
+
+
+WRONG_KEYS = {
+    "kind": ({"model_type": "qwen2"}, "model_type='qwen2' is not supported, it must"),
+    "task": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        r"architectures=\['LlamaForSequenceClassification'\] is not supported",
+    ),
+    "bias": ({"attention_bias": True}, "attention_bias=True is not supported, it must"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias=True is not supported, it must be Fal"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu' .* it must be 'silu'"),
+    "window": (
+        {"sliding_window": 16},
+        "sliding_window=16 is not supported, it must be null or left out",
+    ),
+    "quantized": (
+        {"quantization_config": {"bits": 4}},
+        r"quantization_config=\{'bits': 4\} is not supported, it must be null",
+    ),
+    "part of a head": (
+        {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5 is not supported, it must be 1.0",
+    ),
+    "soft cap": (
+        {"final_logit_softcapping": 30.0},
+        "final_logit_softcapping=30.0 is not understood and may change",
+    ),
+    "no size": ({"hidden_size": ...}, "hidden_size must be given"),
+    "no head size": (
+        {"num_attention_heads": 5},
+        "hidden_size=64 must be a multiple of num_attention_heads=5 where head_dim",
+    ),
+    "RoPE's type": (
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        "rope_scaling has the type 'longrope', it must be one of",
+    ),
+    "RoPE's keys": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}},
+        "has keys that are not understood: beta; type 'linear' has",
+    ),
+    "RoPE's missing keys": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+        "must have low_freq_factor, high_freq_factor",
+    ),
+    "RoPE twice": (
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "rope_scaling=.* and rope_parameters=.* differ; leave one out",
+    ),
+    "two types": (
+        {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+        "has the type 'dynamic' and 'linear', it must be one of",
+    ),
+    "RoPE's length": (
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": ...,
+        },
+        "needs max_position_embeddings",
+    ),
+    "RoPE's part": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "rope_parameters has a partial_rotary_factor, it must be 1",
+    ),
+    "factor": (
+        {"rope_scaling": {"type": "linear", "factor": 0.5}},
+        "factor=0.5 must be at least 1",
+    ),
+    "shape": (
+        {"intermediate_size": 80},
+        r"mlp.gate_proj.weight is \[96, 64\], by config.json it must be \[80, 64\]",
+    ),
+    "layers": ({"num_hidden_layers": 3}, r"lacks model.layers.2.* and 6 more"),
+    "fewer layers": (
+        {"num_hidden_layers": 1},
+        r"has tensors that the model does not use: model.layers.1.* and 6 more",
+    ),
+    "not tied": (
+        {"tie_word_embeddings": True},
+        "lm_head.weight is not model.embed_tokens.weight, though config.json says",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", WRONG_KEYS)
+def test_configs_that_are_something_else_are_told(tmp_path, given):
+    keys, message = WRONG_KEYS[given]
+    with pytest.raises(ValueError, match=message):
+        hf.load(change(tmp_path, **keys))
+
+
+def test_a_second_table_that_is_the_first_is_taken(tmp_path):
+    tensors = hf_cases.weights(CONFIGS["tied"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    model = hf.load(write(tmp_path, CONFIGS["tied"], tensors))
+    assert "lm_head" not in parameters(model)
+
+
+def test_quantized_tensors_are_told(tmp_path):
+    tensors = hf_cases.weights(CONFIGS["plain"])
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
+    with pytest.raises(ValueError, match="lm_head.weight has the dtype I8, it must be"):
+        hf.load(write(tmp_path, CONFIGS["plain"], tensors))
+
+
+def test_sizes_that_the_mesh_does_not_divide_are_told(tmp_path):
+    with pytest.raises(ValueError, match="num_kv_heads=2 must be a multiple of 4"):
+        load(change(tmp_path), {"tensor": 4})
+
+
+def _no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def _config_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def _only_pickles(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def _truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _index_of(folder, places):
+    (folder / "model.safetensors").unlink()
+    save_file({"a": np.ones(1, np.float32)}, folder / "part.safetensors")
+    text = json.dumps({"weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _missing_file(folder):
+    _index_of(folder, {"a": "part.safetensors", "b": "gone.safetensors"})
+
+
+def _wrong_index(folder):
+    _index_of(folder, {"a": "part.safetensors", "b": "part.safetensors"})
+
+
+def _empty_index(folder):
+    _index_of(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_config, "config.json does not exist"),
+        (_config_is_no_json, "config.json is not JSON"),
+        (_only_pickles, "weights in pytorch_model.bin only, .* as safetensors first"),
+        (_no_weights, "has neither model.safetensors nor model.safetensors.index.json"),
+        (_truncated, "model.safetensors is damaged"),
+        (_missing_file, "gone.safetensors does not exist, but .* names it"),
+        (_wrong_index, "says that b is in part.safetensors, which does not have it"),
+        (_empty_index, "model.safetensors.index.json has no weight_map"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_damaged_folders_are_told(tmp_path, damage, message):
+    folder = write(tmp_path, CONFIGS["plain"])
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        reading.load(folder)
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    model = load(write(tmp_path, CONFIGS["plain"]), {})
+    with pytest.raises(
+        ValueError, match="has model.safetensors already; give an empty"
+    ):
+        hf.save(model, tmp_path)
+    with pytest.raises(ValueError, match="dtype='float16' must be one of"):
+        hf.save(model, tmp_path / "new", dtype="float16")
+    with pytest.raises(ValueError, match="file_bytes=0 must be positive"):
+        hf.save(model, tmp_path / "new", file_bytes=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loaded_model_is_trained_on(tmp_path):
+    """Its graph and parameters are those of a model that was drawn."""
+    model = load(change(tmp_path), MESHES[2])
+    drawn = nnx.eval_shape(
+        lambda: Llama(model.config, mesh=model.mesh, rngs=nnx.Rngs(0))
+    )
+    assert nnx.graphdef(model) == nnx.graphdef(drawn)
+    for name, x in nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]).items():
+        assert isinstance(x, jax.Array)
+        assert x.sharding.spec == model.split.parameter(name)
