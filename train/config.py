@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from usp_jax.layout import LAYOUTS, length_multiple
-from usp_jax.models.llama import LlamaConfig
+from usp_jax.models.llama import LlamaConfig, RopeScaling
 
 STORED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "data")
 DTYPES = ("float32", "bfloat16")
@@ -47,6 +47,8 @@ class ModelConfig:
     """Sizes and choices of the LLaMA, as `usp_jax.models.llama.LlamaConfig` has them.
 
     Attributes:
+      rope_scaling: a stretching of RoPE for longer contexts; the command line takes it
+        last: `model.rope-scaling:linear-scaling --model.rope-scaling.factor 4`.
       remat: what the backward pass computes again: none, full, attention (attention's
         output is kept) or attention_qkv (its inputs too).
       loss_chunk: how many of a device's tokens have their logits in memory at once.
@@ -61,6 +63,7 @@ class ModelConfig:
     head_size: int
     d_ff: int
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
     remat: str = "full"
@@ -194,7 +197,7 @@ class Config:
     @property
     def llama(self) -> LlamaConfig:
         """The model's configuration; raises ValueError for sizes it cannot have."""
-        return LlamaConfig(**dataclasses.asdict(self.model), dtype=self.dtype)
+        return LlamaConfig(**vars(self.model), dtype=self.dtype)
 
 
 def check(config: Config) -> None:

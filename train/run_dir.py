@@ -35,6 +35,10 @@ FREE_ON_RESUME = (
 def record(config: Config, **facts: dict[str, Any]) -> dict[str, Any]:
     """What config.json says: the config, with facts added to its sections."""
     tree = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    scaling = config.model.rope_scaling
+    if scaling is not None:
+        # Two kinds may have the same fields.
+        tree["model"]["rope_scaling"]["type"] = type(scaling).__name__
     for section, values in facts.items():
         tree[section] = tree.get(section, {}) | values
     return tree

@@ -1,6 +1,7 @@
 """Checkpoints in the Hugging Face format: transformers' logits, bits, and mistakes."""
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import usp_jax
 from tests.models import hf_cases
 from tests.models.hf_cases import CONFIGS, write
 from usp_jax.models import hf
-from usp_jax.models.hf import reading
+from usp_jax.models.generate import generate
 from usp_jax.models.hf.files import TensorFiles
 from usp_jax.models.hf.keys import read_config, write_config
 from usp_jax.models.llama import (
@@ -26,7 +27,7 @@ from usp_jax.models.llama import (
     Llama3Scaling,
     LlamaConfig,
     NTKScaling,
-    YaRNScaling,
+    YarnScaling,
 )
 from usp_jax.models.presets import PRESETS
 
@@ -69,11 +70,13 @@ def change(folder: Path, **keys) -> Path:
     return write(folder, config, hf_cases.weights(CONFIGS["plain"]))
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    # RoPE and its stretching know nothing of fsdp.
+    [*itertools.product(CONFIGS, MESHES[:2]), ("tied", MESHES[2])],
+    ids=str,
+)
 def test_logits_are_those_of_transformers(tmp_path, case, mesh):
-    if "fsdp" in mesh and case not in ("plain", "tied"):
-        pytest.skip("tensors are read over fsdp as over ring; RoPE does not know of it")
     model = load(write(tmp_path, CONFIGS[case]), mesh, dtype="float32")
     actual = model(jnp.asarray(hf_cases.tokens()))
     chex.assert_type(actual, jnp.float32)
@@ -166,7 +169,7 @@ def test_presets_keep_their_config(name):
     [
         LinearScaling(2.0),
         DynamicNTKScaling(2.0, 64),
-        YaRNScaling(4.0, 64, beta_fast=16.0, attention_factor=1.25, truncate=False),
+        YarnScaling(4.0, 64, beta_fast=16.0, attention_factor=1.25, truncate=False),
         Llama3Scaling(8.0, 1.5, 5.0, 64),
     ],
     ids=lambda scaling: type(scaling).__name__,
@@ -204,12 +207,28 @@ def test_notes_and_tokenizer_come_along(tmp_path):
 
 
 def test_overrides_stretch_a_loaded_model(tmp_path):
-    scaling = YaRNScaling(4.0, 24)
+    scaling = YarnScaling(4.0, 24)
     config = hf.load_config(
         change(tmp_path), rope_scaling=scaling, rope_theta=5e5, remat="attention"
     )
     assert (config.rope_scaling, config.rope_theta) == (scaling, 5e5)
     assert config.remat == "attention"
+
+
+def test_a_dynamic_scaling_follows_the_length_of_the_call(tmp_path):
+    model = load(write(tmp_path, CONFIGS["dynamic"]), {}, dtype="float32")
+    plain = load(change(tmp_path / "plain"), {}, dtype="float32")
+    ids = jnp.asarray(hf_cases.tokens())
+    short = ids[:, :24]
+    chex.assert_trees_all_equal(model(short), plain(short))
+    assert jnp.max(jnp.abs(model(ids)[:, :24] - model(short))) > 0.1
+    # Sampling rotates keys once, so all tokens are rotated as the last one asks for.
+    out = generate(model, ids[:, :38], 2, temperature=0)
+    likeliest = jnp.argmax(model(out)[:, 37:39], -1)
+    chex.assert_trees_all_equal(out[:, 38:], likeliest)
+    places = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), ids.shape)
+    with pytest.raises(ValueError, match="depends on the sequence's length, which giv"):
+        model(ids, positions=places)
 
 
 WRONG_KEYS = {
@@ -381,7 +400,7 @@ def test_damaged_folders_are_told(tmp_path, damage, message):
     folder = write(tmp_path, CONFIGS["plain"])
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        reading.load(folder)
+        hf.load(folder)
 
 
 def test_what_cannot_be_written_is_told(tmp_path):

@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 
 from tests.models.oracle import rates
-from usp_jax.models.llama import Llama3Scaling, LlamaConfig
-from usp_jax.models.rope import rope_angles, rope_frequencies, rotate
+from usp_jax.models.llama import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LlamaConfig,
+    NTKScaling,
+    YarnScaling,
+)
+from usp_jax.models.rope import (
+    at_length,
+    rope_amplitude,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+)
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3.1-8b", "llama3.2-1b"])
@@ -44,15 +57,68 @@ def test_only_distance_matters():
     assert jnp.max(jnp.abs(product(3, 11) - near)) > 0.1
 
 
+def test_linear_scaling_is_positions_divided():
+    plain = rope_frequencies(64, 10000.0)
+    actual = rope_frequencies(64, 10000.0, LinearScaling(4.0))
+    np.testing.assert_allclose(actual, plain / 4, rtol=1e-14)
+
+
+def test_ntk_keeps_the_highest_frequency_and_divides_the_lowest():
+    plain = rope_frequencies(64, 10000.0)
+    ratio = rope_frequencies(64, 10000.0, NTKScaling(4.0)) / plain
+    np.testing.assert_allclose(ratio[[0, -1]], [1, 1 / 4], rtol=1e-12)
+    assert np.all(np.diff(ratio) < 0)
+
+
+def test_dynamic_ntk_grows_with_the_length():
+    scaling = DynamicNTKScaling(2.0, 1024)
+    assert at_length(scaling, 7) == at_length(scaling, 1024) == NTKScaling(1.0)
+    assert at_length(scaling, 1536) == NTKScaling(2.0)
+    assert at_length(scaling, 2048) == NTKScaling(3.0)
+    assert at_length(LinearScaling(2.0), 2048) == LinearScaling(2.0)
+    with pytest.raises(ValueError, match=r"fix it: rope_scaling.at\(length\)"):
+        rope_frequencies(64, 10000.0, scaling)
+
+
+def test_yarn_goes_from_the_plain_to_the_divided_frequencies():
+    plain = rope_frequencies(128, 10000.0)
+    scaling = YarnScaling(4.0, 4096)
+    ratio = rope_frequencies(128, 10000.0, scaling) / plain
+    turns = 4096 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 32 * 1.2], 1, rtol=1e-12)
+    np.testing.assert_allclose(ratio[turns < 1 / 1.2], 1 / 4, rtol=1e-12)
+    assert np.all(np.diff(ratio) <= 0)
+    whole = rope_angles(jnp.zeros((1, 1), jnp.int32), plain, rope_amplitude(scaling))
+    chex.assert_trees_all_close(whole[0], jnp.full((1, 1, 64), 0.1 * np.log(4) + 1))
+    assert rope_amplitude(YarnScaling(4.0, 4096, attention_factor=0.5)) == 0.5
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "message"),
     [
-        ((0.5,), "factor=0.5 must be at least 1"),
-        ((8.0, 4.0, 4.0), "low_frequency_factor=4.0 must be positive and less than"),
-        ((8.0, 1.0, 4.0, 0), "original_length=0 must be positive"),
+        (lambda: Llama3Scaling(0.5), "factor=0.5 must be at least 1"),
+        (lambda: LinearScaling(0.5), "factor=0.5 must be at least 1"),
+        (lambda: NTKScaling(0.0), "factor=0.0 must be at least 1"),
+        (lambda: DynamicNTKScaling(2.0, 0), "original_length=0 must be positive"),
+        (
+            lambda: Llama3Scaling(8.0, 4.0, 4.0),
+            "low_frequency_factor=4.0 must be positive and less than",
+        ),
+        (lambda: Llama3Scaling(8.0, 1.0, 4.0, 0), "original_length=0 must be positive"),
+        (
+            lambda: YarnScaling(4.0, 64, beta_fast=1.0, beta_slow=2.0),
+            "beta_slow=2.0 must be positive and at most beta_fast=1.0",
+        ),
+        (
+            lambda: YarnScaling(4.0, 64, attention_factor=0.0),
+            "attention_factor=0.0 must be positive",
+        ),
+        (
+            lambda: rope_frequencies(2, 1e4, NTKScaling(2.0)),
+            "head_size=2 has nothing to stretch",
+        ),
     ],
-    ids=["factor", "order", "length"],
 )
-def test_wrong_scalings_are_told(arguments, message):
+def test_wrong_scalings_are_told(make, message):
     with pytest.raises(ValueError, match=message):
-        Llama3Scaling(*arguments)
+        make()

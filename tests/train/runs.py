@@ -99,6 +99,8 @@ def options(config: Config) -> list[str]:
             value = getattr(section, field.name)
             if dataclasses.is_dataclass(value):
                 add(f"{prefix}{field.name}.", value)
+            elif field.name == "rope_scaling":
+                assert value is None, "not an option but a command of its own"
             elif isinstance(value, bool):
                 found.append(f"--{prefix}{'' if value else 'no-'}{field.name}")
             else:

@@ -10,6 +10,8 @@ from tests.train.runs import options, small_config
 from train.cli import parse
 from train.config import DistributedConfig, MeshConfig, check, flatten
 from train.presets import PRESETS, preset
+from train.run_dir import check_same_run, record
+from usp_jax.models.llama import LinearScaling
 
 WRONG = {
     "steps 0": (["--steps", "0"], "steps=0 must be positive"),
@@ -111,13 +113,26 @@ def test_help_lists_every_option(
     told = capsys.readouterr().out
     assert exit_.value.code == 0
     for name in flatten(dataclasses.asdict(preset("tiny"))):
-        assert f"--{name.replace('_', '-')}" in told or f"--{name}" in told, name
+        dashed = name.replace("_", "-")
+        # What has fields of its own is a command: model.rope-scaling:none.
+        assert any(way in told for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
     assert ("presets:\n  tiny: " in told) == (arguments != ["tiny", "--help"])
 
 
-def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
-    from train.run_dir import record
+def test_rope_can_be_stretched(tmp_path: Path) -> None:
+    linear = "model.rope-scaling:linear-scaling --model.rope-scaling.factor 4"
+    config = parse(["tiny", "--steps", "5", *linear.split()])
+    assert (config.steps, config.llama.rope_scaling) == (5, LinearScaling(4.0))
+    assert preset("tiny").llama.rope_scaling is None
+    other = parse(["tiny", "--steps", "5", *linear.replace("linear", "ntk").split()])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(record(config)))
+    check_same_run(path, record(config))
+    with pytest.raises(ValueError, match="'LinearScaling' there, 'NTKScaling' now"):
+        check_same_run(path, record(other))
 
+
+def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
     told = record(small_config(tmp_path), data={"tokens": 5})
     assert json.loads(json.dumps(told)) == told
     assert told["data"] == {

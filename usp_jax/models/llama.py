@@ -26,7 +26,7 @@ from usp_jax.models.rope_scaling import (
     Llama3Scaling as Llama3Scaling,
     NTKScaling as NTKScaling,
     RopeScaling as RopeScaling,
-    YaRNScaling as YaRNScaling,
+    YarnScaling as YarnScaling,
 )
 from usp_jax.models.sharding import (
     Split,

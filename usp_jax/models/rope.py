@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
     RopeScaling,
-    YaRNScaling,
+    YarnScaling,
     plain_frequencies,
 )
 
@@ -35,7 +35,7 @@ def rope_frequencies(
 
 def rope_amplitude(scaling: RopeScaling | None) -> float:
     """What cosine and sine are multiplied by: 1, but for YaRN."""
-    return scaling.amplitude if isinstance(scaling, YaRNScaling) else 1.0
+    return scaling.amplitude if isinstance(scaling, YarnScaling) else 1.0
 
 
 def at_length(scaling: RopeScaling | None, length: int) -> RopeScaling | None:

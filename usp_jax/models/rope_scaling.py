@@ -90,7 +90,7 @@ class DynamicNTKScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class YaRNScaling:
+class YarnScaling:
     """YaRN (arXiv 2309.00071): by how often a pair of dims turns in `original_length`.
 
     Pairs that turn more than `beta_fast` times stay, those that turn less than
@@ -182,7 +182,7 @@ class Llama3Scaling:
 
 
 RopeScaling = (
-    LinearScaling | NTKScaling | DynamicNTKScaling | YaRNScaling | Llama3Scaling
+    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling
 )
 
 

@@ -88,7 +88,7 @@ def read_config(config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
         "head_size": config.get("head_dim") or _head_size(config),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": config.get("tie_word_embeddings") or False,
         **overrides,
     }

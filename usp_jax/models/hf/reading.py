@@ -122,12 +122,16 @@ def _is_derived(name):
     return name.endswith(".rotary_emb.inv_freq")
 
 
+def _blocks(length, rows):
+    return [(slice(i, min(i + rows, length)),) for i in range(0, length, rows)]
+
+
 def _check_tied(folder, files, rows=4096):
     """A tied model has one table; a checkpoint with two may have them equal only."""
     shape = files.shape(EMBED)
     same = files.shape(LM_HEAD) == shape and all(
         (files.read(EMBED, part) == files.read(LM_HEAD, part)).all()
-        for part in ((slice(i, i + rows),) for i in range(0, shape[0], rows))
+        for part in _blocks(shape[0], rows)
     )
     if not same:
         raise ValueError(

@@ -14,7 +14,7 @@ from usp_jax.models.rope_scaling import (
     Llama3Scaling,
     NTKScaling,
     RopeScaling,
-    YaRNScaling,
+    YarnScaling,
 )
 
 _DEFAULT_THETA = 10000.0
@@ -109,24 +109,25 @@ def _kind(name, given):
 def _scaling(kind, given, config):
     if kind == "default":
         return None
+    factor = float(given["factor"])
     if kind == "linear":
-        return LinearScaling(given["factor"])
+        return LinearScaling(factor)
     longest = config.get("max_position_embeddings")
     if kind == "dynamic":
-        return DynamicNTKScaling(given["factor"], _length(longest))
+        return DynamicNTKScaling(factor, _length(longest))
     inside = given.get("original_max_position_embeddings")
     # Where it stands outside, it stands there alone or is what counts.
     outside = config.get("original_max_position_embeddings")
     length = _length(outside or inside or longest)
     if kind == "llama3":
-        low, high = given["low_freq_factor"], given["high_freq_factor"]
-        return Llama3Scaling(given["factor"], low, high, length)
-    return YaRNScaling(
-        given["factor"],
+        low, high = (float(given[f"{name}_freq_factor"]) for name in ("low", "high"))
+        return Llama3Scaling(factor, low, high, length)
+    return YarnScaling(
+        factor,
         length,
-        beta_fast=given.get("beta_fast") or 32.0,
-        beta_slow=given.get("beta_slow") or 1.0,
-        attention_factor=_attention_factor(given),
+        beta_fast=float(given.get("beta_fast") or 32),
+        beta_slow=float(given.get("beta_slow") or 1),
+        attention_factor=_attention_factor(factor, given),
         truncate=given.get("truncate", True),
     )
 
@@ -140,12 +141,15 @@ def _length(length):
     return length
 
 
-def _attention_factor(given):
-    """DeepSeek's way to tell it is the ratio of two factors."""
+def _attention_factor(factor, given):
+    """YaRN's, or None for what follows from the factor."""
+    if "attention_factor" in given:
+        return float(given["attention_factor"])
+    # DeepSeek's way to tell it is the ratio of two.
     over, under = given.get("mscale"), given.get("mscale_all_dim")
-    if "attention_factor" in given or not (over and under):
-        return given.get("attention_factor")
-    log = 0.1 * math.log(given["factor"])
+    if not (over and under):
+        return None
+    log = 0.1 * math.log(factor)
     return (over * log + 1) / (under * log + 1)
 
 
