@@ -72,6 +72,18 @@ class Llama(nnx.Module):
         for name, value in draw(rngs.params()).items():
             setattr(self, name, nnx.Param(value))
 
+    @classmethod
+    def of_parameters(
+        cls,
+        config: LlamaConfig,
+        params: dict[str, Array],
+        *,
+        mesh: Mesh | AbstractMesh | None = None,
+    ) -> "Llama":
+        """A model of parameters that are there already, where `sharding` wants them."""
+        drawn = nnx.eval_shape(lambda: cls(config, mesh=mesh, rngs=nnx.Rngs(0)))
+        return nnx.merge(nnx.graphdef(drawn), params)
+
     def __call__(
         self,
         tokens: Ids,

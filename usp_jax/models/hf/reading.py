@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -55,8 +54,7 @@ def load(
             name: _place(shape, shardings[name], partial(_read, files, config, name))
             for name, shape in parameter_shapes(config).items()
         }
-    shapes = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(shapes), params)
+    return Llama.of_parameters(config, params, mesh=mesh)
 
 
 def load_config(
