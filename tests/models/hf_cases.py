@@ -130,14 +130,20 @@ def write(
     return folder
 
 
-def transformers_logits(folder: Path) -> np.ndarray:
-    """What transformers' own model gives for `tokens()`: float32 [B, T, V]."""
+def transformers_logits(folder: Path, saved: Path | None = None) -> np.ndarray:
+    """What transformers' own model gives for `tokens()`: float32 [B, T, V].
+
+    Args:
+      saved: where transformers writes the checkpoint anew, in its own words.
+    """
     import torch
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    if saved is not None:
+        model.save_pretrained(saved, max_shard_size="50KB")
     with torch.no_grad():
         return model(torch.from_numpy(tokens()).long()).logits.numpy()
 

@@ -87,11 +87,12 @@ def test_logits_are_those_of_transformers(tmp_path, case, mesh):
 @needs_transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CONFIGS)
-def test_transformers_reads_what_is_written(tmp_path, case):
-    first = write(tmp_path / "first", CONFIGS[case], files=3)
-    model = load(first, MESHES[1])
+def test_transformers_and_we_read_what_the_other_has_written(tmp_path, case):
+    first = write(tmp_path / "drawn", CONFIGS[case], files=3)
+    expected = hf_cases.transformers_logits(first, saved=tmp_path / "first")
+    model = load(tmp_path / "first", MESHES[1])
+    assert model.config == hf.load_config(first)
     actual = model(jnp.asarray(hf_cases.tokens()))
-    expected = hf_cases.transformers_logits(first)
     chex.assert_trees_all_close(actual, expected, atol=TOLERANCE, rtol=0)
     hf.save(model, tmp_path / "second", file_bytes=50_000)
     again = hf_cases.transformers_logits(tmp_path / "second")

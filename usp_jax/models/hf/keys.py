@@ -47,6 +47,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "layer_types": (),
 }
 _NOTES = {
+    # How to sample, in checkpoints older than generation_config.json.
+    "do_sample",
+    "max_length",
+    "max_sequence_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    # Where the rest comes from, and what training began with.
     "_attn_implementation_autoset",
     "_name_or_path",
     "bos_token_id",
@@ -63,6 +71,7 @@ _NOTES = {
     # Splits matrix products into slices, whose results are the same.
     "pretraining_tp",
     "return_dict",
+    "tokenizer_class",
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
