@@ -3,6 +3,9 @@
 import importlib.util
 import itertools
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
@@ -157,6 +160,30 @@ def test_each_device_reads_its_own_slices_only(tmp_path, monkeypatch):
         own = [size for read_name, size in sizes if read_name == name]
         assert set(own) == {whole.size // parts}, name
         assert len(own) == 8, name
+
+
+@pytest.mark.long
+def test_two_processes_read_a_half_each_and_write_the_whole(tmp_path):
+    first = write(tmp_path / "first", CONFIGS["plain"], files=2)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.models.hf_process", coordinator]
+    processes = [
+        subprocess.Popen(
+            [*command, number, first, tmp_path / "second"],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in ("0", "1")
+    ]
+    shares = [process.communicate(timeout=300)[0].split()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert shares == ["0.5", "0.5"]
+    written = folder_tensors(tmp_path / "second")
+    for name, x in hf_cases.weights(CONFIGS["plain"]).items():
+        assert written[name].tobytes() == x.tobytes(), name
 
 
 @pytest.mark.parametrize("name", PRESETS)

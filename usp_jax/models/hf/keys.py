@@ -54,7 +54,7 @@ _NOTES = {
     "temperature",
     "top_k",
     "top_p",
-    # Where the rest comes from, and what training began with.
+    # Names of tokens and of classes, how it was made, what a call returns.
     "_attn_implementation_autoset",
     "_name_or_path",
     "bos_token_id",
