@@ -37,6 +37,10 @@ class Program:
         return dataclasses.replace(self, config=config)
 
 
+# Two workers would make the run that all these tests start from twice.
+pytestmark = pytest.mark.xdist_group("resume")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """A run that was never killed; what it compiled serves all that follow."""
