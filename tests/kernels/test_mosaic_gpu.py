@@ -17,9 +17,10 @@ import pytest
 import usp_jax
 from tests.test_kernels import CASES, Case, check, inputs, run
 from usp_jax import MeshAxes, kernels
-from usp_jax.kernels import mosaic_gpu
+from usp_jax.kernels import Target
 from usp_jax.kernels.logits import Logits
-from usp_jax.kernels.mosaic_gpu_blocks import DEFAULTS, BlockSizes
+from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes, Tile
+from usp_jax.kernels.mosaic_gpu.walk import walk_table
 from usp_jax.masking import EMPTY, FULL, Mask, MaskRule, Tokens, block_kinds
 
 interpreted = pytest.mark.skipif(
@@ -104,7 +105,7 @@ def test_walks_list_what_is_seen_with_the_heaviest_tiles_first(transposed) -> No
     ids = jnp.asarray(np.sort(rng.integers(-1, 4, (2, 512)), 1), "int32")
     tokens = Tokens(jnp.arange(512, dtype=jnp.int32)[None], ids)
     mask = Mask(MaskRule(True), tokens, tokens)
-    table = np.asarray(mosaic_gpu._walks(mask, 64, transposed))
+    table = np.asarray(walk_table(mask, 64, transposed))
     kinds = block_kinds(mask, *((64, 128) if transposed else (128, 64)))
     kinds = np.asarray(kinds.swapaxes(1, 2) if transposed else kinds)
     assert table.shape == (2, 4, 3 + 8)
@@ -143,16 +144,16 @@ def test_without_an_interpreter_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("sizes", "match"),
     [
-        ((96, 64, 64), "forward=96 must be 16, 32, 64 or 128"),
-        ((64, 256, 64), "dq=256 must be 16, 32, 64 or 128"),
-        ((64, 64, 64, 2, 2, 0), "dkv_stages=0 must be at least 1"),
+        ((96, 2), "tokens=96 must be 16, 32, 64 or 128"),
+        ((64, 0), "stages=0 must be at least 1"),
     ],
 )
 def test_block_sizes_that_cannot_be_are_told(sizes, match) -> None:
     with pytest.raises(ValueError, match=match):
-        BlockSizes(*sizes)
+        Tile(*sizes)
 
 
 def test_every_head_size_has_block_sizes() -> None:
+    h200 = Target("gpu", "NVIDIA H200", (9, 0))
     for head_size in range(1, 257):
-        assert BlockSizes.of(head_size, "NVIDIA H200") in DEFAULTS.values()
+        assert isinstance(BlockSizes.of(h200, head_size, "bfloat16"), BlockSizes)

@@ -11,17 +11,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 import usp_jax
 from tests.sampling import thinned
-from usp_jax.kernels import mosaic_tpu, reference, walk
+from usp_jax.kernels import mosaic_tpu, reference
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
-from usp_jax.kernels.mosaic_tpu import BlockSizes, Tuning
+from usp_jax.kernels.mosaic_tpu import BlockSizes, Tile, walk
+from usp_jax.kernels.mosaic_tpu.in_place import InPlace
 from usp_jax.masking import EMPTY, Mask, MaskRule, Tokens, block_kinds
 
 # The largest error of out and lse; gradients may have twice as much.
 TOLERANCES = {"float32": 1e-5, "float16": 1e-5, "bfloat16": 3e-2}
 
-SMALL = Tuning(BlockSizes(128, 128, 128), BlockSizes(128, 128, 128), 2**24)
-UNEVEN = Tuning(BlockSizes(256, 512, 128), BlockSizes(128, 512, 256), 2**24)
+SMALL = BlockSizes(Tile(128, 128, 128), Tile(128, 128, 128), vmem_mib=16)
+UNEVEN = BlockSizes(Tile(256, 512, 128), Tile(128, 512, 256), vmem_mib=16)
 V5P = Target("tpu", "TPU v5")
 CAUSAL = MaskRule(is_causal=True)
 
@@ -79,10 +80,10 @@ def results(forward, backward, arrays, carry, mask, logits):
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
 
 
-def check(arrays, carry, mask, logits, tuning=SMALL, interpret=True):
+def check(arrays, carry, mask, logits, blocks=SMALL, interpret=True):
     """Compares with the oracle on the same rounded inputs; twice, with equal bits."""
     kernels = (
-        functools.partial(f, target=V5P, tuning=tuning, interpret=interpret)
+        functools.partial(f, target=V5P, blocks=blocks, interpret=interpret)
         for f in (mosaic_tpu.chunk_forward, mosaic_tpu.chunk_backward)
     )
 
@@ -131,7 +132,7 @@ def test_without_a_carry(name):
 
 def test_blocks_of_unequal_sizes():
     case = {**CASES["packed"], "length": 1280, "kv_length": 1100, "batch": 1}
-    check(*inputs(**case), tuning=UNEVEN)
+    check(*inputs(**case), blocks=UNEVEN)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +163,13 @@ def test_no_races_and_nothing_unwritten(name, capfd):
 
 
 def test_a_race_would_be_found(monkeypatch, capfd):
-    monkeypatch.setattr(mosaic_tpu._InPlace, "_again", lambda *_: jnp.bool_(False))
+    monkeypatch.setattr(InPlace, "_again", lambda *_: jnp.bool_(False))
     interpret = pltpu.InterpretParams(detect_races=True)
     arrays, carry, mask, logits = inputs(**RACY["one-head"])
     q, k, v, dout = arrays
     lse = carry[1]
     try:
-        how = {"target": V5P, "tuning": SMALL, "interpret": interpret}
+        how = {"target": V5P, "blocks": SMALL, "interpret": interpret}
         dq, _, _ = mosaic_tpu.chunk_backward(
             q, k, v, dout, lse, lse * 0, mask, logits, **how
         )
@@ -303,14 +304,14 @@ def test_interpreted_under_check_vma():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((0, 128, 128), "BlockSizes.q=0 must be a positive multiple of 128"),
-        ((128, 200, 128), "BlockSizes.kv=200 must be a positive multiple of 128"),
-        ((128, 384, 256), "BlockSizes.kv=384 must be a multiple of .*256"),
+        ((0, 128, 128), "Tile.q=0 must be a positive multiple of 128"),
+        ((128, 200, 128), "Tile.kv=200 must be a positive multiple of 128"),
+        ((128, 384, 256), "Tile.kv=384 must be a multiple of .*256"),
     ],
 )
 def test_block_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
-        BlockSizes(*sizes)
+        Tile(*sizes)
 
 
 def test_what_it_cannot_do():
@@ -330,6 +331,6 @@ def test_what_it_cannot_do():
     "kind", ["TPU v4", "TPU v5", "TPU v5 lite", "TPU v6 lite", "TPU7x", "cpu"]
 )
 def test_every_device_kind_has_block_sizes(kind):
-    tuning = Tuning.of_device(kind)
-    assert tuning.vmem_bytes >= 16 * 2**20
-    assert tuning.forward.q >= 512
+    blocks = BlockSizes.of(Target("tpu", kind), 128, "bfloat16")
+    assert blocks.vmem_mib >= 16
+    assert blocks.forward.q >= 512

@@ -43,7 +43,7 @@ def test_small_blocks_and_lists_of_several_blocks(max_list, monkeypatch) -> None
         return out, lse, *backward(q, k, k, dout, lse, delta, mask, logits)
 
     assert triton._listed(mask, 32, 16)[1].blocks == (1 if max_list > 8 else 4)
-    options = {"target": A100, "sizes": SMALL, "interpret": True}
+    options = {"target": A100, "blocks": SMALL, "interpret": True}
     actual = jax.jit(
         lambda: run(
             partial(triton.chunk_forward, **options),

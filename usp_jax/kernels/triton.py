@@ -29,6 +29,7 @@ from jax.experimental.pallas import triton as plgpu
 from usp_jax._compat import vary_like, varying_like
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.table import Row, lookup
 from usp_jax.masking import (
     EMPTY,
     FULL,
@@ -93,83 +94,73 @@ class BlockSizes:
         Raises:
           ValueError: no default is for heads of that size.
         """
-        narrow = target.capability is not None and target.capability not in _ROOMY
-        for sizes in _SIZES:
-            fits = head_size <= sizes.head_size and sizes.narrow in (None, narrow)
-            if fits and jnp.dtype(dtype).itemsize == sizes.itemsize:
-                return sizes.blocks
-        raise ValueError(
-            f"{head_size=} must be at most {max(x.head_size for x in _SIZES)} for "
-            'implementation="triton"; use "xla"'
-        )
+        return lookup(TABLE, target, head_size, dtype)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Default:
-    """Block sizes for heads up to a size.
-
-    `narrow` devices have 99 KiB of shared memory for a block; None is for both kinds.
-    """
-
-    itemsize: int
-    head_size: int
-    blocks: BlockSizes
-    narrow: bool | None = None
-
-
-# Compute capabilities whose shared memory is 163 KiB and more.
-_ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 # Found by compiling, not by timing: with 16 bits none spills registers on an A100 or an
-# H200. A B200 spills some at head sizes 96 and 256, an A100 at 256 in float32.
-_SIZES = (
-    _Default(
-        2, 64, BlockSizes(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
+# H200. A B200 spills some at head sizes 96 and 256, an A100 at 256 in float32. The
+# capabilities named have 163 KiB of shared memory a block and more, others 99.
+TABLE = (
+    Row(
+        BlockSizes(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        head_size=64,
+        itemsize=2,
     ),
-    _Default(
-        2, 96, BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))
+    Row(
+        BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+        head_size=96,
+        itemsize=2,
     ),
-    _Default(
-        2, 128, BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+    Row(
+        BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        head_size=128,
+        itemsize=2,
     ),
-    _Default(
-        2, 192, BlockSizes(Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2))
+    Row(
+        BlockSizes(Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+        head_size=192,
+        itemsize=2,
     ),
-    _Default(
-        2,
-        256,
+    Row(
         BlockSizes(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-        narrow=False,
+        capabilities=((8, 0), (9, 0), (10, 0), (10, 3)),
+        head_size=256,
+        itemsize=2,
     ),
-    _Default(
-        2,
-        256,
+    Row(
         BlockSizes(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
-        narrow=True,
+        head_size=256,
+        itemsize=2,
     ),
-    _Default(
-        4, 128, BlockSizes(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+    Row(
+        BlockSizes(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        head_size=128,
+        itemsize=4,
     ),
-    _Default(
-        4, 256, BlockSizes(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2))
+    Row(
+        BlockSizes(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
+        head_size=256,
+        itemsize=4,
     ),
 )
 
 
-def chunk_forward(q, k, v, mask, carry, logits, *, target, sizes=None, interpret=False):
+def chunk_forward(
+    q, k, v, mask, carry, logits, *, target, blocks=None, interpret=False
+):
     """Attention of q over k, v, merged into `carry`.
 
     Args:
       target: the device; with the head size it gives the block sizes.
-      sizes: other block sizes.
+      blocks: other block sizes.
       interpret: runs on any device, block by block in XLA.
     """
-    sizes = sizes or BlockSizes.of(target, q.shape[3], q.dtype)
+    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
     arrays = (q, k, v, mask, carry)
     q, k, v, mask, carry = vary_like(arrays, arrays)
     value_size = v.shape[3]
     q, k, v = map(_whole_pieces, (q, k, v))
-    tile = sizes.forward.within(q, k)
+    tile = blocks.forward.within(q, k)
     mask, lists = _listed(mask, tile.block_q, tile.block_kv)
     batch, length, heads, _ = q.shape
     num_blocks = pl.cdiv(length, tile.block_q)
@@ -241,16 +232,16 @@ def _forward_kernel(
 
 
 def chunk_backward(
-    q, k, v, dout, lse, delta, mask, logits, *, target, sizes=None, interpret=False
+    q, k, v, dout, lse, delta, mask, logits, *, target, blocks=None, interpret=False
 ):
     """dq, dk, dv of one chunk from the global lse and delta."""
-    sizes = sizes or BlockSizes.of(target, q.shape[3], q.dtype)
+    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
     arrays = map(_whole_pieces, (q, k, v, dout.astype(q.dtype)))
     # Rows without a visible key have every score masked, whatever is subtracted.
     args = (*arrays, finite(lse) * LOG2E, delta, mask)
     args = vary_like(args, args)
-    dq = _dq(*args, logits, sizes.dq, interpret)
-    dk, dv = _dkv(*args, logits, sizes.dkv, interpret)
+    dq = _dq(*args, logits, blocks.dq, interpret)
+    dk, dv = _dkv(*args, logits, blocks.dkv, interpret)
     head_size, value_size = q.shape[3], v.shape[3]
     return dq[..., :head_size], dk[..., :head_size], dv[..., :value_size]
 

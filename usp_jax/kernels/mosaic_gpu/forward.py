@@ -1,0 +1,138 @@
+"""The forward of a chunk on Hopper.
+
+While o += p v of one block runs, s = q kᵀ of the next is in flight. The two computing
+warpgroups take turns, so that one's products run beside the other's exponentials
+(FlashAttention-3, Algorithm 2).
+"""
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from usp_jax._compat import gpu_load, gpu_store
+from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
+from usp_jax.kernels.mosaic_gpu.roles import Kernel
+from usp_jax.kernels.mosaic_gpu.tiles import (
+    LOG2E,
+    MATRIX,
+    ROW,
+    ROWS,
+    by_row,
+    full,
+    slot_of,
+    transposed,
+)
+from usp_jax.merge import finite
+
+
+def chunk_forward(
+    q, k, v, mask, carry, logits, *, target, blocks=None, interpret=False
+):
+    """Attention of q over k, v, merged into `carry`.
+
+    Args:
+      target: the device; with the head size it gives the block sizes.
+      blocks: a `BlockSizes` to use instead.
+      interpret: runs on any platform, in jax's interpreter of Mosaic GPU kernels.
+
+    Raises:
+      NotImplementedError: inputs are not bfloat16 or float16, or heads exceed 256.
+    """
+    call = Call.of(q, k, v, mask, logits, target, blocks, interpret)
+    length, size = q.shape[1], v.shape[-1]
+    operands = {name: padded(x) for name, x in (("q", q), ("k", k), ("v", v))}
+    if carry is not None:
+        operands["out"] = padded(carry[0])
+        operands["lse"] = tokens_last(carry[1], -jnp.inf)
+    batch, rows, heads, _ = operands["q"].shape
+    shapes = (batch, rows, heads, operands["v"].shape[-1]), (batch, heads, rows)
+    kernel = Kernel(_forward, ("q",), (("k",), ("v",)), call.blocks.forward)
+    out, lse = call.launch(kernel, operands, shapes)
+    return out[:, :length, :, :size], lse.swapaxes(1, 2)[:, :length]
+
+
+def _forward(block):
+    """One tile of queries and one head of the forward pass, by one warpgroup."""
+    call, walk, warpgroup = block.call, block.walk, block.warpgroup
+    k_s, v_s, turn = block.scratch["k"], block.scratch["v"], block.scratch["turn"]
+    q, stages = block.scratch["q"].at[warpgroup], k_s.shape[0]
+    shape = (ROWS, k_s.shape[1])
+    out_ref, lse_ref = (block.rows_of(ref) for ref in block.outs)
+    if "out" in block.refs:
+        carried = gpu_load(block.rows_of(block.refs["out"]), MATRIX)
+        carried_lse = gpu_load(block.rows_of(block.refs["lse"]), ROW)
+    else:
+        carried = full((ROWS, v_s.shape[-1]), 0, MATRIX)
+        carried_lse = full((ROWS,), -jnp.inf, ROW)
+
+    def softmax(s, m, l, seen):
+        """The running maximum and sum (base 2), what o decays by, and p."""
+        s, scale = call.base2(s)
+        if seen is not None:
+            s = jnp.where(seen, s, -jnp.inf)
+        m_next = jnp.maximum(m, s.max(axis=1) * scale)
+        # A row that has seen nothing yet: exp2(-inf - 0) is 0, and no NaN.
+        safe = m_next if seen is None else finite(m_next)
+        p = jnp.exp2(s * scale - by_row(safe, shape))
+        decay = jnp.exp2(m - safe)
+        return m_next, l * decay + p.sum(axis=1), decay, p
+
+    def first():
+        def scores(s_ref):
+            plgpu.wgmma(s_ref, q, transposed(k_s.at[0]))
+            return plgpu.wgmma_accumulator_load(s_ref)
+
+        block.await_own()
+        block.await_full("k", 0)
+        s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+        block.free("k", 0)
+        # A carry is a running row whose sum is 1 at its lse.
+        m, l = carried_lse * LOG2E, jnp.where(carried_lse == -jnp.inf, 0.0, 1.0)
+        *state, p = softmax(s, m, l, block.seen(0))
+        return carried, *state, p.astype(k_s.dtype)
+
+    def step(n, state, masked):
+        """The scores of block n, while o takes in the block before it."""
+        o, m, l, decay, p = state
+        now, before = slot_of(n, stages), slot_of(n - 1, stages)
+        block.await_full("k", now)
+        block.await_full("v", before)
+        plgpu.barrier_wait(turn.at[warpgroup])
+
+        def body(accumulators):
+            def scores(s_ref):
+                plgpu.wgmma(s_ref, q, transposed(k_s.at[now]))
+                block.multiply(accumulators[0], p, v_s.at[before])
+                plgpu.barrier_arrive(turn.at[1 - warpgroup])
+                return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+
+            s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+            block.free("k", now)
+            return softmax(s, m, l, block.seen(n) if masked else None)
+
+        like = [m, l, decay, full(shape, 0, MATRIX)]
+        (o,), (*made, p) = call.in_flight(body, [o * by_row(decay, o.shape)], like)
+        block.free("v", before)
+        # Rounded no sooner: until here the product was reading the last p.
+        return o, *made, p.astype(k_s.dtype)
+
+    def attend():
+        # The first turn is warpgroup 0's.
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        o, m, l, decay, p = walk.fold(step, first(), start=1)
+        last = slot_of(walk.steps - 1, stages)
+        block.await_full("v", last)
+        (o,), _ = call.in_flight(
+            lambda refs: block.multiply(refs[0], p, v_s.at[last]),
+            [o * by_row(decay, o.shape)],
+        )
+        inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
+        gpu_store(out_ref, o * by_row(inverse, o.shape))
+        gpu_store(lse_ref, (m + jnp.log2(l)) / LOG2E)
+
+    @pl.when(walk.listed == 0)
+    def hand_through():
+        gpu_store(out_ref, carried)
+        gpu_store(lse_ref, carried_lse)
+
+    pl.when(walk.listed > 0)(attend)

@@ -1,0 +1,185 @@
+"""A thread block of the Hopper kernels: what is in its memory, and who does what.
+
+Two warpgroups compute, the third copies tiles to shared memory for them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from usp_jax._compat import gpu_load
+from usp_jax.kernels.mosaic_gpu.blocks import Tile
+from usp_jax.kernels.mosaic_gpu.tiles import COLUMN, COMPUTING, ROW, ROWS, TILE, slot_of
+from usp_jax.masking import sees
+
+# Registers a thread, out of the 64K that a multiprocessor has for 3 · 128 threads.
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What one warpgroup computes, of which tiles.
+
+    Attributes:
+      own: operands whose tile stays in shared memory.
+      streams: operands whose blocks pass through; those of a tuple arrive together.
+      tile: the tokens of a streamed block, and the buffers of each stream.
+    """
+
+    body: Callable[["Block"], None]
+    own: tuple[str, ...]
+    streams: tuple[tuple[str, ...], ...]
+    tile: Tile
+
+    @property
+    def transposed(self):
+        """Whether tiles are of keys, and queries stream."""
+        return "k" in self.own
+
+    def scratch(self, operands):
+        """Shared memory and barriers, by name."""
+        streamed = [name for stream in self.streams for name in stream]
+        widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]
+        # The widest swizzle that cuts the streamed block and all head sizes.
+        sizes = self.tile.tokens, *widths
+        width = next(w for w in (64, 32, 16) if not any(size % w for size in sizes))
+        transforms = (
+            plgpu.TilingTransform((8, width)),
+            plgpu.SwizzleTransform(2 * width),
+        )
+
+        def buffers(name, *lead):
+            x = operands[name]
+            if x.ndim == 3:
+                return plgpu.SMEM(lead, x.dtype)
+            return plgpu.SMEM((*lead, x.shape[-1]), x.dtype, transforms=transforms)
+
+        made = {name: buffers(name, COMPUTING, ROWS) for name in self.own}
+        made |= {
+            name: buffers(name, self.tile.stages, self.tile.tokens) for name in streamed
+        }
+        made["own_full"] = plgpu.Barrier(
+            num_arrivals=len(self.own), num_barriers=COMPUTING
+        )
+        made["turn"] = plgpu.Barrier(num_barriers=COMPUTING)
+        for stream in self.streams:
+            for what, arrivals in (("full", len(stream)), ("free", COMPUTING)):
+                made[f"{stream[0]}_{what}"] = plgpu.Barrier(
+                    num_arrivals=arrivals, num_barriers=self.tile.stages
+                )
+        # The interpreter's wgmma takes no operand from registers.
+        staged = (COMPUTING, ROWS, self.tile.tokens)
+        made["staged"] = plgpu.SMEM(staged, operands["q"].dtype)
+        return made
+
+
+class Block:
+    """A thread block as one of its warpgroups sees it: its tile, head and memory."""
+
+    def __init__(self, call, kernel, walk, refs, outs, scratch):
+        self.call, self.kernel, self.walk = call, kernel, walk
+        self.refs, self.outs, self.scratch = refs, outs, scratch
+        self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
+        self.warpgroup = lax.axis_index("warpgroup")
+
+    def rows_of(self, ref, index=None):
+        """A warpgroup's own rows of [B, T, N, H] or [B, N, T]."""
+        index = self.warpgroup if index is None else index
+        rows = pl.ds(self.walk.tile * TILE + index * ROWS, ROWS)
+        return self._at(ref, rows, self.head)
+
+    def compute(self):
+        """What the first two warpgroups do."""
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        self.kernel.body(self)
+
+    def copy(self):
+        """What the last warpgroup does: every tile's copy, as its buffer comes free."""
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        walk, stages = self.walk, self.kernel.tile.stages
+
+        @pl.when(walk.listed > 0)
+        def own():
+            for i in range(COMPUTING):
+                for name in self.kernel.own:
+                    rows, tile = self.rows_of(self.refs[name], i), self.scratch[name]
+                    barrier = self.scratch["own_full"].at[i]
+                    plgpu.copy_gmem_to_smem(rows, tile.at[i], barrier)
+
+        def step(n, column):
+            slot = slot_of(n, stages)
+            # Read ahead, so that no copy waits for the table.
+            ahead = walk.column(jnp.minimum(n + 1, walk.columns * walk.repeats - 1))
+            if self.kernel.transposed:
+                head = self.head * walk.repeats + lax.rem(n, jnp.int32(walk.repeats))
+            else:
+                head = lax.div(self.head, jnp.int32(self.call.group))
+            rows = pl.ds(column * self.kernel.tile.tokens, self.kernel.tile.tokens)
+            for stream in self.kernel.streams:
+                full, free = (
+                    self.scratch[f"{stream[0]}_{x}"] for x in ("full", "free")
+                )
+                pl.when(n >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
+                for name in stream:
+                    source = self._at(self.refs[name], rows, head)
+                    target = self.scratch[name].at[slot]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            return ahead
+
+        lax.fori_loop(0, walk.steps, step, walk.column(jnp.int32(0)))
+
+    def await_own(self):
+        """Waits for the tiles that stay."""
+        plgpu.barrier_wait(self.scratch["own_full"].at[self.warpgroup])
+
+    def await_full(self, name, slot):
+        """Waits until a stream's buffer is filled."""
+        plgpu.barrier_wait(self.scratch[f"{name}_full"].at[slot])
+
+    def free(self, name, slot):
+        """Says that this warpgroup needs a stream's buffer no more."""
+        plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
+
+    def multiply(self, accumulator, a, b):
+        """accumulator += a · b of registers and a buffer, asynchronously."""
+        if self.call.interpret:
+            staged = self.scratch["staged"].at[self.warpgroup]
+            staged[...] = a
+            plgpu.commit_smem()
+            a = staged
+        plgpu.wgmma(accumulator, a, b)
+
+    def seen(self, n):
+        """What is seen of the block of step n, [rows, columns]; None is all."""
+        if self.walk.row is None:
+            return None
+        mask, size = self.refs["mask"], self.kernel.tile.tokens
+        own = pl.ds(self.walk.tile * TILE + self.warpgroup * ROWS, ROWS)
+        own = own, ROW, 0
+        other = pl.ds(self.walk.column(n) * size, size), COLUMN, 1
+
+        def facts(tokens, where):
+            part, layout, dim = where
+
+            def load(ref):
+                row = self.batch if ref.shape[0] > 1 else 0
+                x = gpu_load(ref.at[row, part], layout)
+                return lax.broadcast_in_dim(x, (ROWS, size), (dim,))
+
+            return jax.tree.map(load, tokens)
+
+        sides = (other, own) if self.kernel.transposed else (own, other)
+        q, kv = map(facts, (mask.q, mask.kv), sides)
+        return sees(self.call.mask.rule, q, kv)
+
+    def _at(self, ref, rows, head):
+        """Rows of one head of [B, T, N, H] or [B, N, T]."""
+        if len(ref.shape) == 3:
+            return ref.at[self.batch, head, rows]
+        return ref.at[self.batch, rows, head]

@@ -1,0 +1,77 @@
+"""The blocks that each tile of the Hopper kernels walks, as a table in HBM."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from usp_jax.kernels.mosaic_gpu.tiles import TILE
+from usp_jax.masking import EMPTY, FULL, block_kinds
+
+# What comes before the blocks in a row of the table: its tile and two counts.
+HEADER = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The steps that one tile takes: those of blocks seen entirely, then the others.
+
+    Each block is walked `repeats` times in a row. `row` is the tile's part of the table
+    of `walk_table`, None when every block is seen entirely.
+    """
+
+    tile: Any
+    full: Any
+    listed: Any
+    row: Any
+    columns: int
+    repeats: int
+
+    @classmethod
+    def of(cls, table, columns, repeats):
+        """The walk of this thread block's tile."""
+        rank, batch = lax.axis_index("tile"), lax.axis_index("batch")
+        if table is None:
+            return cls(rank, columns, columns, None, columns, repeats)
+        row = table.at[batch if table.shape[0] > 1 else 0, rank]
+        return cls(row[0], row[1], row[2], row, columns, repeats)
+
+    @property
+    def steps(self):
+        return self.listed * self.repeats
+
+    def column(self, step):
+        """The block that a step is about."""
+        entry = lax.div(step, jnp.int32(self.repeats)) if self.repeats > 1 else step
+        return entry if self.row is None else self.row[HEADER + entry]
+
+    def fold(self, step, state, start=0):
+        """Folds step(n, state, masked) over all steps from `start` on."""
+        full = jnp.maximum(self.full * self.repeats, start)
+        state = lax.fori_loop(start, full, partial(step, masked=False), state)
+        if self.row is None:
+            return state
+        return lax.fori_loop(full, self.steps, partial(step, masked=True), state)
+
+
+def walk_table(mask, step, transposed):
+    """Which blocks each tile walks: int32 [B, tiles, 3 + columns].
+
+    A row is (tile, how many blocks are seen entirely, how many are seen at all, the
+    blocks in that order). Rows are sorted by work, so that no heavy tile starts last.
+    """
+    if transposed:
+        kinds = block_kinds(mask, step, TILE).swapaxes(1, 2)
+    else:
+        kinds = block_kinds(mask, TILE, step)
+    columns = kinds.shape[2]
+    index = lax.broadcasted_iota(jnp.int32, kinds.shape, 2)
+    rank = jnp.where(kinds == FULL, 0, jnp.where(kinds == EMPTY, 2, 1))
+    order = jnp.sort(rank * columns + index, axis=-1) % columns
+    counts = [jnp.sum(x, -1, dtype=jnp.int32) for x in (rank == 0, rank < 2)]
+    tiles = jnp.argsort(-counts[1], axis=-1).astype(jnp.int32)[..., None]
+    rows = jnp.concatenate([jnp.stack(counts, axis=-1), order], axis=-1)
+    rows = jnp.take_along_axis(rows, tiles, axis=1)
+    return jnp.concatenate([tiles, rows], axis=-1)

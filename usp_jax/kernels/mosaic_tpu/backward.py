@@ -1,0 +1,191 @@
+"""The backward of a chunk on a TPU: dq, dk and dv in one walk.
+
+Five matrix products a block (FlashAttention-2, Algorithm 2). The list of visible blocks
+is sorted by block of keys: dk and dv accumulate in their result blocks over a run and
+over the query heads of the key head; a block of dq is read from HBM, added to and
+written back at each visit.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from usp_jax.kernels.choice import Target
+from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
+from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
+from usp_jax.kernels.mosaic_tpu.in_place import InPlace
+from usp_jax.kernels.mosaic_tpu.launch import Kernel
+from usp_jax.kernels.mosaic_tpu.tiles import (
+    LOG2_E,
+    base2,
+    dot,
+    load_columns,
+    multipliable,
+    pieces,
+    save_columns,
+    when_listed,
+)
+from usp_jax.kernels.mosaic_tpu.walk import Walk
+from usp_jax.masking import EMPTY, sees
+from usp_jax.merge import finite
+
+
+def chunk_backward(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    mask,
+    logits,
+    *,
+    target: Target,
+    blocks: BlockSizes | None = None,
+    interpret=False,
+):
+    """dq, dk, dv of one chunk from the global lse and delta."""
+    q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
+    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
+    cut = Cut.of(q, k, mask, blocks.backward)
+    given = q, k, v, dout, lse, delta
+    kernel = backward_kernel(cut, *given, logits, blocks.vmem_mib, interpret)
+    dq, dk, dv = kernel.run()
+    return cut.from_q(dq), cut.from_kv(dk), cut.from_kv(dv)
+
+
+def backward_kernel(
+    cut, q, k, v, dout, lse, delta, logits, vmem_mib, interpret
+) -> Kernel:
+    """The kernel of a chunk, and what it takes."""
+    walk = Walk.of(cut.kinds.swapaxes(1, 2), cut.batch, visit_all=False)
+    num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+
+    def place(b, h, t, g, *lists):
+        b, j, i = walk.blocks(lists, b, t)
+        return Place(b, h * group + g, h, i, j)
+
+    specs = Specs(cut, place)
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    queries, keys, values = cut.q(q), cut.kv(k), cut.kv(v)
+    results = tuple(
+        jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (queries, keys, values)
+    )
+    return Kernel(
+        partial(
+            _backward_kernel,
+            walk=walk,
+            rule=cut.mask.rule,
+            logits=logits,
+            kv_compute=cut.kv_compute,
+            may_mask=not cut.mask.sees_all,
+            group=group,
+        ),
+        name="usp_flash_backward",
+        walk=walk,
+        grid=(num_kv_heads, group),
+        operands=(
+            cut.tokens,
+            *(queries, cut.q(dout), keys, values),
+            # Rows without a visible key have every score masked, whatever is
+            # subtracted.
+            *(cut.row(finite(lse) * LOG2_E, 0), cut.row(delta, 0)),
+        ),
+        operand_specs=(
+            specs.tokens(),
+            *(specs.q(q.shape[-1]), specs.q(v.shape[-1])),
+            *(specs.kv(k.shape[-1]), specs.kv(v.shape[-1])),
+            *(specs.row(), specs.row()),
+        ),
+        results=results,
+        result_specs=(in_hbm, specs.kv(k.shape[-1]), specs.kv(v.shape[-1])),
+        # What no step visits is 0.
+        state=tuple(jnp.zeros(x.shape, x.dtype) for x in results),
+        state_specs=(in_hbm,) * 3,
+        scratch=(
+            pltpu.VMEM((2, cut.block_kv, LANES), jnp.int32),
+            pltpu.VMEM((3, cut.block_q, q.shape[-1]), jnp.float32),
+            pltpu.SemaphoreType.DMA((3,)),
+            pltpu.SemaphoreType.DMA((3,)),
+        ),
+        vmem_mib=vmem_mib,
+        cost=cut.cost(q, k, num_products=5),
+        interpret=interpret,
+    )
+
+
+def _backward_kernel(
+    lists,
+    operands,
+    zeros,
+    results,
+    scratch,
+    *,
+    walk,
+    rule,
+    logits,
+    kv_compute,
+    may_mask,
+    group,
+):
+    del zeros
+    (q_tokens, kv_tokens), q, do, k, v, lse, delta = operands
+    dq_hbm, dk, dv = results
+    columns, dq_blocks, reads, writes = scratch
+    b, h, t, g = (pl.program_id(axis) for axis in range(4))
+    step = walk.step(lists, b, t)
+    row, _, _ = walk.blocks(lists, b, t)
+    unscaled = dataclasses.replace(logits, scale=1.0)
+    dq = InPlace(
+        hbm=dq_hbm,
+        blocks=dq_blocks,
+        reads=reads,
+        writes=writes,
+        row=row,
+        head=h * group,
+        group=group,
+        count=step.count,
+        minor=lambda t: walk.entry(lists, b, t)[1],
+        t=t,
+        g=g,
+    )
+
+    # An EMPTY entry stands alone in its list: no copy waits for one that is not made.
+    visited = step.listed & (step.kind != EMPTY)
+    pl.when(visited)(dq.begin)
+
+    @pl.when(step.first & (g == 0))
+    def _():
+        save_columns(columns, kv_tokens)
+        dk[...] = jnp.zeros_like(dk)
+        dv[...] = jnp.zeros_like(dv)
+
+    def attend(masked):
+        total = None
+        for keys in pieces(k.shape[0], kv_compute):
+            s, natural = base2(logits, dot(k[keys], q[...], 1, 1))
+            p = jnp.exp2(s - lse[...])
+            if masked:
+                tokens_kv = load_columns(columns, kv_tokens, s.shape[1], keys)
+                tokens_q = jax.tree.map(lambda x: x[...], q_tokens)
+                p = jnp.where(sees(rule, tokens_q, tokens_kv), p, 0.0)
+            dp = dot(v[keys], do[...], 1, 1)
+            # The scale is left to the sums, which are smaller.
+            ds = unscaled.pull_back(p * (dp - delta[...]), natural).astype(q.dtype)
+            dv[keys] += dot(p.astype(do.dtype), do[...], 1, 0)
+            dk[keys] += dot(ds, q[...], 1, 0)
+            part = dot(ds, k[keys], 0, 0)
+            total = part if total is None else total + part
+        dq.add(total * logits.scale)
+
+    when_listed(step, attend, may_mask=may_mask)
+
+    pl.when(visited)(dq.end)
+
+    @pl.when(step.last & (g == group - 1))
+    def _():
+        dk[...] *= logits.scale

@@ -1,0 +1,76 @@
+"""Block sizes of the TPU kernels, by device kind."""
+
+import dataclasses
+
+from usp_jax.kernels.choice import Target
+from usp_jax.kernels.table import Row, lookup
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The blocks of one kernel.
+
+    Attributes:
+      q: queries of a block.
+      kv: keys of a block.
+      kv_compute: keys multiplied at a time; bounds the scores that exist at once.
+    """
+
+    q: int
+    kv: int
+    kv_compute: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size < LANES or size % LANES:
+                raise ValueError(
+                    f"Tile.{field.name}={size} must be a positive multiple of {LANES}"
+                )
+        if self.kv % self.kv_compute:
+            raise ValueError(
+                f"Tile.kv={self.kv} must be a multiple of {self.kv_compute=}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """The tiles of both kernels, and the vector memory that they may use, in MiB."""
+
+    forward: Tile
+    backward: Tile
+    vmem_mib: int = 16
+
+    @classmethod
+    def of(cls, target: Target, head_size: int, dtype) -> "BlockSizes":
+        """The default for a device, a head size and the dtype of q, k, v."""
+        return lookup(TABLE, target, head_size, dtype)
+
+
+# Chosen by compiling, not by timing. v5e and v6e have 128 MiB of vector memory, v5p and
+# later 64 MiB a core, earlier ones 16 MiB.
+TABLE = (
+    Row(
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
+        device="TPU v5 lite",
+    ),
+    Row(
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
+        device="TPU v6",
+    ),
+    Row(
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48),
+        device="TPU v5",
+    ),
+    Row(
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48),
+        device="TPU7",
+    ),
+    Row(
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48),
+        device="TPU v7",
+    ),
+    Row(BlockSizes(Tile(512, 512, 512), Tile(512, 512, 256))),
+)

@@ -1,0 +1,96 @@
+"""Sums in HBM that a TPU kernel adds to, in the background of its products."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace:
+    """Adds to blocks of an array in HBM, one a step, behind the computation.
+
+    Step n = t * group + g adds to block `minor(t)` of head `head + g`. Its block is
+    read during step n - 1 and written during step n + 1, in the (n mod 3)th of three
+    buffers. Only if steps n - 1 or n - 2 write the very same block is it read in step n
+    itself, after those writes.
+    """
+
+    hbm: Any
+    blocks: Any
+    reads: Any
+    writes: Any
+    row: Any
+    head: Any
+    group: int
+    count: Any
+    minor: Any
+    t: Any
+    g: Any
+
+    def begin(self):
+        """Starts this step's read, if it had to wait, and the next one's."""
+        t, g, n = self.t, self.g, self.t * self.group + self.g
+        again = self._again(t)
+
+        # Where the step before had to wait for this write, it has done so.
+        before = jnp.where(g == 0, t - 1, t)
+        pl.when((n >= 2) & ~self._again(before))(self._write(n - 2).wait)
+
+        @pl.when(again)
+        def _():
+            self._write(n - 1).wait()
+            self._read(t, g, n).start()
+
+        pl.when(n == 0)(self._read(t, g, n).start)
+        g_next = jnp.where(g + 1 == self.group, 0, g + 1)
+        t_next = jnp.where(g + 1 == self.group, t + 1, t)
+        more = (t_next < self.count) & ~self._again(t_next)
+        pl.when(more)(
+            self._read(jnp.minimum(t_next, self.count - 1), g_next, n + 1).start
+        )
+
+    def add(self, x):
+        """Adds this step's part."""
+        n = self.t * self.group + self.g
+        self._read(self.t, self.g, n).wait()
+        self.blocks[n % 3] += x
+
+    def end(self):
+        """Starts this step's write; the last step waits for all."""
+        t, n = self.t, self.t * self.group + self.g
+        self._write(n).start()
+
+        @pl.when(n + 1 == self.count * self.group)
+        def _():
+            pl.when((n >= 1) & ~self._again(t))(self._write(n - 1).wait)
+            self._write(n).wait()
+
+    def _again(self, t):
+        """Whether one of the two steps before those of entry t has the same block."""
+        # Steps of different heads have different blocks.
+        back = range(1, 2 // self.group + 1)
+        same = [
+            (t >= d) & (self.minor(t) == self.minor(jnp.maximum(t - d, 0)))
+            for d in back
+        ]
+        return functools.reduce(jnp.logical_or, same, jnp.bool_(False))
+
+    def _block(self, t, g):
+        size = self.blocks.shape[1]
+        tokens = pl.ds(self.minor(t) * size, size)
+        return self.hbm.at[self.row, self.head + g, tokens]
+
+    def _read(self, t, g, n):
+        slot = n % 3
+        block, semaphore = self._block(t, g), self.reads.at[slot]
+        return pltpu.make_async_copy(block, self.blocks.at[slot], semaphore)
+
+    def _write(self, n):
+        # Whoever waits asks for the semaphore only, and which block it was is the same.
+        slot = jnp.maximum(n, 0) % 3
+        block, semaphore = self._block(self.t, self.g), self.writes.at[slot]
+        return pltpu.make_async_copy(self.blocks.at[slot], block, semaphore)

@@ -1,0 +1,91 @@
+"""What the TPU kernels do to a block: products, logits of base 2, rows as columns."""
+
+import math
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from usp_jax.kernels.mosaic_tpu.blocks import LANES
+from usp_jax.masking import FULL, PARTIAL, Tokens
+
+LOG2_E = math.log2(math.e)
+
+
+def multipliable(*arrays):
+    """Arrays in a dtype that the matrix unit takes: float16 becomes float32."""
+    dtype = arrays[0].dtype
+    if dtype == jnp.float64:
+        raise ValueError(
+            f"mosaic_tpu accumulates in float32 and cannot take {dtype}: use "
+            'implementation="xla"'
+        )
+    if dtype == jnp.float16:
+        return tuple(x.astype(jnp.float32) for x in arrays)
+    return arrays
+
+
+def when_listed(step, attend, *, may_mask):
+    """Runs `attend(masked)` as the step's kind demands."""
+    if may_mask:
+        pl.when(step.listed & (step.kind == PARTIAL))(partial(attend, True))
+    pl.when(step.listed & (step.kind == FULL))(partial(attend, False))
+
+
+def base2(logits, products):
+    """Logits in base 2, and natural ones where a soft cap's derivative needs them."""
+    if logits.soft_cap is None:
+        return products * (logits.scale * LOG2_E), None
+    natural = logits.of(products)
+    return natural * LOG2_E, natural
+
+
+def dot(a, b, axis_a, axis_b):
+    """A product of what it is given, accumulated in float32."""
+    exact = a.dtype == jnp.float32
+    return lax.dot_general(
+        a,
+        b,
+        (((axis_a,), (axis_b,)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def pieces(length, size):
+    """Slices of at most `size` that cut a length."""
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def as_column(row):
+    """[1, n] -> [n, LANES], each number along its lanes"""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def widened(column, width):
+    """[n, LANES] -> [n, width], of numbers that are the same along lanes"""
+    return jnp.concatenate([column] * -(-width // LANES), axis=1)[:, :width]
+
+
+def sum_to_lanes(x):
+    """[n, width] -> [n, LANES], whose sum along lanes is that of x"""
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+
+
+def save_columns(columns, tokens):
+    """Keeps positions and ids, [1, n] each, as columns."""
+    for i, x in enumerate((tokens.positions, tokens.segment_ids)):
+        if x is not None:
+            columns[i] = as_column(x[...])
+
+
+def load_columns(columns, tokens, width, rows=slice(None)):
+    """Some rows of what was saved of `tokens`, `width` numbers along."""
+    parts = (tokens.positions, tokens.segment_ids)
+    return Tokens(
+        *(
+            None if x is None else widened(columns[i, rows], width)
+            for i, x in enumerate(parts)
+        )
+    )
