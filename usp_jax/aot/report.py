@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
-from jax.sharding import NamedSharding, SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from usp_jax import compiled
 from usp_jax.aot.devices import Device, of_kind
@@ -29,6 +30,7 @@ class Report:
       peak_bytes: the most that is alive at one time, arguments and outputs included.
       fits: the TPU compiler accepted it; on GPUs, whose compiler accepts everything,
         the peak is within the device's memory.
+      vmem_bytes: the most vector memory that one kernel or fusion of a TPU takes.
       flops: what the compiler counts, None where it does not (GPUs). Kernels of custom
         calls and loops of unknown trips are not or not fully in it.
       collectives: in the program's order; see `usp_jax.compiled.Collective`.
@@ -44,6 +46,7 @@ class Report:
     aliased_bytes: int | None = None
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
+    vmem_bytes: int | None = None
     flops: float | None = None
     collectives: tuple[compiled.Collective, ...] = ()
     error: str | None = None
@@ -84,6 +87,7 @@ class Report:
             "of these aliased": self.aliased_bytes,
             "temporaries": self.temporary_bytes,
             "peak": self.peak_bytes,
+            "vector memory": self.vmem_bytes,
         }
         for name, number in parts.items():
             if number is not None:
@@ -171,7 +175,7 @@ def _compile(fn, shapes, compiler_options, topology, unknown_trips):
     if mesh is None:
         lowered = jitted.lower(*shapes)
     else:
-        # Kernels for Triton ask it which devices they are for.
+        # Pallas asks it which devices its kernels are for.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jitted.lower(*shapes)
     options = dict(compiler_options or {})
@@ -197,10 +201,18 @@ def _compile(fn, shapes, compiler_options, topology, unknown_trips):
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
+        vmem_bytes=_vmem_bytes(executable) if device.platform == "tpu" else None,
         flops=None if flops is None else float(flops),
         collectives=compiled.collectives(executable, unknown_trips=unknown_trips),
     )
     return report, executable
+
+
+def _vmem_bytes(executable):
+    """What the program's text says of the vector memory that its parts use."""
+    used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+",'
+    sizes = re.findall(used + r'"size":"(\d+)"', executable.as_text())
+    return max(map(int, sizes), default=None)
 
 
 def _placed(shapes, topology):
@@ -208,7 +220,9 @@ def _placed(shapes, topology):
     shardings = {x.sharding for x in jax.tree.leaves(shapes)}
     if topology is None or shardings != {None}:
         return shapes
-    sharding = SingleDeviceSharding(topology.devices[0])
+    # A mesh, if only of one device, is where kernels find out what they are for.
+    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    sharding = NamedSharding(mesh, jax.P())
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
