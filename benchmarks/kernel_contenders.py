@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import usp_jax
 from benchmarks.timing import Shape, with_gradients
-from usp_jax.kernels import IMPLEMENTATIONS
+from usp_jax.kernels.choice import KERNELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Contender:
 
 def contenders() -> dict[str, Contender]:
     """By name; ours first, and of the others those that can be imported here."""
-    on_gpu = jax.default_backend() == "gpu"
+    platform = jax.default_backend()
     found = {
-        f"usp_jax {name}": _of_jax(partial(_ours, name))
-        for name in IMPLEMENTATIONS
-        if _runs_here(name, on_gpu)
+        f"usp_jax {kernel.name}": _of_jax(partial(_ours, kernel.name))
+        for kernel in KERNELS
+        if _runs_on(kernel, platform)
     }
     found["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
-    if on_gpu:
+    if platform == "gpu":
         found["jax.nn cudnn"] = _of_jax(partial(_jax_nn, "cudnn"))
         found["jax mosaic"] = _of_jax(_jax_mosaic)
         found["jax triton"] = _of_jax(_jax_triton)
@@ -80,11 +80,11 @@ def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Calla
     return program
 
 
-def _runs_here(name, on_gpu):
-    """Whether an implementation of ours is one for this device."""
-    if name == "reference" or "tpu" in name:
-        return False
-    return name == "xla" or name.endswith("_interpret") != on_gpu
+def _runs_on(kernel, platform):
+    """Whether an implementation of ours is to be compared on a platform."""
+    if kernel.name.endswith("_interpret"):
+        return platform == "cpu"
+    return kernel.name == "xla" or kernel.platform == platform
 
 
 def _program(attention, which):

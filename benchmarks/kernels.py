@@ -9,38 +9,33 @@ contender with the median time of a call and TFLOP/s that count visible pairs on
 run in this one process, on random data that changes from call to call. `difference` is
 how far a contender's results are from the first one's, |x - y| / |y|, the worst of
 them; a contender that cannot do a shape says why. The lines "virtual ring of 8" are our
-op cut over 8 devices that are all this one, to be compared with one uncut call.
+op cut over 8 devices that are all this one, to be compared with one uncut call
+(`--ring` makes it another number).
 """
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import numpy as np
 
 from benchmarks.kernel_contenders import Contender, contenders, virtual_ring
-from benchmarks.timing import Shape, seconds_a_call
+from benchmarks.timing import MASKS, Shape, machine, relative_distance, seconds_a_call
 from usp_jax.layout import from_layout, to_layout
 
 PASSES = ("forward", "forward_backward")
-MASKS = ("full", "causal", "packed")
-RING = 8
 # Differences are of interest where everybody still fits.
 COMPARED_LENGTH = 16384
 
 
-def difference(actual: tuple, expected: list[np.ndarray] | None) -> float | None:
-    """The largest relative distance of any result."""
+def difference(actual: tuple, expected: list[np.ndarray] | None) -> dict:
+    """How far results are from the first contender's, if there are any."""
     if expected is None:
-        return None
-    pairs = zip(map(as_numpy, actual), expected, strict=False)
-    return max(
-        float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)) for x, y in pairs
-    )
+        return {}
+    return {"difference": relative_distance(map(as_numpy, actual), expected)}
 
 
 def as_numpy(x) -> np.ndarray:
@@ -66,31 +61,31 @@ def measure(
     rate = shape.flops(which) / times["seconds_median"] / 1e12
     figures = times | {"tflops": rate}
     if shape.length <= COMPARED_LENGTH:
-        figures["difference"] = difference(results, expected)
+        figures |= difference(results, expected)
     return figures, results
 
 
-def cut(arrays: tuple) -> tuple:
+def cut(arrays: tuple, ring: int) -> tuple:
     """What the devices of the ring hold: [B, T, N, H] -> [ring, B, T / ring, N, H]."""
-    mesh = jax.sharding.AbstractMesh((RING, 1), ("ring", "ulysses"))
+    mesh = jax.sharding.AbstractMesh((ring, 1), ("ring", "ulysses"))
     cut = []
     for x in arrays:
         x = to_layout(x, "zigzag", mesh)
-        x = x.reshape(x.shape[0], RING, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(x.shape[0], ring, -1, *x.shape[2:]).swapaxes(0, 1)
         cut.append(jax.block_until_ready(x))
     return tuple(cut)
 
 
 def uncut(x: jax.Array) -> jax.Array:
     """The inverse of `cut`, of one array."""
-    mesh = jax.sharding.AbstractMesh((RING, 1), ("ring", "ulysses"))
+    mesh = jax.sharding.AbstractMesh((len(x), 1), ("ring", "ulysses"))
     x = x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
     return from_layout(x, "zigzag", mesh)
 
 
-def ring_contender(implementation: str) -> Contender:
+def ring_contender(implementation: str, ring: int) -> Contender:
     """Our op on a virtual ring, which takes and gives what its devices hold."""
-    return Contender(virtual_ring(implementation, RING), cut)
+    return Contender(virtual_ring(implementation, ring), partial(cut, ring=ring))
 
 
 def lines(shape: Shape, which: str, options) -> Iterator[dict]:
@@ -100,6 +95,7 @@ def lines(shape: Shape, which: str, options) -> Iterator[dict]:
         "mask": shape.mask,
         "length": shape.length,
         "head_size": shape.head_size,
+        "flops": shape.flops(which),
     }
     expected = None
     for name, contender in contenders().items():
@@ -110,23 +106,14 @@ def lines(shape: Shape, which: str, options) -> Iterator[dict]:
             expected = [as_numpy(x) for x in results]
         yield head | {"contender": name} | figures
         ours = name.removeprefix("usp_jax ")
-        if ours == name or shape.mask != "causal" or shape.length < 2 * RING:
+        ring = options.ring
+        if ours == name or shape.mask != "causal" or shape.length % (2 * ring):
             continue
-        figures, results = measure(ring_contender(ours), shape, which, options, None)
+        contender = ring_contender(ours, ring)
+        figures, results = measure(contender, shape, which, options, None)
         if results is not None and shape.length <= COMPARED_LENGTH:
-            figures["difference"] = difference(tuple(map(uncut, results)), expected)
-        yield head | {"contender": f"{name}, virtual ring of {RING}"} | figures
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+            figures |= difference(tuple(map(uncut, results)), expected)
+        yield head | {"contender": f"{name}, virtual ring of {ring}"} | figures
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,13 +125,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--ring", type=int, default=8, help="virtual devices")
     parser.add_argument("--repeats", type=int, default=10, help="samples of each")
     parser.add_argument("--sets", type=int, default=4, help="of inputs, used in turn")
     parser.add_argument("--contenders", nargs="+", help="by name; all by default")
     parser.add_argument("--toy", action="store_true", help="one tiny shape")
     options = parser.parse_args(arguments)
     if options.toy:
-        options.lengths, options.head_sizes = [256], [16]
+        options.lengths, options.head_sizes, options.ring = [64], [16], 2
         options.heads, options.kv_heads, options.repeats, options.sets = 2, 1, 1, 1
     print(json.dumps(machine() | {"repeats": options.repeats}), flush=True)
     for length, head_size, mask, which in itertools.product(

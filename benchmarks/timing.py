@@ -1,6 +1,8 @@
 """What measurements of attention on one device share: inputs, times, visible work."""
 
 import dataclasses
+import datetime
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -9,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from usp_jax.masking import Mask, MaskRule, Tokens
+
 # Floating-point operations of the backward, in units of the forward's (two products
 # against five), as FlashAttention-2 and -3 count them.
 BACKWARD_OVER_FORWARD = 2.5
 DOCUMENTS = 8
+MASKS = ("full", "causal", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +56,40 @@ class Shape:
         ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         return jnp.asarray(np.broadcast_to(ids, (self.batch, self.length)))
 
+    def mask_data(self) -> Mask:
+        """The same as the kernels take it."""
+        positions = jnp.arange(self.length, dtype=jnp.int32)[None]
+        tokens = Tokens(positions, self.segment_ids())
+        return Mask(MaskRule(self.is_causal), tokens, tokens)
+
+    def pairs(self) -> int:
+        """How many pairs of tokens of a row are visible."""
+        if self.is_causal:
+            return sum(n * (n + 1) // 2 for n in self.document_lengths())
+        return self.length**2
+
     def flops(self, which: str) -> float:
         """Operations on visible pairs only, of a "forward" or "forward_backward"."""
-        if self.is_causal:
-            pairs = sum(n * (n + 1) / 2 for n in self.document_lengths())
-        else:
-            pairs = self.length**2
-        forward = 4.0 * self.batch * self.heads * self.head_size * pairs
+        forward = 4.0 * self.batch * self.heads * self.head_size * self.pairs()
         factor = 1.0 if which == "forward" else 1.0 + BACKWARD_OVER_FORWARD
         return forward * factor
 
+    def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The types of `inputs`."""
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        return tuple(
+            jax.ShapeDtypeStruct(
+                (self.batch, self.length, n, self.head_size), jnp.dtype(self.dtype)
+            )
+            for n in heads
+        )
+
     def inputs(self, seed: int) -> tuple[jax.Array, ...]:
         """q, k, v and the cotangent of out, normally distributed."""
-        sizes = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         keys = jax.random.split(jax.random.key(seed), 4)
         return tuple(
-            jax.random.normal(key, (self.batch, self.length, n, self.head_size))
-            .astype(self.dtype)
-            .block_until_ready()
-            for key, n in zip(keys, sizes, strict=True)
+            jax.random.normal(key, x.shape).astype(x.dtype).block_until_ready()
+            for key, x in zip(keys, self.structs(), strict=True)
         )
 
 
@@ -100,3 +120,27 @@ def seconds_a_call(
         wait([run(*arrays) for arrays in sets])
         samples.append((time.perf_counter() - start) / len(sets))
     return {"seconds_median": statistics.median(samples), "seconds_min": min(samples)}
+
+
+def relative_distance(actual, expected) -> float:
+    """|x - y| / |y| of pairs of arrays, the largest of them."""
+
+    def of_pair(x, y):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        # A row that sees nothing has an infinite lse in both.
+        different = np.where(x == y, 0, x - y)
+        size = np.linalg.norm(np.where(np.isfinite(y), y, 0))
+        return float(np.linalg.norm(different) / max(size, 1e-30))
+
+    return max(of_pair(x, y) for x, y in zip(actual, expected, strict=False))
+
+
+def machine() -> dict:
+    """What the figures are measured on."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }

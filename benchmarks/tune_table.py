@@ -1,0 +1,77 @@
+"""Reads and writes the tables of block sizes that ship, as the source that they are."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from usp_jax.kernels.table import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "TABLE"
+
+
+def merged(table: Sequence[Row], rows: Sequence[Row]) -> tuple[Row, ...]:
+    """A table with new rows, which replace those for the very same calls.
+
+    Each stands in front of all rows for heads that are as large, so that it is found
+    before those that are for more devices.
+    """
+    names = ("device", "capabilities", "head_size", "itemsize")
+
+    def calls(row):
+        return tuple(getattr(row, name) for name in names)
+
+    new = {calls(row) for row in rows}
+    made = [row for row in table if calls(row) not in new]
+    for row in rows:
+        after = (
+            i
+            for i, other in enumerate(made)
+            if other.itemsize in (None, row.itemsize)
+            and (other.head_size is None or other.head_size >= row.head_size)
+        )
+        made.insert(next(after, len(made)), row)
+    return tuple(made)
+
+
+def replaced(source: str, table: Sequence[Row]) -> str:
+    """A module's source with this table as its `TABLE`, formatted by ruff.
+
+    Raises:
+      ValueError: the module has no `TABLE = ...`.
+    """
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == NAME:
+            lines = source.splitlines(keepends=True)
+            text = f"{NAME} = ({', '.join(map(written, table))},)\n"
+            lines[node.lineno - 1 : node.end_lineno] = [text]
+            return _formatted("".join(lines))
+    raise ValueError(f"the module has no `{NAME} = ...` at its top level")
+
+
+def written(x: Any) -> str:
+    """The expression that makes a value; fields with their default are left out."""
+    if not dataclasses.is_dataclass(x):
+        return repr(x)
+    arguments = []
+    for field in dataclasses.fields(x):
+        value = getattr(x, field.name)
+        if field.default is dataclasses.MISSING:
+            arguments.append(written(value))
+        elif value != field.default:
+            arguments.append(f"{field.name}={written(value)}")
+    return f"{type(x).__name__}({', '.join(arguments)})"
+
+
+def _formatted(source):
+    command = [sys.executable, "-m", "ruff", "format", "-"]
+    done = subprocess.run(
+        command, input=source, capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(f"ruff could not format the table: {done.stderr}")
+    return done.stdout

@@ -1,0 +1,212 @@
+"""benchmarks/kernels.py and tune.py at toy size, and the tables that tune writes."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import kernels, tune
+from benchmarks.timing import Shape
+from benchmarks.tune_space import parts
+from benchmarks.tune_table import merged, replaced, written
+from usp_jax.kernels.choice import Target
+from usp_jax.kernels.table import Row, lookup
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 has no interpreter for it"
+)
+PACKAGES = {
+    "mosaic_tpu": "usp_jax.kernels.mosaic_tpu.blocks",
+    "mosaic_gpu": "usp_jax.kernels.mosaic_gpu.blocks",
+    "triton": "usp_jax.kernels.triton",
+}
+
+
+def printed(main, arguments, capsys):
+    """The JSON lines of a command: what it ran on, and the rest."""
+    main(arguments)
+    head, *lines = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {"date", "device", "jax"} <= head.keys()
+    return lines
+
+
+def visible_pairs(shape):
+    """Counted one by one."""
+    seen = np.ones((shape.length, shape.length), bool)
+    if shape.mask != "full":
+        seen = np.tril(seen)
+    if shape.mask == "packed":
+        ids = np.asarray(shape.segment_ids())[0]
+        seen &= ids[:, None] == ids
+    return int(seen.sum())
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "packed"])
+def test_visible_work_is_counted_in_flash_attentions_currency(mask) -> None:
+    shape = Shape(96, 16, mask, heads=6, kv_heads=2, batch=3)
+    assert shape.pairs() == visible_pairs(shape)
+    # Two products of 2·H operations a pair and query head; five in the backward.
+    forward = 4 * 3 * 6 * 16 * visible_pairs(shape)
+    assert shape.flops("forward") == forward
+    assert shape.flops("forward_backward") == 3.5 * forward
+
+
+def test_kernels_at_toy_size(capsys) -> None:
+    names = ["usp_jax triton_interpret", "jax.nn xla"]
+    lines = []
+    for mask, which in (("causal", "forward"), ("packed", "forward_backward")):
+        arguments = ["--toy", "--masks", mask, "--passes", which, "--contenders"]
+        lines += printed(kernels.main, [*arguments, *names], capsys)
+    found = {(x["contender"], x["mask"], x["pass"]): x for x in lines}
+    assert found.keys() == {
+        (names[0], "causal", "forward"),
+        (f"{names[0]}, virtual ring of 2", "causal", "forward"),
+        (names[1], "causal", "forward"),
+        (names[0], "packed", "forward_backward"),
+        (names[1], "packed", "forward_backward"),
+    }
+    for (name, mask, which), line in found.items():
+        shape = Shape(64, 16, mask, heads=2, kv_heads=1)
+        products = {"forward": 1, "forward_backward": 3.5}[which]
+        assert line["flops"] == 4 * 2 * 16 * visible_pairs(shape) * products
+        if (name, mask) == (names[1], "packed"):
+            assert line["failed"].startswith("NotImplementedError: jax.nn has no docu")
+            continue
+        rate = 1e-12 * line["flops"] / line["seconds_median"]
+        assert line["tflops"] == pytest.approx(rate)
+        assert line.get("difference", 0) < 0.02
+        assert name == names[0] or "difference" in line
+
+
+@pytest.mark.parametrize(
+    ("implementation", "how_many"),
+    [
+        ("triton", 2),
+        pytest.param("triton", 3, marks=pytest.mark.long),
+        pytest.param("mosaic_tpu", 2, marks=pytest.mark.long),
+        pytest.param("mosaic_gpu", 3, marks=[pytest.mark.long, interpreted]),
+    ],
+)
+def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None:
+    """The first `how_many` of its searches."""
+    searches = parts(implementation, toy=True)[:how_many]
+    monkeypatch.setattr(tune, "parts", lambda *_, **__: searches)
+    arguments = ["--toy", "--implementations", implementation]
+    *tried, chosen = printed(tune.main, arguments, capsys)
+    assert {x["part"] for x in tried} == {part.name for part in searches}
+    # The sizes of today come first in each, and all candidates after them.
+    assert len(tried) == sum(1 + len(part.candidates) for part in searches)
+    best = {}
+    for line in tried:
+        assert line["difference"] < 0.02 and "failed" not in line
+        rate = 1e-12 * 4 * 2 * 16 * (128 * 129 / 2) / line["seconds_median"]
+        products = {"forward": 1, "backward": 2.5}[line["pass"]]
+        assert line["tflops"] == pytest.approx(rate * products)
+        least = best.setdefault(line["part"], line)
+        if line["seconds_median"] < least["seconds_median"]:
+            best[line["part"]] = line
+    for line in best.values():
+        (tile, *_) = line["candidate"].values()
+        assert f"Tile({', '.join(map(str, tile.values()))})" in chosen["row"]
+
+
+def test_what_cannot_be_tuned_is_told_and_never_chosen(capsys, monkeypatch) -> None:
+    (part, *_) = parts("triton", toy=True)
+    ((name, tile),) = part.candidates[0].items()
+
+    def program(call, which, blocks):
+        def run(q, k, v, mask):
+            if blocks.forward == broken:
+                raise ValueError("too much\nshared memory")
+            out, lse = call.oracle(which)(q, k, v, mask)
+            return out + float(blocks.forward == wrong), lse
+
+        return run
+
+    broken, wrong, fine = (dataclasses.replace(tile, num_stages=n) for n in (3, 4, 5))
+    candidates = tuple({name: x} for x in (broken, wrong, fine))
+    part = dataclasses.replace(part, candidates=candidates)
+    monkeypatch.setattr(tune, "parts", lambda *_, **__: (part,))
+    monkeypatch.setattr(tune.Call, "program", program)
+    times = iter([9.0, 1.0, 8.0])
+    monkeypatch.setattr(
+        tune, "seconds_a_call", lambda *_: {"seconds_median": next(times)}
+    )
+    lines = printed(tune.main, ["--toy", "--implementations", "triton"], capsys)
+    today, failed, off, good, chosen = lines
+    assert "failed" not in today and "failed" not in good
+    assert failed["failed"] == "ValueError: too much shared memory"
+    assert off["wrong"] > 0.03 and off["seconds_median"] == 1.0
+    assert written(fine) in chosen["row"]
+
+
+@pytest.mark.parametrize("options", ["--toy --write", "--toy --compile-only v5e:1x1"])
+def test_tables_are_written_from_times_of_the_hardware_only(options, capsys) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(options.split())
+    assert "--toy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("implementation", PACKAGES)
+def test_tables_are_as_they_are_written(implementation) -> None:
+    module = importlib.import_module(PACKAGES[implementation])
+    source = Path(module.__file__).read_text()
+    assert replaced(source, module.TABLE) == source
+
+
+@pytest.mark.parametrize("implementation", PACKAGES)
+def test_measured_rows_stand_in_front_of_the_others(implementation, tmp_path) -> None:
+    module = importlib.import_module(PACKAGES[implementation])
+    kind = {"mosaic_tpu": "TPU v5 lite"}.get(implementation, "NVIDIA H200")
+    here = Target("gpu", kind, (9, 0))
+    other = Target("gpu", "another", (9, 0))
+    blocks = lookup(module.TABLE, other, 64, "bfloat16")
+    row = Row(blocks, device=kind, head_size=128, itemsize=2, source="today")
+    table = merged(module.TABLE, [row])
+    assert lookup(table, here, 128, "bfloat16") is row.blocks
+    for target, size in ((other, 128), (here, 256)):
+        call = target, size, "bfloat16"
+        assert lookup(table, *call) == lookup(module.TABLE, *call)
+    # Measured again it takes its own place.
+    again = dataclasses.replace(row, source="tomorrow")
+    twice = merged(table, [again])
+    assert twice.count(again) == 1 and row not in twice
+    assert len(twice) == len(table)
+    # What is written is what is read.
+    source = replaced(Path(module.__file__).read_text(), table)
+    path = tmp_path / "changed.py"
+    path.write_text(source)
+    names: dict = dict(vars(module))
+    exec(compile(ast.parse(source), str(path), "exec"), names)
+    assert len(names["TABLE"]) == len(table)
+    assert "source='today'" in source.replace('"', "'")
+
+
+def test_a_module_without_a_table_is_told() -> None:
+    with pytest.raises(ValueError, match="no `TABLE = ...`"):
+        replaced("x = 1\n", ())
+
+
+def test_lookup_says_up_to_which_size_there_is_a_row() -> None:
+    table = (Row("small", head_size=64, itemsize=2), Row("any", itemsize=4))
+    target = Target("cpu", "cpu")
+    assert lookup(table, target, 64, "bfloat16") == "small"
+    assert lookup(table, target, 640, "float32") == "any"
+    with pytest.raises(ValueError, match="head_size=65 must be at most 64 with .* 2 b"):
+        lookup(table, target, 65, "bfloat16")
+
+
+def test_every_candidate_can_be() -> None:
+    for implementation in PACKAGES:
+        for toy in (False, True):
+            for part in parts(implementation, toy=toy):
+                assert 1 <= len(part.candidates) <= math.prod((3, 3, 2, 3))
+                assert part.which in ("forward", "backward")
+    with pytest.raises(ValueError, match="implementation='xla' must be one of"):
+        parts("xla")
