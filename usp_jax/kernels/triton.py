@@ -156,7 +156,7 @@ def chunk_forward(
       blocks: other block sizes.
       interpret: runs on any device, block by block in XLA.
     """
-    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
+    blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     arrays = (q, k, v, mask, carry)
     q, k, v, mask, carry = vary_like(arrays, arrays)
     value_size = v.shape[3]
@@ -236,7 +236,7 @@ def chunk_backward(
     q, k, v, dout, lse, delta, mask, logits, *, target, blocks=None, interpret=False
 ):
     """dq, dk, dv of one chunk from the global lse and delta."""
-    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
+    blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     arrays = map(_whole_pieces, (q, k, v, dout.astype(q.dtype)))
     # Rows without a visible key have every score masked, whatever is subtracted.
     args = (*arrays, finite(lse) * LOG2E, delta, mask)

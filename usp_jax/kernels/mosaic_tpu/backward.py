@@ -50,7 +50,7 @@ def chunk_backward(
 ):
     """dq, dk, dv of one chunk from the global lse and delta."""
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
-    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
+    blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     cut = Cut.of(q, k, mask, blocks.backward)
     given = q, k, v, dout, lse, delta
     kernel = backward_kernel(cut, *given, logits, blocks.vmem_mib, interpret)

@@ -51,7 +51,7 @@ def chunk_forward(
       target: the device, which gives the block sizes where there are no `blocks`.
     """
     q, k, v = multipliable(q, k, v)
-    blocks = blocks or BlockSizes.of(target, q.shape[3], q.dtype)
+    blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     cut = Cut.of(q, k, mask, blocks.forward)
     kernel = forward_kernel(cut, q, k, v, carry, logits, blocks.vmem_mib, interpret)
     out, lse = kernel.run()
