@@ -67,7 +67,7 @@ def build(config: Config) -> Run:
 
 
 def _make_mesh(config):
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = config.mesh.axes
     count = config.mesh.devices
     if count > jax.device_count():
         raise ValueError(

@@ -27,6 +27,8 @@ class MeshConfig:
       ring: splits the sequence, by ring attention.
       ulysses: splits the sequence, by all-to-all.
       tensor: splits heads and the feed-forward network.
+      zero: the ZeRO level over fsdp, ring and ulysses: 3 splits parameters and
+        gradients too, 1 optimizer state only.
     """
 
     pipe: int = 1
@@ -35,11 +37,17 @@ class MeshConfig:
     ring: int = 1
     ulysses: int = 1
     tensor: int = 1
+    zero: int = 3
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The size of each axis."""
+        return {name: size for name, size in vars(self).items() if name != "zero"}
 
     @property
     def devices(self) -> int:
         """How many devices the mesh has."""
-        return math.prod(dataclasses.astuple(self))
+        return math.prod(self.axes.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +205,7 @@ class Config:
     @property
     def llama(self) -> LlamaConfig:
         """The model's configuration; raises ValueError for sizes it cannot have."""
-        return LlamaConfig(**vars(self.model), dtype=self.dtype)
+        return LlamaConfig(**vars(self.model), dtype=self.dtype, zero=self.mesh.zero)
 
 
 def check(config: Config) -> None:

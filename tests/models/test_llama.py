@@ -141,6 +141,31 @@ def test_loss_and_gradients_are_the_plain_models_on_every_mesh(mesh):
     assert_close_to(gradients, expected_gradients, 1e-5)
 
 
+def test_zero_1_has_the_same_gradients():
+    expected, expected_gradients = expected_loss_and_gradients()
+    ids = segments()
+    model = build(small(zero=1), fsdp=2, ring=2, tensor=2)
+    labels = shift_labels(tokens(), ids)
+    value, gradients = loss_and_gradients(model, tokens(), labels, segment_ids=ids)
+    chex.assert_trees_all_close(value, expected, rtol=2e-6)
+    assert_close_to(gradients, expected_gradients, 1e-5)
+
+
+def test_zero_1_gathers_and_scatters_once():
+    """All layers' weights in one gather each, and their gradients in one scatter."""
+    config = small(num_layers=3, zero=1)
+    found = collectives(compiled_gradient(config))
+    whole = {n: 4 * int(np.prod(s)) for n, s in parameter_shapes(config).items()}
+    kinds = ("all-gather", "reduce-scatter")
+    assert all(c.executions == 1 for c in found if c.kind in kinds)
+    # Whoever looks tokens up needs all of them.
+    gathered = sum(c.result_bytes for c in found if c.kind == "all-gather")
+    ids = 2 * 64 * 4
+    assert gathered == sum(whole.values()) - whole["embed"] + ids
+    scattered = sum(c.operand_bytes for c in found if c.kind == "reduce-scatter")
+    assert scattered == sum(whole.values()) - whole["embed"]
+
+
 def test_tied_embeddings_gather_both_gradients():
     model = build(small(tie_embeddings=True), fsdp=2, ring=2, tensor=2)
     labels = shift_labels(tokens())

@@ -20,13 +20,16 @@ from tests.train.runs import (
     small_config,
     start,
 )
+from train.build import build
 from train.config import Config, DistributedConfig, MeshConfig, SampleConfig
+from train.loop import train
 
 MESHES = {
     "ring4-ulysses2": MeshConfig(ring=4, ulysses=2),
     "ring8": MeshConfig(ring=8),
     "ulysses8": MeshConfig(ulysses=8),
     "data2-ring2-ulysses2": MeshConfig(data=2, ring=2, ulysses=2),
+    "fsdp2-ring4-zero1": MeshConfig(fsdp=2, ring=4, zero=1),
     "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
 }
 
@@ -64,6 +67,24 @@ def test_losses_are_the_same_on_every_mesh(
             rtol=1e-5,
             err_msg=column,
         )
+
+
+@pytest.mark.long
+def test_a_run_goes_on_over_other_meshes_and_levels(
+    plain: Config, tmp_path: Path
+) -> None:
+    """Ten steps on 8 devices, five on 4 with ZeRO-1, five on 8 again."""
+    for last, mesh in (
+        (10, MeshConfig(ring=4, ulysses=2)),
+        (15, MeshConfig(ring=2, ulysses=2, zero=1)),
+        (20, MeshConfig(ulysses=8)),
+    ):
+        config = dataclasses.replace(plain, mesh=mesh, run_dir=tmp_path / "run")
+        train(build(config), lambda step, last=last: step >= last)
+        assert len(rows(config.run_dir)) == last
+    np.testing.assert_allclose(
+        losses(tmp_path / "run"), losses(plain.run_dir), rtol=1e-5
+    )
 
 
 def start_four(config: Config, cache: Path) -> list[Program]:

@@ -9,6 +9,7 @@ from usp_jax.models.rope import at_length
 from usp_jax.models.rope_scaling import RopeScaling
 
 DTYPES = ("float32", "bfloat16")
+ZERO = (1, 3)
 REMAT = ("none", "full", "attention", "attention_qkv")
 
 
@@ -29,6 +30,9 @@ class LlamaConfig:
       loss_chunk: of how many of a device's tokens, and
       loss_block: of how many of the vocabulary's entries the loss has logits in memory
         at once.
+      zero: 3 gathers each layer's weights just before they are used, and again in the
+        backward (ZeRO-3); 1 gathers them all once a step and has the gradients whole
+        until then (ZeRO-1): memory for 2 x 2 bytes a parameter, less traffic.
       implementation: of attention, as in `usp_attention`.
     """
 
@@ -47,6 +51,7 @@ class LlamaConfig:
     remat: str = "full"
     loss_chunk: int = 1024
     loss_block: int = 8192
+    zero: int = 3
     implementation: str | None = None
 
     @classmethod
@@ -86,7 +91,8 @@ class LlamaConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        for name, values in (("dtype", DTYPES), ("remat", REMAT)):
+        choices = (("dtype", DTYPES), ("remat", REMAT), ("zero", ZERO))
+        for name, values in choices:
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be one of {values}"

@@ -111,7 +111,7 @@ class Llama(nnx.Module):
     @property
     def split(self) -> Split:
         """How the model's mesh splits arrays."""
-        return Split.of(self.mesh)
+        return Split.of(self.mesh, self.config.zero)
 
     def run(self, f: Callable, batch: Batch, out_specs, *extra):
         """Runs a function of one device's shards on all of them, compiled.

@@ -101,7 +101,7 @@ def _nats(split, x, blocks, labels):
 
 def _nats_fwd(split, x, blocks, labels):
     def body(carry, block):
-        matrix = split.gather(block[1], "lm_head", split.zero)
+        matrix = split.gather(block[1], "lm_head", split.each)
 
         def tile(_, chunk):
             x, labels, top, total, hit = chunk
@@ -128,7 +128,7 @@ def _nats_bwd(split, saved, dnats):
     weight = jnp.where(labels >= 0, dnats, 0)
 
     def body(dx, block):
-        matrix = split.gather(block[1], "lm_head", split.zero)
+        matrix = split.gather(block[1], "lm_head", split.each)
 
         def tile(dmatrix, chunk):
             x, labels, lse, weight, dx = chunk
@@ -140,7 +140,7 @@ def _nats_bwd(split, saved, dnats):
 
         zeros = split.vary(jnp.zeros(matrix.shape, jnp.float32))
         dmatrix, dx = lax.scan(tile, zeros, (x, labels, lse, weight, dx))
-        return dx, split.scatter(dmatrix.astype(matrix.dtype), "lm_head", split.zero)
+        return dx, split.scatter(dmatrix.astype(matrix.dtype), "lm_head", split.each)
 
     zeros = split.vary(jnp.zeros(x.shape, jnp.float32))
     dx, dblocks = lax.scan(body, zeros, _numbered(blocks))

@@ -1,11 +1,11 @@
 """How a LLaMA's parameters and activations are split over a mesh.
 
 Parameters (and with them optimizer state) are float32 and split over all ZeRO axes; the
-forward pass casts them to the computation's dtype and gathers them over `data` once
-(ZeRO-1), and over the others one layer at a time, just before use (ZeRO-3). Splitting
-the sequence is to ZeRO what splitting the batch is, so `ring` and `ulysses` are ZeRO
-axes like `fsdp`. Gradients take the same way back: the transpose of a gather is a
-reduce-scatter.
+forward pass casts them to the computation's dtype and gathers them over some axes once
+(ZeRO-1), and over the others one layer at a time, just before use (ZeRO-3). Over `data`
+that is once always; over `fsdp` and the axes of the sequence, which is to ZeRO what the
+batch is, the configuration's `zero` says. Gradients take the same way back: the
+transpose of a gather is a reduce-scatter.
 
 The model is a function of one device's shards, run on all of them; `Split` has the
 collectives it calls, which do nothing where there is nothing to split.
@@ -46,7 +46,8 @@ class Split:
     """The axes of a mesh that split something, that is, whose size is not 1.
 
     Attributes:
-      zero: split the parameters' working copy, outermost first.
+      level: 3 gathers weights over `fsdp` and the sequence's axes layer by layer, 1
+        does so once.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -54,9 +55,10 @@ class Split:
     fsdp: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
+    level: int = 3
 
     @classmethod
-    def of(cls, mesh: Mesh | AbstractMesh | None) -> "Split":
+    def of(cls, mesh: Mesh | AbstractMesh | None, level: int = 3) -> "Split":
         """The split over a mesh, or over one device for None."""
 
         def split(*names):
@@ -68,11 +70,23 @@ class Split:
             split("fsdp"),
             split("ring", "ulysses"),
             split("tensor"),
+            level,
         )
 
     @property
     def zero(self) -> tuple[str, ...]:
-        return self.fsdp + self.sequence
+        """What splits parameters, outermost first: at every level the same."""
+        return self.fsdp + self.sequence + self.data
+
+    @property
+    def each(self) -> tuple[str, ...]:
+        """What splits the working copy, which is gathered layer by layer."""
+        return self.fsdp + self.sequence if self.level == 3 else ()
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        """What weights are gathered over once; innermost, so that they can be."""
+        return self.zero[len(self.each) :]
 
     @property
     def batch(self) -> tuple[str, ...]:
@@ -89,9 +103,9 @@ class Split:
         return jax.P(self.batch or None, self.sequence or None, self.tensor or None)
 
     def parameter(self, name: str) -> jax.P:
-        """Of a parameter: `data` is innermost, so that it can be gathered by itself."""
+        """Of a parameter."""
         dims, tensor, zero = TABLE[name]
-        axes = {tensor: self.tensor, zero: self.zero + self.data}
+        axes = {tensor: self.tensor, zero: self.zero}
         return jax.P(*(axes.get(dim) or None for dim in dims))
 
     def size(self, axes: tuple[str, ...]) -> int:
@@ -121,7 +135,7 @@ class Split:
         Where devices along `tensor` then use the same x each for themselves, their
         gradients are summed here, once.
         """
-        axes = self.data + self.zero + self.tensor
+        axes = self.zero + self.tensor
         return vary_over(x, frozenset(axes)) if axes else x
 
     def sum(self, x, axes: tuple[str, ...]):
@@ -183,7 +197,7 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
             "a Llama is not split into pipeline stages"
         )
     split = Split.of(mesh)
-    shards = {"ZeRO": split.zero + split.data, "tensor": split.tensor}
+    shards = {"ZeRO": split.zero, "tensor": split.tensor}
     needs = (
         ("d_model", "ZeRO"),
         ("num_heads", "tensor"),

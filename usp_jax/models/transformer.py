@@ -6,7 +6,7 @@
       | L blocks       weights gathered one layer at a time, in one scan
     x [b, t, D]        the final norm's output
 
-Weights are the working copy of the parameters, split over the ZeRO axes and `tensor`.
+Weights are the working copy of the parameters, split over `Split.each` and `tensor`.
 Small letters are this device's sizes.
 """
 
@@ -54,18 +54,19 @@ class Transformer:
     def working_copy(self, params: Weights) -> Weights:
         """What `hidden` and `logits` take, from the float32 shards.
 
-        Matrices are cast to the computation's dtype, then gathered over `data`. Norms
-        are small: they stay float32, and are gathered whole for all layers at once. The
-        embedding's table stays as it is, and the output matrix is a weight of its own.
+        Matrices are cast to the computation's dtype, then gathered over `split.once`.
+        Norms are small: they stay float32, and are gathered whole for all layers at
+        once. The embedding's table stays as it is, and the output matrix is a weight of
+        its own.
         """
         dtype, split = jnp.dtype(self.config.dtype), self.split
         output = params["embed" if self.config.tie_embeddings else "lm_head"]
         weights = {"embed": params["embed"]}
         for name, x in {**params, "lm_head": output}.items():
             if _is_norm(name):
-                weights[name] = split.gather(x, name, split.zero + split.data)
+                weights[name] = split.gather(x, name, split.zero)
             elif name != "embed":
-                weights[name] = split.gather(x.astype(dtype), name, split.data)
+                weights[name] = split.gather(x.astype(dtype), name, split.once)
         return weights
 
     def hidden(
@@ -185,7 +186,7 @@ class Transformer:
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
         """Logits of this device's part of the vocabulary, float32."""
-        matrix = self.split.gather(weights["lm_head"], "lm_head", self.split.zero)
+        matrix = self.split.gather(weights["lm_head"], "lm_head", self.split.each)
         return jnp.einsum(
             "...D,VD->...V", x, matrix, preferred_element_type=jnp.float32
         )
@@ -197,7 +198,7 @@ class Transformer:
         gradient is added up in float32 where the parameter lives.
         """
         split = self.split
-        axes = split.zero + split.data
+        axes = split.zero
         every = lax.all_gather(tokens, axes) if axes else tokens[None]
         ids = every - split.index(split.tensor) * table.shape[0]
         x = jnp.take(table, ids, axis=0, mode="clip").astype(self.config.dtype)
@@ -211,7 +212,7 @@ class Transformer:
         """One layer: attention, then the feed-forward network."""
         config, split = self.config, self.split
         w = {
-            name: x if _is_norm(name) else split.gather(x, name, split.zero)
+            name: x if _is_norm(name) else split.gather(x, name, split.each)
             for name, x in layer.items()
         }
         y = split.vary(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
