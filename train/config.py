@@ -178,6 +178,8 @@ class Config:
       steps: of the optimizer, after which the run is complete.
       sequence_length: tokens of a row.
       batch_size: rows of a step, over all devices.
+      accumulate: in how many parts, one after the other, a step takes its rows; the
+        gradients are added up, and memory for activations is that of one part.
       layout: the order in which a row is stored on the mesh.
       seed: of the first parameters and of the order of the data.
       run_dir: where the run is kept; a run that is there already goes on.
@@ -192,6 +194,7 @@ class Config:
     run_dir: Path
     layout: str = "zigzag"
     seed: int = 0
+    accumulate: int = 1
     fake_devices: int | None = None
     dtype: str = "bfloat16"
     mesh: MeshConfig = MeshConfig()
@@ -218,11 +221,12 @@ def check(config: Config) -> None:
             )
     _ = config.llama
     mesh = config.mesh
-    ways = mesh.data * mesh.fsdp
+    ways = mesh.data * mesh.fsdp * config.accumulate
     if config.batch_size % ways:
         raise ValueError(
             f"batch_size={config.batch_size} must be a multiple of {ways} at "
-            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}"
+            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, "
+            f"accumulate={config.accumulate}"
         )
     multiple = length_multiple(config.layout, mesh.ring, mesh.ulysses)
     if config.sequence_length % multiple:
@@ -237,7 +241,8 @@ def check(config: Config) -> None:
 def _check_numbers(config):
     flat = flatten(dataclasses.asdict(config))
     positive = (
-        "steps sequence_length batch_size optimizer.learning_rate optimizer.eps "
+        "steps sequence_length batch_size accumulate optimizer.learning_rate "
+        "optimizer.eps "
         "optimizer.clip_norm checkpoint.every checkpoint.keep log.every log.print_every"
     )
     counts = "seed optimizer.warmup_steps optimizer.weight_decay sample.length"

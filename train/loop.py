@@ -99,7 +99,9 @@ def tell(message: str) -> None:
 def _compile(run, state):
     config, begun = run.config, time.monotonic()
     schedule = learning_rate(config.optimizer, config.steps)
-    step = make_step(run.graphdef, run.optimizer, schedule, config.layout)
+    step = make_step(
+        run.graphdef, run.optimizer, schedule, config.layout, config.accumulate
+    )
     batch = describe(config.batch_size, config.sequence_length, run.mesh)
     compiled = compile_step(step, state, batch)
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")

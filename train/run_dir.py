@@ -12,6 +12,7 @@ from train.config import Config, flatten
 # it, and how far it goes (the learning rate then follows the new number of steps). All
 # else is what the run is.
 FREE_ON_RESUME = (
+    "accumulate",
     "checkpoint",
     "distributed",
     "fake_devices",

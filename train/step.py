@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 
 from train.data import Batch
 from train.state import State, with_params
@@ -20,26 +21,26 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     layout: str,
+    parts: int = 1,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of a model, to be compiled.
 
-    The loss is the mean of nats over the batch's labels, wherever they lie. The state
-    that goes in is donated.
+    The loss is the mean of nats over the batch's labels, wherever they lie: also where
+    its rows are taken in `parts`, one after the other, whose gradients are added up in
+    float32. The state that goes in is donated.
     """
 
-    def mean_loss(params, batch):
-        nats, labels = loss(
+    def nats_of(params, part):
+        return loss(
             with_params(graphdef, params),
-            batch["tokens"],
-            batch["labels"],
-            segment_ids=batch["segment_ids"],
+            part["tokens"],
+            part["labels"],
+            segment_ids=part["segment_ids"],
             layout=layout,
         )
-        # A batch of nothing but one-token documents has no label.
-        return nats / jnp.maximum(labels, 1)
 
     def step(state, batch):
-        value, gradient = jax.value_and_grad(mean_loss)(state.params, batch)
+        value, gradient = _mean(nats_of, state.params, batch, parts)
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
         values = value, optax.tree.norm(gradient), schedule(state.step)
         metrics = dict(zip(METRICS, values, strict=True))
@@ -47,6 +48,30 @@ def make_step(
         return State(state.step + 1, params, memory), metrics
 
     return step
+
+
+def _mean(nats_of, params, batch, parts):
+    """The mean of nats over all labels, and its gradient."""
+    pull = jax.value_and_grad(nats_of, has_aux=True)
+    if parts == 1:
+        (nats, labels), gradient = pull(params, batch)
+    else:
+        # Rows in turn, so that every part is split over the devices as the batch is.
+        batch = jax.tree.map(
+            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        part = jax.tree.map(lambda x: x[0], batch)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull, params, part)
+        )
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, pull(params, part)), None
+
+        ((nats, labels), gradient), _ = lax.scan(add, zeros, batch)
+    # A batch of nothing but one-token documents has no label.
+    scale = 1 / jnp.maximum(labels, 1)
+    return nats * scale, jax.tree.map(lambda x: x * scale, gradient)
 
 
 def compile_step(

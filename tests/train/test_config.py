@@ -47,7 +47,7 @@ WRONG = {
     ),
     "batch": (
         ["--mesh.data", "3", "--mesh.fsdp", "2"],
-        r"batch_size=4 must be a multiple of 6 at mesh\.data=3, mesh\.fsdp=2",
+        r"batch_size=4 must be a multiple of 6 at mesh\.data=3, mesh\.fsdp=2, accum",
     ),
     "half a cluster": (
         ["--distributed.coordinator", "localhost:1234"],

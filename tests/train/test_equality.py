@@ -69,6 +69,14 @@ def test_losses_are_the_same_on_every_mesh(
         )
 
 
+def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
+    mesh = MeshConfig(data=2, ring=2, ulysses=2)
+    config = dataclasses.replace(plain, mesh=mesh, accumulate=4)
+    config = dataclasses.replace(config, run_dir=tmp_path / "run")
+    run_here(config)
+    np.testing.assert_allclose(losses(config.run_dir), losses(plain.run_dir), rtol=1e-5)
+
+
 @pytest.mark.long
 def test_a_run_goes_on_over_other_meshes_and_levels(
     plain: Config, tmp_path: Path
