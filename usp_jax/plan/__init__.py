@@ -1,0 +1,1 @@
+"""Chooses how to split a training step over a machine, before it is rented."""

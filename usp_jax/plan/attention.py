@@ -1,0 +1,124 @@
+"""What attention sends: exact bytes of one call, by axis, for each way round the ring.
+
+The formulas are those of USP (arXiv 2405.07719, Table 2), made exact for any numbers of
+heads and with what the table leaves out: dk, dv travel too, in float32. Tests hold them
+to compiled programs, byte for byte.
+"""
+
+import dataclasses
+
+from usp_jax.schedules import SCHEDULES
+from usp_jax.ulysses import Heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One attention call, seen from one device.
+
+    Attributes:
+      tokens: of one device, over all its rows: B·T / (ring · ulysses).
+      num_heads, num_kv_heads: of one device's part along `tensor`.
+      itemsize: bytes of an element of q, k, v.
+    """
+
+    tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ring: int
+    ulysses: int
+    itemsize: int = 2
+    ring_schedule: str = "unidirectional"
+
+    def __post_init__(self):
+        if self.ring_schedule not in SCHEDULES:
+            raise ValueError(
+                f"ring_schedule={self.ring_schedule!r} must be one of {SCHEDULES}"
+            )
+
+    @property
+    def accumulated(self) -> int:
+        """Bytes of an element of what is added up: float32, or float64 for it."""
+        return max(4, self.itemsize)
+
+    @property
+    def heads(self) -> Heads:
+        """Who works on which heads."""
+        return Heads(self.num_heads, self.num_kv_heads, self.ulysses)
+
+    @property
+    def q_elements(self) -> int:
+        """Of q, or of out, with its padded heads, that a device has."""
+        return self.tokens * self.heads.padded * self.head_size
+
+    @property
+    def kv_elements(self) -> int:
+        """Of k and v together, with the heads that go to several devices."""
+        return 2 * self.tokens * self.heads.sent.size * self.head_size
+
+    @property
+    def lse_elements(self) -> int:
+        """Of lse."""
+        return self.tokens * self.heads.padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Bytes that a device sends in one pass of a call.
+
+    Attributes:
+      ulysses: in its all-to-alls.
+      ring: in the ring's permutes, or its all-gather and reduce-scatter.
+    """
+
+    ulysses: int
+    ring: int
+
+
+def forward_bytes(call: Call) -> Sent:
+    """Of the forward pass: q, k, v and out; k, v round the ring."""
+    exchanged = sum(forward_exchanges(call))
+    return Sent(_exchanged(call, exchanged), (call.ring - 1) * sum(forward_hop(call)))
+
+
+def backward_bytes(call: Call) -> Sent:
+    """Of the backward pass: dout, dq and dk, dv; k, v again and dk, dv round it."""
+    exchanged = sum(backward_exchanges(call))
+    return Sent(_exchanged(call, exchanged), (call.ring - 1) * sum(backward_hop(call)))
+
+
+def forward_exchanges(call: Call) -> tuple[int, ...]:
+    """The sizes, in bytes, of the arrays that are exchanged: q; k, v; out."""
+    q, kv = call.q_elements * call.itemsize, call.kv_elements * call.itemsize
+    return q, kv, q
+
+
+def backward_exchanges(call: Call) -> tuple[int, ...]:
+    """Those of dout, dq and dk, dv; these in float32 where several devices have parts."""
+    q = call.q_elements * call.itemsize
+    itemsize = call.accumulated if call.heads.replicated else call.itemsize
+    return q, q, call.kv_elements * itemsize
+
+
+def forward_hop(call: Call) -> tuple[int, int]:
+    """Bytes of one hop: what is read only, and the sums that follow one hop late.
+
+    An all-gather has no hops: it sends as much as R - 1 of them.
+    """
+    if call.ring_schedule == "pass_q":
+        seen = call.q_elements + call.lse_elements
+        return call.q_elements * call.itemsize, seen * call.accumulated
+    return call.kv_elements * call.itemsize, 0
+
+
+def backward_hop(call: Call) -> tuple[int, int]:
+    """The same of the backward pass."""
+    if call.ring_schedule == "pass_q":
+        read = 2 * call.q_elements * call.itemsize
+        read += 2 * call.lse_elements * call.accumulated
+        return read, call.q_elements * call.accumulated
+    return call.kv_elements * call.itemsize, call.kv_elements * call.accumulated
+
+
+def _exchanged(call, size):
+    return size * (call.ulysses - 1) // call.ulysses

@@ -1,0 +1,191 @@
+"""The machines that a plan can be for: what one device has, and what joins it to others.
+
+Sources, read in November 2026. TPU: the system architecture tables of
+docs.cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x); a table's bidirectional ICI
+bandwidth of a chip, divided by its links and by two, is what one link carries one way.
+NVIDIA: the data sheets of A100, H100, H200, DGX B200 and L20, dense rates without
+sparsity; NVLink's total divided by two. A800: an A100 with 400 GB/s of NVLink, and the
+1.6 Tb/s of network a node of the USP paper (arXiv 2405.07719, section 5). Memory of
+what `usp_jax.aot` knows is what it says. Latencies are assumptions: a few microseconds
+in a torus or a node, some tens over a network.
+"""
+
+import dataclasses
+
+from usp_jax.aot.devices import GPUS, TPUS
+
+GB = 10**9
+TERA = 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What a device sends along.
+
+    Attributes:
+      bandwidth: bytes a second, one way.
+      latency: seconds until the first byte is there.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A kind of machine, of any number of devices.
+
+    Attributes:
+      name: as `--machine` takes it; for those that `usp_jax.aot` compiles for, its
+        name.
+      devices: how many a plan is for that does not say.
+      memory_bytes: what a program can have of a device's memory.
+      memory_bandwidth: bytes a second.
+      peak_bfloat16, peak_float32: FLOP/s of matrix products; of float32 ones as jax's
+        default precision makes them (TPU: one bfloat16 pass, GPU: TF32).
+      inner: the link between the devices of a node; in a torus one of a device's links.
+      node: how many devices `inner` joins: a node, or the largest slice.
+      outer: between nodes or slices, what each device has of it.
+      torus_dims: of the links' torus; 0 for a switch, which joins all devices of a node
+        at the full bandwidth.
+      wrap: the side from which the torus is closed to a ring.
+      compiles: `usp_jax.aot` has a compiler for it.
+    """
+
+    name: str
+    devices: int
+    memory_bytes: int
+    memory_bandwidth: float
+    peak_bfloat16: float
+    peak_float32: float
+    inner: Link
+    node: int
+    outer: Link
+    torus_dims: int = 0
+    wrap: int = 4
+    compiles: bool = True
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of one device.
+
+        Raises:
+          ValueError: another dtype than bfloat16 and float32.
+        """
+        peaks = {"bfloat16": self.peak_bfloat16, "float32": self.peak_float32}
+        if dtype not in peaks:
+            raise ValueError(f"{dtype=} must be one of {tuple(peaks)}")
+        return peaks[dtype]
+
+    def shape(self, devices: int) -> tuple[int, ...]:
+        """The sides of the torus that a number of devices makes, the smallest last.
+
+        As near to a cube (a square) as factors allow. tpu7x has two devices a chip: for
+        it they are a side of their own, as fast as the others.
+        """
+        sides = []
+        for dims in range(self.torus_dims, 0, -1):
+            root = round(devices ** (1 / dims) + 0.5)
+            side = next(n for n in range(root, 0, -1) if devices % n == 0)
+            sides.append(side)
+            devices //= side
+        return tuple(sorted(sides, reverse=True))
+
+    def topology(self, devices: int) -> str:
+        """The name by which `usp_jax.aot.topology` knows it.
+
+        Raises:
+          ValueError: there is no compiler for it, or it is not whole nodes.
+        """
+        if not self.compiles:
+            raise ValueError(f"machine {self.name!r} has no compiler in usp_jax.aot")
+        if not self.torus_dims:
+            node = min(devices, self.node)
+            if devices % node:
+                raise ValueError(f"{devices=} must be a multiple of {node}")
+            return f"{self.name}:{devices // node}x{node}"
+        chips = -(-devices // 2) if self.name == "tpu7x" else devices
+        return f"{self.name}:{'x'.join(map(str, reversed(self.shape(chips))))}"
+
+
+_HBM = {device.name: device.hbm_bytes for device in (*TPUS, *GPUS)}
+_NVLINK_LATENCY = 5e-6
+_NETWORK_LATENCY = 20e-6
+_ICI_LATENCY = 1e-6
+# Over the data center network of a TPU pod.
+_DCN_LATENCY = 50e-6
+
+
+def _gpu(name, bandwidth, peaks, nvlink, network):
+    """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device."""
+    return Machine(
+        name=name,
+        devices=8,
+        memory_bytes=_HBM[name],
+        memory_bandwidth=bandwidth * GB,
+        peak_bfloat16=peaks[0] * TERA,
+        peak_float32=peaks[1] * TERA,
+        inner=Link(nvlink * GB, _NVLINK_LATENCY),
+        node=8,
+        outer=Link(network / 8 * GB, _NETWORK_LATENCY),
+    )
+
+
+def _tpu(name, devices, bandwidth, peak, dims, wrap, link, largest, network):
+    """A TPU: GB/s, TFLOP/s, and GB/s one way of a link, largest slice, Gb/s of DCN."""
+    return Machine(
+        name=name,
+        devices=devices,
+        memory_bytes=_HBM[name],
+        memory_bandwidth=bandwidth * GB,
+        peak_bfloat16=peak * TERA,
+        peak_float32=peak * TERA,
+        inner=Link(link * GB, _ICI_LATENCY),
+        node=largest,
+        outer=Link(network / 8 * GB, _DCN_LATENCY),
+        torus_dims=dims,
+        wrap=wrap,
+    )
+
+
+MACHINES = (
+    _gpu("a100", 2039, (312, 156), 300, 200),
+    _gpu("a800", 2039, (312, 156), 200, 200),
+    _gpu("h100", 3350, (989, 494), 450, 400),
+    _gpu("h200", 4800, (989, 494), 450, 400),
+    _gpu("b200", 8000, (2250, 1125), 900, 400),
+    # PCIe 4.0 x16, through the host; the network is an assumption.
+    Machine(
+        name="l20",
+        devices=8,
+        memory_bytes=48 * 2**30,
+        memory_bandwidth=864 * GB,
+        peak_bfloat16=119.5 * TERA,
+        peak_float32=59.8 * TERA,
+        inner=Link(32 * GB, 10e-6),
+        node=8,
+        outer=Link(12.5 * GB, _NETWORK_LATENCY),
+        compiles=False,
+    ),
+    _tpu("v5e", 16, 819, 197, dims=2, wrap=16, link=50, largest=256, network=25),
+    _tpu("v5p", 64, 2765, 459, dims=3, wrap=4, link=100, largest=6144, network=50),
+    _tpu("v6e", 16, 1638, 918, dims=2, wrap=16, link=100, largest=256, network=100),
+    # Two devices a chip; each has half of everything.
+    _tpu(
+        "tpu7x", 64, 3690, 1153.5, dims=3, wrap=4, link=50, largest=18432, network=50
+    ),
+)
+
+
+def machine(name: str) -> Machine:
+    """The machine of this name.
+
+    Raises:
+      ValueError: there is none; the message lists those that are.
+    """
+    found = next((one for one in MACHINES if one.name == name), None)
+    if found is None:
+        names = ", ".join(one.name for one in MACHINES)
+        raise ValueError(f"machine {name!r} is not known; it must be one of: {names}")
+    return found
+
+
