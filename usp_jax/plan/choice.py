@@ -1,0 +1,165 @@
+"""What is asked (`Job`) and what can be chosen for it (`Choice`)."""
+
+import dataclasses
+import math
+
+from usp_jax.layout import LAYOUTS, length_multiple
+from usp_jax.models.config import REMAT, LlamaConfig
+from usp_jax.plan.machines import Machine
+from usp_jax.schedules import SCHEDULES
+
+ZERO = (1, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training step.
+
+    Attributes:
+      devices: all of them work on it.
+      sequence: tokens of a row.
+      batch: rows of a step, over all devices.
+      layout: the order in which tokens are stored.
+    """
+
+    model: LlamaConfig
+    machine: Machine
+    devices: int
+    sequence: int
+    batch: int
+    layout: str = "zigzag"
+
+    def __post_init__(self):
+        for name in ("devices", "sequence", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive int")
+        stored = tuple(name for name in LAYOUTS if name != "data")
+        if self.layout not in stored:
+            raise ValueError(f"layout={self.layout!r} must be one of {stored}")
+        machine = self.machine
+        if not machine.torus_dims and self.devices > machine.node:
+            if self.devices % machine.node:
+                raise ValueError(
+                    f"devices={self.devices} must be a multiple of {machine.node}, "
+                    f"the devices of a node of {machine.name!r}, or fit into one"
+                )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the computation."""
+        return {"bfloat16": 2, "float32": 4}[self.model.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A way to split the step, outermost axis first, and what it keeps.
+
+    Attributes:
+      zero: 3 splits the 16-bit parameters and gradients over fsdp, ring and ulysses, 1
+        does not; the float32 ones and the optimizer's memory are always split over
+        these and data.
+      remat: as in `LlamaConfig`.
+      ring_schedule, ring_inner: as in `usp_attention`.
+      tensor_sequence: between attention and the feed-forward network the sequence is
+        split over tensor too (TP-sp).
+      gradient_itemsize: bytes of an element of what gradients are summed in over
+        devices; None: the computation's.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    fsdp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+    zero: int = 3
+    remat: str = "full"
+    ring_schedule: str = "unidirectional"
+    ring_inner: int | None = None
+    tensor_sequence: bool = False
+    gradient_itemsize: int | None = None
+
+    def __post_init__(self):
+        for name, values in (
+            ("zero", ZERO),
+            ("remat", REMAT),
+            ("ring_schedule", SCHEDULES),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of {values}"
+                )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The mesh: the size of each axis, outermost first."""
+        return {
+            "pipe": self.pipe,
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "ring": self.ring,
+            "ulysses": self.ulysses,
+            "tensor": self.tensor,
+        }
+
+    @property
+    def devices(self) -> int:
+        """How many the mesh has."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts of a row."""
+        return self.ring * self.ulysses
+
+    @property
+    def split(self) -> int:
+        """The devices over which ZeRO-3 splits the 16-bit parameters."""
+        return self.fsdp * self.sequence_shards
+
+    @property
+    def everyone(self) -> int:
+        """The devices over which a parameter's float32 copy is split."""
+        return self.data * self.split
+
+
+def lacks(choice: Choice) -> tuple[str, ...]:
+    """What of a choice the training program of this checkout does not have."""
+    lacking = []
+    if choice.pipe > 1:
+        lacking.append("pipe")
+    if choice.zero == 1 and choice.split > 1:
+        lacking.append("zero=1")
+    if choice.ring_schedule != "unidirectional":
+        lacking.append(f"ring_schedule={choice.ring_schedule}")
+    if choice.tensor_sequence:
+        lacking.append("tensor_sequence")
+    if choice.gradient_itemsize is not None:
+        lacking.append("gradient_itemsize")
+    return tuple(lacking)
+
+
+def obstacle(job: Job, choice: Choice) -> str | None:
+    """Why a choice cannot be at all, whatever the memory; None when it can."""
+    model = job.model
+    heads = choice.tensor * choice.ulysses
+    shards = choice.everyone
+    if choice.devices != job.devices:
+        return f"devices: the mesh has {choice.devices}, not {job.devices}"
+    if job.batch % (choice.data * choice.fsdp):
+        ways = choice.data * choice.fsdp
+        return f"divisibility: batch {job.batch} over data · fsdp = {ways}"
+    if heads > model.num_heads:
+        return f"heads: {model.num_heads} over tensor · ulysses = {heads}"
+    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+        if getattr(model, name) % choice.tensor:
+            return f"divisibility: {name} {getattr(model, name)} over tensor"
+    if model.d_model % shards:
+        return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
+    if model.num_layers % choice.pipe:
+        return f"divisibility: {model.num_layers} layers over pipe"
+    multiple = length_multiple(job.layout, choice.ring, choice.ulysses)
+    if job.sequence % multiple:
+        return f"divisibility: sequence {job.sequence} is no multiple of {multiple}"
+    return None

@@ -1,0 +1,108 @@
+"""How long a collective takes on a machine's links.
+
+Mesh axes are placed as `make_mesh` has them, the innermost on neighbouring devices. So
+where a group of devices lies follows from two numbers: its size, and its stride, the
+size of all axes inside it. On a torus they fill its sides one after the other.
+
+What limits, for a group of n of which g lie in one node:
+
+* gathers, scatters and sums run round a ring of all, each of the g with its own part of
+  the network; on a torus over all links of the sides that the group spans;
+* an all-to-all has to send (n - g) / (n - 1) over the network; on a torus the middle of
+  the longest side limits: n/4 links on average, both ways round;
+* a permute is as fast as its slowest hop.
+"""
+
+import dataclasses
+
+from usp_jax.plan.choice import Choice
+from usp_jax.plan.machines import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Devices that exchange with each other.
+
+    Attributes:
+      shape: of the whole torus, the innermost side first; () for a switch.
+    """
+
+    machine: Machine
+    size: int
+    stride: int
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, machine: Machine, choice: Choice, axes: tuple[str, ...]) -> "Group":
+        """Those along some axes of a mesh."""
+        size = stride = 1
+        inside = True
+        for name, length in reversed(choice.sizes.items()):
+            if name in axes:
+                size, inside = size * length, False
+            elif inside:
+                stride *= length
+        shape: tuple[int, ...] = ()
+        if machine.torus_dims:
+            shape = machine.shape(min(choice.devices, machine.node))
+        return cls(machine, size, stride, shape)
+
+    @property
+    def near(self) -> int:
+        """How many of them lie in one node, or slice."""
+        return max(1, min(self.size, self.machine.node // self.stride))
+
+    @property
+    def sides(self) -> tuple[tuple[int, bool], ...]:
+        """Of a torus: the extent along each side it spans, and whether that is round."""
+        found = []
+        low, start, stop = 1, self.stride, self.stride * self.near
+        for side in self.shape:
+            high = low * side
+            extent = -(-min(high, stop) // max(low, start))
+            if extent > 1:
+                found.append((extent, extent == side >= self.machine.wrap))
+            low = high
+        return tuple(found)
+
+    def seconds(self, kind: str, sent: float, *, both_ways: bool = False) -> float:
+        """Of one collective in which each device sends `sent` bytes.
+
+        Args:
+          kind: as in `usp_jax.compiled.KINDS`.
+          both_ways: a permute that sends half either way round.
+        """
+        if self.size == 1 or not sent:
+            return 0.0
+        near, outer = self.near, self.machine.outer
+        nodes = -(-self.size // near)
+        latency = self.machine.inner.latency * (near > 1)
+        latency += outer.latency * (nodes > 1)
+        if kind == "collective-permute":
+            if nodes > 1:
+                return latency + sent / outer.bandwidth
+            return latency + self._inside(kind, sent / (1 + both_ways))
+        if kind == "all-to-all":
+            far = (self.size - near) / (self.size - 1)
+            inside = self._inside(kind, sent * (1 - far))
+            return latency + max(inside, sent * far / outer.bandwidth)
+        steps = (near - 1) * self.machine.inner.latency * (not self.shape)
+        inside = self._inside(kind, sent)
+        network = sent / (near * outer.bandwidth) if nodes > 1 else 0.0
+        return latency + steps + max(inside, network)
+
+    def _inside(self, kind, sent):
+        """Within a node, or slice."""
+        if self.near == 1:
+            return 0.0
+        bandwidth = self.machine.inner.bandwidth
+        if not self.shape or kind == "collective-permute":
+            return sent / bandwidth
+        if kind == "all-to-all":
+            whole = sent * self.near / (self.near - 1)
+            loads = [
+                extent * whole / (8 if is_round else 4)
+                for extent, is_round in self.sides
+            ]
+            return max(loads) / bandwidth
+        return sent / (bandwidth * sum(1 + is_round for _, is_round in self.sides))

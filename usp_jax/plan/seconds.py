@@ -1,0 +1,166 @@
+"""How long a step takes: compute, and what of the transfers is not hidden by it.
+
+* A hop of the ring is in flight while a chunk is computed: the longer of both counts,
+  and one chunk of each turn has no hop beside it. An all-gather is waited for.
+* All-to-alls and sums along tensor are waited for.
+* Weights of ZeRO-3, and their gradients, travel beside the compute of their layer: they
+  count where all that is sent takes longer than all that is computed.
+* ZeRO-1 gathers and scatters everything once, which is waited for.
+* A pipeline of p stages and m micro-batches (rows) stands still for (p - 1) / m of it.
+"""
+
+import dataclasses
+
+from usp_jax.plan import attention, efficiency
+from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.flops import step_work
+from usp_jax.plan.links import Group
+from usp_jax.plan.traffic import (
+    Transfer,
+    again_of,
+    call_of,
+    layers_of,
+    tokens_of,
+    transfers,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Of a step, by part; what is hidden is not counted.
+
+    Attributes:
+      matmul: products with weights.
+      attention: the chunks.
+      memory: norms, activations, the loss and the optimizer.
+      ring: hops that take longer than the chunk beside them.
+      exchanges: attention's all-to-alls.
+      weights: of parameters and gradients.
+      activations: along tensor and pipe, and the embedding's.
+      bubble: the pipeline's.
+    """
+
+    matmul: float
+    attention: float
+    memory: float
+    ring: float
+    exchanges: float
+    weights: float
+    activations: float
+    bubble: float
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return sum(dataclasses.astuple(self))
+
+
+def step_seconds(
+    job: Job, choice: Choice, found: tuple[Transfer, ...] | None = None
+) -> Seconds:
+    """The time of a step.
+
+    Args:
+      found: `transfers(job, choice)`, if they are there already.
+    """
+    found = transfers(job, choice) if found is None else found
+    work = _work(job, choice)
+    peak = job.machine.peak(job.model.dtype) * choice.devices
+    products = 3 * work.layers + 4 * work.output + work.layers_again
+    chunks, ring = _ring(job, choice, work, peak)
+    sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
+    exchanges = hops = 0.0
+    groups: dict[tuple[str, ...], Group] = {}
+    for one in found:
+        if one.axes not in groups:
+            groups[one.axes] = Group.of(job.machine, choice, one.axes)
+        taken = one.times * groups[one.axes].seconds(one.kind, one.sent)
+        if one.what != "attention":
+            sums[one.what] += taken
+        elif one.axes == ("ulysses",):
+            exchanges += taken
+        else:
+            hops += taken
+    parameters = sums["weights"] + sums["gradients"]
+    activations = sums["activations"] + sums["tokens"]
+    matmul = products / (peak * efficiency.MATMUL)
+    memory = _memory(job, choice)
+    computed = matmul + chunks + memory
+    hidden = computed + ring + exchanges + activations
+    if choice.zero == 3:
+        sent = parameters + hops + exchanges + activations
+        parameters = max(0.0, sent - hidden)
+    micro = job.batch // (choice.data * choice.fsdp)
+    bubble = (hidden + parameters) * (choice.pipe - 1) / micro
+    return Seconds(
+        matmul, chunks, memory, ring, exchanges, parameters, activations, bubble
+    )
+
+
+def _work(job, choice):
+    model = dataclasses.replace(job.model, remat=choice.remat)
+    return step_work(model, sequence=job.sequence, batch=job.batch)
+
+
+def _ring(job, choice, work, peak):
+    """(chunks, what of the hops is seen beyond them), of all layers and passes."""
+    layers = layers_of(job, choice)
+    call = call_of(job, choice)
+    padded = call.heads.padded / call.num_heads
+    # Of one chunk: one layer, forward, on one device.
+    rate = efficiency.attention(job.sequence / choice.ring) * peak
+    chunk = work.attention * padded / (rate * job.model.num_layers * choice.ring)
+    group = Group.of(job.machine, choice, ("ring",))
+    again = again_of(choice)
+    forward = 1 + again.ring
+    computed = seen = 0.0
+    for times, size, hop in (
+        (layers * forward, chunk, attention.forward_hop(call)),
+        # Five products for two.
+        (layers, 2.5 * chunk, attention.backward_hop(call)),
+    ):
+        turn = _turn(choice, group, size, sum(hop))
+        computed += times * size * choice.ring
+        seen += times * (turn - size * choice.ring)
+    return computed, seen
+
+
+def _turn(choice, group, chunk, hop):
+    """One turn of the ring: R chunks and R - 1 hops."""
+    size, way = choice.ring, choice.ring_schedule
+    if size == 1:
+        return chunk
+    if way == "all_gather":
+        return size * chunk + group.seconds("all-gather", (size - 1) * hop)
+    if way == "double":
+        near = dataclasses.replace(group, size=choice.ring_inner)
+        inner = _rotated(choice.ring_inner, chunk, near.seconds(PERMUTE, hop))
+        return _rotated(size // choice.ring_inner, inner, group.seconds(PERMUTE, hop))
+    both_ways = way == "bidirectional" and bool(group.shape)
+    return _rotated(size, chunk, group.seconds(PERMUTE, hop, both_ways=both_ways))
+
+
+PERMUTE = "collective-permute"
+
+
+def _rotated(size, chunk, hop):
+    return chunk + (size - 1) * max(chunk, hop)
+
+
+def _memory(job, choice):
+    """Reads and writes of what is no matrix product."""
+    model, tokens = job.model, tokens_of(job, choice)
+    heads = model.num_heads + model.num_kv_heads
+    wide = 2 * heads * model.head_size + 3 * model.d_ff
+    # Two norms, two additions to the residual stream; rotations and the gate.
+    narrow = 10 * model.d_model
+    if choice.tensor_sequence:
+        narrow /= choice.tensor
+    passes = 3 + (choice.remat != "none")
+    layer = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
+    # float32 logits, written and read twice forward and once backward.
+    logits = 6 * 4 * tokens * model.vocab_size / choice.tensor
+    # Parameters and two moments, read and written, and gradients.
+    state = 28 * model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
+    sent = layers_of(job, choice) * layer + logits + state
+    return sent / (job.machine.memory_bandwidth * efficiency.MEMORY)
