@@ -1,1 +1,26 @@
-"""Chooses how to split a training step over a machine, before it is rented."""
+"""Chooses how to split a training step over a machine, before it is rented.
+
+    row = usp_jax.plan.best("llama3-8b", "v5p", sequence=2**20, devices=64)
+    row.choice, row.seconds.total, row.memory.peak, row.transfers
+
+Traffic and memory are those of the program that `train` compiles, time is a model with
+two calibrated numbers (`efficiency.py`). On the command line: `python -m usp_jax.plan`.
+"""
+
+from usp_jax.plan.choice import Choice as Choice, Job as Job
+from usp_jax.plan.command import train_command as train_command
+from usp_jax.plan.machines import (
+    MACHINES as MACHINES,
+    Link as Link,
+    Machine as Machine,
+    machine as machine,
+)
+from usp_jax.plan.search import (
+    Row as Row,
+    best as best,
+    evaluate as evaluate,
+    job_of as job_of,
+    longest as longest,
+    plan as plan,
+)
+from usp_jax.plan.tips import TIPS as TIPS, against as against

@@ -6,6 +6,7 @@ to compiled programs, byte for byte.
 """
 
 import dataclasses
+import functools
 
 from usp_jax.schedules import SCHEDULES
 from usp_jax.ulysses import Heads
@@ -44,7 +45,7 @@ class Call:
     @property
     def heads(self) -> Heads:
         """Who works on which heads."""
-        return Heads(self.num_heads, self.num_kv_heads, self.ulysses)
+        return _heads(self.num_heads, self.num_kv_heads, self.ulysses)
 
     @property
     def q_elements(self) -> int:
@@ -118,6 +119,10 @@ def backward_hop(call: Call) -> tuple[int, int]:
         read += 2 * call.lse_elements * call.accumulated
         return read, call.q_elements * call.accumulated
     return call.kv_elements * call.itemsize, call.kv_elements * call.accumulated
+
+
+# The tables of heads are made once for thousands of choices.
+_heads = functools.cache(Heads)
 
 
 def _exchanged(call, size):

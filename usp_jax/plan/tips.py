@@ -1,0 +1,98 @@
+"""The seven tips of the USP paper (arXiv 2405.07719, section 4) as checks of a row."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from usp_jax.plan.choice import Choice, Job, obstacle
+from usp_jax.plan.memory import step_memory
+from usp_jax.plan.search import Row
+
+TIPS = {
+    1: "use ring and Ulysses together in place of either alone",
+    2: "split the batch before the sequence, while it can be",
+    3: "split the sequence with ZeRO-1; ZeRO-3 only when memory asks for it",
+    4: "split the sequence rather than tensors: it sends less",
+    5: "where splitting the sequence does not fit, take ZeRO-3 with it",
+    6: "with few heads, raise the ring's degree",
+    7: "give fast links to tensor, then Ulysses, then the ring",
+}
+
+
+def against(row: Row) -> tuple[int, ...]:
+    """The numbers of the tips that a row goes against."""
+    return tuple(n for n, check in _CHECKS.items() if check(row.job, row.choice))
+
+
+def _one_alone(job, choice):
+    """One axis has all the sequence, though both could have a part."""
+    both = choice.ring > 1 and choice.ulysses > 1
+    shards = choice.sequence_shards
+    if shards == 1 or both:
+        return False
+    splits = [
+        dataclasses.replace(choice, ring=shards // u, ulysses=u)
+        for u in range(2, shards)
+        if shards % u == 0
+    ]
+    return any(obstacle(job, split) is None for split in splits)
+
+
+def _batch_left(job, choice):
+    """Some of the sequence's devices could have rows of their own."""
+    left = job.batch // (choice.data * choice.fsdp)
+    return math.gcd(left, choice.sequence_shards) > 1
+
+
+def _needless_zero3(job, choice):
+    """ZeRO-1 would fit as well."""
+    if choice.zero == 1 or choice.sequence_shards == 1:
+        return False
+    other = dataclasses.replace(choice, zero=1)
+    return _fits(job, other)
+
+
+def _needless_tensor(job, choice):
+    """The sequence could be split in place of tensors, and it would fit."""
+    if choice.tensor == 1:
+        return False
+    ulysses = dataclasses.replace(
+        choice, tensor=1, ulysses=choice.ulysses * choice.tensor
+    )
+    ring = dataclasses.replace(choice, tensor=1, ring=choice.ring * choice.tensor)
+    return any(
+        obstacle(job, other) is None and _fits(job, other) for other in (ulysses, ring)
+    )
+
+
+def _zero3_would_help(job, choice):
+    """It does not fit, with parameters that are not split."""
+    return choice.zero == 1 and choice.split > 1 and not _fits(job, choice)
+
+
+def _few_heads(job, choice):
+    """Key/value heads are sent to several devices of the Ulysses axis."""
+    return choice.ulysses > 1 and (
+        choice.ulysses * choice.tensor > job.model.num_kv_heads
+    )
+
+
+def _crosses_nodes(job, choice):
+    """Ulysses or tensor reaches over the slow links."""
+    inner = choice.ulysses * choice.tensor
+    return inner > job.machine.node
+
+
+def _fits(job, choice):
+    return step_memory(job, choice).peak <= job.machine.memory_bytes
+
+
+_CHECKS: dict[int, Callable[[Job, Choice], bool]] = {
+    1: _one_alone,
+    2: _batch_left,
+    3: _needless_zero3,
+    4: _needless_tensor,
+    5: _zero3_would_help,
+    6: _few_heads,
+    7: _crosses_nodes,
+}
