@@ -1,0 +1,125 @@
+"""`python -m usp_jax.plan --model NAME --machine NAME ...`: the ranked choices of a job.
+
+python -m usp_jax.plan --model llama3-8b --machine a800 --devices 16 --sequence 208K
+python -m usp_jax.plan --model llama3-8b --machine v5p --devices 64 --longest
+python -m usp_jax.plan --model llama3-8b --machine h100 --sequence 64K --json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.presets import PRESETS
+from usp_jax.plan.machines import MACHINES
+from usp_jax.plan.search import Row, job_of, longest, plan
+from usp_jax.schedules import SCHEDULES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the plan; 0 when something fits, 1 when not, 2 for a mistake."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        rows = _rows(args)
+        if args.json:
+            print(json.dumps([row.as_dict() for row in rows]))
+        else:
+            _tell(args, rows)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    return 0 if rows and rows[0].can_train else 1
+
+
+def _rows(args) -> list[Row]:
+    model = LlamaConfig.preset(args.model, dtype=args.dtype)
+    if args.longest:
+        job = job_of(model, args.machine, sequence=1, **_asked(args))
+        found = longest(job)
+        return [] if found is None else plan(found.job)
+    job = job_of(model, args.machine, sequence=_length(args.sequence), **_asked(args))
+    return plan(job, schedules=args.schedule or ("unidirectional",))
+
+
+def _asked(args):
+    return {"batch": args.batch, "devices": args.devices, "layout": args.layout}
+
+
+def _tell(args, rows):
+    # Tables, plots and compilers are imported where they are asked for.
+    from usp_jax.plan.table import show
+
+    if not rows:
+        print("no length fits")
+        return
+    show(rows, args.top)
+    if args.plot is not None:
+        from usp_jax.plan.draw import draw
+
+        draw(rows, args.plot)
+        print(f"drew {args.plot}")
+    if args.verify:
+        from usp_jax.plan.table import show_reports
+        from usp_jax.plan.verify import compile_step
+
+        # Nothing runs: whatever accelerator is here stays free for others.
+        if not jax.config.jax_platforms:
+            jax.config.update("jax_platforms", "cpu")
+        top = [row for row in rows if row.can_train][: args.verify]
+        show_reports([(row, compile_step(row.job, row.choice)) for row in top])
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m usp_jax.plan",
+        description="Ranks the ways to split a LLaMA's training step over a machine.",
+        epilog=f"Models: {', '.join(PRESETS)}. Machines: "
+        f"{', '.join(machine.name for machine in MACHINES)}. 1K is 1024, 1M is 1024K.",
+    )
+    parser.add_argument("--model", required=True, help="a preset's name")
+    parser.add_argument("--machine", required=True)
+    parser.add_argument("--devices", type=int, help="default: the machine's usual")
+    parser.add_argument("--sequence", default="64K", help="tokens of a row")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a step")
+    parser.add_argument("--layout", default="zigzag", help="the tokens' stored order")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
+    parser.add_argument(
+        "--schedule",
+        action="append",
+        choices=SCHEDULES,
+        help="a way round the ring to consider; may be given again",
+    )
+    parser.add_argument("--top", type=int, default=10, help="rows of the table")
+    parser.add_argument(
+        "--longest", action="store_true", help="the longest sequence that fits"
+    )
+    parser.add_argument(
+        "--verify",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="N",
+        help="compile the best N for the machine and show the compiler's bytes",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="an image to draw")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    return parser
+
+
+def _length(text: str) -> int:
+    """A number of tokens: "4096", "64K", "1M"."""
+    units = {"K": 2**10, "M": 2**20}
+    unit = units.get(text[-1:].upper(), 1)
+    number = text if unit == 1 else text[:-1]
+    if not number.isdecimal():
+        raise ValueError(f"sequence={text!r} must be a number like 4096, 64K or 1M")
+    return int(number) * unit
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Pictures of a plan: time against length for each split, and memory by part."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from usp_jax.plan.choice import obstacle
+from usp_jax.plan.command import describe
+from usp_jax.plan.search import GIB, Row, evaluate
+
+SPLITS = 6
+"""How many of the best rows are drawn."""
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draws the best rows into a file, whose ending says its kind.
+
+    Left: seconds a step of each at a quarter of the sequence up to four times it; where
+    it no longer fits, the line ends. Right: their memory by part at the sequence asked.
+
+    Raises:
+      ValueError: an ending that matplotlib does not know.
+    """
+    top = [row for row in rows if row.memory is not None][:SPLITS]
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    times, parts = figure.subplots(1, 2)
+    for row in top:
+        lengths = _lengths(row)
+        times.plot(
+            [length / 1024 for length, _ in lengths],
+            [seconds for _, seconds in lengths],
+            marker="o",
+            label=describe(row.choice),
+        )
+    times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds a step")
+    times.legend(fontsize="small")
+    _bars(parts, top)
+    figure.savefig(path)
+
+
+def _lengths(row):
+    """(length, seconds) of a row's choice at the lengths where it fits."""
+    found = []
+    for quarters in (1, 2, 4, 8, 16):
+        job = dataclasses.replace(row.job, sequence=row.job.sequence * quarters // 4)
+        if job.sequence and obstacle(job, row.choice) is None:
+            other = evaluate(job, row.choice)
+            if other.fits:
+                found.append((job.sequence, other.seconds.total))
+    return found
+
+
+def _bars(axes, rows):
+    left = [0.0] * len(rows)
+    names = [describe(row.choice) for row in rows]
+    for part in (field.name for field in dataclasses.fields(rows[0].memory)):
+        sizes = [getattr(row.memory, part) / GIB for row in rows]
+        axes.barh(names, sizes, left=left, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axes.axvline(rows[0].job.machine.memory_bytes / GIB, color="black")
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB a device")
+    axes.legend(fontsize="small")

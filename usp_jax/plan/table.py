@@ -1,0 +1,85 @@
+"""A plan as tables of text."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import rich.console
+import rich.table
+
+from usp_jax.aot import Report
+from usp_jax.plan.command import describe, train_command
+from usp_jax.plan.search import GIB, Row
+from usp_jax.plan.tips import TIPS, against
+from usp_jax.plan.traffic import by_axis
+
+
+def show(rows: Sequence[Row], top: int) -> None:
+    """Prints the best rows, why others are not among them, and the best's command."""
+    job, console = rows[0].job, rich.console.Console(highlight=False)
+    machine = job.machine
+    console.print(
+        f"{job.devices} x {machine.name}, {machine.memory_bytes / GIB:.1f} GiB each; "
+        f"{job.batch} x {job.sequence} tokens"
+    )
+    console.print(_table([row for row in rows if row.memory is not None][:top]))
+    refused = collections.Counter(
+        row.reason.partition(":")[0] for row in rows if row.reason
+    )
+    for why, count in refused.most_common():
+        example = next(row for row in rows if row.reason.startswith(why))
+        console.print(f"{count} x {why}, as {describe(example.choice)}: ", end="")
+        console.print(example.reason.partition(": ")[2])
+    best = rows[0]
+    if not best.can_train:
+        console.print("nothing fits")
+        return
+    for axes, sent in by_axis(best.transfers).items():
+        console.print(f"  sends {_gib(sent)} GiB a step along {axes}")
+    for number in against(best):
+        console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
+    console.print(train_command(job, best.choice), soft_wrap=True)
+
+
+def _table(rows):
+    table = rich.table.Table()
+    parts = [field.name for field in dataclasses.fields(rows[0].memory)]
+    names = ["choice", "s a step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
+    for name in [*names, *parts, "sends", "tips", ""]:
+        table.add_column(name, justify="left" if name in ("choice", "") else "right")
+    for row in rows:
+        told, memory = row.as_dict(), dataclasses.asdict(row.memory)
+        table.add_row(
+            describe(row.choice),
+            f"{told['step_seconds']:.3g}",
+            f"{told['tflops_per_device']:.0f}",
+            *(f"{told[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
+            _gib(row.memory.peak),
+            *(_gib(memory[name]) for name in parts),
+            _gib(told["traffic_bytes"]),
+            ",".join(map(str, against(row))),
+            row.reason,
+        )
+    return table
+
+
+def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
+    """Prints predicted bytes beside the compiler's."""
+    table = rich.table.Table()
+    for name in ("choice", "peak", "compiler's", "sends", "compiler's", "fits"):
+        table.add_column(name, justify="left" if name == "choice" else "right")
+    for row, report in found:
+        peak = report.peak_bytes
+        table.add_row(
+            describe(row.choice),
+            _gib(row.memory.peak),
+            "-" if peak is None else _gib(peak),
+            _gib(sum(one.total for one in row.transfers)),
+            _gib(report.wire_bytes),
+            "yes" if report.fits else "no",
+        )
+    rich.console.Console(highlight=False).print(table)
+
+
+def _gib(size):
+    return f"{size / GIB:.2f}"

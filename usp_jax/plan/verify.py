@@ -1,0 +1,88 @@
+"""What the compiler says of a choice: the training step, compiled for the machine.
+
+The step is the one of `train`: loss, gradient, clipping by the norm, AdamW. Needs flax
+and the compilers, `pip install 'usp_jax[plan,aot]'`.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+import usp_jax
+from usp_jax import aot
+from usp_jax.models.llama import Llama
+from usp_jax.models.loss import loss
+from usp_jax.models.sharding import parameter_shardings
+from usp_jax.plan.choice import Choice, Job, lacks
+
+
+def compile_step(job: Job, choice: Choice) -> aot.Report:
+    """The report on a step's program.
+
+    Raises:
+      ValueError: the machine has no compiler, or the training program lacks the choice.
+      ImportError: the compiler is not installed.
+    """
+    if lacking := lacks(choice):
+        raise ValueError(f"{choice} is not in the trainer: it lacks {lacking}")
+    topology = aot.topology(job.machine.topology(job.devices))
+    mesh = usp_jax.make_mesh(devices=topology.devices, **choice.sizes)
+    step, shapes = training_step(job, choice, mesh)
+    options = usp_jax.recommended_flags(topology.platform)
+    return aot.compile(step, *shapes, compiler_options=options)
+
+
+def training_step(job: Job, choice: Choice, mesh: Mesh):
+    """The jitted step, and its arguments as shapes with their shardings."""
+    config = dataclasses.replace(job.model, remat=choice.remat)
+    model = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    shardings = parameter_shardings(config, mesh)
+    params = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in nnx.to_pure_dict(params).items()
+    }
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
+    state = (count, params, params, params)
+    out = jax.tree.map(lambda x: x.sharding, state)
+    spec = jax.P(("data", "fsdp"), ("ring", "ulysses"))
+    ids = jax.ShapeDtypeStruct(
+        (job.batch, job.sequence), jnp.int32, sharding=NamedSharding(mesh, spec)
+    )
+    step = partial(_step, graphdef, job.layout)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+    return jitted, (state, dict.fromkeys(("tokens", "labels", "segment_ids"), ids))
+
+
+def _step(graphdef, layout, state, batch):
+    """(count, parameters, moment, second moment), batch -> the same after, and loss."""
+    count, params, mu, nu = state
+
+    def mean_loss(params):
+        nats, labels = loss(
+            nnx.merge(graphdef, params),
+            batch["tokens"],
+            batch["labels"],
+            segment_ids=batch["segment_ids"],
+            layout=layout,
+        )
+        return nats / jnp.maximum(labels, 1)
+
+    value, gradient = jax.value_and_grad(mean_loss)(params)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradient.values()))
+    gradient = {name: g / jnp.maximum(norm, 1) for name, g in gradient.items()}
+    count += 1
+    mu = {name: 0.9 * mu[name] + 0.1 * g for name, g in gradient.items()}
+    nu = {name: 0.95 * nu[name] + 0.05 * g * g for name, g in gradient.items()}
+    unbias = [1 - rate ** count.astype(jnp.float32) for rate in (0.9, 0.95)]
+
+    def moved(name, x):
+        direction = mu[name] / unbias[0] / (jnp.sqrt(nu[name] / unbias[1]) + 1e-8)
+        return x - 1e-4 * (direction + 0.1 * x)
+
+    params = {name: moved(name, x) for name, x in params.items()}
+    return (count, params, mu, nu), (value, norm)
