@@ -45,6 +45,7 @@ LAYERS = (
     {"usp_jax.attention", "usp_jax.decode", "usp_jax.joint"},
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
+    {"usp_jax.plan"},
     {"train"},
 )
 # What the parts outside the core may import beside the core's packages.
@@ -52,6 +53,8 @@ EXTRA_PACKAGES = {
     "usp_jax.nn": {"flax"},
     "usp_jax.models": {"flax"},
     "usp_jax.models.hf": {"flax", "safetensors"},
+    # Its command line: tables, pictures, and the step that the compiler checks.
+    "usp_jax.plan": {"flax", "matplotlib", "rich"},
 }
 
 
@@ -176,8 +179,9 @@ def test_private_jax_stays_in_compat() -> None:
 
 def test_importing_the_core_loads_no_extra_and_starts_no_backend() -> None:
     code = (
-        "import sys, usp_jax, jax\n"
-        "extras = {'flax', 'optax', 'orbax', 'grain', 'train'} & set(sys.modules)\n"
+        "import sys, usp_jax, usp_jax.plan, jax\n"
+        "extras = {'flax', 'optax', 'orbax', 'grain', 'rich', 'matplotlib', 'train'}\n"
+        "extras &= set(sys.modules)\n"
         "assert not extras, extras\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"
         "assert jax.device_count() == 3\n"

@@ -1,0 +1,199 @@
+"""Plans: what is considered, refused, ranked and told."""
+
+import dataclasses
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+from train.cli import parse
+from usp_jax import plan
+from usp_jax.models.config import LlamaConfig
+from usp_jax.plan.__main__ import main
+from usp_jax.plan.choice import lacks, obstacle
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = (
+    "pipe data fsdp tensor ring ulysses zero remat fits reason step_seconds "
+    "tflops_per_device mfu_causal mfu_full hfu peak_bytes traffic_bytes"
+).split()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return plan.plan(plan.job_of("llama3-8b", "v5p", sequence=2**18, devices=64))
+
+
+def test_every_combination_is_one_row(rows):
+    keys = [(*r.choice.sizes.values(), r.choice.zero, r.choice.remat) for r in rows]
+    assert len(set(keys)) == len(keys)
+    assert {row.choice.devices for row in rows} == {64}
+    # Sizes of six axes whose product is 2**6: 6 stars, 5 bars.
+    assert len({key[:6] for key in keys}) == 462
+
+
+def test_the_fastest_that_fits_and_trains_comes_first(rows):
+    able = [row for row in rows if row.can_train]
+    assert rows[: len(able)] == able
+    times = [row.seconds.total for row in able]
+    assert times == sorted(times) and times
+    assert plan.best("llama3-8b", "v5p", sequence=2**18, devices=64) == rows[0]
+
+
+def test_every_row_says_why(rows):
+    for row in rows:
+        refused = not row.fits or lacks(row.choice)
+        assert bool(row.reason) == bool(refused)
+        assert (row.memory is None) == (obstacle(row.job, row.choice) is not None)
+    kinds = {row.reason.partition(":")[0] for row in rows}
+    assert kinds >= {"", "heads", "divisibility", "not in the trainer yet"}
+    tight = plan.plan(plan.job_of("llama3-8b", "v5e", sequence=2**18, devices=16))
+    assert any(row.reason.startswith("memory: ") for row in tight)
+
+
+def test_the_three_currencies_are_in_order(rows):
+    for row in rows:
+        if row.seconds is None:
+            continue
+        told = row.as_dict()
+        assert 0 < told["mfu_causal"] < told["mfu_full"]
+        assert told["mfu_causal"] < told["hfu"] < 1
+        assert told["tflops_per_device"] == pytest.approx(told["mfu_causal"] * 459)
+
+
+def test_ten_million_tokens_on_4096_chips_in_two_seconds():
+    begun = time.process_time()
+    row = plan.best("llama3-8b", "v5p", sequence=10 * 2**20, devices=4096)
+    assert row.can_train and row.choice.devices == 4096
+    assert time.process_time() - begun < 2
+
+
+def test_a_larger_model_or_a_longer_row_never_needs_less():
+    small = plan.job_of("llama3.2-1b", "h100", sequence=2**15)
+    choice = plan.Choice(ring=4, ulysses=2)
+    sizes = []
+    for job in (
+        small,
+        dataclasses.replace(small, sequence=2**16),
+        plan.job_of("llama3-8b", "h100", sequence=2**16),
+    ):
+        row = plan.evaluate(job, choice)
+        sizes.append((row.memory.peak, row.seconds.total, row.as_dict()["traffic_bytes"]))
+    assert sizes == sorted(sizes)
+
+
+def test_the_longest_fits_and_a_little_longer_does_not():
+    job = plan.job_of("llama3.2-1b", "a100", sequence=1)
+    row = plan.longest(job)
+    assert row.can_train
+    longer = dataclasses.replace(job, sequence=row.job.sequence * 17 // 16 // 16 * 16)
+    assert not plan.plan(longer)[0].can_train
+    huge = dataclasses.replace(LlamaConfig.preset("llama3-70b"), num_layers=8000)
+    assert plan.longest(plan.job_of(huge, "v5e", sequence=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "options", "message"),
+    [
+        ("llama9", "v5p", {}, "preset 'llama9' must be one of"),
+        ("tiny", "v9", {}, "machine 'v9' is not known; it must be one of: a100"),
+        ("tiny", "v5p", {"devices": 0}, "devices=0 must be a positive int"),
+        ("tiny", "a800", {"devices": 12}, "devices=12 must be a multiple of 8"),
+        ("tiny", "v5p", {"sequence": 0}, "sequence=0 must be a positive int"),
+        ("tiny", "v5p", {"batch": -1}, "batch=-1 must be a positive int"),
+        ("tiny", "v5p", {"layout": "data"}, "layout='data' must be one of"),
+        ("llama3-8b", "v5e", {"sequence": 2**24}, "fits in no way: the least is"),
+        ("tiny", "v5p", {"sequence": 33, "devices": 8}, "sequence=33 cannot be split"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told(model, machine, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan.best(model, machine, **{"sequence": 4096, **options})
+
+
+def test_the_command_trains_what_was_planned():
+    row = plan.best("llama3-8b", "v5p", sequence=2**18, devices=64)
+    words = shlex.split(plan.train_command(row.job, row.choice))
+    assert words[:3] == ["python", "-m", "train"]
+    config = parse(words[3:])
+    assert config.llama == dataclasses.replace(
+        row.job.model, remat=row.choice.remat, loss_block=config.llama.loss_block
+    )
+    assert dataclasses.asdict(config.mesh) == row.choice.sizes
+    assert (config.sequence_length, config.batch_size) == (2**18, 1)
+    assert config.fake_devices is None and config.layout == "zigzag"
+
+
+def test_what_the_trainer_lacks_has_no_command():
+    job = plan.job_of("tiny", "a800", sequence=4096)
+    with pytest.raises(ValueError, match="it lacks"):
+        plan.train_command(job, plan.Choice(ring=8, zero=1))
+
+
+def test_a_choice_that_cannot_be_is_not_evaluated():
+    job = plan.job_of("tiny", "a800", sequence=4096)
+    with pytest.raises(ValueError, match="cannot be: devices: the mesh has 4, not 8"):
+        plan.evaluate(job, plan.Choice(ring=4))
+    with pytest.raises(ValueError, match="zero=2 must be one of"):
+        plan.Choice(zero=2)
+
+
+def test_other_ways_round_the_ring_are_chosen_when_asked():
+    job = plan.job_of("llama3-8b", "v5p", sequence=2**16, devices=64)
+    asked = plan.plan(job, schedules=("unidirectional", "bidirectional", "all_gather"))
+    names = {row.choice.ring_schedule for row in asked}
+    assert len(names) > 1
+    for row in asked:
+        if row.choice.ring_schedule != "unidirectional":
+            assert not row.can_train
+
+
+def told(capsys, *arguments):
+    code = main(arguments)
+    return code, capsys.readouterr().out
+
+
+SMALL = ("--model", "tiny", "--machine", "a800", "--devices", "8", "--sequence", "8K")
+
+
+def test_json_has_the_keys(capsys):
+    code, out = told(capsys, *SMALL, "--json")
+    rows = json.loads(out)
+    assert code == 0 and rows and all(list(row) == KEYS for row in rows)
+    assert rows[0]["fits"] and rows[0]["reason"] == ""
+
+
+def test_the_table_ends_with_the_command(capsys):
+    code, out = told(capsys, *SMALL)
+    assert code == 0
+    assert out.splitlines()[-1].startswith("python -m train tiny --model.vocab-size 256")
+    assert "x divisibility" in out and "x not in the trainer yet" in out
+
+
+def test_plot_and_longest(capsys, tmp_path):
+    image = tmp_path / "plan.png"
+    code, _ = told(capsys, *SMALL, "--plot", str(image))
+    assert code == 0 and image.read_bytes().startswith(b"\x89PNG")
+    code, out = told(capsys, *SMALL, "--longest", "--batch", "64", "--json")
+    assert code == 0 and json.loads(out)[0]["fits"]
+
+
+def test_wrong_arguments_end_with_2(capsys):
+    for wrong in (("--sequence", "0"), ("--sequence", "8G"), ("--devices", "9")):
+        with pytest.raises(SystemExit) as error:
+            main([*SMALL, *wrong])
+        assert error.value.code == 2
+        assert "must be" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_readme(capsys):
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python -m usp_jax\.plan (.*)$", text, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        assert main(shlex.split(command)) == 0
+        assert "python -m train" in capsys.readouterr().out

@@ -1,0 +1,28 @@
+"""Each of the paper's tips finds a choice that goes against it, and one that does not."""
+
+import pytest
+
+from usp_jax import plan
+
+
+def against(machine="a800", sequence=2**16, batch=1, model="llama3-8b", **choice):
+    devices = plan.Choice(**choice).devices
+    job = plan.job_of(model, machine, sequence=sequence, batch=batch, devices=devices)
+    return plan.against(plan.evaluate(job, plan.Choice(**choice)))
+
+
+@pytest.mark.parametrize(
+    ("tip", "against_it", "with_it"),
+    [
+        (1, {"ring": 8}, {"ring": 4, "ulysses": 2}),
+        (2, {"ring": 8, "batch": 2}, {"data": 2, "ring": 4, "batch": 2}),
+        (3, {"ring": 8, "sequence": 2**13}, {"ring": 8, "zero": 1}),
+        (4, {"tensor": 8}, {"ulysses": 8}),
+        (5, {"ring": 8, "zero": 1, "sequence": 2**20}, {"ring": 8, "zero": 3}),
+        (6, {"ring": 2, "ulysses": 16, "tensor": 1}, {"ring": 4, "ulysses": 8}),
+        (7, {"ring": 1, "ulysses": 16}, {"ring": 2, "ulysses": 8}),
+    ],
+)
+def test_tips(tip, against_it, with_it):
+    assert tip in against(**against_it)
+    assert tip not in against(**with_it)
