@@ -1,19 +1,22 @@
 """The trainer's step, compiled for devices that need not be here."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import usp_jax
-from train.config import Config
+from train.config import Config, MeshConfig, ModelConfig
 from train.data import describe
 from train.state import State, learning_rate, make_optimizer
 from train.step import make_step
 from usp_jax.mesh import ROLES
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import parameter_shardings
+from usp_jax.plan.choice import Choice, Job
 
 
 def lowered_step(config: Config, devices: Sequence[jax.Device] | None = None):
@@ -47,3 +50,19 @@ def lowered_step(config: Config, devices: Sequence[jax.Device] | None = None):
     out = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, None))
     return jitted, (state, describe(config.batch_size, config.sequence_length, mesh))
+
+
+def config_of(job: Job, choice: Choice) -> Config:
+    """The run that trains a job in the way of a choice."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    model = {n: x for n, x in vars(job.model).items() if n in names}
+    return Config(
+        model=ModelConfig(**{**model, "remat": choice.remat}),
+        steps=10,
+        sequence_length=job.sequence,
+        batch_size=job.batch,
+        run_dir=Path("unused"),
+        layout=job.layout,
+        dtype=job.model.dtype,
+        mesh=MeshConfig(**choice.sizes),
+    )

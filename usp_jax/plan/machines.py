@@ -79,8 +79,8 @@ class Machine:
     def shape(self, devices: int) -> tuple[int, ...]:
         """The sides of the torus that a number of devices makes, the smallest last.
 
-        As near to a cube (a square) as factors allow. tpu7x has two devices a chip: for
-        it they are a side of their own, as fast as the others.
+        As near to a cube (a square) as factors allow. tpu7x has two devices a chip:
+        each counts as if it were a chip with half of the links' bandwidth.
         """
         sides = []
         for dims in range(self.torus_dims, 0, -1):

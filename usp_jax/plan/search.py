@@ -245,8 +245,8 @@ def _rank(row):
 
 def _meshes(job) -> Iterator[Choice]:
     """Every mesh of all the devices."""
-    for pipe, data, fsdp, ring, ulysses, tensor in _factors(job.devices, 6):
-        yield Choice(pipe, data, fsdp, ring, ulysses, tensor)
+    for sizes in _factors(job.devices, 6):
+        yield Choice(*sizes)
 
 
 def _factors(number, count) -> Iterator[tuple[int, ...]]:
@@ -265,6 +265,7 @@ def _variants(mesh) -> Iterator[Choice]:
     levels = (3,) if mesh.fsdp > 1 else (1, 3)
     if mesh.split == 1:
         levels = (1,)
+    sizes = mesh.sizes.values()
     for zero in levels:
         for remat in REMAT:
-            yield dataclasses.replace(mesh, zero=zero, remat=remat)
+            yield Choice(*sizes, zero, remat)
