@@ -1,7 +1,8 @@
 """How long a step takes: compute, and what of the transfers is not hidden by it.
 
 * A hop of the ring is in flight while a chunk is computed: the longer of both counts,
-  and one chunk of each turn has no hop beside it. An all-gather is waited for.
+  and one chunk of each turn has no hop beside it. An all-gather is waited for. What
+  chunks have of a sum is added up in memory, which takes a ring its time.
 * All-to-alls and sums along tensor are waited for.
 * Weights of ZeRO-3, and their gradients, travel beside the compute of their layer: they
   count where all that is sent takes longer than all that is computed.
@@ -10,6 +11,7 @@
 """
 
 import dataclasses
+import math
 
 from usp_jax.plan import attention, efficiency
 from usp_jax.plan.choice import Choice, Job
@@ -31,7 +33,7 @@ class Seconds:
 
     Attributes:
       matmul: products with weights.
-      attention: the chunks.
+      attention: the chunks, and the adding up of what they give.
       memory: norms, activations, the loss and the optimizer.
       ring: hops that take longer than the chunk beside them.
       exchanges: attention's all-to-alls.
@@ -108,16 +110,22 @@ def _ring(job, choice, work, peak):
     call = call_of(job, choice)
     padded = call.heads.padded / call.num_heads
     # Of one chunk: one layer, forward, on one device.
-    rate = efficiency.attention(job.sequence / choice.ring) * peak
+    keys = 1 if choice.ring_schedule == "all_gather" else choice.ring
+    length = job.sequence / math.sqrt(choice.ring * keys)
+    rate = efficiency.attention(length) * peak
     chunk = work.attention * padded / (rate * job.model.num_layers * choice.ring)
     group = Group.of(job.machine, choice, ("ring",))
-    again = again_of(choice)
-    forward = 1 + again.ring
+    merged = (choice.ring - 1) / choice.ring * (choice.ring_schedule != "all_gather")
+    merged /= job.machine.memory_bandwidth * efficiency.MEMORY
+    # out goes in and comes out of every chunk but the first; what each has of dq and
+    # of dk, dv is written, and added to the sum. All in float32.
+    forward = chunk + merged * 8 * call.q_elements
+    # Five products for two.
+    backward = 2.5 * chunk + merged * 16 * (call.q_elements + call.kv_elements)
     computed = seen = 0.0
     for times, size, hop in (
-        (layers * forward, chunk, attention.forward_hop(call)),
-        # Five products for two.
-        (layers, 2.5 * chunk, attention.backward_hop(call)),
+        (layers * (1 + again_of(choice).ring), forward, attention.forward_hop(call)),
+        (layers, backward, attention.backward_hop(call)),
     ):
         turn = _turn(choice, group, size, sum(hop))
         computed += times * size * choice.ring
