@@ -20,4 +20,4 @@ def step_flops(config: Config) -> StepFlops:
     work = step_work(
         config.llama, sequence=config.sequence_length, batch=config.batch_size
     )
-    return StepFlops(work.causal, work.full, work.hardware)
+    return StepFlops(*map(float, (work.causal, work.full, work.hardware)))

@@ -134,3 +134,14 @@ OUT_OF_MEMORY = [
         [((1, u, 16 // u), None) for u in (1, 2, 4, 8)],
     ),
 ]
+
+# MaxText, llama3-8b on 64 v5p chips, batch 1, load-balanced: (ring, Ulysses, whether
+# keys are all-gathered) -> seconds a step at 64K, 128K and 256K tokens.
+MAXTEXT = {
+    (64, 1, True): (1.09, 2.98, 9.71),
+    (64, 1, False): (1.42, 3.71, 10.78),
+    (16, 4, False): (1.04, 2.88, 9.50),
+    (8, 8, False): (1.20, 2.93, 9.34),
+    (32, 2, False): (1.38, 3.49, 10.24),
+}
+MAXTEXT_LENGTHS = (64 * K, 128 * K, 256 * K)

@@ -21,7 +21,7 @@ MEMORY = 0.8
 """Of the memory's bandwidth, for what is no matrix product. An assumption."""
 
 
-def attention(chunk: float) -> float:
+def attention(chunk: int | float) -> float:
     """The part of the peak that attention reaches on chunks of so many tokens.
 
     Args:

@@ -33,24 +33,24 @@ class Work:
       layers_again, attention_again: the parts of the forward that the backward repeats.
     """
 
-    layers: float
-    output: float
-    attention: float
-    layers_again: float
-    attention_again: float
+    layers: int | float
+    output: int | float
+    attention: int | float
+    layers_again: int | float
+    attention_again: int | float
 
     @property
-    def causal(self) -> float:
+    def causal(self) -> int | float:
         """Of the model, attention counted half."""
         return 3 * (self.layers + self.output + self.attention)
 
     @property
-    def full(self) -> float:
+    def full(self) -> int | float:
         """Of the model, attention counted in full."""
         return self.causal + 3 * self.attention
 
     @property
-    def hardware(self) -> float:
+    def hardware(self) -> int | float:
         """Of the program."""
         # The loss keeps no logits: its backward computes them again.
         again = self.layers_again + self.output

@@ -14,8 +14,8 @@ import dataclasses
 
 from usp_jax.aot.devices import GPUS, TPUS
 
-GB = 10**9
-TERA = 10**12
+GB = 1e9
+TERA = 1e12
 
 
 @dataclasses.dataclass(frozen=True)

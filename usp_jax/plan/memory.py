@@ -25,8 +25,8 @@ class Arrays:
       wide: of the feed-forward size.
     """
 
-    narrow: float
-    wide: float
+    narrow: int | float
+    wide: int | float
 
 
 LAYER = Arrays(narrow=6, wide=5)
@@ -44,14 +44,14 @@ class Memory:
       transient: the most that is needed beside them for a while.
     """
 
-    state: float
-    weights: float
-    gradients: float
-    activations: float
-    transient: float
+    state: int | float
+    weights: int | float
+    gradients: int | float
+    activations: int | float
+    transient: int | float
 
     @property
-    def peak(self) -> float:
+    def peak(self) -> int | float:
         """All of it."""
         return sum(dataclasses.astuple(self))
 
@@ -81,7 +81,7 @@ def step_memory(job: Job, choice: Choice) -> Memory:
     return Memory(state, weights, gradients, activations, max(moment, update))
 
 
-def kept(job: Job, choice: Choice) -> float:
+def kept(job: Job, choice: Choice) -> int | float:
     """Bytes that one layer keeps for its backward pass, beside its weights."""
     model, tokens, size = job.model, tokens_of(job, choice), job.itemsize
     call = call_of(job, choice)

@@ -46,7 +46,7 @@ class Row:
         """It fits, and `python -m train` has all of it."""
         return self.fits and not lacks(self.choice)
 
-    def rate(self, flops: float) -> float | None:
+    def rate(self, flops: int | float) -> float | None:
         """FLOP/s of one device, for some FLOPs of the whole step."""
         if self.seconds is None:
             return None

@@ -39,10 +39,10 @@ class Transfer:
     kind: str
     axes: tuple[str, ...]
     times: int
-    sent: float
+    sent: int | float
 
     @property
-    def total(self) -> float:
+    def total(self) -> int | float:
         """Bytes that a device sends in a step."""
         return self.times * self.sent
 
@@ -89,9 +89,9 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
     return tuple(one for one in found if one.total > 0)
 
 
-def by_axis(found: tuple[Transfer, ...]) -> dict[str, float]:
+def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
     """Bytes that a device sends in a step, by the axes "ring", "fsdp+ring", ..."""
-    totals: dict[str, float] = {}
+    totals: dict[str, int | float] = {}
     for one in found:
         name = "+".join(one.axes)
         totals[name] = totals.get(name, 0) + one.total
