@@ -37,9 +37,7 @@ def lowered_step(config: Config, devices: Sequence[jax.Device] | None = None):
     def same(path, x):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if names:
-            return jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=shardings[names[-1]]
-            )
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[names[-1]])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
     memory = jax.tree_util.tree_map_with_path(same, memory)

@@ -52,7 +52,9 @@ def test_the_two_numbers_are_the_best_for_the_one_node_rows(monkeypatch):
             assert loss(*near) >= least, near
 
 
-@pytest.mark.parametrize("row", TWO_NODES, ids=lambda row: f"{row.sequence} {row.degrees}")
+@pytest.mark.parametrize(
+    "row", TWO_NODES, ids=lambda row: f"{row.sequence} {row.degrees}"
+)
 def test_what_the_paper_ran_fits(row):
     job = row.job
     assert step_memory(job, row.choice).peak <= job.machine.memory_bytes

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import re
 import shlex
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,18 @@ def test_the_three_currencies_are_in_order(rows):
 
 
 def test_ten_million_tokens_on_4096_chips_in_two_seconds():
-    begun = time.process_time()
-    row = plan.best("llama3-8b", "v5p", sequence=10 * 2**20, devices=4096)
-    assert row.can_train and row.choice.devices == 4096
-    assert time.process_time() - begun < 2
+    # In a process of its own: here every call has its types checked.
+    code = (
+        "import time; from usp_jax import plan; begun = time.process_time();"
+        "row = plan.best('llama3-8b', 'v5p', sequence=10 * 2**20, devices=4096);"
+        "assert row.can_train and row.choice.devices == 4096;"
+        "print(time.process_time() - begun)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert float(child.stdout) < 2
 
 
 def test_a_larger_model_or_a_longer_row_never_needs_less():
@@ -81,15 +90,16 @@ def test_a_larger_model_or_a_longer_row_never_needs_less():
         plan.job_of("llama3-8b", "h100", sequence=2**16),
     ):
         row = plan.evaluate(job, choice)
-        sizes.append((row.memory.peak, row.seconds.total, row.as_dict()["traffic_bytes"]))
+        sizes.append(
+            (row.memory.peak, row.seconds.total, row.as_dict()["traffic_bytes"])
+        )
     assert sizes == sorted(sizes)
 
 
 def test_the_longest_fits_and_a_little_longer_does_not():
-    job = plan.job_of("llama3.2-1b", "a100", sequence=1)
-    row = plan.longest(job)
-    assert row.can_train
-    longer = dataclasses.replace(job, sequence=row.job.sequence * 17 // 16 // 16 * 16)
+    job = plan.longest(plan.job_of("llama3.2-1b", "a100", sequence=1))
+    assert plan.plan(job)[0].can_train
+    longer = dataclasses.replace(job, sequence=job.sequence * 17 // 16 // 16 * 16)
     assert not plan.plan(longer)[0].can_train
     huge = dataclasses.replace(LlamaConfig.preset("llama3-70b"), num_layers=8000)
     assert plan.longest(plan.job_of(huge, "v5e", sequence=1)) is None
@@ -170,7 +180,9 @@ def test_json_has_the_keys(capsys):
 def test_the_table_ends_with_the_command(capsys):
     code, out = told(capsys, *SMALL)
     assert code == 0
-    assert out.splitlines()[-1].startswith("python -m train tiny --model.vocab-size 256")
+    assert out.splitlines()[-1].startswith(
+        "python -m train tiny --model.vocab-size 256"
+    )
     assert "x divisibility" in out and "x not in the trainer yet" in out
 
 

@@ -38,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _rows(args) -> list[Row]:
     model = LlamaConfig.preset(args.model, dtype=args.dtype)
     if args.longest:
-        job = job_of(model, args.machine, sequence=1, **_asked(args))
-        found = longest(job)
-        return [] if found is None else plan(found.job)
-    job = job_of(model, args.machine, sequence=_length(args.sequence), **_asked(args))
+        job = longest(job_of(model, args.machine, sequence=1, **_asked(args)))
+    else:
+        sequence = _length(args.sequence)
+        job = job_of(model, args.machine, sequence=sequence, **_asked(args))
+    if job is None:
+        return []
     return plan(job, schedules=args.schedule or ("unidirectional",))
 
 

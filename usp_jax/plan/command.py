@@ -57,5 +57,3 @@ def describe(choice: Choice) -> str:
     if choice.ring_schedule != "unidirectional":
         words.append(choice.ring_schedule)
     return " ".join(words)
-
-

@@ -65,7 +65,9 @@ class Group:
             low = high
         return tuple(found)
 
-    def seconds(self, kind: str, sent: int | float, *, both_ways: bool = False) -> float:
+    def seconds(
+        self, kind: str, sent: int | float, *, both_ways: bool = False
+    ) -> float:
         """Of one collective in which each device sends `sent` bytes.
 
         Args:

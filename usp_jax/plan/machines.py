@@ -170,9 +170,7 @@ MACHINES = (
     _tpu("v5p", 64, 2765, 459, dims=3, wrap=4, link=100, largest=6144, network=50),
     _tpu("v6e", 16, 1638, 918, dims=2, wrap=16, link=100, largest=256, network=100),
     # Two devices a chip; each has half of everything.
-    _tpu(
-        "tpu7x", 64, 3690, 1153.5, dims=3, wrap=4, link=50, largest=18432, network=50
-    ),
+    _tpu("tpu7x", 64, 3690, 1153.5, dims=3, wrap=4, link=50, largest=18432, network=50),
 )
 
 
@@ -187,5 +185,3 @@ def machine(name: str) -> Machine:
         names = ", ".join(one.name for one in MACHINES)
         raise ValueError(f"machine {name!r} is not known; it must be one of: {names}")
     return found
-
-

@@ -164,33 +164,36 @@ def best(
     )
 
 
-def longest(job: Job, *, step: int | None = None) -> Row | None:
-    """The best row of the longest sequence that fits and can be trained.
+def longest(job: Job) -> Job | None:
+    """The job with the longest sequence that fits and can be trained.
+
+    To one part in 256, in multiples of what all splits of the sequence divide.
 
     Args:
       job: its sequence does not matter.
-      step: sequences are its multiples; None: the least that all degrees divide.
 
     Returns:
-      None where not even one step fits.
+      None where not even one multiple fits.
     """
-    step = 2 * job.devices if step is None else step
+    step = 2 * job.devices
+    # Of the remat policies "full" keeps least, and the trainer has one ZeRO level.
+    meshes = [mesh for mesh in _meshes(job) if not lacks(mesh)]
 
-    def fastest(steps):
-        rows = plan(dataclasses.replace(job, sequence=steps * step))
-        return rows[0] if rows[0].can_train else None
+    def fits(steps):
+        longer = dataclasses.replace(job, sequence=steps * step)
+        return any(
+            step_memory(longer, mesh).peak <= job.machine.memory_bytes
+            for mesh in meshes
+            if obstacle(longer, mesh) is None
+        )
 
     low, high = 0, 1
-    found = None
-    while (row := fastest(high)) is not None:
-        found, low, high = row, high, 2 * high
-    # To one part in 256: the model is not as exact.
+    while fits(high):
+        low, high = high, 2 * high
     while high - low > max(1, low // 256):
         middle = (low + high) // 2
-        row = fastest(middle)
-        low, high = (middle, high) if row is not None else (low, middle)
-        found = row or found
-    return found
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return dataclasses.replace(job, sequence=low * step) if low else None
 
 
 def evaluate(job: Job, choice: Choice) -> Row:

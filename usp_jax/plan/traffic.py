@@ -147,7 +147,9 @@ def _tokens(job, choice):
     yield Transfer("tokens", "all-gather", axes, 1, 4 * tokens * (size - 1))
     rows, shards = 4 * tokens, choice.ulysses
     yield Transfer("tokens", "all-gather", ("ulysses",), 1, rows * (shards - 1))
-    yield Transfer("tokens", "all-gather", ("ring",), 1, rows * shards * (choice.ring - 1))
+    yield Transfer(
+        "tokens", "all-gather", ("ring",), 1, rows * shards * (choice.ring - 1)
+    )
     x = tokens * job.model.d_model * job.itemsize
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
 
@@ -168,7 +170,9 @@ def _attention(job, choice):
     back_read, back_follows = attention.backward_hop(call)
     if choice.ring_schedule == "all_gather":
         gather, scatter = "all-gather", "reduce-scatter"
-        yield Transfer("attention", gather, ("ring",), layers * (2 + again.ring), hops * read)
+        yield Transfer(
+            "attention", gather, ("ring",), layers * (2 + again.ring), hops * read
+        )
         yield Transfer("attention", scatter, ("ring",), layers, hops * back_follows)
         return
     forward = layers * hops * (1 + again.ring)
