@@ -1,4 +1,4 @@
-"""Each of the paper's tips finds a choice that goes against it, and one that does not."""
+"""Each tip tells a choice that goes against it from one that does not."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`python -m usp_jax.plan --model NAME --machine NAME ...`: the ranked choices of a job.
+"""`python -m usp_jax.plan --model NAME --machine NAME ...`: the choices of a job.
 
 python -m usp_jax.plan --model llama3-8b --machine a800 --devices 16 --sequence 208K
 python -m usp_jax.plan --model llama3-8b --machine v5p --devices 64 --longest

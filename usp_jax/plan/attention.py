@@ -95,7 +95,7 @@ def forward_exchanges(call: Call) -> tuple[int, ...]:
 
 
 def backward_exchanges(call: Call) -> tuple[int, ...]:
-    """Those of dout, dq and dk, dv; these in float32 where several devices have parts."""
+    """Those of dout, dq and dk, dv; these in float32 where a head has several parts."""
     q = call.q_elements * call.itemsize
     itemsize = call.accumulated if call.heads.replicated else call.itemsize
     return q, q, call.kv_elements * itemsize

@@ -1,9 +1,9 @@
 """How near kernels come to a device's peak.
 
 Two numbers are calibrated, on the eight LLaMA2-7B rows of one node in the USP paper
-(arXiv 2405.07719, section 5; A800), and on nothing else; `tests/plan/test_paper.py` does
-it again. They are taken for every machine, since no kernel of this library has been
-timed on one.
+(arXiv 2405.07719, section 5; A800), and on nothing else; `tests/plan/test_paper.py`
+does it again. They are taken for every machine, since no kernel of this library has
+been timed on one.
 """
 
 MATMUL = 0.53
@@ -14,8 +14,8 @@ ATTENTION = 0.66
 counted."""
 
 SHORT = 450
-"""Tokens of a chunk at which attention has half of that. An assumption, from the shape of
-FlashAttention-2's curve (arXiv 2307.08691, figure 4: causal, head size 128, A100)."""
+"""Tokens of a chunk at which attention has half of that. An assumption, from the shape
+of FlashAttention-2's curve (arXiv 2307.08691, figure 4: causal, head size 128, A100)."""
 
 MEMORY = 0.8
 """Of the memory's bandwidth, for what is no matrix product. An assumption."""

@@ -54,7 +54,7 @@ class Group:
 
     @property
     def sides(self) -> tuple[tuple[int, bool], ...]:
-        """Of a torus: the extent along each side it spans, and whether that is round."""
+        """Of a torus: the extent along each side spanned, and whether it is a ring."""
         found = []
         low, start, stop = 1, self.stride, self.stride * self.near
         for side in self.shape:

@@ -1,4 +1,4 @@
-"""The machines that a plan can be for: what one device has, and what joins it to others.
+"""The machines that a plan can be for: a device, and what joins it to others.
 
 Sources, read in November 2026. TPU: the system architecture tables of
 docs.cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x); a table's bidirectional ICI
