@@ -15,7 +15,7 @@ counted."""
 
 SHORT = 450
 """Tokens of a chunk at which attention has half of that. An assumption, from the shape
-of FlashAttention-2's curve (arXiv 2307.08691, figure 4: causal, head size 128, A100)."""
+of FlashAttention-2's curve (arXiv 2307.08691, figure 4: causal, head size 128)."""
 
 MEMORY = 0.8
 """Of the memory's bandwidth, for what is no matrix product. An assumption."""
