@@ -4,8 +4,8 @@ Of the program that `train` compiles (ZeRO-3): the float32 parameters and two mo
 their copy in the computation's dtype and its gradients; what layers keep for the
 backward pass; and the most that is needed for a while: for one layer's backward, for
 the loss, for the embedding's gradient, or for the update. How much one layer's backward
-needs is the compiler's affair; the numbers of arrays in `LAYER` are read from compiled
-programs, and tests compare the whole with them.
+needs is the compiler's affair: the numbers of arrays in `LAYER` are estimates.
+`benchmarks/plan_bytes.py` compares the whole with compiled programs.
 """
 
 import dataclasses
