@@ -62,5 +62,5 @@ def config_of(job: Job, choice: Choice) -> Config:
         run_dir=Path("unused"),
         layout=job.layout,
         dtype=job.model.dtype,
-        mesh=MeshConfig(**choice.sizes),
+        mesh=MeshConfig(**choice.sizes, zero=choice.zero),
     )

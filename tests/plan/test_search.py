@@ -131,9 +131,10 @@ def test_the_command_trains_what_was_planned():
     assert words[:3] == ["python", "-m", "train"]
     config = parse(words[3:])
     assert config.llama == dataclasses.replace(
-        row.job.model, remat=row.choice.remat, loss_block=config.llama.loss_block
+        row.job.model, remat=row.choice.remat, zero=row.choice.zero
     )
-    assert dataclasses.asdict(config.mesh) == row.choice.sizes
+    assert config.mesh.axes == row.choice.sizes
+    assert config.mesh.zero == row.choice.zero
     assert (config.sequence_length, config.batch_size) == (2**18, 1)
     assert config.fake_devices is None and config.layout == "zigzag"
 
@@ -141,7 +142,7 @@ def test_the_command_trains_what_was_planned():
 def test_what_the_trainer_lacks_has_no_command():
     job = plan.job_of("tiny", "a800", sequence=4096)
     with pytest.raises(ValueError, match="it lacks"):
-        plan.train_command(job, plan.Choice(ring=8, zero=1))
+        plan.train_command(job, plan.Choice(pipe=2, ring=4))
 
 
 def test_a_choice_that_cannot_be_is_not_evaluated():

@@ -129,8 +129,6 @@ def lacks(choice: Choice) -> tuple[str, ...]:
     lacking = []
     if choice.pipe > 1:
         lacking.append("pipe")
-    if choice.zero == 1 and choice.split > 1:
-        lacking.append("zero=1")
     if choice.ring_schedule != "unidirectional":
         lacking.append(f"ring_schedule={choice.ring_schedule}")
     if choice.tensor_sequence:

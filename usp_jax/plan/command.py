@@ -40,6 +40,7 @@ def train_command(job: Job, choice: Choice) -> str:
         "fake_devices": None,
     }
     options |= {f"mesh.{name}": size for name, size in choice.sizes.items()}
+    options["mesh.zero"] = choice.zero
     words = [f"--{_dashed(name)} {value}" for name, value in options.items()]
     tied = "" if model.tie_embeddings else "no-"
     words.append(f"--model.{tied}tie-embeddings")

@@ -176,7 +176,7 @@ def longest(job: Job) -> Job | None:
       None where not even one multiple fits.
     """
     step = 2 * job.devices
-    # Of the remat policies "full" keeps least, and the trainer has one ZeRO level.
+    # Of the remat policies "full" keeps least, and of the ZeRO levels 3 does.
     meshes = [mesh for mesh in _meshes(job) if not lacks(mesh)]
 
     def fits(steps):
