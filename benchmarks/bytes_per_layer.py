@@ -1,0 +1,268 @@
+"""What each device sends for the attention of one layer, by communication choice.
+
+    python -m benchmarks.bytes_per_layer                    # a JSON line a program
+    python -m benchmarks.bytes_per_layer --table            # the same as Markdown, MiB
+    python -m benchmarks.bytes_per_layer --devices 16
+
+Compiles the forward and the backward of one attention call on fake CPU devices, for
+every (ulysses, ring) of powers of two, and runs neither. The bytes are read from the
+compiled programs and stand beside closed formulas; where the two differ the command
+says so and ends with status 1. Attention of LLaMA3-8B (32 query and 8 key/value heads
+of 128), one row of 8192 tokens a device, causal. All in float32, since XLA's CPU
+backend widens bfloat16: with 16-bit inputs everything but dk, dv (and the lse that
+pass_q sends) is half of it. What a device sends is the busiest device's where not all
+send the same (windows).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+import usp_jax
+from usp_jax.compiled import by_kind, collectives
+from usp_jax.ulysses import Heads
+
+FLOAT_BYTES = 4
+# Queries of a window layer see this many tokens, themselves with them.
+WINDOW = 4096
+ALL_TO_ALL, PERMUTE = "all-to-all", "collective-permute"
+GATHER, SCATTER = "all-gather", "reduce-scatter"
+PASSES = ("forward", "backward")
+
+CHOICES = {
+    "unidirectional": {},
+    "bidirectional": {"ring_schedule": "bidirectional"},
+    "double": {"ring_schedule": "double", "ring_inner": 2},
+    "all_gather": {"ring_schedule": "all_gather"},
+    "pass_q": {"ring_schedule": "pass_q"},
+    "ulysses_chunks=2": {"ulysses_chunks": 2},
+    "window, zigzag": {"local_window_size": (WINDOW - 1, 0)},
+    "window, contiguous": {
+        "local_window_size": (WINDOW - 1, 0),
+        "layout": "contiguous",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One attention call: the shape of its heads, and how it is split."""
+
+    ulysses: int
+    ring: int
+    choice: str
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    tokens: int = 8192
+
+    @property
+    def options(self) -> dict:
+        """The arguments of `usp_attention`; a ring of odd size has inner rings of 1."""
+        options = {"is_causal": True, "layout": "zigzag", **CHOICES[self.choice]}
+        if "ring_inner" in options and self.ring % options["ring_inner"]:
+            options["ring_inner"] = 1
+        return options
+
+    @property
+    def heads(self) -> Heads:
+        chunks = self.options.get("ulysses_chunks", 1)
+        return Heads(self.num_heads, self.num_kv_heads, self.ulysses, parts=chunks)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a device's heads come in so many chunks, and there is a ring."""
+        own = self.heads.padded // self.ulysses
+        is_of_ring = self.choice not in ("unidirectional", "ulysses_chunks=2")
+        return own % self.heads.parts == 0 and (self.ring > 1 or not is_of_ring)
+
+    @property
+    def length(self) -> int:
+        return self.tokens * self.ring * self.ulysses
+
+
+def formulas(layer: Layer) -> dict[str, dict[str, int]]:
+    """The bytes that a device sends, by pass and kind of collective; zeros left out.
+
+    In units of one head of a device's tokens: Q query heads, those that pad them to a
+    multiple of the Ulysses axis with them, and M received key/value heads, those that
+    several devices receive counted for each.
+    """
+    heads, ring, ulysses = layer.heads, layer.ring, layer.ulysses
+    head = FLOAT_BYTES * layer.tokens * layer.head_size
+    q, kv = heads.padded * head, 2 * heads.sent.size * head
+    exchanged = {"forward": 2 * q + kv, "backward": 2 * q + kv}
+    rotated = _rotated(layer, q, kv, q // layer.head_size)
+    if heads.parts > 1:
+        # Queries, keys and values are sent again; keys round the ring for each chunk.
+        exchanged["backward"] = 3 * q + 2 * kv
+        turns = heads.parts // heads.kv_parts
+        rotated = {
+            name: {kind: turns * x for kind, x in kinds.items()}
+            for name, kinds in rotated.items()
+        }
+    if ring == 1:
+        rotated = {name: {} for name in PASSES}
+    found = {
+        name: {ALL_TO_ALL: exchanged[name] * (ulysses - 1) // ulysses, **rotated[name]}
+        for name in PASSES
+    }
+    return {
+        name: {kind: x for kind, x in kinds.items() if x}
+        for name, kinds in found.items()
+    }
+
+
+def _rotated(layer, q, kv, lse):
+    """What goes round the ring once: bytes of a shard's q, its kv, its lse."""
+    hops = layer.ring - 1
+    if layer.choice == "all_gather":
+        return {
+            "forward": {GATHER: hops * kv},
+            "backward": {GATHER: hops * kv, SCATTER: hops * kv},
+        }
+    if layer.choice == "pass_q":
+        return {
+            "forward": {PERMUTE: hops * (2 * q + lse)},
+            "backward": {PERMUTE: hops * (3 * q + 2 * lse)},
+        }
+    sent = hops * kv
+    if layer.choice.startswith("window"):
+        sent = _window_tokens(layer) * kv // (layer.length // layer.ring)
+    return {"forward": {PERMUTE: sent}, "backward": {PERMUTE: 2 * sent}}
+
+
+def _window_tokens(layer: Layer) -> int:
+    """The tokens of keys that a device sends where its neighbours see a window."""
+    before, shard = WINDOW - 1, layer.length // layer.ring
+    if layer.options["layout"] == "contiguous":
+        return min(before, layer.length - shard)
+    chunk = shard // 2
+    if before > chunk:
+        raise ValueError(
+            f"tokens={layer.tokens} makes zigzag chunks of {chunk}, and the formula "
+            f"is that of a window of at most one chunk, here {WINDOW}"
+        )
+    # The end of the first chunk to the next device, of the second to the one before;
+    # two devices are both to each other, and one hop carries all between the ends.
+    return chunk + before if layer.ring == 2 else 2 * before
+
+
+def compiled_bytes(layer: Layer) -> dict[str, dict[str, int]]:
+    """The bytes that a device sends, of the two compiled programs."""
+    mesh = usp_jax.make_mesh(ring=layer.ring, ulysses=layer.ulysses)
+    sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
+    n, k = layer.num_heads, layer.num_kv_heads
+    shapes = [
+        jax.ShapeDtypeStruct(
+            (1, layer.length, heads, layer.head_size), jnp.float32, sharding=sharding
+        )
+        for heads in (n, k, k)
+    ]
+    attend = functools.partial(usp_jax.usp_attention, mesh=mesh, **layer.options)
+    # Two programs, as in a model: in one, XLA shares what both passes send.
+    forward = jax.jit(functools.partial(jax.vjp, attend)).lower(*shapes).compile()
+    result, pull_back = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        forward.out_info,
+        forward.output_shardings,
+    )
+    backward = jax.jit(lambda pull, x: pull(x)).lower(pull_back, result).compile()
+    return {
+        name: {
+            kind: total.wire_bytes
+            for kind, total in by_kind(collectives(program)).items()
+            if total.wire_bytes
+        }
+        for name, program in zip(PASSES, (forward, backward), strict=True)
+    }
+
+
+def measure(layer: Layer) -> dict:
+    """One result: the layer, its bytes as compiled and by formula, in both passes."""
+    start = time.perf_counter()
+    compiled, formula = compiled_bytes(layer), formulas(layer)
+    return {
+        **dataclasses.asdict(layer),
+        "compiled": compiled,
+        "formula": formula,
+        "equal": compiled == formula,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def degrees(devices: int) -> list[tuple[int, int]]:
+    """Every (ulysses, ring) of powers of two."""
+    sizes = [2**n for n in range(devices.bit_length())]
+    return [(u, devices // u) for u in reversed(sizes) if devices % u == 0]
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a row for each choice, MiB of forward / backward for each split."""
+    splits = list(dict.fromkeys((x["ulysses"], x["ring"]) for x in results))
+    lines = [
+        "| sent by each device, MiB | "
+        + " | ".join(f"U={u}, R={r}" for u, r in splits)
+        + " |",
+        f"|---|{'---|' * len(splits)}",
+    ]
+    cells = {(x["ulysses"], x["ring"], x["choice"]): _cell(x) for x in results}
+    for choice in dict.fromkeys(x["choice"] for x in results):
+        row = [cells.get((u, r, choice), "–") for u, r in splits]
+        lines.append(f"| `{choice}` | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _cell(result):
+    sums = (sum(result["compiled"][name].values()) / 2**20 for name in PASSES)
+    return " / ".join(f"{x:.0f}" for x in sums)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=8, help="a power of two")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each device")
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--table", action="store_true", help="print Markdown instead")
+    options = parser.parse_args()
+    if options.devices < 1 or options.devices & (options.devices - 1):
+        parser.error(f"--devices {options.devices} must be a power of two")
+    # Read when the first device is asked for. Without LLVM's optimiser the programs
+    # compile in a third of the time and hold the same collectives.
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", options.devices)
+
+    results = []
+    for ulysses, ring in degrees(options.devices):
+        for choice in options.choices:
+            layer = Layer(ulysses, ring, choice, tokens=options.tokens)
+            if not layer.is_possible:
+                continue
+            results.append(measure(layer))
+            if not options.table:
+                print(json.dumps(results[-1]), flush=True)
+    if options.table:
+        print(table(results))
+    wrong = [x for x in results if not x["equal"]]
+    for x in wrong:
+        print(f"compiled and formula differ: {json.dumps(x)}", file=sys.stderr)
+    seconds = sum(x["compile_seconds"] for x in results)
+    print(
+        f"{len(results)} layers, {len(wrong)} of them not as the formula says; "
+        f"{seconds:.0f} s of compiling",
+        file=sys.stderr,
+    )
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
