@@ -31,8 +31,6 @@ from usp_jax.compiled import by_kind, collectives
 from usp_jax.ulysses import Heads
 
 FLOAT_BYTES = 4
-# Queries of a window layer see this many tokens, themselves with them.
-WINDOW = 4096
 ALL_TO_ALL, PERMUTE = "all-to-all", "collective-permute"
 GATHER, SCATTER = "all-gather", "reduce-scatter"
 PASSES = ("forward", "backward")
@@ -44,17 +42,19 @@ CHOICES = {
     "all_gather": {"ring_schedule": "all_gather"},
     "pass_q": {"ring_schedule": "pass_q"},
     "ulysses_chunks=2": {"ulysses_chunks": 2},
-    "window, zigzag": {"local_window_size": (WINDOW - 1, 0)},
-    "window, contiguous": {
-        "local_window_size": (WINDOW - 1, 0),
-        "layout": "contiguous",
-    },
+    "window, zigzag": {},
+    "window, contiguous": {"layout": "contiguous"},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One attention call: the shape of its heads, and how it is split."""
+    """One attention call: the shape of its heads, and how it is split.
+
+    Attributes:
+      tokens: of each device.
+      window: the tokens that a query of a window layer sees, its own with them.
+    """
 
     ulysses: int
     ring: int
@@ -63,11 +63,14 @@ class Layer:
     num_kv_heads: int = 8
     head_size: int = 128
     tokens: int = 8192
+    window: int = 4096
 
     @property
     def options(self) -> dict:
         """The arguments of `usp_attention`; a ring of odd size has inner rings of 1."""
         options = {"is_causal": True, "layout": "zigzag", **CHOICES[self.choice]}
+        if self.choice.startswith("window"):
+            options["local_window_size"] = (self.window - 1, 0)
         if "ring_inner" in options and self.ring % options["ring_inner"]:
             options["ring_inner"] = 1
         return options
@@ -142,14 +145,14 @@ def _rotated(layer, q, kv, lse):
 
 def _window_tokens(layer: Layer) -> int:
     """The tokens of keys that a device sends where its neighbours see a window."""
-    before, shard = WINDOW - 1, layer.length // layer.ring
+    before, shard = layer.window - 1, layer.length // layer.ring
     if layer.options["layout"] == "contiguous":
         return min(before, layer.length - shard)
     chunk = shard // 2
     if before > chunk:
         raise ValueError(
             f"tokens={layer.tokens} makes zigzag chunks of {chunk}, and the formula "
-            f"is that of a window of at most one chunk, here {WINDOW}"
+            f"is that of a window of at most one chunk, not of {layer.window}"
         )
     # The end of the first chunk to the next device, of the second to the one before;
     # two devices are both to each other, and one hop carries all between the ends.
@@ -235,9 +238,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.devices < 1 or options.devices & (options.devices - 1):
         parser.error(f"--devices {options.devices} must be a power of two")
-    # Read when the first device is asked for. Without LLVM's optimiser the programs
-    # compile in a third of the time and hold the same collectives.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    # Read when the first device is asked for. LLVM's optimiser, and evaluating the masks
+    # of a long sequence while compiling, take minutes and change no collective.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=constant_folding"
+    )
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
 

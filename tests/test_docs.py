@@ -1,0 +1,81 @@
+"""The documentation names tests that are there, and counts bytes as programs do."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+from benchmarks import bytes_per_layer
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMED = re.compile(r"tests/[\w/]+\.py(?:::\w+)+")
+FEATURES = ROOT / "docs" / "features.md"
+
+
+def named_tests() -> set[str]:
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    return {name for page in pages for name in NAMED.findall(page.read_text())}
+
+
+def is_there(name: str) -> bool:
+    """Whether the file defines the test at its top level, found without importing."""
+    file, *path = name.split("::")
+    if len(path) != 1 or not (ROOT / file).is_file():
+        return False
+    body = ast.parse((ROOT / file).read_text()).body
+    return path[0] in {x.name for x in body if isinstance(x, ast.FunctionDef)}
+
+
+def test_names_are_found():
+    assert len(named_tests()) >= 15
+
+
+def test_named_tests_are_there():
+    assert [name for name in sorted(named_tests()) if not is_there(name)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tests/test_docs.py::test_nothing", "tests/test_nothing.py::test_names_are_found"],
+)
+def test_a_missing_test_is_told(name):
+    assert not is_there(name)
+
+
+def test_every_row_of_features_names_a_test():
+    _, table, *_ = FEATURES.read_text().split("\n## ")
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    assert [row for row in rows if not NAMED.search(row.split("|")[2])] == []
+
+
+def test_notes_of_features_are_all_there_and_all_used():
+    text = FEATURES.read_text()
+    defined = re.findall(r"^- \*\*([A-Z]\d+)\*\*", text, re.MULTILINE)
+    used = {
+        name
+        for names in re.findall(r"\[([A-Z]\d+(?:, [A-Z]\d+)*)\]", text)
+        for name in names.split(", ")
+    }
+    assert len(defined) == len(set(defined))
+    assert used == set(defined)
+
+
+@pytest.mark.parametrize("choice", ["pass_q", "window, zigzag"])
+def test_bytes_are_those_of_the_formulas(choice):
+    layer = bytes_per_layer.Layer(2, 4, choice, 4, 2, head_size=2, tokens=64, window=17)
+    result = bytes_per_layer.measure(layer)
+    assert result["equal"] and result["compiled"]["backward"]["collective-permute"] > 0
+
+
+def test_a_window_of_more_than_a_chunk_is_told():
+    layer = bytes_per_layer.Layer(1, 4, "window, zigzag", tokens=64, window=34)
+    with pytest.raises(ValueError, match="tokens=64 makes zigzag chunks of 32"):
+        bytes_per_layer.formulas(layer)
+
+
+def test_a_split_without_the_heads_or_the_ring_is_left_out():
+    assert not bytes_per_layer.Layer(32, 2, "ulysses_chunks=2").is_possible
+    assert not bytes_per_layer.Layer(8, 1, "double").is_possible
+    assert bytes_per_layer.Layer(8, 1, "unidirectional").is_possible
