@@ -34,6 +34,7 @@ FLOAT_BYTES = 4
 ALL_TO_ALL, PERMUTE = "all-to-all", "collective-permute"
 GATHER, SCATTER = "all-gather", "reduce-scatter"
 PASSES = ("forward", "backward")
+MIXED = "mean of 1 full layer and 5 windows, zigzag"
 
 CHOICES = {
     "unidirectional": {},
@@ -211,22 +212,34 @@ def degrees(devices: int) -> list[tuple[int, int]]:
 def table(results: list[dict]) -> str:
     """Markdown: a row for each choice, MiB of forward / backward for each split."""
     splits = list(dict.fromkeys((x["ulysses"], x["ring"]) for x in results))
+    names = " | ".join(f"U={u}, R={r}" for u, r in splits)
     lines = [
-        "| sent by each device, MiB | "
-        + " | ".join(f"U={u}, R={r}" for u, r in splits)
-        + " |",
+        f"| MiB, forward / backward | {names} |",
         f"|---|{'---|' * len(splits)}",
     ]
-    cells = {(x["ulysses"], x["ring"], x["choice"]): _cell(x) for x in results}
-    for choice in dict.fromkeys(x["choice"] for x in results):
-        row = [cells.get((u, r, choice), "–") for u, r in splits]
-        lines.append(f"| `{choice}` | {' | '.join(row)} |")
+    sums = {(x["choice"], x["ulysses"], x["ring"]): _mebibytes(x) for x in results}
+    rows = {
+        f"`{choice}`": [sums.get((choice, *split)) for split in splits]
+        for choice in dict.fromkeys(x["choice"] for x in results)
+    }
+    full, window = rows.get("`unidirectional`"), rows.get("`window, zigzag`")
+    if full and window:
+        rows[MIXED] = [_mean(*pair) for pair in zip(full, window, strict=True)]
+    for name, cells in rows.items():
+        texts = ["–" if x is None else f"{x[0]:.0f} / {x[1]:.0f}" for x in cells]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def _cell(result):
-    sums = (sum(result["compiled"][name].values()) / 2**20 for name in PASSES)
-    return " / ".join(f"{x:.0f}" for x in sums)
+def _mebibytes(result):
+    return tuple(sum(result["compiled"][name].values()) / 2**20 for name in PASSES)
+
+
+def _mean(full, window):
+    """A layer's bytes in a model of five window layers to a full one."""
+    if window is None:
+        return None
+    return tuple((f + 5 * w) / 6 for f, w in zip(full, window, strict=True))
 
 
 def main() -> int:
@@ -238,8 +251,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.devices < 1 or options.devices & (options.devices - 1):
         parser.error(f"--devices {options.devices} must be a power of two")
-    # Read when the first device is asked for. LLVM's optimiser, and evaluating the masks
-    # of a long sequence while compiling, take minutes and change no collective.
+    # Read when the first device is asked for. LLVM's optimiser, and evaluating masks of
+    # a long sequence while compiling, take minutes and change no collective.
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=constant_folding"
     )
