@@ -19,7 +19,7 @@ EXTRAS_benchmark := benchmark
 
 # Most of a test's time is compiling, which keeps one core busy.
 WORKERS ?= 2
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(PY) -m pytest -n $(WORKERS)
 
 .PHONY: help train test test-smoke test-all lint coverage benchmark clean python-found
 .DEFAULT_GOAL := help

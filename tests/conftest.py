@@ -35,12 +35,13 @@ settings.register_profile(
     "ci",
     deadline=None,
     derandomize=True,
-    max_examples=50,
+    max_examples=15,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "long", parent=settings.get_profile("ci"), derandomize=False, max_examples=500
 )
+settings.register_profile("more", parent=settings.get_profile("ci"), max_examples=50)
 settings.register_profile("smoke", parent=settings.get_profile("ci"), max_examples=5)
 settings.load_profile("ci")
 

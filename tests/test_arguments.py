@@ -84,7 +84,7 @@ OPTIONS = {
         {"layout": "zig"},
         r"layout='zig' must be one of \('contiguous', 'zigzag', 'striped', 'data'\)",
     ),
-    "data": ({"layout": "data"}, r"layout=\"data\" needs positions=, an int32 array"),
+    "data": ({"layout": "data"}, r"layout=\"data\" needs positions=, int32 "),
     "implementation": (
         {"implementation": "flash"},
         "implementation='flash' must be None or one of",

@@ -95,7 +95,7 @@ def test_two_meshes_in_one_process():
     assert [len(devices) for devices in outs] == [8, 2]
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("explicit", thinned([True, False], keep=2))
 def test_value_and_grad_under_scan_and_checkpoint(explicit):
     """Three layers in a scan, each rematerialised, equal three layers in a row."""
     mesh = mesh_4x2(explicit=explicit)
@@ -128,7 +128,7 @@ def test_value_and_grad_under_scan_and_checkpoint(explicit):
     chex.assert_trees_all_close(actual, oracle(x, w), atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("explicit", thinned([False, True], keep=2))
 def test_vmap_over_an_extra_batch_axis(explicit):
     """Three batches at once are one batch of three times the rows."""
     mesh = mesh_4x2(explicit=explicit)
@@ -215,7 +215,7 @@ def test_per_shard_under_vmap_with_axis_names():
     assert_equal_to(causal(), jax.tree.map(join, actual), TOLERANCE)
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("explicit", thinned([True, False], keep=2))
 def test_inside_a_region_that_is_manual_over_pipe(explicit):
     mesh = usp_jax.make_mesh(pipe=2, ring=2, ulysses=2, explicit=explicit)
     stages = [jnp.stack([x, 2 * x]) for x in inputs()[0]]

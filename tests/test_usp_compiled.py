@@ -70,7 +70,7 @@ def sent(found, kind):
 @pytest.mark.parametrize(
     ("degrees", "heads"),
     [
-        *thinned(DEGREES, HEADS, keep=2),
+        *thinned(DEGREES, HEADS, keep=3),
         *thinned([(3, 2), (2, 1), (1, 1)], [(12, 3)], keep=1),
     ],
 )
@@ -198,7 +198,7 @@ def block(mesh, policy, layout):
     ("degrees", "layout"),
     [
         *thinned([(4, 2), (1, 8), (8, 1)], ["zigzag"], keep=3),
-        ((4, 2), "contiguous"),
+        pytest.param((4, 2), "contiguous", marks=pytest.mark.long),
     ],
 )
 def test_what_a_rematerialised_block_runs_again(degrees, layout):
@@ -232,11 +232,11 @@ def test_only_q_k_v_out_and_lse_are_saved():
     arrays = [jnp.ones(x.shape, x.dtype) for x in args]
     _, pull = jax.vjp(jax.jit(forward_of(mesh, layout="zigzag")), *arrays)
     saved = [x for x in jax.tree.leaves(pull) if isinstance(x, jax.Array)]
-    q, kv = (BATCH, 64, 8, HEAD_SIZE), (2, BATCH, 64, 2, HEAD_SIZE)
+    q, kv = (BATCH, 64, 8, HEAD_SIZE), (BATCH, 64, 2, 2 * HEAD_SIZE)
     assert sorted(x.shape for x in saved) == sorted([q, q, kv, q[:3]])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("layout", thinned(["zigzag", "contiguous"], keep=2))
 def test_no_buffer_is_quadratic_or_holds_a_whole_sequence(layout):
     ring, ulysses, head_size = 4, 2, 64
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)

@@ -113,7 +113,13 @@ def test_the_grid_is_whole_and_the_sample_covers_it():
     assert len(SAMPLE) <= 40
 
 
-@pytest.mark.parametrize("cell", SAMPLE, ids=name)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=name(cell), marks=[pytest.mark.long] if i % 2 else [])
+        for i, cell in enumerate(SAMPLE)
+    ],
+)
 def test_sample_of_the_grid(cell):
     check(cell)
 

@@ -35,8 +35,16 @@ interpreted = pytest.mark.skipif(
         # Three tiles and five blocks: entirely seen, in part, and not.
         (Case(300, 300, heads=(2, 1), head_size=64, is_causal=True), "bfloat16"),
         (Case(130, 130, batch=2, documents=True, head_size=80), "float16"),
-        (Case(100, 200, chunks=2, window=(70, 5), soft_cap=3.0), "bfloat16"),
-        (Case(64, 64, head_size=160, is_causal=True), "bfloat16"),
+        pytest.param(
+            Case(100, 200, chunks=2, window=(70, 5), soft_cap=3.0),
+            "bfloat16",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            Case(64, 64, head_size=160, is_causal=True),
+            "bfloat16",
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["causal-gqa", "packed", "carry-window-soft-cap", "dk-and-dv-apart"],
 )

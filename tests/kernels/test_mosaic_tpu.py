@@ -119,7 +119,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(CASES, keep=2))
+@pytest.mark.parametrize("name", thinned(CASES, keep=3))
 def test_with_a_carry(name):
     check(*inputs(**CASES[name]))
 
