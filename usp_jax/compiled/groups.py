@@ -10,6 +10,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 _ROW = re.compile(r"\{([\d,\s]*)\}")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_TRANSPOSED = re.compile(r"\[([\d,]+)\]T\(([\d,]+)\)")
 _MESH = re.compile(
     r"mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>.*)\))? \{(?P<over>[^}]*)\}"
 )
@@ -46,7 +47,7 @@ def _over_mesh(axes, ids, over):
     if ids is None:
         devices = tuple(range(math.prod(sizes.values())))
     else:
-        devices = _iota(ids)[1] if "<=" in ids else _integers(ids)
+        devices = _order_of(ids)
     # An axis of which only a factor is meant is cut in up to three.
     spans = [_span(axis, sizes) for axis in split(over)]
     parts = []
@@ -72,6 +73,16 @@ def _span(axis, sizes):
         start, size = int(match[2]), int(match[3])
         return match[1], start, start * size
     return axis, 1, sizes[axis]
+
+
+def _order_of(ids):
+    """The devices of a mesh: numbers, an iota, or one as [2,4]T(1,0)."""
+    if "<=" in ids:
+        return _iota(ids)[1]
+    if match := _TRANSPOSED.fullmatch(ids.strip()):
+        shape, order = map(_integers, match.groups())
+        return _transposed(shape, order)
+    return _integers(ids)
 
 
 def _iota(text):

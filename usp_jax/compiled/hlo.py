@@ -7,6 +7,7 @@ instruction calls. Everything else stays text in `Instruction.attributes`.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -86,10 +87,12 @@ class Instruction:
 
     def attribute(self, key: str) -> str | None:
         """The text of `key=...`, without anything that is quoted; None without it."""
-        for piece in self._pieces:
+        for piece, following in itertools.pairwise((*self._pieces, "")):
             name, equals, value = piece.partition("=")
             if equals and name == key:
-                return value
+                # The devices of a mesh stand behind a comma of their own.
+                ids = following.startswith("device_ids=")
+                return f"{value}, {following}" if ids else value
         return None
 
     def _names(self, key):
