@@ -157,9 +157,7 @@ class KVCache:
 
     @classmethod
     def _prefilled(cls, key, value, positions, segment_ids, page_tokens, shards, parts):
-        whole = isinstance(page_tokens, int) and not isinstance(page_tokens, bool)
-        if not whole or page_tokens < 1:
-            raise ValueError(f"{page_tokens=} must be a positive int")
+        arguments.check_positive_int("page_tokens", page_tokens)
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = _tokens(positions, segment_ids, key.shape)
         page = Page(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from usp_jax.arguments import check_positive_int
 from usp_jax.kernels import IMPLEMENTATIONS
 from usp_jax.models.presets import PRESETS
 from usp_jax.models.rope import at_length
@@ -78,9 +79,7 @@ class LlamaConfig:
             "loss_block",
         )
         for name in sizes:
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a positive int")
+            check_positive_int(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "

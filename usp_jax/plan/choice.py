@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from usp_jax.arguments import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.models.config import REMAT, LlamaConfig
 from usp_jax.plan.machines import Machine
@@ -31,9 +32,7 @@ class Job:
 
     def __post_init__(self):
         for name in ("devices", "sequence", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive int")
+            check_positive_int(name, getattr(self, name))
         stored = tuple(name for name in LAYOUTS if name != "data")
         if self.layout not in stored:
             raise ValueError(f"layout={self.layout!r} must be one of {stored}")
