@@ -5,28 +5,19 @@ targets. Needs the compilers, `pip install 'usp_jax[aot]'`.
 """
 
 import functools
-import importlib.util
 import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.compilers import needs_compilers
 from usp_jax import aot, kernels
 from usp_jax.kernels import Target, mosaic_tpu
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
 
-MISSING = [
-    package
-    for package in ("libtpu", "jax_cuda13_plugin")
-    if importlib.util.find_spec(package) is None
-]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING),
-    reason=f"NOTHING WAS COMPILED FOR TPU AND GPU: {MISSING} not installed, "
-    "pip install 'usp_jax[aot]'",
-)
+pytestmark = needs_compilers
 
 TARGETS = {
     "mosaic_tpu": ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1"),

@@ -5,7 +5,6 @@ summary says so.
 """
 
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -19,21 +18,13 @@ import pytest
 from jax.sharding import NamedSharding
 
 import usp_jax
+from tests.compilers import needs_compilers
 from usp_jax import aot, plugins
 from usp_jax.aot.__main__ import main
 from usp_jax.compiled import by_kind
 
 ROOT = Path(__file__).resolve().parents[2]
-MISSING = [
-    package
-    for package in ("libtpu", "jax_cuda13_plugin")
-    if importlib.util.find_spec(package) is None
-]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING),
-    reason=f"NOTHING WAS COMPILED FOR TPU AND GPU: {MISSING} not installed, "
-    "pip install 'usp_jax[aot]'",
-)
+pytestmark = needs_compilers
 
 B, N, K, H = 1, 8, 4, 128
 # So long that no shard fits into a TPU's VMEM, as in earnest.

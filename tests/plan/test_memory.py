@@ -6,25 +6,15 @@ Needs the compilers, `pip install 'usp_jax[aot]'`; without them it is skipped, a
 summary says so.
 """
 
-import importlib.util
-
 import pytest
 
 from benchmarks.plan_bytes import cases
+from tests.compilers import needs_compilers
 from tests.plan.program import config_of, lowered_step
 from usp_jax import aot, plan, recommended_flags
 from usp_jax.plan.verify import compile_step
 
-MISSING = [
-    package
-    for package in ("libtpu", "jax_cuda13_plugin")
-    if importlib.util.find_spec(package) is None
-]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING),
-    reason=f"NOTHING WAS COMPILED FOR TPU AND GPU: {MISSING} not installed, "
-    "pip install 'usp_jax[aot]'",
-)
+pytestmark = needs_compilers
 
 
 @pytest.mark.long
