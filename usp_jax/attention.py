@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Integer
 
-from usp_jax import arguments
 from usp_jax._compat import vary_like
 from usp_jax.layout import check_length, length_multiple
 from usp_jax.masking import Tokens, pad_tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
-from usp_jax.options import Options
-from usp_jax.schedules import schedule
+from usp_jax.options import checked
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.ulysses import Heads
 from usp_jax.usp import FACTS, two_sided
@@ -111,35 +109,31 @@ def usp_attention(
       ...     q, k, v, is_causal=True, layout="zigzag", mesh=mesh)
     """
     mesh = resolve_mesh(mesh, axes)
-    options = Options.of(
+    shards = Shards() if mesh is None else Shards.of_mesh(mesh, axes)
+    options, facts = checked(
         query,
         key,
         value,
-        mesh,
+        shards,
+        axis_size(mesh, axes.ring),
         is_causal=is_causal,
         scale=scale,
+        segment_ids=segment_ids,
+        positions=positions,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
-        has_bias=alibi_slopes is not None,
-        dropout_rate=dropout_rate,
-        layout=layout,
-        schedule=schedule(ring_schedule, ring_inner, axis_size(mesh, axes.ring)),
-        implementation=implementation,
-        return_residual=return_residual,
-        ulysses_chunks=ulysses_chunks,
-    )
-    shards = Shards() if mesh is None else Shards.of_mesh(mesh, axes)
-    facts = options.facts(
-        query,
-        key,
-        shards,
-        positions=positions,
-        segment_ids=segment_ids,
+        sinks=sinks,
         prefix_length=prefix_length,
         alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
         dropout_seed=dropout_seed,
+        layout=layout,
+        implementation=implementation,
+        return_residual=return_residual,
+        ring_schedule=ring_schedule,
+        ring_inner=ring_inner,
+        ulysses_chunks=ulysses_chunks,
     )
-    arguments.check_by_head("sinks", sinks, query.shape[2])
     arrays = (query, key, value, sinks, facts)
     if mesh is None:
         return _on_shards(options, shards, *arrays)
@@ -186,34 +180,30 @@ def usp_attention_per_shard(
     shards = Shards.of_bound(axes)
     ring_size = shards.size(shards.ring)
     ulysses_size = shards.size(shards.ulysses)
-    options = Options.of(
+    options, facts = checked(
         query,
         key,
         value,
-        None,
+        shards,
+        ring_size,
         is_causal=is_causal,
         scale=scale,
+        segment_ids=segment_ids,
+        positions=positions,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
-        has_bias=alibi_slopes is not None,
-        dropout_rate=dropout_rate,
-        layout=layout,
-        schedule=schedule(ring_schedule, ring_inner, ring_size),
-        implementation=implementation,
-        return_residual=return_residual,
-        ulysses_chunks=ulysses_chunks,
-    )
-    facts = options.facts(
-        query,
-        key,
-        shards,
-        positions=positions,
-        segment_ids=segment_ids,
+        sinks=sinks,
         prefix_length=prefix_length,
         alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
         dropout_seed=dropout_seed,
+        layout=layout,
+        implementation=implementation,
+        return_residual=return_residual,
+        ring_schedule=ring_schedule,
+        ring_inner=ring_inner,
+        ulysses_chunks=ulysses_chunks,
     )
-    arguments.check_by_head("sinks", sinks, query.shape[2])
     for name, x, own in zip(
         ("query", "key"), (query, key), options.layouts, strict=True
     ):

@@ -8,7 +8,8 @@ from usp_jax import arguments, kernels
 from usp_jax.head_chunks import usp_in_chunks
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import MaskRule
-from usp_jax.schedules import Schedule
+from usp_jax.schedules import Schedule, schedule
+from usp_jax.shards import Shards
 from usp_jax.usp import Call, Facts, usp
 
 
@@ -25,92 +26,6 @@ class Options:
     return_residual: bool
     ulysses_chunks: int
 
-    @classmethod
-    def of(
-        cls,
-        query,
-        key,
-        value,
-        mesh,
-        *,
-        is_causal,
-        scale,
-        local_window_size,
-        logits_soft_cap,
-        has_bias,
-        dropout_rate,
-        layout,
-        schedule,
-        implementation,
-        return_residual,
-        ulysses_chunks,
-    ):
-        arguments.check_arrays(query, key, value)
-        arguments.check_bool("return_residual", return_residual)
-        arguments.check_dropout_rate(dropout_rate)
-        arguments.check_positive_int("ulysses_chunks", ulysses_chunks)
-        needs = {"alibi_slopes": has_bias, "dropout_rate": dropout_rate > 0}
-        return cls(
-            arguments.logits(scale, logits_soft_cap, query.shape[3]),
-            arguments.mask_rule(is_causal, local_window_size),
-            arguments.layouts(layout),
-            float(dropout_rate),
-            schedule,
-            kernels.choose(
-                implementation,
-                target=kernels.target_of(mesh),
-                dtype=query.dtype,
-                head_size=max(query.shape[3], value.shape[3]),
-                needs=next((name for name, asked in needs.items() if asked), None),
-            ),
-            return_residual,
-            ulysses_chunks,
-        )
-
-    def facts(
-        self,
-        query,
-        key,
-        shards,
-        *,
-        positions,
-        segment_ids,
-        prefix_length,
-        alibi_slopes,
-        dropout_seed,
-    ) -> Facts:
-        """The checked array arguments, beside q, k, v and the sinks."""
-        batch, _, num_heads, _ = query.shape
-        sides = {"positions": positions, "segment_ids": segment_ids}
-        sides = {
-            name: arguments.sides_of(name, x, query.shape, key.shape)
-            for name, x in sides.items()
-        }
-        _check_positions(self.layouts, sides["positions"])
-        arguments.check_by_head("alibi_slopes", alibi_slopes, num_heads)
-        prefix = arguments.prefix(
-            prefix_length,
-            batch,
-            self.rule,
-            local_window_size=(self.rule.left, self.rule.right) != (None, None),
-            alibi_slopes=alibi_slopes is not None,
-            dropout_rate=self.dropout_rate > 0,
-        )
-        seed = arguments.dropout_seed(dropout_seed, self.dropout_rate)
-        rows = heads = None
-        if seed is not None:
-            rows, heads = (np.arange(n, dtype=np.int32) for n in (batch, num_heads))
-            rows = shards.bound_index(shards.axes.batch) * batch + rows
-            heads = shards.bound_index((shards.axes.tensor,)) * num_heads + heads
-        return Facts(
-            **sides,
-            prefix=prefix,
-            rows=rows,
-            heads=heads,
-            slopes=alibi_slopes,
-            seed=seed,
-        )
-
     def attend(self, shards, heads, *arrays):
         """The call on these shards: (out, lse or None)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -125,6 +40,85 @@ class Options:
                 f"{own}"
             )
         return usp_in_chunks(call, chunks, *arrays)
+
+
+def checked(
+    query,
+    key,
+    value,
+    shards: Shards,
+    ring_size: int,
+    *,
+    is_causal,
+    scale,
+    segment_ids,
+    positions,
+    local_window_size,
+    logits_soft_cap,
+    sinks,
+    prefix_length,
+    alibi_slopes,
+    dropout_rate,
+    dropout_seed,
+    layout,
+    implementation,
+    return_residual,
+    ring_schedule,
+    ring_inner,
+    ulysses_chunks,
+) -> tuple[Options, Facts]:
+    """What `usp_attention` is told, in one form.
+
+    Raises:
+      ValueError: as `usp_attention` says.
+    """
+    way = schedule(ring_schedule, ring_inner, ring_size)
+    arguments.check_arrays(query, key, value)
+    arguments.check_bool("return_residual", return_residual)
+    arguments.check_dropout_rate(dropout_rate)
+    arguments.check_positive_int("ulysses_chunks", ulysses_chunks)
+    has_bias, drops = alibi_slopes is not None, dropout_rate > 0
+    needs = {"alibi_slopes": has_bias, "dropout_rate": drops}
+    rule = arguments.mask_rule(is_causal, local_window_size)
+    options = Options(
+        arguments.logits(scale, logits_soft_cap, query.shape[3]),
+        rule,
+        arguments.layouts(layout),
+        float(dropout_rate),
+        way,
+        kernels.choose(
+            implementation,
+            target=kernels.target_of(shards.mesh),
+            dtype=query.dtype,
+            head_size=max(query.shape[3], value.shape[3]),
+            needs=next((name for name, asked in needs.items() if asked), None),
+        ),
+        return_residual,
+        ulysses_chunks,
+    )
+    batch, _, num_heads, _ = query.shape
+    shapes = query.shape, key.shape
+    positions = arguments.sides_of("positions", positions, *shapes)
+    segment_ids = arguments.sides_of("segment_ids", segment_ids, *shapes)
+    _check_positions(options.layouts, positions)
+    arguments.check_by_head("alibi_slopes", alibi_slopes, num_heads)
+    prefix = arguments.prefix(
+        prefix_length,
+        batch,
+        rule,
+        local_window_size=(rule.left, rule.right) != (None, None),
+        **needs,
+    )
+    seed = arguments.dropout_seed(dropout_seed, options.dropout_rate)
+    arguments.check_by_head("sinks", sinks, num_heads)
+    rows = heads = None
+    if seed is not None:
+        rows, heads = (np.arange(n, dtype=np.int32) for n in (batch, num_heads))
+        rows = shards.bound_index(shards.axes.batch) * batch + rows
+        heads = shards.bound_index((shards.axes.tensor,)) * num_heads + heads
+    return options, Facts(
+        positions, segment_ids, prefix, rows, heads, alibi_slopes, seed
+    )
 
 
 def _check_positions(layouts, positions):
