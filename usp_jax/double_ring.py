@@ -40,26 +40,42 @@ class DoubleRing(Ring):
         return ring_forward(self._inner_ring(step), q, kv, carry)
 
     def pull_back(self, step, kv, rows, q, dout, lse, delta):
-        """The gradients of a turn of the inner ring; always of all rows."""
-        assert rows == ALL, "a turn of the inner ring is not cut"
-        return ring_backward(self._inner_ring(step), q, kv, dout, lse, delta)
+        """The gradients of a turn of the inner ring, or of what it has left."""
+        inner = self._inner_ring(step, rows)
+        if self.inner == 1 or rows.start:
+            return inner.pull_back(0, kv, rows, q, dout, lse, delta)
+        return ring_backward(inner, q, kv, dout, lse, delta)
 
     def own_rows(self, length):
-        """All at once: a second run would send the inner ring's shards again."""
-        return [ALL]
+        """A third of the queries meets their own shard beside the last outer hop only.
 
-    def _inner_ring(self, step):
-        return self.into(_InnerRing, inner=self.inner, outer_step=step)
+        The own turn of the inner ring, beside the first, is not made again for them.
+        """
+        left = length // 3
+        return [slice(length - left), slice(length - left, length)][: 1 + bool(left)]
+
+    def _inner_ring(self, step, rows=ALL):
+        return self.into(_InnerRing, inner=self.inner, outer_step=step, own=rows.stop)
 
 
 @dataclasses.dataclass(frozen=True)
 class _InnerRing(Ring):
+    """A turn of it, at a step of the outer ring.
+
+    Attributes:
+      own: how many queries meet their own shard in it; None is all of them.
+    """
+
     inner: int = 1
     outer_step: Int[Array, ""] | int = 0
+    own: int | None = None
 
     @property
     def size(self) -> int:
         return self.inner
+
+    def own_rows(self, length):
+        return super().own_rows(length if self.own is None else self.own)
 
     def rotate(self, x):
         n = self.inner

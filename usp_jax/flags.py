@@ -17,8 +17,9 @@ _WANTED = {
     "gpu": {
         # Collectives are started early at all.
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Backward, k, v and dk, dv rotate at the same time, and an all-to-all may too.
-        "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+        # Backward, k, v and dk, dv rotate at the same time; of a double ring its outer
+        # hop too.
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 3,
     },
 }
 

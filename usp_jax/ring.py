@@ -114,7 +114,7 @@ class Ring:
     def own_rows(self, length: int) -> list[slice]:
         """How the queries are cut for step 0: work for the first hop and the last."""
         half = -(-length // 2)
-        return [slice(half), slice(half, None)][:length]
+        return [slice(half), slice(half, length)][:length]
 
     def into(self, kind: type["Ring"], **more) -> "Ring":
         """The same devices, tokens and chunk as a ring of another kind."""
@@ -144,7 +144,8 @@ def ring_forward(
 
     if ring.size == 1:
         return ring.attend(0, q, kv, carry)
-    kv, carry = body(0, (kv, carry))
+    # Together, or a hop inside the next step would not have to wait for this one.
+    kv, carry = together(*body(0, (kv, carry)))
     kv, carry = _loop(1, ring.size - 1, body, (kv, carry))
     return ring.attend(ring.size - 1, q, kv, carry)
 
@@ -163,7 +164,8 @@ def ring_backward(
         return ring.pull_back(step, kv, rows, q, dout, lse, delta)
 
     def join(first, rest):
-        return jnp.concatenate([first[0], rest[0]], 1), first[1] + rest[1]
+        dq = first[0], rest[0]
+        return _all_rows(*dq, q.shape[1]), first[1] + rest[1]
 
     return turn(ring, kv, part, ring.own_rows(q.shape[1]), add=jnp.add, join=join)
 
@@ -228,6 +230,17 @@ def together(*values):
     A hop then has no later work to wait beside: schedulers would leave some without.
     """
     return lax.optimization_barrier(values)
+
+
+def _all_rows(dq, more, length):
+    """dq of all rows: `more` goes on after those of `dq`, or into its last ones.
+
+    Rows that neither has are 0.
+    """
+    if dq.shape[1] == length:
+        return dq.at[:, -more.shape[1] :].add(more)
+    dq = jnp.concatenate([dq, more], 1)
+    return jnp.pad(dq, [(0, 0), (0, length - dq.shape[1]), (0, 0), (0, 0)])
 
 
 def _sum(a, b):

@@ -31,7 +31,7 @@ B, N, K, H = 1, 8, 4, 128
 LONG = 2**18
 
 
-def attention(name, ring, ulysses, length):
+def attention(name, ring, ulysses, length, **options):
     """The op and its arguments on a machine's devices."""
     devices = aot.topology(name).devices[: ring * ulysses]
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses, devices=devices)
@@ -44,7 +44,7 @@ def attention(name, ring, ulysses, length):
 
     def fn(q, k, v):
         return usp_jax.usp_attention(
-            q, k, v, is_causal=True, layout="zigzag", mesh=mesh
+            q, k, v, is_causal=True, layout="zigzag", mesh=mesh, **options
         )
 
     return fn, struct(N), struct(K), struct(K)
@@ -227,6 +227,24 @@ def test_the_own_devices_stay(order):
 def test_eight_fake_cpu_devices_are_still_here():
     aot.topology("v5e:2x2")
     assert [d.platform for d in jax.devices()] == ["cpu"] * 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["v5p:2x2x2", "h200:1x8"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"ring_schedule": "bidirectional"},
+        {"ring_schedule": "double", "ring_inner": 2},
+        {"ring_schedule": "double", "ring_inner": 4},
+        {"ring_schedule": "pass_q"},
+    ],
+)
+def test_every_hop_of_the_other_ways_round_is_in_flight(name, way):
+    fn, *shapes = attention(name, 8, 1, 2**16, **way)
+    options = usp_jax.recommended_flags(aot.topology(name).platform)
+    for report in aot.compile_vjp(fn, *shapes, compiler_options=options):
+        assert report.in_flight("collective-permute") == 1
 
 
 @pytest.mark.long
