@@ -299,6 +299,16 @@ def test_any_length_is_padded_inside(length, explicit):
     assert_equal_to(oracle, actual, TOLERANCE)
 
 
+def test_one_number_on_an_explicit_mesh():
+    """The result of the cut is then a single number, whose sharding jax forgets."""
+    mesh = usp_jax.make_mesh(ulysses=4, devices=jax.devices()[:4], explicit=True)
+    one = jnp.ones((1, 1, 1, 1))
+    attend = causal_on(mesh, return_residual=True)
+    program = jax.jit(lambda *args: results(attend, *args))
+    actual = program((one,) * 3, (one, one[..., 0]))
+    assert_equal_to(expected((one,) * 3, (one, one[..., 0]), is_causal=True), actual, 0)
+
+
 def test_positions_for_rope_agree_with_the_stored_order():
     mesh = mesh_4x2()
     arrays, _ = inputs()

@@ -279,7 +279,7 @@ def _on_mesh(options, shards, query, key, value, sinks, facts):
     arrays = vary_like(arrays, arrays)
     out, lse = options.attend(shards, heads, *map(shards.place, arrays, dims))
     if padding[0]:
-        out, lse = jax.tree.map(lambda x: _cut(x, length, mesh), (out, lse))
+        out, lse = jax.tree.map(lambda x: _cut(x, length, shards), (out, lse))
     out, lse = jax.tree.map(lambda x: shards.spelled_like(x, given), (out, lse))
     return (out, lse) if options.return_residual else out
 
@@ -324,11 +324,14 @@ def _padded(padding, layouts, query, key, value, facts):
     return rows(query, padding[0]), key, value, facts
 
 
-def _cut(x, length, mesh):
+def _cut(x, length, shards):
     """The first `length` tokens; an Explicit mesh cannot cut a split axis."""
+    mesh = shards.mesh
     if AxisType.Explicit in mesh.axis_types:
-        spec = list(jax.typeof(x).sharding.spec)
-        x = jax.reshard(x, NamedSharding(mesh, jax.P(spec[0], None, *spec[2:])))
+        # Without axes of one device: of a single number jax 0.12 forgets them.
+        batch, _, *others = shards.splits(jax.typeof(x).sharding.spec)
+        spec = jax.P(*map(tuple, (batch, (), *others)))
+        x = jax.reshard(x, NamedSharding(mesh, spec))
     return x[:, :length]
 
 

@@ -140,11 +140,11 @@ class Shards:
             return x
         ours, theirs = (jax.typeof(y).sharding.spec for y in (x, other))
         theirs = theirs[: x.ndim]
-        if self._splits(ours) != self._splits(theirs):
+        if self.splits(ours) != self.splits(theirs):
             return x
         return jax.reshard(x, NamedSharding(self.mesh, jax.P(*theirs)))
 
-    def _splits(self, spec):
+    def splits(self, spec):
         """The axes of more than one device in each part of a spec."""
         parts = (part if isinstance(part, tuple) else (part,) for part in spec)
         return [[n for n in part if axis_size(self.mesh, n) > 1] for part in parts]
