@@ -95,6 +95,7 @@ def test_kernels_at_toy_size(capsys) -> None:
 )
 def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None:
     """The first `how_many` of its searches."""
+    kernel = importlib.import_module(f"usp_jax.kernels.{implementation}")
     searches = parts(implementation, toy=True)[:how_many]
     monkeypatch.setattr(tune, "parts", lambda *_, **__: searches)
     arguments = ["--toy", "--implementations", implementation]
@@ -113,7 +114,7 @@ def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None
             best[line["part"]] = line
     for line in best.values():
         (tile, *_) = line["candidate"].values()
-        assert f"Tile({', '.join(map(str, tile.values()))})" in chosen["row"]
+        assert written(kernel.Tile(**tile)) in chosen["row"]
 
 
 def test_what_cannot_be_tuned_is_told_and_never_chosen(capsys, monkeypatch) -> None:
