@@ -62,14 +62,13 @@ def gpu_interpret_params():
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
-# jax's public function around cuDNN's fused attention gives lse in the inputs' dtype,
-# and takes no lse from outside to go backward from. The primitives below it do both. They are
-# private: checked with jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1, and to be deleted when
-# jax.nn.dot_product_attention has a float32 lse with a gradient.
-
-
 def cudnn_attention(q, k, v, scale: float, is_causal: bool):
     """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
+
+    `jax.nn.dot_product_attention` gives lse in the inputs' dtype and has no backward
+    from an lse of more keys. The primitives below it have both; they are private, read
+    in jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. A public function with a float32 lse in
+    and out would delete this and the next.
 
     Args:
       is_causal: row i sees keys 0 to i.

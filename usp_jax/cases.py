@@ -184,9 +184,7 @@ def _seen(run, row, kv_runs, after):
     """How many keys a query sees."""
     ahead = run.first + row * run.stride + after
     counts = ((ahead - kv.first) // kv.stride + 1 for kv in kv_runs)
-    return sum(
-        min(max(n, 0), kv.count) for n, kv in zip(counts, kv_runs, strict=True)
-    )
+    return sum(min(max(n, 0), kv.count) for n, kv in zip(counts, kv_runs, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +213,14 @@ class _Step:
 def _add(stairs, step):
     """Appends a step, or makes the last one longer."""
     before = stairs[-1] if stairs else None
-    if before is None or before.grows != step.grows or before.next != (
-        step.row,
-        step.seen,
+    if (
+        before is None
+        or before.grows != step.grows
+        or before.next
+        != (
+            step.row,
+            step.seen,
+        )
     ):
         stairs.append(step)
     else:

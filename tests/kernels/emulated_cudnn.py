@@ -37,11 +37,12 @@ def backward(q, k, v, lse, out, dout, scale, is_causal):
     dq = _einsum("BKGTS,BSKH->BTKGH", ds, k).reshape(q.shape)
     dk = _einsum("BKGTS,BTKGH->BSKH", ds, _grouped(q, k))
     dv = _einsum("BKGTS,BTKGH->BSKH", p, dout)
-    return tuple(dx.astype(x.dtype) for dx, x in zip((dq, dk, dv), (q, k, v)))
+    grads = zip((dq, dk, dv), (q, k, v), strict=True)
+    return tuple(dx.astype(x.dtype) for dx, x in grads)
 
 
 @pytest.fixture
-def emulated_cudnn(monkeypatch):
+def emulated(monkeypatch):
     """Lets implementation="cudnn" run on any device, in float32 too."""
     (row,) = (kernel for kernel in choice.KERNELS if kernel.name == "cudnn")
     dtypes = (*row.dtypes, "float32")

@@ -1,4 +1,4 @@
-"""The chunk contract by cuDNN's fused attention, through jax (NVIDIA, Ampere and newer).
+"""The chunk contract by cuDNN's fused attention, through jax: NVIDIA from Ampere on.
 
 cuDNN has no mask that is data: a chunk is one of the few cases that the layout offers,
 chosen while running, and each block of a case is one plain call on slices. What that
@@ -41,9 +41,7 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
         _switch(cases, pull_back, *arrays, lse) for cases in _checked(mask, logits)
     ]
     grads = jax.tree.map(lambda *xs: sum(xs), *every)
-    return tuple(
-        dx[..., : x.shape[3]] for dx, x in zip(grads, (q, k, v), strict=True)
-    )
+    return tuple(dx[..., : x.shape[3]] for dx, x in zip(grads, (q, k, v), strict=True))
 
 
 def out_for(delta, dout):
