@@ -57,7 +57,8 @@ def out_for(delta, dout):
     size = jnp.max(jnp.abs(wide), -1, keepdims=True)
     # How much greater than dout the dtype's range lets out be.
     most = 2.0 ** (15 if dtype == jnp.float16 else 40)
-    least = jnp.maximum(jnp.abs(delta) / most, jnp.finfo(dtype).smallest_subnormal)
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    least = jnp.maximum(jnp.abs(delta) / most, smallest)
     dout = jnp.where((size < least) & (delta != 0), least, wide).astype(dtype)
     wide = dout.astype(delta.dtype)
     size = jnp.max(jnp.abs(wide), -1, keepdims=True)
