@@ -325,6 +325,10 @@ def test_calls_that_it_cannot_do_raise_before_compiling(
     emulated, options, match
 ) -> None:
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+    options = {
+        name: jnp.asarray(value) if isinstance(value, np.ndarray) else value
+        for name, value in options.items()
+    }
     x = jnp.zeros((1, options.pop("length", T), 8, 16), jnp.bfloat16)
     with pytest.raises(ValueError, match=f"implementation='cudnn' .*{match}"):
         usp_jax.usp_attention(x, x, x, mesh=mesh, implementation="cudnn", **options)
