@@ -69,16 +69,16 @@ class Tokens:
     Attributes:
       positions: int32 [B, T], or [T] for one row's block; B may be 1 for all rows.
       segment_ids: the same of documents, or None.
-      stretches: where the tokens come from, one after the other, if their positions
-        are those of a layout; for kernels that need to know masks before running.
+      stretches: Stretch (...), where the tokens come from, one after the other, if
+        their positions are those of a layout; for kernels that need to know masks
+        before running.
     """
 
     # A pytree's leaves are whatever jax puts there, so they have no array type.
     positions: Any
     segment_ids: Any = None
-    stretches: tuple[Stretch, ...] | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
+    # Without its items' type: checkers look at random ones, which hypothesis forbids.
+    stretches: tuple | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cut(self, rows: slice) -> "Tokens":
         """Some of the tokens [B, T], which stand one after the other."""
