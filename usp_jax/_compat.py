@@ -1,6 +1,7 @@
 """What differs between the jax versions that we support, in one place."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -59,3 +60,57 @@ def gpu_interpret_params():
             "use implementation='xla'"
         )
     return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def cudnn_attention(q, k, v, scale: float, is_causal: bool):
+    """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
+
+    `jax.nn.dot_product_attention` gives lse in the inputs' dtype and has no backward
+    from an lse of more keys. The primitives below it have both; they are private, read
+    in jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. A public function with a float32 lse in
+    and out would delete this and the next.
+
+    Args:
+      is_causal: row i sees keys 0 to i.
+
+    Returns:
+      out [B, T, N, H] in 16 bits, and lse [B, N, T] in float32.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    none = jnp.zeros(0, q.dtype)
+    out, lse = private._dot_product_attention_fwd_p_wrapper.bind(
+        *(q, k, v, *[none] * 7), **_cudnn_options(scale, is_causal), is_training=True
+    )
+    return out, lse
+
+
+def cudnn_attention_backward(q, k, v, lse, out, dout, scale: float, is_causal: bool):
+    """dq, dk, dv in 16 bits from lse [B, N, T] of more keys than these.
+
+    Args:
+      out: read only for sum(out · dout, -1).
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    none = jnp.zeros(0, q.dtype)
+    return private._dot_product_attention_bwd_p_wrapper.bind(
+        *(q, k, v, *[none] * 7, lse, out, dout), **_cudnn_options(scale, is_causal)
+    )
+
+
+def _cudnn_options(scale, is_causal):
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK
+    # jax 0.12 has one option more, a function of the logits.
+    further = {} if jax.__version_info__ < (0, 12) else {"score_mod": None}
+    return further | {
+        "scale": scale,
+        "seed": 0,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": mask,
+        "layout": private.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }

@@ -80,8 +80,9 @@ def usp_attention(
         and keys differ.
       mesh: None takes the mesh of `jax.set_mesh`; without one, runs on one device.
       axes: which axis of the mesh plays which role.
-      implementation: "triton" (NVIDIA GPUs from Ampere on), "xla", "reference" or
-        "triton_interpret"; None takes the best for the mesh's devices.
+      implementation: "triton" (NVIDIA GPUs from Ampere on), "cudnn" (the same; full and
+        causal masks), "xla", "reference" or "triton_interpret"; None takes the best for
+        the mesh's devices.
       return_residual: also returns the log-sum-exp of the logits.
       ring_schedule: how keys meet queries round the ring, the result is the same.
         "unidirectional": k, v go round; hops that the layout and the masks make empty

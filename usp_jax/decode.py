@@ -284,6 +284,8 @@ def decode_attention(
             target=kernels.target_of(shards.mesh),
             dtype=query.dtype,
             head_size=query.shape[3],
+            # A cache's tokens stand in no layout's order.
+            needs=("positions",),
         ),
     )
     tokens = _tokens(positions, segment_ids, query.shape)

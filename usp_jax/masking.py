@@ -44,6 +44,23 @@ class MaskRule:
         return 0 if self.right is None else min(0, self.right)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """The tokens from `start` to `stop` of a ring shard, in the order of a layout.
+
+    Of which shard, only their positions say: devices and steps differ in that.
+
+    Attributes:
+      length: the number of tokens of the whole shard.
+    """
+
+    layout: str
+    ring_size: int
+    length: int
+    start: int
+    stop: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -52,11 +69,42 @@ class Tokens:
     Attributes:
       positions: int32 [B, T], or [T] for one row's block; B may be 1 for all rows.
       segment_ids: the same of documents, or None.
+      stretches: Stretch (...), where the tokens come from, one after the other, if
+        their positions are those of a layout; for kernels that need to know masks
+        before running.
     """
 
     # A pytree's leaves are whatever jax puts there, so they have no array type.
     positions: Any
     segment_ids: Any = None
+    # Without its items' type: checkers look at random ones, which hypothesis forbids.
+    stretches: tuple | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def cut(self, rows: slice) -> "Tokens":
+        """Some of the tokens [B, T], which stand one after the other."""
+        facts = (self.positions, self.segment_ids)
+        facts = jax.tree.map(lambda x: x[:, rows], facts)
+        if self.stretches is None:
+            return Tokens(*facts)
+        start, stop, _ = rows.indices(self.positions.shape[1])
+        stretches, before = [], 0
+        for one in self.stretches:
+            origin = one.start - before
+            first, last = max(one.start, origin + start), min(one.stop, origin + stop)
+            if first < last:
+                cut = dataclasses.replace(one, start=first, stop=last)
+                stretches.append(cut)
+            before += one.stop - one.start
+        return Tokens(*facts, tuple(stretches))
+
+
+def join(*runs: Tokens) -> Tokens:
+    """Runs of tokens [B, T], one after the other."""
+    facts = [(run.positions, run.segment_ids) for run in runs]
+    facts = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *facts)
+    if any(run.stretches is None for run in runs):
+        return Tokens(*facts)
+    return Tokens(*facts, sum((run.stretches for run in runs), ()))
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +127,7 @@ class Mask:
 
     def rows(self, rows: slice) -> "Mask":
         """The mask of some of the queries."""
-        q = jax.tree.map(lambda x: x[:, rows], self.q)
-        return dataclasses.replace(self, q=q)
+        return dataclasses.replace(self, q=self.q.cut(rows))
 
 
 def visible(mask: Mask) -> Bool[Array, "*B T S"]:

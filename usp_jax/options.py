@@ -80,6 +80,14 @@ def checked(
     has_bias, drops = alibi_slopes is not None, dropout_rate > 0
     needs = {"alibi_slopes": has_bias, "dropout_rate": drops}
     rule = arguments.mask_rule(is_causal, local_window_size)
+    further = {
+        "segment_ids": segment_ids is not None,
+        # They are read only where order matters.
+        "positions": positions is not None and rule.after is not None,
+        "prefix_length": prefix_length is not None,
+        "local_window_size": rule.before is not None,
+        "logits_soft_cap": logits_soft_cap is not None,
+    }
     options = Options(
         arguments.logits(scale, logits_soft_cap, query.shape[3]),
         rule,
@@ -91,7 +99,7 @@ def checked(
             target=kernels.target_of(shards.mesh),
             dtype=query.dtype,
             head_size=max(query.shape[3], value.shape[3]),
-            needs=next((name for name, asked in needs.items() if asked), None),
+            needs=tuple(name for name, asked in (needs | further).items() if asked),
         ),
         return_residual,
         ulysses_chunks,

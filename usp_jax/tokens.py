@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from usp_jax.layout import shard_positions
-from usp_jax.masking import Tokens
+from usp_jax.masking import Stretch, Tokens, join
 
 
 @jax.tree_util.register_dataclass
@@ -34,22 +34,23 @@ class RingTokens:
 
     def shard(self, index: Int[Array, ""] | int) -> Tokens:
         """The tokens of one ring shard."""
+        stretches = None
         if self.positions is None:
-            positions = shard_positions(
-                self.layout, index, self.ring_size, self.length
-            )[None]
+            stored = self.layout, self.ring_size, self.length
+            positions = shard_positions(stored[0], index, *stored[1:])[None]
+            stretches = (Stretch(*stored, 0, self.length),)
         else:
             positions = self.positions[index]
         if self.prefix is not None:
             # Who stands within the prefix sees as much as its last token.
             positions = jnp.maximum(positions, self.prefix[:, None] - 1)
+            stretches = None
         ids = None if self.segment_ids is None else self.segment_ids[index]
-        return Tokens(positions, ids)
+        return Tokens(positions, ids, stretches)
 
     def all(self) -> Tokens:
         """The tokens of all ring shards, one after the other."""
-        shards = [self.shard(index) for index in range(self.ring_size)]
-        return jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *shards)
+        return join(*(self.shard(index) for index in range(self.ring_size)))
 
 
 def gather_tokens(

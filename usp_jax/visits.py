@@ -10,7 +10,6 @@ from the layout's runs of positions; the two functions below make those visits.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -164,4 +163,4 @@ def _brought_home(ring, visit, part, home):
 
 def _mask(ring, visit):
     kv = ring.kv_tokens.shard((ring.index - visit.offset) % ring.devices)
-    return ring.mask(jax.tree.map(lambda x: x[:, visit.rows], kv))
+    return ring.mask(kv.cut(visit.rows))

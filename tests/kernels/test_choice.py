@@ -96,6 +96,34 @@ def test_refusals_name_what_does_not_fit_and_what_runs_there(
         choose("triton", target=target, dtype=dtype, head_size=head_size)
 
 
+@pytest.mark.parametrize(
+    ("target", "head_size", "dtype", "match"),
+    [
+        (A100, 136, "bfloat16", "heads up to 128 before Hopper, not head_size=136"),
+        (H100, 264, "bfloat16", "heads up to 256, not head_size=264"),
+        (H100, 128, "float32", "has no float32"),
+        (V100, 64, "float16", r"needs compute capability 8\.0"),
+        (AMD, 64, "float16", r"needs compute capability 8\.0"),
+    ],
+)
+def test_cudnn_has_heads_and_dtypes_of_its_own(target, head_size, dtype, match) -> None:
+    call = {"target": target, "dtype": dtype, "head_size": head_size}
+    with pytest.raises(ValueError, match=f"'cudnn' .*{match}.*; use None or one of"):
+        choose("cudnn", **call)
+    call |= {"dtype": "bfloat16", "head_size": 128 if target == A100 else 256}
+    if target in (A100, H100):
+        assert choose("cudnn", **call) == "cudnn"
+
+
+def test_what_a_call_needs_is_named_and_another_kernel_taken() -> None:
+    call = {"target": H100, "dtype": "bfloat16", "head_size": 128}
+    needs = ("logits_soft_cap", "segment_ids")
+    with pytest.raises(ValueError, match="'cudnn' cannot honour logits_soft_cap=; use"):
+        choose("cudnn", **call, needs=needs)
+    assert choose(None, **call, needs=needs) == "triton"
+    assert choose(None, **call, needs=("dropout_rate",)) == "xla"
+
+
 @pytest.mark.parametrize("capability", [(9, 0), (9, 1)])
 def test_hopper_kernels_are_taken_on_hopper(capability) -> None:
     hopper = dataclasses.replace(H100, capability=capability)

@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from usp_jax.kernels import reference, xla
+from usp_jax.kernels import cudnn, reference, xla
 from usp_jax.kernels.choice import (
     IMPLEMENTATIONS as IMPLEMENTATIONS,
     Target as Target,
@@ -30,7 +30,7 @@ from usp_jax.kernels.choice import (
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
 
-_PLAIN = {"reference": reference, "xla": xla}
+_PLAIN = {"cudnn": cudnn, "reference": reference, "xla": xla}
 
 Carry = tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
 

@@ -57,6 +57,9 @@ class Target:
         return f"{self.platform} ({self.kind}{capability})"
 
 
+BIAS_AND_DROPOUT = ("alibi_slopes", "dropout_rate")
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One implementation, and what it can run.
@@ -67,8 +70,10 @@ class Kernel:
       same_major: whether it runs on GPUs of that major only: its instructions are
         not those of later ones.
       max_head_size: the largest head; None is no bound.
+      older_head_size: the largest on GPUs before Hopper, where that is another.
       dtypes: of the inputs that it takes.
       bias_and_dropout: whether it has ALiBi and the dropout of weights.
+      refuses: the names of other arguments that it cannot honour.
       automatic: whether implementation=None may take it.
     """
 
@@ -77,12 +82,14 @@ class Kernel:
     capability: tuple[int, int] | None = None
     same_major: bool = False
     max_head_size: int | None = None
+    older_head_size: int | None = None
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     bias_and_dropout: bool = False
+    refuses: tuple[str, ...] = ()
     automatic: bool = False
 
     def refusal(
-        self, target: Target, dtype, head_size: int, needs: str | None = None
+        self, target: Target, dtype, head_size: int, needs: tuple[str, ...] = ()
     ) -> str | None:
         """Why it cannot run a call; None when it can."""
         if self.platform not in (None, target.platform):
@@ -101,8 +108,13 @@ class Kernel:
             return f"has no {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
             return f"has heads up to {self.max_head_size}, not {head_size=}"
-        if needs is not None and not self.bias_and_dropout:
-            return f"cannot honour {needs}="
+        before_hopper = (target.capability or (0, 0)) < (9, 0)
+        older = self.older_head_size if before_hopper else None
+        if older is not None and head_size > older:
+            return f"has heads up to {older} before Hopper, not {head_size=}"
+        refused = self.refuses + (() if self.bias_and_dropout else BIAS_AND_DROPOUT)
+        if unable := [name for name in needs if name in refused]:
+            return f"cannot honour {unable[0]}="
         return None
 
 
@@ -124,6 +136,22 @@ KERNELS = (
         max_head_size=256,
         dtypes=_16_BITS,
     ),
+    # Compiled only: there is no interpreter for it. Its masks are known before running.
+    Kernel(
+        "cudnn",
+        platform="gpu",
+        capability=(8, 0),
+        max_head_size=256,
+        older_head_size=128,
+        dtypes=_16_BITS,
+        refuses=(
+            "segment_ids",
+            "positions",
+            "prefix_length",
+            "local_window_size",
+            "logits_soft_cap",
+        ),
+    ),
     Kernel("xla", dtypes=_ALL_DTYPES, bias_and_dropout=True, automatic=True),
     Kernel("reference", dtypes=_ALL_DTYPES, bias_and_dropout=True),
     Kernel("triton_interpret", max_head_size=256),
@@ -140,7 +168,7 @@ def choose(
     target: Target,
     dtype,
     head_size: int,
-    needs: str | None = None,
+    needs: tuple[str, ...] = (),
 ) -> str:
     """The implementation to use: the one asked for, or the target's best.
 
@@ -148,7 +176,7 @@ def choose(
 
     Args:
       head_size: the larger one of keys and values.
-      needs: the name of an argument that asks for a bias or dropout.
+      needs: the names of arguments whose work not every kernel does.
 
     Raises:
       ValueError: `implementation` is not the name of one, or it cannot run on the

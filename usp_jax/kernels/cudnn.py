@@ -1,0 +1,171 @@
+"""The chunk contract by cuDNN's fused attention, through jax: NVIDIA from Ampere on.
+
+cuDNN has no mask that is data: a chunk is one of the few cases that the layout offers,
+chosen while running, and each block of a case is one plain call on slices. What that
+costs beside the other kernels: cuDNN gives its results in the inputs' 16 bits, so every
+block's part of out, dq, dk, dv is rounded once before it is merged or added in float32.
+Each rounding is relative to its part and parts get smaller as the ring gets longer, so
+that the error is about √2 times that of one rounding at any ring. lse is float32.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from usp_jax import _compat
+from usp_jax._compat import vary_like
+from usp_jax.cases import Case, Cases, static_cases
+from usp_jax.merge import merge
+
+# Head sizes have to be multiples of this.
+_PIECE = 8
+
+
+def chunk_forward(q, k, v, mask, carry, logits):
+    """Attention of q over k, v, merged into `carry`."""
+    attend = partial(_attend, logits.scale, v.shape[3])
+    arrays = _of_one_size(q, k, v)
+    for cases in _checked(mask, logits):
+        carry = _switch(cases, attend, *arrays, carry)
+    return carry
+
+
+def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
+    """dq, dk, dv of one chunk from the global lse and delta."""
+    pull_back = partial(_pull_back, logits.scale)
+    out, dout = out_for(delta, dout.astype(q.dtype))
+    arrays = _of_one_size(q, k, v, dout, out)
+    every = [
+        _switch(cases, pull_back, *arrays, lse) for cases in _checked(mask, logits)
+    ]
+    grads = jax.tree.map(lambda *xs: sum(xs), *every)
+    return tuple(dx[..., : x.shape[3]] for dx, x in zip(grads, (q, k, v), strict=True))
+
+
+def out_for(delta, dout):
+    """An out with sum(out · dout, -1) = delta, and its dout.
+
+    cuDNN takes out and forms that sum itself, where the contract has delta, which is
+    another one when lse has a cotangent. Of all such outs dout · delta / |dout|² is the
+    shortest, so that rounding it to 16 bits changes the sum less than rounding the
+    forward's out does. Where dout is nothing beside delta (only lse has a cotangent) a
+    tiny one takes its place; dv is off by no more than that.
+    """
+    dtype, wide, delta = dout.dtype, dout.astype(delta.dtype), delta[..., None]
+    size = jnp.max(jnp.abs(wide), -1, keepdims=True)
+    # How much greater than dout the dtype's range lets out be.
+    most = 2.0 ** (15 if dtype == jnp.float16 else 40)
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    least = jnp.maximum(jnp.abs(delta) / most, smallest)
+    dout = jnp.where((size < least) & (delta != 0), least, wide).astype(dtype)
+    wide = dout.astype(delta.dtype)
+    size = jnp.max(jnp.abs(wide), -1, keepdims=True)
+    unit = wide / jnp.where(size == 0, 1, size)
+    length = jnp.sum(unit * unit, -1, keepdims=True) * size
+    out = unit * (delta / jnp.where(length == 0, 1, length))
+    return out.astype(dtype), dout
+
+
+def _checked(mask, logits) -> tuple[Cases, ...]:
+    """The mask's cases, or the reason why cuDNN cannot do this call."""
+    if logits.soft_cap is not None:
+        reason = "logits_soft_cap="
+    elif logits.slopes is not None or logits.dropout is not None:
+        reason = "alibi_slopes= or dropout_rate="
+    elif mask.q.segment_ids is not None:
+        reason = (
+            "segment_ids=, which also stand for the padding of a length that "
+            "ring·ulysses does not divide"
+        )
+    elif mask.rule.before is not None:
+        reason = "the left bound of local_window_size="
+    elif (cases := static_cases(mask)) is not None:
+        return cases
+    else:
+        reason = (
+            "a causal mask whose positions are not those of one layout for queries and "
+            "keys (positions=, prefix_length=, a pair of layouts)"
+        )
+    raise ValueError(
+        f"implementation='cudnn' cannot honour {reason}: its masks are full and causal "
+        "blocks; use implementation=None"
+    )
+
+
+def _switch(cases: Cases, run, *arrays):
+    """`run` of the case that it is."""
+    arrays = vary_like(arrays, (arrays, cases.which))
+    if len(cases.each) == 1:
+        return run(cases.each[0], *arrays)
+    branches = [partial(run, case) for case in cases.each]
+    which = vary_like(cases.which, (arrays, cases.which))
+    return lax.switch(which, branches, *arrays)
+
+
+def _attend(scale, value_size, case: Case, q, k, v, carry):
+    """`carry` with what the queries see in a case."""
+    for block in case:
+        part = _compat.cudnn_attention(
+            q[:, block.q], k[:, block.kv], v[:, block.kv], scale, block.is_causal
+        )
+        out, lse = part[0][..., :value_size], part[1].swapaxes(1, 2)
+        carry = _merged(carry, block.q, out.astype(lse.dtype), lse, q)
+    return _nothing(q, value_size) if carry is None else carry
+
+
+def _merged(carry, rows, out, lse, q):
+    """`carry` with what some of the rows have seen."""
+    whole = out.shape[1] == q.shape[1]
+    if whole:
+        return (out, lse) if carry is None else merge(*carry, out, lse)
+    if carry is None:
+        carry = _nothing(q, out.shape[3])
+    seen = merge(*(x[:, rows] for x in carry), out, lse)
+    return tuple(
+        lax.dynamic_update_slice_in_dim(x, y, rows.start, 1)
+        for x, y in zip(carry, seen, strict=True)
+    )
+
+
+def _nothing(q, value_size):
+    """The carry of rows that have seen nothing."""
+    out = jnp.zeros((*q.shape[:3], value_size), jnp.float32)
+    return vary_like((out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)), q)
+
+
+def _pull_back(scale, case: Case, q, k, v, dout, out, lse):
+    """dq, dk, dv of a case in float32."""
+    grads = [jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)]
+    grads = vary_like(grads, q)
+    for block in case:
+        sides = (block.q, block.kv, block.kv)
+        parts = _compat.cudnn_attention_backward(
+            *(x[:, rows] for x, rows in zip((q, k, v), sides, strict=True)),
+            lse[:, block.q].swapaxes(1, 2),
+            out[:, block.q],
+            dout[:, block.q],
+            scale,
+            block.is_causal,
+        )
+        grads = [
+            total + _along(part.astype(lse.dtype), rows, total.shape[1])
+            for total, part, rows in zip(grads, parts, sides, strict=True)
+        ]
+    return tuple(grads)
+
+
+def _along(part, rows, length):
+    """[B, t, N, H] at its rows of [B, T, N, H], zeros elsewhere."""
+    start, stop, _ = rows.indices(length)
+    return jnp.pad(part, ((0, 0), (start, length - stop), (0, 0), (0, 0)))
+
+
+def _of_one_size(*arrays):
+    """Arrays of one head size that cuDNN takes: zeros are appended."""
+    size = max(x.shape[3] for x in arrays)
+    size += -size % _PIECE
+    return [
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3]))) for x in arrays
+    ]
