@@ -8,6 +8,7 @@
 `loss.py` and `generate.py` use a model.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -105,13 +106,13 @@ class Llama(nnx.Module):
         Raises:
           ValueError: shapes, dtypes or lengths that do not fit.
         """
-        batch = Batch.of(self.mesh, tokens, segment_ids, positions, layout)
+        batch = Batch.of(self.split, tokens, segment_ids, positions, layout)
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
 
     @property
     def split(self) -> Split:
         """How the model's mesh splits arrays."""
-        return Split.of(self.mesh, self.config.zero)
+        return Split.of(self.mesh, self.config.zero, self.config.tensor_sequence)
 
     def run(self, f: Callable, batch: Batch, out_specs, *extra):
         """Runs a function of one device's shards on all of them, compiled.
@@ -142,7 +143,9 @@ class Llama(nnx.Module):
         Args:
           f: called as f(transformer, weights, *arrays).
         """
-        transformer = Transformer(self.config, self.split, "contiguous")
+        # Of one token there is nothing to split over `tensor`.
+        split = dataclasses.replace(self.split, tensor_sequence=False)
+        transformer = Transformer(self.config, split, "contiguous")
         return self._run_on(f, transformer, out_specs, *arrays)
 
     def _run_on(self, f, transformer, out_specs, *arrays):
@@ -169,7 +172,7 @@ def _run(f, transformer, specs, out_specs, params, *arrays):
 
 def _logits(transformer, weights, tokens, positions, segment_ids):
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    return transformer.logits(weights, x)
+    return transformer.logits(weights, transformer.split.enter(x))
 
 
 def _draw(config, key):

@@ -12,6 +12,7 @@ collectives it calls, which do nothing where there is nothing to split.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from usp_jax._compat import vary_over
+from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
 
@@ -48,6 +50,8 @@ class Split:
     Attributes:
       level: 3 gathers weights over `fsdp` and the sequence's axes layer by layer, 1
         does so once.
+      tensor_sequence: what is not split by heads or features over `tensor` is split
+        by tokens (TP-sp, arXiv 2205.05198).
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -56,21 +60,29 @@ class Split:
     sequence: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
     level: int = 3
+    tensor_sequence: bool = False
 
     @classmethod
-    def of(cls, mesh: Mesh | AbstractMesh | None, level: int = 3) -> "Split":
+    def of(
+        cls,
+        mesh: Mesh | AbstractMesh | None,
+        level: int = 3,
+        tensor_sequence: bool = False,
+    ) -> "Split":
         """The split over a mesh, or over one device for None."""
 
         def split(*names):
             return tuple(name for name in names if axis_size(mesh, name) > 1)
 
+        tensor = split("tensor")
         return cls(
             mesh,
             split("data"),
             split("fsdp"),
             split("ring", "ulysses"),
-            split("tensor"),
+            tensor,
             level,
+            tensor_sequence and bool(tensor),
         )
 
     @property
@@ -137,6 +149,34 @@ class Split:
         """
         axes = self.zero + self.tensor
         return vary_over(x, frozenset(axes)) if axes else x
+
+    def enter(self, x, axis: int = 1):
+        """What all devices along `tensor` compute their heads or features from.
+
+        [b, t/tensor, D] -> [b, t, D] under `tensor_sequence`; the gradient, which each
+        of them has a part of, is summed and split again. Without it a device has all
+        tokens, and the gradient is summed.
+        """
+        if self.tensor_sequence:
+            return lax.all_gather(x, self.tensor, axis=axis, tiled=True)
+        return self.vary(x)
+
+    def leave(self, x, axis: int = 1):
+        """The sum of what they have computed: [b, t, D] -> [b, t/tensor, D].
+
+        Without `tensor_sequence` each has the sum for all tokens.
+        """
+        if self.tensor_sequence:
+            return lax.psum_scatter(
+                x, self.tensor, scatter_dimension=axis, tiled=True
+            )
+        return self.sum(x, self.tensor)
+
+    def length_multiple(self, layout: str) -> int:
+        """What the length of a stored sequence is a multiple of."""
+        ring, ulysses = (axis_size(self.mesh, name) for name in ("ring", "ulysses"))
+        tensor = self.size(self.tensor) if self.tensor_sequence else 1
+        return math.lcm(length_multiple(layout, ring, ulysses), ring * ulysses * tensor)
 
     def sum(self, x, axes: tuple[str, ...]):
         """The sum over the devices along `axes`."""

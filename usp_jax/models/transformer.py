@@ -7,7 +7,9 @@
     x [b, t, D]        the final norm's output
 
 Weights are the working copy of the parameters, split over `Split.each` and `tensor`.
-Small letters are this device's sizes.
+Small letters are this device's sizes. Under `tensor_sequence` x is [b, t/tensor, D]:
+`Split.enter` gathers it for attention and for the feed-forward network, `Split.leave`
+sums and splits what they give.
 """
 
 import dataclasses
@@ -64,7 +66,10 @@ class Transformer:
         weights = {"embed": params["embed"]}
         for name, x in {**params, "lm_head": output}.items():
             if _is_norm(name):
-                weights[name] = split.gather(x, name, split.zero)
+                x = split.gather(x, name, split.zero)
+                # Applied to other tokens on each device along `tensor`: here their
+                # gradients are summed once, not in every layer.
+                weights[name] = split.vary(x) if split.tensor_sequence else x
             elif name != "embed":
                 weights[name] = split.gather(x.astype(dtype), name, split.once)
         return weights
@@ -75,8 +80,8 @@ class Transformer:
         tokens: Int[Array, "b t"],
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
-    ) -> Float[Array, "b t D"]:
-        """What the output matrix is applied to."""
+    ) -> Float[Array, "b s D"]:
+        """What the output matrix is applied to, once `Split.enter` has had it."""
         attend = partial(self._attend, positions, segment_ids)
         return self._layers(
             weights, tokens, positions, lambda *x: (attend(*x[:3]), None)
@@ -89,7 +94,7 @@ class Transformer:
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
         page_tokens: int,
-    ) -> tuple[Float[Array, "b t D"], KVCache]:
+    ) -> tuple[Float[Array, "b s D"], KVCache]:
         """`hidden`, and the layers' caches with room for `page_tokens` more tokens.
 
         The caches of all layers are one, whose arrays have a leading dim L.
@@ -116,7 +121,8 @@ class Transformer:
     ) -> tuple[Float[Array, "b t D"], KVCache]:
         """`hidden` of tokens that follow those in a cache, and the cache with them.
 
-        The tokens are the same on all devices that share a sequence.
+        The tokens are the same on all devices that share a sequence, and too few for
+        `tensor_sequence`.
         """
 
         def attend(q, k, v, cache):
@@ -203,10 +209,8 @@ class Transformer:
         ids = every - split.index(split.tensor) * table.shape[0]
         x = jnp.take(table, ids, axis=0, mode="clip").astype(self.config.dtype)
         here = (ids >= 0) & (ids < table.shape[0])
-        x = jnp.where(here[..., None], x, 0)
-        if axes:
-            x = lax.all_to_all(x, axes, 0, 3, tiled=True)
-        return split.sum(x[0], split.tensor)
+        x = split.leave(jnp.where(here[..., None], x, 0), axis=2)
+        return lax.all_to_all(x, axes, 0, 3, tiled=True)[0] if axes else x[0]
 
     def _block(self, layer, state, x, angles, attend):
         """One layer: attention, then the feed-forward network."""
@@ -215,18 +219,18 @@ class Transformer:
             name: x if _is_norm(name) else split.gather(x, name, split.each)
             for name, x in layer.items()
         }
-        y = split.vary(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
+        y = split.enter(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
         q = rotate(jnp.einsum("BTD,DNH->BTNH", y, w["q"]), *angles)
         k = rotate(jnp.einsum("BTD,DKH->BTKH", y, w["k"]), *angles)
         v = jnp.einsum("BTD,DKH->BTKH", y, w["v"])
         out, state = attend(q, k, v, state)
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
-        x = x + split.sum(out, split.tensor)
-        y = split.vary(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
+        x = x + split.leave(out)
+        y = split.enter(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
         gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
         up = jnp.einsum("BTD,DF->BTF", y, w["up"])
         out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
-        return x + split.sum(out, split.tensor), state
+        return x + split.leave(out), state
 
 
 def _rms_norm(x, weight, eps):
