@@ -88,14 +88,22 @@ class Batch:
     counted: bool
 
     @classmethod
-    def of(cls, split: Split, tokens, segment_ids, positions, layout) -> "Batch":
+    def of(
+        cls,
+        split: Split,
+        tokens,
+        segment_ids,
+        positions,
+        layout: str,
+        microbatches: int = 1,
+    ) -> "Batch":
         """Raises ValueError for shapes, dtypes and lengths that do not fit."""
         _check("tokens", tokens, tokens)
-        ways = split.size(split.batch)
+        ways = split.size(split.batch) * microbatches
         if tokens.shape[0] % ways:
+            what = "data·fsdp" if microbatches == 1 else "data·fsdp·microbatches"
             raise ValueError(
-                f"the batch, B={tokens.shape[0]}, must be a multiple of data·fsdp = "
-                f"{ways}"
+                f"the batch, B={tokens.shape[0]}, must be a multiple of {what} = {ways}"
             )
         order = Order.of(layout, tokens.shape[1], split)
         if segment_ids is not None:

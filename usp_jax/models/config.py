@@ -38,6 +38,11 @@ class LlamaConfig:
         attention and the feed-forward networks is split over it by tokens (TP-sp):
         a 1/tensor of the memory for the same bytes sent. A device's part of the
         sequence must then be a multiple of tensor.
+      microbatches: in how many parts a device's rows go through the stages of a mesh
+        with a `pipe` axis; None is one for each stage, and more leave the stages less
+        idle (`pipeline.py`).
+      interleave: how many groups of layers, far from each other, a stage has; more
+        leave it less idle, and send more.
       implementation: of attention, as in `usp_attention`.
     """
 
@@ -58,6 +63,8 @@ class LlamaConfig:
     loss_block: int = 8192
     zero: int = 3
     tensor_sequence: bool = True
+    microbatches: int | None = None
+    interleave: int = 1
     implementation: str | None = None
 
     @classmethod
@@ -82,9 +89,12 @@ class LlamaConfig:
             "d_ff",
             "loss_chunk",
             "loss_block",
+            "interleave",
         )
         for name in sizes:
             check_positive_int(name, getattr(self, name))
+        if self.microbatches is not None:
+            check_positive_int("microbatches", self.microbatches)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "

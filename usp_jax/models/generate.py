@@ -29,6 +29,7 @@ def generate(
     """Continues prompts: int32 [B, P + num_tokens], the prompt included.
 
     Each token's weights are gathered anew: meant for a look at what a model has learnt.
+    A mesh with a `pipe` axis is used as one without; the parameters are copied for it.
     A dynamic scaling of RoPE is fixed to the final length, P + num_tokens.
 
     Args:
@@ -57,7 +58,7 @@ def generate(
         )
     if num_tokens == 0:
         return prompt
-    graphdef, params = nnx.split(model, nnx.Param)
+    graphdef, params = nnx.split(model.without_pipeline(), nnx.Param)
     key = jax.random.key(0) if key is None else key
     temperature = jnp.asarray(temperature, jnp.float32)
     return _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax.models.batch import Batch
 from usp_jax.models.config import LlamaConfig as LlamaConfig
+from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling as DynamicNTKScaling,
     LinearScaling as LinearScaling,
@@ -106,8 +107,26 @@ class Llama(nnx.Module):
         Raises:
           ValueError: shapes, dtypes or lengths that do not fit.
         """
-        batch = Batch.of(self.split, tokens, segment_ids, positions, layout)
+        batch = self.batch(tokens, segment_ids, positions, layout)
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
+
+    def batch(self, tokens, segment_ids, positions, layout: str) -> Batch:
+        """The arguments of a call, checked, as they are stored."""
+        split = self.split
+        microbatches = Pipeline.of(self.config, split.size(split.stages)).microbatches
+        return Batch.of(split, tokens, segment_ids, positions, layout, microbatches)
+
+    def without_pipeline(self) -> "Llama":
+        """The same parameters on a mesh whose `data` axis has taken in `pipe`."""
+        if not self.split.stages:
+            return self
+        pipe, data, *others = self.mesh.devices.shape
+        devices = self.mesh.devices.reshape(1, pipe * data, *others)
+        mesh = Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+        config = dataclasses.replace(self.config, microbatches=None, interleave=1)
+        params = nnx.to_pure_dict(nnx.split(self, nnx.Param)[1])
+        params = jax.device_put(params, parameter_shardings(config, mesh))
+        return Llama.of_parameters(config, params, mesh=mesh)
 
     @property
     def split(self) -> Split:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
 
 Ids = Int[Array, "B T"]
@@ -47,7 +46,7 @@ def loss(
             f"labels is {labels.dtype}{list(labels.shape)}, it must be int32 "
             f"{list(tokens.shape)}, as tokens"
         )
-    batch = Batch.of(model.split, tokens, segment_ids, positions, layout)
+    batch = model.batch(tokens, segment_ids, positions, layout)
     labels = batch.order.store(labels, NO_LABEL)
     extra = (labels, model.split.tokens)
     return model.run(_loss, batch, (jax.P(), jax.P()), extra)
@@ -68,7 +67,7 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
 def _loss(transformer, weights, tokens, positions, segment_ids, labels):
     """(nats, number of labels) of all devices."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    split, config = transformer.split, transformer.config
+    split, config = transformer.split.ends, transformer.config
     blocks = _blocks(weights["lm_head"], config.loss_block)
     nats = _nats(split, config.loss_chunk, x, blocks, labels)
     nats = split.sum(nats, split.batch + split.sequence)

@@ -132,14 +132,13 @@ class Pipeline:
         return self.rounds * self.stages
 
     def _exchange(self, tick, belt, waiting):
-        """Takes the finished off the belt and puts the next ones on it, once a period.
+        """Puts the next group's own on the belt, once a period, for what lies there.
 
-        The belt is as long as the ring: after each P ticks all is where it was put on.
+        All that is put on is back after P ticks, when the first stage has taken each
+        for one of the group before. So this is the group before the last, finished.
         """
         group, starts = tick // self._period, tick % self._period == 0
         coming = waiting[jnp.minimum(group, waiting.shape[0] - 1)]
-        # What was put on as a group has gone through by the time of the next, and its
-        # last one has come home by the time of the one after that.
         done = jnp.maximum(group - 2, 0)
         finished = jnp.where(starts & (group >= 2), belt, waiting[done])
         return jnp.where(starts, coming, belt), waiting.at[done].set(finished)
@@ -181,7 +180,7 @@ class Pipeline:
         if self.rounds == 1:
             return x
         index = lax.axis_index(self.axis)
-        kept, turns = _deal_tables(self.stages, self.rounds)
+        kept, turns = deal_tables(self.stages, self.rounds)
         groups = x.reshape(self.rounds, -1, *x.shape[1:])
         arrived = []
         for turn in range(self.rounds):
@@ -194,8 +193,8 @@ class Pipeline:
         return jnp.stack(arrived)[jnp.asarray(turns)[index]].reshape(x.shape)
 
 
-def _deal_tables(stages, rounds):
-    """Which group a device sends in a turn, [v, P], and in which one each comes, [P, v].
+def deal_tables(stages, rounds):
+    """Which group a device sends in a turn, [v, P], and when each comes to it, [P, v].
 
     Group g is kept by device g // v and used by device g mod P in round g // P. In turn
     (g + g // lcm(v, P)) mod v no device sends two groups, and none gets two.

@@ -23,10 +23,11 @@ from usp_jax._compat import vary_over
 from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.pipeline import Pipeline
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
-# vocabulary.
+# vocabulary. L goes over `pipe`; to what has no layers `pipe` is a ZeRO axis more.
 TABLE: dict[str, tuple[str, str | None, str]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
@@ -59,6 +60,7 @@ class Split:
     fsdp: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
     level: int = 3
     tensor_sequence: bool = False
 
@@ -81,6 +83,7 @@ class Split:
             split("fsdp"),
             split("ring", "ulysses"),
             tensor,
+            split("pipe"),
             level,
             tensor_sequence and bool(tensor),
         )
@@ -105,19 +108,32 @@ class Split:
         return self.data + self.fsdp
 
     @property
+    def ends(self) -> "Split":
+        """The split of what has no layers: the tables, and the work on them.
+
+        All stages of a pipeline share it: to it, `pipe` is as `fsdp`.
+        """
+        return dataclasses.replace(self, fsdp=self.fsdp + self.stages, stages=())
+
+    @property
     def tokens(self) -> jax.P:
         """Of arrays [B, T, ...]."""
-        return jax.P(self.batch or None, self.sequence or None)
+        return jax.P(self.ends.batch or None, self.sequence or None)
 
     @property
     def logits(self) -> jax.P:
         """Of logits [B, T, V]."""
-        return jax.P(self.batch or None, self.sequence or None, self.tensor or None)
+        return jax.P(*self.tokens, self.tensor or None)
+
+    def of_parameter(self, name: str) -> "Split":
+        """The split that a parameter has."""
+        return self if "L" in TABLE[name][0] else self.ends
 
     def parameter(self, name: str) -> jax.P:
         """Of a parameter."""
         dims, tensor, zero = TABLE[name]
-        axes = {tensor: self.tensor, zero: self.zero}
+        axes = {tensor: self.tensor, zero: self.of_parameter(name).zero}
+        axes["L"] = self.stages
         return jax.P(*(axes.get(dim) or None for dim in dims))
 
     def size(self, axes: tuple[str, ...]) -> int:
@@ -147,10 +163,10 @@ class Split:
         Where devices along `tensor` then use the same x each for themselves, their
         gradients are summed here, once.
         """
-        axes = self.zero + self.tensor
+        axes = self.ends.zero + self.tensor
         return vary_over(x, frozenset(axes)) if axes else x
 
-    def enter(self, x, axis: int = 1):
+    def enter(self, x):
         """What all devices along `tensor` compute their heads or features from.
 
         [b, t/tensor, D] -> [b, t, D] under `tensor_sequence`; the gradient, which each
@@ -158,7 +174,7 @@ class Split:
         tokens, and the gradient is summed.
         """
         if self.tensor_sequence:
-            return lax.all_gather(x, self.tensor, axis=axis, tiled=True)
+            return lax.all_gather(x, self.tensor, axis=1, tiled=True)
         return self.vary(x)
 
     def leave(self, x, axis: int = 1):
@@ -167,9 +183,7 @@ class Split:
         Without `tensor_sequence` each has the sum for all tokens.
         """
         if self.tensor_sequence:
-            return lax.psum_scatter(
-                x, self.tensor, scatter_dimension=axis, tiled=True
-            )
+            return lax.psum_scatter(x, self.tensor, scatter_dimension=axis, tiled=True)
         return self.sum(x, self.tensor)
 
     def length_multiple(self, layout: str) -> int:
@@ -225,19 +239,16 @@ def parameter_shardings(
 def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
     """Raises ValueError when the model cannot be split over a mesh."""
     if mesh is None:
+        Pipeline.of(config, 1)
         return
     if AxisType.Explicit in mesh.axis_types:
         raise ValueError(
             f"mesh={mesh} has Explicit axes; a Llama needs Auto ones: "
             "make_mesh(explicit=False)"
         )
-    if axis_size(mesh, "pipe") > 1:
-        raise ValueError(
-            f"the mesh axis 'pipe' has size {axis_size(mesh, 'pipe')}, it must be 1: "
-            "a Llama is not split into pipeline stages"
-        )
+    Pipeline.of(config, axis_size(mesh, "pipe"))
     split = Split.of(mesh)
-    shards = {"ZeRO": split.zero, "tensor": split.tensor}
+    shards = {"ZeRO": split.ends.zero, "tensor": split.tensor}
     needs = (
         ("d_model", "ZeRO"),
         ("num_heads", "tensor"),
