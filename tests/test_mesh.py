@@ -1,12 +1,14 @@
 """Meshes: the six axes, who plays which role, which mesh a call runs on, and errors."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 import usp_jax
-from usp_jax.mesh import ROLES, axis_size, present, resolve_mesh
+from usp_jax.mesh import ROLES, axis_size, place, present, resolve_mesh
 
 
 def test_has_all_six_axes_outermost_first():
@@ -108,3 +110,85 @@ def test_a_region_that_is_manual_over_what_the_call_splits(name):
             inside, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={name}
         )
     )(np.zeros(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What placing looks at: of a TPU its coordinates, of a GPU its process."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int
+    slice_index: int = 0
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def slices(number):
+    """TPU v5p slices of 2x2x1 chips, their devices in a jumble."""
+    devices = [
+        FakeDevice(4 * s + n, "tpu", "TPU v5", s, s, (n % 2, n // 2, 0))
+        for s in range(number)
+        for n in range(4)
+    ]
+    return devices[::2] + devices[1::2]
+
+
+def nodes(number, gpus, per_process):
+    """GPU nodes that jax knows of by their processes only."""
+    return [
+        FakeDevice(n, "gpu", "NVIDIA H100", n // per_process)
+        for n in range(number * gpus)
+    ]
+
+
+def islands(placed, devices_each):
+    """The island of every device of a mesh."""
+    return np.vectorize(lambda device: device.id // devices_each)(placed)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "crossing"),
+    [
+        ({"data": 2, "ring": 2, "ulysses": 2}, {"data"}),
+        ({"pipe": 2, "tensor": 4}, {"pipe"}),
+        ({"ring": 8}, {"ring"}),
+        ({"ring": 4, "ulysses": 2}, {"ring"}),
+        ({"ulysses": 8}, {"ulysses"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["slices", "nodes"])
+def test_outer_axes_cross_slow_links(sizes, crossing, kind):
+    devices = slices(2) if kind == "slices" else nodes(2, 4, 4)
+    shape = tuple(sizes.get(role, 1) for role in ROLES)
+    found = islands(place(shape, devices), 4)
+    assert found.shape == shape
+    for axis, role in enumerate(ROLES):
+        same = (np.diff(found, axis=axis) == 0).all()
+        assert same == (role not in crossing), role
+
+
+def test_an_axis_goes_over_to_the_next_island_once():
+    line = islands(place((1, 1, 1, 16, 1, 1), slices(4)), 4).reshape(-1)
+    assert line.tolist() == sorted(line)
+
+
+def test_several_axes_share_the_islands():
+    # Of six islands the pipeline has two and the data three.
+    found = islands(place((2, 3, 1, 4, 1, 1), nodes(6, 4, 4)), 4)
+    assert (found[..., :1, :, :] == found).all()
+    assert sorted(found[:, :, 0, 0, 0, 0].reshape(-1)) == list(range(6))
+
+
+def test_a_process_for_each_gpu_keeps_their_order():
+    devices = nodes(2, 4, 1)
+    placed = place((1, 1, 1, 4, 2, 1), devices[::-1])
+    assert [device.id for device in placed.flat] == list(range(8))
+
+
+def test_islands_of_different_sizes_are_taken_in_their_order():
+    devices = nodes(3, 4, 4)[2:10]
+    placed = place((1, 2, 1, 4, 1, 1), devices)
+    assert list(placed.flat) == devices

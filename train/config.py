@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from usp_jax.layout import LAYOUTS, length_multiple
+from usp_jax.mesh import ROLES
 from usp_jax.models.llama import LlamaConfig, RopeScaling
+from usp_jax.models.pipeline import Pipeline
 
 STORED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "data")
 DTYPES = ("float32", "bfloat16")
@@ -21,7 +23,8 @@ class MeshConfig:
     """Devices along each axis of the mesh, outermost first.
 
     Attributes:
-      pipe: pipeline stages; the model has one, so 1.
+      pipe: splits the layers into stages, which work on micro-batches of the rows one
+        behind the other.
       data: splits the batch; optimizer state is split too (ZeRO-1).
       fsdp: splits the batch, parameters, gradients and optimizer state (ZeRO-3).
       ring: splits the sequence, by ring attention.
@@ -29,6 +32,9 @@ class MeshConfig:
       tensor: splits heads and the feed-forward network.
       zero: the ZeRO level over fsdp, ring and ulysses: 3 splits parameters and
         gradients too, 1 optimizer state only.
+      microbatches: in how many parts a device's rows go through the stages; None is
+        one for each stage, more leave the stages less idle.
+      interleave: groups of layers that a stage has; more leave it less idle too.
     """
 
     pipe: int = 1
@@ -38,11 +44,13 @@ class MeshConfig:
     ulysses: int = 1
     tensor: int = 1
     zero: int = 3
+    microbatches: int | None = None
+    interleave: int = 1
 
     @property
     def axes(self) -> dict[str, int]:
         """The size of each axis."""
-        return {name: size for name, size in vars(self).items() if name != "zero"}
+        return {name: getattr(self, name) for name in ROLES}
 
     @property
     def devices(self) -> int:
@@ -60,6 +68,8 @@ class ModelConfig:
       remat: what the backward pass computes again: none, full, attention (attention's
         output is kept) or attention_qkv (its inputs too).
       loss_chunk: how many of a device's tokens have their logits in memory at once.
+      tensor_sequence: with mesh.tensor, splits over it by tokens what is not split by
+        heads or features (TP-sp).
       implementation: of attention; None is the platform's own.
     """
 
@@ -76,6 +86,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     remat: str = "full"
     loss_chunk: int = 1024
+    tensor_sequence: bool = True
     implementation: str | None = None
 
 
@@ -208,7 +219,18 @@ class Config:
     @property
     def llama(self) -> LlamaConfig:
         """The model's configuration; raises ValueError for sizes it cannot have."""
-        return LlamaConfig(**vars(self.model), dtype=self.dtype, zero=self.mesh.zero)
+        return LlamaConfig(
+            **vars(self.model),
+            dtype=self.dtype,
+            zero=self.mesh.zero,
+            microbatches=self.mesh.microbatches,
+            interleave=self.mesh.interleave,
+        )
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The schedule of the stages; raises ValueError for one there cannot be."""
+        return Pipeline.of(self.llama, self.mesh.pipe)
 
 
 def check(config: Config) -> None:
@@ -219,23 +241,33 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} must be one of {values}"
             )
-    _ = config.llama
-    mesh = config.mesh
-    ways = mesh.data * mesh.fsdp * config.accumulate
+    mesh, microbatches = config.mesh, config.pipeline.microbatches
+    ways = mesh.data * mesh.fsdp * microbatches * config.accumulate
     if config.batch_size % ways:
+        parts = f", {microbatches} micro-batches" if mesh.pipe > 1 else ""
         raise ValueError(
             f"batch_size={config.batch_size} must be a multiple of {ways} at "
-            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, "
+            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}{parts}, "
             f"accumulate={config.accumulate}"
         )
-    multiple = length_multiple(config.layout, mesh.ring, mesh.ulysses)
+    _check_length(config)
+    _check_distributed(config.distributed)
+
+
+def _check_length(config):
+    mesh = config.mesh
+    tensor = mesh.tensor if config.model.tensor_sequence else 1
+    multiple = math.lcm(
+        length_multiple(config.layout, mesh.ring, mesh.ulysses),
+        mesh.ring * mesh.ulysses * tensor,
+    )
     if config.sequence_length % multiple:
+        also = f", mesh.tensor={tensor}" if tensor > 1 else ""
         raise ValueError(
             f"sequence_length={config.sequence_length} must be a multiple of "
             f"{multiple} for layout={config.layout!r} at mesh.ring={mesh.ring}, "
-            f"mesh.ulysses={mesh.ulysses}"
+            f"mesh.ulysses={mesh.ulysses}{also}"
         )
-    _check_distributed(config.distributed)
 
 
 def _check_numbers(config):
@@ -247,7 +279,7 @@ def _check_numbers(config):
     )
     counts = "seed optimizer.warmup_steps optimizer.weight_decay sample.length"
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
-        if not flat[name] > 0:
+        if flat[name] is not None and not flat[name] > 0:
             raise ValueError(f"{name}={flat[name]} must be positive")
     for name in [*counts.split(), "sample.temperature"]:
         if not flat[name] >= 0:

@@ -214,7 +214,7 @@ def batches(
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How rows [B, T] are split over a mesh."""
-    return NamedSharding(mesh, jax.P(("data", "fsdp"), ("ring", "ulysses")))
+    return NamedSharding(mesh, jax.P(("data", "fsdp", "pipe"), ("ring", "ulysses")))
 
 
 def describe(batch_size: int, length: int, mesh: Mesh) -> Batch:

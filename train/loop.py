@@ -104,8 +104,18 @@ def _compile(run, state):
     )
     batch = describe(config.batch_size, config.sequence_length, run.mesh)
     compiled = compile_step(step, state, batch)
+    if config.mesh.pipe > 1:
+        tell(_describe(config.pipeline))
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")
     return compiled
+
+
+def _describe(pipeline):
+    return (
+        f"pipeline: {pipeline.stages} stages of {pipeline.rounds} groups of layers, "
+        f"{pipeline.microbatches} micro-batches: idle in {pipeline.bubble:.1%} of a "
+        f"step's {pipeline.ticks} ticks"
+    )
 
 
 def _report(run, state):

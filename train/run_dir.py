@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "model.implementation",
     "model.loss_chunk",
     "model.remat",
+    "model.tensor_sequence",
     "run_dir",
     "sample",
     "steps",

@@ -1,12 +1,15 @@
 """Device meshes: the six axes of the system and the mesh that a call runs on.
 
 The order, outermost first, puts the axes that talk most on the fastest links
-(USP, arXiv 2405.07719, Tip 7).
+(USP, arXiv 2405.07719, Tip 7). Where some links are slow, those between the slices of
+a multi-slice TPU or between GPU nodes, the outermost axes cross them.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +65,8 @@ def make_mesh(
 
     Args:
       devices: the devices to use, all of them; None takes as many of
-        `jax.devices()` as the sizes ask for, placed as the hardware's links advise.
+        `jax.devices()` as the sizes ask for. They are placed as the hardware's links
+        advise.
       explicit: makes the axes `AxisType.Explicit` instead of `AxisType.Auto`.
 
     Raises:
@@ -94,18 +98,70 @@ def make_mesh(
             f"{jax.process_count()} processes idle; pass devices= to choose them"
         )
     kind = AxisType.Explicit if explicit else AxisType.Auto
-    kinds = (kind,) * len(ROLES)
+    devices = jax.devices()[:wanted] if devices is None else devices
+    placed = place(sizes, devices)
+    return Mesh(placed, ROLES, axis_types=(kind,) * len(ROLES))
+
+
+def place(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the shape of a mesh, its neighbours on fast links, the inner first.
+
+    Between islands of devices, the links are slow: as few axes as can be, the
+    outermost ones, have several. Islands of different sizes are taken in their order.
+    """
+    key, islands = _islands(devices)
+    if len(set(islands.values())) != 1:
+        return np.array(devices).reshape(sizes)
+    outer = _outermost(sizes, len(islands))
+    inner = tuple(size // n for size, n in zip(sizes, outer, strict=True))
+
+    def placed(split):
+        if len(islands) == 1:
+            return mesh_utils.create_device_mesh(
+                sizes, devices, allow_split_physical_axes=split
+            )
+        return mesh_utils.create_hybrid_device_mesh(
+            inner,
+            outer,
+            devices,
+            process_is_granule=key == "process_index",
+            allow_split_physical_axes=split,
+        )
+
     try:
-        return jax.make_mesh(sizes, ROLES, axis_types=kinds, devices=devices)
+        # jax.make_mesh splits the sides of these slices always.
+        return placed(devices[0].device_kind in ("TPU v5 lite", "TPU v5e"))
     except NotImplementedError:
         # An axis of 8 on a torus of 4x4x4 has to run round parts of two of its sides.
-        placed = mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True
-        )
+        return placed(True)
     except AssertionError:
         # TPU v4 whose chips are two devices each: jax places none such.
-        placed = np.array(jax.devices() if devices is None else devices)
-    return Mesh(placed.reshape(sizes), ROLES, axis_types=kinds)
+        return np.array(devices).reshape(sizes)
+
+
+def _islands(devices):
+    """What tells islands apart, and how many devices each of them has.
+
+    jax numbers the slices of TPUs, and groups of GPUs that NVLink joins where it knows
+    of them; where it does not, a GPU's process is taken for its node.
+    """
+    keys = ["slice_index"]
+    if devices[0].platform in ("gpu", "cuda", "rocm"):
+        keys.append("process_index")
+    for key in keys:
+        islands = collections.Counter(getattr(d, key, 0) for d in devices)
+        if len(islands) > 1:
+            return key, islands
+    return None, {0: len(devices)}
+
+
+def _outermost(sizes, islands):
+    """How many islands each axis has, which is a part of its size."""
+    outer = []
+    for size in sizes:
+        outer.append(math.gcd(size, islands))
+        islands //= outer[-1]
+    return tuple(outer)
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, name: str | None) -> int:

@@ -82,9 +82,9 @@ def loss_and_gradients(model: Llama, *arrays, **options):
 
 
 @lru_cache
-def expected_loss_and_gradients():
+def expected_loss_and_gradients(num_layers: int = 2):
     """The plain model's, with documents."""
-    model, ids = build(small()), segments()
+    model, ids = build(small(num_layers=num_layers)), segments()
     labels = shift_labels(tokens(), ids)
 
     def mean(params):
@@ -288,12 +288,53 @@ def compiled_gradient(config: LlamaConfig, rows: int = 2, length: int = 64, **me
 
 def test_tensor_parallel_sums_are_few():
     """Four sums of [b, t, D] a layer, as Megatron's, of which none is of q or k."""
-    config = small(num_layers=3, remat="attention_qkv")
+    config = small(num_layers=3, remat="attention_qkv", tensor_sequence=False)
     found = collectives(compiled_gradient(config, ring=2, tensor=4))
     activations = 4 * 2 * 32 * config.d_model
     sums = [c for c in found if c.kind == "all-reduce" and c.executions == 3]
     # The fifth recomputes what the feed-forward network is given.
     assert sum(c.operand_bytes for c in sums) == 5 * activations
+
+
+@pytest.mark.parametrize(
+    ("remat", "scatters"),
+    [("none", 4), pytest.param("full", 5, marks=pytest.mark.long)],
+)
+def test_the_sequence_split_over_tensor_too_sends_megatrons_bytes(remat, scatters):
+    """6 all-gathers and 4 reduce-scatters a layer (USP, Table 2).
+
+    The gathers of both inputs are made again in the backward; where nothing is kept,
+    attention's output too is summed again.
+    """
+    layers, tensor = 3, 4
+    config = small(num_layers=layers, remat=remat)
+    found = collectives(compiled_gradient(config, ring=2, tensor=tensor))
+    rows, length = 2, 32
+    whole = 4 * rows * length * config.d_model
+    gathers = [c for c in found if c.kind == "all-gather" and c.result_bytes == whole]
+    sums = [c for c in found if c.kind == "reduce-scatter" and c.operand_bytes == whole]
+    # Beside the layers': the loss gathers what it is given, once for both passes, and
+    # scatters its gradient; the embedding scatters, and gathers the gradient.
+    assert sum(c.executions for c in gathers) == 6 * layers + 2
+    assert sum(c.executions for c in sums) == scatters * layers + 2
+    # A sum is as many bytes as a scatter and a gather: none is left but of the norms'
+    # gradients and of single tokens' numbers.
+    assert all(
+        c.operand_bytes * c.executions < whole / 4
+        for c in found
+        if c.kind == "all-reduce"
+    )
+
+
+@pytest.mark.long
+def test_a_sequence_that_is_not_split_over_tensor_has_the_same_gradients():
+    expected, expected_gradients = expected_loss_and_gradients()
+    ids = segments()
+    model = build(small(tensor_sequence=False), fsdp=2, ring=2, tensor=2)
+    labels = shift_labels(tokens(), ids)
+    value, gradients = loss_and_gradients(model, tokens(), labels, segment_ids=ids)
+    chex.assert_trees_all_close(value, expected, rtol=2e-6)
+    assert_close_to(gradients, expected_gradients, 1e-5)
 
 
 def test_the_loss_needs_no_logits_of_the_sequence():
@@ -372,7 +413,8 @@ def test_shift_labels():
 def test_wrong_meshes_are_told():
     cases = (
         ({"ring": 2, "explicit": True}, {}, "has Explicit axes; .* needs Auto ones"),
-        ({"pipe": 2}, {}, "axis 'pipe' has size 2, it must be 1"),
+        ({"pipe": 8}, {}, "num_layers=2 must be a multiple of pipe"),
+        ({"pipe": 2, "ring": 4}, {"d_model": 100}, "d_model=100 must be a .* of 8"),
         ({"tensor": 8}, {}, "num_kv_heads=4 must be a multiple of 8"),
         ({"ring": 8}, {"d_model": 100}, "d_model=100 must be a multiple of 8"),
     )
@@ -401,6 +443,12 @@ def test_wrong_calls_are_told():
     for arrays, options, message in cases:
         with pytest.raises(ValueError, match=message):
             call_unchecked(model, *arrays, **options)
+    split = build(small(), ring=2, tensor=2)
+    with pytest.raises(
+        ValueError,
+        match=r"tokens.shape\[1\]=58 must be a multiple of 4 .* tensor=2 too",
+    ):
+        call_unchecked(split, ids[:, :58], layout="striped")
     with pytest.raises(
         ValueError, match=r"labels is float32\[8, 60\], it must be int32"
     ):
@@ -410,6 +458,11 @@ def test_wrong_calls_are_told():
 def call_unchecked(model, *arrays, **options):
     """Without the tests' own checks of annotations, which would raise first."""
     return Llama.__call__.__wrapped__(model, *arrays, **options)
+
+
+def test_tensor_sequence_is_a_bool(no_type_checks):
+    with pytest.raises(ValueError, match="tensor_sequence=1 must be True or False"):
+        LlamaConfig.preset("tiny", tensor_sequence=1)
 
 
 def test_configurations():

@@ -55,7 +55,13 @@ def config_of(job: Job, choice: Choice) -> Config:
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     model = {n: x for n, x in vars(job.model).items() if n in names}
     return Config(
-        model=ModelConfig(**{**model, "remat": choice.remat}),
+        model=ModelConfig(
+            **{
+                **model,
+                "remat": choice.remat,
+                "tensor_sequence": choice.tensor_sequence,
+            }
+        ),
         steps=10,
         sequence_length=job.sequence,
         batch_size=job.batch,

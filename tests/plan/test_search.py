@@ -131,7 +131,10 @@ def test_the_command_trains_what_was_planned():
     assert words[:3] == ["python", "-m", "train"]
     config = parse(words[3:])
     assert config.llama == dataclasses.replace(
-        row.job.model, remat=row.choice.remat, zero=row.choice.zero
+        row.job.model,
+        remat=row.choice.remat,
+        zero=row.choice.zero,
+        tensor_sequence=row.choice.tensor_sequence,
     )
     assert config.mesh.axes == row.choice.sizes
     assert config.mesh.zero == row.choice.zero

@@ -31,8 +31,8 @@ def test_a_model_that_the_mesh_cannot_split(config: Config) -> None:
     config = dataclasses.replace(config, mesh=MeshConfig(tensor=4))
     with pytest.raises(ValueError, match="num_kv_heads=2 must be a multiple of 4"):
         build(config)
-    config = dataclasses.replace(config, mesh=MeshConfig(pipe=2))
-    with pytest.raises(ValueError, match="'pipe' has size 2, it must be 1"):
+    config = dataclasses.replace(config, mesh=MeshConfig(pipe=4))
+    with pytest.raises(ValueError, match="num_layers=2 must be a multiple of pipe"):
         build(config)
 
 

@@ -49,6 +49,26 @@ WRONG = {
         ["--mesh.data", "3", "--mesh.fsdp", "2"],
         r"batch_size=4 must be a multiple of 6 at mesh\.data=3, mesh\.fsdp=2, accum",
     ),
+    "micro-batches": (
+        ["--mesh.pipe", "2", "--mesh.microbatches", "8"],
+        r"batch_size=4 must be a multiple of 8 at mesh\.data=1, mesh\.fsdp=1, 8 micro-",
+    ),
+    "micro-batches of one stage": (
+        ["--mesh.microbatches", "4"],
+        "'microbatches': 4, 'interleave': 1} are a pipeline's, but the mesh axis",
+    ),
+    "micro-batches 0": (
+        ["--mesh.microbatches", "0"],
+        r"mesh\.microbatches=0 must be positive",
+    ),
+    "interleave": (
+        ["--mesh.pipe", "2", "--mesh.interleave", "3"],
+        "num_layers=4 must be a multiple of pipe · interleave = 2 · 3 = 6",
+    ),
+    "length over tensor": (
+        ["--mesh.tensor", "4", "--sequence-length", "1048"],
+        r"must be a multiple of 32 for layout='zigzag' at .*, mesh\.tensor=4",
+    ),
     "half a cluster": (
         ["--distributed.coordinator", "localhost:1234"],
         "give all three, with host:port; or coordinator=auto alone; or none",

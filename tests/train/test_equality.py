@@ -1,6 +1,8 @@
 """The losses do not depend on how the work is split, over devices or processes."""
 
 import dataclasses
+import itertools
+import random
 import socket
 import subprocess
 import time
@@ -34,6 +36,38 @@ MESHES = {
 }
 
 
+# With a pipeline: what `make test` runs, and all kinds of meshes of eight devices.
+PIPES = {
+    "pipe2-ring2-tensor2": MeshConfig(pipe=2, ring=2, tensor=2),
+    "pipe2-fsdp2-ulysses2-zero1": MeshConfig(
+        pipe=2, fsdp=2, ulysses=2, zero=1, interleave=2
+    ),
+}
+
+
+def drawn_meshes(count: int) -> list[MeshConfig]:
+    """Meshes of eight devices, spread over all that the model can be split into."""
+    possible = [
+        MeshConfig(*(2**n for n in powers))
+        for powers in itertools.product(range(4), repeat=6)
+        if sum(powers) == 3 and powers[0] < 3 and powers[5] < 2
+    ]
+    draw = random.Random(0)
+    found = []
+    for mesh in draw.sample(possible, count):
+        changes = {"zero": draw.choice((1, 3))}
+        if mesh.pipe > 1:
+            most = 8 // (mesh.data * mesh.fsdp)
+            numbers = [n for n in (2, 4, 8) if mesh.pipe <= n <= most]
+            changes["microbatches"] = draw.choice(numbers)
+            changes["interleave"] = draw.choice((1, 4 // mesh.pipe))
+        found.append(dataclasses.replace(mesh, **changes))
+    return found
+
+
+DRAWN = drawn_meshes(18)
+
+
 class Program(NamedTuple):
     process: subprocess.Popen[bytes]
     log: Path
@@ -43,6 +77,8 @@ class Program(NamedTuple):
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run that has ended, its rows whole on each of eight devices."""
     config = small_config(tmp_path_factory.mktemp("plain"), mesh=MeshConfig(data=8))
+    model = dataclasses.replace(config.model, num_layers=4)
+    config = dataclasses.replace(config, model=model)
     run_here(config)
     return config
 
@@ -54,11 +90,8 @@ def test_losses_fall(plain: Config) -> None:
     assert found[-1][1] < 4.3
 
 
-@pytest.mark.parametrize("name", thinned(MESHES, keep=3))
-def test_losses_are_the_same_on_every_mesh(
-    plain: Config, name: str, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(plain, mesh=MESHES[name], run_dir=tmp_path / "run")
+def check_losses(plain: Config, run_dir: Path, mesh: MeshConfig) -> None:
+    config = dataclasses.replace(plain, mesh=mesh, run_dir=run_dir)
     actual, expected = run_here(config), rows(plain.run_dir)
     for column in ("loss", "grad_norm"):
         np.testing.assert_allclose(
@@ -67,6 +100,38 @@ def test_losses_are_the_same_on_every_mesh(
             rtol=1e-5,
             err_msg=column,
         )
+
+
+@pytest.mark.parametrize("name", thinned(MESHES, keep=3))
+def test_losses_are_the_same_on_every_mesh(
+    plain: Config, name: str, tmp_path: Path
+) -> None:
+    check_losses(plain, tmp_path / "run", MESHES[name])
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_losses_are_the_same_in_stages(
+    plain: Config, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_losses(plain, tmp_path / "run", PIPES[name])
+    idle = {1: "33.3% of a step's 3", 2: "20.0% of a step's 5"}[PIPES[name].interleave]
+    assert f"2 micro-batches: idle in {idle} ticks" in capsys.readouterr().out
+
+
+def test_drawn_meshes_use_every_axis() -> None:
+    assert len({str(mesh) for mesh in DRAWN}) == len(DRAWN) >= 16
+    for name in ("pipe", "data", "fsdp", "ring", "ulysses", "tensor"):
+        assert sum(getattr(mesh, name) > 1 for mesh in DRAWN) >= 3, name
+    assert {mesh.interleave for mesh in DRAWN} >= {1, 2}
+    assert {mesh.zero for mesh in DRAWN} == {1, 3}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", DRAWN, ids=str)
+def test_losses_are_the_same_on_drawn_meshes(
+    plain: Config, mesh: MeshConfig, tmp_path: Path
+) -> None:
+    check_losses(plain, tmp_path / "run", mesh)
 
 
 def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
@@ -81,10 +146,12 @@ def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
 def test_a_run_goes_on_over_other_meshes_and_levels(
     plain: Config, tmp_path: Path
 ) -> None:
-    """Ten steps on 8 devices, five on 4 with ZeRO-1, five on 8 again."""
+    """Steps on 8 devices, on 4 with ZeRO-1, in 2 stages, in 4, and on 8 again."""
     for last, mesh in (
-        (10, MeshConfig(ring=4, ulysses=2)),
-        (15, MeshConfig(ring=2, ulysses=2, zero=1)),
+        (6, MeshConfig(ring=4, ulysses=2)),
+        (10, MeshConfig(ring=2, ulysses=2, zero=1)),
+        (13, MeshConfig(pipe=2, ring=2, interleave=2)),
+        (16, MeshConfig(pipe=4, tensor=2)),
         (20, MeshConfig(ulysses=8)),
     ):
         config = dataclasses.replace(plain, mesh=mesh, run_dir=tmp_path / "run")

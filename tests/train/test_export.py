@@ -10,6 +10,7 @@ from flax import nnx
 
 from tests.train.runs import small_config
 from train.build import build
+from train.config import MeshConfig
 from train.export import Export, export, read_config
 from train.run_dir import record
 from usp_jax.models import hf
@@ -17,13 +18,16 @@ from usp_jax.models.llama import NTKScaling
 
 
 def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
-    run = build(small_config(tmp_path))
+    mesh = MeshConfig(pipe=2, ring=2, tensor=2)
+    run = build(small_config(tmp_path, mesh=mesh))
     run.checkpoints.save(3, run.state, run.data)
     run.checkpoints.close()
     where = tmp_path / "run", tmp_path / "out"
     assert export(Export(*where)) == 3
     model = hf.load(tmp_path / "out")
     assert model.config == run.config.llama
+    # Two layers in two stages.
+    assert run.state.params["q"].addressable_shards[0].data.shape[0] == 1
     actual = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     chex.assert_trees_all_equal(actual, run.state.params)
     with pytest.raises(ValueError, match=r"no checkpoint of step 2, it has \[3\]"):

@@ -14,10 +14,10 @@ from usp_jax.layout import (
     check_length,
     from_layout,
     layout_positions,
-    length_multiple,
     to_layout,
 )
 from usp_jax.mesh import axis_size
+from usp_jax.models.sharding import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +37,24 @@ class Order:
     padding: int
 
     @classmethod
-    def of(cls, layout: str, length: int, mesh: Mesh | AbstractMesh | None) -> "Order":
+    def of(cls, layout: str, length: int, split: Split) -> "Order":
         """Raises ValueError for an unknown layout, or a length that it cannot have."""
+        mesh = split.mesh
         if layout != "natural":
             check_layout(layout)
         sizes = axis_size(mesh, "ring"), axis_size(mesh, "ulysses")
         stored = layout
         if layout == "natural":
             stored = "zigzag" if sizes[0] > 1 else "contiguous"
-        elif layout != "contiguous":
+        padding = -length % split.length_multiple(stored)
+        if layout not in ("natural", "contiguous"):
             check_length(length, layout, *sizes, "tokens.shape[1]")
-        padding = -length % length_multiple(stored, *sizes)
+            if padding:
+                raise ValueError(
+                    f"tokens.shape[1]={length} must be a multiple of "
+                    f"{split.length_multiple(layout)} for {layout=}: tensor_sequence="
+                    f"True splits it over tensor={axis_size(mesh, 'tensor')} too"
+                )
         return cls(mesh, layout, stored, length, padding)
 
     def store(self, x, pad_value: int):
@@ -82,17 +89,23 @@ class Batch:
 
     @classmethod
     def of(
-        cls, mesh: Mesh | AbstractMesh | None, tokens, segment_ids, positions, layout
+        cls,
+        split: Split,
+        tokens,
+        segment_ids,
+        positions,
+        layout: str,
+        microbatches: int = 1,
     ) -> "Batch":
         """Raises ValueError for shapes, dtypes and lengths that do not fit."""
         _check("tokens", tokens, tokens)
-        ways = axis_size(mesh, "data") * axis_size(mesh, "fsdp")
+        ways = split.size(split.batch) * microbatches
         if tokens.shape[0] % ways:
+            what = "data·fsdp" if microbatches == 1 else "data·fsdp·microbatches"
             raise ValueError(
-                f"the batch, B={tokens.shape[0]}, must be a multiple of data·fsdp = "
-                f"{ways}"
+                f"the batch, B={tokens.shape[0]}, must be a multiple of {what} = {ways}"
             )
-        order = Order.of(layout, tokens.shape[1], mesh)
+        order = Order.of(layout, tokens.shape[1], split)
         if segment_ids is not None:
             _check("segment_ids", segment_ids, tokens)
         elif order.padding:
@@ -105,7 +118,7 @@ class Batch:
             raise ValueError('layout="data" needs positions=, an int32 array [B, T]')
         else:
             length = order.length + order.padding
-            positions = layout_positions(length, order.stored, mesh)[None]
+            positions = layout_positions(length, order.stored, split.mesh)[None]
         if segment_ids is not None:
             segment_ids = order.store(segment_ids, -1)
         return cls(order, order.store(tokens, 0), positions, segment_ids, counted)

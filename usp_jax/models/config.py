@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from usp_jax.arguments import check_positive_int
+from usp_jax.arguments import check_bool, check_positive_int
 from usp_jax.kernels import IMPLEMENTATIONS
 from usp_jax.models.presets import PRESETS
 from usp_jax.models.rope import at_length
@@ -34,6 +34,15 @@ class LlamaConfig:
       zero: 3 gathers each layer's weights just before they are used, and again in the
         backward (ZeRO-3); 1 gathers them all once a step and has the gradients whole
         until then (ZeRO-1): memory for 2 x 2 bytes a parameter, less traffic.
+      tensor_sequence: where the mesh has a `tensor` axis, whatever lies between
+        attention and the feed-forward networks is split over it by tokens (TP-sp):
+        a 1/tensor of the memory for the same bytes sent. A device's part of the
+        sequence must then be a multiple of tensor.
+      microbatches: in how many parts a device's rows go through the stages of a mesh
+        with a `pipe` axis; None is one for each stage, and more leave the stages less
+        idle (`pipeline.py`).
+      interleave: how many groups of layers, far from each other, a stage has; more
+        leave it less idle, and send more.
       implementation: of attention, as in `usp_attention`.
     """
 
@@ -53,6 +62,9 @@ class LlamaConfig:
     loss_chunk: int = 1024
     loss_block: int = 8192
     zero: int = 3
+    tensor_sequence: bool = True
+    microbatches: int | None = None
+    interleave: int = 1
     implementation: str | None = None
 
     @classmethod
@@ -77,9 +89,12 @@ class LlamaConfig:
             "d_ff",
             "loss_chunk",
             "loss_block",
+            "interleave",
         )
         for name in sizes:
             check_positive_int(name, getattr(self, name))
+        if self.microbatches is not None:
+            check_positive_int("microbatches", self.microbatches)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -90,6 +105,7 @@ class LlamaConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+        check_bool("tensor_sequence", self.tensor_sequence)
         choices = (("dtype", DTYPES), ("remat", REMAT), ("zero", ZERO))
         for name, values in choices:
             if getattr(self, name) not in values:

@@ -29,6 +29,7 @@ def generate(
     """Continues prompts: int32 [B, P + num_tokens], the prompt included.
 
     Each token's weights are gathered anew: meant for a look at what a model has learnt.
+    A mesh with a `pipe` axis is used as one without; the parameters are copied for it.
     A dynamic scaling of RoPE is fixed to the final length, P + num_tokens.
 
     Args:
@@ -57,7 +58,7 @@ def generate(
         )
     if num_tokens == 0:
         return prompt
-    graphdef, params = nnx.split(model, nnx.Param)
+    graphdef, params = nnx.split(model.without_pipeline(), nnx.Param)
     key = jax.random.key(0) if key is None else key
     temperature = jnp.asarray(temperature, jnp.float32)
     return _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature)
@@ -94,7 +95,7 @@ def _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature):
 def _prefill(model, prompt, num_tokens):
     """Logits [B, V] after the prompts, and their cache with room for more tokens."""
     split = model.split
-    batch = Batch.of(model.mesh, prompt, None, None, "natural")
+    batch = Batch.of(split, prompt, None, None, "natural")
     parts = split.size(split.sequence)
     page_tokens = -(-max(num_tokens, 1) // parts) * parts
     specs = _specs(model, page_tokens)
@@ -110,9 +111,9 @@ def _prefill_shards(
     here = positions == last
     if segment_ids is not None:
         here = here & (segment_ids >= 0)
-    x = jnp.sum(jnp.where(here[..., None], x, 0), 1)
-    # One shard of the sequence has the token, the others add zeros.
     split = transformer.split
+    x = jnp.sum(jnp.where(here[..., None], split.enter(x), 0), 1)
+    # One shard of the sequence has the token, the others add zeros.
     return split.sum(transformer.logits(weights, x), split.sequence), cache
 
 

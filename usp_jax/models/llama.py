@@ -8,6 +8,7 @@
 `loss.py` and `generate.py` use a model.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax.models.batch import Batch
 from usp_jax.models.config import LlamaConfig as LlamaConfig
+from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling as DynamicNTKScaling,
     LinearScaling as LinearScaling,
@@ -105,13 +107,31 @@ class Llama(nnx.Module):
         Raises:
           ValueError: shapes, dtypes or lengths that do not fit.
         """
-        batch = Batch.of(self.mesh, tokens, segment_ids, positions, layout)
+        batch = self.batch(tokens, segment_ids, positions, layout)
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
+
+    def batch(self, tokens, segment_ids, positions, layout: str) -> Batch:
+        """The arguments of a call, checked, as they are stored."""
+        split = self.split
+        microbatches = Pipeline.of(self.config, split.size(split.stages)).microbatches
+        return Batch.of(split, tokens, segment_ids, positions, layout, microbatches)
+
+    def without_pipeline(self) -> "Llama":
+        """The same parameters on a mesh whose `data` axis has taken in `pipe`."""
+        if not self.split.stages:
+            return self
+        pipe, data, *others = self.mesh.devices.shape
+        devices = self.mesh.devices.reshape(1, pipe * data, *others)
+        mesh = Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+        config = dataclasses.replace(self.config, microbatches=None, interleave=1)
+        params = nnx.to_pure_dict(nnx.split(self, nnx.Param)[1])
+        params = jax.device_put(params, parameter_shardings(config, mesh))
+        return Llama.of_parameters(config, params, mesh=mesh)
 
     @property
     def split(self) -> Split:
         """How the model's mesh splits arrays."""
-        return Split.of(self.mesh, self.config.zero)
+        return Split.of(self.mesh, self.config.zero, self.config.tensor_sequence)
 
     def run(self, f: Callable, batch: Batch, out_specs, *extra):
         """Runs a function of one device's shards on all of them, compiled.
@@ -142,7 +162,9 @@ class Llama(nnx.Module):
         Args:
           f: called as f(transformer, weights, *arrays).
         """
-        transformer = Transformer(self.config, self.split, "contiguous")
+        # Of one token there is nothing to split over `tensor`.
+        split = dataclasses.replace(self.split, tensor_sequence=False)
+        transformer = Transformer(self.config, split, "contiguous")
         return self._run_on(f, transformer, out_specs, *arrays)
 
     def _run_on(self, f, transformer, out_specs, *arrays):
@@ -169,7 +191,7 @@ def _run(f, transformer, specs, out_specs, params, *arrays):
 
 def _logits(transformer, weights, tokens, positions, segment_ids):
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    return transformer.logits(weights, x)
+    return transformer.logits(weights, transformer.split.enter(x))
 
 
 def _draw(config, key):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
 
 Ids = Int[Array, "B T"]
@@ -47,7 +46,7 @@ def loss(
             f"labels is {labels.dtype}{list(labels.shape)}, it must be int32 "
             f"{list(tokens.shape)}, as tokens"
         )
-    batch = Batch.of(model.mesh, tokens, segment_ids, positions, layout)
+    batch = model.batch(tokens, segment_ids, positions, layout)
     labels = batch.order.store(labels, NO_LABEL)
     extra = (labels, model.split.tokens)
     return model.run(_loss, batch, (jax.P(), jax.P()), extra)
@@ -68,14 +67,10 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
 def _loss(transformer, weights, tokens, positions, segment_ids, labels):
     """(nats, number of labels) of all devices."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    split, config = transformer.split, transformer.config
-    chunk = min(config.loss_chunk, labels.size)
-    padding = -labels.size % chunk
-    x = jnp.pad(x.reshape(labels.size, -1), ((0, padding), (0, 0)))
-    labels = jnp.pad(labels.reshape(-1), (0, padding), constant_values=NO_LABEL)
-    x, labels = x.reshape(-1, chunk, x.shape[-1]), labels.reshape(-1, chunk)
+    split, config = transformer.split.ends, transformer.config
     blocks = _blocks(weights["lm_head"], config.loss_block)
-    nats = split.sum(_nats(split, x, blocks, labels), split.batch + split.sequence)
+    nats = _nats(split, config.loss_chunk, x, blocks, labels)
+    nats = split.sum(nats, split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
     return nats, split.sum(count, split.batch + split.sequence)
 
@@ -87,19 +82,32 @@ def _blocks(matrix, limit):
     return matrix.reshape(number, size // number, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nats(split, x, blocks, labels):
+def _chunks(x, limit, pad_value=0):
+    """[b, t, ...] -> [n, c, ...], padded: n chunks of c tokens, at most `limit`."""
+    x = x.reshape(-1, *x.shape[2:])
+    chunk = min(limit, x.shape[0])
+    padding = ((0, -x.shape[0] % chunk), *((0, 0) for _ in x.shape[1:]))
+    x = jnp.pad(x, padding, constant_values=pad_value)
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nats(split, limit, x, blocks, labels):
     """The sum of nats of this device's labels.
 
     Args:
-      x: [n, c, D], n chunks of c tokens.
+      limit: how many tokens have logits at once.
+      x: [b, t, D], or a part of it that `Split.enter` completes.
       blocks: [m, w, d], this device's part of the output matrix as m blocks.
-      labels: int32 [n, c].
+      labels: int32 [b, t].
     """
-    return _nats_fwd(split, x, blocks, labels)[0]
+    return _nats_fwd(split, limit, x, blocks, labels)[0]
 
 
-def _nats_fwd(split, x, blocks, labels):
+def _nats_fwd(split, limit, x, blocks, labels):
+    saved = x, blocks, labels
+    x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
+
     def body(carry, block):
         matrix = split.gather(block[1], "lm_head", split.each)
 
@@ -120,11 +128,13 @@ def _nats_fwd(split, x, blocks, labels):
     total = split.sum(total * jnp.exp(top - highest), split.tensor)
     lse = highest + jnp.log(total)
     nats = jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0)
-    return jnp.sum(nats), (x, blocks, labels, lse)
+    return jnp.sum(nats), (*saved, lse)
 
 
-def _nats_bwd(split, saved, dnats):
-    x, blocks, labels, lse = saved
+def _nats_bwd(split, limit, saved, dnats):
+    part, blocks, labels, lse = saved
+    shape = *labels.shape, part.shape[-1]
+    x, labels = _chunks(split.enter(part), limit), _chunks(labels, limit, NO_LABEL)
     weight = jnp.where(labels >= 0, dnats, 0)
 
     def body(dx, block):
@@ -144,7 +154,8 @@ def _nats_bwd(split, saved, dnats):
 
     zeros = split.vary(jnp.zeros(x.shape, jnp.float32))
     dx, dblocks = lax.scan(body, zeros, _numbered(blocks))
-    return split.sum(dx, split.tensor).astype(x.dtype), dblocks, None
+    dx = dx.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape)
+    return split.leave(dx).astype(x.dtype), dblocks, None
 
 
 _nats.defvjp(_nats_fwd, _nats_bwd)

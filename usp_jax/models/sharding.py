@@ -12,6 +12,7 @@ collectives it calls, which do nothing where there is nothing to split.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,12 +20,14 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from usp_jax._compat import vary_over
+from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.pipeline import Pipeline
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
-# vocabulary.
+# vocabulary. L goes over `pipe`; to what has no layers `pipe` is a ZeRO axis more.
 TABLE: dict[str, tuple[str, str | None, str]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
@@ -48,6 +51,8 @@ class Split:
     Attributes:
       level: 3 gathers weights over `fsdp` and the sequence's axes layer by layer, 1
         does so once.
+      tensor_sequence: what is not split by heads or features over `tensor` is split
+        by tokens (TP-sp, arXiv 2205.05198).
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -55,22 +60,32 @@ class Split:
     fsdp: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
     level: int = 3
+    tensor_sequence: bool = False
 
     @classmethod
-    def of(cls, mesh: Mesh | AbstractMesh | None, level: int = 3) -> "Split":
+    def of(
+        cls,
+        mesh: Mesh | AbstractMesh | None,
+        level: int = 3,
+        tensor_sequence: bool = False,
+    ) -> "Split":
         """The split over a mesh, or over one device for None."""
 
         def split(*names):
             return tuple(name for name in names if axis_size(mesh, name) > 1)
 
+        tensor = split("tensor")
         return cls(
             mesh,
             split("data"),
             split("fsdp"),
             split("ring", "ulysses"),
-            split("tensor"),
+            tensor,
+            split("pipe"),
             level,
+            tensor_sequence and bool(tensor),
         )
 
     @property
@@ -93,19 +108,32 @@ class Split:
         return self.data + self.fsdp
 
     @property
+    def ends(self) -> "Split":
+        """The split of what has no layers: the tables, and the work on them.
+
+        All stages of a pipeline share it: to it, `pipe` is as `fsdp`.
+        """
+        return dataclasses.replace(self, fsdp=self.fsdp + self.stages, stages=())
+
+    @property
     def tokens(self) -> jax.P:
         """Of arrays [B, T, ...]."""
-        return jax.P(self.batch or None, self.sequence or None)
+        return jax.P(self.ends.batch or None, self.sequence or None)
 
     @property
     def logits(self) -> jax.P:
         """Of logits [B, T, V]."""
-        return jax.P(self.batch or None, self.sequence or None, self.tensor or None)
+        return jax.P(*self.tokens, self.tensor or None)
+
+    def of_parameter(self, name: str) -> "Split":
+        """The split that a parameter has."""
+        return self if "L" in TABLE[name][0] else self.ends
 
     def parameter(self, name: str) -> jax.P:
         """Of a parameter."""
         dims, tensor, zero = TABLE[name]
-        axes = {tensor: self.tensor, zero: self.zero}
+        axes = {tensor: self.tensor, zero: self.of_parameter(name).zero}
+        axes["L"] = self.stages
         return jax.P(*(axes.get(dim) or None for dim in dims))
 
     def size(self, axes: tuple[str, ...]) -> int:
@@ -135,8 +163,34 @@ class Split:
         Where devices along `tensor` then use the same x each for themselves, their
         gradients are summed here, once.
         """
-        axes = self.zero + self.tensor
+        axes = self.ends.zero + self.tensor
         return vary_over(x, frozenset(axes)) if axes else x
+
+    def enter(self, x):
+        """What all devices along `tensor` compute their heads or features from.
+
+        [b, t/tensor, D] -> [b, t, D] under `tensor_sequence`; the gradient, which each
+        of them has a part of, is summed and split again. Without it a device has all
+        tokens, and the gradient is summed.
+        """
+        if self.tensor_sequence:
+            return lax.all_gather(x, self.tensor, axis=1, tiled=True)
+        return self.vary(x)
+
+    def leave(self, x, axis: int = 1):
+        """The sum of what they have computed: [b, t, D] -> [b, t/tensor, D].
+
+        Without `tensor_sequence` each has the sum for all tokens.
+        """
+        if self.tensor_sequence:
+            return lax.psum_scatter(x, self.tensor, scatter_dimension=axis, tiled=True)
+        return self.sum(x, self.tensor)
+
+    def length_multiple(self, layout: str) -> int:
+        """What the length of a stored sequence is a multiple of."""
+        ring, ulysses = (axis_size(self.mesh, name) for name in ("ring", "ulysses"))
+        tensor = self.size(self.tensor) if self.tensor_sequence else 1
+        return math.lcm(length_multiple(layout, ring, ulysses), ring * ulysses * tensor)
 
     def sum(self, x, axes: tuple[str, ...]):
         """The sum over the devices along `axes`."""
@@ -185,19 +239,16 @@ def parameter_shardings(
 def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
     """Raises ValueError when the model cannot be split over a mesh."""
     if mesh is None:
+        Pipeline.of(config, 1)
         return
     if AxisType.Explicit in mesh.axis_types:
         raise ValueError(
             f"mesh={mesh} has Explicit axes; a Llama needs Auto ones: "
             "make_mesh(explicit=False)"
         )
-    if axis_size(mesh, "pipe") > 1:
-        raise ValueError(
-            f"the mesh axis 'pipe' has size {axis_size(mesh, 'pipe')}, it must be 1: "
-            "a Llama is not split into pipeline stages"
-        )
+    Pipeline.of(config, axis_size(mesh, "pipe"))
     split = Split.of(mesh)
-    shards = {"ZeRO": split.zero, "tensor": split.tensor}
+    shards = {"ZeRO": split.ends.zero, "tensor": split.tensor}
     needs = (
         ("d_model", "ZeRO"),
         ("num_heads", "tensor"),

@@ -7,7 +7,9 @@
     x [b, t, D]        the final norm's output
 
 Weights are the working copy of the parameters, split over `Split.each` and `tensor`.
-Small letters are this device's sizes.
+Small letters are this device's sizes. Under `tensor_sequence` x is [b, t/tensor, D]:
+`Split.enter` gathers it for attention and for the feed-forward network, `Split.leave`
+sums and splits what they give.
 """
 
 import dataclasses
@@ -31,6 +33,8 @@ from usp_jax.decode import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.gradient_sum import add_to, with_sum
+from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope import (
     rope_amplitude,
     rope_angles,
@@ -40,7 +44,8 @@ from usp_jax.models.rope import (
 from usp_jax.models.sharding import TABLE, Split
 from usp_jax.shards import Shards
 
-Weights = dict[str, Array]
+# In stages, those of layers are pairs: (copy, float32 sum of its gradients).
+Weights = dict[str, Array | tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +62,37 @@ class Transformer:
         Matrices are cast to the computation's dtype, then gathered over `split.once`.
         Norms are small: they stay float32, and are gathered whole for all layers at
         once. The embedding's table stays as it is, and the output matrix is a weight of
-        its own.
+        its own. Layers that are stages of a pipeline are used once for each micro-batch
+        (`gradient_sum.py`).
         """
-        dtype, split = jnp.dtype(self.config.dtype), self.split
         output = params["embed" if self.config.tie_embeddings else "lm_head"]
         weights = {"embed": params["embed"]}
         for name, x in {**params, "lm_head": output}.items():
-            if _is_norm(name):
-                weights[name] = split.gather(x, name, split.zero)
+            copy = partial(self._copy, name)
+            if self.split.stages and _of_layers(name):
+                weights[name] = with_sum(copy, x)
             elif name != "embed":
-                weights[name] = split.gather(x.astype(dtype), name, split.once)
+                weights[name] = copy(x)
         return weights
+
+    def _copy(self, name, x):
+        """The working copy of one parameter, a linear function of it."""
+        split = self.split.of_parameter(name)
+        if not _is_norm(name):
+            x = x.astype(self.config.dtype)
+        if _of_layers(name):
+            x = self.pipeline.deal(x)
+        if not _is_norm(name):
+            return split.gather(x, name, split.once)
+        x = split.gather(x, name, split.zero)
+        # Applied to other tokens on each device along `tensor`: here their gradients
+        # are summed once, not in every layer.
+        return split.vary(x) if split.tensor_sequence else x
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The schedule of the layers; of one stage without a `pipe` axis."""
+        return Pipeline.of(self.config, self.split.size(self.split.stages))
 
     def hidden(
         self,
@@ -75,12 +100,46 @@ class Transformer:
         tokens: Int[Array, "b t"],
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
-    ) -> Float[Array, "b t D"]:
-        """What the output matrix is applied to."""
+    ) -> Float[Array, "b s D"]:
+        """What the output matrix is applied to, once `Split.enter` has had it."""
+        if self.split.stages:
+            return self._stages(weights, tokens, (positions, segment_ids))
+        attend = self._to_itself(positions, segment_ids)
+        return self._layers(weights, tokens, positions, attend)[0]
+
+    def _stages(self, weights, tokens, facts):
+        """The final norm's output of this device's share of the rows.
+
+        Args:
+          facts: positions and segment ids.
+        """
+        layers = {name: w for name, w in weights.items() if _of_layers(name)}
+        copies = {name: copy for name, (copy, _) in layers.items()}
+        sums = {name: total for name, (_, total) in layers.items()}
+        pipeline = self.pipeline
+        per_round = self.config.num_layers // (pipeline.stages * pipeline.rounds)
+        sums = jax.tree.map(lambda x: x.reshape(-1, per_round, *x.shape[1:]), sums)
+
+        def stage(x, turn, facts):
+            own = jax.tree.map(lambda x: x[turn], sums)
+            attend = self._to_itself(*facts)
+
+            def weights_of(layer):
+                number, sums = layer
+                # Picked inside the layer, weights are not kept for every tick.
+                return {n: add_to(sums[n], copies[n][number]) for n in copies}
+
+            numbers = turn * per_round + lax.iota(jnp.int32, per_round)
+            return self._scan(x, (numbers, own), facts[0], attend, weights_of)[0]
+
+        x = self._embed(weights["embed"], tokens)
+        x = pipeline.run(stage, x, facts)
+        return _rms_norm(x, weights["final_norm"], self.config.rms_norm_eps)
+
+    def _to_itself(self, positions, segment_ids):
+        """Attention of whole sequences to themselves, as `_scan` calls it."""
         attend = partial(self._attend, positions, segment_ids)
-        return self._layers(
-            weights, tokens, positions, lambda *x: (attend(*x[:3]), None)
-        )[0]
+        return lambda q, k, v, _: (attend(q, k, v), None)
 
     def prefill(
         self,
@@ -89,7 +148,7 @@ class Transformer:
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
         page_tokens: int,
-    ) -> tuple[Float[Array, "b t D"], KVCache]:
+    ) -> tuple[Float[Array, "b s D"], KVCache]:
         """`hidden`, and the layers' caches with room for `page_tokens` more tokens.
 
         The caches of all layers are one, whose arrays have a leading dim L.
@@ -116,7 +175,8 @@ class Transformer:
     ) -> tuple[Float[Array, "b t D"], KVCache]:
         """`hidden` of tokens that follow those in a cache, and the cache with them.
 
-        The tokens are the same on all devices that share a sequence.
+        The tokens are the same on all devices that share a sequence, and too few for
+        `tensor_sequence`.
         """
 
         def attend(q, k, v, cache):
@@ -147,10 +207,21 @@ class Transformer:
         return KVCache((page, page), jax.P(), page_tokens, shards)
 
     def _layers(self, weights, tokens, positions, attend, state=None):
-        """The final norm's output, and what `attend` has returned beside its own.
+        """The final norm's output, and what `attend` has returned beside its own."""
+        x = self._embed(weights["embed"], tokens)
+        layers = {name: w for name, w in weights.items() if _of_layers(name)}
+        x, state = self._scan(x, layers, positions, attend, state=state)
+        return _rms_norm(x, weights["final_norm"], self.config.rms_norm_eps), state
+
+    def _scan(
+        self, x, layers, positions, attend, weights_of=lambda layer: layer, state=None
+    ):
+        """x after some layers, and what `attend` has returned beside its own.
 
         Args:
+          layers: arrays with a leading dim for the layers.
           attend: called as attend(q, k, v, one layer's part of `state`).
+          weights_of: one layer's part of `layers` -> its weights.
         """
         config = self.config
         frequencies = rope_frequencies(
@@ -160,14 +231,11 @@ class Transformer:
         angles = rope_angles(positions, frequencies, amplitude)
 
         def body(x, layer):
-            return self._block(*layer, x, angles, attend)
+            layer, state = layer
+            return self._block(weights_of(layer), state, x, angles, attend)
 
         body = jax.checkpoint(body, policy=_policy(config.remat), prevent_cse=False)
-        layers = {name: w for name, w in weights.items() if TABLE[name][0][0] == "L"}
-        x, state = lax.scan(
-            body, self._embed(weights["embed"], tokens), (layers, state)
-        )
-        return _rms_norm(x, weights["final_norm"], config.rms_norm_eps), state
+        return lax.scan(body, x, (layers, state))
 
     def _attend(self, positions, segment_ids, q, k, v):
         """Attention of a whole sequence to itself."""
@@ -186,7 +254,8 @@ class Transformer:
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
         """Logits of this device's part of the vocabulary, float32."""
-        matrix = self.split.gather(weights["lm_head"], "lm_head", self.split.each)
+        split = self.split.ends
+        matrix = split.gather(weights["lm_head"], "lm_head", split.each)
         return jnp.einsum(
             "...D,VD->...V", x, matrix, preferred_element_type=jnp.float32
         )
@@ -197,16 +266,14 @@ class Transformer:
         Each device looks the tokens of all of them up in its slice of D, so that the
         gradient is added up in float32 where the parameter lives.
         """
-        split = self.split
+        split = self.split.ends
         axes = split.zero
         every = lax.all_gather(tokens, axes) if axes else tokens[None]
         ids = every - split.index(split.tensor) * table.shape[0]
         x = jnp.take(table, ids, axis=0, mode="clip").astype(self.config.dtype)
         here = (ids >= 0) & (ids < table.shape[0])
-        x = jnp.where(here[..., None], x, 0)
-        if axes:
-            x = lax.all_to_all(x, axes, 0, 3, tiled=True)
-        return split.sum(x[0], split.tensor)
+        x = split.leave(jnp.where(here[..., None], x, 0), axis=2)
+        return lax.all_to_all(x, axes, 0, 3, tiled=True)[0] if axes else x[0]
 
     def _block(self, layer, state, x, angles, attend):
         """One layer: attention, then the feed-forward network."""
@@ -215,18 +282,18 @@ class Transformer:
             name: x if _is_norm(name) else split.gather(x, name, split.each)
             for name, x in layer.items()
         }
-        y = split.vary(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
+        y = split.enter(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
         q = rotate(jnp.einsum("BTD,DNH->BTNH", y, w["q"]), *angles)
         k = rotate(jnp.einsum("BTD,DKH->BTKH", y, w["k"]), *angles)
         v = jnp.einsum("BTD,DKH->BTKH", y, w["v"])
         out, state = attend(q, k, v, state)
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
-        x = x + split.sum(out, split.tensor)
-        y = split.vary(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
+        x = x + split.leave(out)
+        y = split.enter(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
         gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
         up = jnp.einsum("BTD,DF->BTF", y, w["up"])
         out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
-        return x + split.sum(out, split.tensor), state
+        return x + split.leave(out), state
 
 
 def _rms_norm(x, weight, eps):
@@ -238,6 +305,10 @@ def _rms_norm(x, weight, eps):
 
 def _is_norm(name):
     return name.endswith("norm")
+
+
+def _of_layers(name):
+    return TABLE[name][0][0] == "L"
 
 
 def _policy(remat: str) -> Callable[..., Any]:

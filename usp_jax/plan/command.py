@@ -44,6 +44,8 @@ def train_command(job: Job, choice: Choice) -> str:
     words = [f"--{_dashed(name)} {value}" for name, value in options.items()]
     tied = "" if model.tie_embeddings else "no-"
     words.append(f"--model.{tied}tie-embeddings")
+    by_tokens = "" if choice.tensor_sequence else "no-"
+    words.append(f"--model.{by_tokens}tensor-sequence")
     return " ".join(["python -m train tiny", *words])
 
 

@@ -38,7 +38,12 @@ def compile_step(job: Job, choice: Choice) -> aot.Report:
 
 def training_step(job: Job, choice: Choice, mesh: Mesh):
     """The jitted step, and its arguments as shapes with their shardings."""
-    config = dataclasses.replace(job.model, remat=choice.remat, zero=choice.zero)
+    config = dataclasses.replace(
+        job.model,
+        remat=choice.remat,
+        zero=choice.zero,
+        tensor_sequence=choice.tensor_sequence,
+    )
     model = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     shardings = parameter_shardings(config, mesh)
