@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from jax import lax
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 
 import usp_jax
 from usp_jax.compiled import by_kind, collectives
@@ -84,18 +86,17 @@ def owners(held):
     return grid
 
 
-def tint(grid):
-    """A picture [T, N, RGB] of a grid of devices."""
-    return np.array([plt.matplotlib.colors.to_rgb(f"C{d}") for d in range(DEVICES)])[
-        grid
-    ]
+COLORS = np.array([to_rgb(f"C{device}") for device in range(DEVICES)])
+# Black numbers on light colours, white ones on dark colours.
+INK = np.where(COLORS @ (0.3, 0.6, 0.1) > 0.55, "black", "white")
 
 
 def label_devices(axes, grid):
     """Writes each device's number into the middle of what it holds."""
     for device in range(DEVICES):
         y, x = np.argwhere(grid == device).mean(0)
-        axes.text(x, y, device, ha="center", va="center", color="white", weight="bold")
+        style = {"color": INK[device], "weight": "bold", "ha": "center", "va": "center"}
+        axes.text(x, y, device, **style)
 
 
 def draw_owners(panels, width):
@@ -103,7 +104,7 @@ def draw_owners(panels, width):
     figure, row = plt.subplots(1, len(panels), figsize=(width, 2.9), sharey=True)
     for axes, (title, held) in zip(row, panels.items(), strict=True):
         grid = owners(held)
-        axes.imshow(tint(grid))
+        axes.imshow(COLORS[grid])
         label_devices(axes, grid)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="head", xticks=range(0, HEADS, 2), yticks=range(0, TOKENS, 2))
@@ -193,18 +194,21 @@ def work(queries, keys):
 
 # %%
 def draw_work(heads):
-    figure, grid = plt.subplots(len(heads), 3, figsize=(9.5, 6.4), sharex=True)
+    figure, grid = plt.subplots(len(heads), 3, figsize=(10.5, 6.4), sharex=True)
     for column, name in enumerate(("Ulysses", "both", "Ring")):
         device_of, step_of = work(*journeys[name][1:])
         for axes, head in zip(grid[:, column], heads, strict=True):
-            axes.imshow(tint(device_of[head]))
+            axes.imshow(COLORS[device_of[head]])
             for (t, s), step in np.ndenumerate(step_of[head]):
-                axes.text(s, t, step, ha="center", va="center", color="white", size=8)
+                style = {"color": INK[device_of[head, t, s]], "size": 8}
+                axes.text(s, t, step, ha="center", va="center", **style)
             axes.set_title(f"{name}, head {head}", fontsize=10)
             axes.set(xticks=range(0, 8, 2), yticks=range(0, 8, 2))
         grid[-1, column].set_xlabel("key")
     for axes in grid[:, 0]:
         axes.set_ylabel("query")
+    patches = [Patch(color=COLORS[d], label=f"device {d}") for d in range(DEVICES)]
+    figure.legend(handles=patches, loc="outside right center", fontsize=9)
 
 
 draw_work((0, 7))

@@ -52,11 +52,8 @@ def draw_layouts(length):
         positions = np.asarray(usp_jax.layout_positions(length, layout, mesh))
         device_at[positions] = np.repeat(np.arange(RING), length // RING)
         for position, device in enumerate(device_at):
-            axes.barh(0, 1, left=position, color=f"C{device}", edgecolor="white")
-            axes.text(
-                position + 0.5, 0, device, ha="center", va="center", color="white",
-                size=7,
-            )  # fmt: skip
+            axes.barh(0, 1, left=position, color=f"C{device}", alpha=0.7)
+            axes.text(position + 0.5, 0, device, ha="center", va="center", size=8)
         axes.set(xlim=(0, length), yticks=[])
         axes.set_ylabel(layout, rotation=0, ha="right", va="center")
     rows[-1].set_xlabel("position in the text")
@@ -103,8 +100,8 @@ draw_masks(
 #
 # `usp_jax.ring_balance` counts the visible pairs of every two shards. At step $i$
 # device $r$ has the keys of device $r - i$. In each map a row is a device, a column
-# is a step, and the number is its work, where 1 is what everybody would have if all
-# work were even. Two figures sum it up:
+# is a step, and the number is its work, where 1 (white) is what everybody would have
+# if all work were even. Red works while blue waits. Two figures sum it up:
 #
 # * **totals**: the work of the busiest device over the mean. What a device would take
 #   if nobody waited.
@@ -120,9 +117,9 @@ def draw_work(works):
     for axes, (title, work) in zip(row, works.items(), strict=True):
         even = work.pairs.sum() / RING**2
         share = by_step(work.pairs).T / even  # [device, step]
-        image = axes.imshow(share, cmap="cividis", vmin=0, vmax=2)
+        image = axes.imshow(share, cmap="RdBu_r", vmin=0, vmax=2)
         for (device, step), value in np.ndenumerate(share):
-            color = "black" if value > 1.2 else "white"
+            color = "black" if 0.4 < value < 1.6 else "white"
             text = f"{value:.1f}" if value else "·"
             axes.text(step, device, text, ha="center", va="center", color=color, size=8)
         axes.set_title(
@@ -130,7 +127,7 @@ def draw_work(works):
         )
         axes.set(xlabel="step", xticks=range(RING), yticks=range(RING))
     row[0].set_ylabel("device")
-    figure.colorbar(image, ax=row, label="work", shrink=0.8, extend="max")
+    figure.colorbar(image, ax=row, label="work", ticks=(0, 1, 2), extend="max")
 
 
 LENGTH = 8192
@@ -179,8 +176,8 @@ packed["balanced"] = usp_jax.ring_balance(plan.positions, plan.segment_ids, RING
 draw_work(packed)
 
 # %% [markdown]
-# Numbers above 2 are drawn in the brightest colour. Again the sum of the work is the
-# same, and again it is the path that counts.
+# Numbers above 2 are drawn in the same red. Again the sum of the work is the same,
+# and again it is the path that counts.
 
 # %%
 assert len({work.pairs.sum() for work in packed.values()}) == 1
@@ -198,7 +195,8 @@ def draw_owners():
         rows[0].barh(0, stop - start, left=start, color=gray)
     orders = {
         "zigzag": np.asarray(usp_jax.layout_positions(LENGTH, "zigzag", mesh)),
-        "balanced": plan.order,
+        # Chunks large enough to be seen.
+        "balanced": usp_jax.balance(documents, RING, chunk=128).order,
     }
     for axes, (name, order) in zip(rows[1:], orders.items(), strict=True):
         device_at = np.empty(LENGTH, int)
@@ -217,6 +215,8 @@ draw_owners()
 
 # %% [markdown]
 # Each device (a colour) has a part of each long document: a zigzag of many turns.
+# Here it is drawn with chunks of 128 tokens, so that they can be seen; smaller ones
+# are evener.
 #
 # ## The result is the same
 #

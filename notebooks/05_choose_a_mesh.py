@@ -100,7 +100,7 @@ def draw_times():
     for u, values, marker in zip(DEGREES, slower, "osD^vX", strict=True):
         axes.plot(LENGTHS, values, marker=marker, label=name_of(u))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(LENGTHS, [f"{n // K}K" for n in LENGTHS])
+    axes.set_xticks(LENGTHS, "16K 32K 64K 128K 256K 512K 1M 2M".split())
     axes.set(xlabel="tokens of a sequence", ylabel="times the best split's step")
     axes.legend(fontsize=9)
 
@@ -138,8 +138,9 @@ def draw_bars(axes, rows, names, attribute, unit):
         for part in parts
     }
     for part, values in sizes.items():
-        if values.max() > 0.005 * sum(sizes.values()).max():
-            axes.barh(names, values, left=left, label=part, edgecolor="white")
+        is_seen = values.max() > 0.01 * sum(sizes.values()).max()
+        label = part if is_seen else None
+        axes.barh(names, values, left=left, label=label, edgecolor="white")
         left += values
     axes.invert_yaxis()
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -151,8 +152,10 @@ draw_bars(axes, splits, [name_of(u) for u in DEGREES], "seconds", 1)
 _ = axes.set_xlabel("seconds a step, 64K tokens")
 
 # %%
-waiting = {u: row.seconds.ring for u, row in zip(DEGREES, splits, strict=True)}
-assert waiting[1] > waiting[4] > waiting[8]
+hops = {u: row.seconds.ring for u, row in zip(DEGREES, splits, strict=True)}
+exchanges = {u: row.seconds.exchanges for u, row in zip(DEGREES, splits, strict=True)}
+assert hops[1] > hops[2] > hops[8] == 0
+assert exchanges[32] > exchanges[16] > 2 * exchanges[8]
 
 # %% [markdown]
 # ## What fits
@@ -256,10 +259,7 @@ def draw_bytes():
         label = "compiled, in all" if side == 0 else None
         axes.plot(x, compiled[:, side].sum(1) / K, "kD", markersize=6, label=label)
         for at, height in zip(x, bottom, strict=True):
-            axes.annotate(
-                name, (at, height), (0, 6), textcoords="offset points", ha="center",
-                fontsize=8,
-            )  # fmt: skip
+            axes.text(at, 1.02 * height, name, ha="center", va="bottom", fontsize=8)
     axes.set_xticks(place, [f"ring={r}, ulysses={u}" for r, u in SPLITS])
     axes.set_ylabel("KiB sent by a device")
     axes.margins(y=0.12)
