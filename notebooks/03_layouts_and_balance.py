@@ -100,7 +100,7 @@ draw_masks(
 #
 # `usp_jax.ring_balance` counts the visible pairs of every two shards. At step $i$
 # device $r$ has the keys of device $r - i$. In each map a row is a device, a column
-# is a step, and the number is its work, where 1 (white) is what everybody would have
+# is a step, and the number is its work, where 1 (grey) is what everybody would have
 # if all work were even. Red works while blue waits. Two figures sum it up:
 #
 # * **totals**: the work of the busiest device over the mean. What a device would take
@@ -117,7 +117,7 @@ def draw_work(works):
     for axes, (title, work) in zip(row, works.items(), strict=True):
         even = work.pairs.sum() / RING**2
         share = by_step(work.pairs).T / even  # [device, step]
-        image = axes.imshow(share, cmap="RdBu_r", vmin=0, vmax=2)
+        image = axes.imshow(share, cmap="coolwarm", vmin=0, vmax=2)
         for (device, step), value in np.ndenumerate(share):
             color = "black" if 0.4 < value < 1.6 else "white"
             text = f"{value:.1f}" if value else "·"

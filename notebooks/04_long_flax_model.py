@@ -35,7 +35,7 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True})
 # default it is Flax's own attention, which wants a causal mask of T × T entries.
 
 # %%
-VOCABULARY, FEATURES, HEADS, LONGEST = 64, 64, 8, 8192
+VOCABULARY, FEATURES, HEADS, LONGEST = 64, 64, 8, 4096
 
 
 class Model(nnx.Module):
@@ -108,16 +108,18 @@ assert np.isclose(loss_before, loss_after, rtol=1e-6)
 # %%
 def largest_differences(expected, actual):
     """The largest difference in each parameter's gradient, over its largest value."""
-    pairs = jax.tree.map(lambda a, b: (a, b), expected, actual)
-    leaves = jax.tree_util.tree_leaves_with_path(
-        pairs, is_leaf=lambda x: isinstance(x, tuple)
-    )
-    return {
-        ".".join(str(key.key) for key in path): float(abs(a - b).max() / abs(a).max())
-        for path, (a, b) in leaves
-        # The bias of the keys has no gradient: a softmax ignores what all logits share.
-        if abs(a).max() > 1e-6
+    names = [
+        ".".join(str(key.key) for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(expected)
+    ]
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
+    found = {
+        name: float(abs(a - b).max() / abs(a).max())
+        for name, (a, b) in zip(names, pairs, strict=True)
     }
+    # The keys' bias has no gradient: it moves all logits of a query alike, which a
+    # softmax ignores. What is computed for it is rounding.
+    return {name: x for name, x in found.items() if not name.endswith("key.bias")}
 
 
 def check_gradients(expected, actual):
@@ -157,7 +159,7 @@ def temporary_bytes(model, length, sharding=None):
     return program.memory_analysis().temp_size_in_bytes
 
 
-lengths = [1024, 2048, 4096, 8192]
+lengths = [1024, 2048, 4096]
 needed = {
     "Flax's attention, one device": [temporary_bytes(before, n) for n in lengths],
     "usp_jax, eight devices": [temporary_bytes(after, n, sharding) for n in lengths],
@@ -179,14 +181,14 @@ draw_memory()
 
 # %% [markdown]
 # Flax's attention writes the table of all pairs down, so twice the tokens need four
-# times the memory. Ours grows with the length, and eight devices share it.
+# times the memory. Ours grows no faster than the length, and eight devices share it.
 
 # %%
 growth = {name: values[-1] / values[-2] for name, values in needed.items()}
 for (name, factor), values in zip(growth.items(), needed.values(), strict=True):
-    print(f"{name}: {values[-1] / 2**20:,.0f} MiB at 8,192 tokens, x {factor:.1f}")
+    print(f"{name}: {values[-1] / 2**20:,.0f} MiB at 4,096 tokens, x {factor:.1f}")
 plain, ours = growth.values()
-assert plain > 3.5 and ours < 2.5
+assert plain > 3.5 and ours < 2.1
 
 # %% [markdown]
 # ## Packed documents

@@ -259,7 +259,8 @@ def draw_bytes():
         label = "compiled, in all" if side == 0 else None
         axes.plot(x, compiled[:, side].sum(1) / K, "kD", markersize=6, label=label)
         for at, height in zip(x, bottom, strict=True):
-            axes.text(at, 1.02 * height, name, ha="center", va="bottom", fontsize=8)
+            place_of = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(name, (at, height), fontsize=8, **place_of)
     axes.set_xticks(place, [f"ring={r}, ulysses={u}" for r, u in SPLITS])
     axes.set_ylabel("KiB sent by a device")
     axes.margins(y=0.12)

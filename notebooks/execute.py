@@ -7,6 +7,7 @@ from run to run or tells of the machine (ids, times, versions) is not kept, so t
 what a notebook says or shows makes a difference.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
+# XLA's alarms about slow compiles tell of the machine, not of the notebook.
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
 
 
@@ -28,7 +31,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(source.parent)}},
-    ).execute()
+    ).execute(env=os.environ | QUIET)
     notebook.metadata.language_info = {"name": "python"}
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02}"
