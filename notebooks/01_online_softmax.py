@@ -175,7 +175,7 @@ def draw_carry(tokens):
     for t in tokens:
         top.plot(seen, [lse[0, t, 0] for _, lse in steps], "o-", label=f"query {t}")
         away = [abs(out[0, t, 0] - expected[0, t, 0]).max() for out, _ in steps]
-        bottom.plot(seen, away, "o-")
+        bottom.plot(seen[:-1], away[:-1], "o-")
     top.set(ylabel="lse carried")
     top.legend(fontsize=9)
     bottom.set(xlabel="keys seen", ylabel="distance from\nthe final output")

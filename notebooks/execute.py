@@ -27,7 +27,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
     notebook.metadata.update(KERNEL | {"language_info": {"name": "python"}})
     NotebookClient(
         notebook,
-        timeout=600,
+        timeout=3600,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(source.parent)}},
