@@ -36,7 +36,7 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
     """What must not be in the outputs: errors, warnings, paths of a machine."""
     found = []
     for output in (output for cell in code(notebook) for output in cell.outputs):
-        text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain"))
+        text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
         if output.output_type == "error" or output.get("name") == "stderr":
             found.append(f"{output.output_type}: {text}")
         found += [word for word in ("Traceback", "Warning") if word in text]
@@ -124,7 +124,7 @@ def test_execute_stops_at_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["/home/me/usp_jax", "UserWarning: old", "Traceback (most recent call last)"]
+    "text", ["/home/me/usp_jax", "UserWarning: old", "Traceback (most recent call"]
 )
 def test_faults_are_found(text: str) -> None:
     cell = nbformat.v4.new_code_cell("f()")
