@@ -13,7 +13,6 @@
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,16 +34,16 @@ FOLDER = Path(folder.name)
 # %% [markdown]
 # ## The text
 #
-# Something that a very small model can learn in a hundred steps: to count on by one.
+# Something that a very small model can learn in a minute: sums.
 
 # %%
 draw = random.Random(0)
 lines = []
 for _ in range(4000):
-    a = draw.randint(0, 9)
-    lines.append(f"{a} + 1 = {a + 1}.")
+    a, b = draw.randrange(10), draw.randrange(10)
+    lines.append(f"{a} + {b} = {a + b}.")
 text = "\n".join(lines)
-(FOLDER / "text.txt").write_text(text)
+(FOLDER / "sums.txt").write_text(text)
 print(text[:40], "...")
 
 # %% [markdown]
@@ -55,7 +54,7 @@ print(text[:40], "...")
 # devices in that process; on a real machine it is left out.
 
 # %%
-STEPS = 100
+STEPS = 60
 OPTIONS = {
     "model.d-model": 64,
     "model.num-layers": 2,
@@ -65,29 +64,32 @@ OPTIONS = {
     "sequence-length": 128,
     "batch-size": 8,
     "steps": STEPS,
-    "data.path": FOLDER / "text.txt",
+    "data.path": FOLDER / "sums.txt",
     "optimizer.learning-rate": 0.01,
     "optimizer.warmup-steps": 10,
-    "checkpoint.every": 20,
-    "sample.length": 0,
+    "checkpoint.every": 10,
+    "sample.prompt": "2 + 2 =",
+    "sample.length": 60,
+    "sample.temperature": 0.3,
 }
 
 
-def command(run, devices, options):
-    """The command line of a run of this name."""
-    options = OPTIONS | {"run-dir": FOLDER / run, "fake-devices": devices} | options
+def command(run, devices, **mesh):
+    """The command line of a run of this name on a mesh."""
+    options = OPTIONS | {"run-dir": FOLDER / run, "fake-devices": devices}
+    options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
     pairs = (x for name, value in options.items() for x in (f"--{name}", str(value)))
     return [sys.executable, "-m", "train", "tiny", *pairs]
 
 
-def start(run, devices, options):
+def start(run, devices, **mesh):
     # Programs are compiled once and found again by the next run.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(FOLDER / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        command(run, devices, options),
+        command(run, devices, **mesh),
         cwd=CHECKOUT,
         env=os.environ | cache,
         stdout=subprocess.PIPE,
@@ -118,8 +120,7 @@ def losses(run):
 # On eight devices, `ring=4` × `ulysses=2`.
 
 # %%
-EIGHT = {"mesh.ring": 4, "mesh.ulysses": 2}
-finish(start("whole", 8, EIGHT))
+told = finish(start("whole", 8, ring=4, ulysses=2))
 whole = losses("whole")
 assert list(whole) == list(range(1, STEPS + 1))
 print(f"loss {whole[1]:.2f} after one step, {whole[STEPS]:.2f} after {STEPS}")
@@ -128,12 +129,12 @@ assert whole[STEPS] < whole[1] / 3
 # %% [markdown]
 # ## Kill it
 #
-# The same run again, in another folder. As soon as it has told of step 47 it gets
+# The same run again, in another folder. As soon as it has told of step 27 it gets
 # SIGKILL, which no program can catch: it is gone at once, wherever it is.
 
 # %%
-process = start("killed", 8, EIGHT)
-while max(losses("killed"), default=0) < 47:
+process = start("killed", 8, ring=4, ulysses=2)
+while max(losses("killed"), default=0) < 27:
     assert process.poll() is None, process.stdout.read()
     time.sleep(0.002)
 process.kill()
@@ -151,21 +152,20 @@ assert process.returncode == -9 and max(killed) < STEPS
 # eight devices in another arrangement; each device reads the parts that it needs now.
 
 # %%
-SAMPLE = {"sample.prompt": "2 + 1 =", "sample.length": 100, "sample.temperature": 0.3}
-FOUR = {"mesh.data": 2, "mesh.ring": 2, "mesh.ulysses": 1}
-told = finish(start("killed", 4, FOUR | SAMPLE))
+told = finish(start("killed", 4, data=2, ring=2, ulysses=1))
 resumed = losses("killed")
 message = next(line for line in told.splitlines() if "going on" in line)
 restored = int(message.split()[-1])
 print(message)
-assert 0 < restored <= max(killed) and restored % 20 == 0
+assert 0 < restored <= max(killed) and restored % 10 == 0
 assert list(resumed) == list(range(1, STEPS + 1))
 
 # %% [markdown]
 # Steps that came after the checkpoint were computed again; their old rows are gone
 # from `metrics.jsonl`, so no step is told twice. Up to the checkpoint the losses are
 # equal to the last bit. After it they come from another mesh, which adds up numbers
-# in another order, and agree to the precision of float32.
+# in another order, and agree to the precision of float32. In the lower picture a
+# difference of exactly 0 is drawn at $10^{-9}$.
 
 # %%
 steps = np.arange(1, STEPS + 1)
@@ -181,19 +181,20 @@ print(f"largest relative difference after the restart: {difference.max():.0e}")
 # %%
 def draw_losses():
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8.5, 5.5), sharex=True, height_ratios=(2, 1)
+        2, 1, figsize=(8, 5), sharex=True, height_ratios=(2, 1)
     )
     before, after = steps <= restored, steps > restored
+    top.plot(steps, expected, color="0.6", linewidth=5, label="never killed, 8 devices")
+    top.plot(steps[before], actual[before], ".", color="C0", label="8 devices …")
     lost = [step for step in killed if step > restored]
-    dots = {"linestyle": "", "marker": "o", "markersize": 4}
-    top.plot(steps, expected, color="0.8", linewidth=9, label="never killed, 8 devices")
-    top.plot(steps[before], actual[before], **dots, label="8 devices, then killed …")
-    top.plot(steps[after], actual[after], **dots, label="… and then 4 devices")
-    top.plot(lost, [killed[s] for s in lost], "kx", label="lost with the kill")
+    top.plot(
+        lost, [killed[s] for s in lost], "x", color="C2", label="lost with the kill"
+    )
+    top.plot(steps[after], actual[after], ".", color="C1", label="… then 4 devices")
     top.set_ylabel("loss, nats a byte")
     top.legend()
-    bottom.plot(steps[after], 1e6 * difference[after], **dots, color="C1")
-    bottom.set(xlabel="step", ylabel="difference,\nmillionths", xlim=(0, STEPS + 1))
+    bottom.semilogy(steps[after], np.maximum(difference[after], 1e-9), ".", color="C1")
+    bottom.set(xlabel="step", ylabel="relative difference", xlim=(0, STEPS + 1))
     for axes in (top, bottom):
         axes.axvline(restored + 0.5, color="black", linestyle=":")
 
@@ -203,16 +204,16 @@ draw_losses()
 # %% [markdown]
 # ## What it has learnt
 #
-# A run ends with a sample of what the model writes, if it is asked for one. The
-# prompt was `2 + 1 =`.
+# A run ends with a sample of what the model writes. The prompt was `2 + 2 =`.
 
 # %%
-SUM = r"^(\d) \+ (\d) = (\d+)\.$"
 sample = told.partition("a sample of what it has learnt:\n")[2].strip()
 print(sample)
-right = [int(a) + int(b) == int(c) for a, b, c in re.findall(SUM, sample, re.M)]
-print(f"\n{sum(right)} of {len(right)} sums are right")
-assert len(right) >= 5
+assert sample.startswith("2 + 2 =")
+
+# %% [markdown]
+# It has learnt what a line of the text looks like. Whether the sums are right is
+# asking a lot of 60 steps; train it longer and see.
 
 # %%
 folder.cleanup()
