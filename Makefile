@@ -14,14 +14,15 @@ PY := $(VENV)/bin/python
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_USER PIP_TARGET PIP_PREFIX
 
 EXTRAS_train := train
-EXTRAS_test := train,test,aot
+EXTRAS_test := train,test,aot,notebooks
+EXTRAS_notebooks := train,notebooks
 EXTRAS_benchmark := benchmark
 
 # Most of a test's time is compiling, which keeps one core busy.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: help train test test-smoke test-all lint coverage benchmark clean python-found
+.PHONY: help train test test-smoke test-all lint coverage notebooks benchmark clean python-found
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +32,7 @@ help:
 	@echo 'make test-all    lint, and all tests'
 	@echo 'make lint        ruff check and ruff format --check'
 	@echo 'make coverage    make test with a coverage report'
+	@echo 'make notebooks   run the notebooks and keep what they show'
 	@echo 'make benchmark   attention against ringattention and XLA on the CPU'
 	@echo 'make clean       remove the virtual environments and the caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter (now: $(PYTHON));'
@@ -56,6 +58,9 @@ coverage: $(VENV)/.installed-test
 	$(PY) -m coverage run -m pytest -m 'not long' $(ARGS)
 	$(PY) -m coverage combine
 	$(PY) -m coverage report
+
+notebooks: $(VENV)/.installed-notebooks
+	$(PY) notebooks/execute.py $(ARGS)
 
 benchmark: $(VENV)/.installed-benchmark
 	$(PY) -m benchmarks.attention_cpu $(ARGS)
