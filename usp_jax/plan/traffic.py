@@ -10,7 +10,8 @@ tensor:
   is scattered once;
 * the embedding exchanges activations, never its table;
 * attention sends what `attention.py` says, and part of it again for the remat policy;
-* along tensor, activations are summed twice a layer forward and twice backward.
+* along tensor, activations are summed twice a layer forward and twice backward;
+* where a step takes its rows in parts, all of it is sent for each.
 """
 
 import dataclasses
@@ -58,12 +59,13 @@ def call_of(job: Job, choice: Choice) -> attention.Call:
         ulysses=choice.ulysses,
         itemsize=job.itemsize,
         ring_schedule=choice.ring_schedule,
+        chunks=choice.ulysses_chunks,
     )
 
 
 def tokens_of(job: Job, choice: Choice) -> int:
-    """Tokens of one device, over all its rows."""
-    return job.batch * job.sequence // (choice.everyone)
+    """Tokens of one device at a time, over all its rows of a part."""
+    return job.batch * job.sequence // (choice.everyone * choice.accumulate)
 
 
 def layers_of(job: Job, choice: Choice) -> int:
@@ -86,7 +88,12 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
         *_tensor(job, choice),
         *_pipe(job, choice),
     ]
-    return tuple(one for one in found if one.total > 0)
+    parts = choice.accumulate
+    return tuple(
+        dataclasses.replace(one, times=parts * one.times) if parts > 1 else one
+        for one in found
+        if one.total > 0
+    )
 
 
 def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
@@ -160,12 +167,13 @@ def _attention(job, choice):
     again = again_of(choice)
     stays = (choice.ulysses - 1) / choice.ulysses
     exchanges = [
-        *attention.forward_exchanges(call) * (1 + (again.exchanges > 0)),
+        *attention.forward_exchanges(call),
+        *_exchanges_again(call, choice),
         *attention.backward_exchanges(call),
     ]
     for size in exchanges:
         yield Transfer("attention", "all-to-all", ("ulysses",), layers, size * stays)
-    hops = choice.ring - 1
+    hops = call.turns * (choice.ring - 1)
     read, follows = attention.forward_hop(call)
     back_read, back_follows = attention.backward_hop(call)
     if choice.ring_schedule == "all_gather":
@@ -177,7 +185,8 @@ def _attention(job, choice):
         return
     forward = layers * hops * (1 + again.ring)
     backward = layers * hops
-    if again.ring and choice.ring_schedule == "unidirectional" and hops:
+    shared = choice.ring_schedule == "unidirectional" and choice.ulysses_chunks == 1
+    if again.ring and shared and hops:
         # The compiler sees that both passes' first hop sends the same k, v.
         forward -= layers
     permute = "collective-permute"
@@ -185,6 +194,14 @@ def _attention(job, choice):
     yield Transfer("attention", permute, ("ring",), forward, follows)
     yield Transfer("attention", permute, ("ring",), backward, back_read)
     yield Transfer("attention", permute, ("ring",), backward, back_follows)
+
+
+def _exchanges_again(call, choice):
+    """Of the forward's, those that the backward repeats for the remat policy."""
+    exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
+    # In chunks q, k, v are kept as they came: only out is missing.
+    kept = call.chunks > 1 and choice.remat == "attention"
+    return exchanges[2:] if kept else exchanges
 
 
 @dataclasses.dataclass(frozen=True)
