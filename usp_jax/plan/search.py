@@ -229,9 +229,9 @@ def evaluate(job: Job, choice: Choice) -> Row:
     return _evaluate(job, choice)
 
 
-def _evaluate(job, choice):
+def _evaluate(job, choice, memory=None):
     found = transfers(job, choice)
-    memory = step_memory(job, choice)
+    memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
     lacking = lacks(choice)
     reason = ""
@@ -250,31 +250,34 @@ def _fastest(job, choice, ways):
     """The row with the best of some ways round the ring, each in few enough parts."""
     rows = []
     for name, chunks in ways:
-        inner = None
-        if name == "double":
-            near = job.machine.node // (choice.ulysses * choice.tensor)
-            inner = max(1, min(choice.ring, near))
-        way = dataclasses.replace(
-            choice, ring_schedule=name, ring_inner=inner, ulysses_chunks=chunks
-        )
-        if choice.ring == 1:
-            way = dataclasses.replace(
-                way, ring_schedule="unidirectional", ring_inner=None
-            )
-        if obstacle(job, way) is None:
+        way = _on_the_way(job, choice, name, chunks)
+        if (why := obstacle(job, way)) is None:
             rows.append(_in_few_parts(job, way))
-    if not rows:
-        return Row(job, choice, False, obstacle(job, way))
-    return min(rows, key=_rank)
+    return min(rows, key=_rank) if rows else Row(job, choice, False, why)
+
+
+def _on_the_way(job, choice, name, chunks):
+    """A choice with a way round its ring, and a number of head chunks."""
+    fields = {}
+    if choice.ring > 1 and name != "unidirectional":
+        fields["ring_schedule"] = name
+    if choice.ring > 1 and name == "double":
+        near = job.machine.node // (choice.ulysses * choice.tensor)
+        fields["ring_inner"] = max(1, min(choice.ring, near))
+    if chunks != 1:
+        fields["ulysses_chunks"] = chunks
+    return dataclasses.replace(choice, **fields) if fields else choice
 
 
 def _in_few_parts(job, choice):
     """The row with the fewest parts of the batch that fit, or with the most."""
     for parts in _parts(job, choice):
-        choice = dataclasses.replace(choice, accumulate=parts)
-        if step_memory(job, choice).peak <= job.machine.memory_bytes:
+        if parts > 1:
+            choice = dataclasses.replace(choice, accumulate=parts)
+        memory = step_memory(job, choice)
+        if memory.peak <= job.machine.memory_bytes:
             break
-    return _evaluate(job, choice)
+    return _evaluate(job, choice, memory)
 
 
 def _parts(job, choice):

@@ -136,9 +136,9 @@ def _ring(job, choice, attention_seconds):
         (layers * (1 + again_of(choice).ring), forward, attention.forward_hop(call)),
         (layers, backward, attention.backward_hop(call)),
     ):
-        turn = _turn(choice, group, size * choice.ring, own, call.turns * sum(hop))
-        computed += times * size * choice.ring
-        seen += times * (turn - size * choice.ring)
+        turn = size * choice.ring
+        computed += times * turn
+        seen += times * _seen(choice, group, turn, own, call.turns * sum(hop))
     return computed, seen
 
 
@@ -157,33 +157,31 @@ def own_share(job: Job, ring: int) -> float:
     return max(share, 1 / ring)
 
 
-def _turn(choice, group, computed, own, hop):
-    """One turn of the ring: all that is computed, and R - 1 hops beside it."""
+def _seen(choice, group, computed, own, hop):
+    """What of a turn's R - 1 hops is not hidden by what is computed beside them."""
     size, way = choice.ring, choice.ring_schedule
     if size == 1:
-        return computed
+        return 0.0
     if way == "all_gather":
-        return computed + group.seconds("all-gather", (size - 1) * hop)
-    first, chunk = own * computed, (1 - own) * computed / (size - 1)
+        return group.seconds("all-gather", (size - 1) * hop)
+    chunk = (1 - own) * computed / (size - 1)
     if way == "double":
-        # An inner turn is between two hops of the outer ring.
-        near = dataclasses.replace(group, size=choice.ring_inner)
         inner, outer = choice.ring_inner, size // choice.ring_inner
-        more = _rotated(inner, chunk, near.seconds(PERMUTE, hop))
+        near = dataclasses.replace(group, size=inner)
+        seen = _beyond(inner, near.seconds(PERMUTE, hop), chunk)
+        # An inner turn is beside each hop of the outer ring.
         outside = group.seconds(PERMUTE, hop)
-        return first + more + _rotated(outer, chunk + more, outside)
+        return outer * seen + _beyond(outer, outside, inner * chunk + seen)
     both_ways = way == "bidirectional" and bool(group.shape)
-    return first + _rotated(
-        size, chunk, group.seconds(PERMUTE, hop, both_ways=both_ways)
-    )
+    return _beyond(size, group.seconds(PERMUTE, hop, both_ways=both_ways), chunk)
 
 
 PERMUTE = "collective-permute"
 
 
-def _rotated(size, chunk, hop):
-    """All turns but the first."""
-    return (size - 1) * max(chunk, hop)
+def _beyond(size, hop, chunk):
+    """What hops take longer than the chunks beside them; the first has no hop."""
+    return (size - 1) * max(0.0, hop - chunk)
 
 
 def _beside_chunks(choice, exchanges, computed):
