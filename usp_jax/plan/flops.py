@@ -59,7 +59,7 @@ class Work:
 
 
 def step_work(
-    model: LlamaConfig, *, sequence: int, batch: int, visible: float = 1
+    model: LlamaConfig, *, sequence: int, batch: int, visible: int | float = 1
 ) -> Work:
     """The formulas of this file, for `batch` rows of `sequence` tokens.
 

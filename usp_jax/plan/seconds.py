@@ -9,7 +9,7 @@
   shard; the hops are the same.
 * Weights of ZeRO-3, and their gradients, travel beside the compute of their layer: they
   count where all that is sent takes longer than all that is computed.
-* ZeRO-1 gathers and scatters everything once a part, which is waited for.
+* ZeRO-1 gathers everything once, and scatters it for each part: both are waited for.
 * A pipeline of p stages and m micro-batches (rows) stands still for (p - 1) / m of it.
 """
 

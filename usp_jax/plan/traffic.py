@@ -11,7 +11,8 @@ tensor:
 * the embedding exchanges activations, never its table;
 * attention sends what `attention.py` says, and part of it again for the remat policy;
 * along tensor, activations are summed twice a layer forward and twice backward;
-* where a step takes its rows in parts, all of it is sent for each.
+* where a step takes its rows in parts, all of it is sent for each, but what is gathered
+  once: XLA does that before the loop over parts.
 """
 
 import dataclasses
@@ -89,11 +90,10 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
         *_pipe(job, choice),
     ]
     parts = choice.accumulate
-    return tuple(
-        dataclasses.replace(one, times=parts * one.times) if parts > 1 else one
-        for one in found
-        if one.total > 0
-    )
+    if parts > 1:
+        found = [dataclasses.replace(one, times=parts * one.times) for one in found]
+    found = [*_gathered_once(job, choice), *found]
+    return tuple(one for one in found if one.total > 0)
 
 
 def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
@@ -119,24 +119,31 @@ def _gathered(what, kind, choice, names, times, whole):
     return Transfer(what, kind, axes, times, whole * (size - 1) / size)
 
 
+def _gathered_once(job, choice):
+    """Norms, and of the matrices what ZeRO-1 and `data` split."""
+    norms, layer, head = _weights(job, choice)
+    whole = layers_of(job, choice) * layer + head
+    gather = "all-gather"
+    yield _gathered("weights", gather, choice, ALL_AXES, 1, norms)
+    if choice.zero == 1:
+        yield _gathered("weights", gather, choice, ALL_AXES, 1, whole)
+    else:
+        split = whole / choice.split
+        yield _gathered("weights", gather, choice, ("data",), 1, split)
+
+
 def _parameters(job, choice):
-    """Weights on their way to use, and gradients on their way home."""
-    model, tensor = job.model, choice.tensor
+    """Weights that are gathered layer by layer, and gradients on their way home."""
+    norms, layer, head = _weights(job, choice)
     layers = layers_of(job, choice)
-    norms = 4 * (2 * layers + 1) * model.d_model
-    layer = layer_weights(model) * job.itemsize / tensor
-    head = model.vocab_size * model.d_model * job.itemsize / tensor
+    whole = layers * layer + head
     gradient = (choice.gradient_itemsize or job.itemsize) / job.itemsize
     gather, scatter = "all-gather", "reduce-scatter"
-    yield _gathered("weights", gather, choice, ALL_AXES, 1, norms)
     yield _gathered("gradients", scatter, choice, ALL_AXES, 1, norms)
     if choice.zero == 1:
-        whole = layers * layer + head
-        yield _gathered("weights", gather, choice, ALL_AXES, 1, whole)
         yield _gathered("gradients", scatter, choice, ALL_AXES, 1, gradient * whole)
         return
-    split = (layers * layer + head) / choice.split
-    yield _gathered("weights", gather, choice, ("data",), 1, split)
+    split = whole / choice.split
     yield _gathered("gradients", scatter, choice, ("data",), 1, split)
     yield _gathered("weights", gather, choice, ZERO_AXES, 2 * layers, layer)
     yield _gathered("gradients", scatter, choice, ZERO_AXES, layers, layer)
@@ -145,6 +152,14 @@ def _parameters(job, choice):
     times = 2 * blocks if blocks > 1 else 1
     yield _gathered("weights", gather, choice, ZERO_AXES, times, head / blocks)
     yield _gathered("gradients", scatter, choice, ZERO_AXES, blocks, head / blocks)
+
+
+def _weights(job, choice):
+    """Bytes of the norms in float32, of one layer's matrices and of the output's."""
+    model, tensor = job.model, choice.tensor
+    norms = 4 * (2 * layers_of(job, choice) + 1) * model.d_model
+    layer = layer_weights(model) * job.itemsize / tensor
+    return norms, layer, model.vocab_size * model.d_model * job.itemsize / tensor
 
 
 def _tokens(job, choice):
