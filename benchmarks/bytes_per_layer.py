@@ -246,6 +246,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8, help="a power of two")
     parser.add_argument("--tokens", type=int, default=8192, help="of each device")
+    parser.add_argument(
+        "--heads", type=int, nargs=2, default=(32, 8), help="query, key/value heads"
+    )
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--table", action="store_true", help="print Markdown instead")
     options = parser.parse_args()
@@ -262,7 +265,7 @@ def main() -> int:
     results = []
     for ulysses, ring in degrees(options.devices):
         for choice in options.choices:
-            layer = Layer(ulysses, ring, choice, tokens=options.tokens)
+            layer = Layer(ulysses, ring, choice, *options.heads, tokens=options.tokens)
             if not layer.is_possible:
                 continue
             results.append(measure(layer))

@@ -5,6 +5,7 @@ import sys
 
 import jax
 
+from train.auto_mesh import planned
 from train.build import build
 from train.cli import parse
 from train.config import Config
@@ -24,6 +25,7 @@ def main() -> None:
     try:
         config = parse(sys.argv[1:])
         start_jax(config)
+        config = planned(config)
     except ValueError as error:
         _give_up(error)
     with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:

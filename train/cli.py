@@ -1,10 +1,11 @@
 """The command line: a preset's name, then options that replace its fields."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import tyro
 
-from train.config import Config, check
+from train.config import HERE, Config, MeshConfig, check
 from train.presets import PRESETS, preset
 
 USAGE = "python -m train PRESET [--section.key value ...]"
@@ -14,7 +15,8 @@ def parse(arguments: Sequence[str]) -> Config:
     """The run that the arguments ask for; exits after `--help` or a bad option.
 
     Raises:
-      ValueError: no such preset, or a run that cannot be.
+      ValueError: no such preset, a run that cannot be, or a mesh that is both told and
+        to be planned.
     """
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
@@ -31,9 +33,34 @@ def parse(arguments: Sequence[str]) -> Config:
     config = tyro.cli(
         Config,
         default=preset(name),
-        args=options,
+        args=_with_machine(options),
         prog=f"python -m train {name}",
         description="Trains a LLaMA whose sequence is split over devices.",
     )
+    if config.auto_mesh is not None:
+        _check_nothing_told(options)
+        # The preset's would be checked, though it is not used.
+        config = dataclasses.replace(config, mesh=MeshConfig(), accumulate=1)
     check(config)
     return config
+
+
+def _with_machine(options):
+    """The options, with a machine after an `--auto-mesh` that has none."""
+    words = ["--auto-mesh" if word == "--auto_mesh" else word for word in options]
+    if "--auto-mesh" in words:
+        after = words.index("--auto-mesh") + 1
+        if after == len(words) or words[after].startswith("--"):
+            words.insert(after, HERE)
+    return words
+
+
+def _check_nothing_told(options):
+    """Raises ValueError for what the planner is to choose."""
+    chosen = ("--mesh.", "--model.remat", "--accumulate")
+    told = [word for word in options if word.replace("_", "-").startswith(chosen)]
+    if told:
+        raise ValueError(
+            f"{told[0]} beside --auto-mesh: the planner chooses the mesh, model.remat "
+            "and accumulate; leave one of the two out"
+        )

@@ -16,6 +16,7 @@ from usp_jax.models.pipeline import Pipeline
 
 STORED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "data")
 DTYPES = ("float32", "bfloat16")
+HERE = "here"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,8 @@ class Config:
       seed: of the first parameters and of the order of the data.
       run_dir: where the run is kept; a run that is there already goes on.
       fake_devices: this many CPU devices in each process, instead of what there is.
+      auto_mesh: a machine of `usp_jax.plan`, or "here" for that of the devices; the
+        planner then chooses mesh.*, model.remat and accumulate.
       dtype: of the computation; parameters are float32.
     """
 
@@ -207,6 +210,7 @@ class Config:
     seed: int = 0
     accumulate: int = 1
     fake_devices: int | None = None
+    auto_mesh: str | None = None
     dtype: str = "bfloat16"
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()

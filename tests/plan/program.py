@@ -44,7 +44,7 @@ def lowered_step(config: Config, devices: Sequence[jax.Device] | None = None):
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = State(count, params, memory)
     schedule = learning_rate(config.optimizer, config.steps)
-    step = make_step(graphdef, optimizer, schedule, config.layout)
+    step = make_step(graphdef, optimizer, schedule, config.layout, config.accumulate)
     out = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, None))
     return jitted, (state, describe(config.batch_size, config.sequence_length, mesh))
@@ -67,6 +67,7 @@ def config_of(job: Job, choice: Choice) -> Config:
         batch_size=job.batch,
         run_dir=Path("unused"),
         layout=job.layout,
+        accumulate=choice.accumulate,
         dtype=job.model.dtype,
         mesh=MeshConfig(**choice.sizes, zero=choice.zero),
     )

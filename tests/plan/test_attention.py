@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from usp_jax.compiled import by_kind
 from usp_jax.plan.attention import Call, Sent, backward_bytes, forward_bytes
 from usp_jax.schedules import SCHEDULES
 
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, HEAD_SIZE = 2, 4
 # MHA, GQA, MQA, and heads that no degree divides.
 HEADS = ((8, 8), (8, 2), (8, 1), (6, 3))
@@ -44,7 +49,7 @@ def shapes(mesh, length, heads, dtype):
     ]
 
 
-def check(degrees, heads, schedule):
+def check(degrees, heads, schedule, chunks=1):
     ring, ulysses = degrees
     length = 4 * ring * ulysses
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
@@ -53,6 +58,7 @@ def check(degrees, heads, schedule):
         mesh=mesh,
         is_causal=True,
         layout="zigzag",
+        ulysses_chunks=chunks,
         **options(schedule, ring),
     )
     forward, backward = programs.passes(
@@ -68,6 +74,7 @@ def check(degrees, heads, schedule):
         # The CPU's compiler widens bfloat16 collectives: float32 is counted there.
         itemsize=4,
         ring_schedule=schedule,
+        chunks=chunks,
     )
     assert forward_bytes(call) == sent(forward)
     assert backward_bytes(call) == sent(backward)
@@ -102,3 +109,53 @@ def test_bytes_equal_the_program_everywhere(degrees, heads, schedule):
 def test_an_unknown_schedule_is_told():
     with pytest.raises(ValueError, match="ring_schedule='spiral' must be one of"):
         Call(1, 1, 1, 1, 1, 1, ring_schedule="spiral")
+
+
+def test_head_chunks_send_queries_and_keys_again():
+    # Two key/value heads of a device serve four query heads: a chunk has one.
+    check((4, 1), (8, 2), "unidirectional", chunks=2)
+    # One serves both chunks, and goes round the ring for each.
+    check((2, 4), (8, 4), "unidirectional", chunks=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", ["bidirectional", "all_gather", "pass_q"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)], ids=str)
+def test_head_chunks_on_every_way(heads, schedule):
+    check((4, 2), heads, schedule, chunks=2)
+
+
+def test_chunks_that_heads_do_not_have_are_told():
+    with pytest.raises(ValueError, match="chunks=3 must divide .* of a device, 4"):
+        Call(1, 8, 8, 1, 1, 2, chunks=3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("devices", [8, 16, 64])
+def test_bytes_equal_the_programs_of_more_devices(devices, heads):
+    # Fake devices are set up once in a process: these need one of their own.
+    command = [sys.executable, "-m", "benchmarks.bytes_per_layer"]
+    command += ["--devices", str(devices), "--heads", *map(str, heads)]
+    command += ["--tokens", "64", "--choices", "unidirectional"]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    lines = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(lines) == devices.bit_length()
+    for line in lines:
+        call = Call(
+            tokens=line["tokens"],
+            num_heads=line["num_heads"],
+            num_kv_heads=line["num_kv_heads"],
+            head_size=line["head_size"],
+            ring=line["ring"],
+            ulysses=line["ulysses"],
+            itemsize=4,
+        )
+        for predicted, name in (
+            (forward_bytes(call), "forward"),
+            (backward_bytes(call), "backward"),
+        ):
+            found = line["compiled"][name]
+            assert predicted.ulysses == found.get("all-to-all", 0)
+            assert predicted.ring == found.get("collective-permute", 0)

@@ -1,6 +1,12 @@
 """Machines: their facts, their shapes, and how long a collective takes on them."""
 
+import collections
+import dataclasses
+import itertools
+
+import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 
 from usp_jax import aot, plan
 from usp_jax.plan.links import Group
@@ -97,6 +103,51 @@ def test_a_torus():
     assert one_way == pytest.approx(sent / 100e9, rel=0.01)
     halves = ring.seconds("collective-permute", sent, both_ways=True)
     assert halves == pytest.approx(one_way / 2, rel=0.01)
+
+
+@dataclasses.dataclass
+class Chip:
+    """What jax reads of a TPU device to place it in a mesh."""
+
+    id: int
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+    slice_index: int = 0
+    core_on_chip: int = 0
+
+
+def ways(start, stop, side):
+    """The links from one chip to another, one dim after the other."""
+    at = list(start)
+    for dim, goal in enumerate(stop):
+        far = (goal - at[dim]) % side
+        step = 1 if far <= side // 2 else -1
+        for _ in range(min(far, side - far)):
+            yield tuple(at), dim, step
+            at[dim] = (at[dim] + step) % side
+
+
+@pytest.mark.parametrize(
+    ("ring", "ulysses"), [(64, 1), (32, 2), (16, 4), (8, 8), (4, 16)]
+)
+def test_hops_share_links_where_jax_splits_a_side(ring, ulysses):
+    places = itertools.product(range(4), repeat=3)
+    chips = [Chip(i, place[::-1]) for i, place in enumerate(places)]
+    mesh = mesh_utils.create_device_mesh(
+        (ring, ulysses), chips, allow_split_physical_axes=True
+    )
+    links = collections.Counter(
+        link
+        for column in mesh.T
+        for chip, after in zip(column, np.roll(column, -1), strict=True)
+        for link in ways(chip.coords, after.coords, 4)
+    )
+    assert (
+        max(links.values())
+        == group("v5p", ("ring",), ring=ring, ulysses=ulysses).shared
+    )
 
 
 def test_alone_there_is_nothing_to_send():

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.compilers import needs_compilers
 from train.cli import parse
 from usp_jax import plan
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.rope_scaling import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    YarnScaling,
+)
 from usp_jax.plan.__main__ import main
 from usp_jax.plan.choice import lacks, obstacle
+from usp_jax.plan.seconds import own_share
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = (
@@ -115,6 +123,7 @@ def test_the_longest_fits_and_a_little_longer_does_not():
         ("tiny", "v5p", {"sequence": 0}, "sequence=0 must be a positive int"),
         ("tiny", "v5p", {"batch": -1}, "batch=-1 must be a positive int"),
         ("tiny", "v5p", {"layout": "data"}, "layout='data' must be one of"),
+        ("tiny", "v5p", {"documents": 0}, "documents=0 must be a positive int"),
         ("llama3-8b", "v5e", {"sequence": 2**24}, "fits in no way: the least is"),
         ("tiny", "v5p", {"sequence": 33, "devices": 8}, "sequence=33 cannot be split"),
     ],
@@ -140,6 +149,88 @@ def test_the_command_trains_what_was_planned():
     assert config.mesh.zero == row.choice.zero
     assert (config.sequence_length, config.batch_size) == (2**18, 1)
     assert config.fake_devices is None and config.layout == "zigzag"
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LinearScaling(2.0),
+        DynamicNTKScaling(2.0, 4096),
+        YarnScaling(4.0, 4096, truncate=False),
+        Llama3Scaling(8.0),
+    ],
+    ids=lambda scaling: type(scaling).__name__,
+)
+@pytest.mark.parametrize("machine", ["h100", "v6e"])
+def test_every_best_has_a_command_that_the_trainer_takes(machine, scaling):
+    model = LlamaConfig.preset("llama3.2-1b", rope_scaling=scaling)
+    row = plan.best(model, machine, sequence=2**15, batch=64, devices=8)
+    config = parse(shlex.split(plan.train_command(row.job, row.choice))[3:])
+    assert config.llama == dataclasses.replace(
+        model, remat=row.choice.remat, zero=row.choice.zero
+    )
+    assert config.accumulate == row.choice.accumulate
+    assert (config.batch_size, config.mesh.devices) == (64, 8)
+
+
+def test_a_batch_is_taken_in_as_few_parts_as_fit():
+    job = plan.job_of("llama3.2-1b", "v5e", sequence=2**15, batch=64, devices=8)
+    divided = [row for row in plan.plan(job) if row.choice.accumulate > 1]
+    assert any(row.fits for row in divided)
+    for row in divided:
+        parts = row.choice.accumulate // 2
+        fewer = dataclasses.replace(row.choice, accumulate=parts)
+        assert not plan.evaluate(job, fewer).fits
+        assert row.fits or row.choice.accumulate == 64 // row.choice.rows * parts * 2
+
+
+def test_short_documents_leave_less_to_compute_and_as_much_to_send():
+    choice = plan.Choice(ring=4, ulysses=2, remat="attention")
+    rows = [
+        plan.evaluate(
+            plan.job_of("llama3-8b", "h100", sequence=2**17, documents=documents),
+            choice,
+        )
+        for documents in (None, 2**17, 2**14, 2**11)
+    ]
+    whole, same, *shorter = rows
+    assert whole.seconds == same.seconds
+    assert len({row.transfers for row in rows}) == 1
+    times = [row.seconds.attention for row in (whole, *shorter)]
+    assert times == sorted(times, reverse=True)
+    # Hops are seen where little is computed beside them.
+    assert whole.seconds.ring == 0 < shorter[-1].seconds.ring
+    assert whole.as_dict()["hfu"] > shorter[-1].as_dict()["hfu"]
+
+
+def test_a_shard_sees_more_of_its_own_keys_the_shorter_documents_are():
+    job = plan.job_of("llama3-8b", "h100", sequence=2**17)
+    shares = [
+        own_share(dataclasses.replace(job, documents=documents), 8)
+        for documents in (None, 2**17, 2**14, 2**13, 2**12, 2**6)
+    ]
+    assert shares == sorted(shares)
+    assert shares[0] == shares[1] == 1 / 8
+    # Documents as long as a chunk: by counting, 2/3 of the pairs are in one chunk.
+    assert shares[3] == pytest.approx(2 / 3)
+    assert shares[-1] > 0.99
+
+
+def test_head_chunks_hide_exchanges_when_asked_for():
+    job = plan.job_of("llama3-8b", "a800", sequence=2**16, devices=16)
+    whole, chunked = (
+        plan.evaluate(job, plan.Choice(ring=2, ulysses=8, ulysses_chunks=n))
+        for n in (1, 4)
+    )
+    assert chunked.seconds.exchanges < whole.seconds.exchanges
+    assert chunked.seconds.ring >= whole.seconds.ring
+    asked = plan.plan(job, chunks=(1, 3))
+    assert {row.choice.ulysses_chunks for row in asked} <= {1, 3}
+    only = plan.plan(job, chunks=(4,))
+    assert not any(row.can_train for row in only)
+    assert any("in 4 chunks" in row.reason for row in only)
+    with pytest.raises(ValueError, match="ulysses_chunks=0 must be a positive int"):
+        plan.plan(job, chunks=(0,))
 
 
 def test_what_the_trainer_lacks_has_no_command():
@@ -190,6 +281,18 @@ def test_the_table_ends_with_the_command(capsys):
     assert "x divisibility" in out and "x not in the trainer yet" in out
 
 
+@pytest.mark.long
+@needs_compilers
+def test_verify_puts_the_compilers_bytes_beside_the_predicted(capsys):
+    job = "--model llama3.2-1b --machine v5e --devices 8 --sequence 32K".split()
+    code, out = told(capsys, *job, "--verify")
+    assert code == 0
+    title, row = re.findall(r"^[│┃].*$", out, re.MULTILINE)[-2:]
+    assert "compiler's" in title and row.rstrip(" │").endswith("yes")
+    predicted, compiled = re.findall(r"\d+\.\d+", row)[:2]
+    assert float(predicted) == pytest.approx(float(compiled), rel=0.1)
+
+
 def test_plot_and_longest(capsys, tmp_path):
     image = tmp_path / "plan.png"
     code, _ = told(capsys, *SMALL, "--plot", str(image))
@@ -199,7 +302,12 @@ def test_plot_and_longest(capsys, tmp_path):
 
 
 def test_wrong_arguments_end_with_2(capsys):
-    for wrong in (("--sequence", "0"), ("--sequence", "8G"), ("--devices", "9")):
+    for wrong in (
+        ("--sequence", "0"),
+        ("--sequence", "8G"),
+        ("--devices", "9"),
+        ("--documents", "1.5K"),
+    ):
         with pytest.raises(SystemExit) as error:
             main([*SMALL, *wrong])
         assert error.value.code == 2

@@ -11,6 +11,23 @@ def against(machine="a800", sequence=2**16, batch=1, model="llama3-8b", **choice
     return plan.against(plan.evaluate(job, plan.Choice(**choice)))
 
 
+def wasted(model="llama3-8b", **choice):
+    devices = plan.Choice(**choice).devices
+    job = plan.job_of(model, "v5p", sequence=2**16, devices=devices)
+    return " ".join(plan.wasteful(plan.evaluate(job, plan.Choice(**choice))))
+
+
+def test_few_heads_that_make_a_split_wasteful_are_told():
+    assert wasted(ring=2, ulysses=8) == ""
+    assert "ulysses=32 for 8 key/value heads: they are sent" in wasted(ulysses=32)
+    assert "4 times over" in wasted(ulysses=32)
+    padded = wasted("llama2-13b", ring=2, ulysses=32)
+    assert "ulysses=32 for 40 query heads: 64 are computed" in padded
+    chunked = wasted(ring=8, ulysses=8, ulysses_chunks=4)
+    assert "1 key/value heads of a device: they go round the ring 4 times" in chunked
+    assert wasted(ring=8, ulysses=4, ulysses_chunks=2) == ""
+
+
 @pytest.mark.parametrize(
     ("tip", "against_it", "with_it"),
     [

@@ -63,6 +63,17 @@ def test_every_split_and_policy(sizes, remat):
     check(Choice(**sizes, remat=remat))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "ring": 2, "ulysses": 2}, {"fsdp": 2, "ring": 2, "tensor": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_step_in_parts(sizes, zero):
+    check(Choice(**sizes, accumulate=2, zero=zero), batch=8)
+
+
 def test_by_axis_sums_all_of_it():
     job = Job(MODEL, machine("a100"), 8, 512, 4)
     found = transfers(job, Choice(ring=2, ulysses=2, fsdp=2))

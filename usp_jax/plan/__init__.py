@@ -23,4 +23,8 @@ from usp_jax.plan.search import (
     longest as longest,
     plan as plan,
 )
-from usp_jax.plan.tips import TIPS as TIPS, against as against
+from usp_jax.plan.tips import (
+    TIPS as TIPS,
+    against as against,
+    wasteful as wasteful,
+)

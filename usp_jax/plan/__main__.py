@@ -40,15 +40,25 @@ def _rows(args) -> list[Row]:
     if args.longest:
         job = longest(job_of(model, args.machine, sequence=1, **_asked(args)))
     else:
-        sequence = _length(args.sequence)
+        sequence = _length("sequence", args.sequence)
         job = job_of(model, args.machine, sequence=sequence, **_asked(args))
     if job is None:
         return []
-    return plan(job, schedules=args.schedule or ("unidirectional",))
+    return plan(
+        job,
+        schedules=args.schedule or ("unidirectional",),
+        chunks=args.chunks or (1,),
+    )
 
 
 def _asked(args):
-    return {"batch": args.batch, "devices": args.devices, "layout": args.layout}
+    documents = None if args.documents is None else _length("documents", args.documents)
+    return {
+        "batch": args.batch,
+        "devices": args.devices,
+        "layout": args.layout,
+        "documents": documents,
+    }
 
 
 def _tell(args, rows):
@@ -95,6 +105,18 @@ def _parser():
         choices=SCHEDULES,
         help="a way round the ring to consider; may be given again",
     )
+    parser.add_argument(
+        "--chunks",
+        action="append",
+        type=int,
+        metavar="N",
+        help="a number of head chunks to consider; may be given again",
+    )
+    parser.add_argument(
+        "--documents",
+        metavar="MEAN",
+        help="tokens of a document, of which rows are packed; default: a row is one",
+    )
     parser.add_argument("--top", type=int, default=10, help="rows of the table")
     parser.add_argument(
         "--longest", action="store_true", help="the longest sequence that fits"
@@ -113,13 +135,13 @@ def _parser():
     return parser
 
 
-def _length(text: str) -> int:
+def _length(name: str, text: str) -> int:
     """A number of tokens: "4096", "64K", "1M"."""
     units = {"K": 2**10, "M": 2**20}
     unit = units.get(text[-1:].upper(), 1)
     number = text if unit == 1 else text[:-1]
     if not number.isdecimal():
-        raise ValueError(f"sequence={text!r} must be a number like 4096, 64K or 1M")
+        raise ValueError(f"{name}={text!r} must be a number like 4096, 64K or 1M")
     return int(number) * unit
 
 

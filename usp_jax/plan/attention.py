@@ -20,6 +20,7 @@ class Call:
       tokens: of one device, over all its rows: B·T / (ring · ulysses).
       num_heads, num_kv_heads: of one device's part along `tensor`.
       itemsize: bytes of an element of q, k, v.
+      chunks: of the heads, one after the other, as `ulysses_chunks` of `usp_attention`.
     """
 
     tokens: int
@@ -30,8 +31,14 @@ class Call:
     ulysses: int
     itemsize: int = 2
     ring_schedule: str = "unidirectional"
+    chunks: int = 1
 
     def __post_init__(self):
+        own = self.heads.padded // self.ulysses
+        if own % self.chunks:
+            raise ValueError(
+                f"chunks={self.chunks} must divide the query heads of a device, {own}"
+            )
         if self.ring_schedule not in SCHEDULES:
             raise ValueError(
                 f"ring_schedule={self.ring_schedule!r} must be one of {SCHEDULES}"
@@ -45,7 +52,19 @@ class Call:
     @property
     def heads(self) -> Heads:
         """Who works on which heads."""
-        return _heads(self.num_heads, self.num_kv_heads, self.ulysses)
+        return _heads(
+            self.num_heads, self.num_kv_heads, self.ulysses, parts=self.chunks
+        )
+
+    @property
+    def turns(self) -> int:
+        """How often keys and values go round the ring: once for all chunks they serve.
+
+        With `pass_q` it is each chunk's queries that go, in all once.
+        """
+        if self.ring_schedule == "pass_q":
+            return 1
+        return self.chunks // self.heads.kv_parts
 
     @property
     def q_elements(self) -> int:
@@ -78,14 +97,14 @@ class Sent:
 
 def forward_bytes(call: Call) -> Sent:
     """Of the forward pass: q, k, v and out; k, v round the ring."""
-    exchanged = sum(forward_exchanges(call))
-    return Sent(_exchanged(call, exchanged), (call.ring - 1) * sum(forward_hop(call)))
+    rotated = call.turns * (call.ring - 1) * sum(forward_hop(call))
+    return Sent(_exchanged(call, sum(forward_exchanges(call))), rotated)
 
 
 def backward_bytes(call: Call) -> Sent:
     """Of the backward pass: dout, dq and dk, dv; k, v again and dk, dv round it."""
-    exchanged = sum(backward_exchanges(call))
-    return Sent(_exchanged(call, exchanged), (call.ring - 1) * sum(backward_hop(call)))
+    rotated = call.turns * (call.ring - 1) * sum(backward_hop(call))
+    return Sent(_exchanged(call, sum(backward_exchanges(call))), rotated)
 
 
 def forward_exchanges(call: Call) -> tuple[int, ...]:
@@ -95,16 +114,21 @@ def forward_exchanges(call: Call) -> tuple[int, ...]:
 
 
 def backward_exchanges(call: Call) -> tuple[int, ...]:
-    """Those of dout, dq and dk, dv; these in float32 where a head has several parts."""
+    """Those of dout, dq and dk, dv; these in float32 where a head has several parts.
+
+    In chunks, also q and k, v, which are kept as they came and sent again.
+    """
     q = call.q_elements * call.itemsize
     itemsize = call.accumulated if call.heads.replicated else call.itemsize
-    return q, q, call.kv_elements * itemsize
+    again = forward_exchanges(call)[:2] if call.chunks > 1 else ()
+    return q, q, call.kv_elements * itemsize, *again
 
 
 def forward_hop(call: Call) -> tuple[int, int]:
     """Bytes of one hop: what is read only, and the sums that follow one hop late.
 
-    An all-gather has no hops: it sends as much as R - 1 of them.
+    Of all chunks that keys serve together. An all-gather has no hops: it sends as much
+    as R - 1 of them.
     """
     if call.ring_schedule == "pass_q":
         seen = call.q_elements + call.lse_elements

@@ -21,6 +21,9 @@ class Job:
       sequence: tokens of a row.
       batch: rows of a step, over all devices.
       layout: the order in which tokens are stored.
+      documents: tokens of a document, of which rows are packed full; None: a row is one
+        document. Where they differ this is their mean, and the work is that of equal
+        ones, which is the least.
     """
 
     model: LlamaConfig
@@ -29,10 +32,13 @@ class Job:
     sequence: int
     batch: int
     layout: str = "zigzag"
+    documents: int | None = None
 
     def __post_init__(self):
         for name in ("devices", "sequence", "batch"):
             check_positive_int(name, getattr(self, name))
+        if self.documents is not None:
+            check_positive_int("documents", self.documents)
         stored = tuple(name for name in LAYOUTS if name != "data")
         if self.layout not in stored:
             raise ValueError(f"layout={self.layout!r} must be one of {stored}")
@@ -49,6 +55,13 @@ class Job:
         """Bytes of an element of the computation."""
         return {"bfloat16": 2, "float32": 4}[self.model.dtype]
 
+    @property
+    def visible(self) -> float:
+        """The part of a row's causal half that documents leave to be seen."""
+        if self.documents is None:
+            return 1.0
+        return min(1.0, self.documents / self.sequence)
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -59,7 +72,8 @@ class Choice:
         does not; the float32 ones and the optimizer's memory are always split over
         these and data.
       remat: as in `LlamaConfig`.
-      ring_schedule, ring_inner: as in `usp_attention`.
+      accumulate: in how many parts, one after the other, the rows are taken.
+      ring_schedule, ring_inner, ulysses_chunks: as in `usp_attention`.
       tensor_sequence: between attention and the feed-forward network the sequence is
         split over tensor too (TP-sp).
       gradient_itemsize: bytes of an element of what gradients are summed in over
@@ -74,12 +88,16 @@ class Choice:
     tensor: int = 1
     zero: int = 3
     remat: str = "full"
+    accumulate: int = 1
     ring_schedule: str = "unidirectional"
     ring_inner: int | None = None
+    ulysses_chunks: int = 1
     tensor_sequence: bool = False
     gradient_itemsize: int | None = None
 
     def __post_init__(self):
+        for name in ("accumulate", "ulysses_chunks"):
+            check_positive_int(name, getattr(self, name))
         for name, values in (
             ("zero", ZERO),
             ("remat", REMAT),
@@ -122,14 +140,24 @@ class Choice:
         """The devices over which a parameter's float32 copy is split."""
         return self.data * self.split
 
+    @property
+    def rows(self) -> int:
+        """How many parts the rows of a step are cut into, over devices and time."""
+        return self.data * self.fsdp * self.accumulate
+
 
 def lacks(choice: Choice) -> tuple[str, ...]:
-    """What of a choice the training program of this checkout does not have."""
+    """What of a choice the training program of this checkout does not have.
+
+    The one place that says so: what is struck out here is proposed from then on.
+    """
     lacking = []
     if choice.pipe > 1:
         lacking.append("pipe")
     if choice.ring_schedule != "unidirectional":
         lacking.append(f"ring_schedule={choice.ring_schedule}")
+    if choice.ulysses_chunks > 1:
+        lacking.append("ulysses_chunks")
     if choice.tensor_sequence:
         lacking.append("tensor_sequence")
     if choice.gradient_itemsize is not None:
@@ -144,14 +172,17 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     shards = choice.everyone
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
-    if job.batch % (choice.data * choice.fsdp):
-        ways = choice.data * choice.fsdp
-        return f"divisibility: batch {job.batch} over data · fsdp = {ways}"
+    if job.batch % choice.rows:
+        ways = "data · fsdp" + " · accumulate" * (choice.accumulate > 1)
+        return f"divisibility: batch {job.batch} over {ways} = {choice.rows}"
     if heads > model.num_heads:
         return f"heads: {model.num_heads} over tensor · ulysses = {heads}"
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         if getattr(model, name) % choice.tensor:
             return f"divisibility: {name} {getattr(model, name)} over tensor"
+    own = -(-model.num_heads // heads)
+    if own % choice.ulysses_chunks:
+        return f"heads: {own} of a device in {choice.ulysses_chunks} chunks"
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
     if model.num_layers % choice.pipe:

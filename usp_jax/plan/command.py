@@ -1,5 +1,7 @@
 """The command line of the training program for a choice."""
 
+import re
+
 from usp_jax.models.config import LlamaConfig
 from usp_jax.plan.choice import Choice, Job, lacks
 
@@ -20,8 +22,7 @@ _MODEL = (
 def train_command(job: Job, choice: Choice) -> str:
     """`python -m train ...` for a job and a choice; it needs the machine's devices.
 
-    A preset's name comes first; what this gives replaces all its sizes. RoPE's scaling
-    has no option there: a model that has one is trained without it.
+    A preset's name comes first; what this gives replaces all its sizes.
 
     Raises:
       ValueError: the training program does not have the choice.
@@ -37,26 +38,44 @@ def train_command(job: Job, choice: Choice) -> str:
         "sequence_length": job.sequence,
         "batch_size": job.batch,
         "layout": job.layout,
+        "accumulate": choice.accumulate,
         "fake_devices": None,
     }
     options |= {f"mesh.{name}": size for name, size in choice.sizes.items()}
     options["mesh.zero"] = choice.zero
-    words = [f"--{_dashed(name)} {value}" for name, value in options.items()]
-    tied = "" if model.tie_embeddings else "no-"
-    words.append(f"--model.{tied}tie-embeddings")
-    by_tokens = "" if choice.tensor_sequence else "no-"
-    words.append(f"--model.{by_tokens}tensor-sequence")
+    options["model.tie_embeddings"] = model.tie_embeddings
+    options["model.tensor_sequence"] = choice.tensor_sequence
+    words = [_option(name, value) for name, value in options.items()]
+    # The kind of scaling is chosen by a word of its own, which has to come last.
+    words.extend(_rope_scaling(model.rope_scaling))
     return " ".join(["python -m train tiny", *words])
 
 
-def _dashed(name):
-    return name.replace("_", "-")
+def _rope_scaling(scaling):
+    if scaling is None:
+        return
+    parts = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", type(scaling).__name__)
+    yield f"model.rope-scaling:{'-'.join(parts).lower()}"
+    for name, value in vars(scaling).items():
+        yield _option(f"model.rope_scaling.{name}", value)
+
+
+def _option(name, value):
+    """One option: "--section.some-name value", or with "no-" before a name."""
+    section, dot, last = name.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return f"--{section}{dot}{'' if value else 'no-'}{last}"
+    return f"--{section}{dot}{last} {value}"
 
 
 def describe(choice: Choice) -> str:
     """A choice in a few words, without the axes that split nothing."""
     sizes = [f"{name}={size}" for name, size in choice.sizes.items() if size > 1]
     words = [*(sizes or ["one device"]), f"zero={choice.zero}", f"remat={choice.remat}"]
+    if choice.accumulate > 1:
+        words.append(f"accumulate={choice.accumulate}")
     if choice.ring_schedule != "unidirectional":
         words.append(choice.ring_schedule)
+    if choice.ulysses_chunks > 1:
+        words.append(f"chunks={choice.ulysses_chunks}")
     return " ".join(words)

@@ -14,8 +14,9 @@ vocabulary, B rows of T tokens:
 * hardware:     what is really computed. Flash attention's backward computes q·k again
   (5 products instead of 4), and the remat policy computes parts of the forward again.
 
-Packed documents see less than the causal half. No currency takes that off: rows of the
-same shape count the same, whatever text is in them.
+Packed documents see less than the causal half. The model's currencies do not take that
+off: rows of the same shape count the same, whatever text is in them. What is really
+computed is less by it, where `visible` says so.
 """
 
 import dataclasses
@@ -57,8 +58,14 @@ class Work:
         return self.causal + self.attention / 2 + self.attention_again + again
 
 
-def step_work(model: LlamaConfig, *, sequence: int, batch: int) -> Work:
-    """The formulas of this file, for `batch` rows of `sequence` tokens."""
+def step_work(
+    model: LlamaConfig, *, sequence: int, batch: int, visible: int | float = 1
+) -> Work:
+    """The formulas of this file, for `batch` rows of `sequence` tokens.
+
+    Args:
+      visible: the part of attention's causal half that is counted.
+    """
     tokens = batch * sequence
     per_weight = 2 * tokens * model.num_layers
     layers = per_weight * layer_weights(model)
@@ -66,7 +73,7 @@ def step_work(model: LlamaConfig, *, sequence: int, batch: int) -> Work:
     needed = layers - per_weight * model.d_model * model.d_ff
     heads = model.num_heads + 2 * model.num_kv_heads
     projections = per_weight * model.d_model * heads * model.head_size
-    pairs = 2 * tokens * sequence
+    pairs = 2 * tokens * sequence * visible
     attention = pairs * model.num_heads * model.head_size * model.num_layers
     again = {
         "none": 0.0,

@@ -10,10 +10,13 @@ What limits, for a group of n of which g lie in one node:
   the network; on a torus over all links of the sides that the group spans;
 * an all-to-all has to send (n - g) / (n - 1) over the network; on a torus the middle of
   the longest side limits: n/4 links on average, both ways round;
-* a permute is as fast as its slowest hop.
+* a permute is as fast as its slowest hop; on a torus, where a group begins or ends in
+  the middle of a side, two hops share a link (`tests/plan/test_machines.py` counts the
+  ways over the mesh that jax makes).
 """
 
 import dataclasses
+import math
 
 from usp_jax.plan.choice import Choice
 from usp_jax.plan.machines import Machine
@@ -65,6 +68,12 @@ class Group:
             low = high
         return tuple(found)
 
+    @property
+    def shared(self) -> int:
+        """How many hops of a permute have to share a link."""
+        whole = {math.prod(self.shape[:sides]) for sides in range(len(self.shape) + 1)}
+        return 1 if {self.stride, self.stride * self.near} <= whole else 2
+
     def seconds(
         self, kind: str, sent: int | float, *, both_ways: bool = False
     ) -> float:
@@ -98,8 +107,10 @@ class Group:
         if self.near == 1:
             return 0.0
         bandwidth = self.machine.inner.bandwidth
-        if not self.shape or kind == "collective-permute":
+        if not self.shape:
             return sent / bandwidth
+        if kind == "collective-permute":
+            return sent * self.shared / bandwidth
         if kind == "all-to-all":
             whole = sent * self.near / (self.near - 1)
             loads = [

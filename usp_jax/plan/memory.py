@@ -66,7 +66,9 @@ def step_memory(job: Job, choice: Choice) -> Memory:
     # A tied embedding is a parameter once, and a matrix of its own beside it.
     tables = 0 if model.tie_embeddings else table
     numbers = (matrices + tables + norms * choice.tensor) / choice.everyone
-    state = 12 * numbers + 3 * 4 * tokens_of(job, choice)
+    tokens = choice.accumulate * tokens_of(job, choice)
+    # The gradients of a step's parts are added up in float32.
+    state = (12 + 4 * (choice.accumulate > 1)) * numbers + 3 * 4 * tokens
     if choice.zero == 1:
         copies, gradient = 1, choice.gradient_itemsize or job.itemsize
     else:

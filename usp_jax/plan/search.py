@@ -37,9 +37,13 @@ class Row:
 
     @property
     def work(self) -> Work:
-        """The step's FLOPs, over all devices."""
+        """The step's FLOPs, over all devices, each row counted as one document."""
+        return self._work(1)
+
+    def _work(self, visible):
         model = dataclasses.replace(self.job.model, remat=self.choice.remat)
-        return step_work(model, sequence=self.job.sequence, batch=self.job.batch)
+        job = self.job
+        return step_work(model, sequence=job.sequence, batch=job.batch, visible=visible)
 
     @property
     def can_train(self) -> bool:
@@ -74,7 +78,7 @@ class Row:
             "tflops_per_device": None if causal is None else causal / 1e12,
             "mfu_causal": part(work.causal),
             "mfu_full": part(work.full),
-            "hfu": part(work.hardware),
+            "hfu": part(self._work(self.job.visible).hardware),
             "peak_bytes": round(self.memory.peak) if known else None,
             "traffic_bytes": (
                 round(sum(one.total for one in self.transfers)) if known else None
@@ -90,6 +94,7 @@ def job_of(
     batch: int = 1,
     devices: int | None = None,
     layout: str = "zigzag",
+    documents: int | None = None,
 ) -> Job:
     """A job from names.
 
@@ -97,6 +102,7 @@ def job_of(
       model: or the name of a preset.
       machine: or its name.
       devices: None takes the machine's usual number.
+      documents: mean tokens of the documents that rows are packed of; None is one each.
 
     Raises:
       ValueError: an unknown name, or numbers that cannot be.
@@ -106,22 +112,31 @@ def job_of(
     if isinstance(machine, str):
         machine = machine_of(machine)
     devices = machine.devices if devices is None else devices
-    return Job(model, machine, devices, sequence, batch, layout)
+    return Job(model, machine, devices, sequence, batch, layout, documents)
 
 
-def plan(job: Job, *, schedules: Sequence[str] = ("unidirectional",)) -> list[Row]:
+def plan(
+    job: Job,
+    *,
+    schedules: Sequence[str] = ("unidirectional",),
+    chunks: Sequence[int] = (1,),
+) -> list[Row]:
     """Every choice for a job, ranked: those that fit and can be trained by their time,
     then those that would fit, then the others.
 
+    Each row has the fewest parts of its batch that fit, one after the other.
+
     Args:
-      schedules: the ways round the ring to choose the fastest of, for each row.
+      schedules: the ways round the ring, and
+      chunks: the numbers of head chunks to choose the fastest of, for each row.
     """
     rows = []
+    ways = [(way, n) for way in schedules for n in chunks]
     for mesh in _meshes(job):
         why = obstacle(job, mesh)
         for choice in _variants(mesh):
             if why is None:
-                rows.append(_fastest(job, choice, schedules))
+                rows.append(_fastest(job, choice, ways))
             else:
                 rows.append(Row(job, choice, False, why))
     return sorted(rows, key=_rank)
@@ -135,6 +150,7 @@ def best(
     batch: int = 1,
     devices: int | None = None,
     layout: str = "zigzag",
+    documents: int | None = None,
 ) -> Row:
     """The fastest choice that fits and that the training program has.
 
@@ -148,7 +164,13 @@ def best(
       >>> best("llama3-8b", "v5p", sequence=2**20, devices=64).choice.sizes
     """
     job = job_of(
-        model, machine, sequence=sequence, batch=batch, devices=devices, layout=layout
+        model,
+        machine,
+        sequence=sequence,
+        batch=batch,
+        devices=devices,
+        layout=layout,
+        documents=documents,
     )
     rows = plan(job)
     if rows[0].can_train:
@@ -177,7 +199,7 @@ def longest(job: Job) -> Job | None:
     """
     step = 2 * job.devices
     # Of the remat policies "full" keeps least, and of the ZeRO levels 3 does.
-    meshes = [mesh for mesh in _meshes(job) if not lacks(mesh)]
+    meshes = [_in_most_parts(job, mesh) for mesh in _meshes(job) if not lacks(mesh)]
 
     def fits(steps):
         longer = dataclasses.replace(job, sequence=steps * step)
@@ -207,9 +229,9 @@ def evaluate(job: Job, choice: Choice) -> Row:
     return _evaluate(job, choice)
 
 
-def _evaluate(job, choice):
+def _evaluate(job, choice, memory=None):
     found = transfers(job, choice)
-    memory = step_memory(job, choice)
+    memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
     lacking = lacks(choice)
     reason = ""
@@ -224,19 +246,50 @@ def _evaluate(job, choice):
     return Row(job, choice, fits, reason, memory, seconds, found)
 
 
-def _fastest(job, choice, schedules):
-    """The row with the best of some ways round the ring."""
-    if choice.ring == 1:
-        return _evaluate(job, choice)
+def _fastest(job, choice, ways):
+    """The row with the best of some ways round the ring, each in few enough parts."""
     rows = []
-    for name in schedules:
-        inner = None
-        if name == "double":
-            near = job.machine.node // (choice.ulysses * choice.tensor)
-            inner = max(1, min(choice.ring, near))
-        way = dataclasses.replace(choice, ring_schedule=name, ring_inner=inner)
-        rows.append(_evaluate(job, way))
-    return min(rows, key=_rank)
+    for name, chunks in ways:
+        way = _on_the_way(job, choice, name, chunks)
+        if (why := obstacle(job, way)) is None:
+            rows.append(_in_few_parts(job, way))
+    return min(rows, key=_rank) if rows else Row(job, choice, False, why)
+
+
+def _on_the_way(job, choice, name, chunks):
+    """A choice with a way round its ring, and a number of head chunks."""
+    fields = {}
+    if choice.ring > 1 and name != "unidirectional":
+        fields["ring_schedule"] = name
+    if choice.ring > 1 and name == "double":
+        near = job.machine.node // (choice.ulysses * choice.tensor)
+        fields["ring_inner"] = max(1, min(choice.ring, near))
+    if chunks != 1:
+        fields["ulysses_chunks"] = chunks
+    return dataclasses.replace(choice, **fields) if fields else choice
+
+
+def _in_few_parts(job, choice):
+    """The row with the fewest parts of the batch that fit, or with the most."""
+    for parts in _parts(job, choice):
+        if parts > 1:
+            choice = dataclasses.replace(choice, accumulate=parts)
+        memory = step_memory(job, choice)
+        if memory.peak <= job.machine.memory_bytes:
+            break
+    return _evaluate(job, choice, memory)
+
+
+def _parts(job, choice):
+    """In how many parts a device can take its rows."""
+    rows = job.batch // (choice.data * choice.fsdp)
+    return [parts for parts in range(1, rows + 1) if rows % parts == 0]
+
+
+def _in_most_parts(job, choice):
+    """One row after the other."""
+    rows = max(1, job.batch // (choice.data * choice.fsdp))
+    return dataclasses.replace(choice, accumulate=rows)
 
 
 def _rank(row):

@@ -3,10 +3,13 @@
 * A hop of the ring is in flight while a chunk is computed: the longer of both counts,
   and one chunk of each turn has no hop beside it. An all-gather is waited for. What
   chunks have of a sum is added up in memory, which takes a ring its time.
-* All-to-alls and sums along tensor are waited for.
+* Sums along tensor are waited for, and all-to-alls too; of those in head chunks, each
+  but the first is in flight beside the chunk before.
+* Documents shorter than a row leave less to compute, most of it in a device's own
+  shard; the hops are the same.
 * Weights of ZeRO-3, and their gradients, travel beside the compute of their layer: they
   count where all that is sent takes longer than all that is computed.
-* ZeRO-1 gathers and scatters everything once, which is waited for.
+* ZeRO-1 gathers everything once, and scatters it for each part: both are waited for.
 * A pipeline of p stages and m micro-batches (rows) stands still for (p - 1) / m of it.
 """
 
@@ -69,7 +72,7 @@ def step_seconds(
     work = _work(job, choice)
     peak = job.machine.peak(job.model.dtype) * choice.devices
     products = 3 * work.layers + 4 * work.output + work.layers_again
-    chunks, ring = _ring(job, choice, work, peak)
+    chunks, ring = _ring(job, choice, work.attention / peak)
     sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
     exchanges = hops = 0.0
     groups: dict[tuple[str, ...], Group] = {}
@@ -85,6 +88,7 @@ def step_seconds(
             hops += taken
     parameters = sums["weights"] + sums["gradients"]
     activations = sums["activations"] + sums["tokens"]
+    exchanges = _beside_chunks(choice, exchanges, chunks)
     matmul = products / (peak * efficiency.MATMUL)
     memory = _memory(job, choice)
     computed = matmul + chunks + memory
@@ -101,19 +105,23 @@ def step_seconds(
 
 def _work(job, choice):
     model = dataclasses.replace(job.model, remat=choice.remat)
-    return step_work(model, sequence=job.sequence, batch=job.batch)
+    return step_work(model, sequence=job.sequence, batch=job.batch, visible=job.visible)
 
 
-def _ring(job, choice, work, peak):
-    """(chunks, what of the hops is seen beyond them), of all layers and passes."""
-    layers = layers_of(job, choice)
+def _ring(job, choice, attention_seconds):
+    """(chunks, what of the hops is seen beyond them), of all layers and passes.
+
+    Args:
+      attention_seconds: of one forward pass of all layers, at a device's peak.
+    """
+    layers = layers_of(job, choice) * choice.accumulate
     call = call_of(job, choice)
     padded = call.heads.padded / call.num_heads
     # Of one chunk: one layer, forward, on one device.
     keys = 1 if choice.ring_schedule == "all_gather" else choice.ring
     length = job.sequence / math.sqrt(choice.ring * keys)
-    rate = efficiency.attention(length) * peak
-    chunk = work.attention * padded / (rate * job.model.num_layers * choice.ring)
+    chunk = attention_seconds * padded / efficiency.attention(length)
+    chunk /= job.model.num_layers * choice.accumulate * choice.ring
     group = Group.of(job.machine, choice, ("ring",))
     merged = (choice.ring - 1) / choice.ring * (choice.ring_schedule != "all_gather")
     merged /= job.machine.memory_bandwidth * efficiency.MEMORY
@@ -122,42 +130,71 @@ def _ring(job, choice, work, peak):
     forward = chunk + merged * 8 * call.q_elements
     # Five products for two.
     backward = 2.5 * chunk + merged * 16 * (call.q_elements + call.kv_elements)
+    own = own_share(job, choice.ring)
     computed = seen = 0.0
     for times, size, hop in (
         (layers * (1 + again_of(choice).ring), forward, attention.forward_hop(call)),
         (layers, backward, attention.backward_hop(call)),
     ):
-        turn = _turn(choice, group, size, sum(hop))
-        computed += times * size * choice.ring
-        seen += times * (turn - size * choice.ring)
+        turn = size * choice.ring
+        computed += times * turn
+        seen += times * _seen(choice, group, turn, own, call.turns * sum(hop))
     return computed, seen
 
 
-def _turn(choice, group, chunk, hop):
-    """One turn of the ring: R chunks and R - 1 hops."""
+def own_share(job: Job, ring: int) -> float:
+    """The part of a shard's work that its own keys make, with no hop before it.
+
+    Of one document it is 1 / R. Of documents of M tokens, which begin anywhere, two
+    visible tokens at a distance d are in one zigzag chunk of c tokens with the chance
+    1 - d / c: on average c / M - c² / 3M² of them, and 1 - M / 3c where M < c.
+    """
+    if job.documents is None:
+        return 1 / ring
+    chunk = job.sequence / (2 * ring)
+    ratio = job.documents / chunk
+    share = 1 - ratio / 3 if ratio < 1 else 1 / ratio - 1 / (3 * ratio**2)
+    return max(share, 1 / ring)
+
+
+def _seen(choice, group, computed, own, hop):
+    """What of a turn's R - 1 hops is not hidden by what is computed beside them."""
     size, way = choice.ring, choice.ring_schedule
     if size == 1:
-        return chunk
+        return 0.0
     if way == "all_gather":
-        return size * chunk + group.seconds("all-gather", (size - 1) * hop)
+        return group.seconds("all-gather", (size - 1) * hop)
+    chunk = (1 - own) * computed / (size - 1)
     if way == "double":
-        near = dataclasses.replace(group, size=choice.ring_inner)
-        inner = _rotated(choice.ring_inner, chunk, near.seconds(PERMUTE, hop))
-        return _rotated(size // choice.ring_inner, inner, group.seconds(PERMUTE, hop))
+        inner, outer = choice.ring_inner, size // choice.ring_inner
+        near = dataclasses.replace(group, size=inner)
+        seen = _beyond(inner, near.seconds(PERMUTE, hop), chunk)
+        # An inner turn is beside each hop of the outer ring.
+        outside = group.seconds(PERMUTE, hop)
+        return outer * seen + _beyond(outer, outside, inner * chunk + seen)
     both_ways = way == "bidirectional" and bool(group.shape)
-    return _rotated(size, chunk, group.seconds(PERMUTE, hop, both_ways=both_ways))
+    return _beyond(size, group.seconds(PERMUTE, hop, both_ways=both_ways), chunk)
 
 
 PERMUTE = "collective-permute"
 
 
-def _rotated(size, chunk, hop):
-    return chunk + (size - 1) * max(chunk, hop)
+def _beyond(size, hop, chunk):
+    """What hops take longer than the chunks beside them; the first has no hop."""
+    return (size - 1) * max(0.0, hop - chunk)
+
+
+def _beside_chunks(choice, exchanges, computed):
+    """What is seen of the all-to-alls in head chunks."""
+    number = choice.ulysses_chunks
+    beside = (number - 1) / number
+    return max(exchanges / number, exchanges - beside * computed)
 
 
 def _memory(job, choice):
     """Reads and writes of what is no matrix product."""
-    model, tokens = job.model, tokens_of(job, choice)
+    model, parts = job.model, choice.accumulate
+    tokens = parts * tokens_of(job, choice)
     heads = model.num_heads + model.num_kv_heads
     wide = 2 * heads * model.head_size + 3 * model.d_ff
     # Two norms, two additions to the residual stream; rotations and the gate.
@@ -168,7 +205,8 @@ def _memory(job, choice):
     layer = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
     # float32 logits, written and read twice forward and once backward.
     logits = 6 * 4 * tokens * model.vocab_size / choice.tensor
-    # Parameters and two moments, read and written, and gradients.
-    state = 28 * model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
+    # Parameters and two moments, read and written, and gradients; these are added up.
+    state = 28 + 8 * (parts - 1)
+    state *= model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     sent = layers_of(job, choice) * layer + logits + state
     return sent / (job.machine.memory_bandwidth * efficiency.MEMORY)

@@ -10,7 +10,7 @@ import rich.table
 from usp_jax.aot import Report
 from usp_jax.plan.command import describe, train_command
 from usp_jax.plan.search import GIB, Row
-from usp_jax.plan.tips import TIPS, against
+from usp_jax.plan.tips import TIPS, against, wasteful
 from usp_jax.plan.traffic import by_axis
 
 
@@ -38,6 +38,8 @@ def show(rows: Sequence[Row], top: int) -> None:
         console.print(f"  sends {_gib(sent)} GiB a step along {axes}")
     for number in against(best):
         console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
+    for waste in wasteful(best):
+        console.print(f"  {waste}")
     console.print(train_command(job, best.choice), soft_wrap=True)
 
 

@@ -1,4 +1,7 @@
-"""The seven tips of the USP paper (arXiv 2405.07719, section 4) as checks of a row."""
+"""The seven tips of the USP paper (arXiv 2405.07719, section 4) as checks of a row.
+
+And what few heads make a row waste, in words.
+"""
 
 import dataclasses
 import math
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.memory import step_memory
 from usp_jax.plan.search import Row
+from usp_jax.plan.traffic import call_of
 
 TIPS = {
     1: "use ring and Ulysses together in place of either alone",
@@ -22,6 +26,29 @@ TIPS = {
 def against(row: Row) -> tuple[int, ...]:
     """The numbers of the tips that a row goes against."""
     return tuple(n for n, check in _CHECKS.items() if check(row.job, row.choice))
+
+
+def wasteful(row: Row) -> tuple[str, ...]:
+    """Where few heads make a row send or compute more than it has to."""
+    choice, call = row.choice, call_of(row.job, row.choice)
+    heads, found = call.heads, []
+    split = f"ulysses={choice.ulysses}"
+    if heads.replicated:
+        times = heads.sent.size / call.num_kv_heads
+        found.append(
+            f"{split} for {call.num_kv_heads} key/value heads: they are sent, and go "
+            f"round the ring, {times:.3g} times over"
+        )
+    if heads.padded > call.num_heads:
+        found.append(
+            f"{split} for {call.num_heads} query heads: {heads.padded} are computed"
+        )
+    if call.turns > 1 and choice.ring > 1:
+        found.append(
+            f"ulysses_chunks={choice.ulysses_chunks} for {heads.sent.shape[1]} "
+            f"key/value heads of a device: they go round the ring {call.turns} times"
+        )
+    return tuple(found)
 
 
 def _one_alone(job, choice):

@@ -10,7 +10,9 @@ tensor:
   is scattered once;
 * the embedding exchanges activations, never its table;
 * attention sends what `attention.py` says, and part of it again for the remat policy;
-* along tensor, activations are summed twice a layer forward and twice backward.
+* along tensor, activations are summed twice a layer forward and twice backward;
+* where a step takes its rows in parts, all of it is sent for each, but what is gathered
+  once: XLA does that before the loop over parts.
 """
 
 import dataclasses
@@ -58,12 +60,13 @@ def call_of(job: Job, choice: Choice) -> attention.Call:
         ulysses=choice.ulysses,
         itemsize=job.itemsize,
         ring_schedule=choice.ring_schedule,
+        chunks=choice.ulysses_chunks,
     )
 
 
 def tokens_of(job: Job, choice: Choice) -> int:
-    """Tokens of one device, over all its rows."""
-    return job.batch * job.sequence // (choice.everyone)
+    """Tokens of one device at a time, over all its rows of a part."""
+    return job.batch * job.sequence // (choice.everyone * choice.accumulate)
 
 
 def layers_of(job: Job, choice: Choice) -> int:
@@ -86,6 +89,10 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
         *_tensor(job, choice),
         *_pipe(job, choice),
     ]
+    parts = choice.accumulate
+    if parts > 1:
+        found = [dataclasses.replace(one, times=parts * one.times) for one in found]
+    found = [*_gathered_once(job, choice), *found]
     return tuple(one for one in found if one.total > 0)
 
 
@@ -112,24 +119,31 @@ def _gathered(what, kind, choice, names, times, whole):
     return Transfer(what, kind, axes, times, whole * (size - 1) / size)
 
 
+def _gathered_once(job, choice):
+    """Norms, and of the matrices what ZeRO-1 and `data` split."""
+    norms, layer, head = _weights(job, choice)
+    whole = layers_of(job, choice) * layer + head
+    gather = "all-gather"
+    yield _gathered("weights", gather, choice, ALL_AXES, 1, norms)
+    if choice.zero == 1:
+        yield _gathered("weights", gather, choice, ALL_AXES, 1, whole)
+    else:
+        split = whole / choice.split
+        yield _gathered("weights", gather, choice, ("data",), 1, split)
+
+
 def _parameters(job, choice):
-    """Weights on their way to use, and gradients on their way home."""
-    model, tensor = job.model, choice.tensor
+    """Weights that are gathered layer by layer, and gradients on their way home."""
+    norms, layer, head = _weights(job, choice)
     layers = layers_of(job, choice)
-    norms = 4 * (2 * layers + 1) * model.d_model
-    layer = layer_weights(model) * job.itemsize / tensor
-    head = model.vocab_size * model.d_model * job.itemsize / tensor
+    whole = layers * layer + head
     gradient = (choice.gradient_itemsize or job.itemsize) / job.itemsize
     gather, scatter = "all-gather", "reduce-scatter"
-    yield _gathered("weights", gather, choice, ALL_AXES, 1, norms)
     yield _gathered("gradients", scatter, choice, ALL_AXES, 1, norms)
     if choice.zero == 1:
-        whole = layers * layer + head
-        yield _gathered("weights", gather, choice, ALL_AXES, 1, whole)
         yield _gathered("gradients", scatter, choice, ALL_AXES, 1, gradient * whole)
         return
-    split = (layers * layer + head) / choice.split
-    yield _gathered("weights", gather, choice, ("data",), 1, split)
+    split = whole / choice.split
     yield _gathered("gradients", scatter, choice, ("data",), 1, split)
     yield _gathered("weights", gather, choice, ZERO_AXES, 2 * layers, layer)
     yield _gathered("gradients", scatter, choice, ZERO_AXES, layers, layer)
@@ -138,6 +152,14 @@ def _parameters(job, choice):
     times = 2 * blocks if blocks > 1 else 1
     yield _gathered("weights", gather, choice, ZERO_AXES, times, head / blocks)
     yield _gathered("gradients", scatter, choice, ZERO_AXES, blocks, head / blocks)
+
+
+def _weights(job, choice):
+    """Bytes of the norms in float32, of one layer's matrices and of the output's."""
+    model, tensor = job.model, choice.tensor
+    norms = 4 * (2 * layers_of(job, choice) + 1) * model.d_model
+    layer = layer_weights(model) * job.itemsize / tensor
+    return norms, layer, model.vocab_size * model.d_model * job.itemsize / tensor
 
 
 def _tokens(job, choice):
@@ -160,12 +182,13 @@ def _attention(job, choice):
     again = again_of(choice)
     stays = (choice.ulysses - 1) / choice.ulysses
     exchanges = [
-        *attention.forward_exchanges(call) * (1 + (again.exchanges > 0)),
+        *attention.forward_exchanges(call),
+        *_exchanges_again(call, choice),
         *attention.backward_exchanges(call),
     ]
     for size in exchanges:
         yield Transfer("attention", "all-to-all", ("ulysses",), layers, size * stays)
-    hops = choice.ring - 1
+    hops = call.turns * (choice.ring - 1)
     read, follows = attention.forward_hop(call)
     back_read, back_follows = attention.backward_hop(call)
     if choice.ring_schedule == "all_gather":
@@ -177,7 +200,8 @@ def _attention(job, choice):
         return
     forward = layers * hops * (1 + again.ring)
     backward = layers * hops
-    if again.ring and choice.ring_schedule == "unidirectional" and hops:
+    shared = choice.ring_schedule == "unidirectional" and choice.ulysses_chunks == 1
+    if again.ring and shared and hops:
         # The compiler sees that both passes' first hop sends the same k, v.
         forward -= layers
     permute = "collective-permute"
@@ -185,6 +209,14 @@ def _attention(job, choice):
     yield Transfer("attention", permute, ("ring",), forward, follows)
     yield Transfer("attention", permute, ("ring",), backward, back_read)
     yield Transfer("attention", permute, ("ring",), backward, back_follows)
+
+
+def _exchanges_again(call, choice):
+    """Of the forward's, those that the backward repeats for the remat policy."""
+    exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
+    # In chunks q, k, v are kept as they came: only out is missing.
+    kept = call.chunks > 1 and choice.remat == "attention"
+    return exchanges[2:] if kept else exchanges
 
 
 @dataclasses.dataclass(frozen=True)

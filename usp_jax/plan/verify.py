@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 import usp_jax
@@ -58,26 +59,31 @@ def training_step(job: Job, choice: Choice, mesh: Mesh):
     ids = jax.ShapeDtypeStruct(
         (job.batch, job.sequence), jnp.int32, sharding=NamedSharding(mesh, spec)
     )
-    step = partial(_step, graphdef, job.layout)
+    step = partial(_step, graphdef, job.layout, choice.accumulate)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, None))
     return jitted, (state, dict.fromkeys(("tokens", "labels", "segment_ids"), ids))
 
 
-def _step(graphdef, layout, state, batch):
+def _step(graphdef, layout, parts, state, batch):
     """(count, parameters, moment, second moment), batch -> the same after, and loss."""
     count, params, mu, nu = state
 
-    def mean_loss(params):
-        nats, labels = loss(
+    def nats_of(params, part):
+        return loss(
             nnx.merge(graphdef, params),
-            batch["tokens"],
-            batch["labels"],
-            segment_ids=batch["segment_ids"],
+            part["tokens"],
+            part["labels"],
+            segment_ids=part["segment_ids"],
             layout=layout,
         )
-        return nats / jnp.maximum(labels, 1)
 
-    value, gradient = jax.value_and_grad(mean_loss)(params)
+    pull = jax.value_and_grad(nats_of, has_aux=True)
+    if parts == 1:
+        (value, labels), gradient = pull(params, batch)
+    else:
+        (value, labels), gradient = _in_parts(pull, parts, params, batch)
+    scale = 1 / jnp.maximum(labels, 1)
+    value, gradient = jax.tree.map(lambda x: x * scale, (value, gradient))
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradient.values()))
     gradient = {name: g / jnp.maximum(norm, 1) for name, g in gradient.items()}
     count += 1
@@ -91,3 +97,20 @@ def _step(graphdef, layout, state, batch):
 
     params = {name: moved(name, x) for name, x in params.items()}
     return (count, params, mu, nu), (value, norm)
+
+
+def _in_parts(pull, parts, params, batch):
+    """The sums over the batch's parts, taken one after the other."""
+    # Rows in turn, so that every part is split over the devices as the batch is.
+    batch = jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    part = jax.tree.map(lambda x: x[0], batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull, params, part)
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, pull(params, part)), None
+
+    return lax.scan(add, zeros, batch)[0]

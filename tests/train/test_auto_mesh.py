@@ -1,0 +1,89 @@
+"""`--auto-mesh`: the planner's mesh in place of one that is told."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.train.runs import ROOT
+from train.auto_mesh import planned
+from train.cli import parse
+from train.config import HERE
+from train.presets import preset
+from usp_jax import plan
+
+
+def config(machine=HERE, **fields):
+    return dataclasses.replace(preset("tiny"), auto_mesh=machine, **fields)
+
+
+def test_the_planners_best_is_taken(capsys):
+    found = planned(config("h100"))
+    row = plan.best(preset("tiny").llama, "h100", sequence=1024, batch=4, devices=8)
+    assert found.mesh.axes == row.choice.sizes
+    assert (found.mesh.zero, found.model.remat) == (row.choice.zero, row.choice.remat)
+    assert (found.accumulate, found.auto_mesh) == (row.choice.accumulate, None)
+    assert "the fastest on 8 x h100, as planned" in capsys.readouterr().out
+
+
+def test_cpu_devices_stand_for_a_machine_that_is_named(capsys):
+    assert planned(config()).mesh.devices == 8
+    assert "8 x v5e (which these CPU devices stand for)" in capsys.readouterr().out
+
+
+def test_a_device_that_the_planner_knows_is_planned_for(monkeypatch, capsys):
+    @dataclasses.dataclass
+    class Device:
+        device_kind: str
+        platform: str = "gpu"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device("NVIDIA H200")])
+    assert planned(config()).mesh.devices == 8
+    assert "8 x h200, as planned" in capsys.readouterr().out
+    monkeypatch.setattr(jax, "devices", lambda: [Device("NVIDIA T4")])
+    with pytest.raises(ValueError, match="nothing is known of 'NVIDIA T4' devices"):
+        planned(config())
+
+
+def test_without_the_option_nothing_changes():
+    assert planned(preset("tiny")) == preset("tiny")
+
+
+def test_what_cannot_be_planned_is_told():
+    with pytest.raises(ValueError, match="machine 'v9' is not known"):
+        planned(config("v9"))
+    with pytest.raises(ValueError, match="fits in no way: the least is"):
+        planned(config("v5e", sequence_length=2**30))
+
+
+@pytest.mark.parametrize(
+    ("words", "machine"),
+    [
+        (["--auto-mesh"], HERE),
+        (["--auto-mesh", "--steps", "3"], HERE),
+        (["--steps", "3", "--auto_mesh", "v6e"], "v6e"),
+        (["--auto-mesh=h100"], "h100"),
+    ],
+)
+def test_the_machine_may_be_left_out(words, machine):
+    assert parse(["tiny", *words]).auto_mesh == machine
+
+
+@pytest.mark.parametrize(
+    "told", ["--mesh.ring 8", "--mesh.zero=1", "--model.remat full", "--accumulate 2"]
+)
+def test_what_is_planned_cannot_be_told_too(told):
+    with pytest.raises(ValueError, match=f"{told[:10]}.* beside --auto-mesh"):
+        parse(["tiny", "--auto-mesh", *told.split()])
+
+
+@pytest.mark.long
+def test_a_run_trains_on_the_planned_mesh(tmp_path):
+    command = [sys.executable, "-m", "train", "tiny", "--auto-mesh", "h100"]
+    command += ["--steps", "2", "--sample.length", "0", "--run-dir", str(tmp_path)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert "auto-mesh: " in child.stdout
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

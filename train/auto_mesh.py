@@ -1,0 +1,75 @@
+"""The mesh that the planner thinks fastest, in place of one that is told.
+
+    python -m train tiny --auto-mesh          # for the devices that are here
+    python -m train tiny --auto-mesh v5p      # for as many of another machine
+
+Beside the mesh and its ZeRO level the planner chooses what the backward pass computes
+again and in how many parts a step takes its rows.
+"""
+
+import dataclasses
+
+import jax
+
+from train.config import HERE, Config, MeshConfig, check
+from usp_jax import plan
+from usp_jax.aot.devices import of_kind
+from usp_jax.plan.command import describe
+
+STAND_IN = "v5e"
+"""The machine whose links and memory are assumed for CPU devices."""
+
+
+def planned(config: Config) -> Config:
+    """The run with the mesh that is planned for it; itself when none is asked for.
+
+    Says which machine it planned for. There must be jax devices already.
+
+    Raises:
+      ValueError: an unknown machine, or nothing fits; as `usp_jax.plan.best`.
+    """
+    if config.auto_mesh is None:
+        return config
+    name, why = _machine(config.auto_mesh)
+    row = plan.best(
+        config.llama,
+        name,
+        sequence=config.sequence_length,
+        batch=config.batch_size,
+        devices=jax.device_count(),
+        layout=config.layout,
+    )
+    if jax.process_index() == 0:
+        print(
+            f"auto-mesh: {describe(row.choice)}: the fastest on {row.job.devices} x "
+            f"{name}{why}, as planned {row.seconds.total:.3g} s a step and "
+            f"{row.memory.peak / 2**30:.3g} GiB a device",
+            flush=True,
+        )
+    choice = row.choice
+    config = dataclasses.replace(
+        config,
+        auto_mesh=None,
+        accumulate=choice.accumulate,
+        mesh=MeshConfig(**choice.sizes, zero=choice.zero),
+        model=dataclasses.replace(config.model, remat=choice.remat),
+    )
+    check(config)
+    return config
+
+
+def _machine(asked):
+    """(name, why it stands for the devices that are here)."""
+    if asked != HERE:
+        return asked, ""
+    here = jax.devices()[0]
+    if here.platform == "cpu":
+        return STAND_IN, " (which these CPU devices stand for)"
+    device = of_kind(here.device_kind)
+    names = [machine.name for machine in plan.MACHINES]
+    if device is None or device.name not in names:
+        raise ValueError(
+            f"auto_mesh={asked!r}: nothing is known of {here.device_kind!r} devices; "
+            f"name the nearest machine, one of: {', '.join(names)}"
+        )
+    return device.name, ""
