@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from train.config import Config, OptimizerConfig
 from usp_jax.models.llama import Llama
+from usp_jax.models.sharding import parameter_shardings
 
 Params = dict[str, jax.Array]
 
@@ -74,15 +75,10 @@ def first_state(
     Raises:
       ValueError: a model that the mesh cannot split.
     """
+    graphdef, shapes = abstract_state(config, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
     model = Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(config.seed))
-    graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
-    replicated = NamedSharding(mesh, jax.P())
-    shardings = State(
-        step=replicated,
-        params={name: x.sharding for name, x in params.items()},
-        optimizer=_optimizer_shardings(optimizer, params, replicated),
-    )
+    params = nnx.to_pure_dict(nnx.state(model))
 
     def begin(params):
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -92,15 +88,38 @@ def first_state(
     return graphdef, begin(params)
 
 
-def _optimizer_shardings(optimizer, params, replicated):
-    """What is kept for a parameter lives where it does; the rest is on all devices."""
-    return optax.tree.map_params(
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef, State]:
+    """`first_state` as shapes with their shardings; the mesh need not be here.
+
+    What the optimizer keeps for a parameter lives where it does, the rest is on all
+    devices.
+
+    Raises:
+      ValueError: a model that the mesh cannot split.
+    """
+    model = nnx.eval_shape(lambda: Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    shardings = parameter_shardings(config.llama, mesh)
+    params = {
+        name: _shape(x, shardings[name]) for name, x in nnx.to_pure_dict(params).items()
+    }
+    replicated = NamedSharding(mesh, jax.P())
+    memory = optax.tree.map_params(
         optimizer,
-        lambda _, param: param.sharding,
+        lambda x, param: _shape(x, param.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda _: replicated,
+        transform_non_params=lambda x: _shape(x, replicated),
     )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return graphdef, State(step, params, memory)
+
+
+def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
+    """The shape of an array that lives somewhere else."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def with_params(graphdef: nnx.GraphDef, params: Params) -> Llama:

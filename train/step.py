@@ -78,6 +78,10 @@ def compile_step(
     step: Callable[[State, Batch], tuple[State, Metrics]], state: State, batch: Batch
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Compiles before the first step, so that no step's time has it in it."""
+    return jit_step(step, state).lower(state, batch).compile()
+
+
+def jit_step(step: Callable[[State, Batch], tuple[State, Metrics]], state: State):
+    """The step as `jax.jit` has it; `state`, arrays or shapes, says where it lives."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(state, batch).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.plan_bytes import cases
 from tests.compilers import needs_compilers
-from tests.plan.program import config_of, lowered_step
-from usp_jax import aot, plan, recommended_flags
+from tests.plan.program import config_of
+from train.ahead import compile_for
+from usp_jax import plan
 from usp_jax.plan.verify import compile_step
 
 pytestmark = needs_compilers
@@ -32,9 +33,7 @@ def test_bytes_are_those_of_the_compiler():
 def test_the_step_compiled_here_is_the_trainers():
     case = next(cases())
     ours = compile_step(case.job, case.choice)
-    topology = aot.topology(case.job.machine.topology(case.devices))
-    jitted, shapes = lowered_step(config_of(case.job, case.choice), topology.devices)
-    options = recommended_flags(topology.platform)
-    theirs = aot.compile(jitted, *shapes, compiler_options=options)
+    config = config_of(case.job, case.choice)
+    theirs = compile_for(config, case.job.machine.topology(case.devices))
     assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=0.01)
     assert ours.wire_bytes == pytest.approx(theirs.wire_bytes, rel=0.001)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from usp_jax import (
@@ -31,6 +32,7 @@ from usp_jax.decode import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.feed_forward import feed_forward
 from usp_jax.models.rope import (
     rope_amplitude,
     rope_angles,
@@ -41,6 +43,10 @@ from usp_jax.models.sharding import TABLE, Split
 from usp_jax.shards import Shards
 
 Weights = dict[str, Array]
+
+# Of a layer, for `jax.checkpoint` policies.
+_INPUT = "layer_input"
+_ATTENTION = ("usp_out", "usp_lse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Transformer:
         angles = rope_angles(positions, frequencies, amplitude)
 
         def body(x, layer):
-            return self._block(*layer, x, angles, attend)
+            return self._block(*layer, checkpoint_name(x, _INPUT), angles, attend)
 
         body = jax.checkpoint(body, policy=_policy(config.remat), prevent_cse=False)
         layers = {name: w for name, w in weights.items() if TABLE[name][0][0] == "L"}
@@ -223,9 +229,8 @@ class Transformer:
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
         x = x + split.sum(out, split.tensor)
         y = split.vary(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
-        gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
-        up = jnp.einsum("BTD,DF->BTF", y, w["up"])
-        out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
+        matrices = w["gate"], w["up"], w["down"]
+        out = feed_forward(y, matrices, config.mlp_tile)
         return x + split.sum(out, split.tensor), state
 
 
@@ -241,15 +246,23 @@ def _is_norm(name):
 
 
 def _policy(remat: str) -> Callable[..., Any]:
-    """What a layer keeps for its backward pass; its input is always kept."""
+    """What a layer keeps for its backward pass, its input always, and where."""
     if remat == "none":
         return _all_but_gathered
-    names = {
+    kept = {
         "full": (),
-        "attention": ("usp_out", "usp_lse"),
+        "attention": _ATTENTION,
         "attention_qkv": SAVED_NAMES,
-    }[remat]
-    return jax.checkpoint_policies.save_only_these_names(*names)
+    }
+    if remat in kept:
+        return jax.checkpoint_policies.save_only_these_names(*kept[remat])
+    offloaded = {"full_offload": (_INPUT,), "attention_offload": _ATTENTION}
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(offloaded[remat]),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def _all_but_gathered(primitive, *_, **__):
