@@ -12,6 +12,7 @@ from train.config import Config, check
 from train.data import Batch, describe
 from train.state import State, abstract_state, learning_rate, make_optimizer
 from train.step import jit_step, make_step
+from train.update import Update
 from usp_jax import aot
 
 
@@ -31,7 +32,8 @@ def step_of(
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, state = abstract_state(config, optimizer, mesh)
     schedule = learning_rate(config.optimizer, config.steps)
-    step = make_step(graphdef, optimizer, schedule, config.layout, config.accumulate)
+    update = Update(config.optimizer, config.steps)
+    step = make_step(graphdef, update, schedule, config.layout, config.accumulate)
     batch = describe(config.batch_size, config.sequence_length, mesh)
     return jit_step(step, state), (state, batch)
 

@@ -12,8 +12,9 @@ from train.data import describe, place
 from train.flops import step_flops
 from train.metrics import MetricsFile, Progress, rates, read_rows
 from train.report import draw_loss, sample
-from train.state import learning_rate, with_params
+from train.state import learning_rate, on_device, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
+from train.update import Update
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> None:
@@ -99,9 +100,8 @@ def tell(message: str) -> None:
 def _compile(run, state):
     config, begun = run.config, time.monotonic()
     schedule = learning_rate(config.optimizer, config.steps)
-    step = make_step(
-        run.graphdef, run.optimizer, schedule, config.layout, config.accumulate
-    )
+    update = Update(config.optimizer, config.steps)
+    step = make_step(run.graphdef, update, schedule, config.layout, config.accumulate)
     batch = describe(config.batch_size, config.sequence_length, run.mesh)
     compiled = compile_step(step, state, batch)
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")
@@ -115,6 +115,6 @@ def _report(run, state):
         draw_loss(rows, config.run_dir / "loss.png")
         tell(f"step {config.steps}: loss {rows[-1]['loss']:.4f}; {config.run_dir}")
     if config.sample.length:
-        model = with_params(run.graphdef, state.params)
+        model = with_params(run.graphdef, on_device(state.params))
         text = sample(model, run.vocabulary, config.sample, config.seed)
         tell(f"a sample of what it has learnt:\n{text}")

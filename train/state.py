@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.memory import Space
 from jax.sharding import Mesh, NamedSharding
 
 from train.config import Config, OptimizerConfig
@@ -49,17 +50,24 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the norm of all gradients."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decays,
-        ),
+    """AdamW after clipping by the norm of all gradients."""
+    return optax.chain(clipping(config), adamw(config, steps))
+
+
+def clipping(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The half of the optimizer that asks for all gradients at once."""
+    return optax.clip_by_global_norm(config.clip_norm)
+
+
+def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101), to which every parameter is alone."""
+    return optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decays,
     )
 
 
@@ -83,8 +91,9 @@ def first_state(
     def begin(params):
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    # Donated, so that there never are two copies of the parameters.
-    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
+    # Donated, so that there never are two copies of the parameters on the devices.
+    donated = () if config.optimizer.offload else (0,)
+    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=donated)
     return graphdef, begin(params)
 
 
@@ -93,15 +102,19 @@ def abstract_state(
 ) -> tuple[nnx.GraphDef, State]:
     """`first_state` as shapes with their shardings; the mesh need not be here.
 
-    What the optimizer keeps for a parameter lives where it does, the rest is on all
-    devices.
+    What the optimizer keeps for a parameter lives where it does, with
+    `optimizer.offload` in the host's pinned memory; the rest is on all devices.
 
     Raises:
       ValueError: a model that the mesh cannot split.
     """
     model = nnx.eval_shape(lambda: Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
-    shardings = parameter_shardings(config.llama, mesh)
+    kind = "pinned_host" if config.optimizer.offload else "device"
+    shardings = {
+        name: sharding.with_memory_kind(kind)
+        for name, sharding in parameter_shardings(config.llama, mesh).items()
+    }
     params = {
         name: _shape(x, shardings[name]) for name, x in nnx.to_pure_dict(params).items()
     }
@@ -122,6 +135,11 @@ def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def on_device(tree: Any) -> Any:
+    """Arrays in the device's memory, wherever they live."""
+    return jax.device_put(tree, Space.Device)
+
+
 def with_params(graphdef: nnx.GraphDef, params: Params) -> Llama:
-    """The model with these parameters."""
+    """The model with these parameters, which the device's memory has."""
     return nnx.merge(graphdef, params)

@@ -10,6 +10,7 @@ from jax import lax
 
 from train.data import Batch
 from train.state import State, with_params
+from train.update import Update
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
@@ -18,7 +19,7 @@ METRICS = ("loss", "grad_norm", "learning_rate")
 
 def make_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    update: Update,
     schedule: optax.Schedule,
     layout: str,
     parts: int = 1,
@@ -40,11 +41,10 @@ def make_step(
         )
 
     def step(state, batch):
-        value, gradient = _mean(nats_of, state.params, batch, parts)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
+        value, gradient = _mean(nats_of, update.fetch(state.params), batch, parts)
         values = value, optax.tree.norm(gradient), schedule(state.step)
         metrics = dict(zip(METRICS, values, strict=True))
-        params = optax.apply_updates(state.params, updates)
+        params, memory = update(gradient, state.params, state.optimizer)
         return State(state.step + 1, params, memory), metrics
 
     return step

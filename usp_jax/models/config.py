@@ -12,7 +12,7 @@ from usp_jax.models.rope_scaling import RopeScaling
 DTYPES = ("float32", "bfloat16")
 ZERO = (1, 3)
 REMAT = ("none", "full", "attention", "attention_qkv")
-OFFLOAD = ("full_offload", "attention_offload")
+OFFLOAD = tuple(f"{name}_offload" for name in REMAT[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class LlamaConfig:
         "full": everything inside a layer; "attention": as "full", but attention's
         output and log-sum-exp are kept, so that the ring runs once; "attention_qkv":
         also q, k, v and the output on both sides of the all-to-alls, so that no
-        collective of attention runs twice. "attention_offload" keeps what "attention"
-        does, attention's results in the host's pinned memory; "full_offload" keeps
-        what "full" does, the layer's input, and that in the host's memory.
+        collective of attention runs twice. "full_offload", "attention_offload" and
+        "attention_qkv_offload" keep the same, the layer's input too, in the host's
+        pinned memory.
       mlp_tile: of how many of a device's tokens the feed-forward network has its hidden
         activations in memory at once; the backward computes them again. None: of all.
       loss_chunk: of how many of a device's tokens, and

@@ -44,9 +44,8 @@ from usp_jax.shards import Shards
 
 Weights = dict[str, Array]
 
-# Of a layer, for `jax.checkpoint` policies.
+# Of a layer, as `jax.checkpoint` policies name it.
 _INPUT = "layer_input"
-_ATTENTION = ("usp_out", "usp_lse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,17 +248,16 @@ def _policy(remat: str) -> Callable[..., Any]:
     """What a layer keeps for its backward pass, its input always, and where."""
     if remat == "none":
         return _all_but_gathered
-    kept = {
+    names = {
         "full": (),
-        "attention": _ATTENTION,
+        "attention": ("usp_out", "usp_lse"),
         "attention_qkv": SAVED_NAMES,
-    }
-    if remat in kept:
-        return jax.checkpoint_policies.save_only_these_names(*kept[remat])
-    offloaded = {"full_offload": (_INPUT,), "attention_offload": _ATTENTION}
+    }[remat.removesuffix("_offload")]
+    if not remat.endswith("_offload"):
+        return jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(offloaded[remat]),
+        names_which_can_be_offloaded=[_INPUT, *names],
         offload_src="device",
         offload_dst="pinned_host",
     )
