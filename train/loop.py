@@ -12,9 +12,10 @@ from train.data import describe, place
 from train.flops import step_flops
 from train.metrics import MetricsFile, Progress, rates, read_rows
 from train.report import draw_loss, sample
-from train.state import learning_rate, on_device, with_params
+from train.state import learning_rate, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
 from train.update import Update
+from usp_jax.models.sharding import parameter_shardings
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> None:
@@ -115,6 +116,9 @@ def _report(run, state):
         draw_loss(rows, config.run_dir / "loss.png")
         tell(f"step {config.steps}: loss {rows[-1]['loss']:.4f}; {config.run_dir}")
     if config.sample.length:
-        model = with_params(run.graphdef, on_device(state.params))
+        # Wherever they live.
+        shardings = parameter_shardings(config.llama, run.mesh)
+        params = jax.device_put(state.params, shardings)
+        model = with_params(run.graphdef, params)
         text = sample(model, run.vocabulary, config.sample, config.seed)
         tell(f"a sample of what it has learnt:\n{text}")

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.memory import Space
 from jax.sharding import Mesh, NamedSharding
 
 from train.config import Config, OptimizerConfig
@@ -133,11 +132,6 @@ def abstract_state(
 def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
     """The shape of an array that lives somewhere else."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def on_device(tree: Any) -> Any:
-    """Arrays in the device's memory, wherever they live."""
-    return jax.device_put(tree, Space.Device)
 
 
 def with_params(graphdef: nnx.GraphDef, params: Params) -> Llama:

@@ -11,6 +11,7 @@ from jax import lax
 from train.data import Batch
 from train.state import State, with_params
 from train.update import Update
+from usp_jax import recommended_flags
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
@@ -78,7 +79,9 @@ def compile_step(
     step: Callable[[State, Batch], tuple[State, Metrics]], state: State, batch: Batch
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Compiles before the first step, so that no step's time has it in it."""
-    return jit_step(step, state).lower(state, batch).compile()
+    platform = next(iter(state.step.sharding.device_set)).platform
+    options = {} if platform == "cpu" else recommended_flags(platform)
+    return jit_step(step, state).lower(state, batch).compile(options)
 
 
 def jit_step(step: Callable[[State, Batch], tuple[State, Metrics]], state: State):

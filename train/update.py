@@ -11,10 +11,9 @@ import dataclasses
 import jax
 import optax
 from jax import lax
-from jax.memory import Space
 
 from train.config import OptimizerConfig
-from train.state import Params, adamw, clipping, on_device
+from train.state import Params, adamw, clipping
 from usp_jax.models.sharding import TABLE
 
 Memory = optax.OptState
@@ -33,7 +32,7 @@ class Update:
 
     def fetch(self, params: Params) -> Params:
         """The parameters in the device's memory, wherever they live."""
-        return on_device(params) if self.config.offload else params
+        return _on_device(params) if self.config.offload else params
 
     def __call__(
         self, gradient: Params, params: Params, memory: Memory
@@ -61,9 +60,10 @@ def _streamed(optimizer, gradient, params, memory):
 
     def update(gradient, params, kept):
         """Some parameters, fetched and sent back; the memory on the device too."""
-        params, kept = on_device((params, kept))
+        params, kept = _on_device((params, kept))
         params, after = _update(optimizer, gradient, params, _with(memory, kept))
-        return *jax.device_put((params, _kept(after, params)), Space.Host), after
+        sent = jax.device_put((params, _kept(after, params)), jax.memory.Space.Host)
+        return *sent, after
 
     def of(names):
         own = ({name: x[name] for name in names} for x in (gradient, params))
@@ -76,6 +76,10 @@ def _streamed(optimizer, gradient, params, memory):
     return new | more, _with(
         after, [a | b for a, b in zip(kept, kept_too, strict=True)]
     )
+
+
+def _on_device(tree):
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def _kept(memory, names):
