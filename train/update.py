@@ -72,10 +72,9 @@ def _streamed(optimizer, gradient, params, memory):
     layers = [name for name in params if TABLE[name][0][0] == "L"]
     rest = [name for name in params if name not in layers]
     _, (new, kept) = lax.scan(lambda _, x: (None, update(*x)[:2]), None, of(layers))
-    more, kept_too, after = update(*of(rest))
-    return new | more, _with(
-        after, [a | b for a, b in zip(kept, kept_too, strict=True)]
-    )
+    more, beside, after = update(*of(rest))
+    kept = [a | b for a, b in zip(kept, beside, strict=True)]
+    return new | more, _with(after, kept)
 
 
 def _on_device(tree):
