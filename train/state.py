@@ -109,24 +109,23 @@ def abstract_state(
     """
     model = nnx.eval_shape(lambda: Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
-    kind = "pinned_host" if config.optimizer.offload else "device"
-    shardings = {
-        name: sharding.with_memory_kind(kind)
-        for name, sharding in parameter_shardings(config.llama, mesh).items()
-    }
-    params = {
-        name: _shape(x, shardings[name]) for name, x in nnx.to_pure_dict(params).items()
-    }
+    params = nnx.to_pure_dict(params)
+    shardings = parameter_shardings(config.llama, mesh)
+    if config.optimizer.offload:
+        shardings = {
+            name: sharding.with_memory_kind("pinned_host")
+            for name, sharding in shardings.items()
+        }
     replicated = NamedSharding(mesh, jax.P())
     memory = optax.tree.map_params(
         optimizer,
-        lambda x, param: _shape(x, param.sharding),
+        _shape,
         jax.eval_shape(optimizer.init, params),
-        params,
+        shardings,
         transform_non_params=lambda x: _shape(x, replicated),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return graphdef, State(step, params, memory)
+    return graphdef, State(step, jax.tree.map(_shape, params, shardings), memory)
 
 
 def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
