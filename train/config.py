@@ -67,8 +67,12 @@ class ModelConfig:
       rope_scaling: a stretching of RoPE for longer contexts; the command line takes it
         last: `model.rope-scaling:linear-scaling --model.rope-scaling.factor 4`.
       remat: what the backward pass computes again: none, full, attention (attention's
-        output is kept) or attention_qkv (its inputs too).
-      loss_chunk: how many of a device's tokens have their logits in memory at once.
+        output is kept) or attention_qkv (its inputs too); full_offload,
+        attention_offload and attention_qkv_offload keep it all in the host's memory.
+      mlp_tile: how many of a device's tokens have the feed-forward network's hidden
+        activations in memory at once; None: all.
+      loss_chunk: how many of a device's tokens, and
+      loss_block: how many of the vocabulary's entries have logits in memory at once.
       tensor_sequence: with mesh.tensor, splits over it by tokens what is not split by
         heads or features (TP-sp).
       implementation: of attention; None is the platform's own.
@@ -86,7 +90,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
     remat: str = "full"
+    mlp_tile: int | None = None
     loss_chunk: int = 1024
+    loss_block: int = 8192
     tensor_sequence: bool = True
     implementation: str | None = None
 
@@ -114,6 +120,8 @@ class OptimizerConfig:
       final_fraction: of it, reached with the last step.
       weight_decay: of everything but the norms' weights.
       clip_norm: the longest that the gradient of all parameters may be.
+      offload: the float32 parameters and the optimizer's memory live in the host's
+        pinned memory, and pass through the device a layer at a time.
     """
 
     learning_rate: float = 3e-4
@@ -124,6 +132,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from train.metrics import MetricsFile, Progress, rates, read_rows
 from train.report import draw_loss, sample
 from train.state import learning_rate, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
+from train.update import Update
+from usp_jax.models.sharding import parameter_shardings
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> None:
@@ -99,9 +101,8 @@ def tell(message: str) -> None:
 def _compile(run, state):
     config, begun = run.config, time.monotonic()
     schedule = learning_rate(config.optimizer, config.steps)
-    step = make_step(
-        run.graphdef, run.optimizer, schedule, config.layout, config.accumulate
-    )
+    update = Update(config.optimizer, config.steps)
+    step = make_step(run.graphdef, update, schedule, config.layout, config.accumulate)
     batch = describe(config.batch_size, config.sequence_length, run.mesh)
     compiled = compile_step(step, state, batch)
     if config.mesh.pipe > 1:
@@ -125,6 +126,9 @@ def _report(run, state):
         draw_loss(rows, config.run_dir / "loss.png")
         tell(f"step {config.steps}: loss {rows[-1]['loss']:.4f}; {config.run_dir}")
     if config.sample.length:
-        model = with_params(run.graphdef, state.params)
+        # Wherever they live.
+        shardings = parameter_shardings(config.llama, run.mesh)
+        params = jax.device_put(state.params, shardings)
+        model = with_params(run.graphdef, params)
         text = sample(model, run.vocabulary, config.sample, config.seed)
         tell(f"a sample of what it has learnt:\n{text}")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from train.config import Config, OptimizerConfig
 from usp_jax.models.llama import Llama
+from usp_jax.models.sharding import parameter_shardings
 
 Params = dict[str, jax.Array]
 
@@ -48,17 +49,24 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the norm of all gradients."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decays,
-        ),
+    """AdamW after clipping by the norm of all gradients."""
+    return optax.chain(clipping(config), adamw(config, steps))
+
+
+def clipping(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The half of the optimizer that asks for all gradients at once."""
+    return optax.clip_by_global_norm(config.clip_norm)
+
+
+def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101), to which every parameter is alone."""
+    return optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decays,
     )
 
 
@@ -74,35 +82,57 @@ def first_state(
     Raises:
       ValueError: a model that the mesh cannot split.
     """
+    graphdef, shapes = abstract_state(config, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
     model = Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(config.seed))
-    graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
-    replicated = NamedSharding(mesh, jax.P())
-    shardings = State(
-        step=replicated,
-        params={name: x.sharding for name, x in params.items()},
-        optimizer=_optimizer_shardings(optimizer, params, replicated),
-    )
+    params = nnx.to_pure_dict(nnx.state(model))
 
     def begin(params):
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    # Donated, so that there never are two copies of the parameters.
-    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=0)
+    # Donated, so that there never are two copies of the parameters on the devices.
+    donated = () if config.optimizer.offload else (0,)
+    begin = jax.jit(begin, out_shardings=shardings, donate_argnums=donated)
     return graphdef, begin(params)
 
 
-def _optimizer_shardings(optimizer, params, replicated):
-    """What is kept for a parameter lives where it does; the rest is on all devices."""
-    return optax.tree.map_params(
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef, State]:
+    """`first_state` as shapes with their shardings; the mesh need not be here.
+
+    What the optimizer keeps for a parameter lives where it does, with
+    `optimizer.offload` in the host's pinned memory; the rest is on all devices.
+
+    Raises:
+      ValueError: a model that the mesh cannot split.
+    """
+    model = nnx.eval_shape(lambda: Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    shardings = parameter_shardings(config.llama, mesh)
+    if config.optimizer.offload:
+        shardings = {
+            name: sharding.with_memory_kind("pinned_host")
+            for name, sharding in shardings.items()
+        }
+    replicated = NamedSharding(mesh, jax.P())
+    memory = optax.tree.map_params(
         optimizer,
-        lambda _, param: param.sharding,
+        _shape,
         jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: replicated,
+        shardings,
+        transform_non_params=lambda x: _shape(x, replicated),
     )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return graphdef, State(step, jax.tree.map(_shape, params, shardings), memory)
+
+
+def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
+    """The shape of an array that lives somewhere else."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def with_params(graphdef: nnx.GraphDef, params: Params) -> Llama:
-    """The model with these parameters."""
+    """The model with these parameters, which the device's memory has."""
     return nnx.merge(graphdef, params)

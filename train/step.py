@@ -10,6 +10,8 @@ from jax import lax
 
 from train.data import Batch
 from train.state import State, with_params
+from train.update import Update
+from usp_jax import recommended_flags
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
@@ -18,7 +20,7 @@ METRICS = ("loss", "grad_norm", "learning_rate")
 
 def make_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    update: Update,
     schedule: optax.Schedule,
     layout: str,
     parts: int = 1,
@@ -40,11 +42,10 @@ def make_step(
         )
 
     def step(state, batch):
-        value, gradient = _mean(nats_of, state.params, batch, parts)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
+        value, gradient = _mean(nats_of, update.fetch(state.params), batch, parts)
         values = value, optax.tree.norm(gradient), schedule(state.step)
         metrics = dict(zip(METRICS, values, strict=True))
-        params = optax.apply_updates(state.params, updates)
+        params, memory = update(gradient, state.params, state.optimizer)
         return State(state.step + 1, params, memory), metrics
 
     return step
@@ -78,6 +79,12 @@ def compile_step(
     step: Callable[[State, Batch], tuple[State, Metrics]], state: State, batch: Batch
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Compiles before the first step, so that no step's time has it in it."""
+    platform = next(iter(state.step.sharding.device_set)).platform
+    options = {} if platform == "cpu" else recommended_flags(platform)
+    return jit_step(step, state).lower(state, batch).compile(options)
+
+
+def jit_step(step: Callable[[State, Batch], tuple[State, Metrics]], state: State):
+    """The step as `jax.jit` has it; `state`, arrays or shapes, says where it lives."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(state, batch).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

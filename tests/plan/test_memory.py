@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.plan_bytes import Case, cases, compare, compile_case
 from tests.compilers import needs_compilers
-from tests.plan.program import config_of, lowered_step
-from usp_jax import aot, plan, recommended_flags
+from tests.plan.program import config_of
+from train.ahead import compile_for
+from usp_jax import plan
 from usp_jax.plan.verify import compile_step
 
 CASES = list(cases())
@@ -51,9 +52,7 @@ def test_the_step_compiled_here_is_the_trainers(parts):
     job = CASES[0].job
     choice = plan.Choice(ring=4, fsdp=2, accumulate=parts)
     ours = compile_step(job, choice)
-    topology = aot.topology(job.machine.topology(job.devices))
-    jitted, shapes = lowered_step(config_of(job, choice), topology.devices)
-    options = recommended_flags(topology.platform)
-    theirs = aot.compile(jitted, *shapes, compiler_options=options)
+    config = config_of(job, choice)
+    theirs = compile_for(config, job.machine.topology(job.devices))
     assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=0.01)
     assert ours.wire_bytes == pytest.approx(theirs.wire_bytes, rel=0.001)

@@ -4,7 +4,8 @@ import collections
 
 import pytest
 
-from tests.plan.program import config_of, lowered_step
+from tests.plan.program import config_of
+from train.ahead import step_of
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.config import LlamaConfig
 from usp_jax.plan.choice import Choice, Job
@@ -28,7 +29,7 @@ MODEL = LlamaConfig(
 
 def check(choice: Choice, model: LlamaConfig = MODEL, batch: int = 4) -> None:
     job = Job(model, machine("a100"), 8, 512, batch)
-    jitted, arguments = lowered_step(config_of(job, choice))
+    jitted, arguments = step_of(config_of(job, choice))
     program = by_kind(collectives(jitted.lower(*arguments).compile()))
     found = collections.Counter()
     for one in transfers(job, choice):

@@ -28,6 +28,8 @@ class Report:
       aliased_bytes: outputs that take the place of donated arguments.
       temporary_bytes: what it needs beside them.
       peak_bytes: the most that is alive at one time, arguments and outputs included.
+      host_bytes: what it takes, gives and needs in the host's memory (`pinned_host`),
+        which is in none of the other numbers.
       fits: the TPU compiler accepted it; on GPUs, whose compiler accepts everything,
         the peak is within the device's memory.
       vmem_bytes: the most vector memory that one kernel or fusion of a TPU takes.
@@ -46,6 +48,7 @@ class Report:
     aliased_bytes: int | None = None
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
+    host_bytes: int | None = None
     vmem_bytes: int | None = None
     flops: float | None = None
     collectives: tuple[compiled.Collective, ...] = ()
@@ -87,6 +90,7 @@ class Report:
             "of these aliased": self.aliased_bytes,
             "temporaries": self.temporary_bytes,
             "peak": self.peak_bytes,
+            "in the host's memory": self.host_bytes,
             "vector memory": self.vmem_bytes,
         }
         for name, number in parts.items():
@@ -191,21 +195,44 @@ def _compile(fn, shapes, compiler_options, topology, unknown_trips):
     memory = executable.memory_analysis()
     costs = executable.cost_analysis() or {}
     flops = costs.get("flops")
+    # With buffers in the host's memory the GPU compiler's peak is theirs.
+    peak = min(memory.peak_memory_in_bytes, _allocated(memory))
     report = Report(
         device=device,
         num_devices=devices,
-        fits=memory.peak_memory_in_bytes <= device.hbm_bytes,
+        fits=peak <= device.hbm_bytes,
         compile_seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+        peak_bytes=peak,
+        host_bytes=_host_bytes(memory),
         vmem_bytes=_vmem_bytes(executable) if device.platform == "tpu" else None,
         flops=None if flops is None else float(flops),
         collectives=compiled.collectives(executable, unknown_trips=unknown_trips),
     )
     return report, executable
+
+
+def _allocated(memory):
+    """All that the device sets aside, of which parts may share memory in time."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def _host_bytes(memory):
+    """Arguments, outputs that are none of them, and temporaries."""
+    return (
+        memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes
+    )
 
 
 def _vmem_bytes(executable):

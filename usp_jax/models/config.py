@@ -12,6 +12,7 @@ from usp_jax.models.rope_scaling import RopeScaling
 DTYPES = ("float32", "bfloat16")
 ZERO = (1, 3)
 REMAT = ("none", "full", "attention", "attention_qkv")
+OFFLOAD = tuple(f"{name}_offload" for name in REMAT[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,11 @@ class LlamaConfig:
         "full": everything inside a layer; "attention": as "full", but attention's
         output and log-sum-exp are kept, so that the ring runs once; "attention_qkv":
         also q, k, v and the output on both sides of the all-to-alls, so that no
-        collective of attention runs twice.
+        collective of attention runs twice. "full_offload", "attention_offload" and
+        "attention_qkv_offload" keep the same, the layer's input too, in the host's
+        pinned memory.
+      mlp_tile: of how many of a device's tokens the feed-forward network has its hidden
+        activations in memory at once; the backward computes them again. None: of all.
       loss_chunk: of how many of a device's tokens, and
       loss_block: of how many of the vocabulary's entries the loss has logits in memory
         at once.
@@ -59,6 +64,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
     remat: str = "full"
+    mlp_tile: int | None = None
     loss_chunk: int = 1024
     loss_block: int = 8192
     zero: int = 3
@@ -95,6 +101,8 @@ class LlamaConfig:
             check_positive_int(name, getattr(self, name))
         if self.microbatches is not None:
             check_positive_int("microbatches", self.microbatches)
+        if self.mlp_tile is not None:
+            check_positive_int("mlp_tile", self.mlp_tile)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -106,7 +114,7 @@ class LlamaConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
         check_bool("tensor_sequence", self.tensor_sequence)
-        choices = (("dtype", DTYPES), ("remat", REMAT), ("zero", ZERO))
+        choices = (("dtype", DTYPES), ("remat", REMAT + OFFLOAD), ("zero", ZERO))
         for name, values in choices:
             if getattr(self, name) not in values:
                 raise ValueError(

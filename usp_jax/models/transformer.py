@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from usp_jax import (
@@ -33,6 +34,7 @@ from usp_jax.decode import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.feed_forward import feed_forward
 from usp_jax.models.gradient_sum import add_to, with_sum
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope import (
@@ -46,6 +48,9 @@ from usp_jax.shards import Shards
 
 # In stages, those of layers are pairs: (copy, float32 sum of its gradients).
 Weights = dict[str, Array | tuple[Array, Array]]
+
+# Of a layer, as `jax.checkpoint` policies name it.
+_INPUT = "layer_input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +237,7 @@ class Transformer:
 
         def body(x, layer):
             layer, state = layer
+            x = checkpoint_name(x, _INPUT)
             return self._block(weights_of(layer), state, x, angles, attend)
 
         body = jax.checkpoint(body, policy=_policy(config.remat), prevent_cse=False)
@@ -290,9 +296,8 @@ class Transformer:
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
         x = x + split.leave(out)
         y = split.enter(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
-        gate = jnp.einsum("BTD,DF->BTF", y, w["gate"])
-        up = jnp.einsum("BTD,DF->BTF", y, w["up"])
-        out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w["down"])
+        matrices = w["gate"], w["up"], w["down"]
+        out = feed_forward(y, matrices, config.mlp_tile)
         return x + split.leave(out), state
 
 
@@ -312,15 +317,22 @@ def _of_layers(name):
 
 
 def _policy(remat: str) -> Callable[..., Any]:
-    """What a layer keeps for its backward pass; its input is always kept."""
+    """What a layer keeps for its backward pass, its input always, and where."""
     if remat == "none":
         return _all_but_gathered
     names = {
         "full": (),
         "attention": ("usp_out", "usp_lse"),
         "attention_qkv": SAVED_NAMES,
-    }[remat]
-    return jax.checkpoint_policies.save_only_these_names(*names)
+    }[remat.removesuffix("_offload")]
+    if not remat.endswith("_offload"):
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT, *names],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def _all_but_gathered(primitive, *_, **__):

@@ -75,18 +75,20 @@ def step_work(
     projections = per_weight * model.d_model * heads * model.head_size
     pairs = 2 * tokens * sequence * visible
     attention = pairs * model.num_heads * model.head_size * model.num_layers
+    # Where it is kept is no matter.
+    remat = model.remat.removesuffix("_offload")
     again = {
         "none": 0.0,
         "full": needed,
         "attention": needed,
         "attention_qkv": needed - projections,
-    }[model.remat]
+    }[remat]
     return Work(
         layers=layers,
         output=2 * tokens * model.d_model * model.vocab_size,
         attention=attention,
         layers_again=again,
-        attention_again=attention if model.remat == "full" else 0.0,
+        attention_again=attention if remat == "full" else 0.0,
     )
 
 

@@ -1,0 +1,277 @@
+"""What the compilers say of LLaMA3-8B's training step: bytes, collectives, overlap.
+
+    python -m benchmarks.train_memory                    # the names of the cases
+    python -m benchmarks.train_memory options            # a group: a JSON line each
+    python -m benchmarks.train_memory h200-1200K         # or some cases
+    python -m benchmarks.train_memory h200-1200K --longest      # double until it fails
+    python -m benchmarks.train_memory --table benchmarks/results/*-train-memory.jsonl
+
+Compiles the trainer's own step (`train.ahead`), all 32 layers, one sequence a step,
+bfloat16, AdamW on float32, for machines that are not here, and runs nothing. One to
+several minutes each on one core. Needs `pip install '.[train,aot]'`.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.ahead import compile_for
+from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from usp_jax import aot
+from usp_jax.models.presets import PRESETS
+
+K, GIB = 1024, 2**30
+MODEL = "llama3-8b"
+V5P, A100, H100, H200 = "v5p:4x4x4", "a100:2x8", "h100:1x8", "h200:1x1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step to compile.
+
+    Attributes:
+      mesh: the sizes of axes, and `zero`.
+      options: of the model, and `offload` of the optimizer.
+    """
+
+    name: str
+    group: str
+    machine: str
+    tokens: int
+    mesh: dict[str, int]
+    options: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The run that has this step."""
+        names = {field.name for field in dataclasses.fields(ModelConfig)}
+        preset = {n: x for n, x in PRESETS[MODEL].items() if n in names}
+        options = {n: x for n, x in self.options.items() if n != "offload"}
+        return Config(
+            model=ModelConfig(**preset, **options),
+            steps=1000,
+            sequence_length=self.tokens,
+            batch_size=1,
+            run_dir=Path("unused"),
+            mesh=MeshConfig(**self.mesh),
+            optimizer=OptimizerConfig(offload=self.options.get("offload", False)),
+        )
+
+    def at(self, tokens: int) -> "Case":
+        """The same with another length."""
+        stem = self.name.rpartition("-")[0]
+        return dataclasses.replace(self, name=f"{stem}-{tokens // K}K", tokens=tokens)
+
+
+# Each by itself, and together.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mlp_tile": {"mlp_tile": 4096},
+    "full_offload": {"remat": "full_offload"},
+    "attention": {"remat": "attention"},
+    "attention_offload": {"remat": "attention_offload"},
+    "attention_qkv": {"remat": "attention_qkv"},
+    "attention_qkv_offload": {"remat": "attention_qkv_offload"},
+    "optimizer.offload": {"offload": True},
+    "all": {"remat": "attention_offload", "mlp_tile": 4096, "offload": True},
+}
+LEAST = {"remat": "full_offload", "mlp_tile": 4096, "offload": True}
+SPLITS = {"ring64": (64, 1), "usp16x4": (16, 4), "usp8x8": (8, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """MaxText's figures for one split: GiB a chip, and GiB of results x trips."""
+
+    peak: float
+    permutes: float
+    all_to_alls: float
+    gathers: float
+    reduces: float
+
+
+# Its HEAD of August 2026, tokamax splash, load-balanced, its default remat, compiled
+# for 64 v5p chips; 4M: tiled loss, and dq reduced in 3 steps.
+MAXTEXT = {
+    (64, "ring64"): Published(3.15, 40, 0, 27, 14),
+    (64, "usp16x4"): Published(3.17, 9.9, 1.9, 29, 14),
+    (64, "usp8x8"): Published(3.86, 4.9, 1.9, 4, 41),
+    (256, "ring64"): Published(5.65, 160, 0, 27, 14),
+    (256, "usp16x4"): Published(6.79, 40, 7.6, 35, 14),
+    (256, "usp8x8"): Published(8.81, 20, 7.6, 16, 41),
+    (1024, "usp8x8"): Published(73.1, 78, 30, 64, 41),
+    (2048, "ring64"): Published(46.7, 1277, 0, 27, 14),
+    (4096, "ring64"): Published(32.5, 2554, 2, 42, 21),
+    # It did not compile.
+    (4096, "usp8x8"): None,
+}
+KINDS = ("collective-permute", "all-to-all", "all-gather", "all-reduce")
+
+
+def cases() -> Iterator[Case]:
+    """All of them, those that others are compared with first."""
+    for (length, split), _ in MAXTEXT.items():
+        ring, ulysses = SPLITS[split]
+        mesh = {"ring": ring, "ulysses": ulysses}
+        for name, options in (
+            ("full", {}),
+            ("attention", {"remat": "attention", "mlp_tile": 4096}),
+            ("offload", {"remat": "attention_qkv_offload", "mlp_tile": 4096}),
+        ):
+            whole = f"v5p-{split}-{name}-{length}K"
+            yield Case(whole, "maxtext", V5P, length * K, mesh, options)
+    for name, options in OPTIONS.items():
+        mesh = {"ring": 8, "ulysses": 8}
+        yield Case(f"v5p-{name}-1024K", "options", V5P, 1024 * K, mesh, options)
+    tiles = {"mlp_tile": 4096}
+    for name, machine, length, mesh, options in (
+        ("a100", A100, 208, {"ring": 2, "ulysses": 8}, tiles),
+        ("h100", H100, 1024, {"ulysses": 8}, tiles),
+        ("h200", H200, 1200, {}, LEAST),
+        ("v5p", V5P, 4096, {"ring": 8, "ulysses": 8}, tiles),
+        ("a100-offload", A100, 1024, {"ring": 2, "ulysses": 8}, LEAST),
+        ("h100-offload", H100, 2048, {"ulysses": 8}, LEAST),
+        ("v5p-offload", V5P, 8192, {"ring": 8, "ulysses": 8}, LEAST),
+    ):
+        yield Case(f"{name}-{length}K", "headline", machine, length * K, mesh, options)
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """What the compiler says, as what JSON can hold."""
+    report = compile_for(case.config, case.machine)
+    told = {**dataclasses.asdict(case), "model": MODEL, **_versions()}
+    told |= {"fits": report.fits, "compile_seconds": round(report.compile_seconds, 1)}
+    if report.error is not None:
+        return told | {"error": report.error[:300]}
+    names = ("peak", "argument", "output", "aliased", "temporary", "host")
+    told |= {f"{name}_bytes": getattr(report, f"{name}_bytes") for name in names}
+    return told | {"collectives": _collectives(report)}
+
+
+def _versions():
+    packages = ("jax", "libtpu", "jax-cuda13-plugin")
+    return {"versions": {name: importlib.metadata.version(name) for name in packages}}
+
+
+def _collectives(report: aot.Report) -> dict[str, dict[str, float | int | None]]:
+    """By kind, of one device, loops counted by their trips."""
+    found: dict[str, dict[str, float | int | None]] = {}
+    for kind in dict.fromkeys(one.kind for one in report.collectives):
+        own = [one for one in report.collectives if one.kind == kind]
+        found[kind] = {
+            "executions": sum(one.executions for one in own),
+            "result_bytes": sum(one.executions * one.result_bytes for one in own),
+            "sent_bytes": sum(one.total_wire_bytes for one in own),
+            "in_flight": report.in_flight(kind),
+        }
+    return found
+
+
+def longest(case: Case) -> Iterator[dict[str, Any]]:
+    """The case, and twice its length until that does not fit; then halfway."""
+    while True:
+        row = compile_case(case)
+        yield row
+        if not row["fits"]:
+            break
+        case = case.at(2 * case.tokens)
+    yield compile_case(case.at(case.tokens * 3 // 4))
+
+
+def tables(rows: Iterable[dict[str, Any]]) -> str:
+    """Kept lines as Markdown."""
+    rows = list(rows)
+    of = {name: [r for r in rows if r["group"] == name] for name in _TABLES}
+    return "\n\n".join(_TABLES[name](of[name]) for name in of if of[name])
+
+
+def _options_table(rows):
+    head = "step", "fits", "peak", "arguments", "host", "sent"
+    return _markdown(head, (_words(row) for row in rows))
+
+
+def _words(row):
+    step = f"`{row['name']}`"
+    if "error" in row:
+        return step, "no", *["-"] * 4
+    sizes = (row[f"{name}_bytes"] for name in ("peak", "argument", "host"))
+    sent = sum(one["sent_bytes"] for one in row["collectives"].values())
+    fits = "yes" if row["fits"] else "no"
+    return step, fits, *(f"{size / GIB:.2f}" for size in (*sizes, sent))
+
+
+def _maxtext_table(rows):
+    head = "step", "peak", "permutes", "all-to-all", "all-gather", "all-reduce"
+    head = *head, "reduce-scatter", "peak, ratio", "permutes + all-to-all, ratio"
+    return _markdown(head, map(_compared, rows))
+
+
+def _compared(row):
+    """A line of results x trips in GiB, and the ratios to MaxText's."""
+    if "error" in row:
+        return f"`{row['name']}`", "does not fit", *["-"] * 7
+    kinds = *KINDS, "reduce-scatter"
+    moved = [
+        row["collectives"].get(kind, {}).get("result_bytes", 0) / GIB for kind in kinds
+    ]
+    peak = row["peak_bytes"] / GIB
+    split = next(n for n, sizes in SPLITS.items() if sizes == _degrees(row))
+    theirs = MAXTEXT.get((row["tokens"] // K, split))
+    ratios = ["-", "-"]
+    if theirs is not None:
+        sent = theirs.permutes + theirs.all_to_alls
+        ratios = [f"{peak / theirs.peak:.2f}", f"{(moved[0] + moved[1]) / sent:.2f}"]
+    return f"`{row['name']}`", f"{peak:.2f}", *(f"{x:.1f}" for x in moved), *ratios
+
+
+def _degrees(row):
+    return row["mesh"]["ring"], row["mesh"]["ulysses"]
+
+
+def _markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_TABLES = {
+    "options": _options_table,
+    "headline": _options_table,
+    "maxtext": _maxtext_table,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Compiles what is asked for, or draws the tables of what was compiled."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_memory")
+    parser.add_argument("names", nargs="*", help="of cases, or of groups")
+    parser.add_argument("--longest", action="store_true", help="double while it fits")
+    parser.add_argument("--table", type=Path, help="kept lines")
+    options = parser.parse_args(arguments)
+    if options.table:
+        lines = options.table.read_text().splitlines()
+        print(tables(json.loads(line) for line in lines))
+        return
+    jax.config.update("jax_platforms", "cpu")
+    known = {case.name: case for case in cases()}
+    groups = {case.group for case in known.values()}
+    for name in options.names:
+        if name not in known and name not in groups:
+            parser.error(f"{name!r} is neither a case nor one of {sorted(groups)}")
+    if not options.names:
+        print("\n".join(f"{case.group:10}{name}" for name, case in known.items()))
+    for case in known.values():
+        if {case.name, case.group} & set(options.names):
+            rows = longest(case) if options.longest else [compile_case(case)]
+            for row in rows:
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""A state in the host's memory trains as one on the devices does."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import usp_jax
+from tests.compilers import needs_compilers
+from tests.train.runs import losses, run_here, small_config
+from train.ahead import compile_for
+from train.build import build
+from train.config import Config, MeshConfig, SampleConfig
+from train.loop import train
+from train.state import first_state, make_optimizer
+
+
+def offloading(config: Config) -> Config:
+    optimizer = dataclasses.replace(config.optimizer, offload=True)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def test_everything_but_the_counts_lives_on_the_host(tmp_path: Path) -> None:
+    config = offloading(small_config(tmp_path))
+    mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    _, state = first_state(config, optimizer, mesh)
+    for x in jax.tree.leaves(state):
+        assert (x.sharding.memory_kind == "pinned_host") == (x.ndim > 0)
+    assert 8 * state.params["q"].addressable_shards[0].data.size == (
+        state.params["q"].size
+    )
+
+
+def test_losses_are_the_same_and_a_run_goes_on_either_way(tmp_path: Path) -> None:
+    """Steps on the host, on the devices, and on the host again, with checkpoints."""
+    mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
+    plain = small_config(tmp_path, mesh=mesh, steps=6)
+    run_here(plain)
+    config = dataclasses.replace(plain, run_dir=tmp_path / "moved")
+    sample = SampleConfig(length=2)
+    for last, part in (
+        (2, offloading(config)),
+        (4, config),
+        (6, dataclasses.replace(offloading(config), sample=sample)),
+    ):
+        train(build(part), lambda step, last=last: step >= last)
+    expected = losses(plain.run_dir)
+    assert len(expected) == 6
+    np.testing.assert_allclose(losses(config.run_dir), expected, rtol=1e-6)
+
+
+@pytest.mark.long
+@needs_compilers
+@pytest.mark.parametrize("machine", ["v5e:2x4", "h200:1x8"])
+def test_the_device_holds_no_optimizer(tmp_path: Path, machine: str) -> None:
+    """As compiled: 12 bytes a parameter are the host's, a layer at a time is here."""
+    config = small_config(tmp_path, dtype="bfloat16", sequence_length=1024)
+    model = dataclasses.replace(
+        config.model, d_model=512, num_layers=8, head_size=64, d_ff=2048
+    )
+    config = dataclasses.replace(config, model=model, batch_size=1)
+    plain = compile_for(config, machine)
+    moved = compile_for(offloading(config), machine)
+    state = 12 * config.llama.num_parameters // 8
+    assert plain.host_bytes == 0
+    assert moved.host_bytes >= state
+    assert plain.argument_bytes - moved.argument_bytes > 0.99 * state
+    # What is fetched is 4 bytes of the 12, before there are activations.
+    assert moved.peak_bytes < plain.peak_bytes - state / 2

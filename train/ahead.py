@@ -1,0 +1,54 @@
+"""A run's step as a program for machines that are not here.
+
+What `train.loop` compiles, of shapes: no parameter is made and no text is read.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+import usp_jax
+from train.config import Config, check
+from train.data import Batch, describe
+from train.state import State, abstract_state, learning_rate, make_optimizer
+from train.step import jit_step, make_step
+from train.update import Update
+from usp_jax import aot
+
+
+def step_of(
+    config: Config, devices: Sequence[jax.Device] | None = None
+) -> tuple[Callable, tuple[State, Batch]]:
+    """The jitted step of a run on some devices, and its arguments as shapes.
+
+    Args:
+      devices: of `usp_jax.aot.topology` for instance; None: those of this process.
+
+    Raises:
+      ValueError: a run that cannot be.
+    """
+    check(config)
+    mesh = usp_jax.make_mesh(devices=devices, **config.mesh.axes)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, state = abstract_state(config, optimizer, mesh)
+    schedule = learning_rate(config.optimizer, config.steps)
+    update = Update(config.optimizer, config.steps)
+    step = make_step(graphdef, update, schedule, config.layout, config.accumulate)
+    batch = describe(config.batch_size, config.sequence_length, mesh)
+    return jit_step(step, state), (state, batch)
+
+
+def compile_for(config: Config, machine: str) -> aot.Report:
+    """What the compiler of a machine says of a run's step.
+
+    Args:
+      machine: as `usp_jax.aot.topology` takes it, "v5p:4x4x4".
+
+    Raises:
+      ValueError: a run that cannot be, or a machine that is not known.
+      ImportError: the machine's compiler is not installed.
+    """
+    topology = aot.topology(machine)
+    step, shapes = step_of(config, topology.devices)
+    options = usp_jax.recommended_flags(topology.platform)
+    return aot.compile(step, *shapes, compiler_options=options)

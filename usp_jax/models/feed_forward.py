@@ -1,0 +1,76 @@
+"""The feed-forward network (SwiGLU, arXiv 2002.05202), whole or in tiles of tokens.
+
+Whole, the hidden activations [T, F] of all of a device's tokens are there at once, and
+several such arrays in the backward pass. In tiles there are those of one tile, forward
+and backward: the backward computes each tile's again, and adds the gradients of the
+matrices up in float32.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from usp_jax._compat import vary_like
+
+Matrices = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
+
+
+def feed_forward(
+    x: Float[Array, "b t D"], matrices: Matrices, tile: int | None = None
+) -> Float[Array, "b t D"]:
+    """silu(x · gate) * (x · up) · down.
+
+    Args:
+      matrices: gate, up and down.
+      tile: at most how many tokens at once; None is all of them.
+    """
+    tokens = x.shape[0] * x.shape[1]
+    if tile is None or tokens <= tile:
+        return _whole(x, matrices)
+    number = -(-tokens // tile)
+    # Equal tiles, so that what is appended is fewer than one token for each of them.
+    size = -(-tokens // number)
+    flat = x.reshape(tokens, -1)
+    tiles = jnp.pad(flat, ((0, number * size - tokens), (0, 0)))
+    out = _tiled(tiles.reshape(number, size, -1), matrices)
+    return out.reshape(number * size, -1)[:tokens].reshape(x.shape)
+
+
+def _whole(x, matrices):
+    gate, up, down = matrices
+    gate = jnp.einsum("...D,DF->...F", x, gate)
+    up = jnp.einsum("...D,DF->...F", x, up)
+    return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, down)
+
+
+@jax.custom_vjp
+def _tiled(tiles, matrices):
+    """[n, c, D] -> [n, c, D], one of the n tiles after the other."""
+    return lax.map(partial(_whole, matrices=matrices), tiles)
+
+
+def _tiled_fwd(tiles, matrices):
+    return _tiled(tiles, matrices), (tiles, matrices)
+
+
+def _tiled_bwd(saved, dout):
+    tiles, matrices = saved
+
+    def body(total, tile):
+        x, dout = tile
+        _, pull = jax.vjp(_whole, x, matrices)
+        dx, dmatrices = pull(dout)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
+
+    def zeros(matrix):
+        dtype = jnp.promote_types(matrix.dtype, jnp.float32)
+        return vary_like(jnp.zeros(matrix.shape, dtype), (matrix, dout))
+
+    total, dx = lax.scan(body, jax.tree.map(zeros, matrices), (tiles, dout))
+    return dx, jax.tree.map(lambda a, b: a.astype(b.dtype), total, matrices)
+
+
+_tiled.defvjp(_tiled_fwd, _tiled_bwd)
