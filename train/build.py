@@ -13,10 +13,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import usp_jax
+from train.atomic import write_atomically
 from train.checkpoint import Checkpoints
 from train.config import Config, check
 from train.data import Vocabulary, batches, load_corpus
-from train.run_dir import check_same_run, record, write_atomically
+from train.run_dir import check_same_run, record
 from train.state import State, first_state, make_optimizer
 
 

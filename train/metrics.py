@@ -12,10 +12,10 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from train.atomic import write_atomically
 from train.config import LogConfig
 from train.flops import StepFlops
 from train.peaks import PEAK_FLOPS
-from train.run_dir import write_atomically
 
 Row = dict[str, float | int | None]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +63,3 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
 
 def _is_free(name):
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that whoever reads it sees the old or the new, never half."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
