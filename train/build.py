@@ -16,9 +16,11 @@ import usp_jax
 from train.atomic import write_atomically
 from train.checkpoint import Checkpoints
 from train.config import Config, check
-from train.data import Vocabulary, batches, load_corpus
+from train.data import batches, load_text, own_rows
+from train.evaluate import Evaluation
 from train.run_dir import check_same_run, record
 from train.state import State, first_state, make_optimizer
+from train.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Run:
 
     Attributes:
       data: the iterator over batches, which has state of its own.
+      evaluation: of held-out documents, or None.
       state: before the first step.
     """
 
@@ -34,6 +37,7 @@ class Run:
     mesh: Mesh
     vocabulary: Vocabulary
     data: grain.DatasetIterator
+    evaluation: Evaluation | None
     checkpoints: Checkpoints
     optimizer: optax.GradientTransformation
     graphdef: nnx.GraphDef
@@ -54,17 +58,23 @@ def build(config: Config) -> Run:
             f"model.vocab_size={config.model.vocab_size} is less than the "
             f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
         )
-    corpus = load_corpus(config.data, vocabulary)
-    checkpoints = _claim_run_dir(config, _record(config, mesh, corpus.facts))
+    text = load_text(config.data, vocabulary)
+    checkpoints = _claim_run_dir(config, _record(config, mesh, text.facts))
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, state = first_state(config, optimizer, mesh)
-    data = batches(
-        corpus,
-        length=config.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
+    rows = text.rows(config.sequence_length, config.seed)
+    data = batches(rows, config.batch_size, own_rows(config.batch_size, mesh))
+    return Run(
+        config=config,
+        mesh=mesh,
+        vocabulary=vocabulary,
+        data=data,
+        evaluation=Evaluation.of(config, mesh, text, graphdef),
+        checkpoints=checkpoints,
+        optimizer=optimizer,
+        graphdef=graphdef,
+        state=state,
     )
-    return Run(config, mesh, vocabulary, data, checkpoints, optimizer, graphdef, state)
 
 
 def _make_mesh(config):

@@ -12,7 +12,8 @@ from typing import Any
 from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.models.llama import LlamaConfig, RopeScaling
 
-STORED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "data")
+# "balanced" is the op's "data": each row has an order of its own.
+STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUTS)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -84,13 +85,34 @@ class DataConfig:
     """The text.
 
     Attributes:
-      path: a text file, or a folder whose files are all read, one document each; None
-        is the source text of the running Python's standard library.
+      path: a text file, which is one document; a .jsonl or .parquet file; a folder of
+        such files, all of which are read; or a folder that `python -m train.tokenize`
+        wrote. None is the source text of the running Python's standard library.
+      mixture: several of these instead of `path`, each with the weight by which rows
+        are drawn from it: `--data.mixture code/ 0.7 prose.jsonl 0.3`.
       tokenizer: a tokenizer.json; None takes bytes as tokens.
+      text_field: what holds the text in JSON lines, and the column of Parquet.
+      eval_fraction: of the documents, which are not learnt from: `eval` uses them.
     """
 
     path: Path | None = None
+    mixture: tuple[tuple[Path, float], ...] = ()
     tokenizer: Path | None = None
+    text_field: str = "text"
+    eval_fraction: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The loss of documents that are not learnt from, see `data.eval_fraction`.
+
+    Attributes:
+      every: steps between two evaluations, beside the one at the end; None for none.
+      batches: how many batches of held-out rows are looked at, the same each time.
+    """
+
+    every: int | None = None
+    batches: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +202,8 @@ class Config:
       batch_size: rows of a step, over all devices.
       accumulate: in how many parts, one after the other, a step takes its rows; the
         gradients are added up, and memory for activations is that of one part.
-      layout: the order in which a row is stored on the mesh.
+      layout: the order in which a row is stored on the mesh; "balanced" gives each row
+        the order in which its documents are equal work for all of the ring.
       seed: of the first parameters and of the order of the data.
       run_dir: where the run is kept; a run that is there already goes on.
       fake_devices: this many CPU devices in each process, instead of what there is.
@@ -199,11 +222,17 @@ class Config:
     dtype: str = "bfloat16"
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @property
+    def stored_layout(self) -> str:
+        """What the model calls `layout`."""
+        return "data" if self.layout == "balanced" else self.layout
 
     @property
     def llama(self) -> LlamaConfig:
@@ -228,6 +257,7 @@ def check(config: Config) -> None:
             f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, "
             f"accumulate={config.accumulate}"
         )
+    _check_data(config.data, config.eval)
     multiple = length_multiple(config.layout, mesh.ring, mesh.ulysses)
     if config.sequence_length % multiple:
         raise ValueError(
@@ -243,7 +273,8 @@ def _check_numbers(config):
     positive = (
         "steps sequence_length batch_size accumulate optimizer.learning_rate "
         "optimizer.eps "
-        "optimizer.clip_norm checkpoint.every checkpoint.keep log.every log.print_every"
+        "optimizer.clip_norm checkpoint.every checkpoint.keep log.every "
+        "log.print_every eval.batches"
     )
     counts = "seed optimizer.warmup_steps optimizer.weight_decay sample.length"
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
@@ -252,8 +283,9 @@ def _check_numbers(config):
     for name in [*counts.split(), "sample.temperature"]:
         if not flat[name] >= 0:
             raise ValueError(f"{name}={flat[name]} must not be negative")
-    if config.fake_devices is not None and config.fake_devices < 1:
-        raise ValueError(f"fake_devices={config.fake_devices} must be positive")
+    for name in ("fake_devices", "eval.every"):
+        if flat[name] is not None and not flat[name] > 0:
+            raise ValueError(f"{name}={flat[name]} must be positive")
     for name in ("b1", "b2"):
         if not 0 <= flat[f"optimizer.{name}"] < 1:
             raise ValueError(
@@ -268,6 +300,30 @@ def _check_numbers(config):
         raise ValueError(
             "sample.prompt='' must have at least one character, or sample.length be 0"
         )
+
+
+def _check_data(data, evaluation):
+    if data.mixture and data.path is not None:
+        raise ValueError(
+            f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
+            "texts: give one of them"
+        )
+    for path, weight in data.mixture:
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"data.mixture: the weight {weight} of {path} must be positive"
+            )
+    if not 0 <= data.eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction={data.eval_fraction} must be in [0, 1)")
+    if bool(data.eval_fraction) != (evaluation.every is not None):
+        raise ValueError(
+            f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
+            "give both, the part that is held out and the steps between evaluations"
+        )
+
+
+def _told(mixture):
+    return " ".join(f"{path} {weight}" for path, weight in mixture)
 
 
 def _check_distributed(config):

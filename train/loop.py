@@ -10,9 +10,9 @@ from train.build import Run
 from train.config import Config
 from train.data import describe, place
 from train.flops import step_flops
-from train.metrics import MetricsFile, Progress, rates, read_rows
+from train.metrics import MetricsFile, Progress, Row, rates, read_rows
 from train.report import draw_loss, sample
-from train.state import learning_rate, with_params
+from train.state import Params, learning_rate, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
 
 
@@ -22,8 +22,8 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> None:
     A checkpoint that the run directory has is where it begins.
     """
     config, mesh, checkpoints = run.config, run.mesh, run.checkpoints
-    state, data = run.state, run.data
-    step = checkpoints.newest() or 0
+    data = run.data
+    state, step = run.state, checkpoints.newest() or 0
     if step:
         state = checkpoints.restore(step, state, data)
         tell(f"going on after step {step}")
@@ -33,6 +33,8 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> None:
             state, metrics = step_fn(state, place(next(data), config.layout, mesh))
             step += 1
             log.dispatched(step, metrics)
+            if run.evaluation is not None and run.evaluation.due(step):
+                log.evaluated(run.evaluation, state.params)
             if step % config.checkpoint.every == 0:
                 log.finish()
                 checkpoints.save(step, state, data)
@@ -63,6 +65,13 @@ class Log:
         self._tell()
         self._pending = step, metrics
 
+    def evaluated(self, evaluation: Callable[[Params], Row], params: Params) -> None:
+        """Evaluates, and tells of the last step with what that finds."""
+        row = self._take()
+        self._write(row | evaluation(params), always=True)
+        # It is no part of the next step.
+        self._last = time.monotonic()
+
     def finish(self) -> None:
         """Waits for the last step and has all rows on the disk."""
         self._tell()
@@ -74,17 +83,23 @@ class Log:
             output.close()
 
     def _tell(self):
-        if self._pending is None:
-            return
+        if self._pending is not None:
+            self._write(self._take())
+
+    def _take(self):
+        """Waits for the step that has not been told of."""
         (step, metrics), self._pending = self._pending, None
         values = jax.device_get(metrics)
         values = {name: float(values[name]) for name in METRICS}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        return {"step": step, **values, **rates(seconds, self._tokens, self._flops)}
+
+    def _write(self, row, always=False):
+        step = row["step"]
         due = step % self._config.log.every == 0 or step == self._config.steps
-        if self._outputs is None or not due:
+        if self._outputs is None or not (due or always):
             return
-        row = {"step": step, **values, **rates(seconds, self._tokens, self._flops)}
         file, progress = self._outputs
         file.write(row)
         progress.tell(row)
@@ -100,9 +115,9 @@ def _compile(run, state):
     config, begun = run.config, time.monotonic()
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_step(
-        run.graphdef, run.optimizer, schedule, config.layout, config.accumulate
+        run.graphdef, run.optimizer, schedule, config.stored_layout, config.accumulate
     )
-    batch = describe(config.batch_size, config.sequence_length, run.mesh)
+    batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
     compiled = compile_step(step, state, batch)
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")
     return compiled

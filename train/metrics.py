@@ -120,8 +120,11 @@ class Progress:
         )
         if row["mfu_causal"] is not None:
             told += f"  MFU {row['mfu_causal']:.1%}"
+        if "eval_loss" in row:
+            told += f"  eval loss {row['eval_loss']:.4f}"
         self._bar.update(self._task, completed=step, told=told)
         shown = step in (self._first + 1, self._steps) or step % self._every == 0
+        shown |= "eval_loss" in row
         if not self._console.is_terminal and shown:
             left = self._steps - step
             seconds = (time.monotonic() - self._begun) / (step - self._first) * left

@@ -14,6 +14,7 @@ FREE_ON_RESUME = (
     "accumulate",
     "checkpoint",
     "distributed",
+    "eval",
     "fake_devices",
     "layout",
     "log",
@@ -26,10 +27,16 @@ FREE_ON_RESUME = (
     "steps",
     # Facts, not choices.
     "environment",
-    # Where the text lies; what it is, is compared as data.documents, .tokens, .sha256.
+    # Where the text lies; what it is, is compared as data.documents, .tokens, .sha256,
+    # .weights and .tokenizer_fingerprint.
+    "data.mixture",
     "data.path",
+    "data.text_field",
     "data.tokenizer",
 )
+
+# What older versions did not tell, which then cannot be compared.
+NEWER_FACTS = ("data.tokenizer_fingerprint",)
 
 
 def record(config: Config, **facts: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +55,9 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
     """Raises ValueError when the run that config.json tells of is not this one."""
     if not path.exists():
         return
-    old, new = flatten(json.loads(path.read_text())), flatten(wanted)
+    old, new = flatten(_read(path)), flatten(wanted)
+    # An option that was not there yet had its default's effect.
+    old = _defaults() | {name: new.get(name) for name in NEWER_FACTS} | old
     differing = [
         f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())
@@ -59,6 +68,30 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
             "\n".join([f"run_dir={path.parent} holds another run:", *differing])
             + "\ngive these values to go on with it, or another --run-dir to begin anew"
         )
+
+
+def _read(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; take it away if its checkpoints are of the "
+            "run that you ask for, or give another --run-dir"
+        ) from error
+
+
+def _defaults():
+    """What an option is that nobody gives, where it has a default."""
+    sections = {
+        field.name: field.default
+        for field in dataclasses.fields(Config)
+        if field.default is not dataclasses.MISSING
+    }
+    plain = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in sections.items()
+    }
+    return flatten(json.loads(json.dumps(plain, default=str)))
 
 
 def _is_free(name):

@@ -9,11 +9,29 @@ from flax import nnx
 from jax import lax
 
 from train.data import Batch
-from train.state import State, with_params
+from train.state import Params, State, with_params
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
 METRICS = ("loss", "grad_norm", "learning_rate")
+
+
+def make_nats(
+    graphdef: nnx.GraphDef, layout: str
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """(parameters, rows) -> (sum of nats, number of labels) over all devices."""
+
+    def nats_of(params, part):
+        return loss(
+            with_params(graphdef, params),
+            part["tokens"],
+            part["labels"],
+            segment_ids=part["segment_ids"],
+            positions=part.get("positions"),
+            layout=layout,
+        )
+
+    return nats_of
 
 
 def make_step(
@@ -30,14 +48,7 @@ def make_step(
     float32. The state that goes in is donated.
     """
 
-    def nats_of(params, part):
-        return loss(
-            with_params(graphdef, params),
-            part["tokens"],
-            part["labels"],
-            segment_ids=part["segment_ids"],
-            layout=layout,
-        )
+    nats_of = make_nats(graphdef, layout)
 
     def step(state, batch):
         value, gradient = _mean(nats_of, state.params, batch, parts)

@@ -101,6 +101,9 @@ def options(config: Config) -> list[str]:
                 add(f"{prefix}{field.name}.", value)
             elif field.name == "rope_scaling":
                 assert value is None, "not an option but a command of its own"
+            elif isinstance(value, tuple):
+                words = [str(word) for pair in value for word in pair]
+                found.extend([f"--{prefix}{field.name}", *words] if words else [])
             elif isinstance(value, bool):
                 found.append(f"--{prefix}{'' if value else 'no-'}{field.name}")
             else:

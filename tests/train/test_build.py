@@ -123,6 +123,6 @@ def test_the_program_tells_mistakes_in_one_line() -> None:
     )
     assert (child.returncode, child.stdout) == (2, "")
     assert child.stderr == (
-        "error: data.path=nowhere is not there; it must be a text file or a folder of "
-        "them\n"
+        "error: data.path=nowhere is not there; it must be a text file, .jsonl and "
+        ".parquet too, or a folder of them\n"
     )

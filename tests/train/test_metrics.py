@@ -1,5 +1,6 @@
 """What a run tells of itself: rows, events, the picture, the printed lines."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from tests.train.runs import rows, run_here, small_config
-from train.config import LogConfig, MeshConfig, SampleConfig
+from tests.train.runs import never, rows, run_here, small_config
+from train.build import build
+from train.config import EvalConfig, LogConfig, MeshConfig, SampleConfig
 from train.flops import StepFlops
+from train.loop import train
 from train.metrics import MetricsFile, Progress, rates, read_rows
 
 KEYS = (
@@ -45,6 +48,35 @@ def test_a_run_leaves_what_it_promises(
     told = json.loads((config.run_dir / "config.json").read_text())
     assert told["environment"]["devices"] == 2
     assert told["environment"]["jax"] == jax.__version__
+
+
+def test_held_out_documents_are_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path, mesh=MeshConfig(data=2), steps=3)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, eval_fraction=0.2),
+        eval=EvalConfig(every=2, batches=1),
+        log=LogConfig(every=3, print_every=100),
+    )
+    run = build(config)
+    (held,), (learnt,) = run.evaluation.text.held_out, run.evaluation.text.corpora
+    assert not set(held.hashes) & set(learnt.hashes)
+    begun = run.evaluation(run.state.params)
+    assert begun == run.evaluation(run.state.params)
+    assert begun["eval_loss"] == pytest.approx(math.log(256), abs=0.2)
+    train(run, never)
+    second, third = rows(config.run_dir)
+    # A row of its own step, with two columns more, also where no row would be due.
+    for step, row in ((2, second), (3, third)):
+        assert row["step"] == step
+        assert list(row) == [*KEYS, "eval_loss", "eval_perplexity"]
+        assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    assert third["eval_loss"] < second["eval_loss"] < begun["eval_loss"]
+    assert f"eval loss {third['eval_loss']:.4f}" in capsys.readouterr().out
+    (events,) = (config.run_dir / "tensorboard").glob("events*")
+    assert b"eval_loss" in events.read_bytes()
 
 
 def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
