@@ -1,15 +1,18 @@
 """`python -m train PRESET [--section.key value ...]`; see `cli.py`, `loop.py`."""
 
+import logging
 import os
 import sys
 
 import jax
 
 from train.build import build
+from train.checkpoint import CheckpointError
 from train.cli import parse
 from train.config import Config
 from train.loop import train
 from train.stopping import stop_at_sigterm
+from train.token_folder import DataGone
 
 # Many fake devices on few busy cores may reach a collective minutes apart, and XLA's
 # own limit of 40 seconds would abort the process.
@@ -20,7 +23,9 @@ PATIENCE = {
 
 
 def main() -> None:
-    """Trains; exits with 2 for what a user can put right."""
+    """Trains; exits with 2 for wrong options, with 1 for what breaks off a run."""
+    # orbax tells pages of what it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         config = parse(sys.argv[1:])
         start_jax(config)
@@ -29,9 +34,13 @@ def main() -> None:
     with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:
         try:
             run = build(config)
-        except ValueError as error:
+        # Of the system: a file of text that may not be read, for instance.
+        except (ValueError, OSError) as error:
             _give_up(error)
-        train(run, should_stop)
+        try:
+            train(run, should_stop)
+        except (CheckpointError, DataGone, OSError) as error:
+            _break_off(error)
 
 
 def start_jax(config: Config) -> None:
@@ -54,6 +63,13 @@ def start_jax(config: Config) -> None:
 def _give_up(error):
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _break_off(error):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Threads that wait for a disk or for other processes would hold it for minutes.
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,10 @@ def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
     """Writes config.json, unless the directory holds another run."""
     path = config.run_dir / "config.json"
     check_same_run(path, wanted)
-    checkpoints = Checkpoints(
-        config.run_dir / "checkpoints", keep=config.checkpoint.keep
-    )
+    try:
+        checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+    except OSError as error:
+        raise _unwritable(config, error) from error
     done = checkpoints.newest() or 0
     if done > config.steps:
         raise ValueError(
@@ -116,5 +117,15 @@ def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
     # Nobody compares with what process 0 writes now.
     multihost_utils.sync_global_devices("run directory is compared")
     if jax.process_index() == 0:
-        write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+        try:
+            write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+        except OSError as error:
+            raise _unwritable(config, error) from error
     return checkpoints
+
+
+def _unwritable(config, error):
+    return ValueError(
+        f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it was "
+        "changed: make it writable, or give another --run-dir"
+    )

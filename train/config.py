@@ -142,11 +142,18 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between two.
+      every_minutes: after so many minutes without one there is one too; several
+        processes then wait for each other at each step.
       keep: how many of the newest stay.
+      keep_period: of the others, those of steps that are a multiple of this stay too.
+      keep_minutes: and one in each so many minutes.
     """
 
     every: int = 100
+    every_minutes: float | None = None
     keep: int = 2
+    keep_period: int | None = None
+    keep_minutes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +290,11 @@ def _check_numbers(config):
     for name in [*counts.split(), "sample.temperature"]:
         if not flat[name] >= 0:
             raise ValueError(f"{name}={flat[name]} must not be negative")
-    for name in ("fake_devices", "eval.every"):
+    optional = (
+        "fake_devices eval.every checkpoint.every_minutes checkpoint.keep_period "
+        "checkpoint.keep_minutes"
+    )
+    for name in optional.split():
         if flat[name] is not None and not flat[name] > 0:
             raise ValueError(f"{name}={flat[name]} must be positive")
     for name in ("b1", "b2"):

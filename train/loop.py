@@ -14,6 +14,7 @@ from train.metrics import MetricsFile, Progress, Row, rates, read_rows
 from train.report import draw_loss, sample
 from train.state import Params, learning_rate, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
+from train.token_folder import DataGone
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> None:
@@ -23,19 +24,24 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> None:
     """
     config, mesh, checkpoints = run.config, run.mesh, run.checkpoints
     data = run.data
-    state, step = run.state, checkpoints.newest() or 0
+    state, step = checkpoints.restore_newest(run.state, data)
     if step:
-        state = checkpoints.restore(step, state, data)
         tell(f"going on after step {step}")
     step_fn = _compile(run, state) if step < config.steps else None
     with contextlib.closing(Log(config, step)) as log:
         while step < config.steps and not should_stop(step):
-            state, metrics = step_fn(state, place(next(data), config.layout, mesh))
+            try:
+                batch = next(data)
+            except DataGone:
+                log.finish()
+                _save_alone(checkpoints, step, state, data)
+                raise
+            state, metrics = step_fn(state, place(batch, config.layout, mesh))
             step += 1
             log.dispatched(step, metrics)
             if run.evaluation is not None and run.evaluation.due(step):
                 log.evaluated(run.evaluation, state.params)
-            if step % config.checkpoint.every == 0:
+            if checkpoints.due(step):
                 log.finish()
                 checkpoints.save(step, state, data)
         log.finish()
@@ -45,6 +51,13 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> None:
         tell(f"stopped after step {step}; the same command goes on from there")
         return
     _report(run, state)
+
+
+def _save_alone(checkpoints, step, state, data):
+    """Saves what one process can save without the others, which have not stopped."""
+    if jax.process_count() == 1 and step:
+        checkpoints.save(step, state, data)
+        checkpoints.close()
 
 
 class Log:

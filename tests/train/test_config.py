@@ -9,6 +9,7 @@ import pytest
 from tests.train.runs import options, small_config
 from train.cli import parse
 from train.config import (
+    CheckpointConfig,
     DataConfig,
     DistributedConfig,
     MeshConfig,
@@ -61,6 +62,14 @@ WRONG = {
         r"data\.eval_fraction=0\.0, eval\.every=10: give both",
     ),
     "eval batches": (["--eval.batches", "0"], r"eval\.batches=0 must be positive"),
+    "minutes": (
+        ["--checkpoint.every-minutes", "0"],
+        r"checkpoint\.every_minutes=0\.0 must be positive",
+    ),
+    "period": (
+        ["--checkpoint.keep-period", "-1"],
+        r"checkpoint\.keep_period=-1 must be positive",
+    ),
     "dtype": (
         ["--dtype", "int8"],
         r"dtype='int8' must be one of \('float32', 'bfloat16'\)",
@@ -127,6 +136,7 @@ def test_every_field_is_an_option(tmp_path: Path) -> None:
         layout="balanced",
         fake_devices=8,
         data=DataConfig(mixture=((Path("a"), 0.5), (Path("b c"), 2.0))),
+        checkpoint=CheckpointConfig(every_minutes=1.5, keep_minutes=60.0),
         distributed=DistributedConfig("localhost:1", 2, 1),
     )
     assert parse(["tiny", *options(config)]) == config
