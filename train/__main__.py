@@ -8,7 +8,7 @@ import jax
 from train.build import build
 from train.cli import parse
 from train.config import Config
-from train.loop import train
+from train.loop import GaveUp, train
 from train.stopping import stop_at_sigterm
 
 # Many fake devices on few busy cores may reach a collective minutes apart, and XLA's
@@ -20,18 +20,21 @@ PATIENCE = {
 
 
 def main() -> None:
-    """Trains; exits with 2 for what a user can put right."""
+    """Trains; exits with 2 for what a user can put right, with 1 after NaNs."""
     try:
         config = parse(sys.argv[1:])
         start_jax(config)
     except ValueError as error:
-        _give_up(error)
+        _give_up(error, status=2)
     with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:
         try:
             run = build(config)
         except ValueError as error:
-            _give_up(error)
-        train(run, should_stop)
+            _give_up(error, status=2)
+        try:
+            train(run, should_stop)
+        except GaveUp as error:
+            _give_up(error, status=1)
 
 
 def start_jax(config: Config) -> None:
@@ -51,9 +54,9 @@ def start_jax(config: Config) -> None:
         )
 
 
-def _give_up(error):
+def _give_up(error, *, status):
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

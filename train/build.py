@@ -18,6 +18,7 @@ from train.config import Config, check
 from train.data import Vocabulary, batches, load_corpus
 from train.run_dir import check_same_run, record, write_atomically
 from train.state import State, first_state, make_optimizer
+from train.wandb_run import check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ def build(config: Config) -> Run:
       ValueError: a run that cannot be, or a run directory that holds another one.
     """
     check(config)
+    check_wandb(config.log.wandb)
     mesh = _make_mesh(config)
     vocabulary = Vocabulary.load(config.data.tokenizer)
     if config.model.vocab_size < vocabulary.size:

@@ -28,6 +28,10 @@ class Checkpoints:
         """The number of steps done at the newest checkpoint, if there is one."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The numbers of steps done at all of them."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: State, data: grain.DatasetIterator) -> None:
         """Begins to write, unless this step is there; the state may be donated then."""
         if step in self._manager.all_steps():
