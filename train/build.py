@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 import usp_jax
 from train.checkpoint import Checkpoints
 from train.config import Config, check
-from train.data import Vocabulary, batches, load_corpus
+from train.data import Vocabulary, batches, load_corpus, shuffled_rows
+from train.passkey import passkey_rows
 from train.run_dir import check_same_run, record, write_atomically
 from train.state import State, first_state, make_optimizer
 from train.wandb_run import check_wandb
@@ -55,17 +56,21 @@ def build(config: Config) -> Run:
             f"model.vocab_size={config.model.vocab_size} is less than the "
             f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
         )
-    corpus = load_corpus(config.data, vocabulary)
-    checkpoints = _claim_run_dir(config, _record(config, mesh, corpus.facts))
+    rows, facts = _rows(config, vocabulary)
+    checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, state = first_state(config, optimizer, mesh)
-    data = batches(
-        corpus,
-        length=config.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    data = batches(rows, config.batch_size)
     return Run(config, mesh, vocabulary, data, checkpoints, optimizer, graphdef, state)
+
+
+def _rows(config, vocabulary):
+    """The rows to learn from, and what tells their text from another."""
+    if config.passkey.enabled:
+        return passkey_rows(config), {}
+    corpus = load_corpus(config.data, vocabulary)
+    rows = shuffled_rows(corpus, config.sequence_length, config.seed)
+    return rows, corpus.facts
 
 
 def _make_mesh(config):

@@ -141,10 +141,13 @@ class CheckpointConfig:
     Attributes:
       every: steps between two.
       keep: how many of the newest stay.
+      stopped_status: the program's exit status after SIGTERM: 0, unless whoever starts
+        it again, as Kubernetes does, does so only after a failure.
     """
 
     every: int = 100
     keep: int = 2
+    stopped_status: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +312,7 @@ def _check_numbers(config):
     )
     counts = (
         "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
-        "log.watchdog_seconds passkey.growth_rows"
+        "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
     )
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
         if not flat[name] > 0:
@@ -317,6 +320,11 @@ def _check_numbers(config):
     for name in [*counts.split(), "sample.temperature"]:
         if not flat[name] >= 0:
             raise ValueError(f"{name}={flat[name]} must not be negative")
+    if flat["checkpoint.stopped_status"] > 255:
+        raise ValueError(
+            f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
+            "exit status, at most 255"
+        )
     if config.fake_devices is not None and config.fake_devices < 1:
         raise ValueError(f"fake_devices={config.fake_devices} must be positive")
     for name in ("b1", "b2"):

@@ -199,14 +199,16 @@ def _files(root, pattern):
     return sorted(found, key=lambda file: file.relative_to(root).parts)
 
 
-def batches(
-    corpus: Corpus, *, length: int, batch_size: int, seed: int
-) -> grain.DatasetIterator:
-    """Endless batches of shuffled rows, int32 [B, T]; every epoch has its own order.
+def shuffled_rows(corpus: Corpus, length: int, seed: int) -> grain.MapDataset:
+    """Endless rows of a corpus; every epoch has its own order."""
+    return grain.MapDataset.source(Rows(corpus, length)).seed(seed).shuffle().repeat()
+
+
+def batches(rows: grain.MapDataset, batch_size: int) -> grain.DatasetIterator:
+    """Batches of rows, int32 [B, T].
 
     The iterator's `get_state` and `set_state` go on anywhere.
     """
-    rows = grain.MapDataset.source(Rows(corpus, length)).seed(seed).shuffle().repeat()
     # Rows are slices of memory: threads would cost more than they hide.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(rows.batch(batch_size).to_iter_dataset(options))

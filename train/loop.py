@@ -33,10 +33,10 @@ class GaveUp(RuntimeError):
         self.first, self.last = first, last
 
 
-def train(run: Run, should_stop: Callable[[int], bool]) -> None:
+def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     """Trains until the last step, or until `should_stop(step)`, and reports.
 
-    A checkpoint that the run directory has is where it begins.
+    A checkpoint that the run directory has is where it begins. True: all is done.
 
     Raises:
       GaveUp: `optimizer.max_skipped` steps in a row had no finite loss and gradient.
@@ -55,8 +55,9 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> None:
     checkpoints.close()
     if step < config.steps:
         tell(f"stopped after step {step}; the same command goes on from there")
-        return
+        return False
     _report(run, state)
+    return True
 
 
 def _steps(run, state, step, should_stop):

@@ -1,20 +1,22 @@
 """Passkey retrieval: find five digits somewhere in a long text that says nothing.
 
-A document is filler with `key: 31415.` at a random depth, and ends with `key: 31415`:
-its last five digits are to be told. The task is that of Mohtashami and Jaggi (arXiv
-2305.16300, section 4.2) on bytes. Rows are made by number, so that the data are the
-same on every mesh and go on anywhere.
+A document is filler with `key:31425.` at a random depth, and ends with `key:31425`: its
+last five digits are to be told. The task is that of Mohtashami and Jaggi (arXiv
+2305.16300, section 4.2) on bytes. No digit of a key comes twice, so each byte of the
+answer follows from the one before it. Rows are made by number, so that the data are
+the same on every mesh and go on anywhere.
 """
 
 import dataclasses
 
+import grain
 import numpy as np
 
-from train.config import PasskeyConfig
+from train.config import Config, PasskeyConfig
 
 DIGITS = 5
-QUESTION = b"key: "
-# What is not filler: the needle `key: 31415.` and the question with its answer.
+QUESTION = b"key:"
+# What is not filler: the needle `key:31425.` and the question with its answer.
 SHORTEST = 2 * (len(QUESTION) + DIGITS) + 1
 # Rows are endless; grain wants a number.
 ROWS = 2**31 - 1
@@ -22,6 +24,28 @@ WORDS = (
     b"the grass is green and sky blue sun yellow here we go there back again river "
     b"runs under old bridge while birds sing of winter snow"
 ).split()
+
+
+def passkey_rows(config: Config) -> grain.MapDataset:
+    """The rows of a run, in the order in which they are learnt.
+
+    Raises:
+      ValueError: lengths that have no room for a key, or text that would be ignored.
+    """
+    shortest, length = config.passkey.shortest, config.sequence_length
+    if not SHORTEST <= shortest <= length:
+        raise ValueError(
+            f"passkey.shortest={shortest} must be at least {SHORTEST} and at most "
+            f"sequence_length={length}"
+        )
+    for name in ("path", "tokenizer"):
+        if getattr(config.data, name) is not None:
+            raise ValueError(
+                f"data.{name}={getattr(config.data, name)} is not used with "
+                "passkey.enabled: leave out one of them"
+            )
+    rows = PasskeyRows(config.passkey, length, config.seed)
+    return grain.MapDataset.source(rows)
 
 
 def filler(draw: np.random.Generator, length: int) -> bytes:
@@ -41,7 +65,7 @@ def document(draw: np.random.Generator, length: int, depth: float) -> bytes:
     """
     if length < SHORTEST:
         raise ValueError(f"length={length} must be at least {SHORTEST}")
-    digits = b"%0*d" % (DIGITS, draw.integers(10**DIGITS))
+    digits = bytes(ord("0") + digit for digit in draw.permutation(10)[:DIGITS])
     text = filler(draw, length - SHORTEST)
     place = round(depth * len(text))
     needle = QUESTION + digits + b"."

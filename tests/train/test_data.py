@@ -21,6 +21,7 @@ from train.data import (
     load_corpus,
     place,
     read_documents,
+    shuffled_rows,
 )
 
 DOCUMENTS = st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(
@@ -67,18 +68,18 @@ def test_rows_hold_each_token_once_with_what_follows(
 
 def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
     corpus = corpus_of([65])
-    data = batches(corpus, length=4, batch_size=8, seed=1)
+    data = batches(shuffled_rows(corpus, 4, seed=1), 8)
     epochs = [np.concatenate([next(data)["tokens"] for _ in range(2)]) for _ in "ab"]
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.arange(0, 64, 4))
     assert (epochs[0] != epochs[1]).any()
-    other = batches(corpus, length=4, batch_size=8, seed=2)
+    other = batches(shuffled_rows(corpus, 4, seed=2), 8)
     assert (next(other)["tokens"] != epochs[0][:8]).any()
 
 
 def test_the_iterator_goes_on_where_its_state_says() -> None:
     def make():
-        return batches(corpus_of([30, 40]), length=8, batch_size=4, seed=1)
+        return batches(shuffled_rows(corpus_of([30, 40]), 8, seed=1), 4)
 
     data, again = make(), make()
     for _ in range(5):
@@ -90,7 +91,7 @@ def test_the_iterator_goes_on_where_its_state_says() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 def test_batches_are_placed_in_stored_order(layout: str) -> None:
     mesh = usp_jax.make_mesh(data=2, ring=2, ulysses=2)
-    batch = next(batches(corpus_of([200]), length=16, batch_size=4, seed=0))
+    batch = next(batches(shuffled_rows(corpus_of([200]), 16, seed=0), 4))
     placed = place(batch, layout, mesh)
     for name, x in placed.items():
         assert x.sharding.spec == jax.P(("data", "fsdp"), ("ring", "ulysses"))
