@@ -10,16 +10,10 @@ from train.build import build
 from train.checkpoint import CheckpointError
 from train.cli import parse
 from train.config import Config
-from train.loop import train
+from train.fake_devices import make_fake_devices
+from train.loop import GaveUp, train
 from train.stopping import stop_at_sigterm
 from train.token_folder import DataGone
-
-# Many fake devices on few busy cores may reach a collective minutes apart, and XLA's
-# own limit of 40 seconds would abort the process.
-PATIENCE = {
-    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
-    "xla_cpu_collective_call_terminate_timeout_seconds": 600,
-}
 
 
 def main() -> None:
@@ -30,27 +24,27 @@ def main() -> None:
         config = parse(sys.argv[1:])
         start_jax(config)
     except ValueError as error:
-        _give_up(error)
+        _give_up(error, status=2)
     with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:
         try:
             run = build(config)
         # Of the system: a file of text that may not be read, for instance.
         except (ValueError, OSError) as error:
-            _give_up(error)
+            _give_up(error, status=2)
         try:
-            train(run, should_stop)
+            complete = train(run, should_stop)
+        except GaveUp as error:
+            _give_up(error, status=1)
         except (CheckpointError, DataGone, OSError) as error:
             _break_off(error)
+    if not complete:
+        sys.exit(config.checkpoint.stopped_status)
 
 
 def start_jax(config: Config) -> None:
     """Makes fake devices and joins other processes; nothing may have used jax yet."""
     if config.fake_devices is not None:
-        flags = os.environ.get("XLA_FLAGS", "")
-        more = [f"--{name}={n}" for name, n in PATIENCE.items() if name not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *more]).strip()
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.fake_devices)
+        make_fake_devices(config.fake_devices)
     distributed = config.distributed
     if distributed.coordinator == "auto":
         jax.distributed.initialize()
@@ -60,9 +54,9 @@ def start_jax(config: Config) -> None:
         )
 
 
-def _give_up(error):
+def _give_up(error, *, status):
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _break_off(error):

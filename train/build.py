@@ -18,9 +18,11 @@ from train.checkpoint import Checkpoints
 from train.config import Config, check
 from train.data import batches, load_text, own_rows
 from train.evaluate import Evaluation
+from train.passkey import passkey_rows
 from train.run_dir import check_same_run, record
 from train.state import State, first_state, make_optimizer
 from train.vocabulary import Vocabulary
+from train.wandb_run import check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ def build(config: Config) -> Run:
       ValueError: a run that cannot be, or a run directory that holds another one.
     """
     check(config)
+    check_wandb(config.log.wandb)
     mesh = _make_mesh(config)
     vocabulary = Vocabulary.load(config.data.tokenizer)
     if config.model.vocab_size < vocabulary.size:
@@ -58,17 +61,19 @@ def build(config: Config) -> Run:
             f"model.vocab_size={config.model.vocab_size} is less than the "
             f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
         )
-    text = load_text(config.data, vocabulary)
-    checkpoints = _claim_run_dir(config, _record(config, mesh, text.facts))
+    text = None if config.passkey.enabled else load_text(config.data, vocabulary)
+    if text is None:
+        rows, facts = passkey_rows(config), {}
+    else:
+        rows, facts = text.rows(config.sequence_length, config.seed), text.facts
+    checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, state = first_state(config, optimizer, mesh)
-    rows = text.rows(config.sequence_length, config.seed)
-    data = batches(rows, config.batch_size, own_rows(config.batch_size, mesh))
     return Run(
         config=config,
         mesh=mesh,
         vocabulary=vocabulary,
-        data=data,
+        data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
         evaluation=Evaluation.of(config, mesh, text, graphdef),
         checkpoints=checkpoints,
         optimizer=optimizer,

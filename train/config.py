@@ -6,6 +6,7 @@ fields of it. Everything that can be told wrong without a device is told here.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,22 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PasskeyConfig:
+    """A task that is made up, instead of text: see `passkey.py`.
+
+    Attributes:
+      enabled: trains on it, and on no text.
+      shortest: tokens of a document, at the least.
+      growth_rows: the number of rows in which the longest document grows from
+        `shortest` to a whole row.
+    """
+
+    enabled: bool = False
+    shortest: int = 64
+    growth_rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, warm-up and cosine.
 
@@ -124,6 +141,8 @@ class OptimizerConfig:
       final_fraction: of it, reached with the last step.
       weight_decay: of everything but the norms' weights.
       clip_norm: the longest that the gradient of all parameters may be.
+      max_skipped: a step whose loss or gradient is not finite changes nothing; after
+        this many in a row the run gives up.
     """
 
     learning_rate: float = 3e-4
@@ -134,6 +153,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+    max_skipped: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +167,8 @@ class CheckpointConfig:
       keep: how many of the newest stay.
       keep_period: of the others, those of steps that are a multiple of this stay too.
       keep_minutes: and one in each so many minutes.
+      stopped_status: the program's exit status after SIGTERM: 0, unless whoever starts
+        it again, as Kubernetes does, does so only after a failure.
     """
 
     every: int = 100
@@ -154,6 +176,7 @@ class CheckpointConfig:
     keep: int = 2
     keep_period: int | None = None
     keep_minutes: float | None = None
+    stopped_status: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +186,48 @@ class LogConfig:
     Attributes:
       every: steps between two rows of metrics.jsonl.
       print_every: steps between two printed lines, where there is no terminal.
+      spike_factor: a loss is a spike when it is more than this many median absolute
+        deviations above the median of the last `spike_window` losses.
+      watchdog_seconds: a step that takes longer is told of, with the processes that
+        it waits for; 0 watches nothing.
+      wandb: the Weights & Biases project that gets the rows too.
     """
 
     every: int = 1
     print_every: int = 20
+    spike_factor: float = 10.0
+    spike_window: int = 50
+    watchdog_seconds: float = 600.0
+    wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of what devices and host do in some steps, for XProf or Perfetto.
+
+    Attributes:
+      steps: "10:13" traces steps 10, 11 and 12, into the run directory's `profile`.
+    """
+
+    steps: str | None = None
+
+    @property
+    def traced(self) -> range:
+        """The steps to trace.
+
+        Raises:
+          ValueError: `steps` is no range of steps.
+        """
+        if self.steps is None:
+            return range(0)
+        match = re.fullmatch(r"(\d+):(\d+)", self.steps)
+        found = range(*map(int, match.groups())) if match else range(0)
+        if not found or found[0] < 1:
+            raise ValueError(
+                f"profile.steps={self.steps!r} must be FIRST:END with 1 <= FIRST < "
+                "END, as 10:13 for steps 10, 11 and 12"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +291,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
+    passkey: PasskeyConfig = PasskeyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     sample: SampleConfig = SampleConfig()
     distributed: DistributedConfig = DistributedConfig()
 
@@ -273,6 +336,7 @@ def check(config: Config) -> None:
             f"mesh.ulysses={mesh.ulysses}"
         )
     _check_distributed(config.distributed)
+    _check_traced(config)
 
 
 def _check_numbers(config):
@@ -280,10 +344,13 @@ def _check_numbers(config):
     positive = (
         "steps sequence_length batch_size accumulate optimizer.learning_rate "
         "optimizer.eps "
-        "optimizer.clip_norm checkpoint.every checkpoint.keep log.every "
-        "log.print_every eval.batches"
+        "optimizer.clip_norm optimizer.max_skipped checkpoint.every checkpoint.keep "
+        "log.every log.print_every log.spike_factor log.spike_window eval.batches"
     )
-    counts = "seed optimizer.warmup_steps optimizer.weight_decay sample.length"
+    counts = (
+        "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
+        "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
+    )
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
         if not flat[name] > 0:
             raise ValueError(f"{name}={flat[name]} must be positive")
@@ -297,6 +364,11 @@ def _check_numbers(config):
     for name in optional.split():
         if flat[name] is not None and not flat[name] > 0:
             raise ValueError(f"{name}={flat[name]} must be positive")
+    if flat["checkpoint.stopped_status"] > 255:
+        raise ValueError(
+            f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
+            "exit status, at most 255"
+        )
     for name in ("b1", "b2"):
         if not 0 <= flat[f"optimizer.{name}"] < 1:
             raise ValueError(
@@ -335,6 +407,15 @@ def _check_data(data, evaluation):
 
 def _told(mixture):
     return " ".join(f"{path} {weight}" for path, weight in mixture)
+
+
+def _check_traced(config):
+    traced = config.profile.traced
+    if traced and traced[-1] > config.steps:
+        raise ValueError(
+            f"profile.steps={config.profile.steps!r} must end at {config.steps + 1} or "
+            f"before, as steps={config.steps}"
+        )
 
 
 def _check_distributed(config):

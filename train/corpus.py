@@ -101,6 +101,12 @@ class Corpus:
             at, number = end, number + 1
         return found
 
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, int32."""
+        ends = np.append(self.starts[1:], self.size)
+        for start, end in zip(self.starts, ends, strict=True):
+            yield self.window(int(start), int(end))
+
     def windows(self, length: int) -> Iterator[np.ndarray]:
         """All tokens, `length` at a time."""
         return (self.window(i, i + length) for i in range(0, self.size, length))

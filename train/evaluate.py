@@ -33,10 +33,10 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, config: Config, mesh: Mesh, text: Text, graphdef: nnx.GraphDef
+        cls, config: Config, mesh: Mesh, text: Text | None, graphdef: nnx.GraphDef
     ) -> "Evaluation | None":
         """None where no documents are held out."""
-        if not text.held_out:
+        if text is None or not text.held_out:
             return None
         length = config.sequence_length
         there = sum(-(-corpus.size // length) for corpus in text.held_out)

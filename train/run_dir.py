@@ -22,6 +22,8 @@ FREE_ON_RESUME = (
     "model.implementation",
     "model.loss_chunk",
     "model.remat",
+    "optimizer.max_skipped",
+    "profile",
     "run_dir",
     "sample",
     "steps",

@@ -13,7 +13,7 @@ from train.state import Params, State, with_params
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
-METRICS = ("loss", "grad_norm", "learning_rate")
+METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
 
 
 def make_nats(
@@ -45,7 +45,8 @@ def make_step(
 
     The loss is the mean of nats over the batch's labels, wherever they lie: also where
     its rows are taken in `parts`, one after the other, whose gradients are added up in
-    float32. The state that goes in is donated.
+    float32. A step whose loss or gradient is not finite counts and changes nothing
+    else. The state that goes in is donated.
     """
 
     nats_of = make_nats(graphdef, layout)
@@ -53,12 +54,30 @@ def make_step(
     def step(state, batch):
         value, gradient = _mean(nats_of, state.params, batch, parts)
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        values = value, optax.tree.norm(gradient), schedule(state.step)
+        norm = optax.tree.norm(gradient)
+        # Both are the same on all devices, and so is what follows from them.
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        values = value, norm, schedule(_updates_done(state)), ~finite
         metrics = dict(zip(METRICS, values, strict=True))
         params = optax.apply_updates(state.params, updates)
+        params = _choose(finite, params, state.params)
+        memory = _choose(finite, memory, state.optimizer)
         return State(state.step + 1, params, memory), metrics
 
     return step
+
+
+def _choose(condition, new, old):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def _updates_done(state):
+    """The count that the optimizer's schedule reads: steps but those skipped."""
+    return optax.tree.get(
+        state.optimizer,
+        "count",
+        filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
+    )
 
 
 def _mean(nats_of, params, batch, parts):

@@ -4,16 +4,18 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.build import build
 from train.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DistributedConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -127,6 +129,27 @@ def start(arguments: list[str], cache: Path, log: Path) -> subprocess.Popen[byte
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+class Program(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def start_processes(
+    config: Config, number: int, *, devices: int, cache: Path
+) -> list[Program]:
+    """Starts a run in so many processes, each with its devices."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    programs = []
+    for index in range(number):
+        distributed = DistributedConfig(address, number, index)
+        own = dataclasses.replace(config, fake_devices=devices, distributed=distributed)
+        log = config.run_dir.with_name(f"{index}.log")
+        programs.append(Program(start(["tiny", *options(own)], cache, log), log))
+    return programs
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:

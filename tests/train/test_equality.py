@@ -1,33 +1,24 @@
 """The losses do not depend on how the work is split, over devices or processes."""
 
 import dataclasses
-import socket
-import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.sampling import thinned
 from tests.train.runs import (
+    Program,
     finish,
     losses,
-    options,
     rows,
     run_here,
     small_config,
-    start,
+    start_processes,
 )
 from train.build import build
-from train.config import (
-    Config,
-    DistributedConfig,
-    EvalConfig,
-    MeshConfig,
-    SampleConfig,
-)
+from train.config import Config, EvalConfig, MeshConfig, SampleConfig
 from train.loop import train
 
 MESHES = {
@@ -38,11 +29,6 @@ MESHES = {
     "fsdp2-ring4-zero1": MeshConfig(fsdp=2, ring=4, zero=1),
     "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
 }
-
-
-class Program(NamedTuple):
-    process: subprocess.Popen[bytes]
-    log: Path
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +116,7 @@ def test_a_run_goes_on_over_other_meshes_and_levels(
 
 def start_four(config: Config, cache: Path) -> list[Program]:
     """Starts a run in four processes of two devices each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    programs = []
-    for number in range(4):
-        distributed = DistributedConfig(address, 4, number)
-        own = dataclasses.replace(config, fake_devices=2, distributed=distributed)
-        log = config.run_dir.with_name(f"{number}.log")
-        programs.append(Program(start(["tiny", *options(own)], cache, log), log))
-    return programs
+    return start_processes(config, 4, devices=2, cache=cache)
 
 
 def test_four_processes_have_the_losses_of_one(plain: Config, tmp_path: Path) -> None:

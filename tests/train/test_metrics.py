@@ -15,10 +15,11 @@ from train.config import EvalConfig, LogConfig, MeshConfig, SampleConfig
 from train.flops import StepFlops
 from train.loop import train
 from train.metrics import MetricsFile, Progress, rates, read_rows
+from usp_jax.plan.machines import peak_of_kind
 
 KEYS = (
-    "step loss grad_norm learning_rate tokens_per_second step_seconds mfu_causal "
-    "mfu_full hfu peak_bytes_in_use"
+    "step loss grad_norm learning_rate skipped data_seconds tokens_per_second "
+    "step_seconds mfu_causal mfu_full hfu peak_bytes_in_use spike"
 ).split()
 
 
@@ -37,9 +38,14 @@ def test_a_run_leaves_what_it_promises(
     for row in found:
         assert list(row) == KEYS
         assert row["tokens_per_second"] == pytest.approx(512 / row["step_seconds"])
+        # While the last step is computed there is no batch to make.
+        assert (row["step"] == 5) == (row["data_seconds"] == 0)
+        assert row["data_seconds"] < row["step_seconds"]
+        assert not row["skipped"] and not row["spike"]
         # Nobody knows a CPU's peak, and it does not count its memory.
-        assert [row[key] for key in KEYS[6:]] == [None] * 4
+        assert [row[key] for key in KEYS[8:12]] == [None] * 4
     told = capsys.readouterr().out
+    assert "no MFU is told: the peak of a 'cpu' device is not known" in told
     assert "step 4/5  loss " in told and "step 2/5" not in told
     assert told[told.index("a sample of what it has learnt:\n") :].count("ring") == 1
     assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -80,13 +86,14 @@ def test_held_out_documents_are_evaluated(
 
 
 def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = SimpleNamespace(
-        device_kind="TPU v4", memory_stats=lambda: {"peak_bytes_in_use": 7}
-    )
-    for name in ("devices", "local_devices"):
-        monkeypatch.setattr(jax, name, lambda: [device])
+    devices = [
+        SimpleNamespace(memory_stats=lambda: None),
+        SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7}),
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    found = rates(4.0, 100, StepFlops(275e12, 550e12, 1100e12))
+    peak = peak_of_kind("TPU v4", "bfloat16")
+    found = rates(4.0, 100, StepFlops(275e12, 550e12, 1100e12), peak)
     assert found == {
         "tokens_per_second": 25.0,
         "step_seconds": 4.0,
@@ -118,7 +125,7 @@ def test_what_is_no_number_is_told_as_json_can(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     metrics.close()
-    assert rows(tmp_path) == [{"step": 1, "loss": "nan", "grad_norm": "inf"}]
+    assert rows(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None}]
 
 
 def test_a_terminal_gets_one_live_line(
