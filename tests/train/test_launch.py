@@ -30,9 +30,9 @@ def fast_config(tmp_path: Path, **changes) -> Config:
     config = small_config(
         tmp_path,
         mesh=MeshConfig(ring=2),
-        checkpoint=CheckpointConfig(every=5),
+        checkpoint=CheckpointConfig(every=20),
         fake_devices=1,
-        steps=300,
+        steps=100,
         **changes,
     )
     model = dataclasses.replace(config.model, num_layers=1)
@@ -116,13 +116,13 @@ class TestOneHost:
 
     @pytest.mark.parametrize("arguments", [[], ["-n", "0", "tiny"], ["-n", "a", "t"]])
     def test_mistakes_are_told(self, arguments: list[str]) -> None:
-        done = launch(arguments)
-        told = done.communicate(timeout=60)[0].decode()
+        with launch(arguments) as done:
+            told = finished(done)
         assert done.returncode == 2 and "error: " in told
 
     def test_a_mistake_in_the_run_is_not_tried_again(self) -> None:
-        done = launch(["tiny", "--steps", "0"])
-        told = done.communicate(timeout=60)[0].decode()
+        with launch(["tiny", "--steps", "0"]) as done:
+            told = finished(done)
         assert done.returncode == 2
         assert told.count("steps=0 must be positive") == 1 and "restarts" not in told
 
@@ -132,10 +132,10 @@ class TestOneHost:
     ) -> None:
         config = fast_config(tmp_path)
         run = ["-n", "2", "tiny", *without_distributed(config)]
-        launcher = launch(run)
-        wait_until(lambda: len(losses(config.run_dir)) > 7, lambda: "no steps")
-        os.kill(children(launcher.pid)[1], signal.SIGKILL)
-        told = launcher.communicate(timeout=300)[0].decode()
+        with launch(run) as launcher:
+            wait_until(lambda: len(losses(config.run_dir)) > 25, lambda: "no steps")
+            os.kill(children(launcher.pid)[1], signal.SIGKILL)
+            told = finished(launcher)
         assert launcher.returncode == 0, told
         assert "9 restarts left" in told and "going on after step" in told
         check_whole(config, tmp_path)
@@ -146,10 +146,10 @@ class TestOneHost:
         stopped = CheckpointConfig(stopped_status=75)
         run = dataclasses.replace(config, steps=100_000, checkpoint=stopped)
         arguments = ["--checkpoint.stopped-status", "75", *without_distributed(run)]
-        launcher = launch(["-n", "2", "tiny", *arguments])
-        wait_until(lambda: len(losses(config.run_dir)) > 3, lambda: "no steps")
-        launcher.terminate()
-        told = launcher.communicate(timeout=300)[0].decode()
+        with launch(["-n", "2", "tiny", *arguments]) as launcher:
+            wait_until(lambda: len(losses(config.run_dir)) > 3, lambda: "no steps")
+            launcher.terminate()
+            told = finished(launcher)
         assert launcher.returncode == 75, told
         assert "stopped after step" in told and "restarts left" not in told
         last = losses(config.run_dir)[-1][0]
@@ -163,6 +163,16 @@ def launch(arguments: list[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def finished(process: subprocess.Popen[bytes]) -> str:
+    """What a program has told when it ends; one that does not is stopped."""
+    try:
+        return process.communicate(timeout=600)[0].decode()
+    except subprocess.TimeoutExpired:
+        # So that it stops what it has started.
+        process.terminate()
+        return process.communicate(timeout=60)[0].decode()
 
 
 def children(pid: int) -> list[int]:
@@ -222,7 +232,7 @@ class TestSlurm:
     def test_a_preempted_job_goes_on(self, tmp_path: Path) -> None:
         config = fast_config(tmp_path)
         config = dataclasses.replace(
-            config, checkpoint=CheckpointConfig(every=100_000), steps=1500
+            config, checkpoint=CheckpointConfig(every=100_000), steps=1000
         )
         output = tmp_path / "job.out"
         folder = tmp_path / "slurm"
