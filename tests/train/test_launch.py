@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train import slurm
-from tests.train.runs import ROOT, losses, options, run_here, small_config
+from tests.train import hosts, slurm
+from tests.train.runs import (
+    ROOT,
+    finish,
+    losses,
+    options,
+    run_here,
+    small_config,
+    start,
+)
 from train.cli import parse
 from train.config import CheckpointConfig, Config, MeshConfig
 from train.launch.one_host import Host
@@ -224,12 +232,18 @@ class TestSlurmScript:
         assert len(self.run(path, *case)) == 1
 
 
+def skip_if(missing: str | None) -> None:
+    """Skips a test on a machine that cannot have it, and says why."""
+    if missing is not None:
+        pytest.skip(missing)
+
+
 @pytest.mark.long
-@pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 class TestSlurm:
     """slurm.sh under SLURM itself."""
 
     def test_a_preempted_job_goes_on(self, tmp_path: Path) -> None:
+        skip_if(slurm.missing())
         config = fast_config(tmp_path)
         config = dataclasses.replace(
             config, checkpoint=CheckpointConfig(every=100_000), steps=1000
@@ -263,6 +277,33 @@ class TestSlurm:
         assert "status 75: the run goes on from its last checkpoint" in told, told
         assert "going on after step" in told and "the run is complete" in told
         check_whole(config, tmp_path)
+
+
+@pytest.mark.long
+def test_two_hosts_find_each_other_by_what_slurm_tells_them(tmp_path: Path) -> None:
+    skip_if(hosts.missing())
+    config = fast_config(tmp_path)
+    run = [*without_distributed(config), "--distributed.coordinator", "auto"]
+    with hosts.two_hosts(tmp_path) as places:
+        programs = [
+            start(["tiny", *run], tmp_path / "cache", tmp_path / f"{n}.log", place, env)
+            for n, (place, env) in enumerate(zip(places, map(task, "01"), strict=True))
+        ]
+        for number, program in enumerate(programs):
+            finish(program, tmp_path / f"{number}.log")
+    check_whole(config, tmp_path)
+
+
+def task(number: str) -> dict[str, str]:
+    """The environment of one of two tasks, each on its own node."""
+    return {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "host[0-1]",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": number,
+        "SLURM_LOCALID": "0",
+    }
 
 
 class TestTpuScript:
