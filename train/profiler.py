@@ -8,7 +8,7 @@ from train.config import Config
 
 
 class Profiler:
-    """Traces the steps of `profile.steps`; XProf and Perfetto read them."""
+    """Traces the steps of `profile.steps`; XProf reads them."""
 
     def __init__(self, config: Config):
         self._left = config.profile.traced

@@ -7,7 +7,9 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from train.build import build
@@ -115,15 +117,27 @@ def options(config: Config) -> list[str]:
     return found
 
 
-def start(arguments: list[str], cache: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Starts `python -m train` with a cache of compiled programs; it tells `log`."""
+def start(
+    arguments: list[str],
+    cache: Path,
+    log: Path,
+    place: Sequence[str] = (),
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[bytes]:
+    """Starts `python -m train` with a cache of compiled programs; it tells `log`.
+
+    Args:
+      place: the command that starts it somewhere else.
+      more: of the environment.
+    """
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **more,
     }
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "train", *arguments],
+            [*place, sys.executable, "-m", "train", *arguments],
             cwd=ROOT,
             env=environment,
             stdout=output,

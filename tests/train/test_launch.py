@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train import slurm
-from tests.train.runs import ROOT, losses, options, run_here, small_config
+from tests.train import hosts, slurm
+from tests.train.runs import (
+    ROOT,
+    finish,
+    losses,
+    options,
+    run_here,
+    small_config,
+    start,
+)
 from train.cli import parse
 from train.config import CheckpointConfig, Config, MeshConfig
 from train.launch.one_host import Host
@@ -30,9 +38,9 @@ def fast_config(tmp_path: Path, **changes) -> Config:
     config = small_config(
         tmp_path,
         mesh=MeshConfig(ring=2),
-        checkpoint=CheckpointConfig(every=5),
+        checkpoint=CheckpointConfig(every=20),
         fake_devices=1,
-        steps=300,
+        steps=100,
         **changes,
     )
     model = dataclasses.replace(config.model, num_layers=1)
@@ -116,13 +124,13 @@ class TestOneHost:
 
     @pytest.mark.parametrize("arguments", [[], ["-n", "0", "tiny"], ["-n", "a", "t"]])
     def test_mistakes_are_told(self, arguments: list[str]) -> None:
-        done = launch(arguments)
-        told = done.communicate(timeout=60)[0].decode()
+        with launch(arguments) as done:
+            told = finished(done)
         assert done.returncode == 2 and "error: " in told
 
     def test_a_mistake_in_the_run_is_not_tried_again(self) -> None:
-        done = launch(["tiny", "--steps", "0"])
-        told = done.communicate(timeout=60)[0].decode()
+        with launch(["tiny", "--steps", "0"]) as done:
+            told = finished(done)
         assert done.returncode == 2
         assert told.count("steps=0 must be positive") == 1 and "restarts" not in told
 
@@ -132,10 +140,10 @@ class TestOneHost:
     ) -> None:
         config = fast_config(tmp_path)
         run = ["-n", "2", "tiny", *without_distributed(config)]
-        launcher = launch(run)
-        wait_until(lambda: len(losses(config.run_dir)) > 7, lambda: "no steps")
-        os.kill(children(launcher.pid)[1], signal.SIGKILL)
-        told = launcher.communicate(timeout=300)[0].decode()
+        with launch(run) as launcher:
+            wait_until(lambda: len(losses(config.run_dir)) > 25, lambda: "no steps")
+            os.kill(children(launcher.pid)[1], signal.SIGKILL)
+            told = finished(launcher)
         assert launcher.returncode == 0, told
         assert "9 restarts left" in told and "going on after step" in told
         check_whole(config, tmp_path)
@@ -146,10 +154,10 @@ class TestOneHost:
         stopped = CheckpointConfig(stopped_status=75)
         run = dataclasses.replace(config, steps=100_000, checkpoint=stopped)
         arguments = ["--checkpoint.stopped-status", "75", *without_distributed(run)]
-        launcher = launch(["-n", "2", "tiny", *arguments])
-        wait_until(lambda: len(losses(config.run_dir)) > 3, lambda: "no steps")
-        launcher.terminate()
-        told = launcher.communicate(timeout=300)[0].decode()
+        with launch(["-n", "2", "tiny", *arguments]) as launcher:
+            wait_until(lambda: len(losses(config.run_dir)) > 3, lambda: "no steps")
+            launcher.terminate()
+            told = finished(launcher)
         assert launcher.returncode == 75, told
         assert "stopped after step" in told and "restarts left" not in told
         last = losses(config.run_dir)[-1][0]
@@ -163,6 +171,16 @@ def launch(arguments: list[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def finished(process: subprocess.Popen[bytes]) -> str:
+    """What a program has told when it ends; one that does not is stopped."""
+    try:
+        return process.communicate(timeout=600)[0].decode()
+    except subprocess.TimeoutExpired:
+        # So that it stops what it has started.
+        process.terminate()
+        return process.communicate(timeout=60)[0].decode()
 
 
 def children(pid: int) -> list[int]:
@@ -214,15 +232,21 @@ class TestSlurmScript:
         assert len(self.run(path, *case)) == 1
 
 
+def skip_if(missing: str | None) -> None:
+    """Skips a test on a machine that cannot have it, and says why."""
+    if missing is not None:
+        pytest.skip(missing)
+
+
 @pytest.mark.long
-@pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 class TestSlurm:
     """slurm.sh under SLURM itself."""
 
     def test_a_preempted_job_goes_on(self, tmp_path: Path) -> None:
+        skip_if(slurm.missing())
         config = fast_config(tmp_path)
         config = dataclasses.replace(
-            config, checkpoint=CheckpointConfig(every=100_000), steps=1500
+            config, checkpoint=CheckpointConfig(every=100_000), steps=1000
         )
         output = tmp_path / "job.out"
         folder = tmp_path / "slurm"
@@ -253,6 +277,33 @@ class TestSlurm:
         assert "status 75: the run goes on from its last checkpoint" in told, told
         assert "going on after step" in told and "the run is complete" in told
         check_whole(config, tmp_path)
+
+
+@pytest.mark.long
+def test_two_hosts_find_each_other_by_what_slurm_tells_them(tmp_path: Path) -> None:
+    skip_if(hosts.missing())
+    config = fast_config(tmp_path)
+    run = [*without_distributed(config), "--distributed.coordinator", "auto"]
+    with hosts.two_hosts(tmp_path) as places:
+        programs = [
+            start(["tiny", *run], tmp_path / "cache", tmp_path / f"{n}.log", place, env)
+            for n, (place, env) in enumerate(zip(places, map(task, "01"), strict=True))
+        ]
+        for number, program in enumerate(programs):
+            finish(program, tmp_path / f"{number}.log")
+    check_whole(config, tmp_path)
+
+
+def task(number: str) -> dict[str, str]:
+    """The environment of one of two tasks, each on its own node."""
+    return {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "host[0-1]",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": number,
+        "SLURM_LOCALID": "0",
+    }
 
 
 class TestTpuScript:
