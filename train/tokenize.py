@@ -7,7 +7,6 @@ when all is done, it checks the files' digests.
 import dataclasses
 import hashlib
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import rich.console
 import rich.progress
 import tyro
 
+from train.atomic import write_atomically
 from train.documents import in_batches, read_documents, source_files
 from train.token_folder import (
     BEGUN,
@@ -22,6 +22,7 @@ from train.token_folder import (
     Shard,
     finish,
     finished_shards,
+    is_token_folder,
     read_json,
     token_dtype,
     write_json,
@@ -85,7 +86,8 @@ def _job(options, vocabulary, files):
     listing = hashlib.sha256()
     for file in files:
         stat = file.stat()
-        listing.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        name = os.path.relpath(file, options.source)
+        listing.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return {
         "tokenizer": vocabulary.fingerprint,
         "text_field": options.text_field,
@@ -98,6 +100,8 @@ def _job(options, vocabulary, files):
 def _claim(options, job):
     """Writes the job, unless the folder holds another one."""
     out, begun = options.out, options.out / BEGUN
+    if is_token_folder(options.source):
+        raise ValueError(f"source={options.source} is tokens already, it must be text")
     if out.resolve().is_relative_to(options.source.resolve()):
         raise ValueError(f"out={out} must not be inside source={options.source}")
     if out.exists() and not begun.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -113,11 +117,12 @@ def _claim(options, job):
                 f"out={out} was begun otherwise ({'; '.join(told)}): go on with what "
                 "was given then, or give another --out"
             )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if options.tokenizer is not None:
-        shutil.copyfile(options.tokenizer, out / "tokenizer.json")
-    write_json(begun, job)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(begun, job)
+    own = out / "tokenizer.json"
+    if options.tokenizer is not None and not own.exists():
+        write_atomically(own, options.tokenizer.read_text())
 
 
 def _shards(texts, vocabulary, limit):

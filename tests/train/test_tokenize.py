@@ -251,6 +251,8 @@ def test_another_job_in_the_folder_is_told(options: Tokenize, tmp_path: Path) ->
         tokenize(Tokenize(options.source, full))
     with pytest.raises(ValueError, match="must not be inside source="):
         tokenize(Tokenize(options.source, options.source / "out"))
+    with pytest.raises(ValueError, match="is tokens already, it must be text"):
+        tokenize(Tokenize(options.out, tmp_path / "twice"))
     assert is_token_folder(options.out) and not is_token_folder(full)
     assert not is_token_folder(None)
 
