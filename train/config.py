@@ -124,7 +124,7 @@ class PasskeyConfig:
       enabled: trains on it, and on no text.
       shortest: tokens of a document, at the least.
       growth_rows: the number of rows in which the longest document grows from
-        `shortest` to a whole row.
+        `shortest` to a whole row; 0 begins with whole rows.
     """
 
     enabled: bool = False
@@ -203,7 +203,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """A trace of what devices and host do in some steps, for XProf or Perfetto.
+    """A trace of what devices and host do in some steps, for XProf.
 
     Attributes:
       steps: "10:13" traces steps 10, 11 and 12, into the run directory's `profile`.

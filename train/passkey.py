@@ -105,16 +105,20 @@ class PasskeyRows:
         return row
 
     def lengths(self, draw: np.random.Generator, index: int) -> list[int]:
-        """Of the documents of a row, log-uniform from the shortest to today's longest.
+        """Of the documents of a row.
 
-        The longest grows with the row's number, from `shortest` to a whole row.
+        The longest grows with the row's number, from `shortest` to a whole row. Every
+        other row has as long ones only; the others are log-uniform, for short ones
+        teach more with each token.
         """
         shortest = self.config.shortest
-        grown = min(1.0, index / max(self.config.growth_rows, 1))
+        growth = self.config.growth_rows
+        grown = min(1.0, index / growth) if growth else 1.0
         longest = shortest * (self.length / shortest) ** grown
+        least = longest if index % 2 else shortest
         found, left = [], self.length
         while left >= shortest:
-            length = round(np.exp(draw.uniform(np.log(shortest), np.log(longest))))
+            length = round(np.exp(draw.uniform(np.log(least), np.log(longest))))
             found.append(min(length, left))
             left -= found[-1]
         return found

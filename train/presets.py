@@ -61,7 +61,7 @@ def passkey() -> Config:
         fake_devices=8,
         dtype="float32",
         mesh=MeshConfig(ring=4, ulysses=2),
-        passkey=PasskeyConfig(enabled=True, shortest=48, growth_rows=300),
+        passkey=PasskeyConfig(enabled=True, shortest=32, growth_rows=400),
         optimizer=OptimizerConfig(
             learning_rate=3e-3, warmup_steps=30, weight_decay=0.0
         ),

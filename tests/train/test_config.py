@@ -94,6 +94,15 @@ WRONG = {
         "--distributed.process-id 2".split(),
         r"distributed\.process_id=2 must be at least 0 and less than num_processes=2",
     ),
+    "skipped 0": (["--optimizer.max-skipped", "0"], r"max_skipped=0 must be positive"),
+    "watchdog": (
+        ["--log.watchdog-seconds", "-1"],
+        r"log\.watchdog_seconds=-1\.0 must not be negative",
+    ),
+    "status": (
+        ["--checkpoint.stopped-status", "256"],
+        r"checkpoint\.stopped_status=256 must be an exit status, at most 255",
+    ),
     "no preset": (["--steps", "3"], "the first argument is '--steps', it must be a"),
 }
 

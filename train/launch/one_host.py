@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 # The program's own: it gave up, or somebody has to put something right.
 FINAL = (1, 2)
-PAUSE = 0.1
+# Seconds between two looks, and those that the others have when one has failed: they
+# may be about to end by themselves.
+PAUSE, GRACE = 0.1, 10.0
 
 
 def main() -> None:
@@ -90,11 +92,16 @@ class Host:
         return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, ids))}
 
     def _wait(self):
+        first, deadline = 0, 0.0
         while True:
             statuses = [process.poll() for process in self._processes]
             failed = [status for status in statuses if status]
-            if failed or None not in statuses:
-                return failed[0] if failed else 0
+            if failed and not first:
+                first, deadline = failed[0], time.monotonic() + GRACE
+            # Those that were told to stop do it together, in their own time.
+            late = first and not self.stopped and time.monotonic() > deadline
+            if late or None not in statuses:
+                return first
             time.sleep(PAUSE)
 
 
