@@ -98,7 +98,9 @@ def test_a_tokenizer_of_another_run(config: Config, tmp_path: Path) -> None:
     build(config)
     path = tmp_path / "tokenizer.json"
     words = {"ring": 0, "of": 1}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "of")).save(str(path))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "of"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
     data = dataclasses.replace(config.data, tokenizer=path)
     with pytest.raises(
         ValueError,
