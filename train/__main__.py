@@ -1,5 +1,6 @@
 """`python -m train PRESET [--section.key value ...]`; see `cli.py`, `loop.py`."""
 
+import logging
 import os
 import sys
 
@@ -7,43 +8,45 @@ import jax
 
 from train.auto_mesh import planned
 from train.build import build
+from train.checkpoint import CheckpointError
 from train.cli import parse
 from train.config import Config
-from train.loop import train
+from train.fake_devices import make_fake_devices
+from train.loop import GaveUp, train
 from train.stopping import stop_at_sigterm
-
-# Many fake devices on few busy cores may reach a collective minutes apart, and XLA's
-# own limit of 40 seconds would abort the process.
-PATIENCE = {
-    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
-    "xla_cpu_collective_call_terminate_timeout_seconds": 600,
-}
+from train.token_folder import DataGone
 
 
 def main() -> None:
-    """Trains; exits with 2 for what a user can put right."""
+    """Trains; exits with 2 for wrong options, with 1 for what breaks off a run."""
+    # orbax tells pages of what it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         config = parse(sys.argv[1:])
         start_jax(config)
         config = planned(config)
     except ValueError as error:
-        _give_up(error)
+        _give_up(error, status=2)
     with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:
         try:
             run = build(config)
-        except ValueError as error:
-            _give_up(error)
-        train(run, should_stop)
+        # Of the system: a file of text that may not be read, for instance.
+        except (ValueError, OSError) as error:
+            _give_up(error, status=2)
+        try:
+            complete = train(run, should_stop)
+        except GaveUp as error:
+            _give_up(error, status=1)
+        except (CheckpointError, DataGone, OSError) as error:
+            _break_off(error)
+    if not complete:
+        sys.exit(config.checkpoint.stopped_status)
 
 
 def start_jax(config: Config) -> None:
     """Makes fake devices and joins other processes; nothing may have used jax yet."""
     if config.fake_devices is not None:
-        flags = os.environ.get("XLA_FLAGS", "")
-        more = [f"--{name}={n}" for name, n in PATIENCE.items() if name not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *more]).strip()
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.fake_devices)
+        make_fake_devices(config.fake_devices)
     distributed = config.distributed
     if distributed.coordinator == "auto":
         jax.distributed.initialize()
@@ -53,9 +56,16 @@ def start_jax(config: Config) -> None:
         )
 
 
-def _give_up(error):
+def _give_up(error, *, status):
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def _break_off(error):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Threads that wait for a disk or for other processes would hold it for minutes.
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ def step_of(
     graphdef, state = abstract_state(config, optimizer, mesh)
     schedule = learning_rate(config.optimizer, config.steps)
     update = Update(config.optimizer, config.steps)
-    step = make_step(graphdef, update, schedule, config.layout, config.accumulate)
-    batch = describe(config.batch_size, config.sequence_length, mesh)
+    step = make_step(
+        graphdef, update, schedule, config.stored_layout, config.accumulate
+    )
+    batch = describe(config.batch_size, config.sequence_length, mesh, config.layout)
     return jit_step(step, state), (state, batch)
 
 

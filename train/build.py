@@ -13,11 +13,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import usp_jax
+from train.atomic import write_atomically
 from train.checkpoint import Checkpoints
 from train.config import Config, check
-from train.data import Vocabulary, batches, load_corpus
-from train.run_dir import check_same_run, record, write_atomically
+from train.data import batches, load_text, own_rows
+from train.evaluate import Evaluation
+from train.passkey import passkey_rows
+from train.run_dir import check_same_run, record
 from train.state import State, first_state, make_optimizer
+from train.vocabulary import Vocabulary
+from train.wandb_run import check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Run:
 
     Attributes:
       data: the iterator over batches, which has state of its own.
+      evaluation: of held-out documents, or None.
       state: before the first step.
     """
 
@@ -33,6 +39,7 @@ class Run:
     mesh: Mesh
     vocabulary: Vocabulary
     data: grain.DatasetIterator
+    evaluation: Evaluation | None
     checkpoints: Checkpoints
     optimizer: optax.GradientTransformation
     graphdef: nnx.GraphDef
@@ -46,6 +53,7 @@ def build(config: Config) -> Run:
       ValueError: a run that cannot be, or a run directory that holds another one.
     """
     check(config)
+    check_wandb(config.log.wandb)
     mesh = _make_mesh(config)
     vocabulary = Vocabulary.load(config.data.tokenizer)
     if config.model.vocab_size < vocabulary.size:
@@ -53,17 +61,25 @@ def build(config: Config) -> Run:
             f"model.vocab_size={config.model.vocab_size} is less than the "
             f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
         )
-    corpus = load_corpus(config.data, vocabulary)
-    checkpoints = _claim_run_dir(config, _record(config, mesh, corpus.facts))
+    text = None if config.passkey.enabled else load_text(config.data, vocabulary)
+    if text is None:
+        rows, facts = passkey_rows(config), {}
+    else:
+        rows, facts = text.rows(config.sequence_length, config.seed), text.facts
+    checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, state = first_state(config, optimizer, mesh)
-    data = batches(
-        corpus,
-        length=config.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
+    return Run(
+        config=config,
+        mesh=mesh,
+        vocabulary=vocabulary,
+        data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
+        evaluation=Evaluation.of(config, mesh, text, graphdef),
+        checkpoints=checkpoints,
+        optimizer=optimizer,
+        graphdef=graphdef,
+        state=state,
     )
-    return Run(config, mesh, vocabulary, data, checkpoints, optimizer, graphdef, state)
 
 
 def _make_mesh(config):
@@ -93,9 +109,10 @@ def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
     """Writes config.json, unless the directory holds another run."""
     path = config.run_dir / "config.json"
     check_same_run(path, wanted)
-    checkpoints = Checkpoints(
-        config.run_dir / "checkpoints", keep=config.checkpoint.keep
-    )
+    try:
+        checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+    except OSError as error:
+        raise _unwritable(config, error) from error
     done = checkpoints.newest() or 0
     if done > config.steps:
         raise ValueError(
@@ -105,5 +122,15 @@ def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
     # Nobody compares with what process 0 writes now.
     multihost_utils.sync_global_devices("run directory is compared")
     if jax.process_index() == 0:
-        write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+        try:
+            write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+        except OSError as error:
+            raise _unwritable(config, error) from error
     return checkpoints
+
+
+def _unwritable(config, error):
+    return ValueError(
+        f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it was "
+        "changed: make it writable, or give another --run-dir"
+    )

@@ -6,6 +6,7 @@ fields of it. Everything that can be told wrong without a device is told here.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from usp_jax.mesh import ROLES
 from usp_jax.models.llama import LlamaConfig, RopeScaling
 from usp_jax.models.pipeline import Pipeline
 
-STORED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "data")
+# "balanced" is the op's "data": each row has an order of its own.
+STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUTS)
 DTYPES = ("float32", "bfloat16")
 HERE = "here"
 
@@ -102,13 +104,50 @@ class DataConfig:
     """The text.
 
     Attributes:
-      path: a text file, or a folder whose files are all read, one document each; None
-        is the source text of the running Python's standard library.
+      path: a text file, which is one document; a .jsonl or .parquet file; a folder of
+        such files, all of which are read; or a folder that `python -m train.tokenize`
+        wrote. None is the source text of the running Python's standard library.
+      mixture: several of these instead of `path`, each with the weight by which rows
+        are drawn from it: `--data.mixture code/ 0.7 prose.jsonl 0.3`.
       tokenizer: a tokenizer.json; None takes bytes as tokens.
+      text_field: what holds the text in JSON lines, and the column of Parquet.
+      eval_fraction: of the documents, which are not learnt from: `eval` uses them.
     """
 
     path: Path | None = None
+    mixture: tuple[tuple[Path, float], ...] = ()
     tokenizer: Path | None = None
+    text_field: str = "text"
+    eval_fraction: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The loss of documents that are not learnt from, see `data.eval_fraction`.
+
+    Attributes:
+      every: steps between two evaluations, beside the one at the end; None for none.
+      batches: how many batches of held-out rows are looked at, the same each time.
+    """
+
+    every: int | None = None
+    batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PasskeyConfig:
+    """A task that is made up, instead of text: see `passkey.py`.
+
+    Attributes:
+      enabled: trains on it, and on no text.
+      shortest: tokens of a document, at the least.
+      growth_rows: the number of rows in which the longest document grows from
+        `shortest` to a whole row; 0 begins with whole rows.
+    """
+
+    enabled: bool = False
+    shortest: int = 64
+    growth_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +161,8 @@ class OptimizerConfig:
       clip_norm: the longest that the gradient of all parameters may be.
       offload: the float32 parameters and the optimizer's memory live in the host's
         pinned memory, and pass through the device a layer at a time.
+      max_skipped: a step whose loss or gradient is not finite changes nothing; after
+        this many in a row the run gives up.
     """
 
     learning_rate: float = 3e-4
@@ -133,6 +174,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
     offload: bool = False
+    max_skipped: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +183,21 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between two.
+      every_minutes: after so many minutes without one there is one too; several
+        processes then wait for each other at each step.
       keep: how many of the newest stay.
+      keep_period: of the others, those of steps that are a multiple of this stay too.
+      keep_minutes: and one in each so many minutes.
+      stopped_status: the program's exit status after SIGTERM: 0, unless whoever starts
+        it again, as Kubernetes does, does so only after a failure.
     """
 
     every: int = 100
+    every_minutes: float | None = None
     keep: int = 2
+    keep_period: int | None = None
+    keep_minutes: float | None = None
+    stopped_status: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +207,48 @@ class LogConfig:
     Attributes:
       every: steps between two rows of metrics.jsonl.
       print_every: steps between two printed lines, where there is no terminal.
+      spike_factor: a loss is a spike when it is more than this many median absolute
+        deviations above the median of the last `spike_window` losses.
+      watchdog_seconds: a step that takes longer is told of, with the processes that
+        it waits for; 0 watches nothing.
+      wandb: the Weights & Biases project that gets the rows too.
     """
 
     every: int = 1
     print_every: int = 20
+    spike_factor: float = 10.0
+    spike_window: int = 50
+    watchdog_seconds: float = 600.0
+    wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of what devices and host do in some steps, for XProf.
+
+    Attributes:
+      steps: "10:13" traces steps 10, 11 and 12, into the run directory's `profile`.
+    """
+
+    steps: str | None = None
+
+    @property
+    def traced(self) -> range:
+        """The steps to trace.
+
+        Raises:
+          ValueError: `steps` is no range of steps.
+        """
+        if self.steps is None:
+            return range(0)
+        match = re.fullmatch(r"(\d+):(\d+)", self.steps)
+        found = range(*map(int, match.groups())) if match else range(0)
+        if not found or found[0] < 1:
+            raise ValueError(
+                f"profile.steps={self.steps!r} must be FIRST:END with 1 <= FIRST < "
+                "END, as 10:13 for steps 10, 11 and 12"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +291,8 @@ class Config:
       batch_size: rows of a step, over all devices.
       accumulate: in how many parts, one after the other, a step takes its rows; the
         gradients are added up, and memory for activations is that of one part.
-      layout: the order in which a row is stored on the mesh.
+      layout: the order in which a row is stored on the mesh; "balanced" gives each row
+        the order in which its documents are equal work for all of the ring.
       seed: of the first parameters and of the order of the data.
       run_dir: where the run is kept; a run that is there already goes on.
       fake_devices: this many CPU devices in each process, instead of what there is.
@@ -223,11 +314,19 @@ class Config:
     dtype: str = "bfloat16"
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    passkey: PasskeyConfig = PasskeyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     sample: SampleConfig = SampleConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @property
+    def stored_layout(self) -> str:
+        """What the model calls `layout`."""
+        return "data" if self.layout == "balanced" else self.layout
 
     @property
     def llama(self) -> LlamaConfig:
@@ -263,8 +362,10 @@ def check(config: Config) -> None:
             f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}{parts}, "
             f"accumulate={config.accumulate}"
         )
+    _check_data(config.data, config.eval)
     _check_length(config)
     _check_distributed(config.distributed)
+    _check_traced(config)
 
 
 def _check_length(config):
@@ -288,17 +389,31 @@ def _check_numbers(config):
     positive = (
         "steps sequence_length batch_size accumulate optimizer.learning_rate "
         "optimizer.eps "
-        "optimizer.clip_norm checkpoint.every checkpoint.keep log.every log.print_every"
+        "optimizer.clip_norm optimizer.max_skipped checkpoint.every checkpoint.keep "
+        "log.every log.print_every log.spike_factor log.spike_window eval.batches"
     )
-    counts = "seed optimizer.warmup_steps optimizer.weight_decay sample.length"
+    counts = (
+        "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
+        "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
+    )
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
         if flat[name] is not None and not flat[name] > 0:
             raise ValueError(f"{name}={flat[name]} must be positive")
     for name in [*counts.split(), "sample.temperature"]:
         if not flat[name] >= 0:
             raise ValueError(f"{name}={flat[name]} must not be negative")
-    if config.fake_devices is not None and config.fake_devices < 1:
-        raise ValueError(f"fake_devices={config.fake_devices} must be positive")
+    optional = (
+        "fake_devices eval.every checkpoint.every_minutes checkpoint.keep_period "
+        "checkpoint.keep_minutes"
+    )
+    for name in optional.split():
+        if flat[name] is not None and not flat[name] > 0:
+            raise ValueError(f"{name}={flat[name]} must be positive")
+    if flat["checkpoint.stopped_status"] > 255:
+        raise ValueError(
+            f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
+            "exit status, at most 255"
+        )
     for name in ("b1", "b2"):
         if not 0 <= flat[f"optimizer.{name}"] < 1:
             raise ValueError(
@@ -312,6 +427,39 @@ def _check_numbers(config):
     if config.sample.length and not config.sample.prompt:
         raise ValueError(
             "sample.prompt='' must have at least one character, or sample.length be 0"
+        )
+
+
+def _check_data(data, evaluation):
+    if data.mixture and data.path is not None:
+        raise ValueError(
+            f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
+            "texts: give one of them"
+        )
+    for path, weight in data.mixture:
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"data.mixture: the weight {weight} of {path} must be positive"
+            )
+    if not 0 <= data.eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction={data.eval_fraction} must be in [0, 1)")
+    if bool(data.eval_fraction) != (evaluation.every is not None):
+        raise ValueError(
+            f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
+            "give both, the part that is held out and the steps between evaluations"
+        )
+
+
+def _told(mixture):
+    return " ".join(f"{path} {weight}" for path, weight in mixture)
+
+
+def _check_traced(config):
+    traced = config.profile.traced
+    if traced and traced[-1] > config.steps:
+        raise ValueError(
+            f"profile.steps={config.profile.steps!r} must end at {config.steps + 1} or "
+            f"before, as steps={config.steps}"
         )
 
 

@@ -1,215 +1,169 @@
-"""Text to batches: documents, packed into rows, in an order that a seed gives.
+"""The data of a run: what is read, in which order, and where on the mesh it goes.
 
-All documents stand one after the other; row i is the i-th window of `sequence_length`
-tokens, each with the token that follows it as its label. Tokens attend within their
-document only (segment ids), and the last token of a document has no label. Positions
-are those in the row: RoPE sees differences only. The order of rows depends on the seed
-alone, never on the mesh or on how many processes there are; every process holds the
-text and cuts from each batch what its devices need.
+The order of the rows depends on the seed and on the text alone, never on the mesh or on
+how many processes there are. Every process cuts from each batch the rows that its
+devices hold, and reads no other; the state of its iterator is the number of the next
+batch, the same in all of them.
 """
 
 import dataclasses
-import hashlib
-import sysconfig
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tokenizers import Tokenizer
 
 from train.config import DataConfig
-from usp_jax import to_layout
+from train.corpus import PADDING, Corpus, Rows, digest
+from train.documents import in_batches, read_documents, source_files
+from train.token_folder import is_token_folder, open_folder
+from train.vocabulary import Vocabulary
+from usp_jax import balance, to_layout
 
 Batch = dict[str, Any]
-PADDING = {"tokens": 0, "labels": -1, "segment_ids": -1}
-# Not part of the library, or text that is wrong on purpose.
-SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Text to token ids and back; bytes without a tokenizer."""
-
-    tokenizer: Tokenizer | None = None
-
-    @classmethod
-    def load(cls, path: Path | None) -> "Vocabulary":
-        """Reads a tokenizer.json.
-
-        Raises:
-          ValueError: there is none at `path`, or it cannot be read.
-        """
-        if path is None:
-            return cls()
-        if not path.is_file():
-            raise ValueError(
-                f"data.tokenizer={path} is not there; it must be a tokenizer.json"
-            )
-        try:
-            return cls(Tokenizer.from_file(str(path)))
-        # The library raises a bare Exception, whatever is wrong.
-        except Exception as error:
-            raise ValueError(
-                f"data.tokenizer={path} is not a tokenizer.json: {error}"
-            ) from error
-
-    @property
-    def size(self) -> int:
-        """One more than the greatest token id."""
-        if self.tokenizer is None:
-            return 256
-        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-
-    def encode(self, text: bytes, *, special: bool = True) -> np.ndarray:
-        """int32 ids; `special`: with what the tokenizer puts around a document."""
-        if self.tokenizer is None:
-            return np.frombuffer(text, np.uint8).astype(np.int32)
-        decoded = text.decode(errors="replace")
-        encoding = self.tokenizer.encode(decoded, add_special_tokens=special)
-        return np.asarray(encoding.ids, np.int32)
-
-    def decode(self, ids: np.ndarray) -> str:
-        """The text of token ids."""
-        if self.tokenizer is None:
-            return ids.astype(np.uint8).tobytes().decode(errors="replace")
-        return self.tokenizer.decode(ids.tolist())
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """All documents, one after the other.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """What a run reads.
 
     Attributes:
-      tokens: int32.
-      starts: where each document begins, increasing, the first at 0.
+      corpora: what is learnt from; rows are drawn from them by `weights`.
+      held_out: of each corpus the documents that are only evaluated on; () for none.
+      facts: what tells one text from another, for config.json.
     """
 
-    tokens: np.ndarray
-    starts: np.ndarray
+    corpora: tuple[Corpus, ...]
+    weights: tuple[float, ...]
+    held_out: tuple[Corpus, ...]
+    facts: dict[str, Any]
 
-    @classmethod
-    def of(cls, documents: Iterable[np.ndarray]) -> "Corpus":
-        """Joins documents; empty ones are left out."""
-        kept = [document for document in documents if document.size]
-        lengths = np.array([document.size for document in kept], np.int64)
-        tokens = np.concatenate([np.zeros(0, np.int32), *kept])
-        return cls(tokens, np.cumsum(lengths) - lengths)
+    def rows(self, length: int, seed: int) -> grain.MapDataset:
+        """Rows to learn from, without end."""
+        return shuffled_rows(self.corpora, self.weights, length, seed)
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What tells one corpus from another, for config.json."""
-        digest = hashlib.sha256(self.tokens.tobytes() + self.starts.tobytes())
-        return {
-            "documents": len(self.starts),
-            "tokens": self.tokens.size,
-            "sha256": digest.hexdigest()[:16],
+    def held_out_rows(self, length: int, seed: int) -> grain.MapDataset:
+        """Held-out rows, without end."""
+        return shuffled_rows(self.held_out, self.weights, length, seed)
+
+
+def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
+    """Encodes text files, and opens folders of tokens.
+
+    Raises:
+      ValueError: there is no file, or nothing in it to learn, or to hold out.
+    """
+    mixture = config.mixture or ((config.path, 1.0),)
+    paths, weights = zip(*mixture, strict=True)
+    found = [_load(path, config.text_field, vocabulary) for path in paths]
+    corpora, facts = zip(*found, strict=True)
+    told = dict(facts[0])
+    if config.mixture:
+        told = {name: [one[name] for one in facts] for name in told}
+        told["weights"] = list(weights)
+    told["tokenizer_fingerprint"] = vocabulary.fingerprint
+    if not config.eval_fraction:
+        return Text(corpora, weights, (), told)
+    parts = [
+        _divided(corpus, config.eval_fraction, path)
+        for corpus, path in zip(corpora, paths, strict=True)
+    ]
+    learnt, held_out = zip(*parts, strict=True)
+    return Text(learnt, weights, held_out, told)
+
+
+def _divided(corpus, fraction, path):
+    parts = corpus.divided(fraction)
+    for part, purpose in zip(parts, ("to learn from", "to hold out"), strict=True):
+        if part.lengths.max(initial=0) < 2:
+            raise ValueError(
+                f"data.eval_fraction={fraction} leaves nothing {purpose} of the "
+                f"{len(corpus.starts)} documents of {path}: give another, or more text"
+            )
+    return parts
+
+
+def _load(path, text_field, vocabulary) -> tuple[Corpus, dict[str, Any]]:
+    if is_token_folder(path):
+        corpus, facts = open_folder(path, vocabulary)
+    else:
+        corpus = Corpus.of(_encoded(source_files(path), text_field, vocabulary))
+        facts = {
+            "documents": len(corpus.starts),
+            "tokens": corpus.size,
+            "sha256": digest(corpus.windows(2**22), corpus.starts),
         }
+    if corpus.lengths.max(initial=0) < 2:
+        raise ValueError(
+            f"data.path={path} has no document of at least two tokens: there is "
+            "nothing to predict"
+        )
+    return corpus, facts
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The windows of a corpus, by number: what grain calls a random-access source."""
+def _encoded(files, text_field, vocabulary):
+    for texts in in_batches(text for text, _ in read_documents(files, text_field)):
+        yield from vocabulary.encode_all(texts)
 
-    corpus: Corpus
-    length: int
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of every batch, the same ones of each, one batch after the other.
+
+    Attributes:
+      rows: of all batches, without end.
+      own: which rows of a batch.
+    """
+
+    rows: grain.MapDataset
+    own: tuple[int, ...]
+    batch_size: int
 
     def __len__(self) -> int:
-        # The last token of all is only a label.
-        return -(-(self.corpus.tokens.size - 1) // self.length)
+        return len(self.rows) // self.batch_size * len(self.own)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """tokens, labels and segment_ids, each int32 [T]."""
-        start = index * self.length
-        window = self.corpus.tokens[start : start + self.length + 1]
-        at = start + np.arange(window.size)
-        document = np.searchsorted(self.corpus.starts, at, side="right")
-        document = (document - document[0]).astype(np.int32)
-        follows = document[1:] == document[:-1]
-        row = {
-            "tokens": window[:-1],
-            "labels": np.where(follows, window[1:], -1),
-            "segment_ids": document[:-1],
-        }
-        short = self.length - (window.size - 1)
-        return {
-            name: np.pad(x, (0, short), constant_values=PADDING[name])
-            for name, x in row.items()
-        }
+        batch, row = divmod(index, len(self.own))
+        return self.rows[batch * self.batch_size + self.own[row]]
 
 
-def load_corpus(config: DataConfig, vocabulary: Vocabulary) -> Corpus:
-    """Reads and encodes the text.
+def shuffled_rows(
+    corpora: Sequence[Corpus], weights: Sequence[float], length: int, seed: int
+) -> grain.MapDataset:
+    """Rows without end, of several corpora by their weights.
 
-    Raises:
-      ValueError: there is no file, or nothing in it to learn.
+    Each epoch of a corpus has an order of its own.
     """
-    corpus = Corpus.of(vocabulary.encode(text) for text in read_documents(config.path))
-    longest = np.diff(corpus.starts, append=corpus.tokens.size).max(initial=0)
-    if longest < 2:
-        raise ValueError(
-            f"data.path={config.path} has no document of at least two tokens: there "
-            "is nothing to predict"
-        )
-    return corpus
-
-
-def read_documents(path: Path | None) -> list[bytes]:
-    """The text of a file, of all files of a folder, or of the standard library.
-
-    Files of a folder come sorted by name; hidden ones are left out.
-
-    Raises:
-      ValueError: nothing is there.
-    """
-    if path is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [
-            file
-            for file in _files(root, "*.py")
-            if not SKIPPED_FOLDERS & set(file.relative_to(root).parts)
-        ]
-        if not files:
-            raise ValueError(
-                f"this Python's standard library has no source text in {root}; "
-                "give --data.path"
-            )
-    elif path.is_dir():
-        files = [
-            file
-            for file in _files(path, "*")
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        if not files:
-            raise ValueError(f"data.path={path} is a folder without files")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ValueError(
-            f"data.path={path} is not there; it must be a text file or a folder of them"
-        )
-    return [file.read_bytes() for file in files]
-
-
-def _files(root, pattern):
-    found = (file for file in root.rglob(pattern) if file.is_file())
-    return sorted(found, key=lambda file: file.relative_to(root).parts)
+    endless = [
+        grain.MapDataset.source(Rows(corpus, length)).seed(seed + i).shuffle().repeat()
+        for i, corpus in enumerate(corpora)
+    ]
+    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, weights)
 
 
 def batches(
-    corpus: Corpus, *, length: int, batch_size: int, seed: int
+    rows: grain.MapDataset, batch_size: int, own: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches of shuffled rows, int32 [B, T]; every epoch has its own order.
+    """Batches of rows, int32 [B, T], or of each batch the `own` rows only.
 
     The iterator's `get_state` and `set_state` go on anywhere.
     """
-    rows = grain.MapDataset.source(Rows(corpus, length)).seed(seed).shuffle().repeat()
+    if own is not None:
+        rows = grain.MapDataset.source(Part(rows, tuple(own), batch_size))
     # Rows are slices of memory: threads would cost more than they hide.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(rows.batch(batch_size).to_iter_dataset(options))
+    size = batch_size if own is None else len(own)
+    return iter(rows.batch(size).to_iter_dataset(options))
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that this process's devices hold."""
+    sharding = NamedSharding(mesh, jax.P(("data", "fsdp")))
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    every = range(batch_size)
+    return sorted({row for (rows,) in held for row in every[rows]})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -217,21 +171,58 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(("data", "fsdp", "pipe"), ("ring", "ulysses")))
 
 
-def describe(batch_size: int, length: int, mesh: Mesh) -> Batch:
+def describe(batch_size: int, length: int, mesh: Mesh, layout: str = "zigzag") -> Batch:
     """The shapes of a batch, for the compiler."""
     shape = jax.ShapeDtypeStruct(
         (batch_size, length), np.int32, sharding=batch_sharding(mesh)
     )
-    return dict.fromkeys(PADDING, shape)
+    positions = ("positions",) if layout == "balanced" else ()
+    return dict.fromkeys((*PADDING, *positions), shape)
 
 
 def place(batch: dict[str, np.ndarray], layout: str, mesh: Mesh) -> Batch:
-    """Rows in natural order to global arrays in stored order, split over a mesh."""
+    """Rows in natural order to global arrays in stored order, split over a mesh.
+
+    Args:
+      batch: the rows that this process's devices hold, in order.
+    """
+    stored = _stored(batch, layout, mesh)
+    sharding = batch_sharding(mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = own_rows(ways, mesh)
 
     def one(x):
-        stored = to_layout(x, layout, mesh)
-        return jax.make_array_from_callback(
-            x.shape, batch_sharding(mesh), stored.__getitem__
-        )
+        rows = len(x) // len(groups)
 
-    return {name: one(x) for name, x in batch.items()}
+        def shard(index):
+            first, *_ = index[0].indices(rows * ways)
+            here = groups.index(first // rows) * rows
+            return x[here : here + rows, index[1]]
+
+        shape = (rows * ways, x.shape[1])
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: one(x) for name, x in stored.items()}
+
+
+def _stored(batch, layout, mesh):
+    """Rows in stored order; those that are balanced come with their positions."""
+    if layout != "balanced":
+        return {name: to_layout(x, layout, mesh) for name, x in batch.items()}
+    ids, sizes = batch["segment_ids"], mesh.shape
+    plans = [
+        balance(
+            np.bincount(row[row >= 0]),
+            sizes["ring"],
+            length=ids.shape[1],
+            ulysses=sizes["ulysses"],
+        )
+        for row in ids
+    ]
+    stored = {
+        name: np.stack(
+            [plan.to_stored(row) for plan, row in zip(plans, x, strict=True)]
+        )
+        for name, x in batch.items()
+    }
+    return stored | {"positions": np.stack([plan.positions for plan in plans])}

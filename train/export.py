@@ -5,21 +5,17 @@ run's tokenizer.json, if it has one, is not copied.
 """
 
 import dataclasses
-import json
 import sys
-import typing
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import tyro
 from jax.sharding import Mesh
 
 import usp_jax
+from train.trained import load_model, read_config
 from usp_jax.models import hf
-from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
-from usp_jax.models.sharding import parameter_shapes, parameter_shardings
+from usp_jax.models.llama import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,35 +41,10 @@ def export(options: Export) -> int:
     Raises:
       ValueError: no run or no such checkpoint there, or `out` is taken.
     """
-    config = read_config(options.run_dir)
-    mesh = _all_devices(config)
-    shardings = parameter_shardings(config, mesh)
-    wanted = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[name])
-        for name, shape in parameter_shapes(config).items()
-    }
-    step, params = _restore(options, wanted)
-    model = Llama.of_parameters(config, params, mesh=mesh)
+    mesh = _all_devices(read_config(options.run_dir))
+    step, model = load_model(options.run_dir, options.step, mesh)
     hf.save(model, options.out, dtype=options.dtype)
     return step
-
-
-def read_config(run_dir: Path) -> LlamaConfig:
-    """The model of a run, as its config.json tells it.
-
-    Raises:
-      ValueError: there is no run.
-    """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise ValueError(f"run_dir={run_dir} holds no run: it has no {path.name}")
-    told = json.loads(path.read_text())
-    model = told["model"]
-    scaling = model.get("rope_scaling")
-    if scaling is not None:
-        kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
-        model["rope_scaling"] = kinds[scaling.pop("type")](**scaling)
-    return LlamaConfig(**model, dtype=told["dtype"])
 
 
 def _all_devices(config: LlamaConfig) -> Mesh:
@@ -82,31 +53,6 @@ def _all_devices(config: LlamaConfig) -> Mesh:
     while config.d_model % count:
         count -= 1
     return usp_jax.make_mesh(fsdp=count, devices=jax.devices()[:count])
-
-
-def _restore(options, wanted):
-    folder = (options.run_dir / "checkpoints").absolute()
-    if not folder.exists():
-        raise ValueError(f"run_dir={options.run_dir} has no checkpoint yet")
-    # Read only, so that what a running run is writing stays.
-    with ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
-        steps = sorted(manager.all_steps())
-        step = options.step if options.step is not None else max(steps, default=None)
-        if step not in steps:
-            raise ValueError(
-                f"run_dir={options.run_dir} has no checkpoint of step {step}, it has "
-                f"{steps}"
-            )
-        tree = {"params": wanted}
-        state = ocp.args.PyTreeRestore(
-            tree,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-            partial_restore=True,
-        )
-        found = manager.restore(step, args=ocp.args.Composite(state=state))
-    return step, found.state["params"]
 
 
 def main() -> None:

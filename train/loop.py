@@ -9,87 +9,173 @@ import jax
 from train.build import Run
 from train.config import Config
 from train.data import describe, place
-from train.flops import step_flops
-from train.metrics import MetricsFile, Progress, rates, read_rows
+from train.metrics import Row, read_rows
+from train.outputs import Outputs
+from train.profiler import Profiler
 from train.report import draw_loss, sample
-from train.state import learning_rate, with_params
+from train.state import Params, learning_rate, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
+from train.token_folder import DataGone
 from train.update import Update
+from train.watchdog import watch
 from usp_jax.models.sharding import parameter_shardings
 
 
-def train(run: Run, should_stop: Callable[[int], bool]) -> None:
+class GaveUp(RuntimeError):
+    """Too many steps in a row had to be skipped.
+
+    Attributes:
+      first, last: of these steps.
+    """
+
+    def __init__(self, first: int, last: int, remedy: str = ""):
+        super().__init__(
+            f"steps {first} to {last} had no finite loss and gradient, and "
+            f"optimizer.max_skipped={last - first + 1}{remedy}"
+        )
+        self.first, self.last = first, last
+
+
+def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     """Trains until the last step, or until `should_stop(step)`, and reports.
 
-    A checkpoint that the run directory has is where it begins.
+    A checkpoint that the run directory has is where it begins. True: all is done.
+
+    Raises:
+      GaveUp: `optimizer.max_skipped` steps in a row had no finite loss and gradient.
     """
-    config, mesh, checkpoints = run.config, run.mesh, run.checkpoints
-    state, data = run.state, run.data
-    step = checkpoints.newest() or 0
+    config, checkpoints = run.config, run.checkpoints
+    state, step = checkpoints.restore_newest(run.state, run.data)
     if step:
-        state = checkpoints.restore(step, state, data)
         tell(f"going on after step {step}")
-    step_fn = _compile(run, state) if step < config.steps else None
-    with contextlib.closing(Log(config, step)) as log:
-        while step < config.steps and not should_stop(step):
-            state, metrics = step_fn(state, place(next(data), config.layout, mesh))
-            step += 1
-            log.dispatched(step, metrics)
-            if step % config.checkpoint.every == 0:
-                log.finish()
-                checkpoints.save(step, state, data)
-        log.finish()
-        checkpoints.save(step, state, data)
+    try:
+        step, state = _steps(run, state, step, should_stop)
+    except GaveUp as error:
+        remedy = _last_good(run, error.first)
+        checkpoints.close()
+        raise GaveUp(error.first, error.last, remedy) from None
     checkpoints.close()
     if step < config.steps:
         tell(f"stopped after step {step}; the same command goes on from there")
-        return
+        return False
     _report(run, state)
+    return True
+
+
+def _steps(run, state, step, should_stop):
+    """The loop: from `step` steps done to the last, and the checkpoint after it."""
+    config, checkpoints = run.config, run.checkpoints
+    step_fn = _compile(run, state) if step < config.steps else None
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(contextlib.closing(Log(config, step)))
+        profiler = stack.enter_context(contextlib.closing(Profiler(config)))
+        begins = stack.enter_context(
+            watch(config.run_dir / "heartbeats", config.log.watchdog_seconds)
+        )
+        while step < config.steps and not should_stop(step):
+            batch = _next_batch(run, log, step, state)
+            step += 1
+            begins(step)
+            profiler.before(step, state)
+            state, metrics = step_fn(state, batch)
+            profiler.after(step, state)
+            log.dispatched(step, metrics)
+            if run.evaluation is not None and run.evaluation.due(step):
+                log.evaluated(run.evaluation, state.params)
+            if checkpoints.due(step):
+                log.finish()
+                # Whatever makes steps fail is not in the checkpoint before them.
+                if not log.skipped:
+                    checkpoints.save(step, state, run.data)
+        log.finish()
+        checkpoints.save(step, state, run.data)
+    return step, state
+
+
+def _next_batch(run, log, step, state):
+    begun = time.monotonic()
+    try:
+        rows = next(run.data)
+    except DataGone:
+        log.finish()
+        # The other processes have not stopped, and would have to save too.
+        if jax.process_count() == 1 and step:
+            run.checkpoints.save(step, state, run.data)
+            run.checkpoints.close()
+        raise
+    batch = place(rows, run.config.layout, run.mesh)
+    log.waited(time.monotonic() - begun)
+    return batch
+
+
+def _last_good(run, first):
+    """Names the newest checkpoint that is known to be good."""
+    # After it, a step must have gone well: one that fails at once may be the cause.
+    good = [step for step in run.checkpoints.steps() if step < first - 1]
+    if not good:
+        return "; there is no checkpoint from which a step went well"
+    folder = run.config.run_dir / "checkpoints"
+    newer = [step for step in run.checkpoints.steps() if step > good[-1]]
+    told = f"; the last good checkpoint is {folder / str(good[-1])}"
+    return told + "".join(f"; remove {folder / str(step)}" for step in newer)
 
 
 class Log:
-    """Rows of metrics, told one step late so that the devices never wait for them."""
+    """Rows of metrics, told one step late so that the devices never wait for them.
+
+    Attributes:
+      skipped: how many of the last steps told of were skipped, one after the other.
+    """
 
     def __init__(self, config: Config, step: int):
-        self._config, self._flops = config, step_flops(config)
-        self._tokens = config.batch_size * config.sequence_length
+        self.skipped, self._most = 0, config.optimizer.max_skipped
         self._pending: tuple[int, Metrics] | None = None
-        self._last = time.monotonic()
-        self._outputs: tuple[MetricsFile, Progress] | None = None
-        if jax.process_index() == 0:
-            progress = Progress(config.log, step=step, steps=config.steps)
-            self._outputs = MetricsFile(config.run_dir, step), progress
+        self._last, self._waited = time.monotonic(), 0.0
+        self._outputs = Outputs(config, step) if jax.process_index() == 0 else None
+
+    def waited(self, seconds: float) -> None:
+        """Adds the time in which the host made a batch."""
+        self._waited += seconds
 
     def dispatched(self, step: int, metrics: Metrics) -> None:
         """Takes the promised metrics of a step, and tells of the one before."""
         self._tell()
         self._pending = step, metrics
 
+    def evaluated(self, evaluation: Callable[[Params], Row], params: Params) -> None:
+        """Evaluates, and tells of the last step with what that finds."""
+        self._tell(lambda: evaluation(params))
+        # It is no part of the next step.
+        self._last = time.monotonic()
+
     def finish(self) -> None:
         """Waits for the last step and has all rows on the disk."""
         self._tell()
         if self._outputs is not None:
-            self._outputs[0].sync()
+            self._outputs.sync()
 
     def close(self) -> None:
-        for output in self._outputs or ():
-            output.close()
+        if self._outputs is not None:
+            self._outputs.close()
 
-    def _tell(self):
+    def _tell(self, find: Callable[[], Row] = dict):
+        """Waits for the step that has not been told of; `find` is called after it."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         values = jax.device_get(metrics)
-        values = {name: float(values[name]) for name in METRICS}
+        values = {name: values[name].item() for name in METRICS}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        due = step % self._config.log.every == 0 or step == self._config.steps
-        if self._outputs is None or not due:
-            return
-        row = {"step": step, **values, **rates(seconds, self._tokens, self._flops)}
-        file, progress = self._outputs
-        file.write(row)
-        progress.tell(row)
+        waited, self._waited = self._waited, 0.0
+        self.skipped = self.skipped + 1 if values["skipped"] else 0
+        found = find()
+        if self._outputs is not None:
+            row = {"step": step, **values, "data_seconds": waited}
+            self._outputs.write(row, found, seconds=seconds, skipped=self.skipped)
+        # The same on all processes: so is what they do.
+        if self.skipped == self._most:
+            raise GaveUp(step - self._most + 1, step)
 
 
 def tell(message: str) -> None:
@@ -102,8 +188,10 @@ def _compile(run, state):
     config, begun = run.config, time.monotonic()
     schedule = learning_rate(config.optimizer, config.steps)
     update = Update(config.optimizer, config.steps)
-    step = make_step(run.graphdef, update, schedule, config.layout, config.accumulate)
-    batch = describe(config.batch_size, config.sequence_length, run.mesh)
+    step = make_step(
+        run.graphdef, update, schedule, config.stored_layout, config.accumulate
+    )
+    batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
     compiled = compile_step(step, state, batch)
     if config.mesh.pipe > 1:
         tell(_describe(config.pipeline))
@@ -124,7 +212,9 @@ def _report(run, state):
     if jax.process_index() == 0:
         rows = read_rows(config.run_dir / "metrics.jsonl")
         draw_loss(rows, config.run_dir / "loss.png")
-        tell(f"step {config.steps}: loss {rows[-1]['loss']:.4f}; {config.run_dir}")
+        loss = rows[-1]["loss"]
+        told = "not finite" if loss is None else f"{loss:.4f}"
+        tell(f"step {config.steps}: loss {told}; {config.run_dir}")
     if config.sample.length:
         # Wherever they live.
         shardings = parameter_shardings(config.llama, run.mesh)

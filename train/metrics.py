@@ -12,18 +12,22 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from train.atomic import write_atomically
 from train.config import LogConfig
 from train.flops import StepFlops
-from train.peaks import PEAK_FLOPS
-from train.run_dir import write_atomically
 
-Row = dict[str, float | int | None]
+Row = dict[str, float | int | bool | None]
 
 
-def rates(seconds: float, tokens: int, flops: StepFlops) -> Row:
-    """What a step's duration says; None where the devices' peak is not known."""
-    device = jax.devices()[0]
-    peak = PEAK_FLOPS.get(device.device_kind)
+def rates(
+    seconds: float, tokens: int, flops: StepFlops, peak: float | None
+) -> dict[str, float | None]:
+    """What a step's duration says.
+
+    Args:
+      tokens, flops: of the step, over all devices.
+      peak: FLOP/s of one device; None is not known, and then no MFU is.
+    """
 
     def utilisation(work):
         return None if peak is None else work / (seconds * peak * jax.device_count())
@@ -72,7 +76,7 @@ class MetricsFile:
         self._file.flush()
         for name, value in row.items():
             if name != "step" and value is not None:
-                self._events.add_scalar(name, value, row["step"])
+                self._events.add_scalar(name, float(value), row["step"])
 
     def sync(self) -> None:
         """Waits until all rows are on the disk, as they must be before a checkpoint."""
@@ -86,7 +90,7 @@ class MetricsFile:
 def _line(row: dict[str, Any]) -> str:
     # JSON has no word for infinity or for what is not a number.
     finite = {
-        name: value if value is None or math.isfinite(value) else str(value)
+        name: value if value is None or math.isfinite(value) else None
         for name, value in row.items()
     }
     return json.dumps(finite) + "\n"
@@ -120,14 +124,21 @@ class Progress:
         )
         if row["mfu_causal"] is not None:
             told += f"  MFU {row['mfu_causal']:.1%}"
+        if "eval_loss" in row:
+            told += f"  eval loss {row['eval_loss']:.4f}"
         self._bar.update(self._task, completed=step, told=told)
         shown = step in (self._first + 1, self._steps) or step % self._every == 0
+        shown |= "eval_loss" in row
         if not self._console.is_terminal and shown:
             left = self._steps - step
             seconds = (time.monotonic() - self._begun) / (step - self._first) * left
             self._console.print(
                 f"step {step}/{self._steps}  {told}  {seconds:.0f} s left"
             )
+
+    def warn(self, message: str) -> None:
+        """Prints a line that stays."""
+        self._console.print(f"warning: {message}")
 
     def close(self) -> None:
         self._bar.stop()

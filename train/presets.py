@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from train.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PasskeyConfig,
+    SampleConfig,
+)
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 
@@ -32,7 +39,37 @@ def tiny() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny}
+def passkey() -> Config:
+    """A small model that learns to find five digits in 8K tokens of filler."""
+    return Config(
+        model=ModelConfig(
+            vocab_size=256,
+            d_model=128,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=4,
+            head_size=32,
+            d_ff=256,
+            # What is looked for is far away: few channels may turn that far.
+            rope_theta=1e6,
+            remat="attention_qkv",
+        ),
+        steps=600,
+        sequence_length=8192,
+        batch_size=1,
+        run_dir=RUNS / "passkey",
+        fake_devices=8,
+        dtype="float32",
+        mesh=MeshConfig(ring=4, ulysses=2),
+        passkey=PasskeyConfig(enabled=True, shortest=32, growth_rows=400),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_steps=30, weight_decay=0.0
+        ),
+        sample=SampleConfig(length=0),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "passkey": passkey}
 
 
 def preset(name: str) -> Config:

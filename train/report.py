@@ -9,8 +9,8 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 from train.config import SampleConfig
-from train.data import Vocabulary
 from train.metrics import Row
+from train.vocabulary import Vocabulary
 from usp_jax.models.generate import generate
 from usp_jax.models.llama import Llama
 

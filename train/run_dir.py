@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ FREE_ON_RESUME = (
     "accumulate",
     "checkpoint",
     "distributed",
+    "eval",
     "fake_devices",
     "layout",
     "log",
@@ -26,15 +26,23 @@ FREE_ON_RESUME = (
     "model.remat",
     "model.tensor_sequence",
     "optimizer.offload",
+    "optimizer.max_skipped",
+    "profile",
     "run_dir",
     "sample",
     "steps",
     # Facts, not choices.
     "environment",
-    # Where the text lies; what it is, is compared as data.documents, .tokens, .sha256.
+    # Where the text lies; what it is, is compared as data.documents, .tokens, .sha256,
+    # .weights and .tokenizer_fingerprint.
+    "data.mixture",
     "data.path",
+    "data.text_field",
     "data.tokenizer",
 )
+
+# What older versions did not tell, which then cannot be compared.
+NEWER_FACTS = ("data.tokenizer_fingerprint",)
 
 
 def record(config: Config, **facts: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +61,9 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
     """Raises ValueError when the run that config.json tells of is not this one."""
     if not path.exists():
         return
-    old, new = flatten(json.loads(path.read_text())), flatten(wanted)
+    old, new = flatten(_read(path)), flatten(wanted)
+    # An option that was not there yet had its default's effect.
+    old = _defaults() | {name: new.get(name) for name in NEWER_FACTS} | old
     differing = [
         f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())
@@ -66,15 +76,29 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
         )
 
 
+def _read(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; take it away if its checkpoints are of the "
+            "run that you ask for, or give another --run-dir"
+        ) from error
+
+
+def _defaults():
+    """What an option is that nobody gives, where it has a default."""
+    sections = {
+        field.name: field.default
+        for field in dataclasses.fields(Config)
+        if field.default is not dataclasses.MISSING
+    }
+    plain = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in sections.items()
+    }
+    return flatten(json.loads(json.dumps(plain, default=str)))
+
+
 def _is_free(name):
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that whoever reads it sees the old or the new, never half."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

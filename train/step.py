@@ -9,13 +9,31 @@ from flax import nnx
 from jax import lax
 
 from train.data import Batch
-from train.state import State, with_params
+from train.state import Params, State, with_params
 from train.update import Update
 from usp_jax import recommended_flags
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
-METRICS = ("loss", "grad_norm", "learning_rate")
+METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
+
+
+def make_nats(
+    graphdef: nnx.GraphDef, layout: str
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """(parameters, rows) -> (sum of nats, number of labels) over all devices."""
+
+    def nats_of(params, part):
+        return loss(
+            with_params(graphdef, params),
+            part["tokens"],
+            part["labels"],
+            segment_ids=part["segment_ids"],
+            positions=part.get("positions"),
+            layout=layout,
+        )
+
+    return nats_of
 
 
 def make_step(
@@ -29,26 +47,32 @@ def make_step(
 
     The loss is the mean of nats over the batch's labels, wherever they lie: also where
     its rows are taken in `parts`, one after the other, whose gradients are added up in
-    float32. The state that goes in is donated.
+    float32. A step whose loss or gradient is not finite counts and changes nothing
+    else. The state that goes in is donated.
     """
 
-    def nats_of(params, part):
-        return loss(
-            with_params(graphdef, params),
-            part["tokens"],
-            part["labels"],
-            segment_ids=part["segment_ids"],
-            layout=layout,
-        )
+    nats_of = make_nats(graphdef, layout)
 
     def step(state, batch):
         value, gradient = _mean(nats_of, update.fetch(state.params), batch, parts)
-        values = value, optax.tree.norm(gradient), schedule(state.step)
+        norm = optax.tree.norm(gradient)
+        # Both are the same on all devices, and so is what follows from them.
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        values = value, norm, schedule(_updates_done(state)), ~finite
         metrics = dict(zip(METRICS, values, strict=True))
-        params, memory = update(gradient, state.params, state.optimizer)
+        params, memory = update(finite, gradient, state.params, state.optimizer)
         return State(state.step + 1, params, memory), metrics
 
     return step
+
+
+def _updates_done(state):
+    """The count that the optimizer's schedule reads: steps but those skipped."""
+    return optax.tree.get(
+        state.optimizer,
+        "count",
+        filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
+    )
 
 
 def _mean(nats_of, params, batch, parts):

@@ -9,6 +9,7 @@ layer after the other, so that the device holds what belongs to a layer or two.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
@@ -35,24 +36,29 @@ class Update:
         return _on_device(params) if self.config.offload else params
 
     def __call__(
-        self, gradient: Params, params: Params, memory: Memory
+        self, finite: jax.Array, gradient: Params, params: Params, memory: Memory
     ) -> tuple[Params, Memory]:
-        """Parameters and memory after a step, where those before it live."""
+        """Parameters and memory after a step, where those before it live.
+
+        Args:
+          finite: bool [], whether the step is one; if not, nothing changes.
+        """
         clip, optimizer = clipping(self.config), adamw(self.config, self.steps)
         gradient, clipped = clip.update(gradient, memory[0])
         if not self.config.offload:
-            params, kept = _update(optimizer, gradient, params, memory[1])
+            params, kept = _update(optimizer, finite, gradient, params, memory[1])
         else:
-            params, kept = _streamed(optimizer, gradient, params, memory[1])
+            params, kept = _streamed(optimizer, finite, gradient, params, memory[1])
         return params, (clipped, kept)
 
 
-def _update(optimizer, gradient, params, memory):
-    updates, memory = optimizer.update(gradient, memory, params)
-    return optax.apply_updates(params, updates), memory
+def _update(optimizer, finite, gradient, params, memory):
+    updates, after = optimizer.update(gradient, memory, params)
+    new = optax.apply_updates(params, updates), after
+    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, (params, memory))
 
 
-def _streamed(optimizer, gradient, params, memory):
+def _streamed(optimizer, finite, gradient, params, memory):
     """`_update` of state in the host's memory: layer by layer, then what is no layer's.
 
     What the optimizer keeps, but for its counts, are dicts like `params`.
@@ -61,7 +67,8 @@ def _streamed(optimizer, gradient, params, memory):
     def update(gradient, params, kept):
         """Some parameters, fetched and sent back; the memory on the device too."""
         params, kept = _on_device((params, kept))
-        params, after = _update(optimizer, gradient, params, _with(memory, kept))
+        before = _with(memory, kept)
+        params, after = _update(optimizer, finite, gradient, params, before)
         sent = jax.device_put((params, _kept(after, params)), jax.memory.Space.Host)
         return *sent, after
 

@@ -9,7 +9,9 @@ import pytest
 from jax.experimental import mesh_utils
 
 from usp_jax import aot, plan
+from usp_jax.aot.devices import GPUS, TPUS
 from usp_jax.plan.links import Group
+from usp_jax.plan.machines import peak_of_kind
 
 
 def test_the_common_machines_are_there():
@@ -152,3 +154,15 @@ def test_hops_share_links_where_jax_splits_a_side(ring, ulysses):
 
 def test_alone_there_is_nothing_to_send():
     assert group("v5p", ("ring",), ulysses=64).seconds("all-gather", 1e9) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("device", [*TPUS[1:], *GPUS], ids=lambda device: device.name)
+def test_the_peak_of_a_kind_is_that_of_its_machine(device, dtype):
+    assert peak_of_kind(device.kind, dtype) == plan.machine(device.name).peak(dtype)
+
+
+def test_the_peak_of_a_kind_has_other_names_and_older_devices():
+    assert peak_of_kind("TPU v5p", "bfloat16") == 459e12
+    assert peak_of_kind("TPU v4", "bfloat16") == 275e12
+    assert peak_of_kind("cpu", "bfloat16") is None

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from train.build import build
 from train.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DistributedConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -101,6 +105,9 @@ def options(config: Config) -> list[str]:
                 add(f"{prefix}{field.name}.", value)
             elif field.name == "rope_scaling":
                 assert value is None, "not an option but a command of its own"
+            elif isinstance(value, tuple):
+                words = [str(word) for pair in value for word in pair]
+                found.extend([f"--{prefix}{field.name}", *words] if words else [])
             elif isinstance(value, bool):
                 found.append(f"--{prefix}{'' if value else 'no-'}{field.name}")
             else:
@@ -110,20 +117,53 @@ def options(config: Config) -> list[str]:
     return found
 
 
-def start(arguments: list[str], cache: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Starts `python -m train` with a cache of compiled programs; it tells `log`."""
+def start(
+    arguments: list[str],
+    cache: Path,
+    log: Path,
+    place: Sequence[str] = (),
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[bytes]:
+    """Starts `python -m train` with a cache of compiled programs; it tells `log`.
+
+    Args:
+      place: the command that starts it somewhere else.
+      more: of the environment.
+    """
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **more,
     }
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "train", *arguments],
+            [*place, sys.executable, "-m", "train", *arguments],
             cwd=ROOT,
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+class Program(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def start_processes(
+    config: Config, number: int, *, devices: int, cache: Path
+) -> list[Program]:
+    """Starts a run in so many processes, each with its devices."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    programs = []
+    for index in range(number):
+        distributed = DistributedConfig(address, number, index)
+        own = dataclasses.replace(config, fake_devices=devices, distributed=distributed)
+        log = config.run_dir.with_name(f"{index}.log")
+        programs.append(Program(start(["tiny", *options(own)], cache, log), log))
+    return programs
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> None:

@@ -94,6 +94,45 @@ def test_a_run_directory_of_another_run(config: Config, tmp_path: Path) -> None:
     assert (config.run_dir / "config.json").read_text() == before
 
 
+def test_a_tokenizer_of_another_run(config: Config, tmp_path: Path) -> None:
+    build(config)
+    path = tmp_path / "tokenizer.json"
+    words = {"ring": 0, "of": 1}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "of"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    data = dataclasses.replace(config.data, tokenizer=path)
+    with pytest.raises(
+        ValueError,
+        match=r"data\.tokenizer_fingerprint: 'bytes' there, '[0-9a-f]{16}' n",
+    ):
+        build(dataclasses.replace(config, data=data))
+
+
+def test_text_that_has_gone_or_changed_since(config: Config) -> None:
+    build(config)
+    file = config.data.path / "03.txt"
+    text = file.read_text()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"data\.documents: \d+ there, \d+ now"):
+        build(config)
+    file.write_text(text.swapcase())
+    with pytest.raises(ValueError, match=r"data\.sha256: '\w+' there, '\w+' now"):
+        build(config)
+    file.write_text(text)
+    build(config)
+
+
+def test_a_run_directory_that_cannot_be_written_to(
+    config: Config, tmp_path: Path
+) -> None:
+    # What even the superuser cannot do.
+    (tmp_path / "file").touch()
+    config = dataclasses.replace(config, run_dir=tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match=r"run_dir=.* cannot be written to: .*nothing"):
+        build(config)
+
+
 def test_what_may_change_when_a_run_goes_on(config: Config) -> None:
     run_here(config)
     changed = dataclasses.replace(
@@ -123,6 +162,6 @@ def test_the_program_tells_mistakes_in_one_line() -> None:
     )
     assert (child.returncode, child.stdout) == (2, "")
     assert child.stderr == (
-        "error: data.path=nowhere is not there; it must be a text file or a folder of "
-        "them\n"
+        "error: data.path=nowhere is not there; it must be a text file, .jsonl and "
+        ".parquet too, or a folder of them\n"
     )

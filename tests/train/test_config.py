@@ -8,7 +8,14 @@ import pytest
 
 from tests.train.runs import options, small_config
 from train.cli import parse
-from train.config import DistributedConfig, MeshConfig, check, flatten
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    MeshConfig,
+    check,
+    flatten,
+)
 from train.presets import PRESETS, preset
 from train.run_dir import check_same_run, record
 from usp_jax.models.llama import LinearScaling
@@ -31,9 +38,38 @@ WRONG = {
     "prompt": (["--sample.prompt", ""], r"sample\.prompt='' must have at least one"),
     "layout": (
         ["--layout", "spiral"],
-        r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped'\)",
+        r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped', 'bala",
     ),
     "layout data": (["--layout", "data"], "layout='data' must be one of"),
+    "two texts": (
+        "--data.path a --data.mixture b 0.5 c 2".split(),
+        r"data\.path=a and data\.mixture=b 0\.5 c 2\.0 are two texts: give one of them",
+    ),
+    "weight": (
+        "--data.mixture b 0.5 c 0".split(),
+        r"data\.mixture: the weight 0\.0 of c must be positive",
+    ),
+    "held out": (
+        ["--data.eval-fraction", "1"],
+        r"data\.eval_fraction=1\.0 must be in \[0, 1\)",
+    ),
+    "never evaluated": (
+        ["--data.eval-fraction", "0.1"],
+        r"data\.eval_fraction=0\.1, eval\.every=None: give both",
+    ),
+    "nothing to evaluate": (
+        ["--eval.every", "10"],
+        r"data\.eval_fraction=0\.0, eval\.every=10: give both",
+    ),
+    "eval batches": (["--eval.batches", "0"], r"eval\.batches=0 must be positive"),
+    "minutes": (
+        ["--checkpoint.every-minutes", "0"],
+        r"checkpoint\.every_minutes=0\.0 must be positive",
+    ),
+    "period": (
+        ["--checkpoint.keep-period", "-1"],
+        r"checkpoint\.keep_period=-1 must be positive",
+    ),
     "dtype": (
         ["--dtype", "int8"],
         r"dtype='int8' must be one of \('float32', 'bfloat16'\)",
@@ -78,6 +114,15 @@ WRONG = {
         "--distributed.process-id 2".split(),
         r"distributed\.process_id=2 must be at least 0 and less than num_processes=2",
     ),
+    "skipped 0": (["--optimizer.max-skipped", "0"], r"max_skipped=0 must be positive"),
+    "watchdog": (
+        ["--log.watchdog-seconds", "-1"],
+        r"log\.watchdog_seconds=-1\.0 must not be negative",
+    ),
+    "status": (
+        ["--checkpoint.stopped-status", "256"],
+        r"checkpoint\.stopped_status=256 must be an exit status, at most 255",
+    ),
     "no preset": (["--steps", "3"], "the first argument is '--steps', it must be a"),
 }
 
@@ -117,8 +162,10 @@ def test_every_field_is_an_option(tmp_path: Path) -> None:
     config = small_config(
         tmp_path,
         seed=3,
-        layout="striped",
+        layout="balanced",
         fake_devices=8,
+        data=DataConfig(mixture=((Path("a"), 0.5), (Path("b c"), 2.0))),
+        checkpoint=CheckpointConfig(every_minutes=1.5, keep_minutes=60.0),
         distributed=DistributedConfig("localhost:1", 2, 1),
     )
     assert parse(["tiny", *options(config)]) == config
@@ -157,6 +204,28 @@ def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(told)) == told
     assert told["data"] == {
         "path": str(tmp_path / "text"),
+        "mixture": [],
         "tokenizer": None,
+        "text_field": "text",
+        "eval_fraction": 0.0,
         "tokens": 5,
     }
+
+
+def test_a_run_from_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    facts = {"tokens": 5, "tokenizer_fingerprint": "bytes"}
+    old = record(config, data=facts)
+    for name in ("eval_fraction", "tokenizer_fingerprint"):
+        del old["data"][name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(old))
+    check_same_run(path, record(config, data=facts))
+    data = dataclasses.replace(config.data, eval_fraction=0.5)
+    other = dataclasses.replace(config, data=data)
+    message = r"data\.eval_fraction: 0\.0 there, 0\.5 now"
+    with pytest.raises(ValueError, match=message):
+        check_same_run(path, record(other, data=facts))
+    path.write_text(json.dumps(old)[:50])
+    with pytest.raises(ValueError, match=r"config\.json is damaged: .* take it away"):
+        check_same_run(path, record(config, data=facts))

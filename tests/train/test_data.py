@@ -1,124 +1,139 @@
-"""Rows hold every token once, and nobody predicts across documents."""
+"""What a run reads, in which order, and where on the mesh it goes."""
 
-import sysconfig
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from hypothesis import given, strategies as st
 
 import usp_jax
+from tests.train.test_corpus import corpus_of, documents_of
+from tests.train.test_documents import write_lines, write_parquet
+from tests.train.test_tokenize import write_tokenizer
 from train.config import DataConfig
-from train.data import (
-    Corpus,
-    Rows,
-    Vocabulary,
-    batches,
-    describe,
-    load_corpus,
-    place,
-    read_documents,
-)
-
-DOCUMENTS = st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(
-    lambda lengths: sum(lengths) > 1
-)
+from train.corpus import Corpus
+from train.data import batches, describe, load_text, own_rows, place, shuffled_rows
+from train.tokenize import Tokenize, tokenize
+from train.vocabulary import Vocabulary
 
 
-def corpus_of(lengths: list[int]) -> Corpus:
-    """Documents whose tokens are 0, 1, 2 ... all through the corpus."""
-    ends = np.cumsum([0, *lengths])
-    return Corpus.of(
-        np.arange(a, b, dtype=np.int32)
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
-    )
-
-
-@given(DOCUMENTS, st.integers(1, 12))
-def test_rows_hold_each_token_once_with_what_follows(
-    lengths: list[int], length: int
-) -> None:
-    corpus = corpus_of(lengths)
-    rows = Rows(corpus, length)
-    found = [rows[index] for index in range(len(rows))]
-    whole = {name: np.concatenate([row[name] for row in found]) for name in found[0]}
-    real = whole["segment_ids"] >= 0
-    # All but the last token of all, which is only a label.
-    count = sum(lengths) - 1
-    np.testing.assert_array_equal(whole["tokens"][real], np.arange(count))
-    assert real[:count].all() and not real[count:].any()
-    chex.assert_shape(list(found[0].values()), (length,))
-
-    last = np.isin(np.arange(count) + 1, np.cumsum(lengths))
-    expected = np.where(last, -1, np.arange(count) + 1)
-    np.testing.assert_array_equal(whole["labels"][real], expected)
-    assert (whole["labels"][~real] == -1).all()
-
-    document = np.searchsorted(np.cumsum(lengths), np.arange(count), side="right")
-    for number, row in enumerate(found):
-        ids = row["segment_ids"][row["segment_ids"] >= 0]
-        own = document[number * length : number * length + ids.size]
-        np.testing.assert_array_equal(np.diff(ids) > 0, np.diff(own) > 0)
-        assert ids[0] == 0
+def batches_of(corpus: Corpus, *, length: int, batch_size: int, seed: int, own=None):
+    rows = shuffled_rows([corpus], [1.0], length, seed)
+    return batches(rows, batch_size, own)
 
 
 def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
     corpus = corpus_of([65])
-    data = batches(corpus, length=4, batch_size=8, seed=1)
+    data = batches_of(corpus, length=4, batch_size=8, seed=1)
     epochs = [np.concatenate([next(data)["tokens"] for _ in range(2)]) for _ in "ab"]
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.arange(0, 64, 4))
     assert (epochs[0] != epochs[1]).any()
-    other = batches(corpus, length=4, batch_size=8, seed=2)
+    other = batches_of(corpus, length=4, batch_size=8, seed=2)
     assert (next(other)["tokens"] != epochs[0][:8]).any()
 
 
-def test_the_iterator_goes_on_where_its_state_says() -> None:
-    def make():
-        return batches(corpus_of([30, 40]), length=8, batch_size=4, seed=1)
+@pytest.mark.parametrize("own", [None, (1, 2)])
+def test_the_iterator_goes_on_where_its_state_says(own: tuple[int, ...] | None) -> None:
+    def make(own=None):
+        corpus = corpus_of([30, 40])
+        return batches_of(corpus, length=8, batch_size=4, seed=1, own=own)
 
-    data, again = make(), make()
+    data, again, whole = make(own), make(own), make()
     for _ in range(5):
         next(data)
+    again.set_state(data.get_state())
+    # In a process that holds other rows, too.
+    whole.set_state(data.get_state())
+    rows = slice(None) if own is None else list(own)
+    expected = {name: x[rows] for name, x in next(whole).items()}
+    chex.assert_trees_all_equal(next(data), next(again), expected)
+
+
+def test_a_process_reads_its_own_rows_and_no_other() -> None:
+    class Watched(Corpus):
+        def window(self, start: int, stop: int) -> np.ndarray:
+            read.append(start)
+            return super().window(start, stop)
+
+    read: list[int] = []
+    corpus = Watched(**vars(corpus_of([30, 70])))
+    every = batches_of(corpus, length=5, batch_size=4, seed=3)
+    own = batches_of(corpus, length=5, batch_size=4, seed=3, own=[2, 3])
+    for _ in range(12):
+        read.clear()
+        expected = {name: x[2:] for name, x in next(every).items()}
+        starts, read[:] = read[2:], []
+        chex.assert_trees_all_equal(next(own), expected)
+        assert read == starts
+
+
+def test_a_mixture_draws_rows_by_weight_and_goes_on() -> None:
+    def make():
+        small, large = documents_of([41, 160])
+        corpora = [Corpus.of([small]), Corpus.of([large])]
+        return batches(shuffled_rows(corpora, [0.75, 0.25], 8, 1), 8)
+
+    data, again = make(), make()
+    drawn = np.concatenate([next(data)["tokens"][:, 0] for _ in range(40)])
+    small, large = drawn[drawn < 41], drawn[drawn >= 41]
+    assert (small.size, large.size) == (240, 80)
+    # Each epoch of each corpus has every row of it.
+    for epoch in small.reshape(-1, 5):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(0, 40, 8))
+    for epoch in large.reshape(-1, 20):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(41, 201, 8))
     again.set_state(data.get_state())
     chex.assert_trees_all_equal(next(data), next(again))
 
 
+MESH = {"data": 2, "ring": 2, "ulysses": 2}
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 def test_batches_are_placed_in_stored_order(layout: str) -> None:
-    mesh = usp_jax.make_mesh(data=2, ring=2, ulysses=2)
-    batch = next(batches(corpus_of([200]), length=16, batch_size=4, seed=0))
+    mesh = usp_jax.make_mesh(**MESH)
+    batch = next(batches_of(corpus_of([200]), length=16, batch_size=4, seed=0))
     placed = place(batch, layout, mesh)
     for name, x in placed.items():
         assert x.sharding.spec == jax.P(("data", "fsdp"), ("ring", "ulysses"))
         assert x.dtype == np.int32
         expected = usp_jax.to_layout(batch[name], layout, mesh)
         np.testing.assert_array_equal(x, expected)
-    shapes = {
+    assert describe(4, 16, mesh, layout) == shapes(placed)
+
+
+def shapes(batch):
+    return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        for name, x in placed.items()
+        for name, x in batch.items()
     }
-    assert describe(4, 16, mesh) == shapes
 
 
-def test_the_standard_library_is_the_default_text() -> None:
-    documents = read_documents(None)
-    root = Path(sysconfig.get_path("stdlib"))
-    assert (root / "ast.py").read_bytes() in documents
-    assert sum(len(document) for document in documents) > 5_000_000
-    assert documents == read_documents(None)
+def test_balanced_rows_have_orders_of_their_own() -> None:
+    mesh = usp_jax.make_mesh(**MESH)
+    corpus = corpus_of([5, 90, 3, 40, 7, 64, 9, 100, 30])
+    batch = next(batches_of(corpus, length=64, batch_size=4, seed=0))
+    placed = place(batch, "balanced", mesh)
+    assert describe(4, 64, mesh, "balanced") == shapes(placed)
+    positions = np.asarray(placed["positions"])
+    assert len({tuple(row) for row in positions}) > 1
+    for name, x in batch.items():
+        np.testing.assert_array_equal(
+            np.asarray(placed[name]), np.take_along_axis(x, positions, 1)
+        )
+    # The work of the two halves of the ring, counted pair by pair.
+    ids = np.asarray(placed["segment_ids"])
+    sees = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0)
+    sees &= positions[:, :, None] >= positions[:, None]
+    work = sees.sum(2).reshape(4, 2, 32).sum(2)
+    assert (work.max(1) / work.mean(1)).max() < 1.05
 
 
-def test_a_folder_is_read_sorted_without_hidden_files(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / ".hidden").mkdir()
-    for name in ("b/one.txt", "a.txt", "c.py", ".hidden/x.txt", ".x"):
-        (tmp_path / name).write_text(name)
-    assert read_documents(tmp_path) == [b"a.txt", b"b/one.txt", b"c.py"]
-    assert read_documents(tmp_path / "c.py") == [b"c.py"]
+def test_a_device_holds_the_rows_of_its_group() -> None:
+    assert own_rows(8, usp_jax.make_mesh(ring=8)) == list(range(8))
+    assert own_rows(8, usp_jax.make_mesh(data=4, fsdp=2)) == list(range(8))
 
 
 def test_bytes_are_tokens_without_a_tokenizer() -> None:
@@ -130,25 +145,50 @@ def test_bytes_are_tokens_without_a_tokenizer() -> None:
 
 
 def test_a_tokenizer_is_used_as_it_says(tmp_path: Path) -> None:
-    words = {"<s>": 0, "ring": 1, "of": 2, "keys": 3}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "of"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = write_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "text.txt").write_text("ring of keys")
-    vocabulary = Vocabulary.load(tmp_path / "tokenizer.json")
-    corpus = load_corpus(DataConfig(tmp_path / "text.txt"), vocabulary)
-    assert vocabulary.size == 4
-    np.testing.assert_array_equal(corpus.tokens, [0, 1, 2, 3])
-    np.testing.assert_array_equal(
-        vocabulary.encode(b"keys ring", special=False), [3, 1]
-    )
-    assert vocabulary.decode(np.array([3, 1])) == "keys ring"
+    vocabulary = Vocabulary.load(path)
+    text = load_text(DataConfig(tmp_path / "text.txt"), vocabulary)
+    assert vocabulary.size == 301
+    np.testing.assert_array_equal(text.corpora[0].window(0, 9), [0, 1, 2, 300])
+    found = vocabulary.encode(b"keys ring", special=False)
+    np.testing.assert_array_equal(found, [300, 1])
+    assert vocabulary.decode(np.array([300, 1])) == "keys ring"
+    # What it says counts, not how that is written.
+    spaced = tmp_path / "spaced.json"
+    spaced.write_text(path.read_text() + "\n\n")
+    assert Vocabulary.load(spaced).fingerprint == vocabulary.fingerprint
+    other = Vocabulary.load(write_tokenizer(tmp_path / "other.json", "locks"))
+    assert len({v.fingerprint for v in (vocabulary, other, Vocabulary())}) == 3
 
 
-def test_other_text_has_other_facts() -> None:
-    one, two = corpus_of([5, 6]).facts, corpus_of([6, 5]).facts
-    assert (one["documents"], one["tokens"]) == (two["documents"], two["tokens"])
-    assert one["sha256"] != two["sha256"]
+def test_facts_tell_one_text_from_another(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "some"}, {"text": "words"}])
+    write_parquet(tmp_path / "b.parquet", ["others", "here"])
+    tokenize(Tokenize(tmp_path / "a.jsonl", tmp_path / "folder"))
+
+    def facts(**config):
+        return load_text(DataConfig(**config), Vocabulary()).facts
+
+    one, other = facts(path=tmp_path / "a.jsonl"), facts(path=tmp_path / "b.parquet")
+    assert facts(path=tmp_path / "folder") == one
+    assert one["sha256"] != other["sha256"]
+    assert (one["documents"], one["tokens"]) == (2, 9)
+    mixture = ((tmp_path / "folder", 2.0), (tmp_path / "b.parquet", 1.0))
+    assert facts(mixture=mixture) == {
+        "documents": [2, 2],
+        "tokens": [9, 10],
+        "sha256": [one["sha256"], other["sha256"]],
+        "weights": [2.0, 1.0],
+        "tokenizer_fingerprint": "bytes",
+    }
+
+
+def test_a_split_of_too_few_documents_is_told(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one document")
+    for fraction, purpose in ((1e-9, "hold out"), (1 - 1e-9, "learn from")):
+        config = DataConfig(tmp_path / "one.txt", eval_fraction=fraction)
+        with pytest.raises(
+            ValueError, match=f"nothing to {purpose} of the 1 documents"
+        ):
+            load_text(config, Vocabulary())

@@ -3,27 +3,24 @@
 import dataclasses
 import itertools
 import random
-import socket
-import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.sampling import thinned
 from tests.train.runs import (
+    Program,
     finish,
     losses,
-    options,
     rows,
     run_here,
     small_config,
-    start,
+    start_processes,
 )
 from train.build import build
-from train.config import Config, DistributedConfig, MeshConfig, SampleConfig
+from train.config import Config, EvalConfig, MeshConfig, SampleConfig
 from train.loop import train
 
 MESHES = {
@@ -66,11 +63,6 @@ def drawn_meshes(count: int) -> list[MeshConfig]:
 
 
 DRAWN = drawn_meshes(18)
-
-
-class Program(NamedTuple):
-    process: subprocess.Popen[bytes]
-    log: Path
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +126,33 @@ def test_losses_are_the_same_on_drawn_meshes(
     check_losses(plain, tmp_path / "run", mesh)
 
 
+@pytest.mark.long
+def test_losses_are_the_same_in_balanced_rows(plain: Config, tmp_path: Path) -> None:
+    """Each row in an order of its own, in parts, and evaluated the same."""
+    found = {}
+    for layout, mesh in (
+        ("balanced", MeshConfig(data=2, ring=4)),
+        ("contiguous", MeshConfig(data=8)),
+    ):
+        config = dataclasses.replace(
+            plain,
+            layout=layout,
+            mesh=mesh,
+            accumulate=2 if layout == "balanced" else 1,
+            data=dataclasses.replace(plain.data, eval_fraction=0.2),
+            eval=EvalConfig(every=8, batches=2),
+            run_dir=tmp_path / layout,
+        )
+        found[layout] = run_here(config)
+    for name in ("loss", "grad_norm", "eval_loss"):
+        columns = [
+            [row[name] for row in found[layout] if name in row]
+            for layout in ("balanced", "contiguous")
+        ]
+        assert len(columns[0]) == (3 if name == "eval_loss" else 20)
+        np.testing.assert_allclose(*columns, rtol=1e-5, err_msg=name)
+
+
 def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
     mesh = MeshConfig(data=2, ring=2, ulysses=2)
     config = dataclasses.replace(plain, mesh=mesh, accumulate=4)
@@ -164,16 +183,7 @@ def test_a_run_goes_on_over_other_meshes_and_levels(
 
 def start_four(config: Config, cache: Path) -> list[Program]:
     """Starts a run in four processes of two devices each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    programs = []
-    for number in range(4):
-        distributed = DistributedConfig(address, 4, number)
-        own = dataclasses.replace(config, fake_devices=2, distributed=distributed)
-        log = config.run_dir.with_name(f"{number}.log")
-        programs.append(Program(start(["tiny", *options(own)], cache, log), log))
-    return programs
+    return start_processes(config, 4, devices=2, cache=cache)
 
 
 def test_four_processes_have_the_losses_of_one(plain: Config, tmp_path: Path) -> None:
@@ -189,6 +199,29 @@ def test_four_processes_have_the_losses_of_one(plain: Config, tmp_path: Path) ->
     np.testing.assert_allclose(losses(four.run_dir), losses(one.run_dir), rtol=1e-6)
     told = [program.log.read_text().count("a sample of") for program in programs]
     assert told == [1, 0, 0, 0]
+
+
+@pytest.mark.long
+def test_processes_with_rows_of_their_own_have_the_losses_of_one(
+    plain: Config, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(
+        plain,
+        mesh=MeshConfig(data=4, ring=2),
+        data=dataclasses.replace(plain.data, eval_fraction=0.2),
+        eval=EvalConfig(every=10, batches=2),
+        run_dir=tmp_path / "one",
+    )
+    four = dataclasses.replace(one, run_dir=tmp_path / "four")
+    for program in start_four(four, tmp_path / "cache"):
+        finish(program.process, program.log)
+    expected, actual = run_here(one), rows(four.run_dir)
+    for name in ("loss", "eval_loss"):
+        np.testing.assert_allclose(
+            [row[name] for row in actual if name in row],
+            [row[name] for row in expected if name in row],
+            rtol=1e-6,
+        )
 
 
 @pytest.mark.long

@@ -11,8 +11,9 @@ from flax import nnx
 from tests.train.runs import small_config
 from train.build import build
 from train.config import MeshConfig
-from train.export import Export, export, read_config
+from train.export import Export, export
 from train.run_dir import record
+from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.llama import NTKScaling
 

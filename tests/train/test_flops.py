@@ -13,7 +13,6 @@ from jax.extend import core
 from tests.train.runs import small_config
 from train.config import Config, MeshConfig
 from train.flops import step_flops
-from train.peaks import PEAK_FLOPS
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 
@@ -85,7 +84,3 @@ def test_the_three_currencies_differ_by_attention_and_recomputation(
     assert flops.full == 6 * 512 * weights + 3 * attention
     assert flops.causal == flops.full - 1.5 * attention
     assert flops.hardware > flops.causal
-
-
-def test_peaks_are_flops() -> None:
-    assert all(1e13 < peak < 1e16 for peak in PEAK_FLOPS.values())

@@ -1,5 +1,6 @@
 """What a run tells of itself: rows, events, the picture, the printed lines."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,14 +9,17 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from tests.train.runs import rows, run_here, small_config
-from train.config import LogConfig, MeshConfig, SampleConfig
+from tests.train.runs import never, rows, run_here, small_config
+from train.build import build
+from train.config import EvalConfig, LogConfig, MeshConfig, SampleConfig
 from train.flops import StepFlops
+from train.loop import train
 from train.metrics import MetricsFile, Progress, rates, read_rows
+from usp_jax.plan.machines import peak_of_kind
 
 KEYS = (
-    "step loss grad_norm learning_rate tokens_per_second step_seconds mfu_causal "
-    "mfu_full hfu peak_bytes_in_use"
+    "step loss grad_norm learning_rate skipped data_seconds tokens_per_second "
+    "step_seconds mfu_causal mfu_full hfu peak_bytes_in_use spike"
 ).split()
 
 
@@ -34,9 +38,14 @@ def test_a_run_leaves_what_it_promises(
     for row in found:
         assert list(row) == KEYS
         assert row["tokens_per_second"] == pytest.approx(512 / row["step_seconds"])
+        # While the last step is computed there is no batch to make.
+        assert (row["step"] == 5) == (row["data_seconds"] == 0)
+        assert row["data_seconds"] < row["step_seconds"]
+        assert not row["skipped"] and not row["spike"]
         # Nobody knows a CPU's peak, and it does not count its memory.
-        assert [row[key] for key in KEYS[6:]] == [None] * 4
+        assert [row[key] for key in KEYS[8:12]] == [None] * 4
     told = capsys.readouterr().out
+    assert "no MFU is told: the peak of a 'cpu' device is not known" in told
     assert "step 4/5  loss " in told and "step 2/5" not in told
     assert told[told.index("a sample of what it has learnt:\n") :].count("ring") == 1
     assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -47,14 +56,44 @@ def test_a_run_leaves_what_it_promises(
     assert told["environment"]["jax"] == jax.__version__
 
 
-def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = SimpleNamespace(
-        device_kind="TPU v4", memory_stats=lambda: {"peak_bytes_in_use": 7}
+def test_held_out_documents_are_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path, mesh=MeshConfig(data=2), steps=3)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, eval_fraction=0.2),
+        eval=EvalConfig(every=2, batches=1),
+        log=LogConfig(every=3, print_every=100),
     )
-    for name in ("devices", "local_devices"):
-        monkeypatch.setattr(jax, name, lambda: [device])
+    run = build(config)
+    (held,), (learnt,) = run.evaluation.text.held_out, run.evaluation.text.corpora
+    assert not set(held.hashes) & set(learnt.hashes)
+    begun = run.evaluation(run.state.params)
+    assert begun == run.evaluation(run.state.params)
+    assert begun["eval_loss"] == pytest.approx(math.log(256), abs=0.2)
+    train(run, never)
+    second, third = rows(config.run_dir)
+    # A row of its own step, with two columns more, also where no row would be due.
+    for step, row in ((2, second), (3, third)):
+        assert row["step"] == step
+        assert list(row) == [*KEYS, "eval_loss", "eval_perplexity"]
+        assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    assert third["eval_loss"] < second["eval_loss"] < begun["eval_loss"]
+    assert f"eval loss {third['eval_loss']:.4f}" in capsys.readouterr().out
+    (events,) = (config.run_dir / "tensorboard").glob("events*")
+    assert b"eval_loss" in events.read_bytes()
+
+
+def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [
+        SimpleNamespace(memory_stats=lambda: None),
+        SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7}),
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    found = rates(4.0, 100, StepFlops(275e12, 550e12, 1100e12))
+    peak = peak_of_kind("TPU v4", "bfloat16")
+    found = rates(4.0, 100, StepFlops(275e12, 550e12, 1100e12), peak)
     assert found == {
         "tokens_per_second": 25.0,
         "step_seconds": 4.0,
@@ -86,7 +125,7 @@ def test_what_is_no_number_is_told_as_json_can(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     metrics.close()
-    assert rows(tmp_path) == [{"step": 1, "loss": "nan", "grad_norm": "inf"}]
+    assert rows(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None}]
 
 
 def test_a_terminal_gets_one_live_line(

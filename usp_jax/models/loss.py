@@ -41,15 +41,27 @@ def loss(
     Raises:
       ValueError: shapes, dtypes or lengths that do not fit.
     """
-    if labels.shape != tokens.shape or labels.dtype != jnp.int32:
-        raise ValueError(
-            f"labels is {labels.dtype}{list(labels.shape)}, it must be int32 "
-            f"{list(tokens.shape)}, as tokens"
-        )
-    batch = model.batch(tokens, segment_ids, positions, layout)
-    labels = batch.order.store(labels, NO_LABEL)
-    extra = (labels, model.split.tokens)
+    batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
     return model.run(_loss, batch, (jax.P(), jax.P()), extra)
+
+
+def token_nats(
+    model: Llama,
+    tokens: Ids,
+    labels: Ids,
+    *,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    layout: str = "natural",
+) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each label, float32; 0 where there is none.
+
+    In the order of `tokens`; arguments and errors are those of `loss`, whose sum this
+    is made of.
+    """
+    batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
+    found = model.run(_token_nats, batch, model.split.tokens, extra)
+    return batch.order.restore(found)
 
 
 def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
@@ -64,6 +76,17 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
     return jnp.where((ids == segment_ids) & (ids >= 0), following, NO_LABEL)
 
 
+def _batch(model, tokens, labels, segment_ids, positions, layout):
+    """The checked batch, and its labels as `Llama.run` takes more arrays."""
+    if labels.shape != tokens.shape or labels.dtype != jnp.int32:
+        raise ValueError(
+            f"labels is {labels.dtype}{list(labels.shape)}, it must be int32 "
+            f"{list(tokens.shape)}, as tokens"
+        )
+    batch = model.batch(tokens, segment_ids, positions, layout)
+    return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
+
+
 def _loss(transformer, weights, tokens, positions, segment_ids, labels):
     """(nats, number of labels) of all devices."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
@@ -73,6 +96,15 @@ def _loss(transformer, weights, tokens, positions, segment_ids, labels):
     nats = split.sum(nats, split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
     return nats, split.sum(count, split.batch + split.sequence)
+
+
+def _token_nats(transformer, weights, tokens, positions, segment_ids, labels):
+    """The nats of each of this device's labels."""
+    x = transformer.hidden(weights, tokens, positions, segment_ids)
+    split, config = transformer.split.ends, transformer.config
+    blocks = _blocks(weights["lm_head"], config.loss_block)
+    nats, _ = _nats_and_lse(split, config.loss_chunk, x, blocks, labels)
+    return nats.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
 def _blocks(matrix, limit):
@@ -105,30 +137,8 @@ def _nats(split, limit, x, blocks, labels):
 
 
 def _nats_fwd(split, limit, x, blocks, labels):
-    saved = x, blocks, labels
-    x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
-
-    def body(carry, block):
-        matrix = split.gather(block[1], "lm_head", split.each)
-
-        def tile(_, chunk):
-            x, labels, top, total, hit = chunk
-            logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
-            higher = jnp.maximum(top, jnp.max(logits, -1))
-            now = jnp.sum(jnp.exp(logits - higher[:, None]), -1)
-            total = total * jnp.exp(top - higher) + now
-            return None, (higher, total, hit + jnp.sum(jnp.where(hot, logits, 0), -1))
-
-        return lax.scan(tile, None, (x, labels, *carry))[1], None
-
-    zeros = split.vary(jnp.zeros(labels.shape, jnp.float32))
-    carry = (zeros - jnp.inf, zeros, zeros)
-    (top, total, hit), _ = lax.scan(body, carry, _numbered(blocks))
-    highest = lax.pmax(top, split.tensor) if split.tensor else top
-    total = split.sum(total * jnp.exp(top - highest), split.tensor)
-    lse = highest + jnp.log(total)
-    nats = jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0)
-    return jnp.sum(nats), (*saved, lse)
+    nats, lse = _nats_and_lse(split, limit, x, blocks, labels)
+    return jnp.sum(nats), (x, blocks, labels, lse)
 
 
 def _nats_bwd(split, limit, saved, dnats):
@@ -159,6 +169,32 @@ def _nats_bwd(split, limit, saved, dnats):
 
 
 _nats.defvjp(_nats_fwd, _nats_bwd)
+
+
+def _nats_and_lse(split, limit, x, blocks, labels):
+    """Of each label, [n, c]: n chunks of c tokens, the last ones padding."""
+    x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
+
+    def body(carry, block):
+        matrix = split.gather(block[1], "lm_head", split.each)
+
+        def tile(_, chunk):
+            x, labels, top, total, hit = chunk
+            logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
+            higher = jnp.maximum(top, jnp.max(logits, -1))
+            now = jnp.sum(jnp.exp(logits - higher[:, None]), -1)
+            total = total * jnp.exp(top - higher) + now
+            return None, (higher, total, hit + jnp.sum(jnp.where(hot, logits, 0), -1))
+
+        return lax.scan(tile, None, (x, labels, *carry))[1], None
+
+    zeros = split.vary(jnp.zeros(labels.shape, jnp.float32))
+    carry = (zeros - jnp.inf, zeros, zeros)
+    (top, total, hit), _ = lax.scan(body, carry, _numbered(blocks))
+    highest = lax.pmax(top, split.tensor) if split.tensor else top
+    total = split.sum(total * jnp.exp(top - highest), split.tensor)
+    lse = highest + jnp.log(total)
+    return jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0), lse
 
 
 def _numbered(blocks):

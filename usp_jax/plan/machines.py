@@ -12,7 +12,7 @@ in a torus or a node, some tens over a network.
 
 import dataclasses
 
-from usp_jax.aot.devices import GPUS, TPUS
+from usp_jax.aot.devices import GPUS, TPUS, of_kind
 
 GB = 1e9
 TERA = 1e12
@@ -185,3 +185,21 @@ def machine(name: str) -> Machine:
         names = ", ".join(one.name for one in MACHINES)
         raise ValueError(f"machine {name!r} is not known; it must be one of: {names}")
     return found
+
+
+# Other names of what is above, and the dense bfloat16 FLOP/s of one jax device of what
+# no plan is for (v2 and v3: a chip has two).
+_SAME_PEAK = {"TPU v5p": "v5p", "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA L20": "l20"}
+_OLDER_PEAKS = {"TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12}
+
+
+def peak_of_kind(kind: str, dtype: str) -> float | None:
+    """FLOP/s of a device, by the name that jax gives its kind; None: not known.
+
+    Raises:
+      ValueError: another dtype than bfloat16 and float32.
+    """
+    device = of_kind(kind)
+    name = _SAME_PEAK.get(kind, device and device.name)
+    found = next((one for one in MACHINES if one.name == name), None)
+    return _OLDER_PEAKS.get(kind) if found is None else found.peak(dtype)

@@ -1,0 +1,497 @@
+"""Runs are started, stopped and started again as each kind of cluster does it."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train import hosts, slurm
+from tests.train.runs import (
+    ROOT,
+    finish,
+    losses,
+    options,
+    run_here,
+    small_config,
+    start,
+)
+from train.cli import parse
+from train.config import CheckpointConfig, Config, MeshConfig
+from train.launch.one_host import Host
+
+LAUNCH = ROOT / "train" / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+JOBSETS = sorted(LAUNCH.glob("jobset_*.yaml"))
+
+
+def fast_config(tmp_path: Path, **changes) -> Config:
+    """A run of two processes that compiles in seconds and steps fast."""
+    config = small_config(
+        tmp_path,
+        mesh=MeshConfig(ring=2),
+        checkpoint=CheckpointConfig(every=20),
+        fake_devices=1,
+        steps=100,
+        **changes,
+    )
+    model = dataclasses.replace(config.model, num_layers=1)
+    return dataclasses.replace(config, model=model)
+
+
+def without_distributed(config: Config) -> list[str]:
+    """The options of a run whose launcher adds how its processes find each other."""
+    found, kept = iter(options(config)), []
+    for name in found:
+        if name.startswith(("--distributed", "--checkpoint.stopped")):
+            next(found)
+        else:
+            kept.append(name)
+    return kept
+
+
+def wait_until(happened: Callable[[], bool], what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.02)
+
+
+def check_whole(config: Config, tmp_path: Path) -> None:
+    """The losses are those of a run that nobody has stopped."""
+    whole = dataclasses.replace(config, run_dir=tmp_path / "whole", fake_devices=None)
+    run_here(whole)
+    actual, expected = losses(config.run_dir), losses(whole.run_dir)
+    assert [step for step, _ in actual] == [step for step, _ in expected]
+    assert [loss for _, loss in actual] == pytest.approx(
+        [loss for _, loss in expected], rel=1e-6
+    )
+
+
+def fake_program(folder: Path, name: str, body: str) -> None:
+    """A program of a cluster that is not here."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def run_script(
+    script: str, *arguments: str, path: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script with programs of `path` before all others."""
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck") is not None:
+        subprocess.run(["shellcheck", str(script)], check=True)
+    assert script.stat().st_mode & stat.S_IXUSR
+
+
+class TestOneHost:
+    def test_each_process_has_its_place_and_its_devices(self) -> None:
+        host = Host(2, 4, ["tiny", "--steps", "3"])
+        (first, more), (second, others) = host.commands(1234)
+        assert first[:5] == [sys.executable, "-m", "train", "tiny", "--steps"]
+        config = parse(second[3:]).distributed
+        assert vars(config) == {
+            "coordinator": "localhost:1234",
+            "num_processes": 2,
+            "process_id": 1,
+        }
+        assert more == {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}
+        assert others == {"JAX_LOCAL_DEVICE_IDS": "4,5,6,7"}
+        assert Host(1, None, ["tiny"]).commands(1) == [
+            ([sys.executable, "-m", "train", "tiny"], {})
+        ]
+
+    @pytest.mark.parametrize("arguments", [[], ["-n", "0", "tiny"], ["-n", "a", "t"]])
+    def test_mistakes_are_told(self, arguments: list[str]) -> None:
+        with launch(arguments) as done:
+            told = finished(done)
+        assert done.returncode == 2 and "error: " in told
+
+    def test_a_mistake_in_the_run_is_not_tried_again(self) -> None:
+        with launch(["tiny", "--steps", "0"]) as done:
+            told = finished(done)
+        assert done.returncode == 2
+        assert told.count("steps=0 must be positive") == 1 and "restarts" not in told
+
+    @pytest.mark.long
+    def test_a_killed_process_is_started_again_with_the_others(
+        self, tmp_path: Path
+    ) -> None:
+        config = fast_config(tmp_path)
+        run = ["-n", "2", "tiny", *without_distributed(config)]
+        with launch(run) as launcher:
+            wait_until(lambda: len(losses(config.run_dir)) > 25, lambda: "no steps")
+            os.kill(children(launcher.pid)[1], signal.SIGKILL)
+            told = finished(launcher)
+        assert launcher.returncode == 0, told
+        assert "9 restarts left" in told and "going on after step" in told
+        check_whole(config, tmp_path)
+
+    @pytest.mark.long
+    def test_sigterm_reaches_the_processes(self, tmp_path: Path) -> None:
+        config = fast_config(tmp_path)
+        stopped = CheckpointConfig(stopped_status=75)
+        run = dataclasses.replace(config, steps=100_000, checkpoint=stopped)
+        arguments = ["--checkpoint.stopped-status", "75", *without_distributed(run)]
+        with launch(["-n", "2", "tiny", *arguments]) as launcher:
+            wait_until(lambda: len(losses(config.run_dir)) > 3, lambda: "no steps")
+            launcher.terminate()
+            told = finished(launcher)
+        assert launcher.returncode == 75, told
+        assert "stopped after step" in told and "restarts left" not in told
+        last = losses(config.run_dir)[-1][0]
+        assert (config.run_dir / "checkpoints" / str(last)).is_dir()
+
+
+def launch(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.launch.one_host", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finished(process: subprocess.Popen[bytes]) -> str:
+    """What a program has told when it ends; one that does not is stopped."""
+    try:
+        return process.communicate(timeout=600)[0].decode()
+    except subprocess.TimeoutExpired:
+        # So that it stops what it has started.
+        process.terminate()
+        return process.communicate(timeout=60)[0].decode()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(number) for number in path.read_text().split()]
+
+
+class TestSlurmScript:
+    """slurm.sh with programs that only tell what they are asked."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        path = tmp_path / "bin"
+        log = tmp_path / "log"
+        fake_program(path, "srun", f'echo "srun $*" >>{log}\nexit $SRUN_STATUS')
+        for name in ("scontrol", "scancel"):
+            fake_program(path, name, f'echo "{name} $*" >>{log}')
+        return path
+
+    def run(self, path: Path, status: int, restarts: int = 0):
+        run = run_script(
+            "slurm.sh",
+            *("tiny", "--steps", "7"),
+            path=path,
+            SLURM_SUBMIT_DIR=str(ROOT),
+            SLURM_JOB_ID="9",
+            SLURM_RESTART_COUNT=str(restarts),
+            SRUN_STATUS=str(status),
+            PYTHON="python3.x",
+        )
+        assert run.returncode == status
+        return (path.parent / "log").read_text().splitlines()
+
+    def test_the_run_is_one_that_can_be(self, path: Path) -> None:
+        (told,) = self.run(path, 0)
+        before, _, arguments = told.partition(" -m train ")
+        assert before == "srun --kill-on-bad-exit=1 python3.x"
+        config = parse(arguments.split())
+        assert config.steps == 7 and config.distributed.coordinator == "auto"
+        assert config.checkpoint.stopped_status == 75
+
+    @pytest.mark.parametrize("status", [75, 137])
+    def test_what_did_not_end_is_queued_again(self, path: Path, status: int) -> None:
+        assert self.run(path, status)[1:] == ["scontrol requeue 9"]
+
+    @pytest.mark.parametrize("case", [(0, 0), (1, 0), (2, 0), (75, 20)], ids=str)
+    def test_what_ended_is_not(self, path: Path, case: tuple[int, int]) -> None:
+        assert len(self.run(path, *case)) == 1
+
+
+def skip_if(missing: str | None) -> None:
+    """Skips a test on a machine that cannot have it, and says why."""
+    if missing is not None:
+        pytest.skip(missing)
+
+
+@pytest.mark.long
+class TestSlurm:
+    """slurm.sh under SLURM itself."""
+
+    def test_a_preempted_job_goes_on(self, tmp_path: Path) -> None:
+        skip_if(slurm.missing())
+        config = fast_config(tmp_path)
+        config = dataclasses.replace(
+            config, checkpoint=CheckpointConfig(every=100_000), steps=1000
+        )
+        output = tmp_path / "job.out"
+        folder = tmp_path / "slurm"
+        folder.mkdir()
+        with slurm.cluster(folder) as environment:
+            environment |= {"PYTHON": sys.executable}
+            submit = "sbatch --parsable --ntasks-per-node=2 --gpus-per-node=0".split()
+            job = slurm.ask(
+                environment,
+                *submit,
+                f"--output={output}",
+                f"--chdir={ROOT}",
+                str(LAUNCH / "slurm.sh"),
+                "tiny",
+                *without_distributed(config),
+            ).strip()
+            assert job.isdigit(), job
+            started = lambda: len(losses(config.run_dir)) > 3  # noqa: E731
+            wait_until(started, lambda: output.read_text() if output.exists() else "")
+            # As before the end of the job's time.
+            slurm.ask(environment, "scancel", "--signal=TERM", "--batch", job)
+            try:
+                slurm.wait_for(
+                    environment, "JobState=COMPLETED", "scontrol", "show", "job", job
+                )
+            finally:
+                told = output.read_text()
+        assert "status 75: the run goes on from its last checkpoint" in told, told
+        assert "going on after step" in told and "the run is complete" in told
+        check_whole(config, tmp_path)
+
+
+@pytest.mark.long
+def test_two_hosts_find_each_other_by_what_slurm_tells_them(tmp_path: Path) -> None:
+    skip_if(hosts.missing())
+    config = fast_config(tmp_path)
+    run = [*without_distributed(config), "--distributed.coordinator", "auto"]
+    with hosts.two_hosts(tmp_path) as places:
+        programs = [
+            start(["tiny", *run], tmp_path / "cache", tmp_path / f"{n}.log", place, env)
+            for n, (place, env) in enumerate(zip(places, map(task, "01"), strict=True))
+        ]
+        for number, program in enumerate(programs):
+            finish(program, tmp_path / f"{number}.log")
+    check_whole(config, tmp_path)
+
+
+def task(number: str) -> dict[str, str]:
+    """The environment of one of two tasks, each on its own node."""
+    return {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "host[0-1]",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": number,
+        "SLURM_LOCALID": "0",
+    }
+
+
+class TestTpuScript:
+    """tpu.sh with a gcloud that only tells what it is asked."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        body = f'printf "%s\\n" "$@" >{tmp_path / "log"}'
+        fake_program(tmp_path / "bin", "gcloud", body)
+        return tmp_path / "bin"
+
+    def run(self, path: Path, *arguments: str) -> list[str]:
+        done = run_script("tpu.sh", *arguments, path=path, REPOSITORY="https://u/r x")
+        assert done.returncode == 0, done.stderr
+        return (path.parent / "log").read_text().splitlines()
+
+    def test_one_slice_is_asked_for(self, path: Path) -> None:
+        told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 --spot".split())
+        assert told == [
+            *"compute tpus queued-resources create n --zone=zone --node-id=n".split(),
+            "--accelerator-type=v5p-128",
+            "--runtime-version=v2-alpha-tpuv5",
+            "--spot",
+        ]
+
+    def test_many_slices_are_asked_for(self, path: Path) -> None:
+        told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 4".split())
+        assert told[6:8] == ["--node-count=4", "--node-prefix=n"]
+
+    def test_the_run_is_one_that_can_be(self, path: Path, tmp_path: Path) -> None:
+        told = self.run(path, "run", "n", "zone", "tiny", "--sample.prompt", "it's $x")
+        assert told[:7] == (
+            "compute tpus queued-resources ssh n --zone=zone --node=all".split()
+        )
+        assert told[7] == "--worker=all"
+        command = "\n".join(told[8:]).removeprefix("--command=")
+        # As the shell over there takes it.
+        over_there = tmp_path / "there"
+        (over_there / "usp_jax" / ".venv" / "bin").mkdir(parents=True)
+        log = tmp_path / "arguments"
+        body = f'printf "%s\\0" "$@" >{log}'
+        fake_program(over_there / "usp_jax" / ".venv" / "bin", "python", body)
+        subprocess.run(["bash", "-c", command], cwd=over_there, check=True)
+        python, module, *arguments = log.read_text().split("\0")[:-1]
+        assert (python, module) == ("-m", "train")
+        config = parse(arguments)
+        assert config.sample.prompt == "it's $x"
+        assert config.distributed.coordinator == "auto"
+        assert config.checkpoint.stopped_status == 75
+        assert "git clone --quiet https://u/r\\ x usp_jax" in command
+
+    def test_slices_are_given_back(self, path: Path) -> None:
+        told = self.run(path, "delete", "n", "zone")
+        assert told[3:] == ["n", "--zone=zone", "--force", "--quiet"]
+
+    @pytest.mark.parametrize("arguments", [[], ["create", "n"], ["ride"], ["run"]])
+    def test_usage(self, path: Path, arguments: list[str]) -> None:
+        done = run_script("tpu.sh", *arguments, path=path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("A run on Cloud TPU slices")
+
+
+# The fields that these files use, as JobSet's v1alpha2, Job's batch/v1 and Pod's v1
+# have them; a list holds what each of its entries may have.
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "workingDir": str,
+    "command": [str],
+    "args": [str],
+    "env": [{"name": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}],
+    "ports": [{"containerPort": int}],
+    "resources": {"limits": {"nvidia.com/gpu": int, "google.com/tpu": int}},
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}
+POD = {
+    "restartPolicy": str,
+    "terminationGracePeriodSeconds": int,
+    "hostNetwork": bool,
+    "dnsPolicy": str,
+    "nodeSelector": {
+        "cloud.google.com/gke-tpu-accelerator": str,
+        "cloud.google.com/gke-tpu-topology": str,
+    },
+    "containers": [CONTAINER],
+    "volumes": [
+        {
+            "name": str,
+            "persistentVolumeClaim": {"claimName": str},
+            "emptyDir": {"medium": str},
+        }
+    ],
+}
+ON_EXIT = {"containerName": str, "operator": str, "values": [int]}
+JOB = {
+    "parallelism": int,
+    "completions": int,
+    "completionMode": str,
+    "backoffLimit": int,
+    "podFailurePolicy": {"rules": [{"action": str, "onExitCodes": ON_EXIT}]},
+    "template": {"spec": POD},
+}
+JOBSET = {
+    "apiVersion": str,
+    "kind": str,
+    "metadata": {
+        "name": str,
+        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": str},
+    },
+    "spec": {
+        "network": {"enableDNSHostnames": bool},
+        "failurePolicy": {
+            "maxRestarts": int,
+            "rules": [{"action": str, "onJobFailureReasons": [str]}],
+        },
+        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
+    },
+}
+
+
+def faults(found: object, wanted: object, path: str = "") -> list[str]:
+    """Where a document has what its schema has not."""
+    if isinstance(wanted, dict):
+        if not isinstance(found, dict):
+            return [path]
+        return [
+            fault
+            for name, value in found.items()
+            for fault in (
+                faults(value, wanted[name], f"{path}.{name}")
+                if name in wanted
+                else [f"{path}.{name}"]
+            )
+        ]
+    if isinstance(wanted, list):
+        if not isinstance(found, list):
+            return [path]
+        return [fault for x in found for fault in faults(x, wanted[0], path)]
+    return [] if type(found) is wanted else [path]
+
+
+@pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
+def test_jobsets_are_as_kubernetes_wants_them(path: Path) -> None:
+    told = yaml.safe_load(path.read_text())
+    assert faults(told, JOBSET) == []
+    assert (told["apiVersion"], told["kind"]) == (
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+    )
+    (group,) = told["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    assert job["parallelism"] == job["completions"]
+    # A policy of exit codes needs this, and no second try of a pod alone.
+    pod = job["template"]["spec"]
+    assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
+    (rule,) = job["podFailurePolicy"]["rules"]
+    (container,) = pod["containers"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    names = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == names
+
+
+@pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
+def test_the_runs_of_jobsets_can_be(path: Path) -> None:
+    told = yaml.safe_load(path.read_text())
+    (group,) = told["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"] == ["python3", "-m", "train"]
+    index = [text.replace("$(JOB_COMPLETION_INDEX)", "1") for text in container["args"]]
+    config = parse(index)
+    assert config.checkpoint.stopped_status == 75 and config.fake_devices is None
+    pods = group["replicas"] * job["completions"]
+    (devices,) = container["resources"]["limits"].values()
+    assert config.mesh.devices == pods * devices
+    if config.distributed.coordinator != "auto":
+        # A pod has the names of JobSet, group, job and its own; the JobSet's is its
+        # subdomain.
+        name = told["metadata"]["name"]
+        (port,) = (port["containerPort"] for port in container["ports"])
+        address = f"{name}-{group['name']}-0-0.{name}:{port}"
+        assert config.distributed.coordinator == address
+        assert config.distributed.num_processes == pods
+
+
+def test_a_wrong_field_is_found() -> None:
+    wrong = {"spec": {"failurePolicy": {"maxRestart": 3}, "replicatedJobs": {}}}
+    assert faults(wrong, JOBSET) == [
+        ".spec.failurePolicy.maxRestart",
+        ".spec.replicatedJobs",
+    ]

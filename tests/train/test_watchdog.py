@@ -1,0 +1,91 @@
+"""A process that hangs is named by those that wait for it."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import finish, losses, small_config, start_processes
+from train.config import LogConfig, MeshConfig
+from train.watchdog import Beat, stragglers, watch
+
+
+def wait_until(happened: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_stopped_process_is_named(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path,
+        mesh=MeshConfig(ring=2),
+        steps=100_000,
+        log=LogConfig(watchdog_seconds=3),
+    )
+    first, second = start_processes(config, 2, devices=1, cache=tmp_path / "cache")
+    wait_until(lambda: len(losses(config.run_dir)) > 3, first.log)
+    second.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: "process 1 " in first.log.read_text(), first.log)
+        told = first.log.read_text()
+        assert "watchdog: process 0 of 2: step " in told
+        assert "takes longer than 3 s\n  process 1 " in told
+        assert "does not answer: it is stopped, or its host is gone" in told
+    finally:
+        second.process.send_signal(signal.SIGCONT)
+    # It was only asleep: the run goes on, and stops when it is told to.
+    rows = len(losses(config.run_dir))
+    wait_until(lambda: len(losses(config.run_dir)) > rows + 3, first.log)
+    first.process.terminate()
+    for program in (first, second):
+        finish(program.process, program.log)
+    assert not list((config.run_dir / "heartbeats").iterdir())
+
+
+def sleep_at_a_step(begins: Callable[[int], None]) -> None:
+    begins(1)
+    time.sleep(1.5)
+
+
+def test_a_process_tells_where_it_hangs_itself(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with watch(tmp_path, 0.4) as begins:
+        sleep_at_a_step(begins)
+        begins(2)
+    told = capfd.readouterr().err
+    assert told.count("watchdog: process 0 of 1: step 1 takes longer than 0.4 s") == 1
+    assert "all processes have begun it" in told
+    assert "in sleep_at_a_step" in told
+
+
+def test_steps_in_time_are_not_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with watch(tmp_path, 1.0) as begins:
+        for step in range(12):
+            begins(step)
+            time.sleep(0.15)
+    with watch(tmp_path / "none", 0) as begins:
+        begins(1)
+    assert "watchdog" not in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_stragglers_are_behind_or_silent() -> None:
+    before = {0: Beat(8, 50), 1: Beat(7, 50), 2: Beat(8, 50), 3: Beat(6, 9), 4: None}
+    now = {0: Beat(8, 50), 1: Beat(7, 52), 2: Beat(8, 52), 3: Beat(6, 9), 4: None}
+    behind = "has not begun step 8, it is at step"
+    silent = "does not answer: it is stopped, or its host is gone"
+    assert stragglers(before, now, reader=0) == {
+        1: f"{behind} 7",
+        3: f"{behind} 6, and {silent}",
+        4: "has not begun, or has ended",
+    }
+    # Whoever reads runs itself; for another reader process 0 is silent.
+    assert stragglers(before, now, reader=2)[0] == silent

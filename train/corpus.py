@@ -1,0 +1,192 @@
+"""Documents as token ids, one after the other, and the rows cut from them.
+
+Row i is the i-th window of T tokens, each with the token that follows it as its label.
+Tokens attend within their document only (segment ids), and the last token of a document
+has no label. Positions are those in the row: RoPE sees differences only.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+PADDING = {"tokens": 0, "labels": -1, "segment_ids": -1}
+
+
+class Tokens(Protocol):
+    """An array of token ids, in memory or in a file."""
+
+    def __getitem__(self, where: slice) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """What lies together in one array, in the order of the corpus.
+
+    Attributes:
+      arrays: what holds the tokens.
+      first: int64 [P], the place in the corpus where each piece begins.
+      array: int64 [P], the array that holds it, and `offset` where it begins there.
+    """
+
+    arrays: tuple[Tokens, ...]
+    first: np.ndarray
+    array: np.ndarray
+    offset: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """All documents, one after the other; none of them is empty.
+
+    Attributes:
+      starts: int64 [D], where each document begins, increasing, the first at 0.
+      size: how many tokens there are.
+      pieces: where they are. A document lies in one piece.
+      hashes: uint64 [D], of what is in each document.
+    """
+
+    starts: np.ndarray
+    size: int
+    pieces: Pieces
+    hashes: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Iterable[np.ndarray]) -> "Corpus":
+        """Joins documents of int32 in memory; empty ones are left out."""
+        kept = [document for document in documents if document.size]
+        lengths = np.array([document.size for document in kept], np.int64)
+        hashes = np.array([document_hash(document) for document in kept], np.uint64)
+        tokens = np.concatenate([np.zeros(0, np.int32), *kept])
+        return cls.joined([tokens], [np.cumsum(lengths) - lengths], [hashes])
+
+    @classmethod
+    def joined(
+        cls,
+        arrays: Sequence[np.ndarray],
+        starts: Sequence[np.ndarray],
+        hashes: Sequence[np.ndarray],
+        sizes: Sequence[int] | None = None,
+    ) -> "Corpus":
+        """Several arrays, each with its documents' starts and hashes."""
+        sizes = np.array(sizes or [len(array) for array in arrays], np.int64)
+        first = np.cumsum(sizes) - sizes
+        moved = [at + begin for at, begin in zip(starts, first, strict=True)]
+        pieces = Pieces(
+            tuple(arrays), first, np.arange(len(arrays)), np.zeros(len(arrays), int)
+        )
+        return cls(
+            np.concatenate(moved), int(sizes.sum()), pieces, np.concatenate(hashes)
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [D], the tokens of each document."""
+        return np.diff(self.starts, append=self.size)
+
+    def window(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop`, int32; fewer where the corpus ends before."""
+        stop = min(stop, self.size)
+        pieces, found = self.pieces, np.empty(stop - start, np.int32)
+        number = int(np.searchsorted(pieces.first, start, side="right")) - 1
+        at = start
+        while at < stop:
+            last = number + 1 == len(pieces.first)
+            end = min(stop, self.size if last else int(pieces.first[number + 1]))
+            begin = int(pieces.offset[number]) + at - int(pieces.first[number])
+            array = pieces.arrays[pieces.array[number]]
+            found[at - start : end - start] = array[begin : begin + end - at]
+            at, number = end, number + 1
+        return found
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, int32."""
+        ends = np.append(self.starts[1:], self.size)
+        for start, end in zip(self.starts, ends, strict=True):
+            yield self.window(int(start), int(end))
+
+    def windows(self, length: int) -> Iterator[np.ndarray]:
+        """All tokens, `length` at a time."""
+        return (self.window(i, i + length) for i in range(0, self.size, length))
+
+    def chosen(self, which: np.ndarray) -> "Corpus":
+        """The documents where `which`, bool [D], says so. No token is copied."""
+        kept, lengths = np.flatnonzero(which), self.lengths[which]
+        pieces = self.pieces
+        piece = np.searchsorted(pieces.first, self.starts[kept], side="right") - 1
+        # A piece ends where a document is left out, or an array ends.
+        begins = np.append(True, (np.diff(kept) != 1) | (np.diff(piece) != 0))
+        begins = begins[: len(kept)]
+        starts, piece = np.cumsum(lengths) - lengths, piece[begins]
+        inside = self.starts[kept[begins]] - pieces.first[piece]
+        cut = Pieces(
+            pieces.arrays,
+            starts[begins],
+            pieces.array[piece],
+            pieces.offset[piece] + inside,
+        )
+        return Corpus(starts, int(lengths.sum()), cut, self.hashes[kept])
+
+    def divided(self, fraction: float) -> tuple["Corpus", "Corpus"]:
+        """The documents to learn from, and about `fraction` of them held out.
+
+        A document's own hash decides: the same text is held out wherever it stands.
+        """
+        out = self.hashes < np.uint64(fraction * 2.0**64)
+        return self.chosen(~out), self.chosen(out)
+
+
+def document_hash(document: np.ndarray) -> int:
+    """64 bits of a document's int32 tokens."""
+    digest = hashlib.blake2b(document.astype("<i4").tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The windows of a corpus, by number: what grain calls a random-access source.
+
+    A row is read when it is asked for: of files, only its own part.
+    """
+
+    corpus: Corpus
+    length: int
+
+    def __len__(self) -> int:
+        # The last token of all is only a label.
+        return -(-(self.corpus.size - 1) // self.length)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """tokens, labels and segment_ids, each int32 [T]."""
+        start = index * self.length
+        window = self.corpus.window(start, start + self.length + 1)
+        at = start + np.arange(window.size)
+        document = np.searchsorted(self.corpus.starts, at, side="right")
+        document = (document - document[0]).astype(np.int32)
+        follows = document[1:] == document[:-1]
+        row = {
+            "tokens": window[:-1],
+            "labels": np.where(follows, window[1:], -1),
+            "segment_ids": document[:-1],
+        }
+        short = self.length - (window.size - 1)
+        return {
+            name: np.pad(x, (0, short), constant_values=PADDING[name])
+            for name, x in row.items()
+        }
+
+
+def digest(arrays: Iterable[np.ndarray], starts: np.ndarray) -> str:
+    """What tells one corpus from another, however it is stored.
+
+    Args:
+      arrays: all tokens, in order.
+      starts: of the documents.
+    """
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(array.astype("<i4").tobytes())
+    found.update(starts.astype("<i8").tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,161 @@
+"""Documents of text, from files of several kinds.
+
+A text file is one document, a line of a .jsonl file is one, a row of a .parquet file is
+one. Files are read one after the other, Parquet by row groups, so that no more than a
+part of the text is in memory.
+"""
+
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+# Not part of the library, or text that is wrong on purpose.
+SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
+
+_TOGETHER, _BYTES_TOGETHER = 1024, 2**24
+
+
+def read_documents(
+    files: Iterable[Path], text_field: str = "text"
+) -> Iterator[tuple[bytes, float]]:
+    """The documents of files, each with how many bytes of its file it stands for.
+
+    Args:
+      text_field: what holds the text in a line of JSON, and the column of Parquet.
+
+    Raises:
+      ValueError: while reading, for a line or a row without text.
+    """
+    return chain.from_iterable(_documents(file, text_field) for file in files)
+
+
+def in_batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """What a tokenizer gets at once: many documents, or few that are long."""
+    held, size = [], 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if len(held) == _TOGETHER or size >= _BYTES_TOGETHER:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def source_files(path: Path | None, option: str = "data.path") -> list[Path]:
+    """A file, all files of a folder, or those of the running Python's library.
+
+    Files of a folder come sorted by name; hidden ones are left out. `option` names
+    `path` in errors.
+
+    Raises:
+      ValueError: nothing is there.
+    """
+    if path is None:
+        return _standard_library()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(
+            f"{option}={path} is not there; it must be a text file, .jsonl and "
+            ".parquet too, or a folder of them"
+        )
+    files = [
+        file
+        for file in _files(path, "*")
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise ValueError(f"{option}={path} is a folder without files")
+    return files
+
+
+def _standard_library():
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        file
+        for file in _files(root, "*.py")
+        if not SKIPPED_FOLDERS & set(file.relative_to(root).parts)
+    ]
+    if not files:
+        raise ValueError(
+            f"this Python's standard library has no source text in {root}; "
+            "give --data.path"
+        )
+    return files
+
+
+def _files(root, pattern):
+    found = (file for file in root.rglob(pattern) if file.is_file())
+    return sorted(found, key=lambda file: file.relative_to(root).parts)
+
+
+def _documents(file, text_field):
+    if file.suffix == ".jsonl":
+        return _json_lines(file, text_field)
+    if file.suffix == ".parquet":
+        return _parquet_rows(file, text_field)
+    text = file.read_bytes()
+    return iter([(text, len(text))])
+
+
+def _json_lines(file, text_field):
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+            text = record.get(text_field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                there = sorted(record) if isinstance(record, dict) else record
+                raise ValueError(
+                    f"{file}:{number} has no text in text_field={text_field!r}: {there}"
+                )
+            yield text.encode(errors="surrogatepass"), len(line)
+
+
+def _parquet_rows(file, text_field):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{file} is Parquet, for which pyarrow is missing: pip install "
+            "'usp_jax[parquet]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            _check_column(file, table.schema_arrow, text_field)
+            share = file.stat().st_size / max(table.metadata.num_rows, 1)
+            for group in range(table.num_row_groups):
+                column = table.read_row_group(group, [text_field]).column(0)
+                if column.null_count:
+                    raise ValueError(
+                        f"{file}: row group {group} has rows without text in "
+                        f"text_field={text_field!r}"
+                    )
+                for text in column:
+                    yield text.as_py().encode(), share
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _check_column(file, schema, text_field):
+    import pyarrow
+
+    kinds = {field.name: field.type for field in schema}
+    kind = kinds.get(text_field)
+    if kind is None or not (
+        pyarrow.types.is_string(kind)
+        or pyarrow.types.is_large_string(kind)
+        or pyarrow.types.is_string_view(kind)
+    ):
+        told = {name: str(kind) for name, kind in kinds.items()}
+        raise ValueError(
+            f"{file} has no column of strings text_field={text_field!r}: {told}"
+        )

@@ -1,0 +1,63 @@
+"""The loss of documents that are not learnt from."""
+
+import dataclasses
+from collections.abc import Callable
+from itertools import islice
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from train.config import Config
+from train.data import Batch, Text, batches, own_rows, place
+from train.state import Params
+from train.step import make_nats
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Looks at the same batches each time.
+
+    Attributes:
+      text: whose held-out documents they are of.
+      count: how many batches of them.
+      nats: (parameters, a batch) -> (nats, number of labels).
+    """
+
+    config: Config
+    mesh: Mesh
+    text: Text
+    count: int
+    nats: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+    @classmethod
+    def of(
+        cls, config: Config, mesh: Mesh, text: Text | None, graphdef: nnx.GraphDef
+    ) -> "Evaluation | None":
+        """None where no documents are held out."""
+        if text is None or not text.held_out:
+            return None
+        length = config.sequence_length
+        there = sum(-(-corpus.size // length) for corpus in text.held_out)
+        count = min(config.eval.batches, -(-there // config.batch_size))
+        nats = jax.jit(make_nats(graphdef, config.stored_layout))
+        return cls(config, mesh, text, count, nats)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for one after this step."""
+        return step % self.config.eval.every == 0 or step == self.config.steps
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """The mean nats of a held-out label, and its exponential."""
+        config = self.config
+        own = own_rows(config.batch_size, self.mesh)
+        rows = self.text.held_out_rows(config.sequence_length, config.seed)
+        data = batches(rows, config.batch_size, own)
+        found = [
+            self.nats(params, place(batch, config.layout, self.mesh))
+            for batch in islice(data, self.count)
+        ]
+        nats, labels = np.sum(jax.device_get(found), axis=0)
+        mean = float(nats / max(labels, 1))
+        return {"eval_loss": mean, "eval_perplexity": float(np.exp(mean))}

@@ -1,0 +1,143 @@
+"""`python -m train.launch.one_host [-n PROCESSES] PRESET [--section.key value ...]`.
+
+Starts the processes of a run on this host. When one dies the others, which wait for it,
+are ended, and all are started again: the run goes on from its last checkpoint. SIGTERM
+and SIGINT are passed on as SIGTERM, upon which a run writes a checkpoint and ends.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# The program's own: it gave up, or somebody has to put something right.
+FINAL = (1, 2)
+# Seconds between two looks, and those that the others have when one has failed: they
+# may be about to end by themselves.
+PAUSE, GRACE = 0.1, 10.0
+
+
+def main() -> None:
+    """Exits with 0 when all processes did, else with what one of them ended with."""
+    options = _parse(sys.argv[1:])
+    host = Host(options.processes, options.devices, options.run)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, host.stop)
+    for restart in range(options.restarts + 1):
+        status = host.run()
+        if status == 0 or status in FINAL or host.stopped:
+            break
+        left = options.restarts - restart
+        print(f"a process ended with {status}; {left} restarts left", file=sys.stderr)
+    # As a shell tells of a signal.
+    sys.exit(128 - status if status < 0 else status)
+
+
+class Host:
+    """The processes of a run.
+
+    Attributes:
+      stopped: a signal has come.
+    """
+
+    def __init__(self, processes: int, devices: int | None, run: Sequence[str]):
+        self.stopped = False
+        self._number, self._devices, self._run = processes, devices, run
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def stop(self, *_) -> None:
+        """Passes SIGTERM on."""
+        self.stopped = True
+        for process in self._processes:
+            process.terminate()
+
+    def run(self) -> int:
+        """Starts all and returns 0 when all have, else how the first has failed."""
+        commands = self.commands(_free_port())
+        self._processes = [
+            subprocess.Popen(command, cwd=ROOT, env=os.environ | more)
+            for command, more in commands
+        ]
+        if self.stopped:
+            self.stop()
+        try:
+            return self._wait()
+        finally:
+            for process in self._processes:
+                process.kill()
+                process.wait()
+
+    def commands(self, port: int) -> list[tuple[list[str], dict[str, str]]]:
+        """The command of each process, and what its environment has more."""
+        found = []
+        for index in range(self._number):
+            command = [sys.executable, "-m", "train", *self._run]
+            if self._number > 1:
+                command += f"--distributed.coordinator localhost:{port}".split()
+                command += f"--distributed.num-processes {self._number}".split()
+                command += f"--distributed.process-id {index}".split()
+            found.append((command, self._own_devices(index)))
+        return found
+
+    def _own_devices(self, index):
+        if self._devices is None:
+            return {}
+        ids = range(index * self._devices, (index + 1) * self._devices)
+        return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, ids))}
+
+    def _wait(self):
+        first, deadline = 0, 0.0
+        while True:
+            statuses = [process.poll() for process in self._processes]
+            failed = [status for status in statuses if status]
+            if failed and not first:
+                first, deadline = failed[0], time.monotonic() + GRACE
+            # Those that were told to stop do it together, in their own time.
+            late = first and not self.stopped and time.monotonic() > deadline
+            if late or None not in statuses:
+                return first
+            time.sleep(PAUSE)
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m train.launch.one_host",
+        description="Starts a run on this host, and again when a process dies.",
+    )
+    parser.add_argument("-n", "--processes", type=_positive, default=1)
+    parser.add_argument(
+        "--devices",
+        type=_positive,
+        help="GPUs of each process; without it each sees all of the host's",
+    )
+    parser.add_argument("--restarts", type=int, default=10)
+    parser.add_argument(
+        "run", nargs=argparse.REMAINDER, help="as for python -m train: PRESET ..."
+    )
+    options = parser.parse_args(arguments)
+    if not options.run:
+        parser.error("give the run: PRESET [--section.key value ...]")
+    return options
+
+
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return number
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

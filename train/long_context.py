@@ -1,0 +1,160 @@
+"""`python -m train.long_context by-position|passkey RUN_DIR`: a model at length.
+
+The model is that of a run's checkpoint, on the mesh of the run; the tables that are
+printed are also written to the run directory, as by_position.json and passkey.json.
+"""
+
+import dataclasses
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+import tyro
+
+import usp_jax
+from train.atomic import write_atomically
+from train.by_position import doubling, in_buckets, nats_by_position, windows
+from train.config import DataConfig
+from train.data import load_text
+from train.fake_devices import make_fake_devices
+from train.retrieval import accuracies, greedy
+from train.trained import load_model, read_run
+from train.vocabulary import Vocabulary
+from usp_jax.models.llama import Llama
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPosition:
+    """Perplexity by the position in windows of text.
+
+    Attributes:
+      run_dir: of `python -m train`.
+      text: a file or folder; None is what the run has learnt from.
+      length: of the windows; None is the run's sequence length.
+      rows: how many windows to look at, at most.
+      buckets: each ends at twice the position of the one before.
+      batch_size: windows at once.
+      step: of the checkpoint; None is the newest.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+    text: Path | None = None
+    length: int | None = None
+    rows: int = 64
+    buckets: int = 8
+    batch_size: int = 1
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkey:
+    """How often five digits are found in filler, by length and depth.
+
+    Attributes:
+      run_dir: of `python -m train`.
+      lengths: of the texts, in tokens; none are the run's sequence length, its half,
+        its quarter and its eighth.
+      depths: 0 puts the key at the beginning, 1 at the end.
+      examples: texts for each length and depth.
+      seed: of the texts, which a run with another seed has not seen.
+      step: of the checkpoint; None is the newest.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+    lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    examples: int = 10
+    seed: int = 1_000_000
+    step: int | None = None
+
+
+def main() -> None:
+    """Exits with 2 for what a user can put right."""
+    options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
+    try:
+        run = read_run(options.run_dir)
+        if run["fake_devices"] is not None:
+            make_fake_devices(run["fake_devices"])
+        measure(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure(options: ByPosition | Passkey) -> dict[str, Any]:
+    """Does what the options ask for, and returns what it also writes.
+
+    Raises:
+      ValueError: no such run, checkpoint or text, or numbers that do not fit them.
+    """
+    run = read_run(options.run_dir)
+    sizes = {name: size for name, size in run["mesh"].items() if name != "zero"}
+    step, model = load_model(options.run_dir, options.step, usp_jax.make_mesh(**sizes))
+    if isinstance(options, ByPosition):
+        name, table, found = "by_position", *by_position(options, run, model)
+    else:
+        name, table, found = "passkey", *passkey(options, run, model)
+    found = {"step": step, **found}
+    write_atomically(options.run_dir / f"{name}.json", json.dumps(found) + "\n")
+    rich.console.Console().print(table)
+    return found
+
+
+def by_position(
+    options: ByPosition, run: dict[str, Any], model: Llama
+) -> tuple[rich.table.Table, dict[str, Any]]:
+    """The table and what it says."""
+    length = options.length or run["sequence_length"]
+    bounds = doubling(length, options.buckets)
+    path, tokenizer = (run["data"][name] for name in ("path", "tokenizer"))
+    vocabulary = Vocabulary.load(tokenizer and Path(tokenizer))
+    text = options.text or (path and Path(path))
+    if text is None and run["data"].get("mixture"):
+        raise ValueError(
+            f"run_dir={options.run_dir} learnt from a mixture: give --text"
+        )
+    (corpus,) = load_text(DataConfig(text), vocabulary).corpora
+    rows = islice(windows(corpus.documents(), length), options.rows)
+    nats = nats_by_position(model, rows, length, options.batch_size)
+    buckets = in_buckets(nats, bounds)
+    table = rich.table.Table("positions", "nats", "perplexity", title="by position")
+    for bucket in buckets:
+        table.add_row(
+            f"{bucket.first} to {bucket.end - 1}",
+            f"{bucket.nats:.4f}",
+            f"{bucket.perplexity:.2f}",
+        )
+    return table, {"buckets": [dataclasses.asdict(bucket) for bucket in buckets]}
+
+
+def passkey(
+    options: Passkey, run: dict[str, Any], model: Llama
+) -> tuple[rich.table.Table, dict[str, Any]]:
+    """The table and what it says."""
+    longest = run["sequence_length"]
+    found = accuracies(
+        greedy(model),
+        lengths=options.lengths or [longest // part for part in (8, 4, 2, 1)],
+        depths=options.depths,
+        examples=options.examples,
+        seed=options.seed,
+    )
+    heads = [f"depth {depth:g}" for depth in options.depths]
+    table = rich.table.Table("tokens", *heads, title="passkeys found")
+    for length, row in found.items():
+        table.add_row(str(length), *(f"{right:.0%}" for right in row.values()))
+    rows = [
+        {"length": length, "depth": depth, "accuracy": right}
+        for length, row in found.items()
+        for depth, right in row.items()
+    ]
+    mean = sum(row["accuracy"] for row in rows) / len(rows)
+    return table, {"examples": options.examples, "accuracy": mean, "rows": rows}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Where process 0 tells of its steps: files, Weights & Biases, the terminal."""
+
+import jax
+
+from train.config import Config
+from train.flops import step_flops
+from train.metrics import MetricsFile, Progress, Row, rates, read_rows
+from train.spikes import Spikes
+from train.wandb_run import WandbRun
+from usp_jax.plan.machines import peak_of_kind
+
+
+class Outputs:
+    """All of them, which get the same rows."""
+
+    def __init__(self, config: Config, step: int):
+        self._config, self._flops = config, step_flops(config)
+        self._tokens = config.batch_size * config.sequence_length
+        kind = jax.devices()[0].device_kind
+        self._peak = peak_of_kind(kind, config.dtype)
+        if self._peak is None:
+            print(f"no MFU is told: the peak of a {kind!r} device is not known")
+        self._file = MetricsFile(config.run_dir, step)
+        self._progress = Progress(config.log, step=step, steps=config.steps)
+        self._wandb = None if config.log.wandb is None else WandbRun(config)
+        losses = [row["loss"] for row in read_rows(config.run_dir / "metrics.jsonl")]
+        self._spikes = Spikes(
+            factor=config.log.spike_factor,
+            window=config.log.spike_window,
+            losses=[loss for loss in losses if loss is not None],
+        )
+
+    def write(self, row: Row, found: Row, *, seconds: float, skipped: int) -> None:
+        """Adds what a step has given, and what can be told of it.
+
+        Rows come every `log.every` steps, after an evaluation, and when something is
+        wrong.
+
+        Args:
+          row: step, loss, grad_norm, learning_rate, data_seconds, skipped.
+          found: by an evaluation after the step; empty without one.
+          seconds: of the step.
+          skipped: as many of the last steps were, one after the other.
+        """
+        limit = self._spikes.limit()
+        spike = self._spikes.add(row["loss"])
+        row = row | rates(seconds, self._tokens, self._flops, self._peak)
+        row = row | {"spike": spike} | found
+        if skipped:
+            self._progress.warn(
+                f"step {row['step']} is skipped, its loss or gradient is not finite: "
+                f"{skipped} of optimizer.max_skipped="
+                f"{self._config.optimizer.max_skipped} in a row"
+            )
+        if spike:
+            self._progress.warn(
+                f"step {row['step']}: the loss {row['loss']:.4f} is a spike, above "
+                f"{limit:.4f}"
+            )
+        step, every = row["step"], self._config.log.every
+        due = step % every == 0 or step == self._config.steps
+        if due or found or skipped or spike:
+            self._file.write(row)
+            self._progress.tell(row)
+            if self._wandb is not None:
+                self._wandb.write(row)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk."""
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
+        self._progress.close()
+        if self._wandb is not None:
+            self._wandb.close()

@@ -1,0 +1,124 @@
+"""Passkey retrieval: find five digits somewhere in a long text that says nothing.
+
+A document is filler with `key:31425.` at a random depth, and ends with `key:31425`: its
+last five digits are to be told. The task is that of Mohtashami and Jaggi (arXiv
+2305.16300, section 4.2) on bytes. No digit of a key comes twice, so each byte of the
+answer follows from the one before it. Rows are made by number, so that the data are
+the same on every mesh and go on anywhere.
+"""
+
+import dataclasses
+
+import grain
+import numpy as np
+
+from train.config import Config, PasskeyConfig
+
+DIGITS = 5
+QUESTION = b"key:"
+# What is not filler: the needle `key:31425.` and the question with its answer.
+SHORTEST = 2 * (len(QUESTION) + DIGITS) + 1
+# Rows are endless; grain wants a number.
+ROWS = 2**31 - 1
+WORDS = (
+    b"the grass is green and sky blue sun yellow here we go there back again river "
+    b"runs under old bridge while birds sing of winter snow"
+).split()
+
+
+def passkey_rows(config: Config) -> grain.MapDataset:
+    """The rows of a run, in the order in which they are learnt.
+
+    Raises:
+      ValueError: lengths that have no room for a key, or text that would be ignored.
+    """
+    shortest, length = config.passkey.shortest, config.sequence_length
+    if not SHORTEST <= shortest <= length:
+        raise ValueError(
+            f"passkey.shortest={shortest} must be at least {SHORTEST} and at most "
+            f"sequence_length={length}"
+        )
+    for name in ("path", "mixture", "tokenizer", "eval_fraction"):
+        if getattr(config.data, name):
+            raise ValueError(
+                f"data.{name}={getattr(config.data, name)} is not used with "
+                "passkey.enabled: leave out one of them"
+            )
+    rows = PasskeyRows(config.passkey, length, config.seed)
+    return grain.MapDataset.source(rows)
+
+
+def filler(draw: np.random.Generator, length: int) -> bytes:
+    """Words in any order, cut to `length`; none of the question's, and no digit."""
+    words = draw.integers(len(WORDS), size=length // 3 + 1)
+    return b" ".join(WORDS[word] for word in words).ljust(length)[:length]
+
+
+def document(draw: np.random.Generator, length: int, depth: float) -> bytes:
+    """`length` bytes that end with the answer.
+
+    Args:
+      depth: where in the filler the key is: 0 its beginning, 1 its end.
+
+    Raises:
+      ValueError: a length that has no room for key and question.
+    """
+    if length < SHORTEST:
+        raise ValueError(f"length={length} must be at least {SHORTEST}")
+    digits = bytes(ord("0") + digit for digit in draw.permutation(10)[:DIGITS])
+    text = filler(draw, length - SHORTEST)
+    place = round(depth * len(text))
+    needle = QUESTION + digits + b"."
+    return text[:place] + needle + text[place:] + QUESTION + digits
+
+
+@dataclasses.dataclass(frozen=True)
+class PasskeyRows:
+    """Packed documents, by number: what grain calls a random-access source."""
+
+    config: PasskeyConfig
+    length: int
+    seed: int
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """tokens, labels (those of answers only) and segment_ids, each int32 [T]."""
+        draw = np.random.default_rng((self.seed, index))
+        row = {
+            "tokens": np.zeros(self.length, np.int32),
+            "labels": np.full(self.length, -1, np.int32),
+            "segment_ids": np.full(self.length, -1, np.int32),
+        }
+        start = 0
+        for number, length in enumerate(self.lengths(draw, index)):
+            text = document(draw, length, draw.uniform())
+            end = start + length
+            row["tokens"][start:end] = np.frombuffer(text, np.uint8)
+            row["segment_ids"][start:end] = number
+            # The token before each digit has it as its label.
+            row["labels"][end - DIGITS - 1 : end - 1] = row["tokens"][
+                end - DIGITS : end
+            ]
+            start = end
+        return row
+
+    def lengths(self, draw: np.random.Generator, index: int) -> list[int]:
+        """Of the documents of a row.
+
+        The longest grows with the row's number, from `shortest` to a whole row. Every
+        other row has as long ones only; the others are log-uniform, for short ones
+        teach more with each token.
+        """
+        shortest = self.config.shortest
+        growth = self.config.growth_rows
+        grown = min(1.0, index / growth) if growth else 1.0
+        longest = shortest * (self.length / shortest) ** grown
+        least = longest if index % 2 else shortest
+        found, left = [], self.length
+        while left >= shortest:
+            length = round(np.exp(draw.uniform(np.log(least), np.log(longest))))
+            found.append(min(length, left))
+            left -= found[-1]
+        return found

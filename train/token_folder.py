@@ -1,0 +1,239 @@
+"""A folder of token ids: `python -m train.tokenize` writes it, a run maps it to memory.
+
+    tokenizing.json         what is tokenized, written first
+    00000-tokens.npy        token ids of whole documents, of the smallest dtype
+    00000-documents.npy     where each begins and its hash (`DOCUMENT`)
+    00000.json              the shard is finished: its facts and its files' digests
+    tokenizer.json          a copy, unless tokens are bytes
+    tokenized.json          all shards are finished: the facts of all, written last
+
+Every JSON file is written whole or not at all, so what a killed command leaves is
+finished shards and one that is not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.atomic import write_atomically
+from train.corpus import Corpus, digest, document_hash
+from train.vocabulary import Vocabulary
+
+BEGUN, DONE = "tokenizing.json", "tokenized.json"
+FORMAT = 1
+DOCUMENT = np.dtype([("start", "<i8"), ("hash", "<u8")])
+AGAIN = "take the folder away and run python -m train.tokenize again"
+
+
+class DataGone(Exception):
+    """A file that was there when a run began is not, or is another one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some documents of a folder.
+
+    Attributes:
+      read: how many documents of the source it holds, empty ones counted.
+      sha256: of the two arrays' files.
+    """
+
+    tokens: int
+    documents: int
+    read: int
+    sha256: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """Token ids in a .npy file that is mapped to memory.
+
+    A mapped file that somebody has cut short kills whoever reads it, so each time its
+    size is looked at first.
+    """
+
+    path: Path
+    array: np.memmap
+    bytes: int
+
+    @classmethod
+    def open(cls, path: Path, tokens: int, dtype: np.dtype) -> "TokenFile":
+        """Raises ValueError for a file that is not as the folder says."""
+        array = _mapped(path)
+        if array.dtype != dtype or array.shape != (tokens,):
+            raise ValueError(
+                f"{path} is {array.dtype}{list(array.shape)}, it must be "
+                f"{dtype}[{tokens}]: {AGAIN}"
+            )
+        return cls(path, array, path.stat().st_size)
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Raises DataGone when the file has gone or has another size."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self.bytes:
+            raise DataGone(
+                f"{self.path} had {self.bytes} bytes when the run began and has {size} "
+                "now: put it back, and the same command goes on"
+            )
+        return self.array[where]
+
+
+def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
+    """The two arrays of a shard, and what says that they are finished."""
+    name = f"{number:05}"
+    return (
+        folder / f"{name}-tokens.npy",
+        folder / f"{name}-documents.npy",
+        folder / f"{name}.json",
+    )
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """The smallest that holds every id."""
+    return np.min_scalar_type(vocabulary_size - 1).newbyteorder("<")
+
+
+def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> Shard:
+    """Writes documents, of `token_dtype` each, and then that they are finished."""
+    kept = [document for document in documents if document.size]
+    lengths = np.array([document.size for document in kept], np.int64)
+    table = np.empty(len(kept), DOCUMENT)
+    table["start"] = np.cumsum(lengths) - lengths
+    table["hash"] = [document_hash(document) for document in kept]
+    files = shard_files(folder, number)
+    _save(files[0], np.concatenate(kept))
+    _save(files[1], table)
+    sha256 = (_sha256(files[0]), _sha256(files[1]))
+    shard = Shard(int(lengths.sum()), len(kept), len(documents), sha256)
+    write_json(files[2], dataclasses.asdict(shard))
+    return shard
+
+
+def finished_shards(folder: Path) -> list[Shard]:
+    """The shards that are finished, in order, each checked against its digests.
+
+    Raises:
+      ValueError: a file of one is gone or damaged.
+    """
+    found = []
+    while (files := shard_files(folder, len(found)))[2].exists():
+        shard = Shard(**read_json(files[2]))
+        for path, expected in zip(files, shard.sha256, strict=False):
+            if not path.exists() or _sha256(path) != expected:
+                raise ValueError(
+                    f"{path} is not as it was written: take {files[2]} away, and the "
+                    "same command makes this shard and those after it again"
+                )
+        found.append(shard)
+    return found
+
+
+def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> None:
+    """Writes what a run reads first."""
+    dtype = token_dtype(vocabulary.size)
+    corpus = _joined(folder, shards, dtype)
+    told = {
+        "format": FORMAT,
+        "tokenizer": vocabulary.fingerprint,
+        "vocab_size": vocabulary.size,
+        "dtype": dtype.name,
+        "documents": len(corpus.starts),
+        "tokens": corpus.size,
+        "sha256": digest(corpus.windows(2**22), corpus.starts),
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+    write_json(folder / DONE, told)
+
+
+def is_token_folder(path: Path | None) -> bool:
+    """Whether a folder was written by the command, to its end or not."""
+    return path is not None and ((path / DONE).exists() or (path / BEGUN).exists())
+
+
+def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, dict[str, Any]]:
+    """The documents of a folder, mapped to memory, and their facts.
+
+    Raises:
+      ValueError: it is not finished, damaged, or of another tokenizer.
+    """
+    if not (folder / DONE).exists():
+        raise ValueError(
+            f"data.path={folder} is not finished: run the same python -m "
+            "train.tokenize again, it goes on where it stopped"
+        )
+    told = read_json(folder / DONE)
+    if told.get("format") != FORMAT:
+        raise ValueError(
+            f"data.path={folder} has format {told.get('format')!r}, it must be "
+            f"{FORMAT}: {AGAIN}"
+        )
+    if told["tokenizer"] != vocabulary.fingerprint:
+        own = folder / "tokenizer.json"
+        way = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
+        raise ValueError(
+            f"data.path={folder} was tokenized by {told['tokenizer']}, data.tokenizer "
+            f"is {vocabulary.fingerprint}: give {way}"
+        )
+    shards = [Shard(**shard) for shard in told["shards"]]
+    corpus = _joined(folder, shards, np.dtype(told["dtype"]))
+    facts = {name: told[name] for name in ("documents", "tokens", "sha256")}
+    return corpus, facts
+
+
+def _joined(folder, shards, dtype):
+    arrays, starts, hashes = [], [], []
+    for number, shard in enumerate(shards):
+        tokens, documents, _ = shard_files(folder, number)
+        arrays.append(TokenFile.open(tokens, shard.tokens, dtype))
+        table = _mapped(documents)
+        _check_table(documents, table, shard)
+        starts.append(np.array(table["start"]))
+        hashes.append(np.array(table["hash"]))
+    return Corpus.joined(arrays, starts, hashes, [shard.tokens for shard in shards])
+
+
+def _check_table(path, table, shard):
+    fits = table.dtype == DOCUMENT and table.shape == (shard.documents,)
+    if fits and shard.documents:
+        edges = np.append(table["start"], shard.tokens)
+        fits = edges[0] == 0 and (np.diff(edges) > 0).all()
+    if not fits:
+        raise ValueError(f"{path} is damaged: {AGAIN}")
+
+
+def _mapped(path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}: {AGAIN}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}: {AGAIN}") from error
+
+
+def write_json(path: Path, told: dict[str, Any]) -> None:
+    """Writes it whole or not at all."""
+    write_atomically(path, json.dumps(told, indent=1) + "\n")
+
+
+def _save(path, array):
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

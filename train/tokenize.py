@@ -1,0 +1,211 @@
+"""`python -m train.tokenize SOURCE --out DIR`: text to token ids, once for many runs.
+
+A command that was killed goes on after the last shard that it finished. Started again
+when all is done, it checks the files' digests.
+"""
+
+import dataclasses
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import rich.console
+import rich.progress
+import tyro
+
+from train.atomic import write_atomically
+from train.documents import in_batches, read_documents, source_files
+from train.token_folder import (
+    BEGUN,
+    DONE,
+    Shard,
+    finish,
+    finished_shards,
+    is_token_folder,
+    read_json,
+    token_dtype,
+    write_json,
+    write_shard,
+)
+from train.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Writes a folder of token ids for --data.path and --data.mixture.
+
+    Attributes:
+      source: a file of text, .jsonl or .parquet, or a folder of them.
+      out: the folder; one that this command has begun goes on.
+      tokenizer: a tokenizer.json; None takes bytes as tokens.
+      text_field: what holds the text in JSON lines, and the column of Parquet.
+      workers: cores that tokenize; None is all of them.
+      shard_tokens: of a file, after which another begins; documents are never cut.
+    """
+
+    source: tyro.conf.Positional[Path]
+    out: Path
+    tokenizer: Path | None = None
+    text_field: str = "text"
+    workers: int | None = None
+    shard_tokens: int = 2**27
+
+
+def tokenize(options: Tokenize) -> dict[str, int]:
+    """Writes what is missing; returns how many shards there are and how many are new.
+
+    Raises:
+      ValueError: no text, or a folder that holds something else.
+    """
+    for name in ("workers", "shard_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be positive")
+    vocabulary = Vocabulary.load(options.tokenizer, "tokenizer")
+    files = source_files(options.source, "source")
+    _claim(options, _job(options, vocabulary, files))
+    shards = finished_shards(options.out)
+    done = len(shards)
+    if not (options.out / DONE).exists():
+        with _progress(files) as progress:
+            texts = _texts(
+                options, files, progress, sum(shard.read for shard in shards)
+            )
+            for documents in _shards(texts, vocabulary, options.shard_tokens):
+                shards.append(write_shard(options.out, len(shards), documents))
+                progress.tell(shards[-1])
+        if not shards:
+            raise ValueError(f"source={options.source} has no text")
+        finish(options.out, shards, vocabulary)
+    return {"shards": len(shards), "new": len(shards) - done}
+
+
+def _job(options, vocabulary, files):
+    """What must be the same for a command to go on."""
+    listing = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        name = os.path.relpath(file, options.source)
+        listing.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return {
+        "tokenizer": vocabulary.fingerprint,
+        "text_field": options.text_field,
+        "shard_tokens": options.shard_tokens,
+        "files": len(files),
+        "files_names_sizes_times": listing.hexdigest()[:16],
+    }
+
+
+def _claim(options, job):
+    """Writes the job, unless the folder holds another one."""
+    out, begun = options.out, options.out / BEGUN
+    if is_token_folder(options.source):
+        raise ValueError(f"source={options.source} is tokens already, it must be text")
+    if out.resolve().is_relative_to(options.source.resolve()):
+        raise ValueError(f"out={out} must not be inside source={options.source}")
+    if out.exists() and not begun.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"out={out} holds something else: give a folder that is not there"
+        )
+    if begun.exists():
+        old = read_json(begun)
+        differing = [name for name in job if old.get(name) != job[name]]
+        if differing:
+            told = [f"{n}: {old.get(n)!r} there, {job[n]!r} now" for n in differing]
+            raise ValueError(
+                f"out={out} was begun otherwise ({'; '.join(told)}): go on with what "
+                "was given then, or give another --out"
+            )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(begun, job)
+    own = out / "tokenizer.json"
+    if options.tokenizer is not None and not own.exists():
+        write_atomically(own, options.tokenizer.read_text())
+
+
+def _shards(texts, vocabulary, limit):
+    """Lists of documents that have at most `limit` tokens together, or are one."""
+    dtype = token_dtype(vocabulary.size)
+    held, tokens = [], 0
+    for together in in_batches(texts):
+        for ids in vocabulary.encode_all(together):
+            if tokens and tokens + ids.size > limit:
+                yield held
+                held, tokens = [], 0
+            held.append(ids.astype(dtype))
+            tokens += ids.size
+    if tokens:
+        yield held
+
+
+def _texts(options, files, progress, read):
+    """The text of the documents after the first `read` ones."""
+    for number, (text, share) in enumerate(read_documents(files, options.text_field)):
+        progress.advance(share)
+        if number >= read:
+            yield text
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line for every shard."""
+
+    def __init__(self, bytes_: int):
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bar = rich.progress.Progress(
+            "tokenizing",
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            "{task.fields[told]}",
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=bytes_, told="")
+        self._documents = self._tokens = 0
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def advance(self, bytes_: float) -> None:
+        self._bar.advance(self._task, bytes_)
+
+    def tell(self, shard: Shard) -> None:
+        """Tells of a shard that has been written."""
+        self._documents += shard.documents
+        self._tokens += shard.tokens
+        told = f"{self._documents:,} documents, {self._tokens:,} tokens"
+        self._bar.update(self._task, told=told)
+        if not self._console.is_terminal:
+            self._console.print(f"wrote {told}")
+
+
+def _progress(files):
+    return _Progress(sum(file.stat().st_size for file in files))
+
+
+def main() -> None:
+    """Exits with 2 for what a user can put right, with 1 for what the disk refuses."""
+    options = tyro.cli(Tokenize, prog="python -m train.tokenize")
+    if options.workers is not None:
+        # What the tokenizers library reads when it first encodes.
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)
+    try:
+        told = tokenize(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    print(
+        f"{options.out} has {told['shards']} shards, {told['new']} of them new; "
+        "those that were there are as they were written"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The model of a run, read from a checkpoint while the run may go on.
+
+Of a checkpoint the parameters alone are read.
+"""
+
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from usp_jax.models.sharding import parameter_shapes, parameter_shardings
+
+
+def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]:
+    """The step of a checkpoint, the newest for None, and its model on a mesh.
+
+    Raises:
+      ValueError: no run or no such checkpoint there, or a mesh that cannot have it.
+    """
+    config = read_config(run_dir)
+    shardings = parameter_shardings(config, mesh)
+    wanted = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[name])
+        for name, shape in parameter_shapes(config).items()
+    }
+    step, params = _restore(run_dir, step, wanted)
+    return step, Llama.of_parameters(config, params, mesh=mesh)
+
+
+def read_config(run_dir: Path) -> LlamaConfig:
+    """The model of a run, as its config.json tells it.
+
+    Raises:
+      ValueError: there is no run.
+    """
+    told = read_run(run_dir)
+    model = told["model"]
+    scaling = model.get("rope_scaling")
+    if scaling is not None:
+        kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
+        model["rope_scaling"] = kinds[scaling.pop("type")](**scaling)
+    return LlamaConfig(**model, dtype=told["dtype"])
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The config.json of a run.
+
+    Raises:
+      ValueError: there is no run.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise ValueError(f"run_dir={run_dir} holds no run: it has no {path.name}")
+    return json.loads(path.read_text())
+
+
+def _restore(run_dir, step, wanted):
+    folder = (run_dir / "checkpoints").absolute()
+    if not folder.exists():
+        raise ValueError(f"run_dir={run_dir} has no checkpoint yet")
+    # Read only, so that what a running run is writing stays.
+    with ocp.CheckpointManager(
+        folder, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        steps = sorted(manager.all_steps())
+        step = step if step is not None else max(steps, default=None)
+        if step not in steps:
+            raise ValueError(
+                f"run_dir={run_dir} has no checkpoint of step {step}, it has {steps}"
+            )
+        tree = {"params": wanted}
+        state = ocp.args.PyTreeRestore(
+            tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+        )
+        found = manager.restore(step, args=ocp.args.Composite(state=state))
+    return step, found.state["params"]

@@ -1,0 +1,76 @@
+"""Text to token ids and back: bytes, or a tokenizer.json."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+BYTES = "bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Text to token ids and back; bytes without a tokenizer.
+
+    Attributes:
+      fingerprint: tells one tokenizer from another; of what its file says, not of how
+        that is written.
+    """
+
+    tokenizer: Tokenizer | None = None
+    fingerprint: str = BYTES
+
+    @classmethod
+    def load(cls, path: Path | None, option: str = "data.tokenizer") -> "Vocabulary":
+        """Reads a tokenizer.json, which `option` names.
+
+        Raises:
+          ValueError: there is none at `path`, or it cannot be read.
+        """
+        if path is None:
+            return cls()
+        if not path.is_file():
+            raise ValueError(
+                f"{option}={path} is not there; it must be a tokenizer.json"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        # The library raises a bare Exception, whatever is wrong.
+        except Exception as error:
+            raise ValueError(
+                f"{option}={path} is not a tokenizer.json: {error}"
+            ) from error
+        told = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
+        return cls(tokenizer, hashlib.sha256(told.encode()).hexdigest()[:16])
+
+    @property
+    def size(self) -> int:
+        """One more than the greatest token id."""
+        if self.tokenizer is None:
+            return 256
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: bytes, *, special: bool = True) -> np.ndarray:
+        """int32 ids; `special`: with what the tokenizer puts around a document."""
+        (ids,) = self.encode_all([text], special=special)
+        return ids
+
+    def encode_all(
+        self, texts: Sequence[bytes], *, special: bool = True
+    ) -> list[np.ndarray]:
+        """`encode` of each; a tokenizer takes them on many cores."""
+        if self.tokenizer is None:
+            return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
+        decoded = [text.decode(errors="replace") for text in texts]
+        found = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=special)
+        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of token ids."""
+        if self.tokenizer is None:
+            return ids.astype(np.uint8).tobytes().decode(errors="replace")
+        return self.tokenizer.decode(ids.tolist())

@@ -1,0 +1,149 @@
+"""Says which process hangs when a step takes too long.
+
+All processes of a run wait for each other in every step, so one that hangs stops all.
+Each has a thread that writes down, in a file that the others can read, the step that it
+has begun and a count that goes on. When a step takes longer than the limit, every
+process that still can tells of those that have not begun it and of those whose count
+stands still: such a process is stopped, or its host is gone.
+"""
+
+import contextlib
+import faulthandler
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+# Looks a limit, and the longest pause between two.
+LOOKS, LONGEST_PAUSE = 8, 15.0
+
+
+class Beat(NamedTuple):
+    """What a process has written down: its step, and a count that goes on."""
+
+    step: int
+    count: int
+
+
+@contextlib.contextmanager
+def watch(folder: Path, seconds: float) -> Iterator[Callable[[int], None]]:
+    """Gives `begins(step)`, to be called before each step.
+
+    Args:
+      folder: where the processes write, the same for all of them.
+      seconds: the longest that a step may take; 0 watches nothing.
+    """
+    if not seconds:
+        yield lambda step: None
+        return
+    watchdog = Watchdog(folder, seconds)
+    thread = threading.Thread(target=watchdog.run, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield watchdog.begins
+    finally:
+        watchdog.stop()
+        thread.join()
+
+
+class Watchdog:
+    """The thread of one process."""
+
+    def __init__(self, folder: Path, seconds: float):
+        self._folder, self._seconds = folder, seconds
+        self._pause = min(seconds / LOOKS, LONGEST_PAUSE)
+        self._number, self._processes = jax.process_index(), jax.process_count()
+        self._stopped = threading.Event()
+        self._step, self._count = 0, 0
+
+    def begins(self, step: int) -> None:
+        """Says that this process has all that the step needs."""
+        self._step = step
+
+    def stop(self) -> None:
+        """Ends `run`."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Looks after the steps until `stop`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        seen, since, told = self._step, time.monotonic(), False
+        while not self._stopped.wait(self._pause):
+            self._beat()
+            if self._step != seen:
+                seen, since, told = self._step, time.monotonic(), False
+            elif not told and time.monotonic() - since >= self._seconds:
+                told = True
+                self._tell()
+        faulthandler.cancel_dump_traceback_later()
+        self._path(self._number).unlink(missing_ok=True)
+
+    def _beat(self):
+        self._count += 1
+        new = self._path(self._number).with_suffix(".new")
+        new.write_text(json.dumps([self._step, self._count]))
+        new.replace(self._path(self._number))
+        # This thread cannot run while another one keeps the interpreter to itself;
+        # faulthandler's own needs no interpreter.
+        faulthandler.dump_traceback_later(2 * self._seconds, file=sys.__stderr__)
+
+    def _tell(self):
+        before, step = self._beats(), self._step
+        # By the others' own clocks: a count that stands still over two of their looks.
+        self._stopped.wait(3 * self._pause)
+        if self._step != step or self._stopped.is_set():
+            return
+        self._beat()
+        missing = stragglers(before, self._beats(), self._number)
+        lines = [f"process {number} {why}" for number, why in missing.items()] or [
+            "all processes have begun it: their devices hang, or the step is slow"
+        ]
+        head = (
+            f"watchdog: process {self._number} of {self._processes}: step {step} "
+            f"takes longer than {self._seconds:g} s"
+        )
+        print("\n  ".join([head, *lines]), file=sys.__stderr__, flush=True)
+        if not missing or self._number in missing:
+            faulthandler.dump_traceback(file=sys.__stderr__)
+
+    def _path(self, number):
+        return self._folder / f"{number}.json"
+
+    def _beats(self):
+        found = {}
+        for number in range(self._processes):
+            try:
+                found[number] = Beat(*json.loads(self._path(number).read_text()))
+            except FileNotFoundError:
+                found[number] = None
+        return found
+
+
+def stragglers(
+    before: dict[int, Beat | None], now: dict[int, Beat | None], reader: int
+) -> dict[int, str]:
+    """The processes that the others wait for, and what is known of each.
+
+    Args:
+      before, now: what each had written down at two times; None is nothing.
+      reader: the process that has read them, which runs if any does.
+    """
+    newest = max(beat.step for beat in now.values() if beat)
+    found = {}
+    for number, beat in now.items():
+        if beat is None:
+            found[number] = "has not begun, or has ended"
+            continue
+        why = []
+        if beat.step < newest:
+            why.append(f"has not begun step {newest}, it is at step {beat.step}")
+        if beat == before[number] and number != reader:
+            why.append("does not answer: it is stopped, or its host is gone")
+        if why:
+            found[number] = ", and ".join(why)
+    return found
