@@ -357,7 +357,7 @@ class TestTpuScript:
 
     def test_slices_are_given_back(self, path: Path) -> None:
         told = self.run(path, "delete", "n", "zone")
-        assert told[3:] == ["n", "--zone=zone", "--force", "--quiet"]
+        assert told[3:] == ["delete", "n", "--zone=zone", "--force", "--quiet"]
 
     @pytest.mark.parametrize("arguments", [[], ["create", "n"], ["ride"], ["run"]])
     def test_usage(self, path: Path, arguments: list[str]) -> None:
