@@ -149,7 +149,7 @@ class TestOneHost:
             os.kill(children(launcher.pid)[1], signal.SIGKILL)
             told = finished(launcher)
         assert launcher.returncode == 0, told
-        assert "9 restarts left" in told and "going on after step" in told
+        assert "10 restarts left" in told and "going on after step" in told
         check_whole(config, tmp_path)
 
     @pytest.mark.long
