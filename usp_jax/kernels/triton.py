@@ -108,7 +108,7 @@ TABLE = (
         itemsize=2,
     ),
     Row(
-        BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+        BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
         head_size=96,
         itemsize=2,
     ),
