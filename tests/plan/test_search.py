@@ -166,9 +166,8 @@ def test_every_best_has_a_command_that_the_trainer_takes(machine, scaling):
     model = LlamaConfig.preset("llama3.2-1b", rope_scaling=scaling)
     row = plan.best(model, machine, sequence=2**15, batch=64, devices=8)
     config = parse(shlex.split(plan.train_command(row.job, row.choice))[3:])
-    assert config.llama == dataclasses.replace(
-        model, remat=row.choice.remat, zero=row.choice.zero
-    )
+    chosen = {n: getattr(row.choice, n) for n in ("remat", "zero", "tensor_sequence")}
+    assert config.llama == dataclasses.replace(model, **chosen)
     assert config.accumulate == row.choice.accumulate
     assert (config.batch_size, config.mesh.devices) == (64, 8)
 
