@@ -7,6 +7,7 @@ batch, the same in all of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from train.vocabulary import Vocabulary
 from usp_jax import balance, to_layout
 
 Batch = dict[str, Any]
+
+# The axes that split the rows of a batch; of a stage's work too it is some rows.
+ROWS = ("data", "fsdp", "pipe")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +164,7 @@ def batches(
 
 def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
     """The rows of a batch that this process's devices hold."""
-    sharding = NamedSharding(mesh, jax.P(("data", "fsdp")))
+    sharding = NamedSharding(mesh, jax.P(ROWS))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
     every = range(batch_size)
     return sorted({row for (rows,) in held for row in every[rows]})
@@ -168,7 +172,7 @@ def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How rows [B, T] are split over a mesh."""
-    return NamedSharding(mesh, jax.P(("data", "fsdp", "pipe"), ("ring", "ulysses")))
+    return NamedSharding(mesh, jax.P(ROWS, ("ring", "ulysses")))
 
 
 def describe(batch_size: int, length: int, mesh: Mesh, layout: str = "zigzag") -> Batch:
@@ -188,7 +192,7 @@ def place(batch: dict[str, np.ndarray], layout: str, mesh: Mesh) -> Batch:
     """
     stored = _stored(batch, layout, mesh)
     sharding = batch_sharding(mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[name] for name in ROWS)
     groups = own_rows(ways, mesh)
 
     def one(x):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from train.config import Config
 from train.data import Batch, Text, batches, own_rows, place
-from train.state import Params
+from train.state import Params, on_devices
 from train.step import make_nats
 
 
@@ -51,6 +51,7 @@ class Evaluation:
     def __call__(self, params: Params) -> dict[str, float]:
         """The mean nats of a held-out label, and its exponential."""
         config = self.config
+        params = on_devices(params, config, self.mesh)
         own = own_rows(config.batch_size, self.mesh)
         rows = self.text.held_out_rows(config.sequence_length, config.seed)
         data = batches(rows, config.batch_size, own)

@@ -24,6 +24,7 @@ from train.fake_devices import make_fake_devices
 from train.retrieval import accuracies, greedy
 from train.trained import load_model, read_run
 from train.vocabulary import Vocabulary
+from usp_jax.mesh import ROLES
 from usp_jax.models.llama import Llama
 
 
@@ -92,7 +93,7 @@ def measure(options: ByPosition | Passkey) -> dict[str, Any]:
       ValueError: no such run, checkpoint or text, or numbers that do not fit them.
     """
     run = read_run(options.run_dir)
-    sizes = {name: size for name, size in run["mesh"].items() if name != "zero"}
+    sizes = {name: run["mesh"][name] for name in ROLES}
     step, model = load_model(options.run_dir, options.step, usp_jax.make_mesh(**sizes))
     if isinstance(options, ByPosition):
         name, table, found = "by_position", *by_position(options, run, model)

@@ -13,12 +13,11 @@ from train.metrics import Row, read_rows
 from train.outputs import Outputs
 from train.profiler import Profiler
 from train.report import draw_loss, sample
-from train.state import Params, learning_rate, with_params
+from train.state import Params, learning_rate, on_devices, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
 from train.token_folder import DataGone
 from train.update import Update
 from train.watchdog import watch
-from usp_jax.models.sharding import parameter_shardings
 
 
 class GaveUp(RuntimeError):
@@ -216,9 +215,7 @@ def _report(run, state):
         told = "not finite" if loss is None else f"{loss:.4f}"
         tell(f"step {config.steps}: loss {told}; {config.run_dir}")
     if config.sample.length:
-        # Wherever they live.
-        shardings = parameter_shardings(config.llama, run.mesh)
-        params = jax.device_put(state.params, shardings)
+        params = on_devices(state.params, config, run.mesh)
         model = with_params(run.graphdef, params)
         text = sample(model, run.vocabulary, config.sample, config.seed)
         tell(f"a sample of what it has learnt:\n{text}")

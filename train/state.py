@@ -133,6 +133,11 @@ def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def on_devices(params: Params, config: Config, mesh: Mesh) -> Params:
+    """The parameters in the devices' memory, wherever they live."""
+    return jax.device_put(params, parameter_shardings(config.llama, mesh))
+
+
 def with_params(graphdef: nnx.GraphDef, params: Params) -> Llama:
     """The model with these parameters, which the device's memory has."""
     return nnx.merge(graphdef, params)

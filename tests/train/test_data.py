@@ -97,7 +97,7 @@ def test_batches_are_placed_in_stored_order(layout: str) -> None:
     batch = next(batches_of(corpus_of([200]), length=16, batch_size=4, seed=0))
     placed = place(batch, layout, mesh)
     for name, x in placed.items():
-        assert x.sharding.spec == jax.P(("data", "fsdp"), ("ring", "ulysses"))
+        assert x.sharding.spec == jax.P(("data", "fsdp", "pipe"), ("ring", "ulysses"))
         assert x.dtype == np.int32
         expected = usp_jax.to_layout(batch[name], layout, mesh)
         np.testing.assert_array_equal(x, expected)

@@ -123,7 +123,7 @@ TABLE = (
         itemsize=2,
     ),
     Row(
-        BlockSizes(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+        BlockSizes(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
         capabilities=((8, 0), (9, 0), (10, 0), (10, 3)),
         head_size=256,
         itemsize=2,
