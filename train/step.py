@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import lax
 
 from train.data import Batch
 from train.state import Params, State, with_params
 from train.update import Update
 from usp_jax import recommended_flags
+from usp_jax.models.accumulate import summed
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
@@ -78,22 +78,7 @@ def _updates_done(state):
 def _mean(nats_of, params, batch, parts):
     """The mean of nats over all labels, and its gradient."""
     pull = jax.value_and_grad(nats_of, has_aux=True)
-    if parts == 1:
-        (nats, labels), gradient = pull(params, batch)
-    else:
-        # Rows in turn, so that every part is split over the devices as the batch is.
-        batch = jax.tree.map(
-            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        part = jax.tree.map(lambda x: x[0], batch)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull, params, part)
-        )
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, pull(params, part)), None
-
-        ((nats, labels), gradient), _ = lax.scan(add, zeros, batch)
+    (nats, labels), gradient = summed(pull, parts, params, batch)
     # A batch of nothing but one-token documents has no label.
     scale = 1 / jnp.maximum(labels, 1)
     return nats * scale, jax.tree.map(lambda x: x * scale, gradient)

@@ -10,11 +10,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 import usp_jax
 from usp_jax import aot
+from usp_jax.models.accumulate import summed
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 from usp_jax.models.sharding import parameter_shardings
@@ -78,10 +78,7 @@ def _step(graphdef, layout, parts, state, batch):
         )
 
     pull = jax.value_and_grad(nats_of, has_aux=True)
-    if parts == 1:
-        (value, labels), gradient = pull(params, batch)
-    else:
-        (value, labels), gradient = _in_parts(pull, parts, params, batch)
+    (value, labels), gradient = summed(pull, parts, params, batch)
     scale = 1 / jnp.maximum(labels, 1)
     value, gradient = jax.tree.map(lambda x: x * scale, (value, gradient))
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradient.values()))
@@ -97,20 +94,3 @@ def _step(graphdef, layout, parts, state, batch):
 
     params = {name: moved(name, x) for name, x in params.items()}
     return (count, params, mu, nu), (value, norm)
-
-
-def _in_parts(pull, parts, params, batch):
-    """The sums over the batch's parts, taken one after the other."""
-    # Rows in turn, so that every part is split over the devices as the batch is.
-    batch = jax.tree.map(
-        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-    part = jax.tree.map(lambda x: x[0], batch)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull, params, part)
-    )
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, pull(params, part)), None
-
-    return lax.scan(add, zeros, batch)[0]
