@@ -213,19 +213,12 @@ class _Step:
 def _add(stairs, step):
     """Appends a step, or makes the last one longer."""
     before = stairs[-1] if stairs else None
-    if (
-        before is None
-        or before.grows != step.grows
-        or before.next
-        != (
-            step.row,
-            step.seen,
-        )
-    ):
-        stairs.append(step)
-    else:
+    here = step.grows, (step.row, step.seen)
+    if before is not None and (before.grows, before.next) == here:
         count = before.count + step.count
         stairs[-1] = dataclasses.replace(before, count=count)
+    else:
+        stairs.append(step)
 
 
 def _moved(part, by):
