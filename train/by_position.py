@@ -13,7 +13,6 @@ from itertools import islice
 import jax.numpy as jnp
 import numpy as np
 
-from usp_jax.mesh import axis_size
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import NO_LABEL, token_nats
 
@@ -70,7 +69,7 @@ def nats_by_position(
     Raises:
       ValueError: there are no rows.
     """
-    ways = axis_size(model.mesh, "data") * axis_size(model.mesh, "fsdp")
+    ways = model.split.size(model.split.ends.batch)
     total, count = np.zeros(length), 0
     for batch in _batches(rows, batch_size):
         count += len(batch)
