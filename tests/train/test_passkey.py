@@ -15,8 +15,6 @@ from train.config import (
     Config,
     DataConfig,
     MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
     PasskeyConfig,
 )
 from train.long_context import Passkey, measure
@@ -200,26 +198,15 @@ def test_the_preset_is_a_run_on_passkeys() -> None:
 
 @pytest.mark.long
 def test_a_small_model_learns_to_find_passkeys(tmp_path: Path) -> None:
+    whole = preset("passkey")
     config = passkey_config(
         tmp_path,
         sequence_length=512,
         batch_size=8,
         steps=600,
-        model=ModelConfig(
-            vocab_size=256,
-            d_model=128,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=4,
-            head_size=32,
-            d_ff=256,
-            rope_theta=1e6,
-            remat="attention_qkv",
-        ),
+        model=whole.model,
         passkey=PasskeyConfig(enabled=True, shortest=32, growth_rows=2000),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=30, weight_decay=0.0
-        ),
+        optimizer=whole.optimizer,
     )
     train(build(config), lambda _: False)
     options = Passkey(config.run_dir, lengths=(128, 256, 512), examples=20)
