@@ -5,8 +5,8 @@ their copy in the computation's dtype and its gradients; what layers keep for th
 backward pass; and the most that is needed for a while: for one layer's backward, for
 the loss, for the embedding's gradient, or for the update. How much one layer's backward
 needs is the compiler's affair: the numbers of arrays in `LAYER` are estimates.
-`benchmarks/plan_bytes.py` compares the whole with compiled programs: two have been so
-far, LLaMA3.2-1B on a ring of 8, where the estimate is 4 % low (v5e) and 9 % low (H100).
+`benchmarks/plan_bytes.py` compares the whole with compiled programs: three have been so
+far, and the estimate is at most 9 % low (`docs/planning.md`).
 """
 
 import dataclasses
