@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
@@ -24,6 +25,9 @@ from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.pipeline import Pipeline
+
+# So many devices gather at once where they gather in turn.
+AT_ONCE = 8
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
@@ -53,6 +57,9 @@ class Split:
         does so once.
       tensor_sequence: what is not split by heads or features over `tensor` is split
         by tokens (TP-sp, arXiv 2205.05198).
+      in_turn: weights are gathered, and their gradients scattered, over a few devices
+        and then over groups of them, which sends as many bytes. Over many devices at
+        once the TPU compiler makes an all-reduce of either, which sends twice as many.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -63,6 +70,7 @@ class Split:
     stages: tuple[str, ...] = ()
     level: int = 3
     tensor_sequence: bool = False
+    in_turn: bool = False
 
     @classmethod
     def of(
@@ -86,6 +94,7 @@ class Split:
             split("pipe"),
             level,
             tensor_sequence and bool(tensor),
+            isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu",
         )
 
     @property
@@ -147,15 +156,31 @@ class Split:
         """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
         dims, _, zero = TABLE[name]
         dim = x.ndim - len(dims) + dims.index(zero)
-        return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+        for some, groups in reversed(self.turns(axes)):
+            x = lax.all_gather(x, some, axis=dim, tiled=True, axis_index_groups=groups)
+        return x
 
     def scatter(self, x, name: str, axes: tuple[str, ...]):
         """The sum over devices of what `gather` gives, split again."""
         dims, _, zero = TABLE[name]
         dim = x.ndim - len(dims) + dims.index(zero)
-        if not axes:
-            return x
-        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+        for some, groups in self.turns(axes):
+            x = lax.psum_scatter(
+                x, some, scatter_dimension=dim, tiled=True, axis_index_groups=groups
+            )
+        return x
+
+    def turns(
+        self, axes: tuple[str, ...]
+    ) -> list[tuple[tuple[str, ...], list[list[int]] | None]]:
+        """The collectives over some ZeRO axes, outermost first: axes, and groups."""
+        if not self.in_turn:
+            return [(axes, None)] if axes else []
+        return [
+            ((name,), groups)
+            for name in axes
+            for groups in groups_in_turn(axis_size(self.mesh, name))
+        ]
 
     def vary(self, x):
         """Marks x as different on every device.
@@ -205,6 +230,19 @@ class Split:
         if self.mesh is None:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def groups_in_turn(size: int) -> list[list[list[int]] | None]:
+    """The groups of an axis's devices that gather in turn, outermost first.
+
+    An axis of more than 8 devices (`AT_ONCE`) is taken as two, the inner one of at most
+    8: first groups of neighbours, then those with the same place in each.
+    """
+    inner = next(n for n in range(min(size, AT_ONCE), 0, -1) if size % n == 0)
+    if inner in (1, size):
+        return [None]
+    places = np.arange(size).reshape(-1, inner)
+    return [places.T.tolist(), places.tolist()]
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
