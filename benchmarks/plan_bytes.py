@@ -2,15 +2,17 @@
 
     python -m benchmarks.plan_bytes              # all cases, about a minute each
     python -m benchmarks.plan_bytes 0 8          # those of these numbers
+    python -m benchmarks.plan_bytes --gpu        # those for GPUs, or --tpu
+    python -m benchmarks.plan_bytes --into FILE  # those that FILE has not, appended
     python -m benchmarks.plan_bytes --kept FILE  # compilers' bytes of lines kept before
 
 Prints a JSON line a case. Compiling needs `pip install '.[plan,aot]'` and no
 accelerator; comparing kept lines only the planner.
 """
 
+import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from typing import Any
 import jax
 
 from usp_jax import plan
+from usp_jax.compiled import by_kind
 from usp_jax.plan.choice import obstacle
 
 K = 1024
-REMAT = ("full", "attention", "attention_qkv", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,57 +75,137 @@ class Case:
         )
 
 
-# (model, machine, devices, sequence, batch) and the meshes that it is split over. What
-# layers keep is chosen so that it is neither nothing nor far beyond the device.
-STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, int], ...]], ...] = (
+# (model, machine, devices, sequence, batch) and the ways to split it.
+STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], ...] = (
     (
         ("llama3.2-1b", "v5e", 8, 32 * K, 8),
-        ({"ring": 8}, {"data": 2, "ring": 2, "ulysses": 2}, {"fsdp": 4, "tensor": 2}),
+        (
+            {"ring": 8},
+            {"data": 2, "ring": 2, "ulysses": 2, "remat": "attention"},
+            {"fsdp": 4, "tensor": 2, "zero": 1, "remat": "attention_qkv"},
+        ),
     ),
     (
         ("llama3.2-1b", "h100", 8, 64 * K, 8),
-        ({"ring": 8}, {"ring": 2, "ulysses": 4}, {"data": 4, "ulysses": 2}),
+        (
+            {"ring": 8},
+            {"ring": 2, "ulysses": 4, "remat": "attention"},
+            {"data": 4, "ulysses": 2, "remat": "attention_qkv"},
+        ),
+    ),
+    (
+        ("llama3.2-1b", "h100", 8, 32 * K, 8),
+        (
+            {"fsdp": 2, "tensor": 4},
+            {"fsdp": 2, "tensor": 4, "tensor_sequence": False},
+        ),
     ),
     (
         ("llama3-8b", "v5p", 64, 256 * K, 1),
-        ({"ring": 16, "ulysses": 4}, {"ring": 8, "ulysses": 8}, {"ring": 64}),
+        (
+            {"ring": 16, "ulysses": 4, "zero": 1},
+            {"ring": 8, "ulysses": 8, "remat": "attention"},
+            {"ring": 64, "remat": "attention_qkv"},
+        ),
+    ),
+    (
+        ("llama3-8b", "v5p", 64, K * K, 1),
+        ({"ring": 8, "ulysses": 8, "mlp_tile": 4096},),
     ),
     (
         ("llama3-8b", "a100", 16, 64 * K, 2),
-        ({"ring": 4, "ulysses": 4}, {"data": 2, "ulysses": 8}, {"fsdp": 2, "ring": 8}),
+        (
+            {"ring": 4, "ulysses": 4},
+            {"data": 2, "ulysses": 8, "zero": 1, "remat": "attention"},
+            {"fsdp": 2, "ring": 8, "remat": "attention_qkv"},
+        ),
+    ),
+    (
+        ("llama3-8b", "a100", 16, 32 * K, 8),
+        ({"ring": 2, "ulysses": 8, "accumulate": 4, "remat": "attention"},),
     ),
     (
         ("llama2-7b", "v6e", 16, 16 * K, 8),
-        ({"fsdp": 8, "ulysses": 2}, {"ring": 4, "tensor": 4}, {"data": 4, "ring": 4}),
+        (
+            {"fsdp": 8, "ulysses": 2},
+            {"ring": 4, "tensor": 4, "remat": "attention"},
+            {"data": 4, "ring": 4, "zero": 1, "remat": "attention_qkv"},
+        ),
     ),
+    (("llama2-7b", "v6e", 16, 4 * K, 16), ({"fsdp": 16, "remat": "none"},)),
     (
         ("llama2-7b", "h100", 8, 8 * K, 8),
-        ({"fsdp": 8}, {"ring": 2, "tensor": 4}, {"fsdp": 2, "ring": 2, "ulysses": 2}),
+        (
+            {"ring": 2, "tensor": 4, "remat": "attention"},
+            {"fsdp": 2, "ring": 2, "ulysses": 2, "remat": "attention"},
+        ),
+    ),
+    (("llama2-7b", "h100", 8, 4 * K, 8), ({"fsdp": 8, "remat": "none"},)),
+    (
+        ("llama2-7b", "h100", 8, 8 * K, 32),
+        ({"pipe": 4, "data": 2, "zero": 1, "microbatches": 8},),
     ),
     (
         ("llama3-8b", "v5p", 16, 32 * K, 4),
-        ({"data": 4, "ulysses": 4}, {"fsdp": 4, "ring": 2, "ulysses": 2}),
+        (
+            {"data": 4, "ulysses": 4, "zero": 1},
+            {"fsdp": 4, "ring": 2, "ulysses": 2, "remat": "attention"},
+            {"pipe": 4, "ulysses": 4},
+        ),
+    ),
+    (
+        ("llama3-8b", "v5p", 16, 32 * K, 16),
+        (
+            {
+                "pipe": 2,
+                "fsdp": 2,
+                "ring": 2,
+                "tensor": 2,
+                "interleave": 2,
+                "remat": "attention",
+            },
+        ),
+    ),
+    (("llama3-8b", "h100", 16, 32 * K, 8), ({"pipe": 2, "ulysses": 8},)),
+    (
+        ("llama3-8b", "h100", 16, 32 * K, 16),
+        ({"pipe": 4, "ring": 2, "tensor": 2, "interleave": 2, "remat": "attention"},),
+    ),
+    (
+        ("llama3-8b", "h100", 8, 256 * K, 1),
+        (
+            {"ulysses": 8, "mlp_tile": 4096},
+            {"ulysses": 8, "mlp_tile": 4096, "remat": "attention_offload"},
+            {
+                "ulysses": 8,
+                "mlp_tile": 4096,
+                "remat": "full_offload",
+                "offload": True,
+            },
+        ),
     ),
     (
         ("llama3-70b", "v5p", 64, 128 * K, 1),
-        ({"ring": 8, "ulysses": 8}, {"ring": 16, "tensor": 4}),
+        (
+            {"ring": 8, "ulysses": 8, "remat": "attention_qkv"},
+            {"ring": 16, "tensor": 4},
+        ),
     ),
-    (("llama3-70b", "h100", 64, 32 * K, 4), ({"fsdp": 4, "ring": 2, "ulysses": 8},)),
+    (
+        ("llama3-70b", "h100", 64, 32 * K, 4),
+        ({"fsdp": 4, "ring": 2, "ulysses": 8, "remat": "attention"},),
+    ),
 )
 
 
 def cases() -> Iterator[Case]:
-    """Each step over its meshes; the remat policy and the ZeRO level take turns."""
-    number = 0
-    for step, meshes in STEPS:
-        for sizes in meshes:
-            remat = REMAT[number % 3 if step[3] > 16 * K else number % 4]
-            zero = 1 if number % 4 == 2 and step[0] != "llama3-70b" else 3
-            case = Case(*step, plan.Choice(**sizes, remat=remat, zero=zero))
+    """Each step in all its ways."""
+    for step, ways in STEPS:
+        for options in ways:
+            case = Case(*step, plan.Choice(**options))
             if (why := obstacle(case.job, case.choice)) is not None:
                 raise ValueError(f"{case} cannot be: {why}")
             yield case
-            number += 1
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -138,7 +220,12 @@ def compile_case(case: Case) -> dict[str, Any]:
         told |= {
             "argument_bytes": report.argument_bytes,
             "peak_bytes": report.peak_bytes,
+            "host_bytes": report.host_bytes,
             "sent_bytes": report.wire_bytes,
+            "sent": {
+                kind: total.wire_bytes
+                for kind, total in by_kind(report.collectives).items()
+            },
         }
     return {**line, **told}
 
@@ -158,17 +245,40 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, **told}
 
 
-def main(words: Sequence[str]) -> None:
-    """Compiles the cases of these numbers, or all; or reads kept lines."""
-    if words[:1] == ["--kept"]:
-        for text in Path(words[1]).read_text().splitlines():
-            print(json.dumps(compare(json.loads(text))))
+def main(words: Sequence[str] | None = None) -> None:
+    """Compiles what is asked for; or reads kept lines."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_bytes")
+    parser.add_argument("numbers", nargs="*", type=int, help="of cases")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--tpu", action="store_true")
+    parser.add_argument("--into", type=Path, metavar="FILE")
+    parser.add_argument("--kept", type=Path, metavar="FILE")
+    asked = parser.parse_args(words)
+    if asked.kept is not None:
+        for line in kept(asked.kept):
+            print(json.dumps(compare(line)))
         return
     jax.config.update("jax_platforms", "cpu")
+    there = []
+    if asked.into is not None and asked.into.exists():
+        there = [Case.of(line) for line in kept(asked.into)]
     for number, case in enumerate(cases()):
-        if not words or str(number) in words:
-            print(json.dumps(compare(compile_case(case))), flush=True)
+        is_tpu = case.job.machine.torus_dims > 0
+        wanted = not asked.numbers or number in asked.numbers
+        wanted &= (asked.tpu if is_tpu else asked.gpu) or asked.tpu == asked.gpu
+        if not wanted or case in there:
+            continue
+        line = compile_case(case)
+        print(json.dumps(compare(line)), flush=True)
+        if asked.into is not None:
+            with asked.into.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

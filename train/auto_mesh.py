@@ -3,8 +3,10 @@
     python -m train tiny --auto-mesh          # for the devices that are here
     python -m train tiny --auto-mesh v5p      # for as many of another machine
 
-Beside the mesh and its ZeRO level the planner chooses what the backward pass computes
-again and in how many parts a step takes its rows.
+Beside the mesh and its ZeRO level the planner chooses a pipeline's micro-batches and
+rounds, what the backward pass computes again, whether the feed-forward network is taken
+in tiles and the sequence split over tensor too, and in how many parts a step takes its
+rows. With `--optimizer.offload` it may use the host's memory.
 """
 
 import dataclasses
@@ -37,7 +39,9 @@ def planned(config: Config) -> Config:
         sequence=config.sequence_length,
         batch=config.batch_size,
         devices=jax.device_count(),
-        layout=config.layout,
+        # Of the same lengths, and as even.
+        layout="striped" if config.layout == "balanced" else config.layout,
+        offload=config.optimizer.offload,
     )
     if jax.process_index() == 0:
         print(
@@ -51,8 +55,19 @@ def planned(config: Config) -> Config:
         config,
         auto_mesh=None,
         accumulate=choice.accumulate,
-        mesh=MeshConfig(**choice.sizes, zero=choice.zero),
-        model=dataclasses.replace(config.model, remat=choice.remat),
+        mesh=MeshConfig(
+            **choice.sizes,
+            zero=choice.zero,
+            microbatches=choice.microbatches,
+            interleave=choice.interleave,
+        ),
+        model=dataclasses.replace(
+            config.model,
+            remat=choice.remat,
+            mlp_tile=choice.mlp_tile,
+            tensor_sequence=choice.tensor_sequence,
+        ),
+        optimizer=dataclasses.replace(config.optimizer, offload=choice.offload),
     )
     check(config)
     return config

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from train.config import Config, MeshConfig, ModelConfig
+from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from usp_jax.plan.choice import Choice, Job
 
 
@@ -17,6 +17,7 @@ def config_of(job: Job, choice: Choice) -> Config:
                 **model,
                 "remat": choice.remat,
                 "tensor_sequence": choice.tensor_sequence,
+                "mlp_tile": choice.mlp_tile,
             }
         ),
         steps=10,
@@ -26,5 +27,11 @@ def config_of(job: Job, choice: Choice) -> Config:
         layout=job.layout,
         accumulate=choice.accumulate,
         dtype=job.model.dtype,
-        mesh=MeshConfig(**choice.sizes, zero=choice.zero),
+        mesh=MeshConfig(
+            **choice.sizes,
+            zero=choice.zero,
+            microbatches=choice.microbatches,
+            interleave=choice.interleave,
+        ),
+        optimizer=OptimizerConfig(offload=choice.offload),
     )

@@ -45,8 +45,7 @@ class Row:
             tensor=tensor,
             zero=1,
             remat="none",
-            tensor_sequence=True,
-            gradient_itemsize=4,
+            program="megatron",
         )
 
 

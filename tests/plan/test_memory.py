@@ -1,26 +1,48 @@
 """Memory and traffic predicted against what compilers for real machines say.
 
-Some of the cases of `benchmarks/plan_bytes.py`, which has more and prints the ratios.
-
-Compiling needs `pip install 'usp_jax[aot]'`; without it the long tests are skipped, and
-the summary says so.
+What they said of the cases of `benchmarks/plan_bytes.py` is kept; the long tests
+compile some of them again. That needs `pip install 'usp_jax[aot]'`; without it they are
+skipped, and the summary says so.
 """
+
+from pathlib import Path
 
 import pytest
 
-from benchmarks.plan_bytes import Case, cases, compare, compile_case
+from benchmarks.plan_bytes import Case, cases, compare, compile_case, kept
 from tests.compilers import needs_compilers
 from tests.plan.program import config_of
 from train.ahead import compile_for
 from usp_jax import plan
 from usp_jax.plan.verify import compile_step
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CASES = list(cases())
+KEPT = kept(max(RESULTS.glob("*-plan-bytes.jsonl")))
+# The TPU compiler makes all-reduces, which send twice as much, of some scatters.
+SENT = {True: 0.04, False: 0.005}
 
 
-def test_cases_are_all_different_and_can_be():
-    assert len({str(case) for case in CASES}) == len(CASES) >= 20
-    assert {case.machine for case in CASES} >= {"v5e", "v5p", "v6e", "h100", "a100"}
+def check(told):
+    assert told["predicted_fits"] == told["fits"]
+    if "peak_bytes" in told:
+        is_tpu = plan.machine(told["machine"]).torus_dims > 0
+        assert told["peak_ratio"] == pytest.approx(1, abs=0.1)
+        assert told["sent_ratio"] == pytest.approx(1, abs=SENT[is_tpu])
+
+
+@pytest.mark.parametrize("line", KEPT, ids=lambda line: str(Case.of(line)))
+def test_bytes_are_those_that_compilers_told(line):
+    check(compare(line))
+
+
+def test_what_is_kept_is_of_today():
+    told = [Case.of(line) for line in KEPT]
+    assert all(case in CASES for case in told)
+    assert len({str(case) for case in told}) == len(told)
+    compiled = [line["machine"] for line in KEPT if "peak_bytes" in line]
+    assert len(compiled) >= 20
+    assert set(compiled) >= {"v5e", "v5p", "v6e", "h100", "a100"}
 
 
 def test_a_kept_line_is_predicted_again():
@@ -37,20 +59,24 @@ def test_a_kept_line_is_predicted_again():
 
 @pytest.mark.long
 @needs_compilers
-@pytest.mark.parametrize("case", CASES[::5], ids=str)
+@pytest.mark.parametrize("case", CASES[::7], ids=str)
 def test_bytes_are_those_of_the_compiler(case):
-    told = compare(compile_case(case))
-    assert told["predicted_fits"] == told["fits"]
-    assert told["peak_ratio"] == pytest.approx(1, abs=0.1)
-    assert told["sent_ratio"] == pytest.approx(1, abs=0.02)
+    check(compare(compile_case(case)))
 
 
 @pytest.mark.long
 @needs_compilers
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_step_compiled_here_is_the_trainers(parts):
-    job = CASES[0].job
-    choice = plan.Choice(ring=4, fsdp=2, accumulate=parts)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        plan.Choice(ring=4, fsdp=2, accumulate=2),
+        plan.Choice(pipe=2, ring=2, tensor=2, microbatches=4, interleave=2),
+        plan.Choice(ulysses=8, remat="attention_offload", mlp_tile=4096, offload=True),
+    ],
+    ids=str,
+)
+def test_the_step_compiled_here_is_the_trainers(choice):
+    job = plan.job_of("llama3.2-1b", "h100", devices=8, sequence=2**15, batch=8)
     ours = compile_step(job, choice)
     config = config_of(job, choice)
     theirs = compile_for(config, job.machine.topology(job.devices))

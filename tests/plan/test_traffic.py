@@ -1,6 +1,7 @@
 """The traffic of a whole step against the program that the trainer compiles."""
 
 import collections
+import dataclasses
 
 import pytest
 
@@ -27,7 +28,9 @@ MODEL = LlamaConfig(
 )
 
 
-def check(choice: Choice, model: LlamaConfig = MODEL, batch: int = 4) -> None:
+def check(choice: Choice, batch: int = 4) -> None:
+    layers = 8 if choice.pipe > 1 else 3
+    model = dataclasses.replace(MODEL, num_layers=layers)
     job = Job(model, machine("a100"), 8, 512, batch)
     jitted, arguments = step_of(config_of(job, choice))
     program = by_kind(collectives(jitted.lower(*arguments).compile()))
@@ -43,7 +46,7 @@ def check(choice: Choice, model: LlamaConfig = MODEL, batch: int = 4) -> None:
 
 
 def test_a_step_sends_what_is_predicted():
-    check(Choice(data=2, ring=2, ulysses=2))
+    check(Choice(pipe=2, ring=2, tensor=2, interleave=2, microbatches=4))
 
 
 @pytest.mark.long
@@ -57,11 +60,33 @@ def test_a_step_sends_what_is_predicted():
         {"fsdp": 4, "tensor": 2},
         {"fsdp": 2, "ring": 2, "tensor": 2},
         {"data": 2, "ring": 4},
+        {"data": 2, "ring": 2, "ulysses": 2},
     ],
     ids=str,
 )
 def test_every_split_and_policy(sizes, remat):
     check(Choice(**sizes, remat=remat))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(pipe=2, ring=2, ulysses=2),
+        Choice(pipe=2, ring=2, ulysses=2, remat="none"),
+        Choice(pipe=2, data=2, ulysses=2, microbatches=4, remat="attention"),
+        Choice(pipe=2, fsdp=2, ring=2, interleave=4),
+        Choice(pipe=4, data=2, zero=1),
+        Choice(pipe=2, ulysses=4, zero=1, interleave=2),
+        Choice(pipe=2, fsdp=2, ring=2, interleave=2, accumulate=2),
+        Choice(pipe=2, tensor=2, ring=2, tensor_sequence=False),
+        Choice(fsdp=2, ring=2, tensor=2, tensor_sequence=False),
+        Choice(ring=4, ulysses=2, mlp_tile=64),
+    ],
+    ids=str,
+)
+def test_stages_tensors_and_tiles(choice):
+    check(choice, batch=16)
 
 
 @pytest.mark.long

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _rows(args) -> list[Row]:
     model = LlamaConfig.preset(args.model, dtype=args.dtype)
     if args.longest:
-        job = longest(job_of(model, args.machine, sequence=1, **_asked(args)))
+        shortest = job_of(model, args.machine, sequence=1, **_asked(args))
+        job = longest(shortest, offload=args.offload)
     else:
         sequence = _length("sequence", args.sequence)
         job = job_of(model, args.machine, sequence=sequence, **_asked(args))
@@ -46,6 +47,7 @@ def _rows(args) -> list[Row]:
         return []
     return plan(
         job,
+        offload=args.offload,
         schedules=args.schedule or ("unidirectional",),
         chunks=args.chunks or (1,),
     )
@@ -116,6 +118,11 @@ def _parser():
         "--documents",
         metavar="MEAN",
         help="tokens of a document, of which rows are packed; default: a row is one",
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="consider the host's memory for what layers and the optimizer keep",
     )
     parser.add_argument("--top", type=int, default=10, help="rows of the table")
     parser.add_argument(

@@ -1,15 +1,17 @@
 """What is asked (`Job`) and what can be chosen for it (`Choice`)."""
 
 import dataclasses
+import functools
 import math
 
 from usp_jax.arguments import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
-from usp_jax.models.config import REMAT, LlamaConfig
+from usp_jax.models.config import OFFLOAD, REMAT, ZERO, LlamaConfig
+from usp_jax.models.pipeline import Pipeline
 from usp_jax.plan.machines import Machine
 from usp_jax.schedules import SCHEDULES
 
-ZERO = (1, 3)
+PROGRAMS = ("train", "megatron")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Job:
                     f"the devices of a node of {machine.name!r}, or fit into one"
                 )
 
+    def model_of(self, choice: "Choice") -> LlamaConfig:
+        """The model as a choice has it."""
+        names = "remat zero mlp_tile tensor_sequence microbatches interleave".split()
+        chosen = {name: getattr(choice, name) for name in names}
+        return dataclasses.replace(self.model, **chosen)
+
     @property
     def itemsize(self) -> int:
         """Bytes of an element of the computation."""
@@ -73,11 +81,11 @@ class Choice:
         these and data.
       remat: as in `LlamaConfig`.
       accumulate: in how many parts, one after the other, the rows are taken.
+      microbatches, interleave, mlp_tile, tensor_sequence: as in `LlamaConfig`.
+      offload: the float32 parameters and the optimizer's memory live in the host's.
       ring_schedule, ring_inner, ulysses_chunks: as in `usp_attention`.
-      tensor_sequence: between attention and the feed-forward network the sequence is
-        split over tensor too (TP-sp).
-      gradient_itemsize: bytes of an element of what gradients are summed in over
-        devices; None: the computation's.
+      program: "train" is this checkout's; "megatron" is Megatron-LM as in the USP
+        paper: norms and gates fused, whole float32 logits, gradients in float32.
     """
 
     pipe: int = 1
@@ -89,26 +97,34 @@ class Choice:
     zero: int = 3
     remat: str = "full"
     accumulate: int = 1
+    microbatches: int | None = None
+    interleave: int = 1
+    mlp_tile: int | None = None
+    tensor_sequence: bool = True
+    offload: bool = False
     ring_schedule: str = "unidirectional"
     ring_inner: int | None = None
     ulysses_chunks: int = 1
-    tensor_sequence: bool = False
-    gradient_itemsize: int | None = None
+    program: str = "train"
 
     def __post_init__(self):
-        for name in ("accumulate", "ulysses_chunks"):
+        for name in ("accumulate", "interleave", "ulysses_chunks"):
             check_positive_int(name, getattr(self, name))
+        for name in ("microbatches", "mlp_tile"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
         for name, values in (
             ("zero", ZERO),
-            ("remat", REMAT),
+            ("remat", REMAT + OFFLOAD),
             ("ring_schedule", SCHEDULES),
+            ("program", PROGRAMS),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be one of {values}"
                 )
 
-    @property
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """The mesh: the size of each axis, outermost first."""
         return {
@@ -140,10 +156,21 @@ class Choice:
         """The devices over which a parameter's float32 copy is split."""
         return self.data * self.split
 
+    @functools.cached_property
+    def pipeline(self) -> Pipeline:
+        """The schedule of the stages."""
+        return Pipeline(self.pipe, self.interleave, self.microbatches or self.pipe)
+
     @property
     def rows(self) -> int:
         """How many parts the rows of a step are cut into, over devices and time."""
-        return self.data * self.fsdp * self.accumulate
+        parts = self.accumulate * self.pipeline.microbatches
+        return self.data * self.fsdp * parts
+
+    @property
+    def token_shards(self) -> int:
+        """Along tensor, of what is not split by heads or features."""
+        return self.tensor if self.tensor_sequence else 1
 
 
 def lacks(choice: Choice) -> tuple[str, ...]:
@@ -152,16 +179,12 @@ def lacks(choice: Choice) -> tuple[str, ...]:
     The one place that says so: what is struck out here is proposed from then on.
     """
     lacking = []
-    if choice.pipe > 1:
-        lacking.append("pipe")
     if choice.ring_schedule != "unidirectional":
         lacking.append(f"ring_schedule={choice.ring_schedule}")
     if choice.ulysses_chunks > 1:
         lacking.append("ulysses_chunks")
-    if choice.tensor_sequence:
-        lacking.append("tensor_sequence")
-    if choice.gradient_itemsize is not None:
-        lacking.append("gradient_itemsize")
+    if choice.program != "train":
+        lacking.append(f"program={choice.program}")
     return tuple(lacking)
 
 
@@ -169,11 +192,13 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     """Why a choice cannot be at all, whatever the memory; None when it can."""
     model = job.model
     heads = choice.tensor * choice.ulysses
-    shards = choice.everyone
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
+    if (why := _pipeline_obstacle(model, choice)) is not None:
+        return why
     if job.batch % choice.rows:
-        ways = "data · fsdp" + " · accumulate" * (choice.accumulate > 1)
+        ways = "data · fsdp" + " · micro-batches" * (choice.pipe > 1)
+        ways += " · accumulate" * (choice.accumulate > 1)
         return f"divisibility: batch {job.batch} over {ways} = {choice.rows}"
     if heads > model.num_heads:
         return f"heads: {model.num_heads} over tensor · ulysses = {heads}"
@@ -183,11 +208,25 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     own = -(-model.num_heads // heads)
     if own % choice.ulysses_chunks:
         return f"heads: {own} of a device in {choice.ulysses_chunks} chunks"
+    shards = choice.everyone * choice.pipe
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
-    if model.num_layers % choice.pipe:
-        return f"divisibility: {model.num_layers} layers over pipe"
     multiple = length_multiple(job.layout, choice.ring, choice.ulysses)
+    multiple = math.lcm(multiple, choice.sequence_shards * choice.token_shards)
     if job.sequence % multiple:
         return f"divisibility: sequence {job.sequence} is no multiple of {multiple}"
+    return None
+
+
+def _pipeline_obstacle(model, choice):
+    """Why there cannot be such stages."""
+    if choice.pipe == 1:
+        if (choice.microbatches or 1, choice.interleave) != (1, 1):
+            return "pipe: micro-batches and interleave are of more than one stage"
+        return None
+    groups = choice.pipe * choice.interleave
+    if model.num_layers % groups:
+        return f"divisibility: {model.num_layers} layers over pipe · interleave"
+    if choice.pipeline.microbatches % choice.pipe:
+        return f"divisibility: {choice.microbatches} micro-batches over pipe"
     return None

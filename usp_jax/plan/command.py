@@ -33,7 +33,9 @@ def train_command(job: Job, choice: Choice) -> str:
     options = {f"model.{name}": getattr(model, name) for name in _MODEL}
     options |= {
         "model.remat": choice.remat,
+        "model.mlp_tile": choice.mlp_tile,
         "model.loss_chunk": model.loss_chunk,
+        "model.loss_block": model.loss_block,
         "dtype": model.dtype,
         "sequence_length": job.sequence,
         "batch_size": job.batch,
@@ -42,7 +44,12 @@ def train_command(job: Job, choice: Choice) -> str:
         "fake_devices": None,
     }
     options |= {f"mesh.{name}": size for name, size in choice.sizes.items()}
-    options["mesh.zero"] = choice.zero
+    options |= {
+        "mesh.zero": choice.zero,
+        "mesh.microbatches": choice.microbatches,
+        "mesh.interleave": choice.interleave,
+        "optimizer.offload": choice.offload,
+    }
     options["model.tie_embeddings"] = model.tie_embeddings
     options["model.tensor_sequence"] = choice.tensor_sequence
     words = [_option(name, value) for name, value in options.items()]
@@ -72,8 +79,15 @@ def describe(choice: Choice) -> str:
     """A choice in a few words, without the axes that split nothing."""
     sizes = [f"{name}={size}" for name, size in choice.sizes.items() if size > 1]
     words = [*(sizes or ["one device"]), f"zero={choice.zero}", f"remat={choice.remat}"]
-    if choice.accumulate > 1:
-        words.append(f"accumulate={choice.accumulate}")
+    if choice.pipe > 1:
+        words.append(f"microbatches={choice.pipeline.microbatches}")
+    for name, usual in (("interleave", 1), ("accumulate", 1), ("mlp_tile", None)):
+        if getattr(choice, name) != usual:
+            words.append(f"{name}={getattr(choice, name)}")
+    if choice.tensor > 1 and not choice.tensor_sequence:
+        words.append("tensor_sequence=False")
+    if choice.offload:
+        words.append("offload")
     if choice.ring_schedule != "unidirectional":
         words.append(choice.ring_schedule)
     if choice.ulysses_chunks > 1:

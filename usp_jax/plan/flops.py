@@ -59,12 +59,20 @@ class Work:
 
 
 def step_work(
-    model: LlamaConfig, *, sequence: int, batch: int, visible: int | float = 1
+    model: LlamaConfig,
+    *,
+    sequence: int,
+    batch: int,
+    visible: int | float = 1,
+    remat: str | None = None,
+    tiled: bool = False,
 ) -> Work:
     """The formulas of this file, for `batch` rows of `sequence` tokens.
 
     Args:
       visible: the part of attention's causal half that is counted.
+      remat: the policy; None is the model's.
+      tiled: the feed-forward network is taken in tiles, which keep nothing.
     """
     tokens = batch * sequence
     per_weight = 2 * tokens * model.num_layers
@@ -76,19 +84,19 @@ def step_work(
     pairs = 2 * tokens * sequence * visible
     attention = pairs * model.num_heads * model.head_size * model.num_layers
     # Where it is kept is no matter.
-    remat = model.remat.removesuffix("_offload")
+    policy = (remat or model.remat).removesuffix("_offload")
     again = {
-        "none": 0.0,
+        "none": tiled * 2 * per_weight * model.d_model * model.d_ff,
         "full": needed,
         "attention": needed,
         "attention_qkv": needed - projections,
-    }[remat]
+    }[policy]
     return Work(
         layers=layers,
         output=2 * tokens * model.d_model * model.vocab_size,
         attention=attention,
         layers_again=again,
-        attention_again=attention if remat == "full" else 0.0,
+        attention_again=attention if policy == "full" else 0.0,
     )
 
 

@@ -16,6 +16,7 @@ What limits, for a group of n of which g lie in one node:
 """
 
 import dataclasses
+import functools
 import math
 
 from usp_jax.plan.choice import Choice
@@ -50,12 +51,12 @@ class Group:
             shape = machine.shape(min(choice.devices, machine.node))
         return cls(machine, size, stride, shape)
 
-    @property
+    @functools.cached_property
     def near(self) -> int:
         """How many of them lie in one node, or slice."""
         return max(1, min(self.size, self.machine.node // self.stride))
 
-    @property
+    @functools.cached_property
     def sides(self) -> tuple[tuple[int, bool], ...]:
         """Of a torus: the extent along each side spanned, and whether it is a ring."""
         found = []

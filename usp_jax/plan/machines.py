@@ -7,7 +7,8 @@ NVIDIA: the data sheets of A100, H100, H200, DGX B200 and L20, dense rates witho
 sparsity; NVLink's total divided by two. A800: an A100 with 400 GB/s of NVLink, and the
 1.6 Tb/s of network a node of the USP paper (arXiv 2405.07719, section 5). Memory of
 what `usp_jax.aot` knows is what it says. Latencies are assumptions: a few microseconds
-in a torus or a node, some tens over a network.
+in a torus or a node, some tens over a network. The way to the host is the PCIe of
+NVIDIA's data sheets (4 or 5, x16); of a TPU's nothing is published: PCIe 3 is assumed.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ class Machine:
       inner: the link between the devices of a node; in a torus one of a device's links.
       node: how many devices `inner` joins: a node, or the largest slice.
       outer: between nodes or slices, what each device has of it.
+      host_bandwidth: bytes a second between a device and the host's memory, one way.
       torus_dims: of the links' torus; 0 for a switch, which joins all devices of a node
         at the full bandwidth.
       wrap: the side from which the torus is closed to a ring.
@@ -61,6 +63,7 @@ class Machine:
     inner: Link
     node: int
     outer: Link
+    host_bandwidth: float
     torus_dims: int = 0
     wrap: int = 4
     compiles: bool = True
@@ -115,8 +118,11 @@ _ICI_LATENCY = 1e-6
 _DCN_LATENCY = 50e-6
 
 
-def _gpu(name, bandwidth, peaks, nvlink, network):
-    """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device."""
+def _gpu(name, bandwidth, peaks, nvlink, network, host):
+    """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device.
+
+    And GB/s to the host.
+    """
     return Machine(
         name=name,
         devices=8,
@@ -127,6 +133,7 @@ def _gpu(name, bandwidth, peaks, nvlink, network):
         inner=Link(nvlink * GB, _NVLINK_LATENCY),
         node=8,
         outer=Link(network / 8 * GB, _NETWORK_LATENCY),
+        host_bandwidth=host * GB,
     )
 
 
@@ -142,17 +149,18 @@ def _tpu(name, devices, bandwidth, peak, dims, wrap, link, largest, network):
         inner=Link(link * GB, _ICI_LATENCY),
         node=largest,
         outer=Link(network / 8 * GB, _DCN_LATENCY),
+        host_bandwidth=16 * GB,
         torus_dims=dims,
         wrap=wrap,
     )
 
 
 MACHINES = (
-    _gpu("a100", 2039, (312, 156), 300, 200),
-    _gpu("a800", 2039, (312, 156), 200, 200),
-    _gpu("h100", 3350, (989, 494), 450, 400),
-    _gpu("h200", 4800, (989, 494), 450, 400),
-    _gpu("b200", 8000, (2250, 1125), 900, 400),
+    _gpu("a100", 2039, (312, 156), 300, 200, 32),
+    _gpu("a800", 2039, (312, 156), 200, 200, 32),
+    _gpu("h100", 3350, (989, 494), 450, 400, 64),
+    _gpu("h200", 4800, (989, 494), 450, 400, 64),
+    _gpu("b200", 8000, (2250, 1125), 900, 400, 64),
     # PCIe 4.0 x16, through the host; the network is an assumption.
     Machine(
         name="l20",
@@ -164,6 +172,7 @@ MACHINES = (
         inner=Link(32 * GB, 10e-6),
         node=8,
         outer=Link(12.5 * GB, _NETWORK_LATENCY),
+        host_bandwidth=32 * GB,
         compiles=False,
     ),
     _tpu("v5e", 16, 819, 197, dims=2, wrap=16, link=50, largest=256, network=25),

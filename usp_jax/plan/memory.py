@@ -1,36 +1,52 @@
 """What a step keeps in a device's memory, by part, at its fullest.
 
-Of the program that `train` compiles (ZeRO-3): the float32 parameters and two moments;
-their copy in the computation's dtype and its gradients; what layers keep for the
-backward pass; and the most that is needed for a while: for one layer's backward, for
-the loss, for the embedding's gradient, or for the update. How much one layer's backward
-needs is the compiler's affair: the numbers of arrays in `LAYER` are estimates.
-`benchmarks/plan_bytes.py` compares the whole with compiled programs: three have been so
-far, and the estimate is at most 9 % low (`docs/planning.md`).
+Of the program that `train` compiles: the float32 parameters and two moments; their copy
+in the computation's dtype and its gradients; what layers keep for the backward pass;
+and what is needed beside them for a while. That is one layer's backward, the loss, the
+embedding's gradient, or the update: the fullest of these moments counts. How much one
+layer's backward needs is the compiler's affair: the numbers of arrays in `GPU` and
+`TPU` are estimates. `benchmarks/plan_bytes.py` compares the whole with compiled
+programs, whose bytes are kept (`docs/planning.md` says how near it comes).
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.flops import layer_weights
-from usp_jax.plan.traffic import call_of, layers_of, loss_blocks, tokens_of
+from usp_jax.plan.traffic import (
+    call_of,
+    end_tokens_of,
+    gradient_itemsize,
+    kept_of,
+    layers_of,
+    loss_blocks,
+    microbatch_of,
+    runs_of,
+    tokens_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """How many arrays of a device's tokens one layer's backward has at its fullest.
+    """How many arrays one layer's backward has at its fullest.
 
     Attributes:
-      narrow: of the model size.
-      wide: of the feed-forward size.
+      narrow: of a device's tokens and the model size.
+      wide: of a device's tokens and the feed-forward size.
+      weights: of the layer's matrices, whole.
     """
 
     narrow: int | float
     wide: int | float
+    weights: int | float
 
 
-LAYER = Arrays(narrow=6, wide=5)
+GPU = Arrays(narrow=7, wide=6, weights=2)
+TPU = Arrays(narrow=6, wide=5, weights=1)
+LANES = 128
+"""What a TPU pads the last dim of an array to, the size of heads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,65 +70,142 @@ class Memory:
     @property
     def peak(self) -> int | float:
         """All of it."""
-        return sum(dataclasses.astuple(self))
+        return (
+            self.state
+            + self.weights
+            + self.gradients
+            + self.activations
+            + self.transient
+        )
 
 
 def step_memory(job: Job, choice: Choice) -> Memory:
     """The memory of a step."""
-    model = job.model
-    matrices = _matrices(job, choice)
-    table = model.vocab_size * model.d_model / choice.tensor
-    norms = (2 * layers_of(job, choice) + 1) * model.d_model
-    # A tied embedding is a parameter once, and a matrix of its own beside it.
-    tables = 0 if model.tie_embeddings else table
-    numbers = (matrices + tables + norms * choice.tensor) / choice.everyone
-    tokens = choice.accumulate * tokens_of(job, choice)
+    return max(_moments(job, choice), key=lambda memory: memory.peak)
+
+
+def host_bytes(job: Job, choice: Choice) -> int | float:
+    """What of a device's is in the host's memory."""
+    kept_there = choice.remat.endswith("_offload")
+    activations = runs_of(job, choice) * kept(job, choice) * kept_there
+    return activations + 12 * _Sizes.of(job, choice).numbers * choice.offload
+
+
+def _moments(job, choice) -> Iterator[Memory]:
+    """What there is when one thing or another has the most."""
+    sizes = _Sizes.of(job, choice)
+    weights, gradients = sizes.layers_copy, sizes.layers_gradient
+    activations = _activations(job, choice)
+    state = _state(job, choice, sizes)
+    if choice.program == "megatron":
+        # Whole float32 logits, and their gradients in 16 bits.
+        logits = 6 * tokens_of(job, choice) * job.model.vocab_size / choice.tensor
+        weights += sizes.output_copy
+        gradients += sizes.output_gradient
+        yield Memory(state, weights, gradients, activations, logits)
+        return
+    whole = weights + sizes.output_copy
+    loss = _loss(job, choice)
+    yield Memory(state, whole, sizes.output_gradient, activations, loss)
+    gradients += sizes.output_gradient
+    layer = _layer(job, choice) + _belt(job, choice)
+    yield Memory(state, weights, gradients, activations, layer)
+    yield Memory(state, 0, gradients, 0, _embedding(job, choice))
+    update = 4 * sizes.numbers
+    if choice.offload:
+        # A layer comes while another is changed and one goes.
+        update += 3 * 12 * sizes.numbers / layers_of(job, choice)
+        yield Memory(state, whole, 0, 0, 4 * sizes.numbers)
+    yield Memory(state, 0, 0, 0, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Of a device's parameters.
+
+    Attributes:
+      numbers: float32 parameters.
+      layers_copy, output_copy: bytes in the computation's dtype.
+      layers_gradient, output_gradient: bytes of their gradients.
+    """
+
+    numbers: int | float
+    layers_copy: int | float
+    output_copy: int | float
+    layers_gradient: int | float
+    output_gradient: int | float
+
+    @classmethod
+    def of(cls, job: Job, choice: Choice) -> "_Sizes":
+        model, size = job.model, job.itemsize
+        layers = layers_of(job, choice) * layer_weights(model) / choice.tensor
+        output = model.vocab_size * model.d_model / choice.tensor
+        norms = 2 * layers_of(job, choice) * model.d_model
+        # A tied embedding is a parameter once, and a matrix of its own beside it.
+        tables = output * (1 if model.tie_embeddings else 2) + model.d_model
+        numbers = (layers + norms + tables / choice.pipe) / choice.everyone
+        copies, shared = 1, 1
+        if choice.zero == 3:
+            copies, shared = choice.split, choice.pipe
+        layers, output = layers / copies, output / (copies * shared)
+        gradient = gradient_itemsize(job, choice)
+        # In float32 parameters are their own copy, unless it is gathered over data.
+        own = size == 4 and choice.everyone == copies
+        return cls(
+            numbers,
+            0 if own and choice.pipe == 1 else size * layers,
+            0 if own else size * output,
+            # A stage adds its micro-batches' gradients up in float32.
+            (gradient if choice.pipe == 1 else size + 4) * layers,
+            gradient * output,
+        )
+
+
+def _state(job, choice, sizes):
+    """What is there before a step and after it, and sums over its parts."""
+    tokens = choice.accumulate * end_tokens_of(job, choice)
     # The gradients of a step's parts are added up in float32.
-    state = (12 + 4 * (choice.accumulate > 1)) * numbers + 3 * 4 * tokens
-    if choice.zero == 1:
-        copies, gradient = 1, choice.gradient_itemsize or job.itemsize
-    else:
-        copies, gradient = choice.split, job.itemsize
-    # In float32 the parameters are their own copy, unless it is gathered over data.
-    own = job.itemsize == 4 and choice.everyone == copies
-    weights = 0 if own else job.itemsize * matrices / copies
-    gradients = gradient * matrices / copies
-    activations = layers_of(job, choice) * kept(job, choice)
-    moment = _moment(job, choice)
-    # The update comes when activations and the copy's gradients are gone.
-    update = 4 * numbers - activations - gradients
-    return Memory(state, weights, gradients, activations, max(moment, update))
+    parts = 4 * (choice.accumulate > 1) * sizes.numbers
+    state = 0 if choice.offload else 12 * sizes.numbers
+    return state + parts + 3 * 4 * tokens
+
+
+def _activations(job, choice):
+    """What all layers keep on the device."""
+    runs, one = runs_of(job, choice), kept(job, choice)
+    if choice.remat.endswith("_offload"):
+        return one
+    # What a tick keeps is put together before it is put beside that of other ticks.
+    tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
+    return (runs + tick) * one
 
 
 def kept(job: Job, choice: Choice) -> int | float:
-    """Bytes that one layer keeps for its backward pass, beside its weights."""
-    model, tokens, size = job.model, tokens_of(job, choice), job.itemsize
-    call = call_of(job, choice)
-    x = tokens * model.d_model * size
-    if choice.tensor_sequence:
-        x /= choice.tensor
+    """Bytes that one layer keeps for its backward pass, on the device or the host."""
+    model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
+    call = _padded(job, call_of(job, choice))
+    narrow = tokens * model.d_model
+    x = narrow * size / choice.token_shards
     seen = call.q_elements * size + 4 * call.lse_elements
     q_and_kv = (call.q_elements + call.kv_elements) * size
     result = _result(call, size)
-    if choice.remat == "full":
+    policy = kept_of(choice)
+    if policy == "full":
         return x
-    if choice.remat == "attention":
+    if policy == "attention":
         return x + seen
-    if choice.remat == "attention_qkv":
+    if policy == "attention_qkv":
         return x + seen + q_and_kv + result
     wide = tokens * model.d_ff * size / choice.tensor
-    if choice.tensor_sequence:
-        # A program that fuses norms and gates: both inputs and outputs of the norms.
+    if choice.program == "megatron":
+        # Both inputs and outputs of the norms, and the gate's.
         return 4 * x + seen + q_and_kv + 3 * wide
-    # Norms keep float32; the gate, its sigmoid and two products.
-    return 2 * x + 16 * tokens * model.d_model + seen + q_and_kv + result + 5 * wide
-
-
-def _matrices(job, choice):
-    """Numbers of a device's layers and output matrix, before ZeRO."""
-    model = job.model
-    layers = layers_of(job, choice) * layer_weights(model)
-    return (layers + model.vocab_size * model.d_model) / choice.tensor
+    # Norms keep float32; the gate, its sigmoid and products with it. Attention's output
+    # is there in two orders of its dims.
+    norms = 5 * 4 * narrow / choice.token_shards
+    wide *= 6 if choice.mlp_tile is None else 0
+    out = call.q_elements * size
+    return 2 * x + norms + seen + q_and_kv + out + result + wide
 
 
 def _result(call: Call, size):
@@ -120,32 +213,49 @@ def _result(call: Call, size):
     return call.q_elements * size if call.ulysses > 1 else 0
 
 
-def _moment(job, choice):
-    """The largest of what the parts of a step need for a while."""
-    if choice.tensor_sequence:
-        # A program with whole float32 logits, and their gradients in 16 bits.
-        tokens = tokens_of(job, choice)
-        return 6 * tokens * job.model.vocab_size / choice.tensor
-    return max(_layer(job, choice), _loss(job, choice), _embedding(job, choice))
-
-
 def _layer(job, choice):
     """One layer's backward: weights, their gradients, and activations."""
-    model, tokens, size = job.model, tokens_of(job, choice), job.itemsize
-    call = call_of(job, choice)
-    weights = layer_weights(model) * size / choice.tensor if choice.split > 1 else 0
-    gathered = weights + layer_weights(model) * size / choice.tensor
-    narrow = LAYER.narrow * tokens * model.d_model * size
-    wide = LAYER.wide * tokens * model.d_ff * size / choice.tensor
+    arrays = TPU if _is_tpu(job) else GPU
+    model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
+    call = _padded(job, call_of(job, choice))
+    whole = layer_weights(model) * size / choice.tensor
+    gathered = whole * (arrays.weights if choice.zero == 3 and choice.split > 1 else 1)
+    # With TP-sp they are gathered, and not yet scattered.
+    narrow = arrays.narrow * tokens * model.d_model * size
+    tile = min(tokens, choice.mlp_tile or tokens)
+    wide = arrays.wide * tile * model.d_ff * size / choice.tensor
+    if tile < tokens:
+        # Gradients are added up over the tiles in float32.
+        wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
     # q, out and their gradients, dq in float32; k, v twice, and dk, dv in float32.
     heads = 4 * call.q_elements * size + 4 * call.q_elements
     rotating = 2 * call.kv_elements * size + 2 * 4 * call.kv_elements
     return gathered + max(narrow + wide, narrow + heads + rotating)
 
 
+def _is_tpu(job):
+    return job.machine.torus_dims > 0
+
+
+def _padded(job, call):
+    """The call as its arrays lie in memory."""
+    if not _is_tpu(job):
+        return call
+    return dataclasses.replace(call, head_size=-(-call.head_size // LANES) * LANES)
+
+
+def _belt(job, choice):
+    """Of a pipeline: what comes, goes and waits, and their gradients."""
+    if choice.pipe == 1:
+        return 0
+    x = job.model.d_model * job.itemsize / choice.token_shards
+    waiting = end_tokens_of(job, choice) * x
+    return 2 * (waiting + 2 * microbatch_of(job, choice) * x)
+
+
 def _loss(job, choice):
     """The loss's backward: a block of the output matrix, and a tile of logits."""
-    model, tokens = job.model, tokens_of(job, choice)
+    model, tokens = job.model, end_tokens_of(job, choice)
     block = model.vocab_size / choice.tensor / loss_blocks(job, choice)
     matrix = block * model.d_model * (job.itemsize + 4)
     tile = 3 * 4 * min(model.loss_chunk, tokens) * block
@@ -155,5 +265,5 @@ def _loss(job, choice):
 
 def _embedding(job, choice):
     """Its gradient: what all devices' tokens have of this device's slice, float32."""
-    tokens = tokens_of(job, choice)
+    tokens = end_tokens_of(job, choice)
     return tokens * job.model.d_model * (2 * job.itemsize + 4)

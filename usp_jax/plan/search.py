@@ -4,15 +4,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from usp_jax.models.config import REMAT, LlamaConfig
+from usp_jax.models.config import OFFLOAD, REMAT, LlamaConfig
 from usp_jax.plan.choice import Choice, Job, lacks, obstacle
-from usp_jax.plan.flops import Work, step_work
+from usp_jax.plan.flops import Work
 from usp_jax.plan.machines import Machine, machine as machine_of
 from usp_jax.plan.memory import Memory, step_memory
-from usp_jax.plan.seconds import Seconds, step_seconds
-from usp_jax.plan.traffic import Transfer, transfers
+from usp_jax.plan.seconds import Seconds, step_seconds, work_of
+from usp_jax.plan.traffic import Transfer, microbatch_of, transfers
 
 GIB = 2**30
+TILE = 4096
+"""Tokens of a tile of the feed-forward network, where one is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,7 @@ class Row:
     @property
     def work(self) -> Work:
         """The step's FLOPs, over all devices, each row counted as one document."""
-        return self._work(1)
-
-    def _work(self, visible):
-        model = dataclasses.replace(self.job.model, remat=self.choice.remat)
-        job = self.job
-        return step_work(model, sequence=job.sequence, batch=job.batch, visible=visible)
+        return work_of(self.job, self.choice)
 
     @property
     def can_train(self) -> bool:
@@ -78,7 +75,7 @@ class Row:
             "tflops_per_device": None if causal is None else causal / 1e12,
             "mfu_causal": part(work.causal),
             "mfu_full": part(work.full),
-            "hfu": part(self._work(self.job.visible).hardware),
+            "hfu": part(work_of(self.job, self.choice, self.job.visible).hardware),
             "peak_bytes": round(self.memory.peak) if known else None,
             "traffic_bytes": (
                 round(sum(one.total for one in self.transfers)) if known else None
@@ -118,25 +115,32 @@ def job_of(
 def plan(
     job: Job,
     *,
+    offload: bool = False,
     schedules: Sequence[str] = ("unidirectional",),
     chunks: Sequence[int] = (1,),
 ) -> list[Row]:
     """Every choice for a job, ranked: those that fit and can be trained by their time,
     then those that would fit, then the others.
 
-    Each row has the fewest parts of its batch that fit, one after the other.
+    Each row is the fastest that fits of all choices that agree in mesh, ZeRO level and
+    remat policy: micro-batches and rounds of a pipeline, whether the sequence is split
+    over tensor too, the feed-forward network in tiles, the batch in parts.
 
     Args:
+      offload: considers what is kept in the host's memory too: a layer's activations,
+        as remat policies of their own, and the optimizer's.
       schedules: the ways round the ring, and
-      chunks: the numbers of head chunks to choose the fastest of, for each row.
+      chunks: the numbers of head chunks to choose of too.
     """
     rows = []
     ways = [(way, n) for way in schedules for n in chunks]
     for mesh in _meshes(job):
-        why = obstacle(job, mesh)
-        for choice in _variants(mesh):
+        details = _details(job, mesh, offload)
+        allowed = [one for one in details if obstacle(job, one) is None]
+        why = None if allowed else obstacle(job, details[0])
+        for choice in _variants(mesh, offload):
             if why is None:
-                rows.append(_fastest(job, choice, ways))
+                rows.append(_fastest(job, choice, allowed, ways))
             else:
                 rows.append(Row(job, choice, False, why))
     return sorted(rows, key=_rank)
@@ -151,11 +155,12 @@ def best(
     devices: int | None = None,
     layout: str = "zigzag",
     documents: int | None = None,
+    offload: bool = False,
 ) -> Row:
     """The fastest choice that fits and that the training program has.
 
     Args:
-      as `job_of`.
+      as `job_of`, and of `plan`.
 
     Raises:
       ValueError: an unknown name, numbers that cannot be, or nothing fits.
@@ -172,7 +177,7 @@ def best(
         layout=layout,
         documents=documents,
     )
-    rows = plan(job)
+    rows = plan(job, offload=offload)
     if rows[0].can_train:
         return rows[0]
     known = [row for row in rows if row.memory is not None]
@@ -186,27 +191,32 @@ def best(
     )
 
 
-def longest(job: Job) -> Job | None:
+def longest(job: Job, *, offload: bool = False) -> Job | None:
     """The job with the longest sequence that fits and can be trained.
 
     To one part in 256, in multiples of what all splits of the sequence divide.
 
     Args:
       job: its sequence does not matter.
+      offload: as in `plan`.
 
     Returns:
       None where not even one multiple fits.
     """
     step = 2 * job.devices
-    # Of the remat policies "full" keeps least, and of the ZeRO levels 3 does.
-    meshes = [_in_most_parts(job, mesh) for mesh in _meshes(job) if not lacks(mesh)]
+    choices = [
+        least
+        for mesh in _meshes(job)
+        for detail in _details(job, mesh, offload)
+        if not lacks(least := _least(job, detail, offload))
+    ]
 
     def fits(steps):
         longer = dataclasses.replace(job, sequence=steps * step)
         return any(
-            step_memory(longer, mesh).peak <= job.machine.memory_bytes
-            for mesh in meshes
-            if obstacle(longer, mesh) is None
+            step_memory(longer, choice).peak <= job.machine.memory_bytes
+            for choice in choices
+            if obstacle(longer, choice) is None
         )
 
     low, high = 0, 1
@@ -246,14 +256,49 @@ def _evaluate(job, choice, memory=None):
     return Row(job, choice, fits, reason, memory, seconds, found)
 
 
-def _fastest(job, choice, ways):
-    """The row with the best of some ways round the ring, each in few enough parts."""
+def _details(job, mesh, offload) -> list[Choice]:
+    """What a row leaves open, but for tiles and parts: at least one choice."""
+    stages = [(None, 1)]
+    if mesh.pipe > 1:
+        rows = job.batch // (mesh.data * mesh.fsdp)
+        layers = job.model.num_layers // mesh.pipe
+        most = next(n for n in (4, 3, 2, 1) if layers % n == 0)
+        stages = [
+            (mesh.pipe * n, rounds)
+            for n in (1, 4)
+            for rounds in sorted({1, most})
+            if rows % (mesh.pipe * n) == 0
+        ] or stages
+    # On one device along tensor both are the same.
+    split = {job.model.tensor_sequence, mesh.tensor == 1 and job.model.tensor_sequence}
+    return [
+        dataclasses.replace(
+            mesh,
+            microbatches=microbatches,
+            interleave=rounds,
+            tensor_sequence=tensor_sequence,
+            offload=away,
+        )
+        for microbatches, rounds in stages
+        for tensor_sequence in sorted(split, reverse=True)
+        for away in ((False, True) if offload else (False,))
+    ]
+
+
+def _fastest(job, choice, details, ways):
+    """The best row with a mesh, ZeRO level and remat policy.
+
+    Args:
+      details: choices for the mesh that can be.
+    """
     rows = []
-    for name, chunks in ways:
-        way = _on_the_way(job, choice, name, chunks)
-        if (why := obstacle(job, way)) is None:
-            rows.append(_in_few_parts(job, way))
-    return min(rows, key=_rank) if rows else Row(job, choice, False, why)
+    for detail in details:
+        whole = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
+        for name, chunks in ways:
+            way = _on_the_way(job, whole, name, chunks)
+            if way is whole or (why := obstacle(job, way)) is None:
+                rows.append(_in_few_parts(job, way))
+    return min(rows, key=_speed) if rows else Row(job, choice, False, why)
 
 
 def _on_the_way(job, choice, name, chunks):
@@ -270,33 +315,57 @@ def _on_the_way(job, choice, name, chunks):
 
 
 def _in_few_parts(job, choice):
-    """The row with the fewest parts of the batch that fit, or with the most."""
+    """The row with the fewest parts of the batch that fit, or with the most.
+
+    The feed-forward network is taken in tiles before the batch is taken in more parts.
+    """
     for parts in _parts(job, choice):
         if parts > 1:
             choice = dataclasses.replace(choice, accumulate=parts)
-        memory = step_memory(job, choice)
-        if memory.peak <= job.machine.memory_bytes:
-            break
-    return _evaluate(job, choice, memory)
+        for tile in _tiles(job, choice):
+            tiled = choice
+            if tile is not None:
+                tiled = dataclasses.replace(choice, mlp_tile=tile)
+            memory = step_memory(job, tiled)
+            if memory.peak <= job.machine.memory_bytes:
+                return _evaluate(job, tiled, memory)
+    return _evaluate(job, tiled, memory)
 
 
 def _parts(job, choice):
     """In how many parts a device can take its rows."""
-    rows = job.batch // (choice.data * choice.fsdp)
+    rows = job.batch // choice.rows
     return [parts for parts in range(1, rows + 1) if rows % parts == 0]
 
 
-def _in_most_parts(job, choice):
-    """One row after the other."""
-    rows = max(1, job.batch // (choice.data * choice.fsdp))
-    return dataclasses.replace(choice, accumulate=rows)
+def _tiles(job, choice):
+    """The feed-forward network whole, and in tiles where there are several."""
+    told = job.model.mlp_tile
+    if told is not None or microbatch_of(job, choice) <= TILE:
+        return (told,)
+    return None, TILE
+
+
+def _least(job, choice, offload):
+    """With what needs the least memory: layers keep their inputs only, all is split."""
+    rows = max(1, job.batch // choice.rows)
+    return dataclasses.replace(
+        choice,
+        accumulate=rows,
+        remat="full_offload" if offload else "full",
+        mlp_tile=job.model.mlp_tile or TILE,
+    )
 
 
 def _rank(row):
+    return not row.can_train, *_speed(row)
+
+
+def _speed(row):
+    """What fits by its time; of what does not, the nearest to it first."""
     seconds = math.inf if row.seconds is None else row.seconds.total
     peak = math.inf if row.memory is None else row.memory.peak
-    # Of what does not fit, the nearest to it first.
-    return not row.can_train, not row.fits, seconds if row.fits else peak
+    return not row.fits, seconds if row.fits else peak
 
 
 def _meshes(job) -> Iterator[Choice]:
@@ -316,12 +385,12 @@ def _factors(number, count) -> Iterator[tuple[int, ...]]:
                 yield first, *rest
 
 
-def _variants(mesh) -> Iterator[Choice]:
+def _variants(mesh, offload) -> Iterator[Choice]:
     """A mesh at each ZeRO level and remat policy that differ on it."""
     levels = (3,) if mesh.fsdp > 1 else (1, 3)
-    if mesh.split == 1:
+    if mesh.split == 1 and mesh.pipe == 1:
         levels = (1,)
     sizes = mesh.sizes.values()
     for zero in levels:
-        for remat in REMAT:
+        for remat in REMAT + OFFLOAD if offload else REMAT:
             yield Choice(*sizes, zero, remat)

@@ -10,7 +10,10 @@
 * Weights of ZeRO-3, and their gradients, travel beside the compute of their layer: they
   count where all that is sent takes longer than all that is computed.
 * ZeRO-1 gathers everything once, and scatters it for each part: both are waited for.
-* A pipeline of p stages and m micro-batches (rows) stands still for (p - 1) / m of it.
+* A pipeline of P stages, v rounds and M micro-batches computes for nobody in P - 1 of
+  v·M + P - 1 ticks, and sends in all of them.
+* What layers keep in the host's memory travels beside their compute; what the optimizer
+  has there is waited for, both ways at once.
 """
 
 import dataclasses
@@ -18,13 +21,17 @@ import math
 
 from usp_jax.plan import attention, efficiency
 from usp_jax.plan.choice import Choice, Job
-from usp_jax.plan.flops import step_work
+from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
+from usp_jax.plan.memory import kept
 from usp_jax.plan.traffic import (
     Transfer,
     again_of,
     call_of,
+    end_tokens_of,
     layers_of,
+    microbatch_of,
+    runs_of,
     tokens_of,
     transfers,
 )
@@ -42,7 +49,8 @@ class Seconds:
       exchanges: attention's all-to-alls.
       weights: of parameters and gradients.
       activations: along tensor and pipe, and the embedding's.
-      bubble: the pipeline's.
+      host: to and from the host's memory.
+      bubble: what a pipeline's stages compute for nobody.
     """
 
     matmul: float
@@ -52,6 +60,7 @@ class Seconds:
     exchanges: float
     weights: float
     activations: float
+    host: float
     bubble: float
 
     @property
@@ -69,9 +78,8 @@ def step_seconds(
       found: `transfers(job, choice)`, if they are there already.
     """
     found = transfers(job, choice) if found is None else found
-    work = _work(job, choice)
+    work = work_of(job, choice, job.visible)
     peak = job.machine.peak(job.model.dtype) * choice.devices
-    products = 3 * work.layers + 4 * work.output + work.layers_again
     chunks, ring = _ring(job, choice, work.attention / peak)
     sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
     exchanges = hops = 0.0
@@ -89,39 +97,75 @@ def step_seconds(
     parameters = sums["weights"] + sums["gradients"]
     activations = sums["activations"] + sums["tokens"]
     exchanges = _beside_chunks(choice, exchanges, chunks)
-    matmul = products / (peak * efficiency.MATMUL)
-    memory = _memory(job, choice)
-    computed = matmul + chunks + memory
+    layers = (3 * work.layers + work.layers_again) / (peak * efficiency.MATMUL)
+    output = 4 * work.output / (peak * efficiency.MATMUL)
+    matmul = layers + output
+    moved, ends = _memory(job, choice)
+    memory = moved + ends
+    idle = (choice.pipe - 1) / (choice.interleave * choice.pipeline.microbatches)
+    bubble = idle * (layers + chunks + moved)
+    computed = matmul + chunks + memory + bubble
     hidden = computed + ring + exchanges + activations
     if choice.zero == 3:
         sent = parameters + hops + exchanges + activations
         parameters = max(0.0, sent - hidden)
-    micro = job.batch // (choice.data * choice.fsdp)
-    bubble = (hidden + parameters) * (choice.pipe - 1) / micro
+    host = _host(job, choice, computed)
     return Seconds(
-        matmul, chunks, memory, ring, exchanges, parameters, activations, bubble
+        matmul, chunks, memory, ring, exchanges, parameters, activations, host, bubble
     )
 
 
-def _work(job, choice):
-    model = dataclasses.replace(job.model, remat=choice.remat)
-    return step_work(model, sequence=job.sequence, batch=job.batch, visible=job.visible)
+def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
+    """The step's FLOPs, over all devices.
+
+    Args:
+      visible: the part of attention's causal half that is counted.
+    """
+    return step_work(
+        job.model,
+        sequence=job.sequence,
+        batch=job.batch,
+        visible=visible,
+        remat=choice.remat,
+        tiled=is_tiled(job, choice),
+    )
+
+
+def is_tiled(job: Job, choice: Choice) -> bool:
+    """The feed-forward network has more tokens than a tile."""
+    return choice.mlp_tile is not None and choice.mlp_tile < microbatch_of(job, choice)
+
+
+def _host(job, choice, computed):
+    """What is seen of the way to the host's memory and back."""
+    numbers = job.model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
+    # Parameters come for the forward pass; they and two moments come and go for the
+    # update.
+    waited = (4 + 12) * numbers * choice.offload
+    beside = 0.0
+    if choice.remat.endswith("_offload"):
+        beside = 2 * choice.accumulate * runs_of(job, choice) * kept(job, choice)
+    bandwidth = job.machine.host_bandwidth
+    return waited / bandwidth + max(0.0, beside / bandwidth - computed)
 
 
 def _ring(job, choice, attention_seconds):
     """(chunks, what of the hops is seen beyond them), of all layers and passes.
 
+    Of a pipeline: chunks that are of use, and hops of all ticks.
+
     Args:
       attention_seconds: of one forward pass of all layers, at a device's peak.
     """
-    layers = layers_of(job, choice) * choice.accumulate
+    useful = layers_of(job, choice) * choice.pipeline.microbatches * choice.accumulate
+    runs = runs_of(job, choice) * choice.accumulate
     call = call_of(job, choice)
     padded = call.heads.padded / call.num_heads
     # Of one chunk: one layer, forward, on one device.
     keys = 1 if choice.ring_schedule == "all_gather" else choice.ring
     length = job.sequence / math.sqrt(choice.ring * keys)
     chunk = attention_seconds * padded / efficiency.attention(length)
-    chunk /= job.model.num_layers * choice.accumulate * choice.ring
+    chunk /= useful * choice.ring
     group = Group.of(job.machine, choice, ("ring",))
     merged = (choice.ring - 1) / choice.ring * (choice.ring_schedule != "all_gather")
     merged /= job.machine.memory_bandwidth * efficiency.MEMORY
@@ -133,12 +177,12 @@ def _ring(job, choice, attention_seconds):
     own = own_share(job, choice.ring)
     computed = seen = 0.0
     for times, size, hop in (
-        (layers * (1 + again_of(choice).ring), forward, attention.forward_hop(call)),
-        (layers, backward, attention.backward_hop(call)),
+        (1 + again_of(choice).ring, forward, attention.forward_hop(call)),
+        (1, backward, attention.backward_hop(call)),
     ):
         turn = size * choice.ring
-        computed += times * turn
-        seen += times * _seen(choice, group, turn, own, call.turns * sum(hop))
+        computed += useful * times * turn
+        seen += runs * times * _seen(choice, group, turn, own, call.turns * sum(hop))
     return computed, seen
 
 
@@ -192,21 +236,24 @@ def _beside_chunks(choice, exchanges, computed):
 
 
 def _memory(job, choice):
-    """Reads and writes of what is no matrix product."""
+    """Reads and writes of what is no matrix product: (of layers, of all else)."""
     model, parts = job.model, choice.accumulate
     tokens = parts * tokens_of(job, choice)
     heads = model.num_heads + model.num_kv_heads
     wide = 2 * heads * model.head_size + 3 * model.d_ff
     # Two norms, two additions to the residual stream; rotations and the gate.
-    narrow = 10 * model.d_model
-    if choice.tensor_sequence:
-        narrow /= choice.tensor
+    narrow = 10 * model.d_model / choice.token_shards
     passes = 3 + (choice.remat != "none")
     layer = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
+    if is_tiled(job, choice):
+        # Each tile reads the matrices twice, and adds to float32 gradients.
+        matrices = 3 * model.d_model * model.d_ff / choice.tensor
+        layer += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
     # float32 logits, written and read twice forward and once backward.
-    logits = 6 * 4 * tokens * model.vocab_size / choice.tensor
+    ends = parts * end_tokens_of(job, choice)
+    logits = 6 * 4 * ends * model.vocab_size / choice.tensor
     # Parameters and two moments, read and written, and gradients; these are added up.
     state = 28 + 8 * (parts - 1)
     state *= model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
-    sent = layers_of(job, choice) * layer + logits + state
-    return sent / (job.machine.memory_bandwidth * efficiency.MEMORY)
+    bandwidth = job.machine.memory_bandwidth * efficiency.MEMORY
+    return layers_of(job, choice) * layer / bandwidth, (logits + state) / bandwidth

@@ -9,6 +9,7 @@ import rich.table
 
 from usp_jax.aot import Report
 from usp_jax.plan.command import describe, train_command
+from usp_jax.plan.memory import host_bytes
 from usp_jax.plan.search import GIB, Row
 from usp_jax.plan.tips import TIPS, against, wasteful
 from usp_jax.plan.traffic import by_axis
@@ -36,6 +37,8 @@ def show(rows: Sequence[Row], top: int) -> None:
         return
     for axes, sent in by_axis(best.transfers).items():
         console.print(f"  sends {_gib(sent)} GiB a step along {axes}")
+    if (host := host_bytes(job, best.choice)) > 0:
+        console.print(f"  keeps {_gib(host)} GiB a device in the host's memory")
     for number in against(best):
         console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
     for waste in wasteful(best):

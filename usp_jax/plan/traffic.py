@@ -10,19 +10,26 @@ tensor:
   is scattered once;
 * the embedding exchanges activations, never its table;
 * attention sends what `attention.py` says, and part of it again for the remat policy;
-* along tensor, activations are summed twice a layer forward and twice backward;
+* along tensor, activations are gathered before each product with weights and summed and
+  scattered after it (TP-sp), or summed whole;
+* along pipe, a micro-batch's activations go round twice a tick, and a stage's weights
+  are gathered in each tick;
 * where a step takes its rows in parts, all of it is sent for each, but what is gathered
   once: XLA does that before the loop over parts.
 """
 
 import dataclasses
 
+from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.flops import layer_weights
 
 ZERO_AXES = ("fsdp", "ring", "ulysses")
 ALL_AXES = ("data", *ZERO_AXES)
+# Of what has no layers, which all stages share.
+END_ZERO_AXES = ("pipe", *ZERO_AXES)
+END_AXES = ("pipe", *ALL_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +57,9 @@ class Transfer:
 
 
 def call_of(job: Job, choice: Choice) -> attention.Call:
-    """One layer's attention, of all rows that a device has."""
+    """One layer's attention, of all rows that a device has at a time."""
     return attention.Call(
-        tokens=tokens_of(job, choice),
+        tokens=microbatch_of(job, choice),
         num_heads=job.model.num_heads // choice.tensor,
         num_kv_heads=job.model.num_kv_heads // choice.tensor,
         head_size=job.model.head_size,
@@ -65,13 +72,28 @@ def call_of(job: Job, choice: Choice) -> attention.Call:
 
 
 def tokens_of(job: Job, choice: Choice) -> int:
-    """Tokens of one device at a time, over all its rows of a part."""
+    """Tokens of one device's layers, over all its rows of a part."""
     return job.batch * job.sequence // (choice.everyone * choice.accumulate)
+
+
+def microbatch_of(job: Job, choice: Choice) -> int:
+    """Those that a layer has at a time."""
+    return tokens_of(job, choice) // choice.pipeline.microbatches
+
+
+def end_tokens_of(job: Job, choice: Choice) -> int:
+    """Those whose embedding and loss are a device's: stages share them."""
+    return tokens_of(job, choice) // choice.pipe
 
 
 def layers_of(job: Job, choice: Choice) -> int:
     """Layers of one device."""
     return job.model.num_layers // choice.pipe
+
+
+def runs_of(job: Job, choice: Choice) -> int:
+    """How often a device runs one of its layers, in a part; idle ticks included."""
+    return layers_of(job, choice) // choice.interleave * choice.pipeline.ticks
 
 
 def loss_blocks(job: Job, choice: Choice) -> int:
@@ -121,64 +143,129 @@ def _gathered(what, kind, choice, names, times, whole):
 
 def _gathered_once(job, choice):
     """Norms, and of the matrices what ZeRO-1 and `data` split."""
-    norms, layer, head = _weights(job, choice)
-    whole = layers_of(job, choice) * layer + head
+    sizes = _weights(job, choice)
+    layers = layers_of(job, choice) * sizes.layer
     gather = "all-gather"
-    yield _gathered("weights", gather, choice, ALL_AXES, 1, norms)
+    yield _gathered("weights", gather, choice, ALL_AXES, 1, sizes.norms)
+    yield _gathered("weights", gather, choice, END_AXES, 1, sizes.last_norm)
     if choice.zero == 1:
-        yield _gathered("weights", gather, choice, ALL_AXES, 1, whole)
+        yield _gathered("weights", gather, choice, ALL_AXES, 1, layers)
+        yield _gathered("weights", gather, choice, END_AXES, 1, sizes.output)
     else:
-        split = whole / choice.split
+        split = layers / choice.split + sizes.output / (choice.split * choice.pipe)
         yield _gathered("weights", gather, choice, ("data",), 1, split)
+    yield _dealt("weights", job, choice, sizes)
 
 
 def _parameters(job, choice):
     """Weights that are gathered layer by layer, and gradients on their way home."""
-    norms, layer, head = _weights(job, choice)
-    layers = layers_of(job, choice)
-    whole = layers * layer + head
-    gradient = (choice.gradient_itemsize or job.itemsize) / job.itemsize
+    sizes = _weights(job, choice)
+    layers = layers_of(job, choice) * sizes.layer
+    runs = runs_of(job, choice)
+    gradient = gradient_itemsize(job, choice) / job.itemsize
     gather, scatter = "all-gather", "reduce-scatter"
-    yield _gathered("gradients", scatter, choice, ALL_AXES, 1, norms)
+    norms = sizes.norms + sizes.last_norm
+    yield _gathered("gradients", scatter, choice, ALL_AXES, 1, sizes.norms)
+    yield _gathered("gradients", scatter, choice, END_AXES, 1, sizes.last_norm)
+    if choice.program == "train" and choice.tensor_sequence:
+        # Each device along tensor has applied them to tokens of its own.
+        yield _gathered("gradients", "all-reduce", choice, ("tensor",), 1, 2 * norms)
+    yield _dealt("gradients", job, choice, sizes)
     if choice.zero == 1:
-        yield _gathered("gradients", scatter, choice, ALL_AXES, 1, gradient * whole)
+        yield _gathered("gradients", scatter, choice, ALL_AXES, 1, gradient * layers)
+        output = gradient * sizes.output
+        yield _gathered("gradients", scatter, choice, END_AXES, 1, output)
         return
-    split = whole / choice.split
+    split = layers / choice.split + sizes.output / (choice.split * choice.pipe)
     yield _gathered("gradients", scatter, choice, ("data",), 1, split)
-    yield _gathered("weights", gather, choice, ZERO_AXES, 2 * layers, layer)
-    yield _gathered("gradients", scatter, choice, ZERO_AXES, layers, layer)
+    yield _gathered("weights", gather, choice, ZERO_AXES, 2 * runs, sizes.layer)
+    yield _gathered("gradients", scatter, choice, ZERO_AXES, runs, sizes.layer)
     blocks = loss_blocks(job, choice)
     # A single block is gathered once for both passes.
     times = 2 * blocks if blocks > 1 else 1
-    yield _gathered("weights", gather, choice, ZERO_AXES, times, head / blocks)
-    yield _gathered("gradients", scatter, choice, ZERO_AXES, blocks, head / blocks)
+    block = sizes.output / blocks
+    yield _gathered("weights", gather, choice, END_ZERO_AXES, times, block)
+    yield _gathered("gradients", scatter, choice, END_ZERO_AXES, blocks, block)
+
+
+def gradient_itemsize(job: Job, choice: Choice) -> int:
+    """Bytes of an element of what gradients are summed in over devices."""
+    return 4 if choice.program == "megatron" else job.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Bytes of what is gathered: norms in float32, and matrices.
+
+    Attributes:
+      norms: of a device's layers.
+      last_norm: the model's.
+      layer: one layer's matrices.
+      output: the output matrix.
+    """
+
+    norms: int
+    last_norm: int
+    layer: int | float
+    output: int | float
 
 
 def _weights(job, choice):
-    """Bytes of the norms in float32, of one layer's matrices and of the output's."""
     model, tensor = job.model, choice.tensor
-    norms = 4 * (2 * layers_of(job, choice) + 1) * model.d_model
-    layer = layer_weights(model) * job.itemsize / tensor
-    return norms, layer, model.vocab_size * model.d_model * job.itemsize / tensor
+    return _Weights(
+        norms=4 * 2 * layers_of(job, choice) * model.d_model,
+        last_norm=4 * model.d_model,
+        layer=layer_weights(model) * job.itemsize / tensor,
+        output=model.vocab_size * model.d_model * job.itemsize / tensor,
+    )
+
+
+def _dealt(what, job, choice, sizes):
+    """A stage's shards of the layers that others use, in more than one round."""
+    times = dealing_turns(choice)
+    layers = sizes.norms + layers_of(job, choice) * sizes.layer
+    sent = layers / choice.everyone / choice.interleave
+    return Transfer(what, "collective-permute", ("pipe",), times, sent)
+
+
+def dealing_turns(choice: Choice) -> int:
+    """How many of the turns in which layers are dealt out send anything."""
+    if choice.interleave == 1:
+        return 0
+    kept, _ = deal_tables(choice.pipe, choice.interleave)
+    users = [
+        [(device * choice.interleave + group) % choice.pipe for group in groups]
+        for device, groups in enumerate(kept.T.tolist())
+    ]
+    return sum(
+        any(users[device][turn] != device for device in range(choice.pipe))
+        for turn in range(choice.interleave)
+    )
 
 
 def _tokens(job, choice):
     """Ids of tokens and documents, and the embedding."""
-    tokens = tokens_of(job, choice)
-    axes, size = _axes(choice, ALL_AXES)
-    yield Transfer("tokens", "all-gather", axes, 1, 4 * tokens * (size - 1))
-    rows, shards = 4 * tokens, choice.ulysses
-    yield Transfer("tokens", "all-gather", ("ulysses",), 1, rows * (shards - 1))
+    ends = end_tokens_of(job, choice)
+    axes, size = _axes(choice, END_AXES)
+    yield Transfer("tokens", "all-gather", axes, 1, 4 * ends * (size - 1))
+    # Documents, for attention's masks: in each tick those of its micro-batch.
+    rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
+    times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
+    yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
     yield Transfer(
-        "tokens", "all-gather", ("ring",), 1, rows * shards * (choice.ring - 1)
+        "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
     )
-    x = tokens * job.model.d_model * job.itemsize
+    # Positions are the same in all rows; of one row they pass for its own.
+    kinds = 1 + (ends * choice.sequence_shards == job.sequence)
+    sent = kinds * 4 * ends * (choice.pipe - 1)
+    yield Transfer("tokens", "all-gather", ("pipe",), 1, sent)
+    x = ends * job.model.d_model * job.itemsize / choice.token_shards
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
 
 
 def _attention(job, choice):
     """The all-to-alls and the ring, forward, backward and again."""
-    call, layers = call_of(job, choice), layers_of(job, choice)
+    call, layers = call_of(job, choice), runs_of(job, choice)
     again = again_of(choice)
     stays = (choice.ulysses - 1) / choice.ulysses
     exchanges = [
@@ -215,7 +302,7 @@ def _exchanges_again(call, choice):
     """Of the forward's, those that the backward repeats for the remat policy."""
     exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
     # In chunks q, k, v are kept as they came: only out is missing.
-    kept = call.chunks > 1 and choice.remat == "attention"
+    kept = call.chunks > 1 and kept_of(choice) == "attention"
     return exchanges[2:] if kept else exchanges
 
 
@@ -229,34 +316,50 @@ class Again:
 
 def again_of(choice: Choice) -> Again:
     """What the remat policy repeats of attention."""
-    return Again(
-        exchanges=int(choice.remat in ("full", "attention")),
-        ring=int(choice.remat == "full"),
-    )
+    kept = kept_of(choice)
+    return Again(exchanges=int(kept in ("full", "attention")), ring=int(kept == "full"))
+
+
+def kept_of(choice: Choice) -> str:
+    """The remat policy, wherever what it keeps is kept."""
+    return choice.remat.removesuffix("_offload")
 
 
 def _tensor(job, choice):
     """Sums, or with TP-sp gathers and scatters, of activations along tensor."""
-    model, tokens = job.model, tokens_of(job, choice)
-    layers, size = layers_of(job, choice), choice.tensor
-    x = tokens * model.d_model * job.itemsize
+    runs, size = runs_of(job, choice), choice.tensor
+    width = job.model.d_model
+    x = microbatch_of(job, choice) * width * job.itemsize
+    ends = end_tokens_of(job, choice)
     axes, stays = ("tensor",), (size - 1) / size
-    if choice.tensor_sequence:
-        for kind, times in (("all-gather", 6), ("reduce-scatter", 4)):
-            yield Transfer("activations", kind, axes, times * layers, x * stays)
-        return
+    gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
     # Attention's sum is repeated by the backward wherever it is not kept.
-    times = 4 * layers + (0 if choice.remat == "none" else layers)
-    yield Transfer("activations", "all-reduce", axes, times, 2 * x * stays)
-    yield Transfer("activations", "all-reduce", axes, 1, 2 * x * stays)
-    # The loss: maximum, sum and the label's logit of each token; float32 dx.
-    yield Transfer("activations", "all-reduce", axes, 3, 2 * 4 * tokens * stays)
-    dx = 4 * tokens * model.d_model
-    yield Transfer("activations", "all-reduce", axes, 1, 2 * dx * stays)
+    again = int(choice.remat != "none")
+    if choice.program == "megatron":
+        for kind, times in ((gather, 6), (scatter, 4)):
+            yield Transfer("activations", kind, axes, times * runs, x * stays)
+        return
+    out, dx = ends * width * job.itemsize, 4 * ends * width
+    if choice.tensor_sequence:
+        yield Transfer("activations", gather, axes, 6 * runs, x * stays)
+        yield Transfer("activations", scatter, axes, (4 + again) * runs, x * stays)
+        # What the output matrix takes and the embedding gives, and their gradients.
+        yield Transfer("activations", gather, axes, 2, out * stays)
+        yield Transfer("activations", scatter, axes, 1, out * stays)
+        yield Transfer("activations", scatter, axes, 1, dx * stays)
+    else:
+        times = (4 + again) * runs
+        yield Transfer("activations", total, axes, times, 2 * x * stays)
+        yield Transfer("activations", total, axes, 1, 2 * out * stays)
+        yield Transfer("activations", total, axes, 1, 2 * dx * stays)
+    # The loss: maximum, sum and the label's logit of each token.
+    yield Transfer("activations", total, axes, 3, 2 * 4 * ends * stays)
 
 
 def _pipe(job, choice):
-    """Activations from stage to stage, and their gradients back."""
+    """The ring of stages and the belt beside it, every tick, forward and back."""
     if choice.pipe > 1:
-        x = tokens_of(job, choice) * job.model.d_model * job.itemsize
-        yield Transfer("activations", "collective-permute", ("pipe",), 2, x)
+        x = microbatch_of(job, choice) * job.model.d_model * job.itemsize
+        times = 2 * (2 * choice.pipeline.ticks + 1)
+        sent = x / choice.token_shards
+        yield Transfer("activations", "collective-permute", ("pipe",), times, sent)

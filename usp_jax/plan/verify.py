@@ -1,15 +1,15 @@
 """What the compiler says of a choice: the training step, compiled for the machine.
 
-The step is the one of `train`: loss, gradient, clipping by the norm, AdamW. Needs flax
+The step is that of `train`: loss, gradient, clipping by the norm, AdamW. Needs flax
 and the compilers, `pip install 'usp_jax[plan,aot]'`.
 """
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 import usp_jax
@@ -17,7 +17,7 @@ from usp_jax import aot
 from usp_jax.models.accumulate import summed
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
-from usp_jax.models.sharding import parameter_shardings
+from usp_jax.models.sharding import TABLE, parameter_shardings
 from usp_jax.plan.choice import Choice, Job, lacks
 
 
@@ -39,34 +39,32 @@ def compile_step(job: Job, choice: Choice) -> aot.Report:
 
 def training_step(job: Job, choice: Choice, mesh: Mesh):
     """The jitted step, and its arguments as shapes with their shardings."""
-    config = dataclasses.replace(
-        job.model,
-        remat=choice.remat,
-        zero=choice.zero,
-        tensor_sequence=choice.tensor_sequence,
-    )
+    config = job.model_of(choice)
     model = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
     shardings = parameter_shardings(config, mesh)
+    if choice.offload:
+        shardings = {
+            name: sharding.with_memory_kind("pinned_host")
+            for name, sharding in shardings.items()
+        }
     params = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
         for name, x in nnx.to_pure_dict(params).items()
     }
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
-    state = (count, params, params, params)
+    state = (count, (params, params, params))
     out = jax.tree.map(lambda x: x.sharding, state)
-    spec = jax.P(("data", "fsdp"), ("ring", "ulysses"))
-    ids = jax.ShapeDtypeStruct(
-        (job.batch, job.sequence), jnp.int32, sharding=NamedSharding(mesh, spec)
-    )
-    step = partial(_step, graphdef, job.layout, choice.accumulate)
+    spec = NamedSharding(mesh, model.split.tokens)
+    ids = jax.ShapeDtypeStruct((job.batch, job.sequence), jnp.int32, sharding=spec)
+    step = partial(_step, graphdef, job.layout, choice)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, None))
     return jitted, (state, dict.fromkeys(("tokens", "labels", "segment_ids"), ids))
 
 
-def _step(graphdef, layout, parts, state, batch):
-    """(count, parameters, moment, second moment), batch -> the same after, and loss."""
-    count, params, mu, nu = state
+def _step(graphdef, layout, choice, state, batch):
+    """(count, (parameters, moments, second moments)), batch -> the same after, loss."""
+    count, kept = state
 
     def nats_of(params, part):
         return loss(
@@ -77,13 +75,21 @@ def _step(graphdef, layout, parts, state, batch):
             layout=layout,
         )
 
+    params = _moved(kept[0], "Device") if choice.offload else kept[0]
     pull = jax.value_and_grad(nats_of, has_aux=True)
-    (value, labels), gradient = summed(pull, parts, params, batch)
+    (value, labels), gradient = summed(pull, choice.accumulate, params, batch)
     scale = 1 / jnp.maximum(labels, 1)
     value, gradient = jax.tree.map(lambda x: x * scale, (value, gradient))
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradient.values()))
     gradient = {name: g / jnp.maximum(norm, 1) for name, g in gradient.items()}
     count += 1
+    update = _streamed if choice.offload else _adamw
+    return (count, update(count, gradient, kept)), (value, norm)
+
+
+def _adamw(count, gradient, kept):
+    """(parameters, moments, second moments) after a step."""
+    params, mu, nu = kept
     mu = {name: 0.9 * mu[name] + 0.1 * g for name, g in gradient.items()}
     nu = {name: 0.95 * nu[name] + 0.05 * g * g for name, g in gradient.items()}
     unbias = [1 - rate ** count.astype(jnp.float32) for rate in (0.9, 0.95)]
@@ -92,5 +98,27 @@ def _step(graphdef, layout, parts, state, batch):
         direction = mu[name] / unbias[0] / (jnp.sqrt(nu[name] / unbias[1]) + 1e-8)
         return x - 1e-4 * (direction + 0.1 * x)
 
-    params = {name: moved(name, x) for name, x in params.items()}
-    return (count, params, mu, nu), (value, norm)
+    return {name: moved(name, x) for name, x in params.items()}, mu, nu
+
+
+def _streamed(count, gradient, kept):
+    """`_adamw` of what is in the host's memory, one layer after the other."""
+
+    def update(_, own):
+        gradient, kept = own
+        return None, _moved(_adamw(count, gradient, _moved(kept, "Device")), "Host")
+
+    def of(names):
+        return [{name: x[name] for name in names} for x in (gradient, *kept)]
+
+    layers = [name for name in gradient if TABLE[name][0][0] == "L"]
+    first, *others = of(layers)
+    _, new = lax.scan(update, None, (first, tuple(others)))
+    first, *others = of([name for name in gradient if name not in layers])
+    _, rest = update(None, (first, tuple(others)))
+    return tuple(a | b for a, b in zip(new, rest, strict=True))
+
+
+def _moved(tree, where):
+    """Arrays in the "Device"'s memory, or the "Host"'s."""
+    return jax.device_put(tree, jax.memory.Space[where])
