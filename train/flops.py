@@ -17,7 +17,13 @@ class StepFlops:
 
 def step_flops(config: Config) -> StepFlops:
     """The formulas of `usp_jax.plan.flops` for a run."""
+    mesh, tokens = config.mesh, config.batch_size * config.sequence_length
+    split = mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses
+    parts = config.accumulate * config.pipeline.microbatches
     work = step_work(
-        config.llama, sequence=config.sequence_length, batch=config.batch_size
+        config.llama,
+        sequence=config.sequence_length,
+        batch=config.batch_size,
+        at_once=tokens // (split * parts),
     )
     return StepFlops(*map(float, (work.causal, work.full, work.hardware)))

@@ -20,6 +20,7 @@ computed is less by it, where `visible` says so.
 """
 
 import dataclasses
+import math
 
 from usp_jax.models.config import LlamaConfig
 
@@ -59,12 +60,19 @@ class Work:
 
 
 def step_work(
-    model: LlamaConfig, *, sequence: int, batch: int, visible: int | float = 1
+    model: LlamaConfig,
+    *,
+    sequence: int,
+    batch: int,
+    visible: int | float = 1,
+    at_once: int | None = None,
 ) -> Work:
     """The formulas of this file, for `batch` rows of `sequence` tokens.
 
     Args:
       visible: the part of attention's causal half that is counted.
+      at_once: how many tokens a device's layer has at once, which are taken in tiles
+        where they are more than `mlp_tile`; None: they are more.
     """
     tokens = batch * sequence
     per_weight = 2 * tokens * model.num_layers
@@ -77,8 +85,12 @@ def step_work(
     attention = pairs * model.num_heads * model.head_size * model.num_layers
     # Where it is kept is no matter.
     remat = model.remat.removesuffix("_offload")
+    # A tile's hidden activations are kept by no policy; the others compute them again
+    # in any case.
+    in_tiles = model.mlp_tile is not None and (at_once or math.inf) > model.mlp_tile
+    hidden = 2 * per_weight * model.d_model * model.d_ff
     again = {
-        "none": 0.0,
+        "none": hidden if in_tiles else 0.0,
         "full": needed,
         "attention": needed,
         "attention_qkv": needed - projections,
