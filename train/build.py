@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 import usp_jax
 from train.atomic import write_atomically
+from train.check import check
 from train.checkpoint import Checkpoints
-from train.config import Config, check
+from train.config import Config
 from train.data import batches, load_text, own_rows
 from train.evaluate import Evaluation
 from train.passkey import passkey_rows

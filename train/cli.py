@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from train.config import HERE, Config, MeshConfig, check
+from train.check import check
+from train.config import HERE, Config, MeshConfig
 from train.presets import PRESETS, preset
 
 USAGE = "python -m train PRESET [--section.key value ...]"
