@@ -295,6 +295,8 @@ class Config:
         the order in which its documents are equal work for all of the ring.
       seed: of the first parameters and of the order of the data.
       run_dir: where the run is kept; a run that is there already goes on.
+      init_from: a folder in the Hugging Face format with the weights that the run
+        begins with; None draws them. The model's sizes are then the folder's.
       fake_devices: this many CPU devices in each process, instead of what there is.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for that of the devices; the
         planner then chooses mesh.*, model.remat and accumulate.
@@ -308,6 +310,7 @@ class Config:
     run_dir: Path
     layout: str = "zigzag"
     seed: int = 0
+    init_from: Path | None = None
     accumulate: int = 1
     fake_devices: int | None = None
     auto_mesh: str | None = None
