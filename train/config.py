@@ -91,6 +91,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     remat: str = "full"
     mlp_tile: int | None = None
     loss_chunk: int = 1024
@@ -157,7 +159,7 @@ class OptimizerConfig:
     Attributes:
       learning_rate: the highest, reached after `warmup_steps`.
       final_fraction: of it, reached with the last step.
-      weight_decay: of everything but the norms' weights.
+      weight_decay: of everything but norms and biases.
       clip_norm: the longest that the gradient of all parameters may be.
       offload: the float32 parameters and the optimizer's memory live in the host's
         pinned memory, and pass through the device a layer at a time.

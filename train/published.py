@@ -31,6 +31,8 @@ _OF_WEIGHTS = (
     "d_ff",
     "rms_norm_eps",
     "tie_embeddings",
+    "qkv_bias",
+    "qk_norm",
 )
 _ROPE = ("rope_theta", "rope_scaling")
 

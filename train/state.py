@@ -71,7 +71,7 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
 
 def _decays(params):
-    return {name: not name.endswith("norm") for name in params}
+    return {name: not name.endswith(("norm", "bias")) for name in params}
 
 
 def first_state(

@@ -260,7 +260,26 @@ def test_a_dynamic_scaling_follows_the_length_of_the_call(tmp_path):
 
 
 WRONG_KEYS = {
-    "kind": ({"model_type": "qwen2"}, "model_type='qwen2' is not supported, it must"),
+    "kind": (
+        {"model_type": "gemma2"},
+        "model_type='gemma2' is not supported, it must be 'llama' or 'qwen2' or 'qw",
+    ),
+    "another kind's tensors": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        "lacks model.layers.0.self_attn.k_proj.bias, .* and 3 more",
+    ),
+    "another kind's size": (
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+        "head_dim must be given",
+    ),
+    "a window of some layers": (
+        {"model_type": "qwen2", "architectures": None, "use_sliding_window": True},
+        "use_sliding_window=True is not supported, it must be False",
+    ),
+    "layers of two kinds": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types=.*'sliding_attention'. is not supported, it must be ..full_att",
+    ),
     "task": (
         {"architectures": ["LlamaForSequenceClassification"]},
         r"architectures=\['LlamaForSequenceClassification'\] is not supported",
