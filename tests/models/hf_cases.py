@@ -63,6 +63,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "beta_fast": 4,
         },
     },
+    "mistral": {
+        **_SHAPE,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 8,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
     "qwen2": {
         **_SHAPE,
         "model_type": "qwen2",

@@ -532,3 +532,10 @@ def test_presets_have_the_published_sizes(name):
     assert (
         sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) == PUBLISHED[name]
     )
+
+
+def test_biases_and_head_norms_are_counted():
+    config = small(qkv_bias=True, qk_norm=True)
+    shapes = parameter_shapes(config).values()
+    assert config.num_parameters == sum(int(np.prod(shape)) for shape in shapes)
+    assert config.num_parameters > small().num_parameters

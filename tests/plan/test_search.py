@@ -163,7 +163,8 @@ def test_the_command_trains_what_was_planned():
 )
 @pytest.mark.parametrize("machine", ["h100", "v6e"])
 def test_every_best_has_a_command_that_the_trainer_takes(machine, scaling):
-    model = LlamaConfig.preset("llama3.2-1b", rope_scaling=scaling)
+    more = {"rope_scaling": scaling, "qkv_bias": True, "qk_norm": True}
+    model = LlamaConfig.preset("llama3.2-1b", **more)
     row = plan.best(model, machine, sequence=2**15, batch=64, devices=8)
     config = parse(shlex.split(plan.train_command(row.job, row.choice))[3:])
     chosen = {n: getattr(row.choice, n) for n in ("remat", "zero", "tensor_sequence")}

@@ -1,7 +1,8 @@
 """config.json and `LlamaConfig`, each made from the other.
 
 Every key is either read, or checked to say what a `Llama` is, or known not to change
-the logits; any other raises. Qwen2 and Qwen3 are LLaMAs with biases or norms more.
+the logits; any other raises. Qwen2 and Qwen3 are LLaMAs with biases or norms more, and
+Mistral without its window is one.
 """
 
 import dataclasses
@@ -21,25 +22,31 @@ class _Kind:
       fields: of `LlamaConfig`, which no key of config.json tells.
       required: keys, beside the sizes, whose default there is another one.
       may_slide: has keys for windows, which say nothing while it does not use them.
+      slides: has windows unless it says that it has none.
     """
 
     architecture: str
     fields: Mapping[str, bool]
     required: tuple[str, ...] = ()
     may_slide: bool = False
+    slides: bool = False
 
 
+_PLAIN = {"qkv_bias": False, "qk_norm": False}
 _KINDS = {
-    "llama": _Kind("LlamaForCausalLM", {"qkv_bias": False, "qk_norm": False}),
+    "llama": _Kind("LlamaForCausalLM", _PLAIN),
+    "mistral": _Kind(
+        "MistralForCausalLM", _PLAIN, ("num_key_value_heads",), slides=True
+    ),
     "qwen2": _Kind(
         "Qwen2ForCausalLM",
-        {"qkv_bias": True, "qk_norm": False},
+        {**_PLAIN, "qkv_bias": True},
         ("num_key_value_heads",),
         may_slide=True,
     ),
     "qwen3": _Kind(
         "Qwen3ForCausalLM",
-        {"qkv_bias": False, "qk_norm": True},
+        {**_PLAIN, "qk_norm": True},
         ("num_key_value_heads", "head_dim"),
         may_slide=True,
     ),
@@ -201,6 +208,10 @@ def _check(config):
         if given is not None and given not in values:
             told = " or ".join(map(repr, values)) or "null or left out"
             raise ValueError(f"{key}={given!r} is not supported, it must be {told}")
+    if kind.slides and "sliding_window" not in config:
+        raise ValueError(
+            "sliding_window must be given, as null: left out, it is a window of 4096"
+        )
     unknown = sorted(config.keys() - _READ - only.keys() - _NOTES - set(_WINDOWS))
     if unknown:
         told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
