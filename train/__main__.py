@@ -19,8 +19,7 @@ from train.token_folder import DataGone
 
 def main() -> None:
     """Trains; exits with 2 for wrong options, with 1 for what breaks off a run."""
-    # orbax tells pages of what it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _quiet_orbax()
     try:
         config = parse(sys.argv[1:])
         start_jax(config)
@@ -41,6 +40,19 @@ def main() -> None:
             _break_off(error)
     if not complete:
         sys.exit(config.checkpoint.stopped_status)
+
+
+def _quiet_orbax():
+    """Leaves out the pages that orbax and its writers tell of what it also raises."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    tell = sys.unraisablehook
+
+    def hook(unraisable):
+        # For each array whose writing fails after the first one's has.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def start_jax(config: Config) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 import usp_jax
-from train.config import Config, check
+from train.check import check
+from train.config import Config
 from train.data import Batch, describe
 from train.state import State, abstract_state, learning_rate, make_optimizer
 from train.step import jit_step, make_step

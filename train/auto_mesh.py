@@ -13,7 +13,8 @@ import dataclasses
 
 import jax
 
-from train.config import HERE, Config, MeshConfig, check
+from train.check import check
+from train.config import HERE, Config, MeshConfig
 from usp_jax import plan
 from usp_jax.aot.devices import of_kind
 from usp_jax.plan.command import describe

@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 
 import usp_jax
 from train.atomic import write_atomically
-from train.checkpoint import Checkpoints
-from train.config import Config, check
+from train.check import check
+from train.checkpoint import Checkpoints, has_checkpoint
+from train.config import Config
 from train.data import batches, load_text, own_rows
 from train.evaluate import Evaluation
 from train.passkey import passkey_rows
+from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
 from train.state import State, first_state, make_optimizer
 from train.vocabulary import Vocabulary
@@ -47,7 +49,7 @@ class Run:
 
 
 def build(config: Config) -> Run:
-    """Reads the text and makes the model.
+    """Reads the text and makes the model, or reads the weights that it begins with.
 
     Raises:
       ValueError: a run that cannot be, or a run directory that holds another one.
@@ -56,6 +58,9 @@ def build(config: Config) -> Run:
     check_wandb(config.log.wandb)
     mesh = _make_mesh(config)
     vocabulary = Vocabulary.load(config.data.tokenizer)
+    begins = config.init_from is not None and not has_checkpoint(config.run_dir)
+    if begins:
+        check_published(config, vocabulary)
     if config.model.vocab_size < vocabulary.size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is less than the "
@@ -68,7 +73,8 @@ def build(config: Config) -> Run:
         rows, facts = text.rows(config.sequence_length, config.seed), text.facts
     checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, state = first_state(config, optimizer, mesh)
+    params = published_weights(config, mesh) if begins else None
+    graphdef, state = first_state(config, optimizer, mesh, params)
     return Run(
         config=config,
         mesh=mesh,

@@ -29,6 +29,11 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written, or none that can be read."""
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run goes on, be its checkpoints damaged or not."""
+    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
+
+
 class Checkpoints:
     """The checkpoints of a run, as many of them as the config keeps."""
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import tyro
 
-from train.config import HERE, Config, MeshConfig, check
+from train.check import check
+from train.config import HERE, Config, MeshConfig
 from train.presets import PRESETS, preset
+from train.published import with_published_model
 
 USAGE = "python -m train PRESET [--section.key value ...]"
 
@@ -15,8 +17,8 @@ def parse(arguments: Sequence[str]) -> Config:
     """The run that the arguments ask for; exits after `--help` or a bad option.
 
     Raises:
-      ValueError: no such preset, a run that cannot be, or a mesh that is both told and
-        to be planned.
+      ValueError: no such preset, a run that cannot be, a mesh that is both told and to
+        be planned, or no model where the run is to begin with one.
     """
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
@@ -37,6 +39,7 @@ def parse(arguments: Sequence[str]) -> Config:
         prog=f"python -m train {name}",
         description="Trains a LLaMA whose sequence is split over devices.",
     )
+    config = with_published_model(config, options)
     if config.auto_mesh is not None:
         _check_nothing_told(options)
         # The preset's would be checked, though it is not used.

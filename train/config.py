@@ -1,7 +1,7 @@
 """What a run is: one frozen, typed dataclass with a section for each subject.
 
 A preset (`presets.py`) is a function that returns a `Config`; the command line replaces
-fields of it. Everything that can be told wrong without a device is told here.
+fields of it, and `check.py` says what is wrong with one.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from usp_jax.layout import LAYOUTS, length_multiple
+from usp_jax.layout import LAYOUTS
 from usp_jax.mesh import ROLES
 from usp_jax.models.llama import LlamaConfig, RopeScaling
 from usp_jax.models.pipeline import Pipeline
@@ -91,6 +91,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     remat: str = "full"
     mlp_tile: int | None = None
     loss_chunk: int = 1024
@@ -157,7 +159,7 @@ class OptimizerConfig:
     Attributes:
       learning_rate: the highest, reached after `warmup_steps`.
       final_fraction: of it, reached with the last step.
-      weight_decay: of everything but the norms' weights.
+      weight_decay: of everything but norms and biases.
       clip_norm: the longest that the gradient of all parameters may be.
       offload: the float32 parameters and the optimizer's memory live in the host's
         pinned memory, and pass through the device a layer at a time.
@@ -295,6 +297,8 @@ class Config:
         the order in which its documents are equal work for all of the ring.
       seed: of the first parameters and of the order of the data.
       run_dir: where the run is kept; a run that is there already goes on.
+      init_from: a folder in the Hugging Face format with the weights that the run
+        begins with; None draws them. The model's sizes are then the folder's.
       fake_devices: this many CPU devices in each process, instead of what there is.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for that of the devices; the
         planner then chooses mesh.*, model.remat and accumulate.
@@ -308,6 +312,7 @@ class Config:
     run_dir: Path
     layout: str = "zigzag"
     seed: int = 0
+    init_from: Path | None = None
     accumulate: int = 1
     fake_devices: int | None = None
     auto_mesh: str | None = None
@@ -343,140 +348,6 @@ class Config:
     def pipeline(self) -> Pipeline:
         """The schedule of the stages; raises ValueError for one there cannot be."""
         return Pipeline.of(self.llama, self.mesh.pipe)
-
-
-def check(config: Config) -> None:
-    """Raises ValueError, with the option and the remedy, for what cannot be trained."""
-    _check_numbers(config)
-    for name, values in (("layout", STORED_LAYOUTS), ("dtype", DTYPES)):
-        if getattr(config, name) not in values:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} must be one of {values}"
-            )
-    mesh, microbatches = config.mesh, config.pipeline.microbatches
-    ways = mesh.data * mesh.fsdp * microbatches * config.accumulate
-    if config.batch_size % ways:
-        parts = f", {microbatches} micro-batches" if mesh.pipe > 1 else ""
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of {ways} at "
-            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}{parts}, "
-            f"accumulate={config.accumulate}"
-        )
-    _check_data(config.data, config.eval)
-    _check_length(config)
-    _check_distributed(config.distributed)
-    _check_traced(config)
-
-
-def _check_length(config):
-    mesh = config.mesh
-    tensor = mesh.tensor if config.model.tensor_sequence else 1
-    multiple = math.lcm(
-        length_multiple(config.layout, mesh.ring, mesh.ulysses),
-        mesh.ring * mesh.ulysses * tensor,
-    )
-    if config.sequence_length % multiple:
-        also = f", mesh.tensor={tensor}" if tensor > 1 else ""
-        raise ValueError(
-            f"sequence_length={config.sequence_length} must be a multiple of "
-            f"{multiple} for layout={config.layout!r} at mesh.ring={mesh.ring}, "
-            f"mesh.ulysses={mesh.ulysses}{also}"
-        )
-
-
-def _check_numbers(config):
-    flat = flatten(dataclasses.asdict(config))
-    positive = (
-        "steps sequence_length batch_size accumulate optimizer.learning_rate "
-        "optimizer.eps "
-        "optimizer.clip_norm optimizer.max_skipped checkpoint.every checkpoint.keep "
-        "log.every log.print_every log.spike_factor log.spike_window eval.batches"
-    )
-    counts = (
-        "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
-        "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
-    )
-    for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
-        if flat[name] is not None and not flat[name] > 0:
-            raise ValueError(f"{name}={flat[name]} must be positive")
-    for name in [*counts.split(), "sample.temperature"]:
-        if not flat[name] >= 0:
-            raise ValueError(f"{name}={flat[name]} must not be negative")
-    optional = (
-        "fake_devices eval.every checkpoint.every_minutes checkpoint.keep_period "
-        "checkpoint.keep_minutes"
-    )
-    for name in optional.split():
-        if flat[name] is not None and not flat[name] > 0:
-            raise ValueError(f"{name}={flat[name]} must be positive")
-    if flat["checkpoint.stopped_status"] > 255:
-        raise ValueError(
-            f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
-            "exit status, at most 255"
-        )
-    for name in ("b1", "b2"):
-        if not 0 <= flat[f"optimizer.{name}"] < 1:
-            raise ValueError(
-                f"optimizer.{name}={flat[f'optimizer.{name}']} must be in [0, 1)"
-            )
-    if not 0 <= config.optimizer.final_fraction <= 1:
-        raise ValueError(
-            f"optimizer.final_fraction={config.optimizer.final_fraction} must be "
-            "between 0 and 1"
-        )
-    if config.sample.length and not config.sample.prompt:
-        raise ValueError(
-            "sample.prompt='' must have at least one character, or sample.length be 0"
-        )
-
-
-def _check_data(data, evaluation):
-    if data.mixture and data.path is not None:
-        raise ValueError(
-            f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
-            "texts: give one of them"
-        )
-    for path, weight in data.mixture:
-        if not 0 < weight < math.inf:
-            raise ValueError(
-                f"data.mixture: the weight {weight} of {path} must be positive"
-            )
-    if not 0 <= data.eval_fraction < 1:
-        raise ValueError(f"data.eval_fraction={data.eval_fraction} must be in [0, 1)")
-    if bool(data.eval_fraction) != (evaluation.every is not None):
-        raise ValueError(
-            f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
-            "give both, the part that is held out and the steps between evaluations"
-        )
-
-
-def _told(mixture):
-    return " ".join(f"{path} {weight}" for path, weight in mixture)
-
-
-def _check_traced(config):
-    traced = config.profile.traced
-    if traced and traced[-1] > config.steps:
-        raise ValueError(
-            f"profile.steps={config.profile.steps!r} must end at {config.steps + 1} or "
-            f"before, as steps={config.steps}"
-        )
-
-
-def _check_distributed(config):
-    given = (config.num_processes is not None, config.process_id is not None)
-    explicit = config.coordinator not in (None, "auto")
-    if explicit != all(given) or any(given) != all(given):
-        raise ValueError(
-            f"distributed.coordinator={config.coordinator!r}, "
-            f"num_processes={config.num_processes}, process_id={config.process_id}: "
-            "give all three, with host:port; or coordinator=auto alone; or none"
-        )
-    if explicit and not 0 <= config.process_id < config.num_processes:
-        raise ValueError(
-            f"distributed.process_id={config.process_id} must be at least 0 and less "
-            f"than num_processes={config.num_processes}"
-        )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

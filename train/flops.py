@@ -17,7 +17,14 @@ class StepFlops:
 
 def step_flops(config: Config) -> StepFlops:
     """The formulas of `usp_jax.plan.flops` for a run."""
+    mesh, tokens = config.mesh, config.batch_size * config.sequence_length
+    split = mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses
+    parts = config.accumulate * config.pipeline.microbatches
+    model, at_once = config.llama, tokens // (split * parts)
     work = step_work(
-        config.llama, sequence=config.sequence_length, batch=config.batch_size
+        model,
+        sequence=config.sequence_length,
+        batch=config.batch_size,
+        tiled=model.mlp_tile is not None and at_once > model.mlp_tile,
     )
     return StepFlops(*map(float, (work.causal, work.full, work.hardware)))

@@ -42,6 +42,7 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
 
     Raises:
       GaveUp: `optimizer.max_skipped` steps in a row had no finite loss and gradient.
+      CheckpointError, OSError: the run directory cannot be written to.
     """
     config, checkpoints = run.config, run.checkpoints
     state, step = checkpoints.restore_newest(run.state, run.data)
@@ -53,6 +54,12 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
         remedy = _last_good(run, error.first)
         checkpoints.close()
         raise GaveUp(error.first, error.last, remedy) from None
+    except OSError:
+        # A full disk fails the checkpoint that is being written, too, which has more to
+        # tell. Other processes have not stopped, and would be waited for.
+        if jax.process_count() == 1:
+            checkpoints.close()
+        raise
     checkpoints.close()
     if step < config.steps:
         tell(f"stopped after step {step}; the same command goes on from there")

@@ -1,20 +1,22 @@
 """Rows of numbers about the steps: metrics.jsonl, TensorBoard and the progress line."""
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
 
 from train.atomic import write_atomically
 from train.config import LogConfig
 from train.flops import StepFlops
+from train.tensorboard import Events
 
 Row = dict[str, float | int | bool | None]
 
@@ -64,27 +66,52 @@ class MetricsFile:
         path = run_dir / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= step]
         write_atomically(path, "".join(_line(row) for row in kept))
-        self._file = path.open("a")
-        # TensorBoard hides what another process has told of later steps.
-        self._events = tensorboardX.SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=step + 1
-        )
+        self._run_dir, self._file = run_dir, path.open("a")
+        self._events = Events(run_dir / "tensorboard", step)
 
     def write(self, row: Row) -> None:
-        """Adds a row."""
-        self._file.write(_line(row))
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._events.add_scalar(name, float(value), row["step"])
+        """Adds a row.
+
+        Raises:
+          OSError: the disk does not take it.
+        """
+        values = {
+            name: float(value)
+            for name, value in row.items()
+            if name != "step" and value is not None
+        }
+        with _told(self._run_dir):
+            self._file.write(_line(row))
+            self._file.flush()
+            self._events.write(int(row["step"]), values)
 
     def sync(self) -> None:
-        """Waits until all rows are on the disk, as they must be before a checkpoint."""
-        os.fsync(self._file.fileno())
+        """Waits until all rows are on the disk, as they must be before a checkpoint.
+
+        Raises:
+          OSError: the disk does not take them.
+        """
+        with _told(self._run_dir):
+            os.fsync(self._file.fileno())
+            self._events.sync()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        """Closes both files; what they cannot write then is lost, see `sync`."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+@contextlib.contextmanager
+def _told(run_dir: Path) -> Iterator[None]:
+    """Says of an error where it was and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"run_dir={run_dir} cannot be written to: {error}; the same command goes "
+            "on from the newest checkpoint"
+        ) from error
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, flatten
+from train.config import Config, ModelConfig, flatten
 
 # What may differ when a run goes on: where and how fast it is computed, what is told of
 # it, and how far it goes (the learning rate then follows the new number of steps). All
@@ -61,7 +61,7 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
     """Raises ValueError when the run that config.json tells of is not this one."""
     if not path.exists():
         return
-    old, new = flatten(_read(path)), flatten(wanted)
+    old, new = flatten(read_record(path)), flatten(wanted)
     # An option that was not there yet had its default's effect.
     old = _defaults() | {name: new.get(name) for name in NEWER_FACTS} | old
     differing = [
@@ -76,7 +76,8 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _read(path):
+def read_record(path: Path) -> dict[str, Any]:
+    """What config.json says; raises ValueError when it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -88,16 +89,21 @@ def _read(path):
 
 def _defaults():
     """What an option is that nobody gives, where it has a default."""
-    sections = {
-        field.name: field.default
-        for field in dataclasses.fields(Config)
-        if field.default is not dataclasses.MISSING
-    }
+    sections = _fields_with_defaults(Config)
     plain = {
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         for name, value in sections.items()
     }
+    plain["model"] = _fields_with_defaults(ModelConfig)
     return flatten(json.loads(json.dumps(plain, default=str)))
+
+
+def _fields_with_defaults(kind):
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _is_free(name):

@@ -71,21 +71,29 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
 
 def _decays(params):
-    return {name: not name.endswith("norm") for name in params}
+    return {name: not name.endswith(("norm", "bias")) for name in params}
 
 
 def first_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    params: Params | None = None,
 ) -> tuple[nnx.GraphDef, State]:
     """The model without its parameters, and the state before the first step.
+
+    Args:
+      params: that the run begins with, in their shards, and which are donated; None
+        draws them.
 
     Raises:
       ValueError: a model that the mesh cannot split.
     """
     graphdef, shapes = abstract_state(config, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    model = Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(config.seed))
-    params = nnx.to_pure_dict(nnx.state(model))
+    if params is None:
+        model = Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.state(model))
 
     def begin(params):
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))

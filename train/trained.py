@@ -3,7 +3,6 @@
 Of a checkpoint the parameters alone are read.
 """
 
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from train.run_dir import read_record
 from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from usp_jax.models.sharding import parameter_shapes, parameter_shardings
 
@@ -57,7 +57,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.json"
     if not path.exists():
         raise ValueError(f"run_dir={run_dir} holds no run: it has no {path.name}")
-    return json.loads(path.read_text())
+    return read_record(path)
 
 
 def _restore(run_dir, step, wanted):

@@ -86,8 +86,10 @@ class Watchdog:
     def _beat(self):
         self._count += 1
         new = self._path(self._number).with_suffix(".new")
-        new.write_text(json.dumps([self._step, self._count]))
-        new.replace(self._path(self._number))
+        # Rows and checkpoints tell of a full disk; this thread goes on.
+        with contextlib.suppress(OSError):
+            new.write_text(json.dumps([self._step, self._count]))
+            new.replace(self._path(self._number))
         # This thread cannot run while another one keeps the interpreter to itself;
         # faulthandler's own needs no interpreter.
         faulthandler.dump_traceback_later(2 * self._seconds, file=sys.__stderr__)

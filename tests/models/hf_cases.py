@@ -63,6 +63,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "beta_fast": 4,
         },
     },
+    "mistral": {
+        **_SHAPE,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 8,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
+    "qwen2": {
+        **_SHAPE,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": False,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        **_SHAPE,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 32,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "tied": {
         **_SHAPE,
         "tie_word_embeddings": True,
@@ -92,8 +117,14 @@ def weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "mlp.up_proj": (inner, size),
         "mlp.down_proj": (size, inner),
     }
+    layer = {f"{name}.weight": shape for name, shape in layer.items()}
+    if config["model_type"] == "qwen2":
+        layer |= {f"self_attn.{name}_proj.bias": (kv,) for name in "kv"}
+        layer |= {"self_attn.q_proj.bias": (q,)}
+    if config["model_type"] == "qwen3":
+        layer |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
     shapes = {
-        f"model.layers.{number}.{name}.weight": shape
+        f"model.layers.{number}.{name}": shape
         for number in range(config["num_hidden_layers"])
         for name, shape in layer.items()
     }
@@ -137,9 +168,9 @@ def transformers_logits(folder: Path, saved: Path | None = None) -> np.ndarray:
       saved: where transformers writes the checkpoint anew, in its own words.
     """
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     if saved is not None:

@@ -19,9 +19,14 @@ def logits(config: LlamaConfig, params: dict, tokens, segment_ids=None, xp=np):
         seen = order & same & (segment_ids >= 0)[:, None, :]
     x = params["embed"][tokens]
     for number in range(config.num_layers):
-        w = {name: params[name][number] for name in LAYER}
+        w = {name: params[name][number] for name in (*LAYER, *MORE) if name in params}
         y = norm(config, x, w["attention_norm"], xp)
         q, k, v = (xp.einsum("btd,dnh->btnh", y, w[name]) for name in "qkv")
+        if config.qkv_bias:
+            added = (w[f"{name}_bias"] for name in "qkv")
+            q, k, v = (x + b[None, None] for x, b in zip((q, k, v), added, strict=True))
+        if config.qk_norm:
+            q, k = norm(config, q, w["q_norm"], xp), norm(config, k, w["k_norm"], xp)
         groups = config.num_heads // config.num_kv_heads
         q, k = rope(config, q, xp), rope(config, k, xp)
         k, v = (xp.repeat(part, groups, 2) for part in (k, v))
@@ -40,6 +45,7 @@ def logits(config: LlamaConfig, params: dict, tokens, segment_ids=None, xp=np):
 
 
 LAYER = ("attention_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
+MORE = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
 
 
 def nats(config: LlamaConfig, params: dict, tokens, labels, segment_ids=None):
@@ -53,7 +59,7 @@ def nats(config: LlamaConfig, params: dict, tokens, labels, segment_ids=None):
 
 def norm(config, x, weight, xp):
     mean = xp.mean(x * x, axis=-1, keepdims=True)
-    return x / xp.sqrt(mean + config.rms_norm_eps) * weight[None, None]
+    return x / xp.sqrt(mean + config.rms_norm_eps) * weight[(None,) * (x.ndim - 1)]
 
 
 def rope(config, x, xp):

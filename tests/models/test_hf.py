@@ -76,7 +76,7 @@ def change(folder: Path, **keys) -> Path:
 @pytest.mark.parametrize(
     ("case", "mesh"),
     # RoPE and its stretching know nothing of fsdp.
-    [*itertools.product(CONFIGS, MESHES[:2]), ("tied", MESHES[2])],
+    [*itertools.product(CONFIGS, MESHES[:2]), ("qwen3", MESHES[2])],
     ids=str,
 )
 def test_logits_are_those_of_transformers(tmp_path, case, mesh):
@@ -104,7 +104,8 @@ def test_transformers_and_we_read_what_the_other_has_written(tmp_path, case):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("case", ["theta", "tied"])
+# Of each kind of model one, with tables that are tied and that are not.
+@pytest.mark.parametrize("case", ["theta", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_round_trip_keeps_every_bit(tmp_path, case, mesh, dtype):
     tensors = {
@@ -211,6 +212,15 @@ def test_scalings_keep_their_config(scaling):
     assert read_config({**written, "rope_parameters": told}) == config
 
 
+def test_biases_and_head_norms_keep_their_config():
+    for more in ({"qkv_bias": True}, {"qk_norm": True}):
+        config = LlamaConfig.preset("tiny", **more)
+        assert read_config(write_config(config, "float32", {})) == config
+    config = LlamaConfig.preset("tiny", qkv_bias=True, qk_norm=True)
+    with pytest.raises(ValueError, match="qkv_bias=True with qk_norm=True is no model"):
+        write_config(config, "float32", {})
+
+
 def test_a_fixed_ntk_scaling_is_written_as_the_base_that_it_is():
     config = LlamaConfig.preset("tiny", rope_scaling=NTKScaling(4.0))
     written = write_config(config, "float32", {})
@@ -260,7 +270,30 @@ def test_a_dynamic_scaling_follows_the_length_of_the_call(tmp_path):
 
 
 WRONG_KEYS = {
-    "kind": ({"model_type": "qwen2"}, "model_type='qwen2' is not supported, it must"),
+    "kind": (
+        {"model_type": "gemma2"},
+        "model_type='gemma2' is not supported, it must be 'llama' or 'mistral' or 'qw",
+    ),
+    "another kind's tensors": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        "lacks model.layers.0.self_attn.k_proj.bias, .* and 3 more",
+    ),
+    "another kind's size": (
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+        "head_dim must be given",
+    ),
+    "a window that is not told": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+        "sliding_window must be given, as null: left out, it is a window of 4096",
+    ),
+    "a window of some layers": (
+        {"model_type": "qwen2", "architectures": None, "use_sliding_window": True},
+        "use_sliding_window=True is not supported, it must be False",
+    ),
+    "layers of two kinds": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types=.*'sliding_attention'. is not supported, it must be ..full_att",
+    ),
     "task": (
         {"architectures": ["LlamaForSequenceClassification"]},
         r"architectures=\['LlamaForSequenceClassification'\] is not supported",

@@ -82,9 +82,9 @@ def loss_and_gradients(model: Llama, *arrays, **options):
 
 
 @lru_cache
-def expected_loss_and_gradients(num_layers: int = 2):
+def expected_loss_and_gradients(**overrides):
     """The plain model's, with documents."""
-    model, ids = build(small(num_layers=num_layers)), segments()
+    model, ids = build(small(**overrides)), segments()
     labels = shift_labels(tokens(), ids)
 
     def mean(params):
@@ -136,6 +136,30 @@ def test_loss_and_gradients_are_the_plain_models_on_every_mesh(mesh):
     ids = segments()
     value, gradients = loss_and_gradients(
         build(small(), **mesh), tokens(), shift_labels(tokens(), ids), segment_ids=ids
+    )
+    chex.assert_trees_all_close(value, expected, rtol=2e-6)
+    assert_close_to(gradients, expected_gradients, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "tensor_sequence"),
+    thinned(
+        [
+            {"fsdp": 2, "ring": 2, "tensor": 2},
+            {"pipe": 2, "ulysses": 2, "tensor": 2},
+            {"data": 2, "ring": 2, "ulysses": 2},
+        ],
+        [False, True],
+        keep=3,
+    ),
+)
+def test_biases_and_head_norms_have_the_plain_models_gradients(mesh, tensor_sequence):
+    more = {"qkv_bias": True, "qk_norm": True}
+    expected, expected_gradients = expected_loss_and_gradients(**more)
+    model = build(small(tensor_sequence=tensor_sequence, **more), **mesh)
+    labels = shift_labels(tokens(), segments())
+    value, gradients = loss_and_gradients(
+        model, tokens(), labels, segment_ids=segments()
     )
     chex.assert_trees_all_close(value, expected, rtol=2e-6)
     assert_close_to(gradients, expected_gradients, 1e-5)
@@ -246,7 +270,7 @@ def test_no_stack_of_layers_is_gathered_and_gradients_are_scattered():
     found = collectives(program)
     shapes = parameter_shapes(config)
     whole = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
-    layers = [name for name, (dims, _, _) in TABLE.items() if dims[0] == "L"]
+    layers = [name for name in shapes if TABLE[name][0][0] == "L"]
     matrices = [name for name in layers if not name.endswith("norm")]
     gathers = [c for c in found if c.kind == "all-gather"]
     one_layer = max(whole[name] for name in matrices) // config.num_layers
@@ -508,3 +532,10 @@ def test_presets_have_the_published_sizes(name):
     assert (
         sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) == PUBLISHED[name]
     )
+
+
+def test_biases_and_head_norms_are_counted():
+    config = small(qkv_bias=True, qk_norm=True)
+    shapes = parameter_shapes(config).values()
+    assert config.num_parameters == sum(int(np.prod(shape)) for shape in shapes)
+    assert config.num_parameters > small().num_parameters

@@ -157,8 +157,9 @@ def test_the_command_trains_what_was_planned():
     ],
     ids=lambda scaling: type(scaling).__name__,
 )
-def test_a_models_scaling_is_in_the_command(scaling):
-    model = LlamaConfig.preset("llama3.2-1b", rope_scaling=scaling)
+def test_what_a_model_is_is_in_the_command(scaling):
+    more = {"rope_scaling": scaling, "qkv_bias": True, "qk_norm": True}
+    model = LlamaConfig.preset("llama3.2-1b", **more)
     job = plan.job_of(model, "h100", sequence=2**15, devices=8)
     config = parse(shlex.split(plan.train_command(job, plan.Choice(ring=8)))[3:])
     assert config.llama == model

@@ -1,5 +1,6 @@
 """Perplexity by position is what the model's own logits say."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -41,9 +42,9 @@ def rows() -> np.ndarray:
     return np.random.default_rng(0).integers(37, size=(3, 31)).astype(np.int32)
 
 
-def expected_nats(rows: np.ndarray) -> np.ndarray:
+def expected_nats(rows: np.ndarray, config: LlamaConfig = CONFIG) -> np.ndarray:
     """From the logits, row by row on one device."""
-    alone = Llama(CONFIG, rngs=nnx.Rngs(0))
+    alone = Llama(config, rngs=nnx.Rngs(0))
     logits = np.asarray(alone(jnp.asarray(rows[:, :-1])), np.float64)
     lse = np.log(np.exp(logits).sum(-1))
     hit = np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
@@ -69,6 +70,14 @@ def test_positions_have_the_mean_of_all_rows(model: Llama, rows: np.ndarray) -> 
     np.testing.assert_allclose(actual, expected_nats(rows).mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="no document has the 31 tokens that length=3"):
         nats_by_position(model, [], 30)
+
+
+def test_rows_are_filled_up_for_the_stages_of_a_pipeline(rows: np.ndarray) -> None:
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    mesh = usp_jax.make_mesh(pipe=2, fsdp=2, ring=2)
+    model = Llama(config, mesh=mesh, rngs=nnx.Rngs(0))
+    actual = nats_by_position(model, iter(rows), 30, batch_size=2)
+    np.testing.assert_allclose(actual, expected_nats(rows, config).mean(0), atol=1e-5)
 
 
 def test_windows_are_whole_and_of_one_document() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import options, small_config
+from train.check import check
 from train.cli import parse
 from train.config import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
     MeshConfig,
-    check,
     flatten,
 )
 from train.presets import PRESETS, preset

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,24 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
         {"step": 2, "loss": 2.5},
         {"step": 3, "loss": 9.0, "mfu_full": None},
     ]
+
+
+def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
+    """Nothing waits for it, also where TensorBoard's events are too much for it."""
+    metrics = MetricsFile(tmp_path, 0)
+    row = {"loss": 1.0} | {f"a name that is long {n}": 0.5 for n in range(99)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        told = r"run_dir=.* cannot be written to: .*File too large; the same command go"
+        with pytest.raises(OSError, match=told):
+            for step in range(1, 99):
+                metrics.write({"step": step, **row})
+                metrics.sync()
+        metrics.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
 
 
 def test_what_is_no_number_is_told_as_json_can(tmp_path: Path) -> None:

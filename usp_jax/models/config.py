@@ -23,6 +23,8 @@ class LlamaConfig:
       num_kv_heads: key/value heads, which `num_heads` is a multiple of (GQA).
       rope_scaling: a stretching of RoPE from `rope_scaling.py`, or None.
       tie_embeddings: the output matrix is the embedding's.
+      qkv_bias: something is added to q, k and v (Qwen2).
+      qk_norm: each head of q and k has a norm before RoPE (Qwen3).
       dtype: of the computation; parameters are float32 always.
       remat: what the backward pass recomputes. "none": nothing but gathered weights;
         "full": everything inside a layer; "attention": as "full", but attention's
@@ -62,6 +64,8 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     dtype: str = "bfloat16"
     remat: str = "full"
     mlp_tile: int | None = None
@@ -113,7 +117,8 @@ class LlamaConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        check_bool("tensor_sequence", self.tensor_sequence)
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm", "tensor_sequence"):
+            check_bool(name, getattr(self, name))
         choices = (("dtype", DTYPES), ("remat", REMAT + OFFLOAD), ("zero", ZERO))
         for name, values in choices:
             if getattr(self, name) not in values:
@@ -136,5 +141,9 @@ class LlamaConfig:
         """How many numbers the model has learnt."""
         d, heads = self.d_model, 2 * self.num_heads + 2 * self.num_kv_heads
         layer = d * heads * self.head_size + 3 * d * self.d_ff + 2 * d
+        if self.qkv_bias:
+            layer += (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        if self.qk_norm:
+            layer += 2 * self.head_size
         tables = 1 if self.tie_embeddings else 2
         return self.num_layers * layer + tables * self.vocab_size * d + d

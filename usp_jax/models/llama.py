@@ -216,6 +216,9 @@ def _draw(config, key):
         if name.endswith("norm"):
             values[name] = jnp.ones(shape, jnp.float32)
             continue
+        if name.endswith("bias"):
+            values[name] = jnp.zeros(shape, jnp.float32)
+            continue
         scale = 1 / math.sqrt(inputs[name]) if name in inputs else 0.02
         own = jax.random.fold_in(key, number)
         values[name] = scale * jax.random.normal(own, shape, jnp.float32)

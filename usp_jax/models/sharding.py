@@ -31,13 +31,19 @@ AT_ONCE = 8
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
-# vocabulary. L goes over `pipe`; to what has no layers `pipe` is a ZeRO axis more.
-TABLE: dict[str, tuple[str, str | None, str]] = {
+# vocabulary. L goes over `pipe`; to what has no layers `pipe` is a ZeRO axis more. What
+# is as small as a head is on all devices, whatever the ZeRO level.
+TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
     "q": ("LDNH", "N", "D"),
     "k": ("LDKH", "K", "D"),
     "v": ("LDKH", "K", "D"),
+    "q_bias": ("LNH", "N", None),
+    "k_bias": ("LKH", "K", None),
+    "v_bias": ("LKH", "K", None),
+    "q_norm": ("LH", None, None),
+    "k_norm": ("LH", None, None),
     "o": ("LNHD", "N", "D"),
     "mlp_norm": ("LD", None, "D"),
     "gate": ("LDF", "F", "D"),
@@ -155,6 +161,8 @@ class Split:
     def gather(self, x, name: str, axes: tuple[str, ...]):
         """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
         dims, _, zero = TABLE[name]
+        if zero is None:
+            return vary_over(x, frozenset(axes))
         dim = x.ndim - len(dims) + dims.index(zero)
         for some, groups in reversed(self.turns(axes)):
             x = lax.all_gather(x, some, axis=dim, tiled=True, axis_index_groups=groups)
@@ -256,10 +264,15 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "F": config.d_ff,
         "V": config.vocab_size,
     }
+    absent = {
+        *(("lm_head",) if config.tie_embeddings else ()),
+        *(() if config.qkv_bias else ("q_bias", "k_bias", "v_bias")),
+        *(() if config.qk_norm else ("q_norm", "k_norm")),
+    }
     return {
         name: tuple(sizes[dim] for dim in dims)
         for name, (dims, _, _) in TABLE.items()
-        if not (name == "lm_head" and config.tie_embeddings)
+        if name not in absent
     }
 
 

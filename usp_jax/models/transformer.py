@@ -65,10 +65,10 @@ class Transformer:
         """What `hidden` and `logits` take, from the float32 shards.
 
         Matrices are cast to the computation's dtype, then gathered over `split.once`.
-        Norms are small: they stay float32, and are gathered whole for all layers at
-        once. The embedding's table stays as it is, and the output matrix is a weight of
-        its own. Layers that are stages of a pipeline are used once for each micro-batch
-        (`gradient_sum.py`).
+        Norms and biases are small: they stay float32, and are gathered whole for all
+        layers at once. The embedding's table stays as it is, and the output matrix is a
+        weight of its own. Layers that are stages of a pipeline are used once for each
+        micro-batch (`gradient_sum.py`).
         """
         output = params["embed" if self.config.tie_embeddings else "lm_head"]
         weights = {"embed": params["embed"]}
@@ -83,16 +83,17 @@ class Transformer:
     def _copy(self, name, x):
         """The working copy of one parameter, a linear function of it."""
         split = self.split.of_parameter(name)
-        if not _is_norm(name):
+        if not _is_small(name):
             x = x.astype(self.config.dtype)
         if _of_layers(name):
             x = self.pipeline.deal(x)
-        if not _is_norm(name):
+        if not _is_small(name):
             return split.gather(x, name, split.once)
         x = split.gather(x, name, split.zero)
-        # Applied to other tokens on each device along `tensor`: here their gradients
-        # are summed once, not in every layer.
-        return split.vary(x) if split.tensor_sequence else x
+        # Applied to other tokens, or heads, on each device along `tensor`: here their
+        # gradients are summed once, not in every layer.
+        apart = split.tensor_sequence or name in ("q_norm", "k_norm")
+        return split.vary(x) if apart else x
 
     @property
     def pipeline(self) -> Pipeline:
@@ -285,13 +286,12 @@ class Transformer:
         """One layer: attention, then the feed-forward network."""
         config, split = self.config, self.split
         w = {
-            name: x if _is_norm(name) else split.gather(x, name, split.each)
+            name: x if _is_small(name) else split.gather(x, name, split.each)
             for name, x in layer.items()
         }
         y = split.enter(_rms_norm(x, w["attention_norm"], config.rms_norm_eps))
-        q = rotate(jnp.einsum("BTD,DNH->BTNH", y, w["q"]), *angles)
-        k = rotate(jnp.einsum("BTD,DKH->BTKH", y, w["k"]), *angles)
-        v = jnp.einsum("BTD,DKH->BTKH", y, w["v"])
+        q, k, v = (_heads(y, w, name, config.rms_norm_eps) for name in "qkv")
+        q, k = rotate(q, *angles), rotate(k, *angles)
         out, state = attend(q, k, v, state)
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
         x = x + split.leave(out)
@@ -301,15 +301,24 @@ class Transformer:
         return x + split.leave(out), state
 
 
+def _heads(y, w, name, eps):
+    """q, k or v without its rotation; some models add a bias, some have a norm."""
+    x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
+    if f"{name}_bias" in w:
+        x = x + w[f"{name}_bias"].astype(x.dtype)[None, None]
+    return _rms_norm(x, w[f"{name}_norm"], eps) if f"{name}_norm" in w else x
+
+
 def _rms_norm(x, weight, eps):
     """RMSNorm (arXiv 1910.07467), float32 inside."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return (y * weight[None, None]).astype(x.dtype)
+    weight = lax.expand_dims(weight, range(x.ndim - 1))
+    return (y * weight).astype(x.dtype)
 
 
-def _is_norm(name):
-    return name.endswith("norm")
+def _is_small(name):
+    return name.endswith(("norm", "bias"))
 
 
 def _of_layers(name):

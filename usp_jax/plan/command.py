@@ -51,6 +51,10 @@ def train_command(job: Job, choice: Choice) -> str:
         "optimizer.offload": choice.offload,
     }
     options["model.tie_embeddings"] = model.tie_embeddings
+    for name in ("qkv_bias", "qk_norm"):
+        # Else as the preset has it.
+        if getattr(model, name):
+            options[f"model.{name}"] = True
     options["model.tensor_sequence"] = choice.tensor_sequence
     words = [_option(name, value) for name, value in options.items()]
     # The kind of scaling is chosen by a word of its own, which has to come last.

@@ -1,15 +1,56 @@
 """config.json and `LlamaConfig`, each made from the other.
 
 Every key is either read, or checked to say what a `Llama` is, or known not to change
-the logits; any other raises.
+the logits; any other raises. Qwen2 and Qwen3 are LLaMAs with biases or norms more, and
+Mistral without its window is one.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from usp_jax.models.config import DTYPES, LlamaConfig
 from usp_jax.models.hf.rope import read_rope, write_rope
 
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A `model_type` that is a `Llama`.
+
+    Attributes:
+      architecture: transformers' class.
+      fields: of `LlamaConfig`, which no key of config.json tells.
+      required: keys, beside the sizes, whose default there is another one.
+      may_slide: has keys for windows, which say nothing while it does not use them.
+      slides: has windows unless it says that it has none.
+    """
+
+    architecture: str
+    fields: Mapping[str, bool]
+    required: tuple[str, ...] = ()
+    may_slide: bool = False
+    slides: bool = False
+
+
+_PLAIN = {"qkv_bias": False, "qk_norm": False}
+_KINDS = {
+    "llama": _Kind("LlamaForCausalLM", _PLAIN),
+    "mistral": _Kind(
+        "MistralForCausalLM", _PLAIN, ("num_key_value_heads",), slides=True
+    ),
+    "qwen2": _Kind(
+        "Qwen2ForCausalLM",
+        {**_PLAIN, "qkv_bias": True},
+        ("num_key_value_heads",),
+        may_slide=True,
+    ),
+    "qwen3": _Kind(
+        "Qwen3ForCausalLM",
+        {**_PLAIN, "qk_norm": True},
+        ("num_key_value_heads", "head_dim"),
+        may_slide=True,
+    ),
+}
 # LlamaConfig's name of each size that every config.json must tell.
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -34,8 +75,7 @@ _READ = {
 }
 # What a key may say; null is as good as leaving it out.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"],),
+    "model_type": tuple(_KINDS),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -43,9 +83,11 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
     "quantization_config": (),
-    "sliding_window": (),
-    "layer_types": (),
+    "use_mrope": (False,),
+    "use_sliding_window": (False,),
 }
+# Of windows, beside the switch: what a model without them may say anything in.
+_WINDOWS = ("sliding_window", "max_window_layers")
 _NOTES = {
     # How to sample, in checkpoints older than generation_config.json.
     "do_sample",
@@ -99,6 +141,7 @@ def read_config(config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
         "rope_scaling": scaling,
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": config.get("tie_word_embeddings") or False,
+        **_KINDS[config["model_type"]].fields,
         **overrides,
     }
     if fields.get("dtype") is None:
@@ -114,18 +157,22 @@ def write_config(
     Args:
       dtype: of the tensors.
       like: a config.json whose notes, the model's longest length among them, are kept.
+
+    Raises:
+      ValueError: no published kind of model has both biases and norms.
     """
+    model_type, kind = _kind_of(config)
+    biases = ("attention_bias", "mlp_bias") if model_type == "llama" else ()
     notes = {key: x for key, x in like.items() if key in _NOTES}
     longest = {key: like[key] for key in ("max_position_embeddings",) if key in like}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [kind.architecture],
+        "model_type": model_type,
         **{key: getattr(config, name) for key, name in _SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **dict.fromkeys(biases, False),
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
@@ -135,20 +182,45 @@ def write_config(
     }
 
 
+def _kind_of(config: LlamaConfig) -> tuple[str, _Kind]:
+    for name, kind in _KINDS.items():
+        if all(getattr(config, field) == x for field, x in kind.fields.items()):
+            return name, kind
+    raise ValueError(
+        f"qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm} is no model that "
+        f"the format has: it has {', '.join(_KINDS)}"
+    )
+
+
 def _check(config):
-    for key, values in _ONLY.items():
+    # Another kind of model is told as that, whatever else it has.
+    kind = _KINDS.get(config.get("model_type"), _KINDS["llama"])
+    windows = {} if kind.may_slide else dict.fromkeys(_WINDOWS, ())
+    full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
+    only = {
+        **_ONLY,
+        "architectures": ([kind.architecture],),
+        "layer_types": (full,),
+        **windows,
+    }
+    for key, values in only.items():
         given = config.get(key)
         if given is not None and given not in values:
             told = " or ".join(map(repr, values)) or "null or left out"
             raise ValueError(f"{key}={given!r} is not supported, it must be {told}")
-    unknown = sorted(config.keys() - _READ - _ONLY.keys() - _NOTES)
+    if kind.slides and "sliding_window" not in config:
+        raise ValueError(
+            "sliding_window must be given, as null: left out, it is a window of 4096"
+        )
+    unknown = sorted(config.keys() - _READ - only.keys() - _NOTES - set(_WINDOWS))
     if unknown:
         told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
         raise ValueError(
             f"{told} is not understood and may change what the model computes; if it "
             "is a mere note, remove it from config.json"
         )
-    missing = [key for key in ("model_type", *_SIZES) if config.get(key) is None]
+    needed = ("model_type", *_SIZES, *kind.required)
+    missing = [key for key in needed if config.get(key) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given")
 

@@ -1,0 +1,163 @@
+"""Runs that begin with published weights."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from tests.train.runs import losses, run_here, small_config
+from train.build import build
+from train.cli import parse
+from train.config import Config, MeshConfig
+from usp_jax.models import hf
+from usp_jax.models.llama import Llama, NTKScaling
+from usp_jax.models.loss import loss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that no run's seed would draw."""
+    path = tmp_path_factory.mktemp("published")
+    config = small_config(path)
+    model = Llama(config.llama, rngs=nnx.Rngs(99))
+    # Drawn norms are all alike.
+    model.final_norm[...] *= 1 + jnp.arange(config.model.d_model) / 16
+    hf.save(model, path / "model")
+    return path / "model"
+
+
+@pytest.fixture
+def config(tmp_path: Path, folder: Path) -> Config:
+    shutil.copytree(folder, tmp_path / "published")
+    return small_config(tmp_path, init_from=tmp_path / "published", steps=1)
+
+
+def expected_loss(config: Config, batch: dict[str, np.ndarray]) -> float:
+    model = hf.load(config.init_from, dtype=config.dtype)
+    arrays = {name: jnp.asarray(x) for name, x in batch.items()}
+    nats, labels = loss(
+        model, arrays.pop("tokens"), arrays.pop("labels"), **arrays, layout="natural"
+    )
+    return float(nats / labels)
+
+
+def test_the_first_loss_is_the_published_models_and_the_folder_may_go_then(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, mesh=MeshConfig(ring=2, tensor=2))
+    expected = expected_loss(config, next(build(config).data))
+    run_here(config)
+    ((_, first),) = losses(config.run_dir)
+    assert first == pytest.approx(expected, rel=1e-5)
+    told = capsys.readouterr().out
+    assert f"beginning with the weights of {config.init_from}\n" in told
+    shutil.rmtree(config.init_from)
+    run_here(config)
+    told = capsys.readouterr().out
+    assert "going on after step 1\n" in told and "beginning with" not in told
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(fsdp=2, ring=2, ulysses=2),
+        MeshConfig(pipe=2, data=2, tensor=2, zero=1),
+    ],
+    ids=str,
+)
+def test_weights_are_read_into_their_shards(config: Config, mesh: MeshConfig) -> None:
+    config = dataclasses.replace(config, mesh=mesh)
+    state = build(config).state
+    model = hf.load(config.init_from)
+    chex.assert_trees_all_equal(
+        {name: np.asarray(x) for name, x in state.params.items()},
+        {name: np.asarray(getattr(model, name)[...]) for name in state.params},
+    )
+    drawn = build(
+        dataclasses.replace(config, init_from=None, run_dir=config.run_dir / "drawn")
+    ).state
+    for name, x in drawn.params.items():
+        assert state.params[name].sharding == x.sharding, name
+    assert not np.array_equal(drawn.params["q"], state.params["q"])
+
+
+def test_the_model_is_the_folders_but_for_what_is_told(config: Config) -> None:
+    folder = str(config.init_from)
+    found = parse(["tiny", "--init-from", folder])
+    assert (found.model.d_model, found.model.d_ff, found.model.head_size) == (32, 64, 4)
+    # What is no matter of the weights is the preset's.
+    assert found.model.remat == "attention_qkv"
+    ntk = "model.rope-scaling:ntk-scaling --model.rope-scaling.factor 2".split()
+    found = parse(["tiny", "--init-from", folder, "--model.rope-theta", "5e5", *ntk])
+    assert (found.model.rope_theta, found.model.rope_scaling) == (5e5, NTKScaling(2.0))
+    with pytest.raises(ValueError, match="init_from=nowhere: nowhere/config.json does"):
+        parse(["tiny", "--init-from", "nowhere"])
+
+
+def test_a_run_that_is_there_says_what_its_model_is(
+    config: Config, tmp_path: Path
+) -> None:
+    words = ["tiny", "--init-from", str(config.init_from)]
+    words += ["--run-dir", str(config.run_dir), "--fake-devices", "8"]
+    build(parse([*words, "--data.path", str(config.data.path)]))
+    shutil.rmtree(config.init_from)
+    assert parse(words).model.d_ff == 64
+    # Of a run that began otherwise nothing is taken.
+    words[2] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="other/config.json does not exist"):
+        parse(words)
+
+
+def test_a_stretched_rope_is_said(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = dataclasses.replace(config.model, rope_theta=5e5)
+    build(dataclasses.replace(config, model=model))
+    told = capsys.readouterr().out
+    assert "; rope_theta 10000.0 there, 500000.0 now\n" in told
+
+
+def test_another_model_is_told(config: Config) -> None:
+    model = dataclasses.replace(config.model, d_ff=128, tie_embeddings=True)
+    with pytest.raises(
+        ValueError,
+        match=r"init_from=.*published has another model: model\.d_ff=128, there it is "
+        r"64; model\.tie_embeddings=True, there it is False; leave these options out",
+    ):
+        build(dataclasses.replace(config, model=model))
+    assert not config.run_dir.exists()
+
+
+def test_another_tokenizer_is_told(config: Config) -> None:
+    path = config.init_from / "tokenizer.json"
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"ring": 0, "of": 1}, "of")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(path))
+    with pytest.raises(
+        ValueError,
+        match=r"data\.tokenizer=None is not what the weights of init_from=.* were "
+        r"trained with: give --data\.tokenizer .*published/tokenizer\.json",
+    ):
+        build(config)
+    assert not config.run_dir.exists()
+    data = dataclasses.replace(config.data, tokenizer=path)
+    build(dataclasses.replace(config, data=data))
+
+
+def test_what_is_no_such_folder_is_told(config: Config) -> None:
+    (config.init_from / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"init_from=.* has neither model.safetensors"):
+        build(config)
+    path = config.init_from / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_bias": True}))
+    with pytest.raises(ValueError, match=r"init_from=.*mlp_bias=True is not supported"):
+        parse(["tiny", "--init-from", str(config.init_from)])

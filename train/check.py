@@ -1,0 +1,141 @@
+"""What is wrong with a `Config`, as far as that shows without a device or a file."""
+
+import dataclasses
+import math
+
+from train.config import DTYPES, STORED_LAYOUTS, Config, flatten
+from usp_jax.layout import length_multiple
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, with the option and the remedy, for what cannot be trained."""
+    _check_numbers(config)
+    for name, values in (("layout", STORED_LAYOUTS), ("dtype", DTYPES)):
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} must be one of {values}"
+            )
+    mesh, microbatches = config.mesh, config.pipeline.microbatches
+    ways = mesh.data * mesh.fsdp * microbatches * config.accumulate
+    if config.batch_size % ways:
+        parts = f", {microbatches} micro-batches" if mesh.pipe > 1 else ""
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {ways} at "
+            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}{parts}, "
+            f"accumulate={config.accumulate}"
+        )
+    _check_data(config.data, config.eval)
+    _check_length(config)
+    _check_distributed(config.distributed)
+    _check_traced(config)
+
+
+def _check_length(config):
+    mesh = config.mesh
+    tensor = mesh.tensor if config.model.tensor_sequence else 1
+    multiple = math.lcm(
+        length_multiple(config.layout, mesh.ring, mesh.ulysses),
+        mesh.ring * mesh.ulysses * tensor,
+    )
+    if config.sequence_length % multiple:
+        also = f", mesh.tensor={tensor}" if tensor > 1 else ""
+        raise ValueError(
+            f"sequence_length={config.sequence_length} must be a multiple of "
+            f"{multiple} for layout={config.layout!r} at mesh.ring={mesh.ring}, "
+            f"mesh.ulysses={mesh.ulysses}{also}"
+        )
+
+
+def _check_numbers(config):
+    flat = flatten(dataclasses.asdict(config))
+    positive = (
+        "steps sequence_length batch_size accumulate optimizer.learning_rate "
+        "optimizer.eps "
+        "optimizer.clip_norm optimizer.max_skipped checkpoint.every checkpoint.keep "
+        "log.every log.print_every log.spike_factor log.spike_window eval.batches"
+    )
+    counts = (
+        "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
+        "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
+    )
+    for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
+        if flat[name] is not None and not flat[name] > 0:
+            raise ValueError(f"{name}={flat[name]} must be positive")
+    for name in [*counts.split(), "sample.temperature"]:
+        if not flat[name] >= 0:
+            raise ValueError(f"{name}={flat[name]} must not be negative")
+    optional = (
+        "fake_devices eval.every checkpoint.every_minutes checkpoint.keep_period "
+        "checkpoint.keep_minutes"
+    )
+    for name in optional.split():
+        if flat[name] is not None and not flat[name] > 0:
+            raise ValueError(f"{name}={flat[name]} must be positive")
+    if flat["checkpoint.stopped_status"] > 255:
+        raise ValueError(
+            f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
+            "exit status, at most 255"
+        )
+    for name in ("b1", "b2"):
+        if not 0 <= flat[f"optimizer.{name}"] < 1:
+            raise ValueError(
+                f"optimizer.{name}={flat[f'optimizer.{name}']} must be in [0, 1)"
+            )
+    if not 0 <= config.optimizer.final_fraction <= 1:
+        raise ValueError(
+            f"optimizer.final_fraction={config.optimizer.final_fraction} must be "
+            "between 0 and 1"
+        )
+    if config.sample.length and not config.sample.prompt:
+        raise ValueError(
+            "sample.prompt='' must have at least one character, or sample.length be 0"
+        )
+
+
+def _check_data(data, evaluation):
+    if data.mixture and data.path is not None:
+        raise ValueError(
+            f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
+            "texts: give one of them"
+        )
+    for path, weight in data.mixture:
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"data.mixture: the weight {weight} of {path} must be positive"
+            )
+    if not 0 <= data.eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction={data.eval_fraction} must be in [0, 1)")
+    if bool(data.eval_fraction) != (evaluation.every is not None):
+        raise ValueError(
+            f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
+            "give both, the part that is held out and the steps between evaluations"
+        )
+
+
+def _told(mixture):
+    return " ".join(f"{path} {weight}" for path, weight in mixture)
+
+
+def _check_traced(config):
+    traced = config.profile.traced
+    if traced and traced[-1] > config.steps:
+        raise ValueError(
+            f"profile.steps={config.profile.steps!r} must end at {config.steps + 1} or "
+            f"before, as steps={config.steps}"
+        )
+
+
+def _check_distributed(config):
+    given = (config.num_processes is not None, config.process_id is not None)
+    explicit = config.coordinator not in (None, "auto")
+    if explicit != all(given) or any(given) != all(given):
+        raise ValueError(
+            f"distributed.coordinator={config.coordinator!r}, "
+            f"num_processes={config.num_processes}, process_id={config.process_id}: "
+            "give all three, with host:port; or coordinator=auto alone; or none"
+        )
+    if explicit and not 0 <= config.process_id < config.num_processes:
+        raise ValueError(
+            f"distributed.process_id={config.process_id} must be at least 0 and less "
+            f"than num_processes={config.num_processes}"
+        )

@@ -1,0 +1,134 @@
+"""A run that begins with published weights: `--init-from FOLDER`.
+
+The folder, in the Hugging Face format, says what the model is, and its tokenizer must
+be the run's. It is read until the run has its first checkpoint, and then no more.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from train.config import Config
+from train.trained import read_config, read_run
+from train.vocabulary import Vocabulary
+from usp_jax.models import hf
+from usp_jax.models.llama import LlamaConfig
+
+# What the weights mean, by `ModelConfig`'s names. RoPE may be told to be another one,
+# which is how a model is trained on for longer contexts.
+_OF_WEIGHTS = (
+    "vocab_size",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "d_ff",
+    "rms_norm_eps",
+    "tie_embeddings",
+    "qkv_bias",
+    "qk_norm",
+)
+_ROPE = ("rope_theta", "rope_scaling")
+
+
+def with_published_model(config: Config, options: Sequence[str]) -> Config:
+    """The run with the folder's model, but for what the command line tells.
+
+    Args:
+      options: the words of the command line.
+
+    Raises:
+      ValueError: there is no such folder, or its model is not a LLaMA.
+    """
+    if config.init_from is None:
+        return config
+    model = _begun(config) or _folder_config(config.init_from)
+    told = _told(options)
+    fields = {
+        name: getattr(model, name)
+        for name in (*_OF_WEIGHTS, *_ROPE)
+        if name not in told
+    }
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **fields)
+    )
+
+
+def check_published(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises ValueError for a folder of another model or tokenizer than the run's."""
+    folder, wanted = config.init_from, config.llama
+    found = _folder_config(folder)
+    differing = [
+        f"model.{name}={getattr(wanted, name)!r}, there it is {getattr(found, name)!r}"
+        for name in _OF_WEIGHTS
+        if getattr(wanted, name) != getattr(found, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"init_from={folder} has another model: {'; '.join(differing)}; leave "
+            "these options out, and they are taken from there"
+        )
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    if Vocabulary.load(path, "init_from").fingerprint != vocabulary.fingerprint:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer} is not what the weights of "
+            f"init_from={folder} were trained with: give --data.tokenizer {path}"
+        )
+
+
+def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
+    """The parameters that the run begins with, straight in their shards.
+
+    Says where they are from, and how RoPE is told to be another one.
+
+    Raises:
+      ValueError: no such weights, or a mesh that cannot split them.
+    """
+    folder, wanted = config.init_from, config.llama
+    found = _folder_config(folder)
+    try:
+        model = hf.load(folder, mesh=mesh, **vars(wanted))
+    except ValueError as error:
+        raise ValueError(f"init_from={folder}: {error}") from error
+    if jax.process_index() == 0:
+        rope = "".join(
+            f"; {name} {getattr(found, name)} there, {getattr(wanted, name)} now"
+            for name in _ROPE
+            if getattr(wanted, name) != getattr(found, name)
+        )
+        print(f"beginning with the weights of {folder}{rope}", flush=True)
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def _folder_config(folder: Path) -> LlamaConfig:
+    try:
+        # In which dtype the folder's model is computed is no matter.
+        return hf.load_config(folder, dtype="float32")
+    except ValueError as error:
+        raise ValueError(f"init_from={folder}: {error}") from error
+
+
+def _begun(config: Config) -> LlamaConfig | None:
+    """The model of the run, if it is there and has begun with the same folder."""
+    if not (config.run_dir / "config.json").exists():
+        return None
+    if read_run(config.run_dir).get("init_from") != str(config.init_from):
+        return None
+    return read_config(config.run_dir)
+
+
+def _told(options: Sequence[str]) -> set[str]:
+    """The fields of the model that the command line has."""
+    found = (
+        re.match(r"(?:--)?model\.(?:no-)?([\w-]+)", word.replace("_", "-"))
+        for word in options
+    )
+    return {match[1].replace("-", "_") for match in found if match}
