@@ -8,10 +8,10 @@ Prints a JSON line a case. Compiling needs `pip install '.[plan,aot]'` and no
 accelerator; comparing kept lines only the planner.
 """
 
+import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,17 +158,20 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, **told}
 
 
-def main(words: Sequence[str]) -> None:
-    """Compiles the cases of these numbers, or all; or reads kept lines."""
-    if words[:1] == ["--kept"]:
-        for text in Path(words[1]).read_text().splitlines():
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", type=int, nargs="*", help="of cases; default: all")
+    parser.add_argument("--kept", type=Path, metavar="FILE", help="compiled before")
+    options = parser.parse_args()
+    if options.kept is not None:
+        for text in options.kept.read_text().splitlines():
             print(json.dumps(compare(json.loads(text))))
         return
     jax.config.update("jax_platforms", "cpu")
     for number, case in enumerate(cases()):
-        if not words or str(number) in words:
+        if not options.numbers or number in options.numbers:
             print(json.dumps(compare(compile_case(case))), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
