@@ -17,12 +17,13 @@ EXTRAS_train := train
 EXTRAS_test := train,test,aot,notebooks
 EXTRAS_notebooks := train,notebooks
 EXTRAS_benchmark := benchmark
+EXTRAS_docs := docs
 
 # Most of a test's time is compiling, which keeps one core busy.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: help train test test-smoke test-all lint coverage notebooks benchmark clean python-found
+.PHONY: help train test test-smoke test-all lint coverage notebooks benchmark docs clean python-found
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,7 @@ help:
 	@echo 'make coverage    make test with a coverage report'
 	@echo 'make notebooks   run the notebooks and keep what they show'
 	@echo 'make benchmark   attention against ringattention and XLA on the CPU'
+	@echo 'make docs        build the documentation into site/; a warning is an error'
 	@echo 'make clean       remove the virtual environments and the caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter (now: $(PYTHON));'
 	@echo "ARGS='...' goes on to the program: make test ARGS='-k ring'"
@@ -65,9 +67,12 @@ notebooks: $(VENV)/.installed-notebooks
 benchmark: $(VENV)/.installed-benchmark
 	$(PY) -m benchmarks.attention_cpu $(ARGS)
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 clean:
 	rm -rf .venv-* .cache .hypothesis .pytest_cache .ruff_cache .mypy_cache
-	rm -rf .coverage* *.egg-info build dist
+	rm -rf .coverage* *.egg-info build dist site
 
 # The stamps are touched last, so that an interrupted installation is done again.
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.created

@@ -166,7 +166,7 @@ def usp_attention_per_shard(
     ring_inner: int | None = None,
     ulysses_chunks: int = 1,
 ) -> Result:
-    """`usp_attention` for code that is already inside a `jax.shard_map`.
+    """`usp_attention` (arXiv 2405.07719) inside of a `jax.shard_map` of the caller's.
 
     Takes and gives this device's shards: t = T / (ring · ulysses) tokens in the order
     of `layout`, and this device's batch rows and heads. Needs the axes `ring` and
@@ -177,6 +177,9 @@ def usp_attention_per_shard(
 
     Under such a vmap take gradients inside of it: what is differentiated from outside,
     jax runs backward without the vmap's axis names.
+
+    Raises:
+      ValueError: as `usp_attention`, and for lengths that do not divide.
     """
     shards = Shards.of_bound(axes)
     ring_size = shards.size(shards.ring)

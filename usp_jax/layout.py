@@ -85,7 +85,10 @@ def padded_length(
     """The length at which `length` tokens are stored in a layout on a mesh.
 
     For "contiguous" it is `length` itself (the op pads inside), for the others the next
-    multiple that the mesh can split.
+    multiple that the mesh can split. `mesh` and `axes` are those of `usp_attention`.
+
+    Raises:
+      ValueError: an unknown layout, "data", or a length that is not a positive int.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
     _check_count(length)
@@ -106,6 +109,7 @@ def layout_positions(
 
     Args:
       length: the stored length, a multiple that `padded_length` gives.
+      mesh, axes: as `usp_attention` takes them.
 
     Raises:
       ValueError: an unknown layout, "data" (its positions come with the data), or a
@@ -138,6 +142,7 @@ def to_layout(
 
     Args:
       x: any array; `axis` is its sequence axis, of length T.
+      mesh, axes: as `usp_attention` takes them.
       pad_value: what fills a sequence whose length the layout cannot have, up to
         `padded_length`; its tokens must then have segment id -1. None raises instead.
 
@@ -169,6 +174,7 @@ def from_layout(
     """The inverse of `to_layout`: from stored to natural order.
 
     Args:
+      mesh, axes: as `usp_attention` takes them.
       length: the number of tokens before padding; what follows them is cut off.
 
     Raises:

@@ -64,6 +64,7 @@ def make_mesh(
     """Makes a mesh with all six axes; those not named have size 1.
 
     Args:
+      pipe, data, fsdp, ring, ulysses, tensor: how many devices each axis has.
       devices: the devices to use, all of them; None takes as many of
         `jax.devices()` as the sizes ask for. They are placed as the hardware's links
         advise.

@@ -60,6 +60,7 @@ def ring_balance(
         layout's.
       segment_ids: integers [T] in stored order, -1 for padding, or None.
       ring: the number of ring shards, which divides T.
+      is_causal, local_window_size: as `usp_attention` takes them.
 
     Raises:
       ValueError: an argument is not of its kind, or lengths differ or do not divide.

@@ -143,7 +143,8 @@ def compile_vjp(
     """Compiles a function and its pull-back as the two programs that they are.
 
     In one program the compiler would share what both do, and keep it in memory for
-    that. The cotangents have the shapes and shardings of the results.
+    that. The cotangents have the shapes and shardings of the results. Arguments and
+    errors are those of `compile`.
 
     Returns:
       The report of (result, residuals) = vjp(fn, *shapes), and the report of the

@@ -111,7 +111,14 @@ class Llama(nnx.Module):
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
 
     def batch(self, tokens, segment_ids, positions, layout: str) -> Batch:
-        """The arguments of a call, checked, as they are stored."""
+        """The arguments of a call, checked, as they are stored.
+
+        Args:
+          tokens, segment_ids, positions, layout: of `__call__`.
+
+        Raises:
+          ValueError: shapes, dtypes or lengths that do not fit.
+        """
         split = self.split
         microbatches = Pipeline.of(self.config, split.size(split.stages)).microbatches
         return Batch.of(split, tokens, segment_ids, positions, layout, microbatches)
@@ -139,6 +146,7 @@ class Llama(nnx.Module):
         Args:
           f: called as f(transformer, weights, tokens, positions, segment_ids, *extra);
             a function of a module, since a new one each time is compiled each time.
+          batch: of `batch`.
           out_specs: how its results are split.
           extra: (array, partition spec) pairs.
         """
@@ -161,6 +169,7 @@ class Llama(nnx.Module):
 
         Args:
           f: called as f(transformer, weights, *arrays).
+          out_specs: as `run` takes them.
         """
         # Of one token there is nothing to split over `tensor`.
         split = dataclasses.replace(self.split, tensor_sequence=False)

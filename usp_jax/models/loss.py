@@ -34,6 +34,7 @@ def loss(
     over, and the mean depends on real tokens only.
 
     Args:
+      model: on any mesh.
       labels: int32 [B, T], stored like the tokens: the token that follows each, -1
         where there is none (`shift_labels` makes them).
       tokens, segment_ids, positions, layout: as a `Llama` takes them.
@@ -67,7 +68,8 @@ def token_nats(
 def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
     """The label of each token in natural order: the token that follows it.
 
-    -1 for the last of a row or of a document, and for padding (segment id -1).
+    -1 for the last of a row or of a document, and for padding (segment id -1). `tokens`
+    and `segment_ids` are int32 [B, T].
     """
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
     if segment_ids is None:

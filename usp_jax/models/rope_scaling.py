@@ -13,7 +13,7 @@ import numpy as np
 
 
 def plain_frequencies(head_size: int, theta: float) -> np.ndarray:
-    """theta^(-2i/H): float64 [H/2]."""
+    """RoPE's frequencies theta^(-2i/H), H being `head_size`: float64 [H/2]."""
     return theta ** -(np.arange(0, head_size, 2) / head_size)
 
 

@@ -20,7 +20,6 @@ computed is less by it, where `visible` says so.
 """
 
 import dataclasses
-import math
 
 from usp_jax.models.config import LlamaConfig
 

@@ -34,6 +34,7 @@ def load(
     other, and no more than those of one parameter are in its memory beside them.
 
     Args:
+      path: of the folder.
       mesh: from `make_mesh`, with Auto axes; None is one device.
       dtype: of the computation, float32 or bfloat16; None is what config.json says.
         Parameters are float32, whatever the files have.
@@ -60,7 +61,7 @@ def load(
 def load_config(
     path: str | os.PathLike, *, dtype: DTypeLike | None = None, **overrides: Any
 ) -> LlamaConfig:
-    """The configuration that `load` gives a model.
+    """The configuration that `load` gives a model, from the same arguments.
 
     Raises:
       ValueError: config.json is missing, or tells of what a `Llama` is not; the message

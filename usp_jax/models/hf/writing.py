@@ -46,6 +46,8 @@ def save(
     a folder that has it is whole.
 
     Args:
+      model: on any mesh.
+      path: of the folder, which is made.
       dtype: of the tensors: "float32" is the parameters bit by bit, "bfloat16" rounds
         them, which changes nothing where they were loaded from bfloat16.
       file_bytes: the most that a file has, unless one tensor has more.

@@ -1,0 +1,104 @@
+"""Every public name says what it takes, gives and raises, and is in the reference."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+import textwrap
+import types
+
+import pytest
+
+import usp_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+IN_REFERENCE = [
+    name
+    for page in sorted((ROOT / "docs" / "api").glob("*.md"))
+    for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
+]
+# Where the mathematics is others', it is said whose.
+WITH_SOURCE = [
+    "usp_jax.usp_attention",
+    "usp_jax.usp_attention_per_shard",
+    "usp_jax.models.rope_scaling.LinearScaling",
+    "usp_jax.models.rope_scaling.YarnScaling",
+]
+
+
+def find(name: str) -> object:
+    """What a dotted name is, modules imported on the way."""
+    module, _, rest = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return getattr(importlib.import_module(module), rest)
+
+
+def public() -> dict[str, object]:
+    """All that the reference has; of a module and of a class, what they make public."""
+    found: dict[str, object] = {}
+    for name in IN_REFERENCE:
+        thing = find(name)
+        found[name] = thing
+        if isinstance(thing, types.ModuleType | type):
+            own = thing.__name__ if isinstance(thing, types.ModuleType) else None
+            for key, value in vars(thing).items():
+                is_own = own is None or getattr(value, "__module__", None) == own
+                if not key.startswith("_") and is_own and inspect.isroutine(value):
+                    found[f"{name}.{key}"] = value
+                elif own and is_own and inspect.isclass(value) and key[0] != "_":
+                    found[f"{name}.{key}"] = value
+    return found
+
+
+PUBLIC = public()
+FUNCTIONS = {name: f for name, f in PUBLIC.items() if inspect.isfunction(f)}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    assert len(PUBLIC) > 50
+    functions = {f"usp_jax.{name}" for name in usp_jax.__all__}
+    assert functions - {"usp_jax.SAVED_NAMES"} <= set(IN_REFERENCE)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_it_has_a_docstring(name: str) -> None:
+    told = inspect.getdoc(PUBLIC[name])
+    assert told and told[0].isupper() or told.startswith("`") or told[0] in "([", told
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_is_told(name: str) -> None:
+    """Each by its name, there or where the docstring sends the reader."""
+    told = inspect.getdoc(FUNCTIONS[name]) or ""
+    sent = re.findall(r"`(\w+)`", told)
+    told += "".join(inspect.getdoc(f) or "" for f in map(by_last_name, sent) if f)
+    names = [x for x in inspect.signature(FUNCTIONS[name]).parameters if x != "self"]
+    missing = [x for x in names if not re.search(rf"\b{x}\b", told)]
+    assert not missing or len(names) == 1, missing
+
+
+def by_last_name(last: str) -> object | None:
+    return next((f for key, f in PUBLIC.items() if key.endswith(f".{last}")), None)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_raised_is_told(name: str) -> None:
+    """Of a function that raises itself or calls what checks."""
+    if may_raise(FUNCTIONS[name]):
+        assert "Raises:" in (inspect.getdoc(FUNCTIONS[name]) or "")
+
+
+def may_raise(function) -> bool:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    calls = (x.func for x in ast.walk(tree) if isinstance(x, ast.Call))
+    called = {getattr(call, "id", getattr(call, "attr", "")) for call in calls}
+    raises = any(isinstance(x, ast.Raise) for x in ast.walk(tree))
+    return raises or any(re.match(r"_?check", name) for name in called)
+
+
+@pytest.mark.parametrize("name", WITH_SOURCE)
+def test_the_source_is_told(name: str) -> None:
+    assert re.search(r"arXiv \d{4}\.\d{5}", inspect.getdoc(PUBLIC[name]) or "")

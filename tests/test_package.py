@@ -1,0 +1,74 @@
+"""The wheel is usp_jax alone, and imports fast in an empty environment."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Of processor time, which other work on the machine does not lengthen much.
+SECONDS = 1.5
+IMPORT = """
+import resource, sys
+def spent():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+before = spent()
+import usp_jax
+print(spent() - before)
+assert not {"flax", "grain", "train", "tests"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source archive and the wheel that is made from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
+    return folder
+
+
+def test_only_usp_jax_is_in_the_wheel(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"usp_jax"}
+    assert {"usp_jax/py.typed", "usp_jax/models/hf/__init__.py"} <= set(names)
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "usp_jax").rglob("*.py")}
+    assert there <= set(names)
+
+
+def test_the_source_archive_has_what_the_wheel_is_made_of(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "usp_jax/py.typed"} <= names
+
+
+def test_it_imports_fast_in_an_empty_environment(built: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    (wheel,) = built.glob("*.whl")
+    # A PYTHONPATH would make pip find the checkout installed already.
+    unwanted = ("PYTHONPATH", "PYTHONHOME")
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
+    install = [python, "-m", "pip", "install", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, timeout=600, env=environment)
+    seconds = []
+    for _ in range(4):
+        told = subprocess.run(
+            [python, "-c", IMPORT],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            env=environment,
+            cwd=tmp_path,
+        )
+        seconds.append(float(told.stdout))
+    # The first writes the compiled files.
+    assert min(seconds[1:]) < SECONDS, seconds
