@@ -11,11 +11,13 @@ from usp_jax.plan.command import describe
 from usp_jax.plan.search import GIB, Row, evaluate
 
 SPLITS = 6
-"""How many of the best rows are drawn."""
+"""How many of the best are drawn."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws the best rows into a file, whose ending says its kind.
+    """Draws the best splits into a file, whose ending says its kind.
+
+    Of rows that split the sequence, tensors and layers alike only the best is drawn.
 
     Left: seconds a step of each at a quarter of the sequence up to four times it; where
     it no longer fits, the line ends. Right: their memory by part at the sequence asked.
@@ -23,8 +25,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
       ValueError: an ending that matplotlib does not know.
     """
-    top = [row for row in rows if row.memory is not None][:SPLITS]
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    top = _best_splits(rows)
+    figure = Figure(figsize=(13, 6), layout="constrained")
     times, parts = figure.subplots(1, 2)
     for row in top:
         lengths = _lengths(row)
@@ -35,9 +37,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             label=describe(row.choice),
         )
     times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds a step")
-    times.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     _bars(parts, top)
     figure.savefig(path)
+
+
+def _best_splits(rows):
+    best: dict[tuple[int, ...], Row] = {}
+    for row in rows:
+        if row.memory is not None:
+            sizes = row.choice.sizes
+            split = tuple(sizes[n] for n in ("pipe", "ring", "ulysses", "tensor"))
+            best.setdefault(split, row)
+    return list(best.values())[:SPLITS]
 
 
 def _lengths(row):

@@ -14,10 +14,13 @@ from usp_jax.plan.search import GIB, Row
 from usp_jax.plan.tips import TIPS, against, wasteful
 from usp_jax.plan.traffic import by_axis
 
+WIDTH = 160
+"""Columns of text in which a table has no word cut."""
+
 
 def show(rows: Sequence[Row], top: int) -> None:
     """Prints the best rows, why others are not among them, and the best's command."""
-    job, console = rows[0].job, rich.console.Console(highlight=False)
+    job, console = rows[0].job, _console()
     machine = job.machine
     console.print(
         f"{job.devices} x {machine.name}, {machine.memory_bytes / GIB:.1f} GiB each; "
@@ -29,8 +32,8 @@ def show(rows: Sequence[Row], top: int) -> None:
     )
     for why, count in refused.most_common():
         example = next(row for row in rows if row.reason.startswith(why))
-        console.print(f"{count} x {why}, as {describe(example.choice)}: ", end="")
-        console.print(example.reason.partition(": ")[2])
+        left_out = f"{count} x {why}, as {describe(example.choice)}: "
+        console.print(left_out + example.reason.partition(": ")[2], soft_wrap=True)
     best = rows[0]
     if not best.can_train:
         console.print("nothing fits")
@@ -83,7 +86,13 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
             _gib(report.wire_bytes),
             "yes" if report.fits else "no",
         )
-    rich.console.Console(highlight=False).print(table)
+    _console().print(table)
+
+
+def _console():
+    """As wide as the tables at the least, for a pipe too."""
+    width = max(WIDTH, rich.console.Console().width)
+    return rich.console.Console(highlight=False, width=width)
 
 
 def _gib(size):
