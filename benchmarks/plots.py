@@ -1,0 +1,90 @@
+"""Draws kept results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
+
+What is drawn follows from what the lines hold: times of attention beside
+ringattention's, or a training step's memory on machines that it was compiled for. Needs
+`pip install '.[plan]'`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+GIB = 2**30
+Lines = Sequence[dict[str, Any]]
+
+
+def draw(lines: Lines, picture: Path) -> None:
+    """One picture of what a benchmark printed.
+
+    Raises:
+      ValueError: lines of no benchmark that has a picture.
+    """
+    kinds = {"contender": draw_attention, "peak_bytes": draw_memory}
+    for key, draw_kind in kinds.items():
+        own = [line for line in lines if key in line]
+        if own:
+            figure = Figure((8, 1 + 0.3 * len(own)), layout="constrained")
+            draw_kind(figure.add_subplot(), own)
+            figure.savefig(picture, dpi=120)
+            return
+    raise ValueError(f"no line has one of {', '.join(kinds)}: nothing to draw")
+
+
+def draw_attention(axes: Axes, lines: Lines) -> None:
+    """Times as parts of ringattention's, forward and with the backward pass."""
+    names = list(dict.fromkeys(line["contender"] for line in lines))
+    passes = list(dict.fromkeys(line["pass"] for line in lines))
+    thick = 0.8 / len(passes)
+    for index, which in enumerate(passes):
+        own = [line for line in lines if line["pass"] == which]
+        places = [names.index(line["contender"]) + index * thick for line in own]
+        ratios = [line["ratio_to_ringattention"] for line in own]
+        bars = axes.barh(places, ratios, thick, label=which.replace("_", " + "))
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.set_yticks([i + 0.4 - thick / 2 for i in range(len(names))], names)
+    axes.axvline(1, color="0.5", linewidth=1)
+    axes.set(xlabel="time in times of ringattention's")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.legend()
+
+
+def draw_memory(axes: Axes, lines: Lines) -> None:
+    """Peak bytes of a device, as its compiler tells them."""
+    names = [_step(line) for line in lines]
+    peaks = [line["peak_bytes"] / GIB for line in lines]
+    axes.bar_label(axes.barh(names, peaks), fmt="%.1f", padding=3)
+    axes.set(xlabel="peak of a device, GiB")
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+
+
+def _step(line: dict[str, Any]) -> str:
+    if "name" in line:
+        return line["name"]
+    options = " ".join(f"{k}={v}" for k, v in line["choice"].items())
+    length = f"{line['sequence'] // 1024}K"
+    return f"{line['model']} {line['machine']} {line['devices']} {length} {options}"
+
+
+def main() -> None:
+    """Exits with 2 when there is nothing to draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON lines that were kept")
+    parser.add_argument("picture", type=Path, help="its ending says the format")
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in options.results.read_text().splitlines()]
+    try:
+        draw(lines, options.picture)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Pictures of results that were kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plots import draw
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("kind", ["attention-cpu", "train-memory"])
+def test_kept_results_are_drawn(kind: str, tmp_path: Path) -> None:
+    newest = max(RESULTS.glob(f"*-{kind}.jsonl"))
+    lines = [json.loads(line) for line in newest.read_text().splitlines()]
+    draw(lines, tmp_path / "it.svg")
+    told = (tmp_path / "it.svg").read_text()
+    assert told.startswith("<?xml") and len(told) > 5000
+
+
+def test_lines_of_nothing_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no line has one of contender, peak_bytes"):
+        draw([{"a": 1}], tmp_path / "it.svg")
