@@ -132,7 +132,7 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
             {"data": 4, "ring": 4, "zero": 1, "remat": "attention_qkv"},
         ),
     ),
-    (("llama2-7b", "v6e", 16, 4 * K, 16), ({"fsdp": 16, "remat": "none"},)),
+    (("llama2-7b", "v6e", 16, 2 * K, 16), ({"fsdp": 16, "remat": "none"},)),
     (
         ("llama2-7b", "h100", 8, 8 * K, 8),
         (

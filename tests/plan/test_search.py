@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.compilers import needs_compilers
+from train.auto_mesh import planned
 from train.cli import parse
+from train.presets import preset
 from usp_jax import plan
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.rope_scaling import (
@@ -172,6 +174,15 @@ def test_the_best_has_a_command_that_the_trainer_takes(machine):
     assert config.llama == row.job.model_of(row.choice)
     assert config.accumulate == row.choice.accumulate
     assert (config.batch_size, config.mesh.devices) == (16, 8)
+
+
+def test_auto_mesh_takes_all_that_is_planned():
+    tiny = dataclasses.replace(preset("tiny"), layout="balanced", auto_mesh="h100")
+    model = dataclasses.replace(tiny.model, mlp_tile=64, tensor_sequence=False)
+    found = planned(dataclasses.replace(tiny, model=model))
+    assert found.layout == "balanced" and found.mesh.devices == 8
+    assert (found.model.mlp_tile, found.model.tensor_sequence) == (64, False)
+    assert not found.optimizer.offload
 
 
 def test_a_batch_is_taken_in_as_few_parts_as_fit():
