@@ -16,11 +16,11 @@ from usp_jax.models.sharding import Split, groups_in_turn
 
 
 def test_groups_cover_an_axis() -> None:
-    assert groups_in_turn(8) == [None]
-    assert groups_in_turn(11) == [None]
-    strided, neighbours = groups_in_turn(12)
-    assert neighbours == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
-    assert strided == [[0, 6], [1, 7], [2, 8], [3, 9], [4, 10], [5, 11]]
+    assert groups_in_turn(16) == [None]
+    assert groups_in_turn(17) == [None]
+    strided, neighbours = groups_in_turn(18)
+    assert neighbours == [[2 * i, 2 * i + 1] for i in range(9)]
+    assert strided == [list(range(0, 18, 2)), list(range(1, 18, 2))]
 
 
 @pytest.mark.parametrize("at_once", [2, 4, 8])

@@ -27,7 +27,7 @@ from usp_jax.models.config import LlamaConfig
 from usp_jax.models.pipeline import Pipeline
 
 # So many devices gather at once where they gather in turn.
-AT_ONCE = 8
+AT_ONCE = 16
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
@@ -243,13 +243,13 @@ class Split:
 def groups_in_turn(size: int) -> list[list[list[int]] | None]:
     """The groups of an axis's devices that gather in turn, outermost first.
 
-    An axis of more than 8 devices (`AT_ONCE`) is taken as two, the inner one of at most
-    8: first groups of neighbours, then those with the same place in each.
+    An axis of more than 16 devices (`AT_ONCE`) is taken as two, the outer one of at most
+    16: first groups of neighbours, then those with the same place in each.
     """
-    inner = next(n for n in range(min(size, AT_ONCE), 0, -1) if size % n == 0)
-    if inner in (1, size):
+    outer = next(n for n in range(min(size, AT_ONCE), 0, -1) if size % n == 0)
+    if outer in (1, size):
         return [None]
-    places = np.arange(size).reshape(-1, inner)
+    places = np.arange(size).reshape(outer, -1)
     return [places.T.tolist(), places.tolist()]
 
 
