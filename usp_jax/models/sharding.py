@@ -243,8 +243,8 @@ class Split:
 def groups_in_turn(size: int) -> list[list[list[int]] | None]:
     """The groups of an axis's devices that gather in turn, outermost first.
 
-    An axis of more than 16 devices (`AT_ONCE`) is taken as two, the outer one of at most
-    16: first groups of neighbours, then those with the same place in each.
+    An axis of more than `AT_ONCE` devices is taken as two, the outer one of at most so
+    many: first groups of neighbours, then those with the same place in each.
     """
     outer = next(n for n in range(min(size, AT_ONCE), 0, -1) if size % n == 0)
     if outer in (1, size):
