@@ -2,19 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from usp_jax.models.config import OFFLOAD, REMAT, LlamaConfig
+from usp_jax.models.config import LlamaConfig
 from usp_jax.plan.choice import Choice, Job, lacks, obstacle
+from usp_jax.plan.considered import (
+    details,
+    least,
+    meshes,
+    on_the_way,
+    parts_of,
+    tiles,
+    variants,
+)
 from usp_jax.plan.flops import Work
 from usp_jax.plan.machines import Machine, machine as machine_of
 from usp_jax.plan.memory import Memory, step_memory
 from usp_jax.plan.seconds import Seconds, step_seconds, work_of
-from usp_jax.plan.traffic import Transfer, microbatch_of, transfers
+from usp_jax.plan.traffic import Transfer, transfers
 
 GIB = 2**30
-TILE = 4096
-"""Tokens of a tile of the feed-forward network, where one is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +141,11 @@ def plan(
     """
     rows = []
     ways = [(way, n) for way in schedules for n in chunks]
-    for mesh in _meshes(job):
-        details = _details(job, mesh, offload)
-        allowed = [one for one in details if obstacle(job, one) is None]
-        why = None if allowed else obstacle(job, details[0])
-        for choice in _variants(mesh, offload):
+    for mesh in meshes(job):
+        open_choices = details(job, mesh, offload)
+        allowed = [one for one in open_choices if obstacle(job, one) is None]
+        why = None if allowed else obstacle(job, open_choices[0])
+        for choice in variants(mesh, offload):
             if why is None:
                 rows.append(_fastest(job, choice, allowed, ways))
             else:
@@ -205,10 +212,9 @@ def longest(job: Job, *, offload: bool = False) -> Job | None:
     """
     step = 2 * job.devices
     choices = [
-        least
-        for mesh in _meshes(job)
-        for detail in _details(job, mesh, offload)
-        if not lacks(least := _least(job, detail, offload))
+        least(job, detail, offload)
+        for mesh in meshes(job)
+        for detail in details(job, mesh, offload)
     ]
 
     def fits(steps):
@@ -256,62 +262,20 @@ def _evaluate(job, choice, memory=None):
     return Row(job, choice, fits, reason, memory, seconds, found)
 
 
-def _details(job, mesh, offload) -> list[Choice]:
-    """What a row leaves open, but for tiles and parts: at least one choice."""
-    stages = [(None, 1)]
-    if mesh.pipe > 1:
-        rows = job.batch // (mesh.data * mesh.fsdp)
-        layers = job.model.num_layers // mesh.pipe
-        most = next(n for n in (4, 3, 2, 1) if layers % n == 0)
-        stages = [
-            (mesh.pipe * n, rounds)
-            for n in (1, 4)
-            for rounds in sorted({1, most})
-            if rows % (mesh.pipe * n) == 0
-        ] or stages
-    # On one device along tensor both are the same.
-    split = {job.model.tensor_sequence, mesh.tensor == 1 and job.model.tensor_sequence}
-    return [
-        dataclasses.replace(
-            mesh,
-            microbatches=microbatches,
-            interleave=rounds,
-            tensor_sequence=tensor_sequence,
-            offload=away,
-        )
-        for microbatches, rounds in stages
-        for tensor_sequence in sorted(split, reverse=True)
-        for away in ((False, True) if offload else (False,))
-    ]
-
-
-def _fastest(job, choice, details, ways):
+def _fastest(job, choice, allowed, ways):
     """The best row with a mesh, ZeRO level and remat policy.
 
     Args:
-      details: choices for the mesh that can be.
+      allowed: choices for the mesh that can be.
     """
     rows = []
-    for detail in details:
+    for detail in allowed:
         whole = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
         for name, chunks in ways:
-            way = _on_the_way(job, whole, name, chunks)
+            way = on_the_way(job, whole, name, chunks)
             if way is whole or (why := obstacle(job, way)) is None:
                 rows.append(_in_few_parts(job, way))
     return min(rows, key=_speed) if rows else Row(job, choice, False, why)
-
-
-def _on_the_way(job, choice, name, chunks):
-    """A choice with a way round its ring, and a number of head chunks."""
-    fields = {}
-    if choice.ring > 1 and name != "unidirectional":
-        fields["ring_schedule"] = name
-    if choice.ring > 1 and name == "double":
-        near = job.machine.node // (choice.ulysses * choice.tensor)
-        fields["ring_inner"] = max(1, min(choice.ring, near))
-    if chunks != 1:
-        fields["ulysses_chunks"] = chunks
-    return dataclasses.replace(choice, **fields) if fields else choice
 
 
 def _in_few_parts(job, choice):
@@ -319,10 +283,10 @@ def _in_few_parts(job, choice):
 
     The feed-forward network is taken in tiles before the batch is taken in more parts.
     """
-    for parts in _parts(job, choice):
+    for parts in parts_of(job, choice):
         if parts > 1:
             choice = dataclasses.replace(choice, accumulate=parts)
-        for tile in _tiles(job, choice):
+        for tile in tiles(job, choice):
             tiled = choice
             if tile is not None:
                 tiled = dataclasses.replace(choice, mlp_tile=tile)
@@ -330,31 +294,6 @@ def _in_few_parts(job, choice):
             if memory.peak <= job.machine.memory_bytes:
                 return _evaluate(job, tiled, memory)
     return _evaluate(job, tiled, memory)
-
-
-def _parts(job, choice):
-    """In how many parts a device can take its rows."""
-    rows = job.batch // choice.rows
-    return [parts for parts in range(1, rows + 1) if rows % parts == 0]
-
-
-def _tiles(job, choice):
-    """The feed-forward network whole, and in tiles where there are several."""
-    told = job.model.mlp_tile
-    if told is not None or microbatch_of(job, choice) <= TILE:
-        return (told,)
-    return None, TILE
-
-
-def _least(job, choice, offload):
-    """With what needs the least memory: layers keep their inputs only, all is split."""
-    rows = max(1, job.batch // choice.rows)
-    return dataclasses.replace(
-        choice,
-        accumulate=rows,
-        remat="full_offload" if offload else "full",
-        mlp_tile=job.model.mlp_tile or TILE,
-    )
 
 
 def _rank(row):
@@ -366,31 +305,3 @@ def _speed(row):
     seconds = math.inf if row.seconds is None else row.seconds.total
     peak = math.inf if row.memory is None else row.memory.peak
     return not row.fits, seconds if row.fits else peak
-
-
-def _meshes(job) -> Iterator[Choice]:
-    """Every mesh of all the devices."""
-    for sizes in _factors(job.devices, 6):
-        yield Choice(*sizes)
-
-
-def _factors(number, count) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of `count` numbers, in their order."""
-    if count == 1:
-        yield (number,)
-        return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            for rest in _factors(number // first, count - 1):
-                yield first, *rest
-
-
-def _variants(mesh, offload) -> Iterator[Choice]:
-    """A mesh at each ZeRO level and remat policy that differ on it."""
-    levels = (3,) if mesh.fsdp > 1 else (1, 3)
-    if mesh.split == 1 and mesh.pipe == 1:
-        levels = (1,)
-    sizes = mesh.sizes.values()
-    for zero in levels:
-        for remat in REMAT + OFFLOAD if offload else REMAT:
-            yield Choice(*sizes, zero, remat)

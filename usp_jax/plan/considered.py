@@ -1,0 +1,110 @@
+"""What is considered: every mesh, and what a row of the plan leaves open.
+
+A row is a mesh with a ZeRO level and a remat policy. `search.py` finds the best of the
+other choices for it, which are listed here.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from usp_jax.models.config import OFFLOAD, REMAT
+from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.traffic import microbatch_of
+
+TILE = 4096
+"""Tokens of a tile of the feed-forward network, where one is needed."""
+
+
+def meshes(job: Job) -> Iterator[Choice]:
+    """Every mesh of all the devices."""
+    for sizes in _factors(job.devices, 6):
+        yield Choice(*sizes)
+
+
+def _factors(number, count) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of `count` numbers, in their order."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            for rest in _factors(number // first, count - 1):
+                yield first, *rest
+
+
+def variants(mesh: Choice, offload: bool) -> Iterator[Choice]:
+    """A mesh at each ZeRO level and remat policy that differ on it."""
+    levels = (3,) if mesh.fsdp > 1 else (1, 3)
+    if mesh.split == 1 and mesh.pipe == 1:
+        levels = (1,)
+    sizes = mesh.sizes.values()
+    for zero in levels:
+        for remat in REMAT + OFFLOAD if offload else REMAT:
+            yield Choice(*sizes, zero, remat)
+
+
+def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
+    """What a row leaves open, but for tiles and parts: at least one choice."""
+    stages = [(None, 1)]
+    if mesh.pipe > 1:
+        rows = job.batch // (mesh.data * mesh.fsdp)
+        layers = job.model.num_layers // mesh.pipe
+        most = next(n for n in (4, 3, 2, 1) if layers % n == 0)
+        stages = [
+            (mesh.pipe * n, rounds)
+            for n in (1, 4)
+            for rounds in sorted({1, most})
+            if rows % (mesh.pipe * n) == 0
+        ] or stages
+    # On one device along tensor both are the same.
+    split = {job.model.tensor_sequence, mesh.tensor == 1 and job.model.tensor_sequence}
+    return [
+        dataclasses.replace(
+            mesh,
+            microbatches=microbatches,
+            interleave=rounds,
+            tensor_sequence=tensor_sequence,
+            offload=away,
+        )
+        for microbatches, rounds in stages
+        for tensor_sequence in sorted(split, reverse=True)
+        for away in ((False, True) if offload else (False,))
+    ]
+
+
+def on_the_way(job: Job, choice: Choice, name: str, chunks: int) -> Choice:
+    """A choice with a way round its ring, and a number of head chunks."""
+    fields = {}
+    if choice.ring > 1 and name != "unidirectional":
+        fields["ring_schedule"] = name
+    if choice.ring > 1 and name == "double":
+        near = job.machine.node // (choice.ulysses * choice.tensor)
+        fields["ring_inner"] = max(1, min(choice.ring, near))
+    if chunks != 1:
+        fields["ulysses_chunks"] = chunks
+    return dataclasses.replace(choice, **fields) if fields else choice
+
+
+def parts_of(job: Job, choice: Choice) -> list[int]:
+    """In how many parts a device can take its rows."""
+    rows = job.batch // choice.rows
+    return [parts for parts in range(1, rows + 1) if rows % parts == 0]
+
+
+def tiles(job: Job, choice: Choice) -> tuple[int | None, ...]:
+    """The feed-forward network whole, and in tiles where there are several."""
+    told = job.model.mlp_tile
+    if told is not None or microbatch_of(job, choice) <= TILE:
+        return (told,)
+    return None, TILE
+
+
+def least(job: Job, choice: Choice, offload: bool) -> Choice:
+    """With what needs the least memory: layers keep their inputs only, all is split."""
+    rows = max(1, job.batch // choice.rows)
+    return dataclasses.replace(
+        choice,
+        accumulate=rows,
+        remat="full_offload" if offload else "full",
+        mlp_tile=job.model.mlp_tile or TILE,
+    )
