@@ -82,8 +82,11 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
         (
             {"ring": 8},
             {"data": 2, "ring": 2, "ulysses": 2, "remat": "attention"},
-            {"fsdp": 4, "tensor": 2, "zero": 1, "remat": "attention_qkv"},
         ),
+    ),
+    (
+        ("llama3.2-1b", "v5e", 8, 16 * K, 8),
+        ({"fsdp": 4, "tensor": 2, "zero": 1, "remat": "attention_qkv"},),
     ),
     (
         ("llama3.2-1b", "h100", 8, 64 * K, 8),

@@ -183,10 +183,11 @@ def _activations(job, choice):
 def kept(job: Job, choice: Choice) -> int | float:
     """Bytes that one layer keeps for its backward pass, on the device or the host."""
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
-    call = _padded(job, call_of(job, choice))
+    call = call_of(job, choice)
     narrow = tokens * model.d_model
     x = narrow * size / choice.token_shards
-    seen = call.q_elements * size + 4 * call.lse_elements
+    # As the kernel writes them.
+    seen = _padded(job, call).q_elements * size + 4 * call.lse_elements
     q_and_kv = (call.q_elements + call.kv_elements) * size
     result = _result(call, size)
     policy = kept_of(choice)

@@ -142,7 +142,7 @@ def _gathered(what, kind, choice, names, times, whole):
 
 
 def _gathered_once(job, choice):
-    """Norms, and of the matrices what ZeRO-1 and `data` split."""
+    """Norms, of the matrices what ZeRO-1 and `data` split, and a single block."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
     gather = "all-gather"
@@ -154,6 +154,8 @@ def _gathered_once(job, choice):
     else:
         split = layers / choice.split + sizes.output / (choice.split * choice.pipe)
         yield _gathered("weights", gather, choice, ("data",), 1, split)
+        if loss_blocks(job, choice) == 1:
+            yield _gathered("weights", gather, choice, END_ZERO_AXES, 1, sizes.output)
     yield _dealt("weights", job, choice, sizes)
 
 
@@ -181,10 +183,9 @@ def _parameters(job, choice):
     yield _gathered("weights", gather, choice, ZERO_AXES, 2 * runs, sizes.layer)
     yield _gathered("gradients", scatter, choice, ZERO_AXES, runs, sizes.layer)
     blocks = loss_blocks(job, choice)
-    # A single block is gathered once for both passes.
-    times = 2 * blocks if blocks > 1 else 1
     block = sizes.output / blocks
-    yield _gathered("weights", gather, choice, END_ZERO_AXES, times, block)
+    if blocks > 1:
+        yield _gathered("weights", gather, choice, END_ZERO_AXES, 2 * blocks, block)
     yield _gathered("gradients", scatter, choice, END_ZERO_AXES, blocks, block)
 
 
