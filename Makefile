@@ -23,7 +23,7 @@ EXTRAS_docs := docs
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: help train test test-smoke test-all lint coverage notebooks benchmark docs clean python-found
+.PHONY: help train test test-smoke test-all lint coverage notebooks benchmark docs types clean python-found
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make test-smoke  one case of every test that make test runs'
 	@echo 'make test-all    lint, and all tests'
 	@echo 'make lint        ruff check and ruff format --check'
+	@echo 'make types       mypy, strict on usp_jax'
 	@echo 'make coverage    make test with a coverage report'
 	@echo 'make notebooks   run the notebooks and keep what they show'
 	@echo 'make benchmark   attention against ringattention and XLA on the CPU'
@@ -66,6 +67,9 @@ notebooks: $(VENV)/.installed-notebooks
 
 benchmark: $(VENV)/.installed-benchmark
 	$(PY) -m benchmarks.attention_cpu $(ARGS)
+
+types: $(VENV)/.installed-test
+	$(PY) -m mypy
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

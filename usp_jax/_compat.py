@@ -1,34 +1,41 @@
 """What differs between the jax versions that we support, in one place."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def varying_axes(x) -> frozenset[str]:
+def varying_axes(x: int | jax.Array) -> frozenset[str]:
     """The manual mesh axes that a value varies over (empty under check_vma=False)."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary_over(x, axes: frozenset[str]):
+def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Marks a value as varying over `axes`, beside those it varies over already."""
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_like(xs, others):
+def vary_like(
+    xs: Any,
+    others: Any,
+) -> Any:
     """Marks the leaves of `xs` as varying over what any of `others` varies over."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
     return jax.tree.map(lambda x: vary_over(x, axes), xs)
 
 
-def varying_like(x, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def varying_like(
+    x: jax.Array, shape: tuple[int, ...], dtype: Any
+) -> jax.ShapeDtypeStruct:
     """The type of a kernel's result that varies over the mesh axes that `x` does."""
     axes = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
-def gpu_load(ref, layout):
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
     """A Mosaic GPU kernel's load from shared or global memory into registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -40,7 +47,7 @@ def gpu_load(ref, layout):
     return x * x.dtype.type(1)
 
 
-def gpu_store(ref, value):
+def gpu_store(ref: Any, value: jax.Array) -> None:
     """A Mosaic GPU kernel's store from registers to global memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -50,7 +57,7 @@ def gpu_store(ref, value):
         plgpu.store(ref, value, optimized=False)
 
 
-def gpu_interpret_params():
+def gpu_interpret_params() -> Any:
     """What makes `plgpu.kernel` run on any platform and tell races and unset memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -62,7 +69,7 @@ def gpu_interpret_params():
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
-def cudnn_attention(q, k, v, scale: float, is_causal: bool):
+def cudnn_attention(q: Any, k: Any, v: Any, scale: float, is_causal: bool) -> Any:
     """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
 
     `jax.nn.dot_product_attention` gives lse in the inputs' dtype and has no backward
@@ -85,7 +92,9 @@ def cudnn_attention(q, k, v, scale: float, is_causal: bool):
     return out, lse
 
 
-def cudnn_attention_backward(q, k, v, lse, out, dout, scale: float, is_causal: bool):
+def cudnn_attention_backward(
+    q: Any, k: Any, v: Any, lse: Any, out: Any, dout: Any, scale: float, is_causal: bool
+) -> Any:
     """dq, dk, dv in 16 bits from lse [B, N, T] of more keys than these.
 
     Args:
@@ -99,7 +108,7 @@ def cudnn_attention_backward(q, k, v, lse, out, dout, scale: float, is_causal: b
     )
 
 
-def _cudnn_options(scale, is_causal):
+def _cudnn_options(scale: Any, is_causal: Any) -> Any:
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK

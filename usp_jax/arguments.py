@@ -6,7 +6,9 @@ would be right, raised before anything is compiled.
 
 import math
 from numbers import Real
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,7 +18,7 @@ from usp_jax.layout import check_layout
 from usp_jax.masking import MaskRule
 
 
-def check_arrays(query, key, value) -> None:
+def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     """Checks shapes [B, T, N, H], [B, S, K, H], [B, S, K, V] and dtypes."""
     letters = "[B, T, N, H]", "[B, S, K, H]", "[B, S, K, V]"
     names = ("query", "key", "value")
@@ -42,7 +44,7 @@ def check_arrays(query, key, value) -> None:
         )
 
 
-def check_array(name: str, x, letters: str) -> None:
+def check_array(name: str, x: jax.Array, letters: str) -> None:
     """Checks that `x` is a floating array of four dims, none of them 0."""
     _check_is_array(name, x, letters)
     if len(x.shape) != 4:
@@ -55,7 +57,7 @@ def check_array(name: str, x, letters: str) -> None:
         )
 
 
-def logits(scale, logits_soft_cap, head_size: int) -> Logits:
+def logits(scale: Any, logits_soft_cap: Any, head_size: int) -> Logits:
     """The rule from products to logits; scale defaults to 1 / sqrt(H)."""
     if scale is None:
         scale = 1 / math.sqrt(head_size)
@@ -71,7 +73,10 @@ def logits(scale, logits_soft_cap, head_size: int) -> Logits:
     return Logits(float(scale), cap)
 
 
-def mask_rule(is_causal, local_window_size) -> MaskRule:
+def mask_rule(
+    is_causal: Any,
+    local_window_size: Any,
+) -> MaskRule:
     """The static part of the mask."""
     check_bool("is_causal", is_causal)
     window = local_window_size
@@ -91,7 +96,12 @@ def mask_rule(is_causal, local_window_size) -> MaskRule:
     return MaskRule(is_causal, *(s if s is None else min(s, farthest) for s in sides))
 
 
-def sides_of(name: str, value, query_shape, key_shape):
+def sides_of(
+    name: str,
+    value: jax.Array | tuple[jax.Array, jax.Array] | None,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+) -> Any:
     """int32 [B, T] for both sides, (x,), or one for each, (query's, key/value's).
 
     None stays None.
@@ -115,7 +125,7 @@ def sides_of(name: str, value, query_shape, key_shape):
     return tuple(jnp.asarray(x) for x in sides)
 
 
-def check_by_head(name: str, x, num_heads: int) -> None:
+def check_by_head(name: str, x: jax.Array | None, num_heads: int) -> None:
     """Checks that `x` is None or one floating number for each query head."""
     if x is None:
         return
@@ -127,13 +137,13 @@ def check_by_head(name: str, x, num_heads: int) -> None:
         )
 
 
-def check_dropout_rate(rate) -> None:
+def check_dropout_rate(rate: float) -> None:
     """Checks that a share of weights can be dropped."""
     if not _is_finite(rate) or not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate!r} must be a number from 0 to below 1")
 
 
-def dropout_seed(seed, rate: float) -> Array | np.uint32 | None:
+def dropout_seed(seed: int | jax.Array | None, rate: float) -> Array | np.uint32 | None:
     """The seed as uint32 []; None where nothing is dropped."""
     if not rate:
         return None
@@ -141,15 +151,15 @@ def dropout_seed(seed, rate: float) -> Array | np.uint32 | None:
         return np.uint32(seed % 2**32)
     if seed is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_seed=, an integer")
-    _check_is_array("dropout_seed", seed, "[]")
-    if seed.shape != () or not jnp.issubdtype(seed.dtype, jnp.integer):
+    _check_is_array("dropout_seed", seed, "[]")  # type: ignore[arg-type]
+    if seed.shape != () or not jnp.issubdtype(seed.dtype, jnp.integer):  # type: ignore[union-attr]
         raise ValueError(
-            f"dropout_seed is {seed.dtype}{list(seed.shape)}, it must be one integer"
+            f"dropout_seed is {seed.dtype}{list(seed.shape)}, it must be one integer"  # type: ignore[union-attr]
         )
     return jnp.asarray(seed).astype(jnp.uint32)
 
 
-def layouts(layout) -> tuple[str, str]:
+def layouts(layout: str | tuple[str, str]) -> tuple[str, str]:
     """The layouts of queries and of keys."""
     pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
     if len(pair) != 2:
@@ -159,7 +169,7 @@ def layouts(layout) -> tuple[str, str]:
     return pair
 
 
-def prefix(length, batch: int, rule: MaskRule, **others: bool):
+def prefix(length: Any, batch: int, rule: MaskRule, **others: bool) -> Any:
     """The length of each row's prefix, int32 [B], or None.
 
     Args:
@@ -184,24 +194,24 @@ def prefix(length, batch: int, rule: MaskRule, **others: bool):
     return jnp.asarray(length)
 
 
-def check_bool(name: str, value) -> None:
+def check_bool(name: str, value: bool | int) -> None:
     """Checks that a static switch is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be True or False")
 
 
-def check_positive_int(name: str, value) -> None:
+def check_positive_int(name: str, value: int) -> None:
     """Checks that a number of things is an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive int")
 
 
-def _check_is_array(name, x, letters):
+def _check_is_array(name: str, x: jax.Array, letters: str) -> None:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise ValueError(f"{name} must be an array {letters}, not {type(x).__name__}")
 
 
-def _is_finite(x):
+def _is_finite(x: float) -> bool:
     """Whether this is a finite Python number."""
     number = isinstance(x, Real) and not isinstance(x, bool)
     return number and math.isfinite(x)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +264,15 @@ def flash_attention(
 
 
 @partial(jax.jit, static_argnames=("options", "shards"))
-def _on_mesh(options, shards, query, key, value, sinks, facts):
+def _on_mesh(
+    options: Any,
+    shards: Shards,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sinks: Any,
+    facts: Any,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Pads to a length that the mesh can split, and runs the shards."""
     mesh, axes = shards.mesh, shards.axes
     ring_size, ulysses_size = (axis_size(mesh, name) for name in axes.sequence)
@@ -290,7 +299,15 @@ def _on_mesh(options, shards, query, key, value, sinks, facts):
 
 # One compiled program outside jit too.
 @partial(jax.jit, static_argnames=("options", "shards"))
-def _on_shards(options, shards, query, key, value, sinks, facts):
+def _on_shards(
+    options: Any,
+    shards: Shards,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sinks: Any,
+    facts: Any,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The call on shards, in the caller's own shard_map or on one device."""
     arrays = (query, key, value, sinks, facts)
     # The results vary over every axis that an input varies over, and with them all
@@ -301,13 +318,20 @@ def _on_shards(options, shards, query, key, value, sinks, facts):
     return (out, lse) if options.return_residual else out
 
 
-def _padded(padding, layouts, query, key, value, facts):
+def _padded(
+    padding: list[int],
+    layouts: tuple[str, str],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    facts: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """Appends padding tokens to what is contiguous."""
 
-    def rows(x, n):
+    def rows(x: jax.Array, n: int) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
 
-    def tokens(x, side, n):
+    def tokens(x: jax.Array, side: int, n: int) -> Tokens:
         own = jnp.zeros(x.shape[:2], jnp.int32)
         given = Tokens(
             own if facts.positions is None else facts.positions[side],
@@ -328,9 +352,9 @@ def _padded(padding, layouts, query, key, value, facts):
     return rows(query, padding[0]), key, value, facts
 
 
-def _cut(x, length, shards):
+def _cut(x: jax.Array, length: int, shards: Shards) -> jax.Array:
     """The first `length` tokens; an Explicit mesh cannot cut a split axis."""
-    mesh = shards.mesh
+    mesh = shards.its_mesh
     if AxisType.Explicit in mesh.axis_types:
         # Without axes of one device: of a single number jax 0.12 forgets them.
         batch, _, *others = shards.splits(jax.typeof(x).sharding.spec)
@@ -339,7 +363,13 @@ def _cut(x, length, shards):
     return x[:, :length]
 
 
-def _check_divides(query, key, mesh, axes, layouts):
+def _check_divides(
+    query: jax.Array,
+    key: jax.Array,
+    mesh: AbstractMesh | Mesh,
+    axes: MeshAxes,
+    layouts: tuple[str, str],
+) -> None:
     """Checks what a mesh must divide: batch, heads and the layout's lengths."""
     ways = axis_size(mesh, axes.data) * axis_size(mesh, axes.fsdp)
     if query.shape[0] % ways:

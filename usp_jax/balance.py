@@ -18,6 +18,7 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -67,7 +68,9 @@ class Balance:
         """
         return self.order
 
-    def to_stored(self, x: np.ndarray, *, axis: int = 0, pad_value=None) -> np.ndarray:
+    def to_stored(
+        self, x: np.ndarray, *, axis: int = 0, pad_value: int | None = None
+    ) -> np.ndarray:
         """Permutes a natural row to stored order along `axis`.
 
         Args:
@@ -186,7 +189,7 @@ class _Row:
     chunk: int
 
     @classmethod
-    def of(cls, lengths, length, chunk, rule):
+    def of(cls, lengths: np.ndarray, length: int, chunk: int, rule: Any) -> "_Row":
         starts = np.concatenate([[0], np.cumsum(lengths)])
         edges = np.arange(0, length + 1, chunk)
         work = np.diff(_work_before(edges, lengths, starts, rule))
@@ -197,7 +200,7 @@ class _Row:
         return cls(starts, work, owner, size, pieces, chunk)
 
 
-def _pieces(edges, starts, rule):
+def _pieces(edges: np.ndarray, starts: np.ndarray, rule: Any) -> tuple[np.ndarray, ...]:
     """`_Row.pieces`"""
     cuts = np.sort(np.concatenate([edges[edges < starts[-1]], starts]), kind="stable")
     begin, size = cuts[:-1], np.diff(cuts)
@@ -212,7 +215,9 @@ def _pieces(edges, starts, rule):
     return begin, size, first, stop
 
 
-def _work_before(tokens, lengths, starts, rule):
+def _work_before(
+    tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, rule: Any
+) -> np.ndarray:
     """The visible pairs of all queries before each of some tokens of a row."""
     # A document of no tokens stands for the padding.
     lengths = np.append(lengths, 0)
@@ -223,7 +228,7 @@ def _work_before(tokens, lengths, starts, rule):
     return before[document] + _document_work(queries, lengths[document], rule)
 
 
-def _document_work(queries, length, rule):
+def _document_work(queries: np.ndarray, length: np.ndarray, rule: Any) -> np.ndarray:
     """The visible pairs of the first queries of a document of some length.
 
     Query i sees the keys from max(0, i - before) to min(length - 1, i + after); both
@@ -238,7 +243,7 @@ def _document_work(queries, length, rule):
     return last - bounded * (bounded + 1) // 2 + queries
 
 
-def _assign(row, ring):
+def _assign(row: _Row, ring: int) -> Any:
     """The ring shard of each chunk: the first good plan, or else the best."""
     if ring * len(row.owner) > _ESTIMATED:
         return _spread(row, ring)
@@ -255,7 +260,7 @@ def _assign(row, ring):
     return best
 
 
-def _natural(row, ring):
+def _natural(row: _Row, ring: int) -> np.ndarray | None:
     """Every shard has consecutive chunks; None where that is far from even."""
     totals = row.work.reshape(ring, -1).sum(1)
     if totals.max() > _NEARLY_EVEN * totals.mean():
@@ -263,12 +268,12 @@ def _natural(row, ring):
     return np.repeat(np.arange(ring), len(row.owner) // ring)
 
 
-def _spread(row, ring):
+def _spread(row: _Row, ring: int) -> np.ndarray:
     """All documents are spread over the shards."""
     return _placed(row, ring, np.zeros(len(row.size), bool))
 
 
-def _kept(row, ring):
+def _kept(row: _Row, ring: int) -> np.ndarray | None:
     """Documents of few chunks are on one shard each; None where there are none."""
     work = np.bincount(row.owner, weights=row.work, minlength=len(row.size))
     whole = (row.size > 1) & (row.size <= min(ring / 2, len(row.owner) // ring))
@@ -277,7 +282,7 @@ def _kept(row, ring):
     return _placed(row, ring, whole) if whole.any() else None
 
 
-def _placed(row, ring, whole):
+def _placed(row: _Row, ring: int, whole: np.ndarray) -> np.ndarray:
     """Shards of chunks: documents in `whole` on one shard each, the others spread."""
     spread = np.flatnonzero(~whole[row.owner])
     longest_first = np.argsort(-row.size[row.owner[spread]], kind="stable")
@@ -293,7 +298,7 @@ def _placed(row, ring, whole):
     return _evened(shards, row.work, ring)
 
 
-def _fill(row, shards, whole, room):
+def _fill(row: _Row, shards: np.ndarray, whole: np.ndarray, room: list[int]) -> None:
     """Places the chunks without a shard, the heaviest run on the least busy shard.
 
     A run is what one document has of them; it is cut where no shard has room for it.
@@ -329,11 +334,11 @@ def _fill(row, shards, whole, room):
             start = end
 
 
-def _evened(shards, work, ring):
+def _evened(shards: np.ndarray, work: np.ndarray, ring: int) -> np.ndarray:
     """Swaps chunks of the busiest shard with lighter ones until totals are even."""
     totals = np.bincount(shards, weights=work, minlength=ring)
     for _ in range(8 * ring):
-        busiest = int(totals.argmax())
+        busiest = int(np.argmax(totals))
         if totals[busiest] <= _EVEN * totals.mean():
             break
         swap = None
@@ -350,7 +355,13 @@ def _evened(shards, work, ring):
     return shards
 
 
-def _swap(shards, work, busiest, idle, gap):
+def _swap(
+    shards: np.ndarray,
+    work: np.ndarray,
+    busiest: int,
+    idle: np.integer,
+    gap: np.floating,
+) -> Any:
     """The two chunks whose exchange leaves the least of a gap, or None."""
     heavy, light = np.flatnonzero(shards == busiest), np.flatnonzero(shards == idle)
     light = light[np.argsort(work[light])]
@@ -363,7 +374,7 @@ def _swap(shards, work, busiest, idle, gap):
     return pair if 0 < work[pair[0]] - work[pair[1]] < gap else None
 
 
-def _estimated_path(row, shards, ring):
+def _estimated_path(row: _Row, shards: np.ndarray, ring: int) -> Any:
     """The path's length in pairs, from the middle query of every piece of a chunk.
 
     A piece is what one document has in a chunk. Exact without a window: then what a
@@ -391,7 +402,7 @@ def _estimated_path(row, shards, ring):
     return by_step(by_keys.T).max(1).sum()
 
 
-def _running_sum(x, block):
+def _running_sum(x: np.ndarray, block: int) -> np.ndarray:
     """cumsum along axis 0 in place, by blocks: numpy's own takes rows one by one."""
     blocks = x.reshape(-1, block, x.shape[1])
     for i in range(1, block):
@@ -400,7 +411,9 @@ def _running_sum(x, block):
     return x
 
 
-def _document_lengths(segment_lengths):
+def _document_lengths(
+    segment_lengths: Any,
+) -> np.ndarray:
     lengths = np.asarray(segment_lengths)
     if not lengths.size:
         lengths = lengths.astype(np.int64)
@@ -410,14 +423,16 @@ def _document_lengths(segment_lengths):
             "integers [documents]"
         )
     if (lengths < 1).any():
-        i = int((lengths < 1).argmax())
+        i = int(np.argmax(lengths < 1))
         raise ValueError(f"segment_lengths[{i}]={lengths[i]} must be 1 or greater")
     if lengths.sum(dtype=np.float64) > np.iinfo(np.int32).max:
         raise ValueError("the sum of segment_lengths must fit into int32")
     return lengths.astype(np.int64)
 
 
-def _shard_and_chunk(total, ring, ulysses, length, chunk):
+def _shard_and_chunk(
+    total: int, ring: int, ulysses: int, length: int | None, chunk: int | None
+) -> tuple[int, int]:
     """The tokens of a ring shard and of a chunk."""
     if chunk is not None:
         check_positive("chunk", chunk)
@@ -441,6 +456,6 @@ def _shard_and_chunk(total, ring, ulysses, length, chunk):
     return shard, chunk
 
 
-def _most_chunk(shard_length):
+def _most_chunk(shard_length: int) -> int:
     """128, or what leaves a shard 32 chunks, or 1."""
     return max(min(_CHUNK, shard_length // _CHUNKS_A_SHARD), 1)

@@ -6,6 +6,9 @@ travels forwards and the second half backwards, so that a hop takes half the tim
 the same bytes for each device.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from usp_jax.masking import Tokens, join
@@ -15,7 +18,7 @@ from usp_jax.ring import Ring
 class BothWays(Ring):
     """A ring whose device r holds half of shard r - s and half of r + s at step s."""
 
-    def rotate(self, x):
+    def rotate(self, x: Any) -> Any:
         """Sends one half of the tokens of [B, S, ...] to either neighbour."""
         forwards = [(i, (i + 1) % self.size) for i in range(self.size)]
         backwards = [(j, i) for i, j in forwards]
@@ -25,7 +28,7 @@ class BothWays(Ring):
             second = self.send(second, backwards)
         return jnp.concatenate([self.send(first, forwards), second], 1)
 
-    def held(self, step) -> Tokens:
+    def held(self, step: int | jax.Array) -> Tokens:
         """The tokens of the two halves."""
         shard = self.kv_tokens.shard
         first = shard((self.index - step) % self.size)

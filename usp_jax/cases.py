@@ -10,7 +10,10 @@ case, and which one it is, is looked up while running, by its positions.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -75,7 +78,7 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
                 tuple(block.moved(q_start, kv_start) for block in case)
                 for case in table.cases
             )
-            which = 0
+            which: Any = 0
             if len(each) > 1:
                 row = _shard_of(mask.q, q_start, table.q_firsts)
                 column = _shard_of(mask.kv, kv_start, table.kv_firsts)
@@ -84,7 +87,7 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
     return tuple(found)
 
 
-def _placed(stretches):
+def _placed(stretches: tuple[Any, ...]) -> Iterator[Any]:
     """Each stretch, and where it stands."""
     start = 0
     for stretch in stretches:
@@ -92,7 +95,7 @@ def _placed(stretches):
         start += stretch.stop - stretch.start
 
 
-def _shard_of(tokens, start, firsts):
+def _shard_of(tokens: Any, start: int, firsts: np.ndarray) -> jax.Array:
     """Which shard's stretch it is that begins at `start`."""
     return jnp.argmax(jnp.asarray(firsts) == tokens.positions[0, start])
 
@@ -124,7 +127,10 @@ def _table(q: Stretch, kv: Stretch, after: int) -> _Table | None:
         if case not in cases:
             cases.append(case)
         index[place] = cases.index(case)
-    firsts = (np.int32([runs[0].first for runs in side]) for side in (q_runs, kv_runs))
+    firsts = (
+        np.asarray([runs[0].first for runs in side], np.int32)
+        for side in (q_runs, kv_runs)
+    )
     return _Table(tuple(cases), index, *firsts)
 
 
@@ -151,7 +157,7 @@ def _runs(stretch: Stretch) -> list[list[_Run]]:
     ]
 
 
-def _part(stretch, start, count, first, stride):
+def _part(stretch: Stretch, start: int, count: int, first: int, stride: int) -> _Run:
     """What a stretch has of a run of the shard."""
     skipped = max(stretch.start - start, 0)
     stop = min(stretch.stop, start + count)
@@ -160,17 +166,17 @@ def _part(stretch, start, count, first, stride):
     return _Run(place, count, first + skipped * stride, stride)
 
 
-def _case(q_runs, kv_runs, after) -> Case | None:
+def _case(q_runs: Any, kv_runs: Any, after: int) -> Case | None:
     """The blocks that are seen; positions grow, so each query sees the first keys."""
-    stairs = []
+    stairs: list[Any] = []
     for run in q_runs:
         # Between two of these rows the number of keys seen stays, or grows by one.
-        rows = {0, run.count}
+        ends_of_rows = {0, run.count}
         for kv in kv_runs:
             starts = -(-(kv.first - after - run.first) // run.stride)
             ends = -(-(kv.last - after - run.first) // run.stride) + 1
-            rows |= {min(max(row, 0), run.count) for row in (starts, ends)}
-        rows = sorted(rows)
+            ends_of_rows |= {min(max(row, 0), run.count) for row in (starts, ends)}
+        rows = sorted(ends_of_rows)
         for row, stop in zip(rows, rows[1:], strict=False):
             seen, last = (_seen(run, i, kv_runs, after) for i in (row, stop - 1))
             grows = last > seen
@@ -180,7 +186,7 @@ def _case(q_runs, kv_runs, after) -> Case | None:
     return tuple(block for step in stairs for block in step.blocks())
 
 
-def _seen(run, row, kv_runs, after):
+def _seen(run: _Run, row: int, kv_runs: list[_Run], after: int) -> int:
     """How many keys a query sees."""
     ahead = run.first + row * run.stride + after
     counts = ((ahead - kv.first) // kv.stride + 1 for kv in kv_runs)
@@ -201,7 +207,7 @@ class _Step:
         """The row after these and what it sees if it goes on as they do."""
         return self.row + self.count, self.seen + self.count * self.grows
 
-    def blocks(self):
+    def blocks(self) -> Iterator[Any]:
         rows = slice(self.row, self.row + self.count)
         every = self.seen - self.grows
         if every:
@@ -210,7 +216,7 @@ class _Step:
             yield Block(rows, slice(every, every + self.count), True)
 
 
-def _add(stairs, step):
+def _add(stairs: list[Any] | list[_Step], step: _Step) -> None:
     """Appends a step, or makes the last one longer."""
     before = stairs[-1] if stairs else None
     here = step.grows, (step.row, step.seen)
@@ -221,5 +227,5 @@ def _add(stairs, step):
         stairs.append(step)
 
 
-def _moved(part, by):
+def _moved(part: Any, by: int) -> Any:
     return slice(part.start + by, part.stop + by)

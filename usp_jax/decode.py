@@ -60,7 +60,7 @@ class Page:
     tokens: Tokens
 
     @property
-    def parts(self):
+    def parts(self) -> tuple[tuple[jax.Array, jax.Array], Tokens]:
         """((key, value), tokens): what is split alike."""
         return (self.key, self.value), self.tokens
 
@@ -156,11 +156,20 @@ class KVCache:
         )
 
     @classmethod
-    def _prefilled(cls, key, value, positions, segment_ids, page_tokens, shards, parts):
+    def _prefilled(
+        cls,
+        key: jax.Array,
+        value: jax.Array,
+        positions: jax.Array,
+        segment_ids: Any,
+        page_tokens: int,
+        shards: Shards,
+        parts: int,
+    ) -> "KVCache":
         arguments.check_positive_int("page_tokens", page_tokens)
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = _tokens(positions, segment_ids, key.shape)
-        page = Page(
+        page = Page(  # type: ignore[call-arg]
             *_laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ),
             _laid(shards, tokens, TOKENS),
         )
@@ -203,8 +212,8 @@ class KVCache:
         if key.dtype != page.dtype:
             raise ValueError(f"{key.dtype=} must be the cache's, {page.dtype}")
         tokens = _tokens(positions, segment_ids, key.shape)
-        kv = self.shards.place((key, value), NEW)
-        new = Page(*kv, self.shards.place(tokens, NEW_TOKENS))
+        k, v = self.shards.place((key, value), NEW)
+        new = Page(k, v, self.shards.place(tokens, NEW_TOKENS))
         if isinstance(self.used, jax.core.Tracer):
             return self._written(new)
         cache, done, count = self, 0, key.shape[1]
@@ -224,11 +233,11 @@ class KVCache:
         return dataclasses.replace(self, pages=pages, used=np.int32(0))
 
     @property
-    def _capacity(self):
+    def _capacity(self) -> int:
         """How many places the last page has, over all devices."""
         return _whole_length(self.shards, self.pages[-1].key.shape[1])
 
-    def _written(self, new):
+    def _written(self, new: Any) -> "KVCache":
         page = _write_page(self.shards, self.pages[-1], new, self.used)
         used = self.used + np.int32(new.key.shape[1])
         return dataclasses.replace(self, pages=(*self.pages[:-1], page), used=used)
@@ -304,7 +313,13 @@ class _Step:
 
 
 @partial(jax.jit, static_argnames=("step",))
-def _attend_on_all(step, query, sinks, tokens, pages):
+def _attend_on_all(
+    step: _Step,
+    query: jax.Array,
+    sinks: Any,
+    tokens: Tokens,
+    pages: Any,
+) -> Any:
     shards = step.shards
     kvs, kv_tokens = zip(*(page.parts for page in pages), strict=True)
     args = (query, sinks, tokens, kvs, kv_tokens)
@@ -317,11 +332,18 @@ def _attend_on_all(step, query, sinks, tokens, pages):
     return tuple(shards.spelled_like(x, query) for x in results)
 
 
-def _attend(step, q, sinks, tokens, kvs, kv_tokens):
+def _attend(
+    step: _Step,
+    q: jax.Array,
+    sinks: Any,
+    tokens: Tokens,
+    kvs: Any,
+    kv_tokens: Any,
+) -> tuple[jax.Array, jax.Array]:
     """This device's parts of all pages, and the merge with everybody's."""
     shards = step.shards
     chunk = kernels.chunk(step.implementation, kernels.target_of(shards.mesh))
-    carry = _before(shards, q, sinks)
+    carry: Any = _before(shards, q, sinks)
     for (k, v), page_tokens in zip(kvs, kv_tokens, strict=True):
         mask = Mask(step.rule, tokens, page_tokens)
         carry = chunk.forward(q, k, v, mask, carry, step.logits)
@@ -332,7 +354,9 @@ def _attend(step, q, sinks, tokens, kvs, kv_tokens):
     return out.astype(q.dtype), lse
 
 
-def _before(shards, q, sinks):
+def _before(
+    shards: Shards, q: jax.Array, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array] | None:
     """The carry before the first page; one device alone counts the sinks."""
     if sinks is None:
         return None
@@ -342,7 +366,7 @@ def _before(shards, q, sinks):
     return out, jnp.zeros_like(out[..., 0]) + sinks[None, None]
 
 
-def _merge_over(axes, out, lse):
+def _merge_over(axes: tuple[Any, ...], out: jax.Array, lse: jax.Array) -> Any:
     """(out, lse) of the keys of all devices along `axes`."""
     if not axes:
         return out, lse
@@ -354,15 +378,22 @@ def _merge_over(axes, out, lse):
 
 
 @partial(jax.jit, static_argnames=("shards",))
-def _write_page(shards, page, new, used):
+def _write_page(shards: Shards, page: Page, new: Page, used: jax.Array) -> Page:
     dims = (SEQ, TOKENS, NEW, NEW_TOKENS, ())
     args = (*page.parts, *new.parts, used)
     run = shards.run(partial(_write, shards), dims, (SEQ, TOKENS))
-    kv, tokens = run(*map(shards.place, args, dims))
-    return Page(*kv, tokens)
+    (k, v), tokens = run(*map(shards.place, args, dims))
+    return Page(k, v, tokens)
 
 
-def _write(shards, kv, tokens, new_kv, new_tokens, used):
+def _write(
+    shards: Shards,
+    kv: tuple[jax.Array, jax.Array],
+    tokens: Tokens,
+    new_kv: tuple[jax.Array, jax.Array],
+    new_tokens: Tokens,
+    used: jax.Array,
+) -> Any:
     """Writes the new tokens that are this device's into its part of a page."""
     index, parts = _place(shards)
     length, count = tokens.positions.shape[1], new_tokens.positions.shape[1]
@@ -375,7 +406,10 @@ def _write(shards, kv, tokens, new_kv, new_tokens, used):
     places = jnp.minimum(places, last)
     mine = jnp.where(places % parts == index, places // parts, length)
 
-    def write(old, new):
+    def write(
+        old: Any,
+        new: Any,
+    ) -> tuple[jax.Array, jax.Array] | Tokens:
         # Apart for both: ids do not vary over the axis of heads.
         old = vary_like(old, (old, new, mine))
         return jax.tree.map(lambda x, y: x.at[:, mine].set(y, mode="drop"), old, new)
@@ -384,8 +418,8 @@ def _write(shards, kv, tokens, new_kv, new_tokens, used):
 
 
 @partial(jax.jit, static_argnames=("shards", "page_tokens"))
-def _empty_page(shards, page_tokens, like):
-    def empty(kv, tokens):
+def _empty_page(shards: Shards, page_tokens: int, like: Page) -> Page:
+    def empty(kv: Any, tokens: Tokens) -> Any:
         length = page_tokens // _place(shards)[1]
         x, ids = kv[0], tokens.positions
         zeros = jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
@@ -396,27 +430,31 @@ def _empty_page(shards, page_tokens, like):
         return (zeros, zeros), vary_like(tokens, (ids, axes))
 
     dims = (SEQ, TOKENS)
-    kv, tokens = shards.run(empty, dims, dims)(*map(shards.place, like.parts, dims))
-    return Page(*kv, tokens)
+    (k, v), tokens = shards.run(empty, dims, dims)(*map(shards.place, like.parts, dims))
+    return Page(k, v, tokens)
 
 
-def _place(shards):
+def _place(shards: Shards) -> Any:
     """This device's number among those that share a sequence, and how many they are."""
     ulysses_size = shards.size(shards.ulysses)
     index = shards.index(shards.ring) * ulysses_size + shards.index(shards.ulysses)
     return index, shards.size(shards.ring) * ulysses_size
 
 
-def _whole_length(shards, length):
+def _whole_length(shards: Shards, length: int) -> int:
     """The length over all devices, of a global array or of a shard."""
     return length if shards.mesh is not None else length * _place(shards)[1]
 
 
-def _laid(shards, xs, dims):
+def _laid(
+    shards: Shards,
+    xs: tuple[jax.Array, jax.Array] | Tokens,
+    dims: tuple[str, str] | tuple[str, str, str],
+) -> Any:
     """Arrays where a page's parts belong; what lies there already does not move."""
     mesh = shards.mesh
 
-    def lay(x):
+    def lay(x: jax.Array) -> jax.Array:
         if isinstance(mesh, Mesh) and not isinstance(x, jax.core.Tracer):
             sharding = NamedSharding(mesh, shards.spec(dims))
             if sharding.is_equivalent_to(x.sharding, x.ndim):
@@ -426,7 +464,9 @@ def _laid(shards, xs, dims):
     return jax.tree.map(lay, xs)
 
 
-def _tokens(positions, segment_ids, shape):
+def _tokens(
+    positions: jax.Array, segment_ids: jax.Array | None, shape: tuple[int, ...]
+) -> Tokens:
     """Checked positions and segment ids of tokens [B, T]."""
     if segment_ids is None:
         segment_ids = jnp.zeros(shape[:2], jnp.int32)
@@ -439,7 +479,7 @@ def _tokens(positions, segment_ids, shape):
     return Tokens(jnp.asarray(positions), jnp.asarray(segment_ids))
 
 
-def _check_kv(key, value):
+def _check_kv(key: jax.Array, value: jax.Array) -> None:
     for name, x in (("key", key), ("value", value)):
         arguments.check_array(name, x, "[B, S, K, H]")
     if key.shape != value.shape or key.dtype != value.dtype:
@@ -449,6 +489,6 @@ def _check_kv(key, value):
         )
 
 
-def _check_divides(name, size, parts, what):
+def _check_divides(name: str, size: int, parts: int, what: str) -> None:
     if size % parts:
         raise ValueError(f"{name}={size} must be a multiple of {what} = {parts}")

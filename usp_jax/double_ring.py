@@ -8,6 +8,7 @@ ring, R - 1, of which R / inner - 1 are outer ones.
 """
 
 import dataclasses
+from typing import Any
 
 from jaxtyping import Array, Int
 
@@ -30,23 +31,25 @@ class DoubleRing(Ring):
         """The number of inner rings."""
         return self.devices // self.inner
 
-    def rotate(self, x):
+    def rotate(self, x: Any) -> Any:
         """Sends `x` to the same place in the next inner ring."""
         n = self.devices
         return self.send(x, [(i, (i + self.inner) % n) for i in range(n)])
 
-    def attend(self, step, q, kv, carry):
+    def attend(self, step: Any, q: Any, kv: Any, carry: Any) -> Any:
         """A turn of the inner ring."""
         return ring_forward(self._inner_ring(step), q, kv, carry)
 
-    def pull_back(self, step, kv, rows, q, dout, lse, delta):
+    def pull_back(
+        self, step: Any, kv: Any, rows: Any, q: Any, dout: Any, lse: Any, delta: Any
+    ) -> Any:
         """The gradients of a turn of the inner ring, or of what it has left."""
         inner = self._inner_ring(step, rows)
         if self.inner == 1 or rows.start:
             return inner.pull_back(0, kv, rows, q, dout, lse, delta)
         return ring_backward(inner, q, kv, dout, lse, delta)
 
-    def own_rows(self, length):
+    def own_rows(self, length: Any) -> Any:
         """A third of the queries meets their own shard beside the last outer hop only.
 
         The own turn of the inner ring, beside the first, is not made again for them.
@@ -54,7 +57,7 @@ class DoubleRing(Ring):
         left = length // 3
         return [slice(length - left), slice(length - left, length)][: 1 + bool(left)]
 
-    def _inner_ring(self, step, rows=ALL):
+    def _inner_ring(self, step: Any, rows: Any = ALL) -> Any:
         return self.into(_InnerRing, inner=self.inner, outer_step=step, own=rows.stop)
 
 
@@ -74,16 +77,16 @@ class _InnerRing(Ring):
     def size(self) -> int:
         return self.inner
 
-    def own_rows(self, length):
+    def own_rows(self, length: Any) -> Any:
         return super().own_rows(length if self.own is None else self.own)
 
-    def rotate(self, x):
+    def rotate(self, x: Any) -> Any:
         n = self.inner
         return self.send(
             x, [(i, i // n * n + (i + 1) % n) for i in range(self.devices)]
         )
 
-    def held(self, step) -> Tokens:
+    def held(self, step: Any) -> Tokens:
         groups = self.devices // self.inner
         group = (self.index // self.inner - self.outer_step) % groups
         place = (self.index % self.inner - step) % self.inner

@@ -1,5 +1,7 @@
 """Compiler options under which the ring's rotations are in flight beside its chunks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
@@ -7,7 +9,7 @@ from jax.sharding import SingleDeviceSharding
 from usp_jax import plugins
 
 # What each does for the ring is read from compiled programs in tests/aot.
-_WANTED = {
+_WANTED: dict[str, dict[str, bool | int]] = {
     "tpu": {
         # v4 and v5p otherwise run a forward chunk first and its rotation after it.
         "xla_tpu_use_aggressive_scheduling": True,
@@ -49,7 +51,7 @@ def recommended_flags(platform: str) -> dict[str, bool | int]:
     return {name: value for name, value in wanted if _knows(device, name, value)}
 
 
-def _a_device(platform):
+def _a_device(platform: Any) -> Any:
     """A device whose compiler knows the platform's options, or None."""
     if any(device.platform == platform for device in jax.local_devices()):
         return next(d for d in jax.local_devices() if d.platform == platform)
@@ -62,7 +64,7 @@ def _a_device(platform):
         return None
 
 
-def _knows(device, name, value):
+def _knows(device: Any, name: Any, value: Any) -> Any:
     """Whether a compiler takes an option."""
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:

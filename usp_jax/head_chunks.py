@@ -8,7 +8,9 @@ chunk by chunk.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -28,15 +30,32 @@ from usp_jax.usp import FACTS, Call, Facts, attend, pull_back
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def usp_in_chunks(call: Call, chunks: int, q, k, v, sinks, facts: Facts):
+def usp_in_chunks(
+    call: Call,
+    chunks: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    facts: Facts,
+) -> tuple[jax.Array, None] | tuple[jax.Array, jax.Array]:
     """`usp` in that many chunks of the heads."""
     return _fwd(call, chunks, q, k, v, sinks, facts)[0]
 
 
-def _fwd(call, chunks, q, k, v, sinks, facts):
+def _fwd(
+    call: Call,
+    chunks: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: Any,
+    facts: Facts,
+) -> Any:
     run, calls = call.shards.run, _calls(call, chunks)
     specs = (HEADS, HEADS, BY_HEAD, FACTS)
-    given, saved, results, residuals = (q, k, v), [], [], []
+    given = (q, k, v)
+    saved, results, residuals = list[Any](), list[Any](), list[Any]()
     sent = _sent(run, calls, 0, given, None)
     for i, this in enumerate(calls):
         now, sent = sent, None
@@ -59,7 +78,12 @@ def _fwd(call, chunks, q, k, v, sinks, facts):
     return (result, residual), (q, k, v, saved, sinks, facts)
 
 
-def _bwd(call, chunks, saved, cotangents):
+def _bwd(
+    call: Call,
+    chunks: int,
+    saved: Any,
+    cotangents: tuple[jax.Array, None] | tuple[jax.Array, jax.Array],
+) -> Any:
     backward = call.shards.run(
         partial(_backward, _calls(call, chunks)),
         (SEQ, SEQ, SEQ, HEADS, BY_HEAD, FACTS, SEQ, SEQ),
@@ -72,7 +96,7 @@ def _bwd(call, chunks, saved, cotangents):
 usp_in_chunks.defvjp(_fwd, _bwd)
 
 
-def _calls(call, chunks):
+def _calls(call: Call, chunks: int) -> list[Call]:
     """The call for each chunk of the heads."""
     return [
         dataclasses.replace(
@@ -82,7 +106,13 @@ def _calls(call, chunks):
     ]
 
 
-def _sent(run, calls, i, given, kv):
+def _sent(
+    run: Callable[..., Any],
+    calls: list[Call],
+    i: int,
+    given: list[jax.Array] | tuple[jax.Array, jax.Array, jax.Array],
+    kv: jax.Array | None,
+) -> Any:
     """q, kv of the heads of chunk i; kv is the chunk's before, where it is the same."""
     this, (q, k, v) = calls[i], given
     if not i or this.heads.kv_local != calls[i - 1].heads.kv_local:
@@ -90,22 +120,22 @@ def _sent(run, calls, i, given, kv):
     return run(partial(_to_heads, this), (SEQ,), HEADS)(q), kv
 
 
-def _to_heads(call, x):
+def _to_heads(call: Call, x: jax.Array) -> jax.Array:
     """The heads of this chunk: [B, T/(R·U), N, H] -> [B, T/R, N/(U·chunks), H]"""
     x = of_devices(pad_heads(x, call.heads), call.heads.local, call.heads.ulysses_size)
     return to_heads(x, call.shards.ulysses)
 
 
-def _to_seq(call, x):
+def _to_seq(call: Call, x: jax.Array) -> jax.Array:
     return to_seq(x, call.shards.ulysses)
 
 
-def _join(call, parts):
+def _join(call: Call, parts: list[jax.Array]) -> jax.Array:
     """All heads, from the chunks' in the order of the sequence."""
     return of_parts(parts, call.heads.ulysses_size)[:, :, : call.heads.num_heads]
 
 
-def _kv_to_heads(call, k, v):
+def _kv_to_heads(call: Call, k: jax.Array, v: jax.Array) -> jax.Array:
     heads, kv = call.heads, side_by_side(k, v)
     if heads.kv_parts == 1:
         return kv_to_heads(kv, heads, call.shards.ulysses)
@@ -114,12 +144,23 @@ def _kv_to_heads(call, k, v):
     )
 
 
-def _backward(calls, q, k, v, saved, sinks, facts, dresult, dresidual):
+def _backward(
+    calls: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    saved: Any,
+    sinks: Any,
+    facts: Facts,
+    dresult: jax.Array,
+    dresidual: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, None] | tuple[jax.Array, ...]:
     """The gradients of this device's shards."""
     call, dtype = calls[0], k.dtype
-    dqs, dkvs, total, dsinks = [], [], None, None
+    dqs, dkvs = list[Any](), list[Any]()
+    total = dsinks = None
 
-    def send(i, given, kv):
+    def send(i: int, given: Any, kv: jax.Array | None) -> Any:
         *qkv, dresult, dresidual = given
         q, kv = _sent(lambda f, *_: f, calls, i, qkv, kv)
         dout = _to_heads(calls[i], dresult)
@@ -133,7 +174,7 @@ def _backward(calls, q, k, v, saved, sinks, facts, dresult, dresidual):
         (q, kv, *cotangents), sent = sent, None
         if i + 1 < len(calls):
             sent = send(i + 1, given, kv)
-        dq, dkv, more = pull_back(this, q, kv, *saved[i], sinks, facts, *cotangents)
+        dq, dkv, more = pull_back(this, q, kv, *saved[i], sinks, facts, *cotangents)  # type: ignore[call-arg]
         total = dkv if total is None else total + dkv
         given, sent, dqs, dkvs, dq, total = together(given, sent, dqs, dkvs, dq, total)
         dqs.append(_to_seq(call, dq.astype(dtype)))
@@ -147,7 +188,7 @@ def _backward(calls, q, k, v, saved, sinks, facts, dresult, dresidual):
     return _join(call, dqs), dk, dv, dsinks
 
 
-def _kv_to_seq(call, dkv, dtype):
+def _kv_to_seq(call: Call, dkv: jax.Array, dtype: Any) -> jax.Array:
     """The transpose of `_kv_to_heads`."""
     if call.heads.kv_parts == 1:
         return kv_to_seq(dkv, call.heads, call.shards.ulysses, dtype)

@@ -14,8 +14,11 @@ counted twice, whatever the degrees:
     out [B, T, N, H], joint_out [B, J, N, H]
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
@@ -83,7 +86,7 @@ def usp_joint_attention(
     joint_ids = arguments.sides_of(
         "joint_segment_ids", joint_segment_ids, joint_query.shape, joint_key.shape
     )
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "logits_soft_cap": logits_soft_cap,
         "sinks": sinks,
@@ -98,7 +101,10 @@ def usp_joint_attention(
             jnp.zeros(x.shape[:2], jnp.int32) if own is None else own[0]
             for x, own in ((query, ids), (joint_query, joint_ids))
         ]
-        options["segment_ids"] = _deal(shards, TOKENS, padding, *given, fill=PADDING)
+        ids, joint_ids = given
+        options["segment_ids"] = _deal(
+            shards, TOKENS, padding, ids, joint_ids, fill=PADDING
+        )
     pairs = ((query, joint_query), (key, joint_key), (value, joint_value))
     dealt = (_deal(shards, SEQ, padding, *pair) for pair in pairs)
     out = usp_attention(*dealt, **options)
@@ -108,7 +114,14 @@ def usp_joint_attention(
     return out, joint
 
 
-def _deal(shards, dims, padding, x, joint, fill=0):
+def _deal(
+    shards: Shards,
+    dims: tuple[str, str] | tuple[str, str, str],
+    padding: int,
+    x: Any,
+    joint: jax.Array,
+    fill: int = 0,
+) -> jax.Array:
     """[B, T, ...] with [B, J, ...] dealt out to its devices, J padded to divide."""
     widths = [(0, padding if i == 1 else 0) for i in range(joint.ndim)]
     joint = jnp.pad(_whole(shards, joint), widths, constant_values=fill)
@@ -116,21 +129,28 @@ def _deal(shards, dims, padding, x, joint, fill=0):
     return join(shards.place(x, dims), shards.place(joint, dims))
 
 
-def _cut(length, x):
+def _cut(length: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[:, :length], x[:, length:]
 
 
-def _on_all(shards, f, in_dims, out_dims):
+def _on_all(
+    shards: Shards,
+    f: Callable[..., Any],
+    in_dims: tuple[str, str] | tuple[str, str, str],
+    out_dims: tuple[Any, ...],
+) -> Callable[..., Any]:
     """`f` on every device's shards; jax differentiates it."""
     return f if shards.mesh is None else shards.shard_map(f, in_dims, out_dims)
 
 
-def _whole(shards, x):
+def _whole(shards: Shards, x: jax.Array) -> jax.Array:
     """Joint tokens on every device that shares a sequence."""
     return shards.constrain(x, ("batch", None, "tensor")[: 3 if x.ndim == 4 else 2])
 
 
-def _check_pairs(query, key, joint_query, joint_key):
+def _check_pairs(
+    query: jax.Array, key: jax.Array, joint_query: jax.Array, joint_key: jax.Array
+) -> None:
     """Checks that both sequences fit to each other."""
     for name, x, joint in (
         ("query", query, joint_query),

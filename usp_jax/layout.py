@@ -12,6 +12,7 @@ permutations look: they read positions.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def to_layout(
     mesh: Mesh | AbstractMesh | None,
     *,
     axis: int = 1,
-    pad_value=None,
+    pad_value: int | None = None,
     axes: MeshAxes = MeshAxes(),
 ) -> Array | np.ndarray:
     """Permutes an array along its sequence axis from natural to stored order.
@@ -207,37 +208,46 @@ def check_length(
         )
 
 
-def _sizes(layout, mesh, axes):
+def _sizes(
+    layout: str, mesh: AbstractMesh | Mesh | None, axes: MeshAxes
+) -> tuple[int, int]:
     check_layout(layout)
     if mesh is not None:
         check_axes(axes, tuple(mesh.shape))
     return axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
 
 
-def _check_permutes(layout):
+def _check_permutes(layout: str) -> None:
     if layout == "data":
         raise ValueError(
             'layout="data" is permuted by whoever made the data, not by a rule'
         )
 
 
-def _check_axis(x, axis):
+def _check_axis(x: jax.Array | np.ndarray, axis: int) -> None:
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"{axis=} must be one of the {x.ndim} axes of {x.shape=}")
 
 
-def _check_count(length):
+def _check_count(length: int) -> None:
     whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
     if not whole or length < 0:
         raise ValueError(f"{length=} must be an int, 0 or greater")
 
 
-def _along(ndim, axis, index):
+def _along(ndim: int, axis: int, index: Any) -> tuple[Any, ...]:
     """An index that applies `index` to one axis."""
     return tuple(index if i == axis % ndim else slice(None) for i in range(ndim))
 
 
-def _permute(x, layout, axis, ring_size, padding, pad_value):
+def _permute(
+    x: jax.Array | np.ndarray,
+    layout: str,
+    axis: int,
+    ring_size: int,
+    padding: int,
+    pad_value: int | None,
+) -> jax.Array | np.ndarray:
     xp = np if isinstance(x, np.ndarray) else jnp
     spec, x = _spec(x), _unsharded(x, axis)
     axis %= x.ndim
@@ -256,7 +266,9 @@ def _permute(x, layout, axis, ring_size, padding, pad_value):
     return _resharded(stored.reshape(*head, length, *tail), spec)
 
 
-def _unpermute(x, layout, axis, ring_size):
+def _unpermute(
+    x: jax.Array | np.ndarray, layout: str, axis: int, ring_size: int
+) -> jax.Array | np.ndarray:
     xp = np if isinstance(x, np.ndarray) else jnp
     spec, x = _spec(x), _unsharded(x, axis)
     axis %= x.ndim
@@ -272,7 +284,7 @@ def _unpermute(x, layout, axis, ring_size):
     return _resharded(natural.reshape(*head, length, *tail), spec)
 
 
-def _spec(x):
+def _spec(x: jax.Array | np.ndarray) -> Any:
     """The sharding that an Explicit mesh has given `x`, or None."""
     if isinstance(x, np.ndarray):
         return None
@@ -280,7 +292,7 @@ def _spec(x):
     return sharding if any(part is not None for part in sharding.spec) else None
 
 
-def _unsharded(x, axis):
+def _unsharded(x: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
     """`x` with one axis gathered where an Explicit mesh splits it.
 
     In Explicit mode a split axis can be neither permuted nor cut.
@@ -292,5 +304,5 @@ def _unsharded(x, axis):
     return jax.reshard(x, sharding.update(spec=jax.P(*parts)))
 
 
-def _resharded(x, sharding):
+def _resharded(x: jax.Array | np.ndarray, sharding: Any) -> jax.Array | np.ndarray:
     return x if sharding is None else jax.reshard(x, sharding)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Int8
 
 PADDING = -1
@@ -78,11 +79,13 @@ class Tokens:
     positions: Any
     segment_ids: Any = None
     # Without its items' type: checkers look at random ones, which hypothesis forbids.
-    stretches: tuple | None = dataclasses.field(default=None, metadata={"static": True})
+    stretches: tuple[Any, ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     def cut(self, rows: slice) -> "Tokens":
         """Some of the tokens [B, T], which stand one after the other."""
-        facts = (self.positions, self.segment_ids)
+        facts: Any = (self.positions, self.segment_ids)
         facts = jax.tree.map(lambda x: x[:, rows], facts)
         if self.stretches is None:
             return Tokens(*facts)
@@ -95,16 +98,16 @@ class Tokens:
                 cut = dataclasses.replace(one, start=first, stop=last)
                 stretches.append(cut)
             before += one.stop - one.start
-        return Tokens(*facts, tuple(stretches))
+        return Tokens(*facts, tuple(stretches))  # type: ignore[call-arg]
 
 
 def join(*runs: Tokens) -> Tokens:
     """Runs of tokens [B, T], one after the other."""
-    facts = [(run.positions, run.segment_ids) for run in runs]
+    facts: Any = [(run.positions, run.segment_ids) for run in runs]
     facts = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *facts)
     if any(run.stretches is None for run in runs):
         return Tokens(*facts)
-    return Tokens(*facts, sum((run.stretches for run in runs), ()))
+    return Tokens(*facts, sum((run.stretches or () for run in runs), ()))  # type: ignore[call-arg]
 
 
 @jax.tree_util.register_dataclass
@@ -158,10 +161,12 @@ def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
     if seen is None:
         shape = jnp.broadcast_shapes(q.positions.shape, kv.positions.shape)
         return jnp.ones(shape, bool)
-    return seen
+    return seen  # type: ignore[return-value]
 
 
-def _both(a, b):
+def _both(
+    a: jax.Array | np.ndarray | None, b: jax.Array | np.ndarray
+) -> jax.Array | np.ndarray:
     return b if a is None else a & b
 
 
@@ -185,10 +190,10 @@ def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk
         some &= most >= -rule.before
         every &= least >= -rule.before
     if mask.q.segment_ids is not None:
-        overlap = (q.low <= kv.high) & (kv.low <= q.high)
-        some = some & overlap & ~q.all_padding & ~kv.all_padding
+        overlap = (q.low <= kv.high) & (kv.low <= q.high)  # type: ignore[operator]
+        some = some & overlap & ~q.all_padding & ~kv.all_padding  # type: ignore[operator]
         one = (q.low == kv.high) & (kv.low == q.high)
-        every = every & one & ~q.any_padding & ~kv.any_padding
+        every = every & one & ~q.any_padding & ~kv.any_padding  # type: ignore[operator]
     return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
 
 
@@ -227,15 +232,15 @@ class _Extent:
     all_padding: Bool[Array, "..."] | None = None
 
 
-def _extent(tokens, block, axis):
+def _extent(tokens: Tokens, block: int, axis: int) -> _Extent:
     """The extents of the blocks of a run of tokens; `axis` is where 1 is inserted."""
 
-    def blocks(x):
+    def blocks(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         return x.reshape(x.shape[0], -1, block)
 
     positions = blocks(tokens.positions)
     if tokens.segment_ids is None:
-        facts = (positions.min(-1), positions.max(-1))
+        facts: tuple[Any, ...] = (positions.min(-1), positions.max(-1))
     else:
         ids = blocks(tokens.segment_ids)
         padding = ids == PADDING

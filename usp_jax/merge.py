@@ -6,6 +6,7 @@ exactly, in any order (Liu et al., arXiv 2310.01889, section 2; Milakov & Gimels
 arXiv 1805.02867). A row that has seen no key is `(0, -inf)`, the identity.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -28,7 +29,9 @@ def merge(
     return out, lse
 
 
-def normalize(acc, m, l):
+def normalize(
+    acc: jax.Array, m: jax.Array, l: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of an accumulator, its running maximum and its running sum.
 
     `acc` has one axis more than `m` and `l`; where `l` is 0 the result is (0, -inf).
@@ -37,6 +40,6 @@ def normalize(acc, m, l):
     return acc / safe[..., None], jnp.where(l == 0, -jnp.inf, m + jnp.log(safe))
 
 
-def finite(m):
+def finite(m: jax.Array) -> jax.Array:
     """A maximum that can be subtracted: 0 where nothing was seen (-inf)."""
     return lax.select(m == -jnp.inf, jnp.zeros_like(m), m)

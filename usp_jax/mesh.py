@@ -34,7 +34,7 @@ class MeshAxes:
     ulysses: str | None = "ulysses"
     tensor: str | None = "tensor"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [name for role in ROLES if (name := getattr(self, role)) is not None]
         if len(set(names)) != len(names):
             raise ValueError(f"axes={self} gives one mesh axis to two roles")
@@ -116,7 +116,7 @@ def place(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     outer = _outermost(sizes, len(islands))
     inner = tuple(size // n for size, n in zip(sizes, outer, strict=True))
 
-    def placed(split):
+    def placed(split: bool) -> np.ndarray:
         if len(islands) == 1:
             return mesh_utils.create_device_mesh(
                 sizes, devices, allow_split_physical_axes=split
@@ -140,7 +140,9 @@ def place(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         return np.array(devices).reshape(sizes)
 
 
-def _islands(devices):
+def _islands(
+    devices: Any,
+) -> tuple[None, dict[int, int]] | tuple[str, dict[int, int]]:
     """What tells islands apart, and how many devices each of them has.
 
     jax numbers the slices of TPUs, and groups of GPUs that NVLink joins where it knows
@@ -156,7 +158,7 @@ def _islands(devices):
     return None, {0: len(devices)}
 
 
-def _outermost(sizes, islands):
+def _outermost(sizes: tuple[int, ...], islands: int) -> tuple[int, ...]:
     """How many islands each axis has, which is a part of its size."""
     outer = []
     for size in sizes:
@@ -192,9 +194,8 @@ def resolve_mesh(
     """
     if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"{mesh=} must be a jax.sharding.Mesh or None")
-    context = jax.sharding.get_abstract_mesh()
-    if context.empty:
-        context = None
+    around = jax.sharding.get_abstract_mesh()
+    context = None if around.empty else around
     if context is not None and mesh is not None:
         given = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
         if dict(given.shape) != dict(context.shape):

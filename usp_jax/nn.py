@@ -6,6 +6,7 @@ layer = USPAttention(512, 8, num_kv_heads=2, rope_theta=1e4, mesh=mesh, rngs=rng
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,18 +72,18 @@ class AttentionFn:
         bias: Array | None = None,
         mask: Array | SequenceMask | None = None,
         broadcast_dropout: bool = True,
-        dropout_rng=None,
+        dropout_rng: Any = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype=None,
-        precision=None,
-        module=None,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
         is_causal: bool = False,
         force_fp32_for_softmax: bool = False,
-        einsum_dot_general=None,
-        qk_attn_weights_einsum=None,
-        attn_weights_value_einsum=None,
-        input_positions=None,
+        einsum_dot_general: Any = None,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+        input_positions: Any = None,
     ) -> Array:
         """Attention of [..., T, N, H] to [..., S, K, H], with flax's arguments.
 
@@ -109,8 +110,8 @@ class AttentionFn:
         )
         dtype = dtype or jnp.result_type(query, key, value)
         batch = query.shape[:-3]
-        facts = SequenceMask() if mask is None else mask
-        out = usp_attention(
+        facts: Any = SequenceMask() if mask is None else mask
+        out: Any = usp_attention(
             *(_one_batch(x.astype(dtype), 3) for x in (query, key, value)),
             is_causal=self.is_causal or is_causal,
             scale=self.scale,
@@ -200,10 +201,10 @@ class USPAttention(nnx.Module):
         mesh: Mesh | AbstractMesh | None = None,
         is_causal: bool = False,
         layout: str = "contiguous",
-        dtype=None,
-        param_dtype=jnp.float32,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         """Makes the four projections `q`, `k`, `v` and `o`.
 
         Args:
@@ -244,7 +245,11 @@ class USPAttention(nnx.Module):
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
 
-        def project(features_in, features_out, axis=-1):
+        def project(
+            features_in: int | tuple[int, int],
+            features_out: int | tuple[int, int],
+            axis: int | tuple[int, int] = -1,
+        ) -> Any:
             return nnx.LinearGeneral(
                 features_in,
                 features_out,
@@ -286,7 +291,7 @@ class USPAttention(nnx.Module):
         ordered = positions if attention.layout == "data" else None
         return self.o(attention(q, k, v, mask=SequenceMask(segment_ids, ordered)))
 
-    def _angles(self, x, positions):
+    def _angles(self, x: jax.Array, positions: Any) -> tuple[jax.Array, jax.Array]:
         attention, scaling = self.attention, self.rope_scaling
         if positions is None:
             scaling = at_length(scaling, x.shape[1])
@@ -296,7 +301,7 @@ class USPAttention(nnx.Module):
             )[None]
         return rope_angles(
             positions,
-            rope_frequencies(self.head_size, self.rope_theta, scaling),
+            rope_frequencies(self.head_size, self.rope_theta, scaling),  # type: ignore[arg-type]
             rope_amplitude(scaling),
         )
 
@@ -317,14 +322,14 @@ _INSTEAD = {
 }
 
 
-def _refuse(**asked):
+def _refuse(**asked: Any) -> None:
     """Raises for the first argument that was asked for and cannot be honoured."""
     for name, given in asked.items():
         if given:
             raise ValueError(f"attention_fn cannot honour {name}: {_INSTEAD[name]}")
 
 
-def _one_batch(x, kept):
+def _one_batch(x: jax.Array | None, kept: int) -> Any:
     """Merges all batch dims into one, before the last `kept`."""
     if x is None or x.ndim == kept + 1:
         return x

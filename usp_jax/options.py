@@ -1,7 +1,9 @@
 """The static arguments of an attention call, and its facts: checked, in one form."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 
 from usp_jax import arguments, kernels
@@ -26,7 +28,9 @@ class Options:
     return_residual: bool
     ulysses_chunks: int
 
-    def attend(self, shards, heads, *arrays):
+    def attend(
+        self, shards: Any, heads: Any, *arrays: Any
+    ) -> tuple[jax.Array, None] | tuple[jax.Array, jax.Array]:
         """The call on these shards: (out, lse or None)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         chunks = fields.pop("ulysses_chunks")
@@ -43,29 +47,29 @@ class Options:
 
 
 def checked(
-    query,
-    key,
-    value,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     shards: Shards,
     ring_size: int,
     *,
-    is_causal,
-    scale,
-    segment_ids,
-    positions,
-    local_window_size,
-    logits_soft_cap,
-    sinks,
-    prefix_length,
-    alibi_slopes,
-    dropout_rate,
-    dropout_seed,
-    layout,
-    implementation,
-    return_residual,
-    ring_schedule,
-    ring_inner,
-    ulysses_chunks,
+    is_causal: Any,
+    scale: Any,
+    segment_ids: Any,
+    positions: Any,
+    local_window_size: Any,
+    logits_soft_cap: Any,
+    sinks: Any,
+    prefix_length: Any,
+    alibi_slopes: Any,
+    dropout_rate: float,
+    dropout_seed: Any,
+    layout: Any,
+    implementation: Any,
+    return_residual: bool,
+    ring_schedule: str,
+    ring_inner: Any,
+    ulysses_chunks: int,
 ) -> tuple[Options, Facts]:
     """What `usp_attention` is told, in one form.
 
@@ -129,7 +133,7 @@ def checked(
     )
 
 
-def _check_positions(layouts, positions):
+def _check_positions(layouts: tuple[str, str], positions: Any) -> None:
     if "data" not in layouts:
         return
     sides = "[B, T]" if layouts[0] == layouts[1] else "[B, T] and [B, S], a pair"

@@ -6,6 +6,8 @@ they have seen, (out, lse) in the accumulation dtype; backward it is dq. R - 1 r
 of each, and nothing of k, v is sent at all.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -24,17 +26,20 @@ def pass_q_forward(
 ) -> Carry:
     """`ring_forward` with the queries going round."""
 
-    def part(step, q, rows):
+    def part(step: int | jax.Array, q: jax.Array, rows: Any) -> Any:
         # What was seen before the ring belongs to the own queries, once.
         before = carry if isinstance(step, int) and step == 0 else None
         before = jax.tree.map(lambda x: x[:, rows], before)
         mask = _mask(ring, step).rows(rows)
         return None, _packed(ring.chunk_forward(mask, q[:, rows], kv, before))
 
-    def add(a, b):
+    def add(a: jax.Array, b: jax.Array) -> jax.Array:
         return _packed(merge(*_unpacked(a), *_unpacked(b)))
 
-    def join(first, rest):
+    def join(
+        first: Any,
+        rest: Any,
+    ) -> Any:
         return None, jnp.concatenate([first[1], rest[1]], 1)
 
     own_rows = ring.own_rows(q.shape[1])
@@ -52,14 +57,19 @@ def pass_q_backward(
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
     """`ring_backward` with the queries going round."""
 
-    def part(step, visitor, rows):
+    def part(
+        step: int | jax.Array, visitor: tuple[jax.Array, jax.Array], rows: Any
+    ) -> Any:
         rows_seen, (lse, delta) = visitor[0][:, rows], visitor[1][:, :, rows]
         q, dout = apart(rows_seen, head_size)
         mask = _mask(ring, step).rows(rows)
         dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
         return dkv, dq
 
-    def join(first, rest):
+    def join(
+        first: Any,
+        rest: Any,
+    ) -> Any:
         return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)
 
     head_size = q.shape[-1]
@@ -69,17 +79,17 @@ def pass_q_backward(
     return dq, dkv
 
 
-def _mask(ring, step):
+def _mask(ring: Ring, step: int | jax.Array) -> Mask:
     """The queries that are here at a step, against this device's own keys."""
     q = ring.q_tokens.shard((ring.index - step) % ring.size)
     return Mask(ring.rule, q, ring.kv_tokens.shard(ring.index))
 
 
-def _packed(carry):
+def _packed(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
     """(out, lse) as one array, for one collective."""
     out, lse = carry
     return jnp.concatenate([out, lse[..., None]], -1)
 
 
-def _unpacked(x):
+def _unpacked(x: jax.Array) -> Any:
     return x[..., :-1], x[..., -1]

@@ -8,6 +8,8 @@ import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -75,21 +77,21 @@ def cuda_devices(target: str, hosts: int, gpus_per_host: int) -> list[jax.Device
     return topology.devices
 
 
-def _is_installed(name):
+def _is_installed(name: Any) -> Any:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
 
-def _to_install(machines, package, platform):
+def _to_install(machines: Any, package: Any, platform: Any) -> Any:
     return (
         f"compiling for {machines} needs {package}, of the version that goes with jax "
         f"{jax.__version__}: pip install 'usp_jax[aot]' (platform {platform!r})"
     )
 
 
-def _libtpu_settings():
+def _libtpu_settings() -> Any:
     """The environment in which to load libtpu, which every plugin's loading may do."""
     # Several processes may compile at the same time; none of them holds a TPU.
     settings = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -100,7 +102,7 @@ def _libtpu_settings():
 
 
 @contextlib.contextmanager
-def _environment(settings):
+def _environment(settings: Any) -> Iterator[Any]:
     os.environ.update(settings)
     try:
         yield
@@ -110,7 +112,7 @@ def _environment(settings):
 
 
 @contextlib.contextmanager
-def _no_cuda_libraries():
+def _no_cuda_libraries() -> Iterator[Any]:
     """Lets the plugin load without the libraries that only running needs.
 
     It looks for them unless jax is told to use other platforms than its own.

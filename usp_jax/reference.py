@@ -1,5 +1,7 @@
 """The oracle: attention written as its definition, O(T·S) in memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,6 +65,6 @@ def reference_attention(
     return out.reshape(B, T, N, -1), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
 
 
-def _by_group(x, like):
+def _by_group(x: Any, like: Any) -> Any:
     """[B, N, T, S] as the logits are held, [B, K, G, T, S], in their dtype."""
     return x.astype(like.dtype).reshape(x.shape[0], *like.shape[1:])

@@ -64,7 +64,11 @@ class Ring:
         """The number of steps of one turn."""
         return self.devices
 
-    def send(self, x, pairs):
+    def send(
+        self,
+        x: jax.Array | tuple[jax.Array, jax.Array],
+        pairs: list[tuple[int, int]] | tuple[Any, ...],
+    ) -> Any:
         """`x` from each pair's first device to its second.
 
         Who is sent nothing has to read nothing: it gets zeros, or under `jax.vmap`,
@@ -78,11 +82,11 @@ class Ring:
             pairs += zip(idle, free, strict=True)
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis_name, pairs), x)
 
-    def rotate(self, x):
+    def rotate(self, x: jax.Array | tuple[jax.Array, jax.Array]) -> Any:
         """Sends `x` to the next device of the ring, and receives the previous one's."""
         return self.send(x, [(i, (i + 1) % self.size) for i in range(self.size)])
 
-    def held(self, step) -> Tokens:
+    def held(self, step: int | jax.Array) -> Tokens:
         """The tokens of the keys that this device holds at a step."""
         return self.kv_tokens.shard((self.index - step) % self.size)
 
@@ -90,22 +94,43 @@ class Ring:
         """This device's queries against some keys."""
         return Mask(self.rule, self.q_tokens.shard(self.index), keys)
 
-    def chunk_forward(self, mask: Mask, q, kv, carry: Carry | None) -> Carry:
+    def chunk_forward(
+        self, mask: Mask, q: jax.Array, kv: jax.Array, carry: Carry | None
+    ) -> Carry:
         """The chunk's forward, of k, v side by side."""
-        kv = apart(kv, q.shape[-1])
-        return self.chunk.forward(q, *kv, mask, carry, self.logits)
+        k, v = apart(kv, q.shape[-1])
+        return self.chunk.forward(q, k, v, mask, carry, self.logits)
 
-    def chunk_backward(self, mask: Mask, q, kv, dout, lse, delta):
+    def chunk_backward(
+        self,
+        mask: Mask,
+        q: jax.Array,
+        kv: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+    ) -> Any:
         """The chunk's backward: dq, and dk, dv side by side."""
-        kv = apart(kv, q.shape[-1])
-        dq, *dkv = self.chunk.backward(q, *kv, dout, lse, delta, mask, self.logits)
+        k, v = apart(kv, q.shape[-1])
+        dq, *dkv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
         return dq, side_by_side(*dkv)
 
-    def attend(self, step, q, kv, carry: Carry | None) -> Carry:
+    def attend(
+        self, step: Any, q: jax.Array, kv: jax.Array, carry: Carry | None
+    ) -> Carry:
         """This device's queries to the keys that it holds at a step."""
         return self.chunk_forward(self.mask(self.held(step)), q, kv, carry)
 
-    def pull_back(self, step, kv, rows: slice, q, dout, lse, delta):
+    def pull_back(
+        self,
+        step: int | jax.Array,
+        kv: jax.Array,
+        rows: slice,
+        q: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+    ) -> Any:
         """dq of some rows of queries, and dk, dv side by side, from the keys held."""
         mask = self.mask(self.held(step)).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
@@ -116,7 +141,7 @@ class Ring:
         half = -(-length // 2)
         return [slice(half), slice(half, length)][:length]
 
-    def into(self, kind: type["Ring"], **more) -> "Ring":
+    def into(self, kind: type["Ring"], **more: Any) -> "Ring":
         """The same devices, tokens and chunk as a ring of another kind."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Ring)}
         return kind(**fields, **more)
@@ -138,7 +163,7 @@ def ring_forward(
       out [B, T, n, V] and lse [B, T, n] in the accumulation dtype.
     """
 
-    def body(step, state):
+    def body(step: int | jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         kv, carry = state
         return ring.rotate(kv), ring.attend(step, q, kv, carry)
 
@@ -160,10 +185,10 @@ def ring_backward(
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
     """dq and dk, dv (side by side) of `ring_forward`, in the accumulation dtype."""
 
-    def part(step, kv, rows):
+    def part(step: int | jax.Array, kv: jax.Array, rows: Any) -> Any:
         return ring.pull_back(step, kv, rows, q, dout, lse, delta)
 
-    def join(first, rest):
+    def join(first: list[jax.Array], rest: tuple[jax.Array, jax.Array]) -> Any:
         dq = first[0], rest[0]
         return _all_rows(*dq, q.shape[1]), first[1] + rest[1]
 
@@ -177,7 +202,7 @@ def turn(
     own_rows: list[slice],
     *,
     add: Callable[[Any, Any], Any],
-    join: Callable[[tuple, tuple], tuple],
+    join: Callable[[Any, Any], Any],
 ) -> tuple[Any, Any]:
     """One turn of a ring in which sums follow the visitors that they belong to.
 
@@ -200,13 +225,18 @@ def turn(
     if not last:
         return part(0, visitor, ALL)
 
-    def late(step, visitor, stays, travels):
+    def late(
+        step: int | jax.Array,
+        visitor: jax.Array | tuple[jax.Array, jax.Array],
+        stays: jax.Array | None,
+        travels: jax.Array,
+    ) -> Any:
         """One step after the first: the sum arrives while this step's part is made."""
         arrived = ring.rotate(travels)
         more, new = part(step, visitor, ALL)
         return _sum(stays, more), add(arrived, new)
 
-    def body(step, state):
+    def body(step: int | jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         visitor, *sums = state
         return together(ring.rotate(visitor), *late(step, visitor, *sums))
 
@@ -224,7 +254,7 @@ def turn(
     return together(_sum(stays, home[0]), add(arrived, home[1]))
 
 
-def together(*values):
+def together(*values: Any) -> Any:
     """The values, none of them there before the others.
 
     A hop then has no later work to wait beside: schedulers would leave some without.
@@ -232,7 +262,7 @@ def together(*values):
     return lax.optimization_barrier(values)
 
 
-def _all_rows(dq, more, length):
+def _all_rows(dq: jax.Array, more: jax.Array, length: int) -> jax.Array:
     """dq of all rows: `more` goes on after those of `dq`, or into its last ones.
 
     Rows that neither has are 0.
@@ -243,10 +273,12 @@ def _all_rows(dq, more, length):
     return jnp.pad(dq, [(0, 0), (0, length - dq.shape[1]), (0, 0), (0, 0)])
 
 
-def _sum(a, b):
+def _sum(a: jax.Array | None, b: jax.Array | None) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _loop(start, stop, body, state):
+def _loop(
+    start: int, stop: int, body: Callable[..., Any], state: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """A loop in the compiled program; none when it has no trips."""
     return lax.fori_loop(start, stop, body, state) if start < stop else state

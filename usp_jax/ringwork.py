@@ -12,6 +12,7 @@ All of it is numpy, on the host.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -40,7 +41,7 @@ class RingWork:
         """The sum over steps of the most pairs of a shard, over the mean of a shard."""
         return self._over_mean(by_step(self.pairs).max(1).sum())
 
-    def _over_mean(self, pairs):
+    def _over_mean(self, pairs: np.integer) -> float:
         total = self.pairs.sum()
         return float(pairs * len(self.pairs) / total) if total else 1.0
 
@@ -83,7 +84,9 @@ def ring_balance(
     return RingWork(_pairs(positions[real], ids[real], shards[real], ring, rule))
 
 
-def _pairs(positions, ids, shards, ring, rule):
+def _pairs(
+    positions: np.ndarray, ids: np.ndarray, shards: np.ndarray, ring: int, rule: Any
+) -> np.ndarray:
     """int64 [R, R] of tokens that are all real."""
     pairs = np.zeros((ring, ring), np.int64)
     if not len(positions):
@@ -106,20 +109,20 @@ def _pairs(positions, ids, shards, ring, rule):
     return pairs
 
 
-def by_step(pairs):
+def by_step(pairs: np.ndarray) -> np.ndarray:
     """W [R, R] by (shard of queries, of keys) -> by (step, shard of queries)."""
     r = np.arange(len(pairs))
     return pairs[r[None], (r[None] - r[:, None]) % len(pairs)]
 
 
-def _row_of(name, x):
+def _row_of(name: str, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     if x.ndim != 1 or not np.issubdtype(x.dtype, np.integer):
         raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, it must be integers [T]")
     return x.astype(np.int64)
 
 
-def check_positive(name: str, value) -> None:
+def check_positive(name: str, value: int) -> None:
     """Checks that a size is an int, 1 or greater."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < 1:

@@ -2,6 +2,9 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
+
+import jax
 
 from usp_jax.all_gather import gather_backward, gather_forward
 from usp_jax.both_ways import BothWays
@@ -24,18 +27,32 @@ class Schedule:
     name: str = "unidirectional"
     inner: int | None = None
 
-    def forward(self, ring: Ring, q, kv, carry):
+    def forward(
+        self,
+        ring: Ring,
+        q: jax.Array,
+        kv: jax.Array,
+        carry: tuple[jax.Array, jax.Array] | None,
+    ) -> Any:
         """Attention of this device's queries to all keys: `ring_forward`."""
         return self._way(ring)[0](q, kv, carry)
 
-    def backward(self, ring: Ring, q, kv, dout, lse, delta):
+    def backward(
+        self,
+        ring: Ring,
+        q: jax.Array,
+        kv: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+    ) -> Any:
         """Its gradients: `ring_backward`."""
         return self._way(ring)[1](q, kv, dout, lse, delta)
 
-    def _way(self, ring):
+    def _way(self, ring: Ring) -> Any:
         """The two functions that go this way round the ring."""
-        way = ring_forward, ring_backward
-        args = (ring,)
+        way: tuple[Any, Any] = ring_forward, ring_backward
+        args: tuple[Any, ...] = (ring,)
         if ring.devices > 1:
             match self.name:
                 case "all_gather":

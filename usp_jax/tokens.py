@@ -64,7 +64,7 @@ def gather_tokens(
 ) -> RingTokens:
     """All shards' tokens from this device's; `length` tokens make a ring shard."""
 
-    def gather(x):
+    def gather(x: Any) -> jax.Array | None:
         if x is None:
             return None
         if ulysses_axis is not None:

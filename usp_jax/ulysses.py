@@ -9,7 +9,9 @@ tables below say which. Lower case letters are this device's share.
 import dataclasses
 import functools
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -114,7 +116,9 @@ def to_seq(
     return _all_to_all(x, axis_name, split=1, concat=2)
 
 
-def _all_to_all(x, axis_name, split, concat):
+def _all_to_all(
+    x: jax.Array, axis_name: str | None, split: int, concat: int
+) -> jax.Array:
     if axis_name is None or lax.axis_size(axis_name) == 1:
         return x
     return lax.all_to_all(
@@ -151,7 +155,7 @@ def kv_to_heads(
 
 
 def kv_to_seq(
-    dkv: Float[Array, "B S m D"], heads: Heads, axis_name: str | None, dtype
+    dkv: Float[Array, "B S m D"], heads: Heads, axis_name: str | None, dtype: Any
 ) -> Float[Array, "B s K D"]:
     """The transpose of `kv_to_heads`, in `dtype`.
 
@@ -178,17 +182,17 @@ def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chun
         return chunk
     table = jnp.asarray(groups)[index]
 
-    def forward(q, k, v, mask, carry, logits):
+    def forward(q: Any, k: Any, v: Any, mask: Any, carry: Any, logits: Any) -> Any:
         k, v = (jnp.take(x, table, axis=2) for x in (k, v))
         return chunk.forward(q, k, v, mask, carry, logits)
 
-    def backward(q, k, v, *args):
+    def backward(q: Any, k: Any, v: Any, *args: Any) -> Any:
         expanded = (jnp.take(x, table, axis=2) for x in (k, v))
-        dq, *dkv = chunk.backward(q, *expanded, *args)
+        dq, *dkv = chunk.backward(q, *expanded, *args)  # type: ignore[arg-type]
         dk, dv = (
             jnp.zeros_like(dx, shape=x.shape).at[:, :, table].add(dx)
             for x, dx in zip((k, v), dkv, strict=True)
         )
         return dq, dk, dv
 
-    return Chunk(forward, backward)
+    return Chunk(forward, backward)  # type: ignore[arg-type]

@@ -100,7 +100,14 @@ FACTS = Facts(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def usp(call: Call, q, k, v, sinks, facts: Facts):
+def usp(
+    call: Call,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    facts: Facts,
+) -> tuple[jax.Array, None] | tuple[jax.Array, jax.Array]:
     """Attention; (out, lse or None), in the order of the inputs.
 
     Args:
@@ -110,7 +117,14 @@ def usp(call: Call, q, k, v, sinks, facts: Facts):
     return _usp_fwd(call, q, k, v, sinks, facts)[0]
 
 
-def _usp_fwd(call, q, k, v, sinks, facts):
+def _usp_fwd(
+    call: Call,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    facts: Facts,
+) -> tuple[Any, ...]:
     run = call.shards.run
     q, kv = run(partial(_to_heads, call), (SEQ, SEQ, SEQ), (HEADS, HEADS))(q, k, v)
     q, kv = checkpoint_name(q, "usp_q"), checkpoint_name(kv, "usp_kv")
@@ -126,7 +140,11 @@ def _usp_fwd(call, q, k, v, sinks, facts):
     return (result, residual), (q, kv, out, lse, sinks, facts)
 
 
-def _usp_bwd(call, saved, cotangents):
+def _usp_bwd(
+    call: Call,
+    saved: Any,
+    cotangents: tuple[jax.Array, None] | tuple[jax.Array, jax.Array],
+) -> Any:
     backward = call.shards.run(
         partial(_backward, call),
         (HEADS, HEADS, HEADS, HEADS, BY_HEAD, FACTS, SEQ, SEQ),
@@ -140,13 +158,17 @@ def _usp_bwd(call, saved, cotangents):
 usp.defvjp(_usp_fwd, _usp_bwd)
 
 
-def _to_heads(call, q, k, v):
+def _to_heads(
+    call: Call, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     axis = call.shards.ulysses
     q = to_heads(pad_heads(q, call.heads), axis)
     return q, kv_to_heads(side_by_side(k, v), call.heads, axis)
 
 
-def attend(call: Call, q, kv, sinks, facts: Facts):
+def attend(
+    call: Call, q: jax.Array, kv: jax.Array, sinks: jax.Array | None, facts: Facts
+) -> tuple[jax.Array, jax.Array]:
     """out and lse of this device's heads, from keys and values of the same heads."""
     ring = _ring(call, q, kv, facts)
     before = _before(call, q, kv.shape[-1] - q.shape[-1], sinks)
@@ -158,11 +180,21 @@ def attend(call: Call, q, kv, sinks, facts: Facts):
     return out.astype(q.dtype), lse
 
 
-def _to_seq(call, x):
+def _to_seq(call: Call, x: jax.Array) -> jax.Array:
     return to_seq(x, call.shards.ulysses)[:, :, : call.heads.num_heads]
 
 
-def _backward(call, q, kv, out, lse, sinks, facts, dresult, dresidual):
+def _backward(
+    call: Call,
+    q: jax.Array,
+    kv: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    sinks: jax.Array | None,
+    facts: Facts,
+    dresult: jax.Array,
+    dresidual: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, None] | tuple[jax.Array, ...]:
     axis = call.shards.ulysses
     dout = to_heads(pad_heads(dresult, call.heads), axis)
     dlse = None
@@ -174,7 +206,17 @@ def _backward(call, q, kv, out, lse, sinks, facts, dresult, dresidual):
     return dq, dk, dv, dsinks
 
 
-def pull_back(call: Call, q, kv, out, lse, sinks, facts: Facts, dout, dlse):
+def pull_back(
+    call: Call,
+    q: jax.Array,
+    kv: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    sinks: jax.Array | None,
+    facts: Facts,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+) -> Any:
     """dq, dk and dv side by side, and the sinks' gradient, of `attend`."""
     delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
     if dlse is not None:
@@ -186,12 +228,12 @@ def pull_back(call: Call, q, kv, out, lse, sinks, facts: Facts, dout, dlse):
     return dq, dkv, dsinks
 
 
-def _ring(call, q, kv, facts):
+def _ring(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
     """The ring as this device sees it; gathers what masks ask of all its shards."""
     shards = call.shards
     sides = facts.positions, facts.segment_ids
 
-    def gather(side, length):
+    def gather(side: Any, length: int) -> Any:
         positions, segment_ids = (None if x is None else x[side] for x in sides)
         return gather_tokens(
             positions,
@@ -218,13 +260,13 @@ def _ring(call, q, kv, facts):
     )
 
 
-def two_sided(layouts, *sides) -> bool:
+def two_sided(layouts: tuple[str, str], *sides: Any) -> bool:
     """Whether anything is told of queries and of keys apart."""
     pairs = [x for x in sides if x is not None and len(x) > 1]
     return bool(pairs) or layouts[0] != layouts[1]
 
 
-def _logits(call, facts):
+def _logits(call: Call, facts: Facts) -> Logits:
     """The rule of the logits of this device's rows and heads."""
     slopes = dropout = None
     if facts.slopes is not None:
@@ -235,7 +277,7 @@ def _logits(call, facts):
     return dataclasses.replace(call.logits, slopes=slopes, dropout=dropout)
 
 
-def _own_heads(call, x):
+def _own_heads(call: Call, x: jax.Array) -> jax.Array:
     """What belongs to this device's heads: [N] -> [n]"""
     heads = call.heads
     x = jnp.pad(x, (0, heads.padded - heads.num_heads))
@@ -243,7 +285,9 @@ def _own_heads(call, x):
     return x[call.shards.index(call.shards.ulysses)]
 
 
-def _before(call, q, value_size, sinks):
+def _before(
+    call: Call, q: jax.Array, value_size: int, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array] | None:
     """The carry before the ring: a sink is a key that was seen, whose value is 0."""
     if sinks is None:
         return None
@@ -253,7 +297,9 @@ def _before(call, q, value_size, sinks):
     return out, jnp.zeros_like(out[..., 0]) + sinks[None, None]
 
 
-def _dsinks(call, sinks, lse, delta):
+def _dsinks(
+    call: Call, sinks: jax.Array, lse: jax.Array, delta: jax.Array
+) -> jax.Array:
     """The sinks' gradient: [N]"""
     local = _own_heads(call, sinks.astype(lse.dtype))
     weight = jnp.exp(local[None, None] - lse)

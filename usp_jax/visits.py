@@ -9,7 +9,9 @@ from the layout's runs of positions; the two functions below make those visits.
 
 import dataclasses
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -53,7 +55,14 @@ def static_visits(ring: Ring) -> tuple[Visit, ...] | None:
 
 
 @functools.cache
-def _visits(q_layout, kv_layout, rule: MaskRule, size, q_length, kv_length):
+def _visits(
+    q_layout: str,
+    kv_layout: str,
+    rule: MaskRule,
+    size: int,
+    q_length: int,
+    kv_length: int,
+) -> Any:
     """One visit for each offset at which anything is seen, but the own one.
 
     None where those are more than MAX_VISITS.
@@ -80,8 +89,8 @@ def _visits(q_layout, kv_layout, rule: MaskRule, size, q_length, kv_length):
         return None
     visits = []
     for offset in sorted(offsets, key=lambda s: (min(s, size - s), s)):
-        pairs = [(j, (j + offset) % size) for j in range(size)]
-        pairs = tuple((j, i) for j, i in pairs if some[i, j])
+        hops = ((j, (j + offset) % size) for j in range(size))
+        pairs = tuple((j, i) for j, i in hops if some[i, j])
         rows = slice(
             int(min(start[i, j] for j, i in pairs)),
             int(max(stop[i, j] for j, i in pairs)),
@@ -125,7 +134,7 @@ def visits_backward(
     if not visits:
         return ring.pull_back(0, kv, slice(None), *ours)
 
-    def send(kv, visit):
+    def send(kv: jax.Array, visit: Visit) -> Any:
         # As v, k: a compiler that took this send for the forward's would make it once
         # for both, and keep all that arrived until now.
         k, v = apart(kv[:, visit.rows], q.shape[-1])
@@ -155,12 +164,12 @@ def visits_backward(
     return together(dq + dq_own, home)
 
 
-def _brought_home(ring, visit, part, home):
+def _brought_home(ring: Ring, visit: Any, part: Any, home: jax.Array) -> jax.Array:
     """dk, dv of the tokens that a visit sent, added where they came from."""
     back = [(i, j) for j, i in visit.pairs]
     return home.at[:, visit.rows].add(ring.send(part, back))
 
 
-def _mask(ring, visit):
+def _mask(ring: Ring, visit: Visit) -> Any:
     kv = ring.kv_tokens.shard((ring.index - visit.offset) % ring.devices)
     return ring.mask(kv.cut(visit.rows))

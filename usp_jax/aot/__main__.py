@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(report.fits for report in reports.values()) else 1
 
 
-def _reports(args) -> dict[str, aot.Report]:
+def _reports(args: Any) -> dict[str, aot.Report]:
     topology = aot.topology(args.topology)
     sizes = {role: getattr(args, role) for role in ROLES}
     mesh = usp_jax.make_mesh(devices=topology.devices, **sizes)
     spec = jax.P(("data", "fsdp"), ("ring", "ulysses"), "tensor")
     sharding = NamedSharding(mesh, spec)
 
-    def struct(heads):
+    def struct(heads: Any) -> Any:
         shape = (args.batch, args.length, heads, args.head_size)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype), sharding=sharding)
 
-    def attention(query, key, value):
+    def attention(query: Any, key: Any, value: Any) -> Any:
         return usp_jax.usp_attention(
             query,
             key,
@@ -70,7 +71,7 @@ def _reports(args) -> dict[str, aot.Report]:
     return {"forward": aot.compile(attention, *arguments, compiler_options=options)}
 
 
-def _parser():
+def _parser() -> Any:
     parser = argparse.ArgumentParser(
         prog="python -m usp_jax.aot",
         description="Compiles usp_attention for a machine that is not here: bytes a "

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,8 +108,8 @@ class Report:
 
 
 def compile(
-    fn: Callable,
-    *shapes,
+    fn: Callable[..., Any],
+    *shapes: Any,
     compiler_options: Options | None = None,
     topology: Topology | None = None,
     unknown_trips: int | None = None,
@@ -135,8 +136,8 @@ def compile(
 
 
 def compile_vjp(
-    fn: Callable,
-    *shapes,
+    fn: Callable[..., Any],
+    *shapes: Any,
     compiler_options: Options | None = None,
     topology: Topology | None = None,
 ) -> tuple[Report, Report]:
@@ -151,7 +152,7 @@ def compile_vjp(
       gradients of all arguments from residuals and cotangents.
     """
 
-    def forward(*arguments):
+    def forward(*arguments: Any) -> Any:
         return jax.vjp(fn, *arguments)
 
     report, executable = _compile(forward, shapes, compiler_options, topology, None)
@@ -164,14 +165,16 @@ def compile_vjp(
     )
     result, pull_back = given
 
-    def backward(pull_back, cotangent):
+    def backward(pull_back: Any, cotangent: Any) -> Any:
         return pull_back(cotangent)
 
     arguments = (pull_back, result)
     return report, _compile(backward, arguments, compiler_options, topology, None)[0]
 
 
-def _compile(fn, shapes, compiler_options, topology, unknown_trips):
+def _compile(
+    fn: Any, shapes: Any, compiler_options: Any, topology: Any, unknown_trips: Any
+) -> Any:
     """The report, and the compiled program or None."""
     shapes = _placed(shapes, topology)
     device, devices, mesh = _target(shapes, topology)
@@ -193,7 +196,7 @@ def _compile(fn, shapes, compiler_options, topology, unknown_trips):
         text = re.sub(r"\s+", " ", str(error)).strip()
         return Report(device, devices, False, seconds, error=text), None
     seconds = time.perf_counter() - start
-    memory = executable.memory_analysis()
+    memory: Any = executable.memory_analysis()
     costs = executable.cost_analysis() or {}
     flops = costs.get("flops")
     # With buffers in the host's memory the GPU compiler's peak is theirs.
@@ -211,12 +214,12 @@ def _compile(fn, shapes, compiler_options, topology, unknown_trips):
         host_bytes=_host_bytes(memory),
         vmem_bytes=_vmem_bytes(executable) if device.platform == "tpu" else None,
         flops=None if flops is None else float(flops),
-        collectives=compiled.collectives(executable, unknown_trips=unknown_trips),
+        collectives=compiled.collectives(executable, unknown_trips=unknown_trips),  # type: ignore[arg-type]
     )
     return report, executable
 
 
-def _allocated(memory):
+def _allocated(memory: Any) -> Any:
     """All that the device sets aside, of which parts may share memory in time."""
     return (
         memory.argument_size_in_bytes
@@ -226,7 +229,7 @@ def _allocated(memory):
     )
 
 
-def _host_bytes(memory):
+def _host_bytes(memory: Any) -> Any:
     """Arguments, outputs that are none of them, and temporaries."""
     return (
         memory.host_argument_size_in_bytes
@@ -236,14 +239,14 @@ def _host_bytes(memory):
     )
 
 
-def _vmem_bytes(executable):
+def _vmem_bytes(executable: Any) -> Any:
     """What the program's text says of the vector memory that its parts use."""
     used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+",'
     sizes = re.findall(used + r'"size":"(\d+)"', executable.as_text())
     return max(map(int, sizes), default=None)
 
 
-def _placed(shapes, topology):
+def _placed(shapes: Any, topology: Any) -> Any:
     """The shapes, those without a sharding put on the topology's first device."""
     shardings = {x.sharding for x in jax.tree.leaves(shapes)}
     if topology is None or shardings != {None}:
@@ -256,7 +259,7 @@ def _placed(shapes, topology):
     )
 
 
-def _target(shapes, topology):
+def _target(shapes: Any, topology: Any) -> Any:
     """The facts of the device, the number of devices, and the mesh or None."""
     leaves = jax.tree.leaves(shapes)
     shardings = [x.sharding for x in leaves if x.sharding is not None]

@@ -3,6 +3,8 @@
 Only fields that every supported jax knows: an unknown one is refused.
 """
 
+from typing import Any
+
 from usp_jax.aot.devices import Gpu
 
 # xla.PrimitiveType of the rates that XLA's cost model asks for.
@@ -72,7 +74,7 @@ device_description_str: "{gpu.kind}"
 """
 
 
-def _rates(gpu, units, operations):
+def _rates(gpu: Any, units: Any, operations: Any) -> Any:
     """How many operations a clock each of the units of a core makes, by type.
 
     One unit stands for all lanes.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 
@@ -47,8 +48,8 @@ def topology(name: str) -> Topology:
     device, sizes = _parse(name)
     if device.platform == "tpu":
         # A host has 2x2 chips, but one where a side of the slice is odd.
-        host = tuple(1 if size % 2 else 2 for size in (*sizes, 1)[:2])
-        devices = plugins.tpu_devices(name, (*host, 1))
+        x, y = (1 if size % 2 else 2 for size in (*sizes, 1)[:2])
+        devices = plugins.tpu_devices(name, (x, y, 1))
     else:
         devices = plugins.cuda_devices(target_text(device), *sizes)
     return Topology(name, device, tuple(devices))
@@ -59,7 +60,7 @@ def known() -> tuple[str, ...]:
     return tuple(device.example for device in (*TPUS, *GPUS))
 
 
-def _parse(name):
+def _parse(name: Any) -> Any:
     kind, _, shape = name.partition(":")
     device = next((d for d in (*TPUS, *GPUS) if d.name == kind), None)
     if device is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from usp_jax.compiled.groups import Groups, parse_groups
 from usp_jax.compiled.hlo import (
@@ -166,7 +166,15 @@ def by_kind(found: Iterable[Collective]) -> dict[str, Total]:
 def table(found: Iterable[Collective]) -> str:
     """The collectives as lines of text, one each, and the sum of what is sent."""
     found = tuple(found)
-    head = ("kind", "times", "dtype", "operand", "sent", "sent in all", "devices")
+    head: tuple[str, ...] = (
+        "kind",
+        "times",
+        "dtype",
+        "operand",
+        "sent",
+        "sent in all",
+        "devices",
+    )
     head += ("beside work", "at")
     rows: list[tuple[str, ...]] = [head]
     for one in found:
@@ -189,7 +197,7 @@ def table(found: Iterable[Collective]) -> str:
 class _Walk:
     """Follows a program from its entry and notes the collectives."""
 
-    def __init__(self, module: Module, unknown_trips: int | None):
+    def __init__(self, module: Module, unknown_trips: int | None) -> None:
         self.module = module
         self.found: dict[tuple[str, str], Collective] = {}
         self._trips = Trips(module)
@@ -197,7 +205,15 @@ class _Walk:
         self._unknown_trips = unknown_trips
         self._has: dict[str, bool] = {}
 
-    def enter(self, computation, arguments, executions, *, start=None, branch=False):
+    def enter(
+        self,
+        computation: Computation,
+        arguments: tuple[Any, ...],
+        executions: int,
+        *,
+        start: tuple[Computation, Instruction] | None = None,
+        branch: bool = False,
+    ) -> None:
         """Notes what `executions` runs of a computation do.
 
         Args:
@@ -217,7 +233,9 @@ class _Walk:
                     branch=branch or instruction.opcode == "conditional",
                 )
 
-    def _runs(self, instruction, values):
+    def _runs(
+        self, instruction: Instruction, values: dict[str, None] | dict[str, Any]
+    ) -> Any:
         """(computation, arguments, times) of what an instruction runs."""
         called = [self.module.computations[name] for name in instruction.called]
         if not any(self._has_collective(inner) for inner in called):
@@ -233,7 +251,7 @@ class _Walk:
             return [(inner, (operand,), 1) for inner, operand in branches]
         return [(inner, operands, 1) for inner in called]
 
-    def _count(self, loop, state):
+    def _count(self, loop: Instruction, state: Any) -> int:
         trips = self._trips.count(loop, state)
         if trips is None:
             trips = self._unknown_trips
@@ -244,7 +262,7 @@ class _Walk:
             )
         return trips
 
-    def _has_collective(self, computation):
+    def _has_collective(self, computation: Computation) -> bool:
         name = computation.name
         if name not in self._has:
             self._has[name] = any(
@@ -257,7 +275,15 @@ class _Walk:
             )
         return self._has[name]
 
-    def _note(self, kind, computation, instruction, executions, start, branch):
+    def _note(
+        self,
+        kind: str,
+        computation: Computation,
+        instruction: Instruction,
+        executions: int,
+        start: tuple[Computation, Instruction] | None,
+        branch: bool,
+    ) -> None:
         key = (computation.name, instruction.name)
         if before := self.found.get(key):
             executions += before.executions
@@ -280,7 +306,7 @@ class _Walk:
             op_name=name[1] if name else "",
         )
 
-    def _groups(self, instruction):
+    def _groups(self, instruction: Instruction) -> tuple[Any, ...]:
         pairs = instruction.attribute("source_target_pairs")
         if pairs is None and instruction.opcode == "send":
             match = re.search(
@@ -292,7 +318,9 @@ class _Walk:
         return parse_groups(text, self.module.num_devices)
 
 
-def _start(computation, instruction, inner=None):
+def _start(
+    computation: Computation, instruction: Instruction, inner: Computation | None = None
+) -> tuple[Computation, Instruction] | None:
     """The two, where the instruction puts something (what it runs) in flight."""
     starts = instruction.opcode.endswith("-start")
     if inner is not None:
@@ -311,7 +339,7 @@ def _kind(computation: Computation, instruction: Instruction) -> str | None:
     return None if _continues(computation) else kind
 
 
-def _continues(computation):
+def _continues(computation: Computation) -> bool:
     """Whether a TPU fusion is a later piece of a collective that another one starts.
 
     There a collective in flight is written again in every fusion that it overlaps.
@@ -321,7 +349,7 @@ def _continues(computation):
     return 'custom_call_target="AsyncCollectiveDone"' in computation.root.attributes
 
 
-def _result(kind, computation, instruction) -> Shapes:
+def _result(kind: str, computation: Computation, instruction: Instruction) -> Shapes:
     """The shape of what a collective gives, without what a start adds to it."""
     if kind == "send":
         return ()
@@ -329,10 +357,11 @@ def _result(kind, computation, instruction) -> Shapes:
         return computation.root.shape
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (operands, results, context...): a single operand stands without a tuple.
-        return instruction.shape[1]
+        shape: Any = instruction.shape
+        return shape[1]
     return instruction.shape
 
 
-def _data(shapes):
+def _data(shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     """Operands that hold data: a send also takes a token."""
     return tuple(leaf for leaf in leaves(shapes) if leaf.num_bytes)

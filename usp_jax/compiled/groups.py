@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from usp_jax.compiled.hlo import split
 
@@ -38,7 +40,7 @@ def parse_groups(text: str, num_devices: int) -> Groups:
     return tuple(_integers(row) for row in _ROW.findall(text))
 
 
-def _over_mesh(axes, ids, over):
+def _over_mesh(axes: str, ids: Any, over: str) -> tuple[Any, ...]:
     """Groups of the devices that differ only in their places along some axes."""
     sizes = {}
     for axis in split(axes):
@@ -67,7 +69,7 @@ def _over_mesh(axes, ids, over):
     return _rows([devices[i] for i in places], size)
 
 
-def _span(axis, sizes):
+def _span(axis: str, sizes: dict[str, int]) -> tuple[str, int, int]:
     """(name, parts before, parts up to its end) of `'a'` or of a factor `'a':(2)4`."""
     if match := _SUB_AXIS.fullmatch(axis):
         start, size = int(match[2]), int(match[3])
@@ -75,7 +77,7 @@ def _span(axis, sizes):
     return axis, 1, sizes[axis]
 
 
-def _order_of(ids):
+def _order_of(ids: Any) -> Any:
     """The devices of a mesh: numbers, an iota, or one as [2,4]T(1,0)."""
     if "<=" in ids:
         return _iota(ids)[1]
@@ -85,7 +87,7 @@ def _order_of(ids):
     return _integers(ids)
 
 
-def _iota(text):
+def _iota(text: str) -> tuple[tuple[int, int], list[int]]:
     match = _IOTA.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not an iota")
@@ -95,7 +97,7 @@ def _iota(text):
     return _integers(dims), _transposed(shape, order)
 
 
-def _transposed(shape, order):
+def _transposed(shape: Sequence[int], order: Any) -> list[int]:
     """An iota of `shape`, transposed and flattened."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     places = itertools.product(*(range(shape[axis]) for axis in order))
@@ -105,9 +107,9 @@ def _transposed(shape, order):
     ]
 
 
-def _rows(devices, size):
+def _rows(devices: list[int], size: int) -> tuple[Any, ...]:
     return tuple(tuple(devices[i : i + size]) for i in range(0, len(devices), size))
 
 
-def _integers(text):
+def _integers(text: str) -> tuple[Any, ...]:
     return tuple(int(x) for x in text.split(",") if x.strip())

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import re
+from typing import Any
 
 # What an instruction runs, by attribute: all of it once, except a while loop's.
 _CALLS = (
@@ -95,14 +96,14 @@ class Instruction:
                 return f"{value}, {following}" if ids else value
         return None
 
-    def _names(self, key):
+    def _names(self, key: str) -> Any:
         value = self.attribute(key)
         if value is None:
             return ()
         return tuple(name.strip().lstrip("%") for name in value.strip("{}").split(","))
 
     @functools.cached_property
-    def _pieces(self):
+    def _pieces(self) -> list[str]:
         return split(_QUOTED.sub("", self.attributes).removeprefix(", "))
 
 
@@ -219,7 +220,7 @@ def split(text: str) -> list[str]:
     return [*pieces, text[start:].strip()]
 
 
-def _instruction(line):
+def _instruction(line: str) -> Instruction:
     match = _INSTRUCTION.match(line)
     if match is None:
         raise ValueError(f"{line.strip()[:80]!r} is not an instruction of HLO")
@@ -245,7 +246,7 @@ def _instruction(line):
 _PARENTHESIS = re.compile(r'[()]|"(?:[^"\\]|\\.)*"')
 
 
-def _closing(line, start):
+def _closing(line: str, start: int) -> int:
     """Where the parenthesis closes that opens at `start`."""
     depth = 0
     for match in _PARENTHESIS.finditer(line, start):
@@ -255,11 +256,11 @@ def _closing(line, start):
     raise ValueError(f"{line.strip()[:80]!r} breaks off")
 
 
-def _count(head, key):
+def _count(head: str, key: Any) -> int:
     match = re.search(rf"{key}=(\d+)", head)
     return int(match[1]) if match else 1
 
 
-def _digits(dtype):
+def _digits(dtype: str) -> int | str:
     match = re.search(r"\d+", dtype)
     return match[0] if match else 0

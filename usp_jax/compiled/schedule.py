@@ -17,7 +17,7 @@ _PASSES_ON = ("get-tuple-element", "async-update", "bitcast")
 class Schedule:
     """Follows what stands between the start and the done of asynchronous operations."""
 
-    def __init__(self, module: Module):
+    def __init__(self, module: Module) -> None:
         self._module = module
         self._has_work: dict[str, bool] = {}
 
@@ -39,7 +39,7 @@ class Schedule:
                 found.append(instruction.name)
         return tuple(found)
 
-    def _passes_on(self, instruction):
+    def _passes_on(self, instruction: Instruction) -> bool:
         """Whether what is in flight goes through this and stays in flight."""
         if instruction.opcode in _PASSES_ON:
             return True
@@ -48,14 +48,14 @@ class Schedule:
             "async_collective_fusion"
         )
 
-    def _is_work(self, instruction):
+    def _is_work(self, instruction: Instruction) -> bool:
         if instruction.opcode in ("dot", "convolution", "ragged-dot", "scaled-dot"):
             return True
         if instruction.opcode == "custom-call":
             return _KERNELS.search(instruction.attributes) is not None
         return any(self._computes(name) for name in instruction.called)
 
-    def _computes(self, name):
+    def _computes(self, name: str) -> bool:
         if name not in self._has_work:
             instructions = self._module.computations[name].instructions
             self._has_work[name] = any(map(self._is_work, instructions))

@@ -8,6 +8,7 @@ loops that pass them on unchanged. A value that is not followed is None.
 
 import dataclasses
 import re
+from typing import Any
 
 from usp_jax.compiled.hlo import Computation, Instruction, Module, Shape, leaves
 
@@ -47,7 +48,7 @@ Value = Integer | Comparison | tuple["Value", ...] | None
 class Trips:
     """Follows the integers of one program."""
 
-    def __init__(self, module: Module):
+    def __init__(self, module: Module) -> None:
         self._module = module
         self._steps: dict[str, tuple[Value, ...] | None] = {}
 
@@ -95,7 +96,9 @@ class Trips:
             self._steps[body.name] = after if isinstance(after, tuple) else None
         return self._steps[body.name]
 
-    def _value(self, instruction, values, arguments):
+    def _value(
+        self, instruction: Instruction, values: Any, arguments: Any
+    ) -> Comparison | Integer | tuple[Any, ...] | None:
         opcode = instruction.opcode
         if opcode == "parameter":
             index = int(instruction.arguments)
@@ -108,7 +111,7 @@ class Trips:
         if opcode == "tuple":
             return tuple(operands)
         if opcode == "get-tuple-element":
-            index = int(instruction.attribute("index"))
+            index = int(instruction.attribute("index") or 0)
             return operands[0] and operands[0][index]
         if opcode in ("add", "subtract"):
             return _sum(opcode, *operands)
@@ -122,7 +125,7 @@ class Trips:
         return None
 
 
-def _constant(instruction):
+def _constant(instruction: Instruction) -> Integer | None:
     literal = instruction.arguments.strip()
     is_scalar = instruction.shape == Shape(leaves(instruction.shape)[0].dtype, ())
     if is_scalar and re.fullmatch(r"-?\d+", literal):
@@ -130,11 +133,11 @@ def _constant(instruction):
     return None
 
 
-def _is_scalar(instruction):
+def _is_scalar(instruction: Instruction) -> bool:
     return all(not leaf.dims for leaf in leaves(instruction.shape))
 
 
-def _sum(opcode, left, right):
+def _sum(opcode: str, left: Integer | None, right: Integer | None) -> Any:
     if not isinstance(left, Integer) or not isinstance(right, Integer):
         return None
     if opcode == "add" and left.element is None:
@@ -145,13 +148,15 @@ def _sum(opcode, left, right):
     return Integer(left.offset + sign * right.offset, left.element)
 
 
-def _comparison(direction, left, right):
+def _comparison(
+    direction: Any, left: Integer | None, right: Integer | None
+) -> Comparison | None:
     if isinstance(left, Integer) and isinstance(right, Integer):
         return Comparison(direction, left, right)
     return None
 
 
-def _count(asked, state, steps):
+def _count(asked: Comparison, state: Any, steps: tuple[Any, ...]) -> int | None:
     """Trips of the loop that asks this of its state before every trip."""
     if asked.left.element is None:
         asked = Comparison(
@@ -169,7 +174,7 @@ def _count(asked, state, steps):
     return _trips(asked.direction, distance, step.offset)
 
 
-def _trips(direction, distance, step):
+def _trips(direction: str, distance: int, step: int) -> Any:
     """Trips of `while counter < bound: counter += step`, from bound - start."""
     if direction in ("GT", "GE"):
         direction, distance, step = _FLIPPED[direction], -distance, -step

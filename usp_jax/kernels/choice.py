@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Target:
     capability: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, device) -> "Target":
+    def of(cls, device: Any) -> "Target":
         """A `jax.Device`, or a `jax.sharding.AbstractDevice`, as a target."""
         nvidia_or_amd = device.platform in ("gpu", "cuda", "rocm")
         platform = "gpu" if nvidia_or_amd else device.platform
@@ -89,7 +90,11 @@ class Kernel:
     automatic: bool = False
 
     def refusal(
-        self, target: Target, dtype, head_size: int, needs: tuple[str, ...] = ()
+        self,
+        target: Target,
+        dtype: Any,
+        head_size: int,
+        needs: tuple[str, ...] = (),
     ) -> str | None:
         """Why it cannot run a call; None when it can."""
         if self.platform not in (None, target.platform):
@@ -166,7 +171,7 @@ def choose(
     implementation: str | None,
     *,
     target: Target,
-    dtype,
+    dtype: Any,
     head_size: int,
     needs: tuple[str, ...] = (),
 ) -> str:
@@ -219,7 +224,7 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
     return target
 
 
-def _default_device():
+def _default_device() -> Any:
     device = jax.config.jax_default_device
     if device is None:
         return jax.devices()[0]

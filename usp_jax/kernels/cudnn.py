@@ -8,7 +8,9 @@ Each rounding is relative to its part and parts get smaller as the ring gets lon
 that the error is about √2 times that of one rounding at any ring. lse is float32.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,14 @@ from usp_jax.merge import merge
 _PIECE = 8
 
 
-def chunk_forward(q, k, v, mask, carry, logits):
+def chunk_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Any,
+    carry: Any,
+    logits: Any,
+) -> Any:
     """Attention of q over k, v, merged into `carry`."""
     attend = partial(_attend, logits.scale, v.shape[3])
     arrays = _of_one_size(q, k, v)
@@ -32,7 +41,16 @@ def chunk_forward(q, k, v, mask, carry, logits):
     return carry
 
 
-def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
+def chunk_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    mask: Any,
+    logits: Any,
+) -> Any:
     """dq, dk, dv of one chunk from the global lse and delta."""
     pull_back = partial(_pull_back, logits.scale)
     out, dout = out_for(delta, dout.astype(q.dtype))
@@ -44,7 +62,7 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
     return tuple(dx[..., : x.shape[3]] for dx, x in zip(grads, (q, k, v), strict=True))
 
 
-def out_for(delta, dout):
+def out_for(delta: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
     """An out with sum(out · dout, -1) = delta, and its dout.
 
     cuDNN takes out and forms that sum itself, where the contract has delta, which is
@@ -68,7 +86,7 @@ def out_for(delta, dout):
     return out.astype(dtype), dout
 
 
-def _checked(mask, logits) -> tuple[Cases, ...]:
+def _checked(mask: Any, logits: Any) -> tuple[Cases, ...]:
     """The mask's cases, or the reason why cuDNN cannot do this call."""
     if logits.soft_cap is not None:
         reason = "logits_soft_cap="
@@ -94,7 +112,9 @@ def _checked(mask, logits) -> tuple[Cases, ...]:
     )
 
 
-def _switch(cases: Cases, run, *arrays):
+def _switch(
+    cases: Cases, run: Callable[..., Any], *arrays: Any
+) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
     """`run` of the case that it is."""
     arrays = vary_like(arrays, (arrays, cases.which))
     if len(cases.each) == 1:
@@ -104,7 +124,15 @@ def _switch(cases: Cases, run, *arrays):
     return lax.switch(which, branches, *arrays)
 
 
-def _attend(scale, value_size, case: Case, q, k, v, carry):
+def _attend(
+    scale: float,
+    value_size: int,
+    case: Case,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    carry: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
     """`carry` with what the queries see in a case."""
     for block in case:
         part = _compat.cudnn_attention(
@@ -115,34 +143,49 @@ def _attend(scale, value_size, case: Case, q, k, v, carry):
     return _nothing(q, value_size) if carry is None else carry
 
 
-def _merged(carry, rows, out, lse, q):
+def _merged(
+    carry: Any,
+    rows: Any,
+    out: jax.Array,
+    lse: jax.Array,
+    q: jax.Array,
+) -> Any:
     """`carry` with what some of the rows have seen."""
     whole = out.shape[1] == q.shape[1]
     if whole:
-        return (out, lse) if carry is None else merge(*carry, out, lse)
+        return (out, lse) if carry is None else merge(carry[0], carry[1], out, lse)
     if carry is None:
         carry = _nothing(q, out.shape[3])
-    seen = merge(*(x[:, rows] for x in carry), out, lse)
+    seen = merge(*(x[:, rows] for x in carry), out, lse)  # type: ignore[call-arg]
     return tuple(
         lax.dynamic_update_slice_in_dim(x, y, rows.start, 1)
         for x, y in zip(carry, seen, strict=True)
     )
 
 
-def _nothing(q, value_size):
+def _nothing(q: jax.Array, value_size: int) -> Any:
     """The carry of rows that have seen nothing."""
     out = jnp.zeros((*q.shape[:3], value_size), jnp.float32)
     return vary_like((out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)), q)
 
 
-def _pull_back(scale, case: Case, q, k, v, dout, out, lse):
+def _pull_back(
+    scale: float,
+    case: Case,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+) -> Any:
     """dq, dk, dv of a case in float32."""
     grads = [jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)]
     grads = vary_like(grads, q)
     for block in case:
         sides = (block.q, block.kv, block.kv)
-        parts = _compat.cudnn_attention_backward(
-            *(x[:, rows] for x, rows in zip((q, k, v), sides, strict=True)),
+        parts = _compat.cudnn_attention_backward(  # type: ignore[call-arg]
+            *(x[:, rows] for x, rows in zip((q, k, v), sides, strict=True)),  # type: ignore[arg-type]
             lse[:, block.q].swapaxes(1, 2),
             out[:, block.q],
             dout[:, block.q],
@@ -156,13 +199,13 @@ def _pull_back(scale, case: Case, q, k, v, dout, out, lse):
     return tuple(grads)
 
 
-def _along(part, rows, length):
+def _along(part: jax.Array, rows: Any, length: int) -> jax.Array:
     """[B, t, N, H] at its rows of [B, T, N, H], zeros elsewhere."""
     start, stop, _ = rows.indices(length)
     return jnp.pad(part, ((0, 0), (start, length - stop), (0, 0), (0, 0)))
 
 
-def _of_one_size(*arrays):
+def _of_one_size(*arrays: Any) -> list[jax.Array]:
     """Arrays of one head size that cuDNN takes: zeros are appended."""
     size = max(x.shape[3] for x in arrays)
     size += -size % _PIECE

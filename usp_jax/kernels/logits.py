@@ -27,20 +27,20 @@ class Logits:
     slopes: Any = None
     dropout: Dropout | None = None
 
-    def of(self, products):
+    def of(self, products: Any) -> Any:
         """Logits from the products q·k, before ALiBi."""
         logits = products * self.scale
         if self.soft_cap is None:
             return logits
         return self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
-    def pull_back(self, dlogits, logits):
+    def pull_back(self, dlogits: Any, logits: Any) -> Any:
         """The products' cotangent from the logits' and what `of` gave."""
         if self.soft_cap is not None:
             dlogits = dlogits * (1 - (logits / self.soft_cap) ** 2)
         return dlogits * self.scale
 
-    def bias(self, q: Tokens, kv: Tokens, dtype) -> Float[Array, "*B n T S"]:
+    def bias(self, q: Tokens, kv: Tokens, dtype: Any) -> Float[Array, "*B n T S"]:
         """What ALiBi adds for tokens [*B, T] and [*B, S]."""
         apart = q.positions[..., None, :, None] - kv.positions[..., None, None, :]
         slopes = self.slopes.astype(dtype)[:, None, None]

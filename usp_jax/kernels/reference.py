@@ -1,5 +1,8 @@
 """The chunk contract as its formulas, O(T·S) in memory: what the others must equal."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -7,7 +10,14 @@ from usp_jax.masking import visible
 from usp_jax.merge import finite, merge, normalize
 
 
-def chunk_forward(q, k, v, mask, carry, logits):
+def chunk_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Any,
+    carry: tuple[jax.Array, jax.Array] | None,
+    logits: Any,
+) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`."""
     s = _biased(_scores(q, k, mask, logits), mask, logits)
     m = finite(s.max(-1, initial=-jnp.inf))
@@ -20,7 +30,16 @@ def chunk_forward(q, k, v, mask, carry, logits):
     return (out, lse) if carry is None else merge(*carry, out, lse)
 
 
-def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
+def chunk_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    mask: Any,
+    logits: Any,
+) -> Any:
     """dq, dk, dv of one chunk from the global lse and delta."""
     s = _scores(q, k, mask, logits)
     lse, delta = (_from_rows(x, k.shape[2])[..., None] for x in (lse, delta))
@@ -35,7 +54,7 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
     return dq, _einsum("BKGTS,BTKGH->BSKH", ds, q5), dv
 
 
-def _scores(q, k, mask, logits):
+def _scores(q: jax.Array, k: jax.Array, mask: Any, logits: Any) -> jax.Array:
     """Masked logits [B, K, G, T, S] in the accumulation dtype."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k = _grouped(q, k.shape[2]).astype(dtype), k.astype(dtype)
@@ -43,7 +62,7 @@ def _scores(q, k, mask, logits):
     return jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
 
 
-def _biased(s, mask, logits):
+def _biased(s: jax.Array, mask: Any, logits: Any) -> jax.Array:
     """The logits with ALiBi's bias."""
     if logits.slopes is None:
         return s
@@ -51,7 +70,7 @@ def _biased(s, mask, logits):
     return s + bias.reshape(bias.shape[0], *s.shape[1:])
 
 
-def _dropped(weights, mask, logits):
+def _dropped(weights: jax.Array, mask: Any, logits: Any) -> jax.Array:
     """The weights, or their cotangents, that dropout keeps."""
     if logits.dropout is None:
         return weights
@@ -60,20 +79,20 @@ def _dropped(weights, mask, logits):
     return weights * factors.reshape(weights.shape)
 
 
-def _einsum(spec, *xs):
+def _einsum(spec: str, *xs: Any) -> jax.Array:
     return jnp.einsum(spec, *xs, precision=lax.Precision.HIGHEST)
 
 
-def _grouped(x, num_kv_heads):
+def _grouped(x: jax.Array, num_kv_heads: int) -> jax.Array:
     """[B, T, N, H] -> [B, T, K, G, H]"""
     return x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
 
 
-def _to_rows(x):
+def _to_rows(x: jax.Array) -> jax.Array:
     """[B, K, G, T] -> [B, T, N]"""
     return x.transpose(0, 3, 1, 2).reshape(x.shape[0], x.shape[3], -1)
 
 
-def _from_rows(x, num_kv_heads):
+def _from_rows(x: jax.Array, num_kv_heads: int) -> jax.Array:
     """[B, T, N] -> [B, K, G, T]"""
     return x.reshape(*x.shape[:2], num_kv_heads, -1).transpose(0, 2, 3, 1)

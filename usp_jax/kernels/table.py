@@ -43,7 +43,7 @@ class Row:
         )
 
 
-def lookup(table: Sequence[Row], target: Target, head_size: int, dtype) -> Any:
+def lookup(table: Sequence[Row], target: Target, head_size: int, dtype: Any) -> Any:
     """The block sizes of the first row that is for a call.
 
     Raises:
@@ -53,7 +53,7 @@ def lookup(table: Sequence[Row], target: Target, head_size: int, dtype) -> Any:
     for row in table:
         if row.is_for(target, head_size, itemsize):
             return row.blocks
-    sizes = [row.head_size for row in table if row.itemsize in (None, itemsize)]
+    sizes = [row.head_size or 0 for row in table if row.itemsize in (None, itemsize)]
     raise ValueError(
         f"{head_size=} must be at most {max(sizes, default=0)} with numbers of "
         f'{itemsize} bytes on a {target}; use implementation="xla"'

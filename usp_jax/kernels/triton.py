@@ -17,6 +17,7 @@ JAX has deprecated Pallas Triton; only the choice of kernels depends on this fil
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,7 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("block_q", "block_kv"):
             size = getattr(self, name)
             if size < 16 or size & (size - 1):
@@ -67,7 +68,7 @@ class Tile:
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages} must be >= 1")
 
-    def within(self, q, k) -> "Tile":
+    def within(self, q: Any, k: Any) -> "Tile":
         """The same, with no block longer than what it cuts."""
         block_q = min(self.block_q, max(16, pl.next_power_of_2(q.shape[1])))
         block_kv = min(self.block_kv, max(16, pl.next_power_of_2(k.shape[1])))
@@ -88,7 +89,7 @@ class BlockSizes:
     dkv: Tile
 
     @classmethod
-    def of(cls, target: Target, head_size: int, dtype) -> "BlockSizes":
+    def of(cls, target: Target, head_size: int, dtype: Any) -> "BlockSizes":
         """The default for a device, a head size and the dtype of q, k, v.
 
         Raises:
@@ -147,8 +148,17 @@ TABLE = (
 
 
 def chunk_forward(
-    q, k, v, mask, carry, logits, *, target, blocks=None, interpret=False
-):
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Mask,
+    carry: Any,
+    logits: Logits,
+    *,
+    target: Target,
+    blocks: Any = None,
+    interpret: bool = False,
+) -> Any:
     """Attention of q over k, v, merged into `carry`.
 
     Args:
@@ -193,8 +203,18 @@ def chunk_forward(
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, mask, lists, carry, out_ref, lse_ref, *, tile, logits
-):
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    mask: Mask,
+    lists: "_Lists",
+    carry: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    *,
+    tile: Tile,
+    logits: Logits,
+) -> None:
     # The last blocks see most under a causal mask: they start first.
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = pl.ds(i * tile.block_q, tile.block_q)
@@ -208,7 +228,7 @@ def _forward_kernel(
     # seen nothing, at -inf, is forgotten with the first block.
     l = jnp.ones((tile.block_q,), jnp.float32)
 
-    def attend(j, is_partial, state):
+    def attend(j: Any, is_partial: bool, state: Any) -> Any:
         m, l, acc = state
         k = _load(k_ref, j, tile.block_kv)
         s = logits.of(_dot_nt(q, k))
@@ -233,21 +253,43 @@ def _forward_kernel(
 
 
 def chunk_backward(
-    q, k, v, dout, lse, delta, mask, logits, *, target, blocks=None, interpret=False
-):
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+    mask: Mask,
+    logits: Logits,
+    *,
+    target: Target,
+    blocks: Any = None,
+    interpret: bool = False,
+) -> Any:
     """dq, dk, dv of one chunk from the global lse and delta."""
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     arrays = map(_whole_pieces, (q, k, v, dout.astype(q.dtype)))
     # Rows without a visible key have every score masked, whatever is subtracted.
-    args = (*arrays, finite(lse) * LOG2E, delta, mask)
+    args: Any = (*arrays, finite(lse) * LOG2E, delta, mask)
     args = vary_like(args, args)
-    dq = _dq(*args, logits, blocks.dq, interpret)
-    dk, dv = _dkv(*args, logits, blocks.dkv, interpret)
+    dq = _dq(*args, logits, blocks.dq, interpret)  # type: ignore[call-arg]
+    dk, dv = _dkv(*args, logits, blocks.dkv, interpret)  # type: ignore[call-arg]
     head_size, value_size = q.shape[3], v.shape[3]
     return dq[..., :head_size], dk[..., :head_size], dv[..., :value_size]
 
 
-def _dq(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
+def _dq(
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+    mask: Mask,
+    logits: Logits,
+    tile: Tile,
+    interpret: bool,
+) -> Any:
     tile = tile.within(q, k)
     mask, lists = _listed(mask, tile.block_q, tile.block_kv)
     batch, length, heads, _ = q.shape
@@ -275,26 +317,30 @@ def _dq(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
 
 
 def _dq_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    dout_ref,
-    lse_ref,
-    delta_ref,
-    mask,
-    lists,
-    dq_ref,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dout_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    mask: Mask,
+    lists: "_Lists",
+    dq_ref: Any,
     *,
-    tile,
-    logits,
-    scale,
-):
+    tile: Tile,
+    logits: Logits,
+    scale: float,
+) -> None:
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = pl.ds(i * tile.block_q, tile.block_q)
     q, do = (_load(ref, i, tile.block_q) for ref in (q_ref, dout_ref))
     lse, delta = lse_ref[rows], delta_ref[rows]
 
-    def attend(j, is_partial, dq):
+    def attend(
+        j: Any,
+        is_partial: bool,
+        dq: Any,
+    ) -> Any:
         k, v = (_load(ref, j, tile.block_kv) for ref in (k_ref, v_ref))
         s = logits.of(_dot_nt(q, k))
         p = jnp.exp2(s - lse[:, None])
@@ -310,7 +356,18 @@ def _dq_kernel(
     _store(dq_ref, i, tile.block_q, [x * scale for x in dq])
 
 
-def _dkv(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
+def _dkv(
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+    mask: Mask,
+    logits: Logits,
+    tile: Tile,
+    interpret: bool,
+) -> Any:
     tile = tile.within(q, k)
     mask, lists = _listed(_transposed(mask), tile.block_kv, tile.block_q)
     batch, length, heads, _ = k.shape
@@ -341,26 +398,26 @@ def _dkv(q, k, v, dout, lse, delta, mask, logits, tile, interpret):
 
 
 def _dkv_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    dout_ref,
-    lse_ref,
-    delta_ref,
-    mask,
-    lists,
-    dk_ref,
-    dv_ref,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dout_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    mask: Mask,
+    lists: "_Lists",
+    dk_ref: Any,
+    dv_ref: Any,
     *,
-    tile,
-    logits,
-    scale,
-):
+    tile: Tile,
+    logits: Logits,
+    scale: float,
+) -> None:
     # Scores are held transposed, [block_kv, block_q], and so is the mask.
     j = pl.program_id(0)
     k, v = (_load(ref, j, tile.block_kv) for ref in (k_ref, v_ref))
 
-    def attend(head, i, is_partial, state):
+    def attend(head: Any, i: Any, is_partial: bool, state: Any) -> Any:
         dk, dv = state
         rows = pl.ds(i * tile.block_q, tile.block_q)
         q, do = (_load(ref, i, tile.block_q, head) for ref in (q_ref, dout_ref))
@@ -373,7 +430,7 @@ def _dkv_kernel(
             p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
         return _add(dk, _dot_nn(ds, q)), _add(dv, _dot_nn(p, do))
 
-    def walk(head, state):
+    def walk(head: Any, state: Any) -> Any:
         num_q = pl.cdiv(q_ref.shape[0], tile.block_q)
         return _walk(lists, j, num_q, partial(attend, head), state)
 
@@ -398,7 +455,7 @@ class _Lists:
     blocks: int = dataclasses.field(metadata={"static": True})
 
 
-def _listed(mask, block_rows, block_columns):
+def _listed(mask: Mask, block_rows: int, block_columns: int) -> Any:
     """The mask, padded to whole blocks, and its lists; (None, None) if all is seen."""
     row_padding = -mask.q.positions.shape[1] % block_rows
     column_padding = -mask.kv.positions.shape[1] % block_columns
@@ -417,19 +474,25 @@ def _listed(mask, block_rows, block_columns):
     return mask, _Lists(num_full, num_some, order, blocks)
 
 
-def _transposed(mask):
+def _transposed(mask: Mask) -> Mask:
     """The mask as keys see queries."""
     rule = MaskRule(left=mask.rule.after, right=mask.rule.before)
     return Mask(rule, mask.kv, mask.q)
 
 
-def _walk(lists, row, num_columns, attend, state):
+def _walk(
+    lists: _Lists,
+    row: Any,
+    num_columns: int,
+    attend: Callable[..., Any],
+    state: tuple[Any, ...],
+) -> tuple[Any, ...]:
     """Folds `attend(column, is_partial, state)` over the blocks that a row sees."""
     if lists is None:
         return lax.fori_loop(0, num_columns, lambda j, x: attend(j, False, x), state)
 
-    def step(is_partial):
-        def body(n, state):
+    def step(is_partial: bool) -> Callable[..., Any]:
+        def body(n: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
             span = lists.order[row, lax.div(n, lists.blocks)]
             column = span * lists.blocks + lax.rem(n, lists.blocks)
             return attend(column, is_partial, state)
@@ -442,24 +505,24 @@ def _walk(lists, row, num_columns, attend, state):
     return lax.fori_loop(num_full, num_some, step(True), state)
 
 
-def _visible(mask, i, block_rows, j, block_columns):
+def _visible(mask: Mask, i: Any, block_rows: int, j: Any, block_columns: int) -> Any:
     """The mask of one block."""
 
-    def cut(tokens, index, block):
+    def cut(tokens: Any, index: Any, block: int) -> Any:
         return jax.tree.map(lambda ref: ref[pl.ds(index * block, block)], tokens)
 
     q, kv = cut(mask.q, i, block_rows), cut(mask.kv, j, block_columns)
     return visible(Mask(mask.rule, q, kv))
 
 
-def _whole_pieces(x):
+def _whole_pieces(x: Any) -> Any:
     """Heads padded with zeros to a multiple of 16, the least that Triton multiplies."""
     if not (padding := -x.shape[3] % 16):
         return x
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
 
-def _pieces(head_size):
+def _pieces(head_size: int) -> list[tuple[int, int]]:
     """(start, size) of the powers of two that add up to a head."""
     pieces, start, rest = [], 0, head_size
     while rest:
@@ -469,13 +532,13 @@ def _pieces(head_size):
     return pieces
 
 
-def _zeros(ref, block):
+def _zeros(ref: Any, block: int) -> Any:
     """An accumulator for a block of the heads in `ref`."""
     pieces = _pieces(ref.shape[-1])
     return tuple(jnp.zeros((block, size), jnp.float32) for _, size in pieces)
 
 
-def _load(ref, index, block, head=None):
+def _load(ref: Any, index: Any, block: int, head: Any = None) -> Any:
     """A block of rows of [T, H] or of one of [T, G, H], in pieces; 0 past the end."""
     inside = _inside(ref, index, block)
     return tuple(
@@ -484,14 +547,19 @@ def _load(ref, index, block, head=None):
     )
 
 
-def _store(ref, index, block, pieces):
+def _store(
+    ref: Any,
+    index: Any,
+    block: int,
+    pieces: Any,
+) -> None:
     """Writes what `_load` reads."""
     inside = _inside(ref, index, block)
     for view, x in zip(_views(ref, index, block), pieces, strict=True):
         plgpu.store(view, x, mask=inside)
 
 
-def _views(ref, index, block, head=None):
+def _views(ref: Any, index: Any, block: int, head: Any = None) -> Iterator[Any]:
     """The pieces of a block."""
     rows = pl.ds(index * block, block)
     for start, size in _pieces(ref.shape[-1]):
@@ -499,7 +567,7 @@ def _views(ref, index, block, head=None):
         yield ref.at[(rows, columns) if head is None else (rows, head, columns)]
 
 
-def _inside(ref, index, block):
+def _inside(ref: Any, index: Any, block: int) -> Any:
     """Which rows of a block there are; None if all, always."""
     length = ref.shape[0]
     if not length % block:
@@ -507,17 +575,20 @@ def _inside(ref, index, block):
     return (index * block + jnp.arange(block) < length)[:, None]
 
 
-def _dot_nt(a, b):
+def _dot_nt(
+    a: Any,
+    b: Any,
+) -> Any:
     """[m, H], [n, H] in pieces -> [m, n]"""
     return sum(_dot(x, y, 1) for x, y in zip(a, b, strict=True))
 
 
-def _dot_nn(a, b):
+def _dot_nn(a: Any, b: Any) -> Any:
     """[m, n], [n, H] in pieces -> [m, H] in pieces"""
     return tuple(_dot(a.astype(x.dtype), x, 0) for x in b)
 
 
-def _dot(a, b, axis):
+def _dot(a: Any, b: Any, axis: int) -> Any:
     """A product over the last axis of `a` and one of `b`, accumulated in float32."""
     return lax.dot_general(
         a,
@@ -528,22 +599,25 @@ def _dot(a, b, axis):
     )
 
 
-def _add(a, b):
+def _add(
+    a: Any,
+    b: Any,
+) -> Any:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def _base2(logits):
+def _base2(logits: Logits) -> Logits:
     """Logits in units of log 2, so that exp2 takes the place of exp."""
     cap = None if logits.soft_cap is None else logits.soft_cap * LOG2E
     return Logits(logits.scale * LOG2E, cap)
 
 
-def _unscaled(logits):
+def _unscaled(logits: Logits) -> Logits:
     """Logits whose derivative leaves the scale to whoever sums up."""
     return dataclasses.replace(logits, scale=1.0)
 
 
-def _heads_spec(x, *, group=None, share=1):
+def _heads_spec(x: Any, *, group: int | None = None, share: int = 1) -> Any:
     """The whole length of one head of [B, T, N, H], or of a group of heads.
 
     `share` programs' heads have one head of `x`.
@@ -552,22 +626,22 @@ def _heads_spec(x, *, group=None, share=1):
     return pl.BlockSpec(shape, lambda _, n, b: (b, 0, n // share, 0))
 
 
-def _rows_spec(x, *, group=None):
+def _rows_spec(x: Any, *, group: int | None = None) -> Any:
     """One head's rows of [B, N, T], or those of a group of heads."""
     return pl.BlockSpec((None, group, x.shape[2]), lambda _, n, b: (b, n, 0))
 
 
-def _batch_specs(tree):
+def _batch_specs(tree: _Lists | Mask) -> _Lists | Mask:
     """All of one batch row's; an array with one batch row serves all."""
 
-    def spec(x):
+    def spec(x: Any) -> Any:
         shape, rest = (None, *x.shape[1:]), (0,) * (x.ndim - 1)
         return pl.BlockSpec(shape, lambda _, n, b: (b if x.shape[0] > 1 else 0, *rest))
 
     return jax.tree.map(spec, tree)
 
 
-def _to_rows(x, block, fill):
+def _to_rows(x: Any, block: int, fill: float) -> Any:
     """[B, T, N] -> [B, N, T'], T' the next multiple of the block"""
     x = x.swapaxes(1, 2)
     if not (padding := -x.shape[2] % block):
@@ -575,6 +649,6 @@ def _to_rows(x, block, fill):
     return jnp.pad(x, ((0, 0), (0, 0), (0, padding)), constant_values=fill)
 
 
-def _from_rows(x, length):
+def _from_rows(x: Any, length: int) -> Any:
     """[B, N, T'] -> [B, T, N]"""
     return x[:, :, :length].swapaxes(1, 2)

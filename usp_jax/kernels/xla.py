@@ -12,7 +12,9 @@ product and their dk, dv sum by itself, and keys [B, nk, K, bk, H].
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,14 @@ from usp_jax.merge import finite, normalize
 BLOCK = 256
 
 
-def chunk_forward(q, k, v, mask, carry, logits):
+def chunk_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    carry: tuple[jax.Array, jax.Array] | None,
+    logits: Any,
+) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -47,11 +56,17 @@ def chunk_forward(q, k, v, mask, carry, logits):
         acc, m = blocks.q(carry[0]), blocks.rows(carry[1], -jnp.inf)
         l = jnp.where(m == -jnp.inf, 0, 1).astype(dtype)
 
-    def by_row(x):
+    def by_row(x: jax.Array) -> jax.Array:
         """[n, bq, bk] as the scores are held: [K, G·bq, bk]"""
         return x.reshape(blocks.heads, -1, x.shape[-1])
 
-    def attend(q, state, kv_index, tokens, is_masked):
+    def attend(
+        q: Any,
+        state: tuple[jax.Array, jax.Array, jax.Array],
+        kv_index: tuple[jax.Array, jax.Array],
+        tokens: Mask,
+        is_masked: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         m, l, acc = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
         s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
@@ -69,7 +84,7 @@ def chunk_forward(q, k, v, mask, carry, logits):
         pv = _einsum("KTS,KSH->KTH", p.astype(v.dtype), v, dtype)
         return m_next, l, acc * decay[..., None] + pv
 
-    def body(_, x):
+    def body(_: Any, x: Any) -> Any:
         q, *state, index = x
         state = blocks.walk(index, lambda *a: attend(q, *a), tuple(state))
         return None, state
@@ -79,7 +94,16 @@ def chunk_forward(q, k, v, mask, carry, logits):
     return blocks.from_q(out), blocks.from_rows(lse)
 
 
-def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
+def chunk_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    mask: Mask,
+    logits: Any,
+) -> Any:
     """dq, dk, dv of one chunk from the global lse and delta."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -94,12 +118,18 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
 
     # Scores are held as [K, bk, G·bq] and dq as [K, H, G·bq]: no product then has a
     # large transposed operand, which a CPU multiplies at half the speed.
-    def by_key(x):
+    def by_key(x: Any) -> Any:
         """[n, bq, bk] as the scores are held: [K, bk, G·bq]"""
         x = x.reshape(blocks.heads, -1, *x.shape[1:]).transpose(0, 3, 1, 2)
         return x.reshape(*x.shape[:2], -1)
 
-    def attend(x, state, kv_index, tokens, is_masked):
+    def attend(
+        x: Any,
+        state: tuple[jax.Array, jax.Array, jax.Array],
+        kv_index: tuple[jax.Array, jax.Array],
+        tokens: Mask,
+        is_masked: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, do, lse, delta = x
         dq, dk, dv = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
@@ -123,7 +153,7 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
         dv = dv.at[kv_index].add(_einsum("KST,KTH->KSH", p, do, dtype))
         return dq, dk, dv
 
-    def body(dkv, x):
+    def body(dkv: Any, x: Any) -> Any:
         *x, index = x
         state = (jnp.zeros_like(x[0].swapaxes(1, 2), dtype), *dkv)
         dq, *dkv = blocks.walk(index, lambda *a: attend(x, *a), state)
@@ -134,19 +164,19 @@ def chunk_backward(q, k, v, dout, lse, delta, mask, logits):
     return blocks.from_q(dq), blocks.from_kv(dk), blocks.from_kv(dv)
 
 
-def _factors(dropout, row, tokens, dtype):
+def _factors(dropout: Any, row: jax.Array, tokens: Mask, dtype: Any) -> jax.Array:
     """[n, bq, bk] of one block."""
     return dropout.factors(dropout.rows[row], tokens.q, tokens.kv, dtype)
 
 
-def _masked(x, seen, fill):
+def _masked(x: jax.Array, seen: jax.Array, fill: float | int) -> jax.Array:
     """Fills what is not seen: `x` is `seen` for each head, G times along one axis."""
     (a, b), (_, c, d) = seen.shape, x.shape
     blocks = x.reshape(x.shape[0], c // a, a, d // b, b)
     return jnp.where(seen[None, None, :, None], blocks, fill).reshape(x.shape)
 
 
-def _einsum(spec, a, b, dtype):
+def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """A product of what it is given, accumulated in `dtype`."""
     highest = lax.Precision.HIGHEST
     return jnp.einsum(spec, a, b, precision=highest, preferred_element_type=dtype)
@@ -168,7 +198,7 @@ class _Blocks:
     kinds: jax.Array | None
 
     @classmethod
-    def of(cls, q, k, v, mask):
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> "_Blocks":
         """Chooses the blocks of a chunk and lists those that `mask` lets it see."""
         block_q, block_kv = _block(q.shape[1]), _block(k.shape[1])
         pad_q, pad_kv = -q.shape[1] % block_q, -k.shape[1] % block_kv
@@ -186,11 +216,16 @@ class _Blocks:
         return cls(*sizes, mask, counts, order, kinds)
 
     @property
-    def indices(self):
+    def indices(self) -> jax.Array:
         """The number of each block of queries, over all batch rows."""
         return lax.iota(jnp.int32, self.batch * -(-self.q_length // self.block_q))
 
-    def walk(self, index, attend, state):
+    def walk(
+        self,
+        index: jax.Array,
+        attend: Callable[..., Any],
+        state: Any,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Folds `attend` over the blocks of keys that the block `index` sees.
 
         attend(state, (row, block), the block's mask, whether it hides anything)
@@ -200,29 +235,31 @@ class _Blocks:
         row, i = index // num_q, index % num_q
         state = vary_like(state, (state, self.mask))
 
-        def visit(j, state, is_masked):
+        def visit(
+            j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array], is_masked: bool
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             return attend(state, (row, j), self._tokens(row, i, j), is_masked)
 
         if self.mask.sees_all:
             return lax.fori_loop(0, num_kv, partial(visit, is_masked=False), state)
-        mask_row = row if self.kinds.shape[0] > 1 else 0
+        mask_row = row if self.kinds.shape[0] > 1 else 0  # type: ignore[union-attr]
 
-        def step(n, state):
-            j = self.order[mask_row, i, n]
+        def step(n: jax.Array, state: Any) -> Any:
+            j = self.order[mask_row, i, n]  # type: ignore[index]
             return lax.cond(
-                self.kinds[mask_row, i, j] == FULL,
+                self.kinds[mask_row, i, j] == FULL,  # type: ignore[index]
                 partial(visit, j, is_masked=False),
                 partial(visit, j, is_masked=True),
                 state,
             )
 
-        return lax.fori_loop(0, self.counts[mask_row, i], step, state)
+        return lax.fori_loop(0, self.counts[mask_row, i], step, state)  # type: ignore[index]
 
-    def _tokens(self, row, i, j):
+    def _tokens(self, row: jax.Array, i: jax.Array, j: jax.Array) -> Mask:
         """The mask of one block."""
 
-        def cut(tokens, block, index):
-            def piece(x):
+        def cut(tokens: Any, block: int, index: jax.Array) -> Any:
+            def piece(x: jax.Array) -> jax.Array:
                 blocks = x.reshape(x.shape[0], -1, block)
                 return blocks[row if x.shape[0] > 1 else 0, index]
 
@@ -231,41 +268,41 @@ class _Blocks:
         q = cut(self.mask.q, self.block_q, i)
         return Mask(self.mask.rule, q, cut(self.mask.kv, self.block_kv, j))
 
-    def q(self, x):
+    def q(self, x: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B·nq, K, G·bq, H]"""
         x = _pad(x, self.block_q, 0)
         x = x.reshape(self.batch, -1, self.block_q, self.heads, *_split(x, self.heads))
         x = x.transpose(0, 1, 3, 4, 2, 5)
         return x.reshape(-1, self.heads, x.shape[3] * self.block_q, x.shape[-1])
 
-    def rows(self, x, fill):
+    def rows(self, x: jax.Array, fill: float | int) -> jax.Array:
         """[B, T, N] -> [B·nq, K, G·bq]"""
         return self.q(_pad(x, self.block_q, fill)[..., None])[..., 0]
 
-    def kv(self, x):
+    def kv(self, x: jax.Array) -> jax.Array:
         """[B, S, K, H] -> [B, nk, K, bk, H]"""
         x = _pad(x, self.block_kv, 0)
         x = x.reshape(self.batch, -1, self.block_kv, *x.shape[2:])
         return x.swapaxes(2, 3)
 
-    def from_q(self, x):
+    def from_q(self, x: jax.Array) -> jax.Array:
         """The inverse of `q`."""
         shape = (self.batch, -1, self.heads, x.shape[2] // self.block_q, self.block_q)
         x = x.reshape(*shape, x.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
         x = x.reshape(self.batch, -1, x.shape[3] * x.shape[4], x.shape[5])
         return x[:, : self.q_length]
 
-    def from_rows(self, x):
+    def from_rows(self, x: jax.Array) -> jax.Array:
         """The inverse of `rows`."""
         return self.from_q(x[..., None])[..., 0]
 
-    def from_kv(self, x):
+    def from_kv(self, x: jax.Array) -> jax.Array:
         """The inverse of `kv`."""
         x = x.swapaxes(2, 3)
         return x.reshape(self.batch, -1, *x.shape[3:])[:, : self.kv_length]
 
 
-def _block(length):
+def _block(length: int) -> int:
     """A block size that cuts a length evenly: as many halves as keep it in BLOCK.
 
     An even number of blocks lets none straddle the two chunks of a zigzag shard.
@@ -275,7 +312,7 @@ def _block(length):
     return -(-length // (2 * -(-length // (2 * BLOCK))))
 
 
-def _pad(x, block, fill):
+def _pad(x: jax.Array, block: int, fill: float | int) -> jax.Array:
     """Pads the tokens of [B, T, ...] to a multiple of the block."""
     if not (padding := -x.shape[1] % block):
         return x
@@ -283,6 +320,6 @@ def _pad(x, block, fill):
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def _split(x, heads):
+def _split(x: jax.Array, heads: int) -> tuple[int, int]:
     """The sizes (G, H) that the heads of [B, T, N, H] are seen as."""
     return x.shape[2] // heads, x.shape[3]

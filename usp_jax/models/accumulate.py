@@ -27,7 +27,7 @@ def summed(pull: Callable[[Any, Any], Any], parts: int, params: Any, batch: Any)
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull, params, part)
     )
 
-    def add(total, part):
+    def add(total: Any, part: Any) -> Any:
         return jax.tree.map(jnp.add, total, pull(params, part)), None
 
     return lax.scan(add, zeros, batch)[0]

@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
@@ -57,13 +58,13 @@ class Order:
                 )
         return cls(mesh, layout, stored, length, padding)
 
-    def store(self, x, pad_value: int):
+    def store(self, x: Any, pad_value: int) -> Any:
         """[B, T] as the caller's -> [B, T + padding] as it is stored."""
         if self.padding:
             x = jnp.pad(x, ((0, 0), (0, self.padding)), constant_values=pad_value)
         return to_layout(x, self.stored, self.mesh) if self.given == "natural" else x
 
-    def restore(self, x):
+    def restore(self, x: Any) -> jax.Array:
         """[B, T + padding, ...] as it is stored -> [B, T, ...] as the caller's."""
         if self.given == "natural":
             x = from_layout(x, self.stored, self.mesh)
@@ -91,9 +92,9 @@ class Batch:
     def of(
         cls,
         split: Split,
-        tokens,
-        segment_ids,
-        positions,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
         layout: str,
         microbatches: int = 1,
     ) -> "Batch":
@@ -124,7 +125,7 @@ class Batch:
         return cls(order, order.store(tokens, 0), positions, segment_ids, counted)
 
 
-def _check(name, x, tokens):
+def _check(name: Any, x: Any, tokens: jax.Array) -> None:
     expected = "[B, T]" if x is tokens else f"{tokens.shape}, that of tokens"
     if x.ndim != 2 or 0 in x.shape or x.shape != tokens.shape:
         raise ValueError(f"{name}.shape={x.shape} must be {expected}")

@@ -88,7 +88,7 @@ class LlamaConfig:
             raise ValueError(f"preset {name!r} must be one of {tuple(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = (
             "vocab_size",
             "d_model",

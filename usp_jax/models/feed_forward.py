@@ -7,6 +7,7 @@ matrices up in float32.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def feed_forward(
     return out.reshape(number * size, -1)[:tokens].reshape(x.shape)
 
 
-def _whole(x, matrices):
+def _whole(x: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     gate, up, down = matrices
     gate = jnp.einsum("...D,DF->...F", x, gate)
     up = jnp.einsum("...D,DF->...F", x, up)
@@ -47,25 +48,33 @@ def _whole(x, matrices):
 
 
 @jax.custom_vjp
-def _tiled(tiles, matrices):
+def _tiled(
+    tiles: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
     """[n, c, D] -> [n, c, D], one of the n tiles after the other."""
     return lax.map(partial(_whole, matrices=matrices), tiles)
 
 
-def _tiled_fwd(tiles, matrices):
+def _tiled_fwd(
+    tiles: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]
+) -> Any:
     return _tiled(tiles, matrices), (tiles, matrices)
 
 
-def _tiled_bwd(saved, dout):
+def _tiled_bwd(
+    saved: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]], dout: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     tiles, matrices = saved
 
-    def body(total, tile):
+    def body(
+        total: tuple[jax.Array, jax.Array, jax.Array], tile: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
         x, dout = tile
         _, pull = jax.vjp(_whole, x, matrices)
         dx, dmatrices = pull(dout)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
 
-    def zeros(matrix):
+    def zeros(matrix: jax.Array) -> Any:
         dtype = jnp.promote_types(matrix.dtype, jnp.float32)
         return vary_like(jnp.zeros(matrix.shape, dtype), (matrix, dout))
 

@@ -5,6 +5,7 @@ sequence (`usp_jax.decode`); so do those of the new tokens, in one more page.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,20 @@ def generate(
         return prompt
     graphdef, params = nnx.split(model.without_pipeline(), nnx.Param)
     key = jax.random.key(0) if key is None else key
-    temperature = jnp.asarray(temperature, jnp.float32)
-    return _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature)
+    heat = jnp.asarray(temperature, jnp.float32)
+    return _generate(graphdef, num_tokens, top_k, params, prompt, key, heat)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature):
+def _generate(
+    graphdef: Any,
+    num_tokens: int,
+    top_k: int | None,
+    params: Any,
+    prompt: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+) -> jax.Array:
     model = nnx.merge(graphdef, params)
     rows, start = prompt.shape
     # Keys are rotated once: all tokens get the frequencies of the final length.
@@ -77,11 +86,13 @@ def _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature):
     tokens = jnp.pad(prompt, ((0, 0), (0, num_tokens)))
     logits, cache = _prefill(model, prompt, num_tokens - 1)
 
-    def write(tokens, logits, length):
+    def write(
+        tokens: jax.Array, logits: jax.Array, length: int | jax.Array
+    ) -> jax.Array:
         token = _sample(logits, jax.random.fold_in(key, length), temperature, top_k)
         return lax.dynamic_update_slice(tokens, token[:, None], (0, length))
 
-    def body(length, state):
+    def body(length: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         tokens, cache = state
         last = lax.dynamic_slice_in_dim(tokens, length - 1, 1, 1)
         logits, cache = _step(model, last, length - 1, cache)
@@ -92,7 +103,7 @@ def _generate(graphdef, num_tokens, top_k, params, prompt, key, temperature):
     return state[0][:rows]
 
 
-def _prefill(model, prompt, num_tokens):
+def _prefill(model: Llama, prompt: jax.Array, num_tokens: int) -> Any:
     """Logits [B, V] after the prompts, and their cache with room for more tokens."""
     split = model.split
     batch = Batch.of(split, prompt, None, None, "natural")
@@ -105,8 +116,14 @@ def _prefill(model, prompt, num_tokens):
 
 
 def _prefill_shards(
-    page_tokens, transformer, weights, tokens, positions, segment_ids, last
-):
+    page_tokens: int,
+    transformer: Transformer,
+    weights: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: Any,
+    last: jax.Array,
+) -> tuple[jax.Array, Any]:
     x, cache = transformer.prefill(weights, tokens, positions, segment_ids, page_tokens)
     here = positions == last
     if segment_ids is not None:
@@ -117,7 +134,9 @@ def _prefill_shards(
     return split.sum(transformer.logits(weights, x), split.sequence), cache
 
 
-def _step(model, token, position, cache):
+def _step(
+    model: Llama, token: jax.Array, position: jax.Array, cache: Any
+) -> tuple[jax.Array, Any]:
     """Logits [B, V] after one token more, [B, 1], and the cache with it."""
     split = model.split
     rows = jax.P(split.batch or None)
@@ -131,7 +150,13 @@ def _step(model, token, position, cache):
     )
 
 
-def _step_shards(transformer, weights, tokens, position, cache):
+def _step_shards(
+    transformer: Transformer,
+    weights: Any,
+    tokens: jax.Array,
+    position: jax.Array,
+    cache: Any,
+) -> tuple[jax.Array, Any]:
     positions = jnp.zeros_like(tokens) + position
     x, cache = transformer.decode(weights, tokens, positions, cache)
     # All shards of the sequence have the same: the first one's counts.
@@ -140,16 +165,18 @@ def _step_shards(transformer, weights, tokens, position, cache):
     return split.sum(transformer.logits(weights, x), split.sequence), cache
 
 
-def _specs(model, page_tokens):
+def _specs(model: Llama, page_tokens: int) -> Any:
     transformer = Transformer(model.config, model.split, "contiguous")
     return transformer.cache_specs(page_tokens)
 
 
-def _logits_spec(split):
+def _logits_spec(split: Any) -> Any:
     return jax.P(split.batch or None, split.tensor or None)
 
 
-def _sample(logits, key, temperature, top_k):
+def _sample(
+    logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: int | None
+) -> jax.Array:
     if top_k is not None:
         least = lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ class Llama(nnx.Module):
         *,
         mesh: Mesh | AbstractMesh | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         """Draws the parameters, straight into their shards.
 
         Args:
@@ -110,7 +111,13 @@ class Llama(nnx.Module):
         batch = self.batch(tokens, segment_ids, positions, layout)
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
 
-    def batch(self, tokens, segment_ids, positions, layout: str) -> Batch:
+    def batch(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        layout: str,
+    ) -> Batch:
         """The arguments of a call, checked, as they are stored.
 
         Args:
@@ -125,7 +132,7 @@ class Llama(nnx.Module):
 
     def without_pipeline(self) -> "Llama":
         """The same parameters on a mesh whose `data` axis has taken in `pipe`."""
-        if not self.split.stages:
+        if self.mesh is None or not self.split.stages:
             return self
         pipe, data, *others = self.mesh.devices.shape
         devices = self.mesh.devices.reshape(1, pipe * data, *others)
@@ -140,7 +147,9 @@ class Llama(nnx.Module):
         """How the model's mesh splits arrays."""
         return Split.of(self.mesh, self.config.zero, self.config.tensor_sequence)
 
-    def run(self, f: Callable, batch: Batch, out_specs, *extra):
+    def run(
+        self, f: Callable[..., Any], batch: Batch, out_specs: Any, *extra: Any
+    ) -> Any:
         """Runs a function of one device's shards on all of them, compiled.
 
         Args:
@@ -164,7 +173,7 @@ class Llama(nnx.Module):
         transformer = Transformer(config, split, batch.order.stored)
         return self._run_on(f, transformer, out_specs, *own, *extra)
 
-    def run_on(self, f: Callable, out_specs, *arrays):
+    def run_on(self, f: Callable[..., Any], out_specs: Any, *arrays: Any) -> Any:
         """`run` for arrays, (array, partition spec) pairs, that are not a batch.
 
         Args:
@@ -176,34 +185,55 @@ class Llama(nnx.Module):
         transformer = Transformer(self.config, split, "contiguous")
         return self._run_on(f, transformer, out_specs, *arrays)
 
-    def _run_on(self, f, transformer, out_specs, *arrays):
+    def _run_on(
+        self,
+        f: Callable[..., Any],
+        transformer: Transformer,
+        out_specs: Any,
+        *arrays: Any,
+    ) -> jax.Array | tuple[jax.Array, jax.Array] | tuple[jax.Array, Any]:
         params = {name: getattr(self, name)[...] for name in self._names}
         specs = tuple(spec for _, spec in arrays)
         arrays = tuple(array for array, _ in arrays)
         return _run(f, transformer, specs, out_specs, params, *arrays)
 
     @property
-    def _names(self):
+    def _names(self) -> dict[str, tuple[Any, ...]]:
         return parameter_shapes(self.config)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(f, transformer, specs, out_specs, params, *arrays):
+def _run(
+    f: Callable[..., Any],
+    transformer: Transformer,
+    specs: tuple[Any, Any, Any] | tuple[Any, ...],
+    out_specs: Any,
+    params: dict[str, jax.Array],
+    *arrays: Any,
+) -> jax.Array | tuple[jax.Array, jax.Array] | tuple[jax.Array, Any]:
     split = transformer.split
     in_specs = ({name: split.parameter(name) for name in params}, *specs)
 
-    def shards(params, *arrays):
+    def shards(
+        params: Any, *arrays: Any
+    ) -> jax.Array | tuple[jax.Array, jax.Array] | tuple[jax.Array, Any]:
         return f(transformer, transformer.working_copy(params), *arrays)
 
     return split.run(shards, in_specs, out_specs)(params, *arrays)
 
 
-def _logits(transformer, weights, tokens, positions, segment_ids):
+def _logits(
+    transformer: Transformer,
+    weights: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: Any,
+) -> jax.Array:
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     return transformer.logits(weights, transformer.split.enter(x))
 
 
-def _draw(config, key):
+def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
     """The first values of all parameters.
 
     Matrices keep the variance of what they are applied to. The embeddings are drawn

@@ -7,6 +7,7 @@ and its gradient one block at a time is whole.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,14 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
     return jnp.where((ids == segment_ids) & (ids >= 0), following, NO_LABEL)
 
 
-def _batch(model, tokens, labels, segment_ids, positions, layout):
+def _batch(
+    model: Llama,
+    tokens: jax.Array,
+    labels: jax.Array,
+    segment_ids: jax.Array | None,
+    positions: Any,
+    layout: str,
+) -> tuple[Any, tuple[jax.Array, Any]]:
     """The checked batch, and its labels as `Llama.run` takes more arrays."""
     if labels.shape != tokens.shape or labels.dtype != jnp.int32:
         raise ValueError(
@@ -89,7 +97,14 @@ def _batch(model, tokens, labels, segment_ids, positions, layout):
     return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
 
 
-def _loss(transformer, weights, tokens, positions, segment_ids, labels):
+def _loss(
+    transformer: Any,
+    weights: dict[str, jax.Array],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    labels: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """(nats, number of labels) of all devices."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     split, config = transformer.split.ends, transformer.config
@@ -100,7 +115,14 @@ def _loss(transformer, weights, tokens, positions, segment_ids, labels):
     return nats, split.sum(count, split.batch + split.sequence)
 
 
-def _token_nats(transformer, weights, tokens, positions, segment_ids, labels):
+def _token_nats(
+    transformer: Any,
+    weights: Any,
+    tokens: Any,
+    positions: Any,
+    segment_ids: Any,
+    labels: Any,
+) -> Any:
     """The nats of each of this device's labels."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     split, config = transformer.split.ends, transformer.config
@@ -109,14 +131,14 @@ def _token_nats(transformer, weights, tokens, positions, segment_ids, labels):
     return nats.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
-def _blocks(matrix, limit):
+def _blocks(matrix: jax.Array, limit: int) -> jax.Array:
     """[v, d] -> [number, block, d], the largest equal blocks of at most `limit`."""
     size = matrix.shape[0]
     number = next(n for n in range(-(-size // limit), size + 1) if size % n == 0)
     return matrix.reshape(number, size // number, -1)
 
 
-def _chunks(x, limit, pad_value=0):
+def _chunks(x: jax.Array, limit: int, pad_value: int = 0) -> jax.Array:
     """[b, t, ...] -> [n, c, ...], padded: n chunks of c tokens, at most `limit`."""
     x = x.reshape(-1, *x.shape[2:])
     chunk = min(limit, x.shape[0])
@@ -126,7 +148,9 @@ def _chunks(x, limit, pad_value=0):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _nats(split, limit, x, blocks, labels):
+def _nats(
+    split: Any, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+) -> jax.Array:
     """The sum of nats of this device's labels.
 
     Args:
@@ -138,21 +162,29 @@ def _nats(split, limit, x, blocks, labels):
     return _nats_fwd(split, limit, x, blocks, labels)[0]
 
 
-def _nats_fwd(split, limit, x, blocks, labels):
+def _nats_fwd(
+    split: Any, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     nats, lse = _nats_and_lse(split, limit, x, blocks, labels)
     return jnp.sum(nats), (x, blocks, labels, lse)
 
 
-def _nats_bwd(split, limit, saved, dnats):
+def _nats_bwd(
+    split: Any, limit: int, saved: tuple[jax.Array, ...], dnats: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     part, blocks, labels, lse = saved
     shape = *labels.shape, part.shape[-1]
     x, labels = _chunks(split.enter(part), limit), _chunks(labels, limit, NO_LABEL)
     weight = jnp.where(labels >= 0, dnats, 0)
 
-    def body(dx, block):
+    def body(
+        dx: jax.Array, block: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         matrix = split.gather(block[1], "lm_head", split.each)
 
-        def tile(dmatrix, chunk):
+        def tile(
+            dmatrix: jax.Array, chunk: tuple[jax.Array, ...]
+        ) -> tuple[jax.Array, jax.Array]:
             x, labels, lse, weight, dx = chunk
             logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
             dlogits = (jnp.exp(logits - lse[:, None]) - hot) * weight[:, None]
@@ -173,14 +205,21 @@ def _nats_bwd(split, limit, saved, dnats):
 _nats.defvjp(_nats_fwd, _nats_bwd)
 
 
-def _nats_and_lse(split, limit, x, blocks, labels):
+def _nats_and_lse(
+    split: Any, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of each label, [n, c]: n chunks of c tokens, the last ones padding."""
     x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
 
-    def body(carry, block):
+    def body(
+        carry: tuple[jax.Array, jax.Array, jax.Array],
+        block: tuple[jax.Array, jax.Array],
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         matrix = split.gather(block[1], "lm_head", split.each)
 
-        def tile(_, chunk):
+        def tile(
+            _: Any, chunk: tuple[jax.Array, ...]
+        ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
             x, labels, top, total, hit = chunk
             logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
             higher = jnp.maximum(top, jnp.max(logits, -1))
@@ -199,16 +238,23 @@ def _nats_and_lse(split, limit, x, blocks, labels):
     return jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0), lse
 
 
-def _numbered(blocks):
+def _numbered(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.iota(jnp.int32, blocks.shape[0]), blocks
 
 
-def _tile(split, x, matrix, labels, number, blocks):
+def _tile(
+    split: Any,
+    x: jax.Array,
+    matrix: jax.Array,
+    labels: jax.Array,
+    number: jax.Array,
+    blocks: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Logits of a chunk of tokens in a block, and which of them are the labels'."""
     first = (split.index(split.tensor) * blocks.shape[0] + number) * blocks.shape[1]
     own = first + lax.iota(jnp.int32, blocks.shape[1])
     return _matmul("TD,VD->TV", x, matrix), labels[:, None] == own[None]
 
 
-def _matmul(dims, x, y):
+def _matmul(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(dims, x, y, preferred_element_type=jnp.float32)

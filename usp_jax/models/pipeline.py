@@ -90,7 +90,7 @@ class Pipeline:
         return (self.stages - 1) / self.ticks
 
     def run(
-        self, stage: Callable, x: Float[Array, "b t D"], facts: Any
+        self, stage: Callable[..., Any], x: Float[Array, "b t D"], facts: Any
     ) -> Float[Array, "b t D"]:
         """What has gone through all stages, in the place of what has not.
 
@@ -106,7 +106,7 @@ class Pipeline:
         facts_of = self._facts_of(facts, x.shape[0])
         shares_shape = (shares, x.shape[0] // shares, *x.shape[1:])
 
-        def body(carry, tick):
+        def body(carry: Any, tick: Any) -> Any:
             received, belt, waiting = carry
             belt, waiting = self._exchange(tick, belt, waiting)
             begins = (index == 0) & (tick % self._period < self.stages)
@@ -127,11 +127,11 @@ class Pipeline:
         return done.at[shares - 1].set(belt).reshape(x.shape)
 
     @property
-    def _period(self):
+    def _period(self) -> Any:
         """Ticks from one group of P micro-batches to the next."""
         return self.rounds * self.stages
 
-    def _exchange(self, tick, belt, waiting):
+    def _exchange(self, tick: Any, belt: Any, waiting: Any) -> Any:
         """Puts the next group's own on the belt, once a period, for what lies there.
 
         All that is put on is back after P ticks, when the first stage has taken each
@@ -143,17 +143,17 @@ class Pipeline:
         finished = jnp.where(starts & (group >= 2), belt, waiting[done])
         return jnp.where(starts, coming, belt), waiting.at[done].set(finished)
 
-    def _pass_on(self, x, step):
+    def _pass_on(self, x: Any, step: Any) -> Any:
         """To the next device, or for -1 to the one before."""
         places = range(self.stages)
         to = [(place, (place + step) % self.stages) for place in places]
         return lax.ppermute(x, self.axis, to)
 
-    def _facts_of(self, facts, rows):
+    def _facts_of(self, facts: Any, rows: Any) -> Any:
         """(device, number among its micro-batches) -> the facts of a micro-batch."""
         shares = self.microbatches // self.stages
 
-        def gather(x):
+        def gather(x: Any) -> Any:
             if x.shape[0] != rows:
                 return x
             x = x.reshape(shares, rows // shares, *x.shape[1:])
@@ -163,7 +163,7 @@ class Pipeline:
         every = jax.tree.map(gather, facts)
         whole = jax.tree.map(lambda x: x.shape[0] != rows, facts)
 
-        def facts_of(device, number):
+        def facts_of(device: Any, number: Any) -> Any:
             return jax.tree.map(
                 lambda same, x: x if same else x[device, number], whole, every
             )
@@ -193,7 +193,7 @@ class Pipeline:
         return jnp.stack(arrived)[jnp.asarray(turns)[index]].reshape(x.shape)
 
 
-def deal_tables(stages, rounds):
+def deal_tables(stages: Any, rounds: Any) -> Any:
     """Which group a device sends in a turn, [v, P], and when each comes to it, [P, v].
 
     Group g is kept by device g // v and used by device g mod P in round g // P. In turn

@@ -8,6 +8,7 @@ the same here. A larger base alone needs none of them: it is `rope_theta`.
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class LinearScaling:
 
     factor: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_factor(self.factor)
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
@@ -40,7 +41,7 @@ class NTKScaling:
 
     factor: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_factor(self.factor)
 
     def theta(self, head_size: int, theta: float) -> float:
@@ -71,7 +72,7 @@ class DynamicNTKScaling:
     factor: float
     original_length: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_factor(self.factor)
         _check_original_length(self.original_length)
 
@@ -109,7 +110,7 @@ class YarnScaling:
     attention_factor: float | None = None
     truncate: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_factor(self.factor)
         _check_original_length(self.original_length)
         slow, fast = self.beta_slow, self.beta_fast
@@ -133,7 +134,7 @@ class YarnScaling:
         """Between the plain ones and those divided by the factor."""
         plain = plain_frequencies(head_size, theta)
 
-        def pair(turns):
+        def pair(turns: Any) -> Any:
             """The pair, a real number, that turns so often in the original length."""
             per_radian = self.original_length / (turns * 2 * math.pi)
             return head_size * math.log(per_radian) / (2 * math.log(theta))
@@ -162,7 +163,7 @@ class Llama3Scaling:
     high_frequency_factor: float = 4.0
     original_length: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_factor(self.factor)
         low, high = self.low_frequency_factor, self.high_frequency_factor
         if not 0 < low < high:
@@ -186,11 +187,11 @@ RopeScaling = (
 )
 
 
-def _check_factor(factor):
+def _check_factor(factor: float) -> None:
     if not factor >= 1:
         raise ValueError(f"{factor=} must be at least 1")
 
 
-def _check_original_length(original_length):
+def _check_original_length(original_length: int) -> None:
     if not original_length > 0:
         raise ValueError(f"{original_length=} must be positive")

@@ -14,6 +14,7 @@ collectives it calls, which do nothing where there is nothing to split.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ class Split:
     ) -> "Split":
         """The split over a mesh, or over one device for None."""
 
-        def split(*names):
+        def split(*names: Any) -> Any:
             return tuple(name for name in names if axis_size(mesh, name) > 1)
 
         tensor = split("tensor")
@@ -158,7 +159,7 @@ class Split:
             size *= axis_size(self.mesh, name)
         return size
 
-    def gather(self, x, name: str, axes: tuple[str, ...]):
+    def gather(self, x: Any, name: str, axes: tuple[str, ...]) -> jax.Array:
         """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
         dims, _, zero = TABLE[name]
         if zero is None:
@@ -168,10 +169,10 @@ class Split:
             x = lax.all_gather(x, some, axis=dim, tiled=True, axis_index_groups=groups)
         return x
 
-    def scatter(self, x, name: str, axes: tuple[str, ...]):
+    def scatter(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
         """The sum over devices of what `gather` gives, split again."""
         dims, _, zero = TABLE[name]
-        dim = x.ndim - len(dims) + dims.index(zero)
+        dim = x.ndim - len(dims) + dims.index(zero)  # type: ignore[arg-type]
         for some, groups in self.turns(axes):
             x = lax.psum_scatter(
                 x, some, scatter_dimension=dim, tiled=True, axis_index_groups=groups
@@ -190,7 +191,7 @@ class Split:
             for groups in groups_in_turn(axis_size(self.mesh, name))
         ]
 
-    def vary(self, x):
+    def vary(self, x: jax.Array) -> jax.Array:
         """Marks x as different on every device.
 
         Where devices along `tensor` then use the same x each for themselves, their
@@ -199,7 +200,7 @@ class Split:
         axes = self.ends.zero + self.tensor
         return vary_over(x, frozenset(axes)) if axes else x
 
-    def enter(self, x):
+    def enter(self, x: jax.Array) -> jax.Array:
         """What all devices along `tensor` compute their heads or features from.
 
         [b, t/tensor, D] -> [b, t, D] under `tensor_sequence`; the gradient, which each
@@ -210,7 +211,7 @@ class Split:
             return lax.all_gather(x, self.tensor, axis=1, tiled=True)
         return self.vary(x)
 
-    def leave(self, x, axis: int = 1):
+    def leave(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """The sum of what they have computed: [b, t, D] -> [b, t/tensor, D].
 
         Without `tensor_sequence` each has the sum for all tokens.
@@ -225,15 +226,17 @@ class Split:
         tensor = self.size(self.tensor) if self.tensor_sequence else 1
         return math.lcm(length_multiple(layout, ring, ulysses), ring * ulysses * tensor)
 
-    def sum(self, x, axes: tuple[str, ...]):
+    def sum(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """The sum over the devices along `axes`."""
         return lax.psum(x, axes) if axes else x
 
-    def index(self, axes: tuple[str, ...]):
+    def index(self, axes: tuple[str, ...]) -> Any:
         """This device's place along `axes`."""
         return lax.axis_index(axes) if axes else 0
 
-    def run(self, f: Callable, in_specs, out_specs) -> Callable:
+    def run(
+        self, f: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
         """`f`, a function of one device's shards, on all of them."""
         if self.mesh is None:
             return f

@@ -71,16 +71,16 @@ class Transformer:
         micro-batch (`gradient_sum.py`).
         """
         output = params["embed" if self.config.tie_embeddings else "lm_head"]
-        weights = {"embed": params["embed"]}
+        weights: dict[str, Any] = {"embed": params["embed"]}
         for name, x in {**params, "lm_head": output}.items():
             copy = partial(self._copy, name)
             if self.split.stages and _of_layers(name):
-                weights[name] = with_sum(copy, x)
+                weights[name] = with_sum(copy, x)  # type: ignore[arg-type]
             elif name != "embed":
-                weights[name] = copy(x)
+                weights[name] = copy(x)  # type: ignore[arg-type]
         return weights
 
-    def _copy(self, name, x):
+    def _copy(self, name: Any, x: jax.Array) -> jax.Array:
         """The working copy of one parameter, a linear function of it."""
         split = self.split.of_parameter(name)
         if not _is_small(name):
@@ -113,7 +113,7 @@ class Transformer:
         attend = self._to_itself(positions, segment_ids)
         return self._layers(weights, tokens, positions, attend)[0]
 
-    def _stages(self, weights, tokens, facts):
+    def _stages(self, weights: Any, tokens: Any, facts: Any) -> Any:
         """The final norm's output of this device's share of the rows.
 
         Args:
@@ -126,11 +126,11 @@ class Transformer:
         per_round = self.config.num_layers // (pipeline.stages * pipeline.rounds)
         sums = jax.tree.map(lambda x: x.reshape(-1, per_round, *x.shape[1:]), sums)
 
-        def stage(x, turn, facts):
+        def stage(x: Any, turn: Any, facts: Any) -> Any:
             own = jax.tree.map(lambda x: x[turn], sums)
             attend = self._to_itself(*facts)
 
-            def weights_of(layer):
+            def weights_of(layer: Any) -> Any:
                 number, sums = layer
                 # Picked inside the layer, weights are not kept for every tick.
                 return {n: add_to(sums[n], copies[n][number]) for n in copies}
@@ -142,7 +142,9 @@ class Transformer:
         x = pipeline.run(stage, x, facts)
         return _rms_norm(x, weights["final_norm"], self.config.rms_norm_eps)
 
-    def _to_itself(self, positions, segment_ids):
+    def _to_itself(
+        self, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> Callable[..., Any]:
         """Attention of whole sequences to themselves, as `_scan` calls it."""
         attend = partial(self._attend, positions, segment_ids)
         return lambda q, k, v, _: (attend(q, k, v), None)
@@ -160,7 +162,9 @@ class Transformer:
         The caches of all layers are one, whose arrays have a leading dim L.
         """
 
-        def attend(q, k, v, _):
+        def attend(
+            q: Any, k: jax.Array, v: jax.Array, _: Any
+        ) -> tuple[jax.Array, KVCache]:
             cache = KVCache.of_shards(
                 k,
                 v,
@@ -185,7 +189,7 @@ class Transformer:
         `tensor_sequence`.
         """
 
-        def attend(q, k, v, cache):
+        def attend(q: Any, k: jax.Array, v: jax.Array, cache: KVCache) -> Any:
             cache = cache.append(k, v, positions=positions)
             out = decode_attention(
                 q,
@@ -212,7 +216,14 @@ class Transformer:
         shards = Shards(None, MeshAxes(), *axes)
         return KVCache((page, page), jax.P(), page_tokens, shards)
 
-    def _layers(self, weights, tokens, positions, attend, state=None):
+    def _layers(
+        self,
+        weights: Any,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Callable[..., Any],
+        state: KVCache | None = None,
+    ) -> tuple[Any, ...]:
         """The final norm's output, and what `attend` has returned beside its own."""
         x = self._embed(weights["embed"], tokens)
         layers = {name: w for name, w in weights.items() if _of_layers(name)}
@@ -220,8 +231,14 @@ class Transformer:
         return _rms_norm(x, weights["final_norm"], self.config.rms_norm_eps), state
 
     def _scan(
-        self, x, layers, positions, attend, weights_of=lambda layer: layer, state=None
-    ):
+        self,
+        x: jax.Array,
+        layers: Any,
+        positions: jax.Array,
+        attend: Callable[..., Any],
+        weights_of: Callable[..., Any] = lambda layer: layer,
+        state: KVCache | None = None,
+    ) -> tuple[Any, ...]:
         """x after some layers, and what `attend` has returned beside its own.
 
         Args:
@@ -236,7 +253,7 @@ class Transformer:
         amplitude = rope_amplitude(config.rope_scaling)
         angles = rope_angles(positions, frequencies, amplitude)
 
-        def body(x, layer):
+        def body(x: jax.Array, layer: Any) -> tuple[Any, ...]:
             layer, state = layer
             x = checkpoint_name(x, _INPUT)
             return self._block(weights_of(layer), state, x, angles, attend)
@@ -244,7 +261,14 @@ class Transformer:
         body = jax.checkpoint(body, policy=_policy(config.remat), prevent_cse=False)
         return lax.scan(body, x, (layers, state))
 
-    def _attend(self, positions, segment_ids, q, k, v):
+    def _attend(
+        self,
+        positions: jax.Array,
+        segment_ids: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+    ) -> Any:
         """Attention of a whole sequence to itself."""
         mask = {"segment_ids": segment_ids}
         if self.layout == "data":
@@ -267,7 +291,7 @@ class Transformer:
             "...D,VD->...V", x, matrix, preferred_element_type=jnp.float32
         )
 
-    def _embed(self, table, tokens):
+    def _embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """[b, t] -> [b, t, D]: what travels is activations, never the table.
 
         Each device looks the tokens of all of them up in its slice of D, so that the
@@ -282,7 +306,14 @@ class Transformer:
         x = split.leave(jnp.where(here[..., None], x, 0), axis=2)
         return lax.all_to_all(x, axes, 0, 3, tiled=True)[0] if axes else x[0]
 
-    def _block(self, layer, state, x, angles, attend):
+    def _block(
+        self,
+        layer: dict[str, jax.Array],
+        state: KVCache | None,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        attend: Callable[..., Any],
+    ) -> tuple[Any, ...]:
         """One layer: attention, then the feed-forward network."""
         config, split = self.config, self.split
         w = {
@@ -301,7 +332,7 @@ class Transformer:
         return x + split.leave(out), state
 
 
-def _heads(y, w, name, eps):
+def _heads(y: Any, w: Any, name: Any, eps: Any) -> Any:
     """q, k or v without its rotation; some models add a bias, some have a norm."""
     x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
     if f"{name}_bias" in w:
@@ -309,7 +340,7 @@ def _heads(y, w, name, eps):
     return _rms_norm(x, w[f"{name}_norm"], eps) if f"{name}_norm" in w else x
 
 
-def _rms_norm(x, weight, eps):
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm (arXiv 1910.07467), float32 inside."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
@@ -317,11 +348,11 @@ def _rms_norm(x, weight, eps):
     return (y * weight).astype(x.dtype)
 
 
-def _is_small(name):
+def _is_small(name: Any) -> Any:
     return name.endswith(("norm", "bias"))
 
 
-def _of_layers(name):
+def _of_layers(name: str) -> bool:
     return TABLE[name][0][0] == "L"
 
 
@@ -344,6 +375,6 @@ def _policy(remat: str) -> Callable[..., Any]:
     )
 
 
-def _all_but_gathered(primitive, *_, **__):
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Keeps everything but gathered weights: kept, they would be the whole model."""
     return primitive.name != "all_gather"

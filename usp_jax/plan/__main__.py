@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if rows and rows[0].can_train else 1
 
 
-def _rows(args) -> list[Row]:
+def _rows(args: Any) -> list[Row]:
     model = LlamaConfig.preset(args.model, dtype=args.dtype)
     if args.longest:
         shortest = job_of(model, args.machine, sequence=1, **_asked(args))
@@ -53,7 +54,7 @@ def _rows(args) -> list[Row]:
     )
 
 
-def _asked(args):
+def _asked(args: Any) -> Any:
     documents = None if args.documents is None else _length("documents", args.documents)
     return {
         "batch": args.batch,
@@ -63,7 +64,7 @@ def _asked(args):
     }
 
 
-def _tell(args, rows):
+def _tell(args: Any, rows: Any) -> None:
     # Tables, plots and compilers are imported where they are asked for.
     from usp_jax.plan.table import show
 
@@ -87,7 +88,7 @@ def _tell(args, rows):
         show_reports([(row, compile_step(row.job, row.choice)) for row in top])
 
 
-def _parser():
+def _parser() -> Any:
     parser = argparse.ArgumentParser(
         prog="python -m usp_jax.plan",
         description="Ranks the ways to split a LLaMA's training step over a machine.",

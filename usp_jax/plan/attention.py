@@ -7,6 +7,7 @@ to compiled programs, byte for byte.
 
 import dataclasses
 import functools
+from typing import Any
 
 from usp_jax.schedules import SCHEDULES
 from usp_jax.ulysses import Heads
@@ -33,7 +34,7 @@ class Call:
     ring_schedule: str = "unidirectional"
     chunks: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         own = self.heads.padded // self.ulysses
         if own % self.chunks:
             raise ValueError(
@@ -149,5 +150,5 @@ def backward_hop(call: Call) -> tuple[int, int]:
 _heads = functools.cache(Heads)
 
 
-def _exchanged(call, size):
+def _exchanged(call: Any, size: Any) -> Any:
     return size * (call.ulysses - 1) // call.ulysses

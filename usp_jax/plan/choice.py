@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from usp_jax.arguments import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
@@ -36,7 +37,7 @@ class Job:
     layout: str = "zigzag"
     documents: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("devices", "sequence", "batch"):
             check_positive_int(name, getattr(self, name))
         if self.documents is not None:
@@ -107,7 +108,7 @@ class Choice:
     ulysses_chunks: int = 1
     program: str = "train"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("accumulate", "interleave", "ulysses_chunks"):
             check_positive_int(name, getattr(self, name))
         for name in ("microbatches", "mlp_tile"):
@@ -218,7 +219,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     return None
 
 
-def _pipeline_obstacle(model, choice):
+def _pipeline_obstacle(model: Any, choice: Any) -> Any:
     """Why there cannot be such stages."""
     if choice.pipe == 1:
         if (choice.microbatches or 1, choice.interleave) != (1, 1):

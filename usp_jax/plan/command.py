@@ -1,6 +1,8 @@
 """The command line of the training program for a choice."""
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.plan.choice import Choice, Job, lacks
@@ -62,7 +64,7 @@ def train_command(job: Job, choice: Choice) -> str:
     return " ".join(["python -m train tiny", *words])
 
 
-def _rope_scaling(scaling):
+def _rope_scaling(scaling: Any) -> Iterator[Any]:
     if scaling is None:
         return
     parts = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", type(scaling).__name__)
@@ -71,7 +73,7 @@ def _rope_scaling(scaling):
         yield _option(f"model.rope_scaling.{name}", value)
 
 
-def _option(name, value):
+def _option(name: Any, value: Any) -> Any:
     """One option: "--section.some-name value", or with "no-" before a name."""
     section, dot, last = name.replace("_", "-").rpartition(".")
     if isinstance(value, bool):

@@ -6,6 +6,7 @@ other choices for it, which are listed here.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from usp_jax.models.config import OFFLOAD, REMAT
 from usp_jax.plan.choice import Choice, Job
@@ -18,10 +19,10 @@ TILE = 4096
 def meshes(job: Job) -> Iterator[Choice]:
     """Every mesh of all the devices."""
     for sizes in _factors(job.devices, 6):
-        yield Choice(*sizes)
+        yield Choice(*sizes)  # type: ignore[arg-type]
 
 
-def _factors(number, count) -> Iterator[tuple[int, ...]]:
+def _factors(number: Any, count: Any) -> Iterator[tuple[int, ...]]:
     """All ways to write a number as a product of `count` numbers, in their order."""
     if count == 1:
         yield (number,)
@@ -40,12 +41,12 @@ def variants(mesh: Choice, offload: bool) -> Iterator[Choice]:
     sizes = mesh.sizes.values()
     for zero in levels:
         for remat in REMAT + OFFLOAD if offload else REMAT:
-            yield Choice(*sizes, zero, remat)
+            yield Choice(*sizes, zero, remat)  # type: ignore[arg-type, call-arg]
 
 
 def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
     """What a row leaves open, but for tiles and parts: at least one choice."""
-    stages = [(None, 1)]
+    stages: list[tuple[int | None, int]] = [(None, 1)]
     if mesh.pipe > 1:
         rows = job.batch // (mesh.data * mesh.fsdp)
         layers = job.model.num_layers // mesh.pipe
@@ -74,7 +75,7 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
 
 def on_the_way(job: Job, choice: Choice, name: str, chunks: int) -> Choice:
     """A choice with a way round its ring, and a number of head chunks."""
-    fields = {}
+    fields: dict[str, Any] = {}
     if choice.ring > 1 and name != "unidirectional":
         fields["ring_schedule"] = name
     if choice.ring > 1 and name == "double":

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -42,7 +43,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def _best_splits(rows):
+def _best_splits(rows: Any) -> Any:
     best: dict[tuple[int, ...], Row] = {}
     for row in rows:
         if row.memory is not None:
@@ -52,7 +53,7 @@ def _best_splits(rows):
     return list(best.values())[:SPLITS]
 
 
-def _lengths(row):
+def _lengths(row: Row) -> Any:
     """(length, seconds) of a row's choice at the lengths where it fits."""
     found = []
     for quarters in (1, 2, 4, 8, 16):
@@ -60,11 +61,11 @@ def _lengths(row):
         if job.sequence and obstacle(job, row.choice) is None:
             other = evaluate(job, row.choice)
             if other.fits:
-                found.append((job.sequence, other.seconds.total))
+                found.append((job.sequence, other.seconds.total))  # type: ignore[union-attr]
     return found
 
 
-def _bars(axes, rows):
+def _bars(axes: Any, rows: Any) -> None:
     left = [0.0] * len(rows)
     names = [describe(row.choice) for row in rows]
     for part in (field.name for field in dataclasses.fields(rows[0].memory)):

@@ -12,6 +12,7 @@ NVIDIA's data sheets (4 or 5, x16); of a TPU's nothing is published: PCIe 3 is a
 """
 
 import dataclasses
+from typing import Any
 
 from usp_jax.aot.devices import GPUS, TPUS, of_kind
 
@@ -118,7 +119,9 @@ _ICI_LATENCY = 1e-6
 _DCN_LATENCY = 50e-6
 
 
-def _gpu(name, bandwidth, peaks, nvlink, network, host):
+def _gpu(
+    name: Any, bandwidth: Any, peaks: Any, nvlink: Any, network: Any, host: Any
+) -> Any:
     """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device.
 
     And GB/s to the host.
@@ -137,7 +140,17 @@ def _gpu(name, bandwidth, peaks, nvlink, network, host):
     )
 
 
-def _tpu(name, devices, bandwidth, peak, dims, wrap, link, largest, network):
+def _tpu(
+    name: Any,
+    devices: Any,
+    bandwidth: Any,
+    peak: Any,
+    dims: Any,
+    wrap: Any,
+    link: Any,
+    largest: Any,
+    network: Any,
+) -> Any:
     """A TPU: GB/s, TFLOP/s, and GB/s one way of a link, largest slice, Gb/s of DCN."""
     return Machine(
         name=name,

@@ -11,6 +11,7 @@ programs, whose bytes are kept (`docs/planning.md` says how near it comes).
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job
@@ -91,7 +92,7 @@ def host_bytes(job: Job, choice: Choice) -> int | float:
     return activations + 12 * _Sizes.of(job, choice).numbers * choice.offload
 
 
-def _moments(job, choice) -> Iterator[Memory]:
+def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     """What there is when one thing or another has the most."""
     sizes = _Sizes.of(job, choice)
     weights, gradients = sizes.layers_copy, sizes.layers_gradient
@@ -161,7 +162,7 @@ class _Sizes:
         )
 
 
-def _state(job, choice, sizes):
+def _state(job: Job, choice: Choice, sizes: Any) -> Any:
     """What is there before a step and after it, and sums over its parts."""
     tokens = choice.accumulate * end_tokens_of(job, choice)
     # The gradients of a step's parts are added up in float32.
@@ -170,7 +171,7 @@ def _state(job, choice, sizes):
     return state + parts + 3 * 4 * tokens
 
 
-def _activations(job, choice):
+def _activations(job: Job, choice: Choice) -> Any:
     """What all layers keep on the device."""
     runs, one = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
@@ -209,12 +210,12 @@ def kept(job: Job, choice: Choice) -> int | float:
     return 2 * x + norms + seen + q_and_kv + out + result + wide
 
 
-def _result(call: Call, size):
+def _result(call: Call, size: Any) -> Any:
     """Attention's output once more, on the other side of the all-to-all."""
     return call.q_elements * size if call.ulysses > 1 else 0
 
 
-def _layer(job, choice):
+def _layer(job: Job, choice: Choice) -> Any:
     """One layer's backward: weights, their gradients, and activations."""
     arrays = TPU if _is_tpu(job) else GPU
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
@@ -234,18 +235,18 @@ def _layer(job, choice):
     return gathered + max(narrow + wide, narrow + heads + rotating)
 
 
-def _is_tpu(job):
+def _is_tpu(job: Job) -> Any:
     return job.machine.torus_dims > 0
 
 
-def _padded(job, call):
+def _padded(job: Job, call: Any) -> Any:
     """The call as its arrays lie in memory."""
     if not _is_tpu(job):
         return call
     return dataclasses.replace(call, head_size=-(-call.head_size // LANES) * LANES)
 
 
-def _belt(job, choice):
+def _belt(job: Job, choice: Choice) -> Any:
     """Of a pipeline: what comes, goes and waits, and their gradients."""
     if choice.pipe == 1:
         return 0
@@ -254,7 +255,7 @@ def _belt(job, choice):
     return 2 * (waiting + 2 * microbatch_of(job, choice) * x)
 
 
-def _loss(job, choice):
+def _loss(job: Job, choice: Choice) -> Any:
     """The loss's backward: a block of the output matrix, and a tile of logits."""
     model, tokens = job.model, end_tokens_of(job, choice)
     block = model.vocab_size / choice.tensor / loss_blocks(job, choice)
@@ -264,7 +265,7 @@ def _loss(job, choice):
     return matrix + tile + dx
 
 
-def _embedding(job, choice):
+def _embedding(job: Job, choice: Choice) -> Any:
     """Its gradient: what all devices' tokens have of this device's slice, float32."""
     tokens = end_tokens_of(job, choice)
     return tokens * job.model.d_model * (2 * job.itemsize + 4)

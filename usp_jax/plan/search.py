@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.plan.choice import Choice, Job, lacks, obstacle
@@ -65,7 +66,7 @@ class Row:
         choice, work = self.choice, self.work
         peak = self.job.machine.peak(self.job.model.dtype)
 
-        def part(flops):
+        def part(flops: Any) -> Any:
             rate = self.rate(flops)
             return None if rate is None else rate / peak
 
@@ -78,12 +79,12 @@ class Row:
             "remat": choice.remat,
             "fits": self.fits,
             "reason": self.reason,
-            "step_seconds": self.seconds.total if known else None,
+            "step_seconds": self.seconds.total if known else None,  # type: ignore[union-attr]
             "tflops_per_device": None if causal is None else causal / 1e12,
             "mfu_causal": part(work.causal),
             "mfu_full": part(work.full),
             "hfu": part(work_of(self.job, self.choice, self.job.visible).hardware),
-            "peak_bytes": round(self.memory.peak) if known else None,
+            "peak_bytes": round(self.memory.peak) if known else None,  # type: ignore[union-attr]
             "traffic_bytes": (
                 round(sum(one.total for one in self.transfers)) if known else None
             ),
@@ -167,7 +168,12 @@ def best(
     """The fastest choice that fits and that the training program has.
 
     Args:
-      as `job_of`, and of `plan`.
+      model: or the name of a preset.
+      machine: or its name; `devices` None takes its usual number.
+      sequence, batch: tokens of a row, and rows of a step.
+      layout: the tokens' stored order.
+      documents: mean tokens of the documents that rows are packed of; None is one each.
+      offload: whether to consider keeping things in the host's memory.
 
     Raises:
       ValueError: an unknown name, numbers that cannot be, or nothing fits.
@@ -190,10 +196,10 @@ def best(
     known = [row for row in rows if row.memory is not None]
     if not known:
         raise ValueError(f"sequence={sequence} cannot be split: {rows[0].reason}")
-    least = min(known, key=lambda row: row.memory.peak)
+    least = min(known, key=lambda row: row.memory.peak)  # type: ignore[union-attr]
     raise ValueError(
         f"{sequence=}, {batch=} on {job.devices} {job.machine.name} fits in no way: "
-        f"the least is {least.memory.peak / GIB:.1f} GiB a device of "
+        f"the least is {least.memory.peak / GIB:.1f} GiB a device of "  # type: ignore[union-attr]
         f"{job.machine.memory_bytes / GIB:.1f} GiB"
     )
 
@@ -217,7 +223,7 @@ def longest(job: Job, *, offload: bool = False) -> Job | None:
         for detail in details(job, mesh, offload)
     ]
 
-    def fits(steps):
+    def fits(steps: Any) -> Any:
         longer = dataclasses.replace(job, sequence=steps * step)
         return any(
             step_memory(longer, choice).peak <= job.machine.memory_bytes
@@ -245,7 +251,7 @@ def evaluate(job: Job, choice: Choice) -> Row:
     return _evaluate(job, choice)
 
 
-def _evaluate(job, choice, memory=None):
+def _evaluate(job: Job, choice: Choice, memory: Any = None) -> Any:
     found = transfers(job, choice)
     memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
@@ -262,7 +268,7 @@ def _evaluate(job, choice, memory=None):
     return Row(job, choice, fits, reason, memory, seconds, found)
 
 
-def _fastest(job, choice, allowed, ways):
+def _fastest(job: Job, choice: Choice, allowed: Any, ways: Any) -> Any:
     """The best row with a mesh, ZeRO level and remat policy.
 
     Args:
@@ -275,10 +281,10 @@ def _fastest(job, choice, allowed, ways):
             way = on_the_way(job, whole, name, chunks)
             if way is whole or (why := obstacle(job, way)) is None:
                 rows.append(_in_few_parts(job, way))
-    return min(rows, key=_speed) if rows else Row(job, choice, False, why)
+    return min(rows, key=_speed) if rows else Row(job, choice, False, why)  # type: ignore[arg-type]
 
 
-def _in_few_parts(job, choice):
+def _in_few_parts(job: Job, choice: Choice) -> Any:
     """The row with the fewest parts of the batch that fit, or with the most.
 
     The feed-forward network is taken in tiles before the batch is taken in more parts.
@@ -296,11 +302,11 @@ def _in_few_parts(job, choice):
     return _evaluate(job, tiled, memory)
 
 
-def _rank(row):
+def _rank(row: Any) -> Any:
     return not row.can_train, *_speed(row)
 
 
-def _speed(row):
+def _speed(row: Any) -> Any:
     """What fits by its time; of what does not, the nearest to it first."""
     seconds = math.inf if row.seconds is None else row.seconds.total
     peak = math.inf if row.memory is None else row.memory.peak

@@ -18,6 +18,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from usp_jax.plan import attention, efficiency
 from usp_jax.plan.choice import Choice, Job
@@ -136,7 +137,7 @@ def is_tiled(job: Job, choice: Choice) -> bool:
     return choice.mlp_tile is not None and choice.mlp_tile < microbatch_of(job, choice)
 
 
-def _host(job, choice, computed):
+def _host(job: Job, choice: Choice, computed: Any) -> Any:
     """What is seen of the way to the host's memory and back."""
     numbers = job.model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     # Parameters come for the forward pass; they and two moments come and go for the
@@ -149,7 +150,7 @@ def _host(job, choice, computed):
     return waited / bandwidth + max(0.0, beside / bandwidth - computed)
 
 
-def _ring(job, choice, attention_seconds):
+def _ring(job: Job, choice: Choice, attention_seconds: Any) -> Any:
     """(chunks, what of the hops is seen beyond them), of all layers and passes.
 
     Of a pipeline: chunks that are of use, and hops of all ticks.
@@ -201,7 +202,7 @@ def own_share(job: Job, ring: int) -> float:
     return max(share, 1 / ring)
 
 
-def _seen(choice, group, computed, own, hop):
+def _seen(choice: Choice, group: Any, computed: Any, own: Any, hop: Any) -> Any:
     """What of a turn's R - 1 hops is not hidden by what is computed beside them."""
     size, way = choice.ring, choice.ring_schedule
     if size == 1:
@@ -210,7 +211,7 @@ def _seen(choice, group, computed, own, hop):
         return group.seconds("all-gather", (size - 1) * hop)
     chunk = (1 - own) * computed / (size - 1)
     if way == "double":
-        inner, outer = choice.ring_inner, size // choice.ring_inner
+        inner, outer = choice.ring_inner, size // choice.ring_inner  # type: ignore[operator]
         near = dataclasses.replace(group, size=inner)
         seen = _beyond(inner, near.seconds(PERMUTE, hop), chunk)
         # An inner turn is beside each hop of the outer ring.
@@ -223,19 +224,19 @@ def _seen(choice, group, computed, own, hop):
 PERMUTE = "collective-permute"
 
 
-def _beyond(size, hop, chunk):
+def _beyond(size: Any, hop: Any, chunk: Any) -> Any:
     """What hops take longer than the chunks beside them; the first has no hop."""
     return (size - 1) * max(0.0, hop - chunk)
 
 
-def _beside_chunks(choice, exchanges, computed):
+def _beside_chunks(choice: Choice, exchanges: Any, computed: Any) -> Any:
     """What is seen of the all-to-alls in head chunks."""
     number = choice.ulysses_chunks
     beside = (number - 1) / number
     return max(exchanges / number, exchanges - beside * computed)
 
 
-def _memory(job, choice):
+def _memory(job: Job, choice: Choice) -> Any:
     """Reads and writes of what is no matrix product: (of layers, of all else)."""
     model, parts = job.model, choice.accumulate
     tokens = parts * tokens_of(job, choice)
@@ -248,12 +249,12 @@ def _memory(job, choice):
     if is_tiled(job, choice):
         # Each tile reads the matrices twice, and adds to float32 gradients.
         matrices = 3 * model.d_model * model.d_ff / choice.tensor
-        layer += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
+        layer += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)  # type: ignore[operator]
     # float32 logits, written and read twice forward and once backward.
     ends = parts * end_tokens_of(job, choice)
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
     # Parameters and two moments, read and written, and gradients; these are added up.
     state = 28 + 8 * (parts - 1)
-    state *= model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
+    state *= model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)  # type: ignore[assignment]
     bandwidth = job.machine.memory_bandwidth * efficiency.MEMORY
     return layers_of(job, choice) * layer / bandwidth, (logits + state) / bandwidth

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import rich.console
 import rich.table
@@ -49,7 +50,7 @@ def show(rows: Sequence[Row], top: int) -> None:
     console.print(train_command(job, best.choice), soft_wrap=True)
 
 
-def _table(rows):
+def _table(rows: Any) -> Any:
     table = rich.table.Table()
     parts = [field.name for field in dataclasses.fields(rows[0].memory)]
     names = ["choice", "s a step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
@@ -80,7 +81,7 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
         peak = report.peak_bytes
         table.add_row(
             describe(row.choice),
-            _gib(row.memory.peak),
+            _gib(row.memory.peak),  # type: ignore[union-attr]
             "-" if peak is None else _gib(peak),
             _gib(sum(one.total for one in row.transfers)),
             _gib(report.wire_bytes),
@@ -89,11 +90,11 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
     _console().print(table)
 
 
-def _console():
+def _console() -> Any:
     """As wide as the tables at the least, for a pipe too."""
     width = max(WIDTH, rich.console.Console().width)
     return rich.console.Console(highlight=False, width=width)
 
 
-def _gib(size):
+def _gib(size: Any) -> Any:
     return f"{size / GIB:.2f}"

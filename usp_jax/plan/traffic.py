@@ -19,6 +19,8 @@ tensor:
 """
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
@@ -127,7 +129,7 @@ def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
     return totals
 
 
-def _axes(choice, names):
+def _axes(choice: Choice, names: Any) -> Any:
     """Those of the axes that split anything, and how many devices they have."""
     size = 1
     for name in names:
@@ -135,13 +137,15 @@ def _axes(choice, names):
     return tuple(name for name in names if choice.sizes[name] > 1), size
 
 
-def _gathered(what, kind, choice, names, times, whole):
+def _gathered(
+    what: Any, kind: Any, choice: Choice, names: Any, times: Any, whole: Any
+) -> Any:
     """A gather of `whole` bytes, or a scatter of as many, over some axes."""
     axes, size = _axes(choice, names)
     return Transfer(what, kind, axes, times, whole * (size - 1) / size)
 
 
-def _gathered_once(job, choice):
+def _gathered_once(job: Job, choice: Choice) -> Iterator[Any]:
     """Norms, of the matrices what ZeRO-1 and `data` split, and a single block."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
@@ -159,7 +163,7 @@ def _gathered_once(job, choice):
     yield _dealt("weights", job, choice, sizes)
 
 
-def _parameters(job, choice):
+def _parameters(job: Job, choice: Choice) -> Iterator[Any]:
     """Weights that are gathered layer by layer, and gradients on their way home."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
@@ -211,7 +215,7 @@ class _Weights:
     output: int | float
 
 
-def _weights(job, choice):
+def _weights(job: Job, choice: Choice) -> Any:
     model, tensor = job.model, choice.tensor
     return _Weights(
         norms=4 * 2 * layers_of(job, choice) * model.d_model,
@@ -221,7 +225,7 @@ def _weights(job, choice):
     )
 
 
-def _dealt(what, job, choice, sizes):
+def _dealt(what: Any, job: Job, choice: Choice, sizes: Any) -> Any:
     """A stage's shards of the layers that others use, in more than one round."""
     times = dealing_turns(choice)
     layers = sizes.norms + layers_of(job, choice) * sizes.layer
@@ -244,7 +248,7 @@ def dealing_turns(choice: Choice) -> int:
     )
 
 
-def _tokens(job, choice):
+def _tokens(job: Job, choice: Choice) -> Iterator[Any]:
     """Ids of tokens and documents, and the embedding."""
     ends = end_tokens_of(job, choice)
     axes, size = _axes(choice, END_AXES)
@@ -264,7 +268,7 @@ def _tokens(job, choice):
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
 
 
-def _attention(job, choice):
+def _attention(job: Job, choice: Choice) -> Iterator[Any]:
     """The all-to-alls and the ring, forward, backward and again."""
     call, layers = call_of(job, choice), runs_of(job, choice)
     again = again_of(choice)
@@ -299,7 +303,7 @@ def _attention(job, choice):
     yield Transfer("attention", permute, ("ring",), backward, back_follows)
 
 
-def _exchanges_again(call, choice):
+def _exchanges_again(call: Any, choice: Choice) -> Any:
     """Of the forward's, those that the backward repeats for the remat policy."""
     exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
     # In chunks q, k, v are kept as they came: only out is missing.
@@ -326,7 +330,7 @@ def kept_of(choice: Choice) -> str:
     return choice.remat.removesuffix("_offload")
 
 
-def _tensor(job, choice):
+def _tensor(job: Job, choice: Choice) -> Iterator[Any]:
     """Sums, or with TP-sp gathers and scatters, of activations along tensor."""
     runs, size = runs_of(job, choice), choice.tensor
     width = job.model.d_model
@@ -357,7 +361,7 @@ def _tensor(job, choice):
     yield Transfer("activations", total, axes, 3, 2 * 4 * ends * stays)
 
 
-def _pipe(job, choice):
+def _pipe(job: Job, choice: Choice) -> Iterator[Any]:
     """The ring of stages and the belt beside it, every tick, forward and back."""
     if choice.pipe > 1:
         x = microbatch_of(job, choice) * job.model.d_model * job.itemsize

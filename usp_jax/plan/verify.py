@@ -5,6 +5,7 @@ and the compilers, `pip install 'usp_jax[plan,aot]'`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,13 @@ def compile_step(job: Job, choice: Choice) -> aot.Report:
     if lacking := lacks(choice):
         raise ValueError(f"{choice} is not in the trainer: it lacks {lacking}")
     topology = aot.topology(job.machine.topology(job.devices))
-    mesh = usp_jax.make_mesh(devices=topology.devices, **choice.sizes)
+    mesh = usp_jax.make_mesh(devices=topology.devices, **choice.sizes)  # type: ignore[arg-type]
     step, shapes = training_step(job, choice, mesh)
     options = usp_jax.recommended_flags(topology.platform)
     return aot.compile(step, *shapes, compiler_options=options)
 
 
-def training_step(job: Job, choice: Choice, mesh: Mesh):
+def training_step(job: Job, choice: Choice, mesh: Mesh) -> Any:
     """The jitted step, and its arguments as shapes with their shardings."""
     config = job.model_of(choice)
     model = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
@@ -45,10 +46,10 @@ def training_step(job: Job, choice: Choice, mesh: Mesh):
     shardings = parameter_shardings(config, mesh)
     if choice.offload:
         shardings = {
-            name: sharding.with_memory_kind("pinned_host")
+            name: sharding.with_memory_kind("pinned_host")  # type: ignore[union-attr]
             for name, sharding in shardings.items()
         }
-    params = {
+    params = {  # type: ignore[assignment]
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
         for name, x in nnx.to_pure_dict(params).items()
     }
@@ -62,11 +63,11 @@ def training_step(job: Job, choice: Choice, mesh: Mesh):
     return jitted, (state, dict.fromkeys(("tokens", "labels", "segment_ids"), ids))
 
 
-def _step(graphdef, layout, choice, state, batch):
+def _step(graphdef: Any, layout: Any, choice: Choice, state: Any, batch: Any) -> Any:
     """(count, (parameters, moments, second moments)), batch -> the same after, loss."""
     count, kept = state
 
-    def nats_of(params, part):
+    def nats_of(params: Any, part: Any) -> Any:
         return loss(
             nnx.merge(graphdef, params),
             part["tokens"],
@@ -87,28 +88,28 @@ def _step(graphdef, layout, choice, state, batch):
     return (count, update(count, gradient, kept)), (value, norm)
 
 
-def _adamw(count, gradient, kept):
+def _adamw(count: Any, gradient: Any, kept: Any) -> Any:
     """(parameters, moments, second moments) after a step."""
     params, mu, nu = kept
     mu = {name: 0.9 * mu[name] + 0.1 * g for name, g in gradient.items()}
     nu = {name: 0.95 * nu[name] + 0.05 * g * g for name, g in gradient.items()}
     unbias = [1 - rate ** count.astype(jnp.float32) for rate in (0.9, 0.95)]
 
-    def moved(name, x):
+    def moved(name: Any, x: Any) -> Any:
         direction = mu[name] / unbias[0] / (jnp.sqrt(nu[name] / unbias[1]) + 1e-8)
         return x - 1e-4 * (direction + 0.1 * x)
 
     return {name: moved(name, x) for name, x in params.items()}, mu, nu
 
 
-def _streamed(count, gradient, kept):
+def _streamed(count: Any, gradient: Any, kept: Any) -> Any:
     """`_adamw` of what is in the host's memory, one layer after the other."""
 
-    def update(_, own):
+    def update(_: Any, own: Any) -> Any:
         gradient, kept = own
         return None, _moved(_adamw(count, gradient, _moved(kept, "Device")), "Host")
 
-    def of(names):
+    def of(names: Any) -> Any:
         return [{name: x[name] for name in names} for x in (gradient, *kept)]
 
     layers = [name for name in gradient if TABLE[name][0][0] == "L"]
@@ -119,6 +120,6 @@ def _streamed(count, gradient, kept):
     return tuple(a | b for a, b in zip(new, rest, strict=True))
 
 
-def _moved(tree, where):
+def _moved(tree: Any, where: Any) -> Any:
     """Arrays in the "Device"'s memory, or the "Host"'s."""
     return jax.device_put(tree, jax.memory.Space[where])

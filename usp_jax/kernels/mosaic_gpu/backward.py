@@ -1,6 +1,7 @@
 """The backward of a chunk on Hopper: a kernel of dq, and one or two of dk and dv."""
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -25,8 +26,19 @@ from usp_jax.merge import finite
 
 
 def chunk_backward(
-    q, k, v, dout, lse, delta, mask, logits, *, target, blocks=None, interpret=False
-):
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+    mask: Any,
+    logits: Any,
+    *,
+    target: Any,
+    blocks: Any = None,
+    interpret: bool = False,
+) -> Any:
     """dq, dk, dv of one chunk from the global lse and delta.
 
     Args and raises: those of `chunk_forward`.
@@ -37,13 +49,15 @@ def chunk_backward(
     shapes = {f"d{name}": operands[name].shape for name in "qkv"}
     operands["lse"] = tokens_last(finite(lse) * LOG2E, 0)
     operands["delta"] = tokens_last(delta, 0)
-    streams = ("k",), ("v",)
-    kernels = {("dq",): Kernel(_dq, ("q", "do"), streams, call.blocks.dq)}
+    streams: tuple[Any, ...] = ("k",), ("v",)
+    kernels: dict[Any, Kernel] = {
+        ("dq",): Kernel(_dq, ("q", "do"), streams, call.blocks.dq)
+    }
     streams = ("q", "lse"), ("do", "delta")
     for names in [("dk",), ("dv",)] if call.blocks.split_dkv else [("dk", "dv")]:
         body = partial(_dkv, names)
         kernels[names] = Kernel(body, ("k", "v"), streams, call.blocks.dkv)
-    grads = {}
+    grads: dict[str, Any] = {}
     for names, kernel in kernels.items():
         made = call.launch(kernel, operands, [shapes[name] for name in names])
         grads |= zip(names, made, strict=True)
@@ -53,7 +67,7 @@ def chunk_backward(
     )
 
 
-def _dq(block):
+def _dq(block: Any) -> None:
     """One tile of queries and one head of dq, by one warpgroup."""
     call, walk = block.call, block.walk
     k_s, v_s = block.scratch["k"], block.scratch["v"]
@@ -65,12 +79,12 @@ def _dq(block):
     )
     pl.when(walk.listed > 0)(block.await_own)
 
-    def step(n, state, masked):
+    def step(n: Any, state: Any, masked: bool) -> Any:
         slot = slot_of(n, k_s.shape[0])
         block.await_full("k", slot)
         block.await_full("v", slot)
 
-        def products(s_ref, dp_ref):
+        def products(s_ref: Any, dp_ref: Any) -> Any:
             plgpu.wgmma(s_ref, q, transposed(k_s.at[slot]))
             plgpu.wgmma(dp_ref, do, transposed(v_s.at[slot]))
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
@@ -78,7 +92,7 @@ def _dq(block):
             dp = plgpu.wgmma_accumulator_load(dp_ref)
             return call.pull_back(p * (dp - delta), s)
 
-        def body(accumulators):
+        def body(accumulators: Any) -> None:
             ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
             block.free("v", slot)
             block.multiply(accumulators[0], ds.astype(k_s.dtype), k_s.at[slot])
@@ -91,7 +105,7 @@ def _dq(block):
     gpu_store(block.rows_of(block.outs[0]), dq * call.late_scale)
 
 
-def _dkv(names, block):
+def _dkv(names: Any, block: Any) -> None:
     """One tile of keys and one key head of dk, dv or both, by one warpgroup.
 
     Scores are transposed, [keys, queries].
@@ -102,20 +116,20 @@ def _dkv(names, block):
     shape = (ROWS, size)
     pl.when(walk.listed > 0)(block.await_own)
 
-    def step(n, state, masked):
+    def step(n: Any, state: Any, masked: bool) -> Any:
         slot = slot_of(n, stages)
         q, do = scratch["q"].at[slot], scratch["do"].at[slot]
         block.await_full("q", slot)
         block.await_full("do", slot)
 
-        def by_column(name):
+        def by_column(name: str) -> Any:
             x = gpu_load(scratch[name].at[slot], COLUMN)
             return lax.broadcast_in_dim(x, shape, (1,))
 
-        def body(accumulators):
+        def body(accumulators: Any) -> None:
             into = dict(zip(names, accumulators, strict=True))
 
-            def products(s_ref, *dp_ref):
+            def products(s_ref: Any, *dp_ref: Any) -> None:
                 plgpu.wgmma(s_ref, k, transposed(q))
                 for ref in dp_ref:
                     plgpu.wgmma(ref, v, transposed(do))

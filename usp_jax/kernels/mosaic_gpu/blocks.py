@@ -1,6 +1,7 @@
 """Block sizes of the Mosaic GPU kernels, by device kind and head size."""
 
 import dataclasses
+from typing import Any
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.table import Row, lookup
@@ -18,7 +19,7 @@ class Tile:
     tokens: int
     stages: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokens not in (16, 32, 64, 128):
             raise ValueError(f"tokens={self.tokens} must be 16, 32, 64 or 128")
         if self.stages < 1:
@@ -39,7 +40,7 @@ class BlockSizes:
     split_dkv: bool = False
 
     @classmethod
-    def of(cls, target: Target, head_size: int, dtype) -> "BlockSizes":
+    def of(cls, target: Target, head_size: int, dtype: Any) -> "BlockSizes":
         """The default for a device, a head size and the dtype of q, k, v.
 
         Raises:

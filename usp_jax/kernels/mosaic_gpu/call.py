@@ -1,6 +1,8 @@
 """What the Hopper kernels of one chunk share: padding, logits, and their launch."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,17 @@ class Call:
     interpret: bool
 
     @classmethod
-    def of(cls, q, k, v, mask, logits, target, blocks, interpret):
+    def of(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: Mask,
+        logits: Logits,
+        target: Any,
+        blocks: Any,
+        interpret: bool,
+    ) -> "Call":
         """Checks what these kernels can do, and pads the mask's tokens."""
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
@@ -49,7 +61,12 @@ class Call:
         mask = Mask(mask.rule, q_tokens, kv_tokens)
         return cls(mask, logits, blocks, q.shape[2] // k.shape[2], interpret)
 
-    def launch(self, kernel, operands, shapes):
+    def launch(
+        self,
+        kernel: Any,
+        operands: Any,
+        shapes: Any,
+    ) -> Any:
         """Runs a kernel over all tiles and heads; float32 arrays of `shapes`."""
         tile_side, other_side = "kq" if kernel.transposed else "qk"
         batch, length, heads, _ = operands[tile_side].shape
@@ -62,8 +79,8 @@ class Call:
             operands = operands | {"mask": self.mask, "walks": table}
         leaves, tree = jax.tree.flatten(operands)
 
-        def body(*refs, **scratch):
-            ins, outs = tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :]
+        def body(*refs: Any, **scratch: Any) -> None:
+            ins, outs = tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :]  # type: ignore[attr-defined]
             repeats = self.group if kernel.transposed else 1
             walk = Walk.of(ins.get("walks"), columns, repeats)
             block = Block(self, kernel, walk, ins, outs, scratch)
@@ -89,7 +106,12 @@ class Call:
         )(*leaves)
         return vary_like(list(made), leaves)
 
-    def in_flight(self, body, accumulators, like=()):
+    def in_flight(
+        self,
+        body: Callable[..., Any],
+        accumulators: Any,
+        like: Any = (),
+    ) -> Any:
         """Runs body(accumulator refs), then awaits all its products.
 
         Returns:
@@ -97,7 +119,7 @@ class Call:
         """
         if self.interpret:
             # The interpreter has no accumulator that starts at a value.
-            def scoped(*refs):
+            def scoped(*refs: Any) -> Any:
                 made = body(refs)
                 return [ref[...] for ref in refs], made
 
@@ -105,7 +127,7 @@ class Call:
             sums, made = pl.run_scoped(scoped, *types)
             return [x + y for x, y in zip(accumulators, sums, strict=True)], made
 
-        def stateful(refs):
+        def stateful(refs: Any) -> None:
             accumulator_refs, made_refs = refs
             made = body(accumulator_refs) or ()
             for ref, x in zip(made_refs, made, strict=True):
@@ -114,37 +136,37 @@ class Call:
         started = [plgpu.ACC.init(x) for x in accumulators]
         return pl.run_state(stateful)((started, list(like)))
 
-    def base2(self, products):
+    def base2(self, products: Any) -> Any:
         """(x, c) such that c · x, c > 0, are the logits times log2(e)."""
         if self.logits.soft_cap is None and self.logits.scale > 0:
             return products, self.logits.scale * LOG2E
         return self.logits.of(products), LOG2E
 
-    def weights(self, products, lse, seen):
+    def weights(self, products: Any, lse: Any, seen: Any) -> Any:
         """p from the products q·k and the base 2 lse."""
         s, scale = self.base2(products)
         p = jnp.exp2(s * scale - lse)
         return p if seen is None else jnp.where(seen, p, 0.0)
 
-    def pull_back(self, dlogits, products):
+    def pull_back(self, dlogits: Any, products: Any) -> Any:
         """The products' cotangent, but for `late_scale`."""
         if self.logits.soft_cap is None:
             return dlogits
         return self.logits.pull_back(dlogits, self.logits.of(products))
 
     @property
-    def late_scale(self):
+    def late_scale(self) -> float:
         """What sums of `pull_back` are still to be multiplied with."""
         return self.logits.scale if self.logits.soft_cap is None else 1.0
 
 
-def padded(x):
+def padded(x: Any) -> Any:
     """[B, T, N, H] with T a multiple of the tile and H of the narrowest swizzle."""
     widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, -x.shape[3] % 16)
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def tokens_last(x, fill):
+def tokens_last(x: Any, fill: float | int) -> Any:
     """[B, T, N] -> [B, N, T], T padded to a multiple of the tile."""
     widths = (0, 0), (0, 0), (0, -x.shape[1] % TILE)
     return jnp.pad(x.swapaxes(1, 2), widths, constant_values=fill)

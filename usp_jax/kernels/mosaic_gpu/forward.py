@@ -5,6 +5,8 @@ warpgroups take turns, so that one's products run beside the other's exponential
 (FlashAttention-3, Algorithm 2).
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -26,8 +28,17 @@ from usp_jax.merge import finite
 
 
 def chunk_forward(
-    q, k, v, mask, carry, logits, *, target, blocks=None, interpret=False
-):
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    carry: Any,
+    logits: Any,
+    *,
+    target: Any,
+    blocks: Any = None,
+    interpret: bool = False,
+) -> Any:
     """Attention of q over k, v, merged into `carry`.
 
     Args:
@@ -51,7 +62,7 @@ def chunk_forward(
     return out[:, :length, :, :size], lse.swapaxes(1, 2)[:, :length]
 
 
-def _forward(block):
+def _forward(block: Any) -> None:
     """One tile of queries and one head of the forward pass, by one warpgroup."""
     call, walk, warpgroup = block.call, block.walk, block.warpgroup
     k_s, v_s, turn = block.scratch["k"], block.scratch["v"], block.scratch["turn"]
@@ -65,7 +76,7 @@ def _forward(block):
         carried = full((ROWS, v_s.shape[-1]), 0, MATRIX)
         carried_lse = full((ROWS,), -jnp.inf, ROW)
 
-    def softmax(s, m, l, seen):
+    def softmax(s: Any, m: Any, l: Any, seen: Any) -> Any:
         """The running maximum and sum (base 2), what o decays by, and p."""
         s, scale = call.base2(s)
         if seen is not None:
@@ -77,8 +88,8 @@ def _forward(block):
         decay = jnp.exp2(m - safe)
         return m_next, l * decay + p.sum(axis=1), decay, p
 
-    def first():
-        def scores(s_ref):
+    def first() -> Any:
+        def scores(s_ref: Any) -> Any:
             plgpu.wgmma(s_ref, q, transposed(k_s.at[0]))
             return plgpu.wgmma_accumulator_load(s_ref)
 
@@ -91,7 +102,7 @@ def _forward(block):
         *state, p = softmax(s, m, l, block.seen(0))
         return carried, *state, p.astype(k_s.dtype)
 
-    def step(n, state, masked):
+    def step(n: Any, state: Any, masked: bool) -> Any:
         """The scores of block n, while o takes in the block before it."""
         o, m, l, decay, p = state
         now, before = slot_of(n, stages), slot_of(n - 1, stages)
@@ -99,8 +110,10 @@ def _forward(block):
         block.await_full("v", before)
         plgpu.barrier_wait(turn.at[warpgroup])
 
-        def body(accumulators):
-            def scores(s_ref):
+        def body(
+            accumulators: Any,
+        ) -> Any:
+            def scores(s_ref: Any) -> Any:
                 plgpu.wgmma(s_ref, q, transposed(k_s.at[now]))
                 block.multiply(accumulators[0], p, v_s.at[before])
                 plgpu.barrier_arrive(turn.at[1 - warpgroup])
@@ -116,7 +129,7 @@ def _forward(block):
         # Rounded no sooner: until here the product was reading the last p.
         return o, *made, p.astype(k_s.dtype)
 
-    def attend():
+    def attend() -> None:
         # The first turn is warpgroup 0's.
         pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         o, m, l, decay, p = walk.fold(step, first(), start=1)
@@ -131,7 +144,7 @@ def _forward(block):
         gpu_store(lse_ref, (m + jnp.log2(l)) / LOG2E)
 
     @pl.when(walk.listed == 0)
-    def hand_through():
+    def hand_through() -> None:
         gpu_store(out_ref, carried)
         gpu_store(lse_ref, carried_lse)
 

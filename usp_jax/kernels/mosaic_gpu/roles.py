@@ -6,6 +6,7 @@ Two warpgroups compute, the third copies tiles to shared memory for them.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,11 @@ class Kernel:
     tile: Tile
 
     @property
-    def transposed(self):
+    def transposed(self) -> bool:
         """Whether tiles are of keys, and queries stream."""
         return "k" in self.own
 
-    def scratch(self, operands):
+    def scratch(self, operands: Any) -> dict[str, Any]:
         """Shared memory and barriers, by name."""
         streamed = [name for stream in self.streams for name in stream]
         widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]
@@ -50,11 +51,11 @@ class Kernel:
         sizes = self.tile.tokens, *widths
         width = next(w for w in (64, 32, 16) if not any(size % w for size in sizes))
         transforms = (
-            plgpu.TilingTransform((8, width)),
-            plgpu.SwizzleTransform(2 * width),
+            plgpu.TilingTransform((8, width)),  # type: ignore[abstract]
+            plgpu.SwizzleTransform(2 * width),  # type: ignore[abstract]
         )
 
-        def buffers(name, *lead):
+        def buffers(name: str, *lead: Any) -> Any:
             x = operands[name]
             if x.ndim == 3:
                 return plgpu.SMEM(lead, x.dtype)
@@ -82,37 +83,45 @@ class Kernel:
 class Block:
     """A thread block as one of its warpgroups sees it: its tile, head and memory."""
 
-    def __init__(self, call, kernel, walk, refs, outs, scratch):
+    def __init__(
+        self,
+        call: Any,
+        kernel: Kernel,
+        walk: Any,
+        refs: dict[str, Any],
+        outs: Any,
+        scratch: dict[str, Any],
+    ) -> None:
         self.call, self.kernel, self.walk = call, kernel, walk
         self.refs, self.outs, self.scratch = refs, outs, scratch
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
         self.warpgroup = lax.axis_index("warpgroup")
 
-    def rows_of(self, ref, index=None):
+    def rows_of(self, ref: Any, index: Any = None) -> Any:
         """A warpgroup's own rows of [B, T, N, H] or [B, N, T]."""
         index = self.warpgroup if index is None else index
         rows = pl.ds(self.walk.tile * TILE + index * ROWS, ROWS)
         return self._at(ref, rows, self.head)
 
-    def compute(self):
+    def compute(self) -> None:
         """What the first two warpgroups do."""
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         self.kernel.body(self)
 
-    def copy(self):
+    def copy(self) -> None:
         """What the last warpgroup does: every tile's copy, as its buffer comes free."""
         plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
         walk, stages = self.walk, self.kernel.tile.stages
 
         @pl.when(walk.listed > 0)
-        def own():
+        def own() -> None:
             for i in range(COMPUTING):
                 for name in self.kernel.own:
                     rows, tile = self.rows_of(self.refs[name], i), self.scratch[name]
                     barrier = self.scratch["own_full"].at[i]
                     plgpu.copy_gmem_to_smem(rows, tile.at[i], barrier)
 
-        def step(n, column):
+        def step(n: Any, column: Any) -> Any:
             slot = slot_of(n, stages)
             # Read ahead, so that no copy waits for the table.
             ahead = walk.column(jnp.minimum(n + 1, walk.columns * walk.repeats - 1))
@@ -134,19 +143,19 @@ class Block:
 
         lax.fori_loop(0, walk.steps, step, walk.column(jnp.int32(0)))
 
-    def await_own(self):
+    def await_own(self) -> None:
         """Waits for the tiles that stay."""
         plgpu.barrier_wait(self.scratch["own_full"].at[self.warpgroup])
 
-    def await_full(self, name, slot):
+    def await_full(self, name: str, slot: Any) -> None:
         """Waits until a stream's buffer is filled."""
         plgpu.barrier_wait(self.scratch[f"{name}_full"].at[slot])
 
-    def free(self, name, slot):
+    def free(self, name: str, slot: Any) -> None:
         """Says that this warpgroup needs a stream's buffer no more."""
         plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
 
-    def multiply(self, accumulator, a, b):
+    def multiply(self, accumulator: Any, a: Any, b: Any) -> None:
         """accumulator += a · b of registers and a buffer, asynchronously."""
         if self.call.interpret:
             staged = self.scratch["staged"].at[self.warpgroup]
@@ -155,19 +164,19 @@ class Block:
             a = staged
         plgpu.wgmma(accumulator, a, b)
 
-    def seen(self, n):
+    def seen(self, n: Any) -> Any:
         """What is seen of the block of step n, [rows, columns]; None is all."""
         if self.walk.row is None:
             return None
         mask, size = self.refs["mask"], self.kernel.tile.tokens
-        own = pl.ds(self.walk.tile * TILE + self.warpgroup * ROWS, ROWS)
-        own = own, ROW, 0
+        rows = pl.ds(self.walk.tile * TILE + self.warpgroup * ROWS, ROWS)
+        own = rows, ROW, 0
         other = pl.ds(self.walk.column(n) * size, size), COLUMN, 1
 
-        def facts(tokens, where):
+        def facts(tokens: Any, where: tuple[Any, Any, int]) -> Any:
             part, layout, dim = where
 
-            def load(ref):
+            def load(ref: Any) -> Any:
                 row = self.batch if ref.shape[0] > 1 else 0
                 x = gpu_load(ref.at[row, part], layout)
                 return lax.broadcast_in_dim(x, (ROWS, size), (dim,))
@@ -175,10 +184,10 @@ class Block:
             return jax.tree.map(load, tokens)
 
         sides = (other, own) if self.kernel.transposed else (own, other)
-        q, kv = map(facts, (mask.q, mask.kv), sides)
+        q, kv = facts(mask.q, sides[0]), facts(mask.kv, sides[1])
         return sees(self.call.mask.rule, q, kv)
 
-    def _at(self, ref, rows, head):
+    def _at(self, ref: Any, rows: Any, head: Any) -> Any:
         """Rows of one head of [B, T, N, H] or [B, N, T]."""
         if len(ref.shape) == 3:
             return ref.at[self.batch, head, rows]

@@ -1,6 +1,7 @@
 """Sizes and layouts of the Hopper kernels' tiles, and what makes registers of them."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,20 +17,20 @@ MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 
 
-def slot_of(n, stages):
+def slot_of(n: Any, stages: int) -> Any:
     """The buffer of a step."""
     return lax.rem(n, jnp.int32(stages)) if stages > 1 else jnp.int32(0)
 
 
-def by_row(x, shape):
+def by_row(x: Any, shape: Any) -> Any:
     """Repeats one value a row along the columns."""
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
-def full(shape, value, layout):
+def full(shape: tuple[int] | tuple[int, int], value: float | int, layout: Any) -> Any:
     """Registers of one value."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def transposed(ref):
+def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))

@@ -1,6 +1,7 @@
 """The blocks that each tile of the Hopper kernels walks, as a table in HBM."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class Walk:
     repeats: int
 
     @classmethod
-    def of(cls, table, columns, repeats):
+    def of(cls, table: Any, columns: int, repeats: int) -> "Walk":
         """The walk of this thread block's tile."""
         rank, batch = lax.axis_index("tile"), lax.axis_index("batch")
         if table is None:
@@ -39,15 +40,20 @@ class Walk:
         return cls(row[0], row[1], row[2], row, columns, repeats)
 
     @property
-    def steps(self):
+    def steps(self) -> Any:
         return self.listed * self.repeats
 
-    def column(self, step):
+    def column(self, step: Any) -> Any:
         """The block that a step is about."""
         entry = lax.div(step, jnp.int32(self.repeats)) if self.repeats > 1 else step
         return entry if self.row is None else self.row[HEADER + entry]
 
-    def fold(self, step, state, start=0):
+    def fold(
+        self,
+        step: Callable[..., Any],
+        state: Any,
+        start: int = 0,
+    ) -> Any:
         """Folds step(n, state, masked) over all steps from `start` on."""
         full = jnp.maximum(self.full * self.repeats, start)
         state = lax.fori_loop(start, full, partial(step, masked=False), state)
@@ -56,7 +62,7 @@ class Walk:
         return lax.fori_loop(full, self.steps, partial(step, masked=True), state)
 
 
-def walk_table(mask, step, transposed):
+def walk_table(mask: Any, step: int, transposed: bool) -> Any:
     """Which blocks each tile walks: int32 [B, tiles, 3 + columns].
 
     A row is (tile, how many blocks are seen entirely, how many are seen at all, the

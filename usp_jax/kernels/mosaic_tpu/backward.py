@@ -8,6 +8,7 @@ written back at each visit.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +36,19 @@ from usp_jax.merge import finite
 
 
 def chunk_backward(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    mask,
-    logits,
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+    mask: Any,
+    logits: Any,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
-    interpret=False,
-):
+    interpret: Any = False,
+) -> Any:
     """dq, dk, dv of one chunk from the global lse and delta."""
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
@@ -59,13 +60,22 @@ def chunk_backward(
 
 
 def backward_kernel(
-    cut, q, k, v, dout, lse, delta, logits, vmem_mib, interpret
+    cut: Cut,
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    lse: Any,
+    delta: Any,
+    logits: Any,
+    vmem_mib: int,
+    interpret: Any,
 ) -> Kernel:
     """The kernel of a chunk, and what it takes."""
     walk = Walk.of(cut.kinds.swapaxes(1, 2), cut.batch, visit_all=False)
     num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
 
-    def place(b, h, t, g, *lists):
+    def place(b: Any, h: Any, t: Any, g: Any, *lists: Any) -> Place:
         b, j, i = walk.blocks(lists, b, t)
         return Place(b, h * group + g, h, i, j)
 
@@ -119,19 +129,19 @@ def backward_kernel(
 
 
 def _backward_kernel(
-    lists,
-    operands,
-    zeros,
-    results,
-    scratch,
+    lists: Any,
+    operands: Any,
+    zeros: Any,
+    results: Any,
+    scratch: Any,
     *,
-    walk,
-    rule,
-    logits,
-    kv_compute,
-    may_mask,
-    group,
-):
+    walk: Walk,
+    rule: Any,
+    logits: Any,
+    kv_compute: int,
+    may_mask: bool,
+    group: int,
+) -> None:
     del zeros
     (q_tokens, kv_tokens), q, do, k, v, lse, delta = operands
     dq_hbm, dk, dv = results
@@ -158,13 +168,13 @@ def _backward_kernel(
     visited = step.listed & (step.kind != EMPTY)
     pl.when(visited)(dq.begin)
 
-    @pl.when(step.first & (g == 0))
-    def _():
+    @pl.when(step.first & (g == 0))  # type: ignore[no-redef]
+    def _() -> None:
         save_columns(columns, kv_tokens)
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
 
-    def attend(masked):
+    def attend(masked: Any) -> None:
         total = None
         for keys in pieces(k.shape[0], kv_compute):
             s, natural = base2(logits, dot(k[keys], q[...], 1, 1))
@@ -186,6 +196,6 @@ def _backward_kernel(
 
     pl.when(visited)(dq.end)
 
-    @pl.when(step.last & (g == group - 1))
-    def _():
+    @pl.when(step.last & (g == group - 1))  # type: ignore[no-redef]
+    def _() -> None:
         dk[...] *= logits.scale

@@ -1,6 +1,7 @@
 """Block sizes of the TPU kernels, by device kind."""
 
 import dataclasses
+from typing import Any
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.table import Row, lookup
@@ -22,7 +23,7 @@ class Tile:
     kv: int
     kv_compute: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
             if size < LANES or size % LANES:
@@ -44,7 +45,7 @@ class BlockSizes:
     vmem_mib: int = 16
 
     @classmethod
-    def of(cls, target: Target, head_size: int, dtype) -> "BlockSizes":
+    def of(cls, target: Target, head_size: int, dtype: Any) -> "BlockSizes":
         """The default for a device, a head size and the dtype of q, k, v."""
         return lookup(TABLE, target, head_size, dtype)
 

@@ -25,7 +25,7 @@ class Cut:
     mask: Mask
 
     @classmethod
-    def of(cls, q, k, mask, tile):
+    def of(cls, q: Any, k: Any, mask: Mask, tile: Any) -> "Cut":
         lengths = q.shape[1], k.shape[1]
         block_q, block_kv = map(_block, lengths, (tile.q, tile.kv))
         pad_q, pad_kv = -lengths[0] % block_q, -lengths[1] % block_kv
@@ -39,11 +39,11 @@ class Cut:
         return cls(q.shape[0], *lengths, *sizes, mask)
 
     @property
-    def q_padded(self):
+    def q_padded(self) -> int:
         return self.mask.q.positions.shape[1]
 
     @property
-    def kinds(self):
+    def kinds(self) -> Any:
         """Each block's kind: [rows of the mask, blocks of queries, blocks of keys]"""
         if not self.mask.sees_all:
             return block_kinds(self.mask, self.block_q, self.block_kv)
@@ -52,19 +52,19 @@ class Cut:
         return jnp.full(shape, FULL, jnp.int8)
 
     @property
-    def tokens(self):
+    def tokens(self) -> tuple[Tokens, Tokens]:
         """What kernels read of the mask, as rows: int32 [B or 1, 1, T]"""
         rule = self.mask.rule
         ordered = rule.before is not None or rule.after is not None
 
-        def rows(tokens):
+        def rows(tokens: Tokens) -> Tokens:
             positions = tokens.positions if ordered else None
             tokens = Tokens(positions, tokens.segment_ids)
             return jax.tree.map(lambda x: x[:, None], tokens)
 
         return rows(self.mask.q), rows(self.mask.kv)
 
-    def cost(self, q, k, *, num_products):
+    def cost(self, q: Any, k: Any, *, num_products: int) -> Any:
         """What XLA's scheduler is told; of a bounded order, half is seen."""
         rule = self.mask.rule
         seen = 0.5 if rule.before is not None or rule.after is not None else 1
@@ -75,27 +75,27 @@ class Cut:
             bytes_accessed=pairs // self.block_q * 2 * q.shape[3] * q.dtype.itemsize,
         )
 
-    def q(self, x):
+    def q(self, x: Any) -> Any:
         """[B, T, N, H] -> [B, N, T, H], padded"""
         return _pad(x, self.block_q, 0).swapaxes(1, 2)
 
-    def kv(self, x):
+    def kv(self, x: Any) -> Any:
         """[B, S, K, H] -> [B, K, S, H], padded"""
         return _pad(x, self.block_kv, 0).swapaxes(1, 2)
 
-    def row(self, x, fill):
+    def row(self, x: Any, fill: float | int) -> Any:
         """[B, T, N] -> [B, N, 1, T], padded"""
         return _pad(x, self.block_q, fill).swapaxes(1, 2)[:, :, None]
 
-    def from_q(self, x):
+    def from_q(self, x: Any) -> Any:
         """The inverse of `q`."""
         return x.swapaxes(1, 2)[:, : self.q_length]
 
-    def from_kv(self, x):
+    def from_kv(self, x: Any) -> Any:
         """The inverse of `kv`."""
         return x.swapaxes(1, 2)[:, : self.kv_length]
 
-    def from_row(self, x):
+    def from_row(self, x: Any) -> Any:
         """The inverse of `row`."""
         return x[:, :, 0].swapaxes(1, 2)[:, : self.q_length]
 
@@ -118,26 +118,26 @@ class Specs:
     cut: Cut
     place: Callable[..., Place]
 
-    def q(self, width):
+    def q(self, width: int) -> Any:
         """Blocks of [B, N, T, width]."""
         shape = (None, None, self.cut.block_q, width)
         return self._spec(shape, lambda at: (at.row, at.head, at.i, 0))
 
-    def kv(self, width):
+    def kv(self, width: int) -> Any:
         """Blocks of [B, K, S, width]."""
         shape = (None, None, self.cut.block_kv, width)
         return self._spec(shape, lambda at: (at.row, at.kv_head, at.j, 0))
 
-    def row(self):
+    def row(self) -> Any:
         """Blocks of [B, N, 1, T]."""
         shape = (None, None, 1, self.cut.block_q)
         return self._spec(shape, lambda at: (at.row, at.head, 0, at.i))
 
-    def tokens(self):
+    def tokens(self) -> tuple[Tokens, Tokens]:
         """Blocks of the cut's tokens."""
 
-        def of(tokens, block, index):
-            def one(x):
+        def of(tokens: Tokens, block: int, index: Callable[..., Any]) -> Tokens:
+            def one(x: Any) -> Any:
                 shape, varies = (None, 1, block), x.shape[0] > 1
                 return self._spec(
                     shape, lambda at: (at.row if varies else 0, 0, index(at))
@@ -151,11 +151,15 @@ class Specs:
             of(kv, self.cut.block_kv, lambda at: at.j),
         )
 
-    def _spec(self, shape, index):
+    def _spec(
+        self,
+        shape: tuple[None, None, int, int] | tuple[None, int, int],
+        index: Callable[..., Any],
+    ) -> Any:
         return pl.BlockSpec(shape, lambda *grid: index(self.place(*grid)))
 
 
-def _block(length, size):
+def _block(length: int, size: int) -> int:
     """The block size, near `size` at most, that cuts a length evenly.
 
     An even number of blocks lets none straddle the two chunks of a zigzag shard.
@@ -165,7 +169,7 @@ def _block(length, size):
     return -(-length // (blocks * LANES)) * LANES
 
 
-def _pad(x, block, fill):
+def _pad(x: Any, block: int, fill: float | int) -> Any:
     """Pads the tokens of [B, T, ...] to a multiple of the block."""
     if not (padding := -x.shape[1] % block):
         return x

@@ -5,6 +5,7 @@ itself, initialised from the carry and normalised at the end of each run of the 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +35,17 @@ from usp_jax.merge import finite
 
 
 def chunk_forward(
-    q,
-    k,
-    v,
-    mask,
-    carry,
-    logits,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    carry: Any,
+    logits: Any,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
-    interpret=False,
-):
+    interpret: Any = False,
+) -> Any:
     """Attention of q over k, v, merged into `carry`.
 
     Args:
@@ -58,12 +59,21 @@ def chunk_forward(
     return cut.from_q(out), cut.from_row(lse)
 
 
-def forward_kernel(cut, q, k, v, carry, logits, vmem_mib, interpret) -> Kernel:
+def forward_kernel(
+    cut: Cut,
+    q: Any,
+    k: Any,
+    v: Any,
+    carry: Any,
+    logits: Any,
+    vmem_mib: int,
+    interpret: Any,
+) -> Kernel:
     """The kernel of a chunk, and what it takes."""
     walk = Walk.of(cut.kinds, cut.batch, visit_all=carry is None)
     num_heads, group = q.shape[2], q.shape[2] // k.shape[2]
 
-    def place(b, n, t, *lists):
+    def place(b: Any, n: Any, t: Any, *lists: Any) -> Place:
         b, i, j = walk.blocks(lists, b, t)
         return Place(b, n, n // group, i, j)
 
@@ -117,24 +127,24 @@ def forward_kernel(cut, q, k, v, carry, logits, vmem_mib, interpret) -> Kernel:
 
 
 def _forward_kernel(
-    lists,
-    operands,
-    carry,
-    results,
-    scratch,
+    lists: Any,
+    operands: Any,
+    carry: Any,
+    results: Any,
+    scratch: Any,
     *,
-    walk,
-    rule,
-    logits,
-    kv_compute,
-    may_mask,
-):
+    walk: Walk,
+    rule: Any,
+    logits: Any,
+    kv_compute: int,
+    may_mask: bool,
+) -> None:
     (q_tokens, kv_tokens), q, k, v = operands
     (out, lse), (m, l, columns) = results, scratch
     step = walk.step(lists, pl.program_id(0), pl.program_id(2))
 
     @pl.when(step.first)
-    def _():
+    def _() -> None:
         save_columns(columns, q_tokens)
         if carry is None:
             m[...] = jnp.full_like(m, -jnp.inf)
@@ -146,7 +156,7 @@ def _forward_kernel(
             l[...] = jnp.where(m[...] == -jnp.inf, 0.0, 1 / LANES)
             out[...] = carry[0][...]
 
-    def attend(masked):
+    def attend(masked: Any) -> None:
         for keys in pieces(k.shape[0], kv_compute):
             s, _ = base2(logits, dot(q[...], k[keys], 1, 1))
             if masked:
@@ -165,7 +175,7 @@ def _forward_kernel(
     when_listed(step, attend, may_mask=may_mask)
 
     @pl.when(step.last)
-    def _():
+    def _() -> None:
         total = l[...].sum(1, keepdims=True)
         unseen = total == 0
         safe = jnp.where(unseen, 1.0, total)

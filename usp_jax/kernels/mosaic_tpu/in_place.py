@@ -31,7 +31,7 @@ class InPlace:
     t: Any
     g: Any
 
-    def begin(self):
+    def begin(self) -> None:
         """Starts this step's read, if it had to wait, and the next one's."""
         t, g, n = self.t, self.g, self.t * self.group + self.g
         again = self._again(t)
@@ -41,7 +41,7 @@ class InPlace:
         pl.when((n >= 2) & ~self._again(before))(self._write(n - 2).wait)
 
         @pl.when(again)
-        def _():
+        def _() -> None:
             self._write(n - 1).wait()
             self._read(t, g, n).start()
 
@@ -53,23 +53,23 @@ class InPlace:
             self._read(jnp.minimum(t_next, self.count - 1), g_next, n + 1).start
         )
 
-    def add(self, x):
+    def add(self, x: Any) -> None:
         """Adds this step's part."""
         n = self.t * self.group + self.g
         self._read(self.t, self.g, n).wait()
         self.blocks[n % 3] += x
 
-    def end(self):
+    def end(self) -> None:
         """Starts this step's write; the last step waits for all."""
         t, n = self.t, self.t * self.group + self.g
         self._write(n).start()
 
         @pl.when(n + 1 == self.count * self.group)
-        def _():
+        def _() -> None:
             pl.when((n >= 1) & ~self._again(t))(self._write(n - 1).wait)
             self._write(n).wait()
 
-    def _again(self, t):
+    def _again(self, t: Any) -> Any:
         """Whether one of the two steps before those of entry t has the same block."""
         # Steps of different heads have different blocks.
         back = range(1, 2 // self.group + 1)
@@ -79,17 +79,17 @@ class InPlace:
         ]
         return functools.reduce(jnp.logical_or, same, jnp.bool_(False))
 
-    def _block(self, t, g):
+    def _block(self, t: Any, g: Any) -> Any:
         size = self.blocks.shape[1]
         tokens = pl.ds(self.minor(t) * size, size)
         return self.hbm.at[self.row, self.head + g, tokens]
 
-    def _read(self, t, g, n):
+    def _read(self, t: Any, g: Any, n: Any) -> Any:
         slot = n % 3
         block, semaphore = self._block(t, g), self.reads.at[slot]
         return pltpu.make_async_copy(block, self.blocks.at[slot], semaphore)
 
-    def _write(self, n):
+    def _write(self, n: Any) -> Any:
         # Whoever waits asks for the semaphore only, and which block it was is the same.
         slot = jnp.maximum(n, 0) % 3
         block, semaphore = self._block(self.t, self.g), self.writes.at[slot]

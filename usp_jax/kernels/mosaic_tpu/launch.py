@@ -39,7 +39,9 @@ class Kernel:
     cost: pl.CostEstimate
     interpret: Any
 
-    def run(self):
+    def run(
+        self,
+    ) -> Any:
         """The results of all calls of the walk, made one after the other."""
         walk = self.walk
         # All inputs vary over all mesh axes that any of them varies over.
@@ -57,19 +59,22 @@ class Kernel:
         if walk.calls == 1:
             return self._call(entries[0], sizes[0], operands, state)
 
-        def body(state, lists):
-            return self._call(*lists, operands, state), None
+        def body(
+            state: Any,
+            lists: Any,
+        ) -> Any:
+            return self._call(*lists, operands, state), None  # type: ignore[call-arg]
 
         return lax.scan(body, state, (entries, sizes))[0]
 
-    def _call(self, entries, sizes, operands, state):
+    def _call(self, entries: Any, sizes: Any, operands: Any, state: Any) -> Any:
         leaves, tree = jax.tree.flatten((operands, state))
         num_operands = len(jax.tree.leaves(operands))
         in_specs = jax.tree.leaves(
             (self.operand_specs, self.state_specs if state else ())
         )
 
-        def kernel(*refs):
+        def kernel(*refs: Any) -> None:
             ends = (2, 2 + len(leaves), 2 + len(leaves) + len(self.results))
             lists, inputs, results, scratch = _split(refs, ends)
             self.body(lists, *jax.tree.unflatten(tree, inputs), results, scratch)
@@ -96,7 +101,7 @@ class Kernel:
                 dimension_semantics=(
                     "parallel",
                     "parallel",
-                    *("arbitrary",) * (1 + len(rest)),
+                    *("arbitrary",) * (1 + len(rest)),  # type: ignore[arg-type]
                 ),
                 vmem_limit_bytes=self.vmem_mib * 2**20,
             ),
@@ -105,7 +110,7 @@ class Kernel:
         )(entries, sizes, *leaves)
 
 
-def _split(refs, ends):
+def _split(refs: Any, ends: tuple[int, int, int]) -> list[tuple[Any, ...]]:
     """Cuts a sequence at `ends`."""
     starts = (0, *ends)
     return [refs[a:b] for a, b in zip(starts, (*ends, None), strict=True)]

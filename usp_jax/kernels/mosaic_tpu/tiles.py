@@ -1,7 +1,9 @@
 """What the TPU kernels do to a block: products, logits of base 2, rows as columns."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,9 @@ from usp_jax.masking import FULL, PARTIAL, Tokens
 LOG2_E = math.log2(math.e)
 
 
-def multipliable(*arrays):
+def multipliable(
+    *arrays: Any,
+) -> Any:
     """Arrays in a dtype that the matrix unit takes: float16 becomes float32."""
     dtype = arrays[0].dtype
     if dtype == jnp.float64:
@@ -26,14 +30,14 @@ def multipliable(*arrays):
     return arrays
 
 
-def when_listed(step, attend, *, may_mask):
+def when_listed(step: Any, attend: Callable[..., Any], *, may_mask: bool) -> None:
     """Runs `attend(masked)` as the step's kind demands."""
     if may_mask:
         pl.when(step.listed & (step.kind == PARTIAL))(partial(attend, True))
     pl.when(step.listed & (step.kind == FULL))(partial(attend, False))
 
 
-def base2(logits, products):
+def base2(logits: Any, products: Any) -> Any:
     """Logits in base 2, and natural ones where a soft cap's derivative needs them."""
     if logits.soft_cap is None:
         return products * (logits.scale * LOG2_E), None
@@ -41,7 +45,7 @@ def base2(logits, products):
     return natural * LOG2_E, natural
 
 
-def dot(a, b, axis_a, axis_b):
+def dot(a: Any, b: Any, axis_a: int, axis_b: int) -> Any:
     """A product of what it is given, accumulated in float32."""
     exact = a.dtype == jnp.float32
     return lax.dot_general(
@@ -53,34 +57,36 @@ def dot(a, b, axis_a, axis_b):
     )
 
 
-def pieces(length, size):
+def pieces(length: int, size: int) -> list[Any]:
     """Slices of at most `size` that cut a length."""
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def as_column(row):
+def as_column(row: Any) -> Any:
     """[1, n] -> [n, LANES], each number along its lanes"""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def widened(column, width):
+def widened(column: Any, width: int) -> Any:
     """[n, LANES] -> [n, width], of numbers that are the same along lanes"""
     return jnp.concatenate([column] * -(-width // LANES), axis=1)[:, :width]
 
 
-def sum_to_lanes(x):
+def sum_to_lanes(x: Any) -> Any:
     """[n, width] -> [n, LANES], whose sum along lanes is that of x"""
     return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
 
 
-def save_columns(columns, tokens):
+def save_columns(columns: Any, tokens: Any) -> None:
     """Keeps positions and ids, [1, n] each, as columns."""
     for i, x in enumerate((tokens.positions, tokens.segment_ids)):
         if x is not None:
             columns[i] = as_column(x[...])
 
 
-def load_columns(columns, tokens, width, rows=slice(None)):
+def load_columns(
+    columns: Any, tokens: Any, width: int, rows: Any = slice(None)
+) -> Tokens:
     """Some rows of what was saved of `tokens`, `width` numbers along."""
     parts = (tokens.positions, tokens.segment_ids)
     return Tokens(

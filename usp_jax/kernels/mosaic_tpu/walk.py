@@ -47,7 +47,7 @@ class Walk:
     batch: int
 
     @classmethod
-    def of(cls, kinds, batch: int, *, visit_all: bool) -> "Walk":
+    def of(cls, kinds: Any, batch: int, *, visit_all: bool) -> "Walk":
         """Lists the blocks of `kinds` [rows, major, minor] that are not EMPTY.
 
         Args:
@@ -92,7 +92,7 @@ class Walk:
         """How many calls there are."""
         return self.entries.shape[0]
 
-    def entry(self, lists, b, t):
+    def entry(self, lists: Any, b: Any, t: Any) -> Any:
         """(major, minor, kind) of entry t of batch row b; the last one beyond it."""
         entries, sizes = lists
         rows = self.sizes.shape[1] - 1
@@ -102,11 +102,21 @@ class Walk:
         index = (1 << INDEX_BITS) - 1
         return code >> (INDEX_BITS + 2), code >> 2 & index, code & 3
 
-    def blocks(self, lists, b, t):
+    def blocks(
+        self,
+        lists: Any,
+        b: Any,
+        t: Any,
+    ) -> Any:
         """(batch row, major, minor) of entry t."""
         return lists[1][0] + b, *self.entry(lists, b, t)[:2]
 
-    def step(self, lists, b, t) -> Step:
+    def step(
+        self,
+        lists: Any,
+        b: Any,
+        t: Any,
+    ) -> Step:
         """What to do at entry t."""
         count = lists[1][1 + (b if self.sizes.shape[1] > 2 else 0)]
         major, _, kind = self.entry(lists, b, t)

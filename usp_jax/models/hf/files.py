@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorFiles:
     """The tensors of a checkpoint, read slice by slice from mapped files."""
 
-    def __init__(self, files: Mapping[str, Any], places: Mapping[str, str]):
+    def __init__(self, files: Mapping[str, Any], places: Mapping[str, str]) -> None:
         self._files = files
         self._places = places
 
@@ -85,7 +85,7 @@ class TensorFiles:
         """A slice of a tensor; nothing else of it is read."""
         return self._slice(name)[index]
 
-    def _slice(self, name):
+    def _slice(self, name: str) -> Any:
         return self._files[self._places[name]].get_slice(name)
 
 
@@ -111,7 +111,7 @@ def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, lis
     }
 
 
-def _index(folder):
+def _index(folder: Any) -> dict[str, str] | None:
     """Tensor -> file's name; None where one file has all."""
     if (folder / SINGLE).exists():
         return None
@@ -130,7 +130,7 @@ def _index(folder):
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
-def _open(path):
+def _open(path: Any) -> Any:
     try:
         return safe_open(path, framework="np")
     except FileNotFoundError:

@@ -192,7 +192,7 @@ def _kind_of(config: LlamaConfig) -> tuple[str, _Kind]:
     )
 
 
-def _check(config):
+def _check(config: Any) -> None:
     # Another kind of model is told as that, whatever else it has.
     kind = _KINDS.get(config.get("model_type"), _KINDS["llama"])
     windows = {} if kind.may_slide else dict.fromkeys(_WINDOWS, ())
@@ -225,7 +225,7 @@ def _check(config):
         raise ValueError(f"{', '.join(missing)} must be given")
 
 
-def _head_size(config):
+def _head_size(config: Any) -> int:
     size, heads = config["hidden_size"], config["num_attention_heads"]
     if size % heads:
         raise ValueError(
@@ -235,7 +235,7 @@ def _head_size(config):
     return size // heads
 
 
-def _dtype(config):
+def _dtype(config: Any) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise ValueError(

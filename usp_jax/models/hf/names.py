@@ -12,6 +12,7 @@ it has heads as a whole, which is how the model is split.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def tensors(config: LlamaConfig) -> Iterator[Tensor]:
     shapes = parameter_shapes(config)
     layered = [name for name in shapes if TABLE[name][0][0] == "L"]
     single = [name for name in shapes if name not in layered]
-    places = [("embed", None)]
+    places: list[tuple[str, int | None]] = [("embed", None)]
     places += [(name, i) for i in range(config.num_layers) for name in layered]
     places += [(name, None) for name in single if name != "embed"]
     for name, layer in places:
@@ -98,7 +99,7 @@ def read_parameter(
     order = [own.index(letter) for letter in inner]
     split = [len(ranges[letter]) for letter in own]
 
-    def one(tensor):
+    def one(tensor: str) -> np.ndarray:
         return read(tensor, parts).reshape(split).transpose(order)
 
     if inner == letters:
@@ -119,7 +120,7 @@ def to_tensor(name: str, x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(order).reshape(shape))
 
 
-def _merged(dim, ranges, sizes):
+def _merged(dim: str, ranges: dict[str, Any], sizes: dict[str, int]) -> Any:
     """The slice of a tensor's dim that some of its first letter's range is."""
     unit = math.prod(sizes[letter] for letter in dim[1:])
     first = ranges[dim[0]]

@@ -1,12 +1,14 @@
 """A checkpoint in the Hugging Face format -> a `Llama`, straight into its shards."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -22,7 +24,7 @@ _FLOATS = ("F32", "BF16", "F16")
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
@@ -59,7 +61,7 @@ def load(
 
 
 def load_config(
-    path: str | os.PathLike, *, dtype: DTypeLike | None = None, **overrides: Any
+    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, **overrides: Any
 ) -> LlamaConfig:
     """The configuration that `load` gives a model, from the same arguments.
 
@@ -76,18 +78,22 @@ def load_config(
         raise ValueError(f"{file}: {error}") from None
 
 
-def _place(shape, sharding, read):
+def _place(
+    shape: tuple[Any, ...], sharding: Any, read: Callable[..., Any]
+) -> jax.Array:
     """The array whose slices `read` gives."""
     if sharding is None:
         return jnp.asarray(read(tuple(slice(None) for _ in shape)))
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _read(files, config, name, index):
+def _read(
+    files: TensorFiles, config: LlamaConfig, name: str, index: tuple[Any, ...]
+) -> np.ndarray:
     return read_parameter(config, name, files.read, index)
 
 
-def _check_tensors(folder, files, config):
+def _check_tensors(folder: Any, files: TensorFiles, config: LlamaConfig) -> None:
     """Raises ValueError unless the files have the model's tensors and no others."""
     expected = {tensor.name: tensor for tensor in tensors(config)}
     _tell(folder, "lacks", expected.keys() - files.names)
@@ -109,23 +115,23 @@ def _check_tensors(folder, files, config):
             )
 
 
-def _tell(folder, what, names):
+def _tell(folder: Any, what: str, names: set[Any]) -> None:
     if names:
         first = sorted(names)[:3]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(f"{folder} {what} {', '.join(first)}{more}")
 
 
-def _is_derived(name):
+def _is_derived(name: str) -> bool:
     """RoPE's frequencies, which old checkpoints have and config.json tells."""
     return name.endswith(".rotary_emb.inv_freq")
 
 
-def _blocks(length, rows):
+def _blocks(length: int, rows: int) -> list[tuple[Any]]:
     return [(slice(i, min(i + rows, length)),) for i in range(0, length, rows)]
 
 
-def _check_tied(folder, files, rows=4096):
+def _check_tied(folder: Any, files: TensorFiles, rows: int = 4096) -> None:
     """A tied model has one table; a checkpoint with two may have them equal only."""
     shape = files.shape(EMBED)
     same = files.shape(LM_HEAD) == shape and all(

@@ -78,7 +78,7 @@ def write_rope(
     )
 
 
-def _parameters(config):
+def _parameters(config: Any) -> tuple[Any, ...]:
     """The name of the dict that tells of the scaling, and a copy without its Nones."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
@@ -90,7 +90,7 @@ def _parameters(config):
     return name, {key: value for key, value in given.items() if value is not None}
 
 
-def _kind(name, given):
+def _kind(name: str, given: Any) -> str:
     """Takes the type's name out of the dict: `type` in very old checkpoints."""
     kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
     kind = kinds.pop() if kinds else "default"
@@ -106,7 +106,11 @@ def _kind(name, given):
     return kind
 
 
-def _scaling(kind, given, config):
+def _scaling(
+    kind: str,
+    given: Any,
+    config: Any,
+) -> Any:
     if kind == "default":
         return None
     factor = float(given["factor"])
@@ -132,7 +136,7 @@ def _scaling(kind, given, config):
     )
 
 
-def _length(length):
+def _length(length: Any) -> int:
     if length is None:
         raise ValueError(
             "the type of RoPE's scaling needs max_position_embeddings, or "
@@ -141,7 +145,7 @@ def _length(length):
     return length
 
 
-def _attention_factor(factor, given):
+def _attention_factor(factor: Any, given: Any) -> Any:
     """YaRN's, or None for what follows from the factor."""
     if "attention_factor" in given:
         return float(given["attention_factor"])
@@ -153,7 +157,7 @@ def _attention_factor(factor, given):
     return (over * log + 1) / (under * log + 1)
 
 
-def _written(scaling):
+def _written(scaling: Any) -> Any:
     if scaling is None:
         return None
     factor = {"factor": scaling.factor}

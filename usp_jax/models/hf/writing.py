@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,11 @@ _COMPANIONS = (
 
 def save(
     model: Llama,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     dtype: DTypeLike = "float32",
     file_bytes: int = 5 * 10**9,
-    like: str | os.PathLike | None = None,
+    like: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes config.json and safetensors files, which `load` and transformers read.
 
@@ -81,7 +82,9 @@ def save(
     multihost_utils.sync_global_devices("checkpoint is written")
 
 
-def _write_tensors(model, folder, dtype, file_bytes, is_writer):
+def _write_tensors(
+    model: Llama, folder: Any, dtype: Any, file_bytes: int, is_writer: bool
+) -> None:
     every = {tensor.name: tensor for tensor in tensors(model.config)}
     sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in every.items()}
     files = split_into_files(sizes, file_bytes)
@@ -102,7 +105,7 @@ def _write_tensors(model, folder, dtype, file_bytes, is_writer):
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _on_host(model, tensor):
+def _on_host(model: Llama, tensor: Any) -> np.ndarray:
     """One layer's part of a parameter, gathered from all devices."""
     x = getattr(model, tensor.parameter)[...]
     if tensor.layer is not None:
@@ -114,11 +117,11 @@ def _on_host(model, tensor):
 
 # The layer's number is an argument, so that one program serves all layers.
 @jax.jit
-def _layer(x, number):
+def _layer(x: jax.Array, number: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, number, keepdims=False)
 
 
-def _copy_companions(like, folder):
+def _copy_companions(like: Any, folder: Any) -> None:
     for name in _COMPANIONS:
         if like is not None and (Path(like) / name).exists():
             shutil.copyfile(Path(like) / name, folder / name)
