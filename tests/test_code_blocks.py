@@ -80,11 +80,17 @@ class Parsed(Exception):
     """A program has understood its arguments."""
 
 
+# Other tests of this process may have imported a program already: it runs anew.
+anew = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+
+
+@anew
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_understood(command, monkeypatch)
 
 
+@anew
 @pytest.mark.parametrize(
     "command",
     [

@@ -46,7 +46,7 @@ class Dropout:
           rows: numbers of batch rows [*B].
           q, kv: [*B, T] and [*B, S].
         """
-        state = _mixed(self.seed, rows[..., None, None])  # type: ignore[arg-type]
+        state = _mixed(self.seed, rows[..., None, None])
         state = _mixed(state, self.heads[:, None])
         ids = 0 if q.segment_ids is None else q.segment_ids[..., None, :]
         state = _mixed(_mixed(state, ids), q.positions[..., None, :])
@@ -55,7 +55,9 @@ class Dropout:
         return jnp.where(kept, 1 / (1 - self.rate), 0).astype(dtype)
 
 
-def _mixed(state: UInt32[Array, "..."], word: int | jax.Array) -> UInt32[Array, "..."]:
+def _mixed(
+    state: UInt32[Array, "..."], word: int | jax.Array | np.ndarray
+) -> UInt32[Array, "..."]:
     """`state` with one more word in it, every bit of which may change all of its bits.
 
     The rounds are those of the "lowbias32" mixer of a published search for such

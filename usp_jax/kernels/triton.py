@@ -206,8 +206,8 @@ def _forward_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    mask: Mask,
-    lists: "_Lists",
+    mask: Mask | None,
+    lists: "_Lists | None",
     carry: Any,
     out_ref: Any,
     lse_ref: Any,
@@ -323,8 +323,8 @@ def _dq_kernel(
     dout_ref: Any,
     lse_ref: Any,
     delta_ref: Any,
-    mask: Mask,
-    lists: "_Lists",
+    mask: Mask | None,
+    lists: "_Lists | None",
     dq_ref: Any,
     *,
     tile: Tile,
@@ -404,8 +404,8 @@ def _dkv_kernel(
     dout_ref: Any,
     lse_ref: Any,
     delta_ref: Any,
-    mask: Mask,
-    lists: "_Lists",
+    mask: Mask | None,
+    lists: "_Lists | None",
     dk_ref: Any,
     dv_ref: Any,
     *,
@@ -481,7 +481,7 @@ def _transposed(mask: Mask) -> Mask:
 
 
 def _walk(
-    lists: _Lists,
+    lists: _Lists | None,
     row: Any,
     num_columns: int,
     attend: Callable[..., Any],
@@ -505,8 +505,11 @@ def _walk(
     return lax.fori_loop(num_full, num_some, step(True), state)
 
 
-def _visible(mask: Mask, i: Any, block_rows: int, j: Any, block_columns: int) -> Any:
+def _visible(
+    mask: Mask | None, i: Any, block_rows: int, j: Any, block_columns: int
+) -> Any:
     """The mask of one block."""
+    assert mask is not None, "where all is seen no block is partial"
 
     def cut(tokens: Any, index: Any, block: int) -> Any:
         return jax.tree.map(lambda ref: ref[pl.ds(index * block, block)], tokens)
@@ -631,7 +634,7 @@ def _rows_spec(x: Any, *, group: int | None = None) -> Any:
     return pl.BlockSpec((None, group, x.shape[2]), lambda _, n, b: (b, n, 0))
 
 
-def _batch_specs(tree: _Lists | Mask) -> _Lists | Mask:
+def _batch_specs(tree: _Lists | Mask | None) -> Any:
     """All of one batch row's; an array with one batch row serves all."""
 
     def spec(x: Any) -> Any:
