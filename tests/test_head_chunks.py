@@ -65,8 +65,8 @@ def test_keys_travel_once(chunks):
     # see that a first hop sends what another has sent, and this ring has no second.
     turns = chunks // kv_parts
     hop = 4 * 2 * k // ulysses * length // ring * size
-    assert forward["collective-permute"].wire_bytes in (hop, turns * hop)
-    assert backward["collective-permute"].wire_bytes == 2 * turns * hop
+    sent = [one["collective-permute"].wire_bytes for one in (forward, backward)]
+    assert sent in ([turns * hop, 2 * turns * hop], [hop, (turns + 1) * hop])
 
 
 @pytest.mark.parametrize("chunks", [0, True, 1.0, 3])
