@@ -9,6 +9,7 @@ dk, dv in the accumulation dtype.
 from jax import lax
 from jaxtyping import Array, Float
 
+from usp_jax.gathering import scattered
 from usp_jax.kernels import Carry
 from usp_jax.ring import Ring
 
@@ -36,5 +37,4 @@ def gather_backward(
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     mask = ring.mask(ring.kv_tokens.all())
     dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
-    dkv = lax.psum_scatter(dkv, ring.axis_name, scatter_dimension=1, tiled=True)
-    return dq, dkv
+    return dq, scattered(dkv, ((ring.axis_name, None),), 1)  # type: ignore[arg-type]

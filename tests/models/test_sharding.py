@@ -1,6 +1,7 @@
 """Weights gathered in turn: the same shards, the same gradients, and no all-reduce."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import chex
@@ -9,25 +10,28 @@ import jax.numpy as jnp
 import pytest
 
 import usp_jax
+from tests.compilers import needs_compilers
 from train.ahead import compile_for
 from train.config import Config, MeshConfig, ModelConfig
-from usp_jax.models import sharding
-from usp_jax.models.sharding import Split, groups_in_turn
+from usp_jax import aot, gathering
+from usp_jax.compiled import by_kind
+from usp_jax.gathering import groups_in_turn
+from usp_jax.models.sharding import TABLE, Split
 
 
 def test_groups_cover_an_axis() -> None:
     assert groups_in_turn(16) == [None]
     assert groups_in_turn(17) == [None]
     strided, neighbours = groups_in_turn(18)
-    assert neighbours == [[2 * i, 2 * i + 1] for i in range(9)]
-    assert strided == [list(range(0, 18, 2)), list(range(1, 18, 2))]
+    assert neighbours == tuple((2 * i, 2 * i + 1) for i in range(9))
+    assert strided == (tuple(range(0, 18, 2)), tuple(range(1, 18, 2)))
 
 
 @pytest.mark.parametrize("at_once", [2, 4, 8])
 @pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (2, 4)], ids=str)
 def test_in_turn_is_as_at_once(sizes, at_once, monkeypatch) -> None:
     """Weights, the sum that `scatter` gives, and the gradient of `gather`."""
-    monkeypatch.setattr(sharding, "AT_ONCE", at_once)
+    monkeypatch.setattr(gathering, "AT_ONCE", at_once)
     mesh = usp_jax.make_mesh(ring=sizes[0], ulysses=sizes[1])
     weight = jax.random.normal(jax.random.key(0), (32, 16))
     scale = jax.random.normal(jax.random.key(1), (8, 32, 16))
@@ -55,35 +59,86 @@ def test_in_turn_is_as_at_once(sizes, at_once, monkeypatch) -> None:
     )
 
 
+@needs_compilers
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("q", (4096, 32, 128)),
+        ("o", (32, 128, 4096)),
+        ("down", (14336, 4096)),
+        ("lm_head", (8016, 4096)),
+    ],
+)
+def test_a_tpu_scatters_a_gradient(name, shape) -> None:
+    """Whatever dim is split; 8016 is no whole number of a TPU's tiles."""
+    mesh = usp_jax.make_mesh(ring=2, ulysses=4, devices=aot.topology("v5e:2x4").devices)
+    split = Split.of(mesh)
+    dims = TABLE[name][0].removeprefix("L")
+    spec = jax.P(*(split.zero if dim == "D" else None for dim in dims))
+
+    def gradient(x, dx):
+        def one(x, dx):
+            return jax.vjp(lambda x: split.gather(x, name, split.each), x)[1](dx[0])[0]
+
+        return split.run(one, (spec, jax.P(split.zero)), spec)(x, dx)
+
+    def of(shape, spec):
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    shapes = of(shape, spec), of((8, *shape), jax.P(split.zero))
+    found = by_kind(aot.compile(gradient, *shapes).collectives)
+    assert "all-reduce" not in found
+    # First over the one axis, then over the other: as many bytes as over both, and what
+    # the compiler pads.
+    sent = sum(total.wire_bytes for total in found.values())
+    assert sent == pytest.approx(2 * math.prod(shape) * 7 / 8, rel=0.1)
+
+
+@needs_compilers
+def test_a_tpu_scatters_activations() -> None:
+    mesh = usp_jax.make_mesh(tensor=2, ring=4, devices=aot.topology("v5e:2x4").devices)
+    split = Split.of(mesh, tensor_sequence=True)
+    spec = jax.P(None, ("ring", "tensor"))
+
+    def left(x):
+        return split.run(split.leave, (jax.P(None, ("ring", "tensor")),), spec)(x)
+
+    sharding = jax.NamedSharding(mesh, spec)
+    x = jax.ShapeDtypeStruct((2, 8192, 1024), jnp.bfloat16, sharding=sharding)
+    found = by_kind(aot.compile(left, x).collectives)
+    assert set(found) == {"reduce-scatter"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("sizes", [(8, 8), (64, 1)], ids=str)
 def test_a_tpu_slice_scatters_gradients(sizes) -> None:
-    """At most a tenth of the bytes of layers' weights goes through an all-reduce."""
+    """Over many devices too."""
+    model = ModelConfig(
+        vocab_size=8016,
+        d_model=4096,
+        num_layers=8,
+        num_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+        d_ff=14336,
+    )
     ring, ulysses = sizes
+    mesh = MeshConfig(ring=ring, ulysses=ulysses)
+    moved = compiled_bytes(model, mesh, "v5p:4x4x4", batch_size=1)
+    assert moved["reduce-scatter"] > 0
+    assert moved["all-reduce"] < 0.01 * moved["reduce-scatter"], moved
+
+
+def compiled_bytes(model, mesh, topology, batch_size) -> dict[str, int]:
+    """What a device sends in a step of 64K tokens, by the kind of collective."""
     config = Config(
-        model=ModelConfig(
-            vocab_size=4096,
-            d_model=4096,
-            num_layers=8,
-            num_heads=32,
-            num_kv_heads=8,
-            head_size=128,
-            d_ff=14336,
-        ),
+        model=model,
         steps=10,
         sequence_length=2**16,
-        batch_size=1,
+        batch_size=batch_size,
         run_dir=Path("unused"),
-        mesh=MeshConfig(ring=ring, ulysses=ulysses),
+        mesh=mesh,
     )
-    report = compile_for(config, "v5p:4x4x4")
-    moved = {
-        kind: sum(
-            one.executions * one.result_bytes
-            for one in report.collectives
-            if one.kind == kind
-        )
-        for kind in ("all-gather", "all-reduce", "reduce-scatter")
-    }
-    assert moved["reduce-scatter"] > 0
-    assert moved["all-reduce"] < 0.1 * moved["all-gather"], moved
+    found = by_kind(compile_for(config, topology).collectives)
+    return {kind: total.wire_bytes for kind, total in found.items()}

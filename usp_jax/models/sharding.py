@@ -17,18 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from usp_jax._compat import vary_over
+from usp_jax.gathering import Turns, gathered, groups_in_turn, scattered
 from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.pipeline import Pipeline
-
-# So many devices gather at once where they gather in turn.
-AT_ONCE = 16
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
@@ -165,31 +162,23 @@ class Split:
         if zero is None:
             return vary_over(x, frozenset(axes))
         dim = x.ndim - len(dims) + dims.index(zero)
-        for some, groups in reversed(self.turns(axes)):
-            x = lax.all_gather(x, some, axis=dim, tiled=True, axis_index_groups=groups)
-        return x
+        return gathered(x, self.turns(axes), dim)
 
     def scatter(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
         """The sum over devices of what `gather` gives, split again."""
         dims, _, zero = TABLE[name]
         dim = x.ndim - len(dims) + dims.index(zero)  # type: ignore[arg-type]
-        for some, groups in self.turns(axes):
-            x = lax.psum_scatter(
-                x, some, scatter_dimension=dim, tiled=True, axis_index_groups=groups
-            )
-        return x
+        return scattered(x, self.turns(axes), dim)
 
-    def turns(
-        self, axes: tuple[str, ...]
-    ) -> list[tuple[tuple[str, ...], list[list[int]] | None]]:
-        """The collectives over some ZeRO axes, outermost first: axes, and groups."""
+    def turns(self, axes: tuple[str, ...]) -> Turns:
+        """The collectives that a gather over some ZeRO axes is made of."""
         if not self.in_turn:
-            return [(axes, None)] if axes else []
-        return [
-            ((name,), groups)
+            return ((axes, None),) if axes else ()
+        return tuple(
+            (name, groups)
             for name in axes
             for groups in groups_in_turn(axis_size(self.mesh, name))
-        ]
+        )
 
     def vary(self, x: jax.Array) -> jax.Array:
         """Marks x as different on every device.
@@ -208,7 +197,7 @@ class Split:
         tokens, and the gradient is summed.
         """
         if self.tensor_sequence:
-            return lax.all_gather(x, self.tensor, axis=1, tiled=True)
+            return gathered(x, ((self.tensor, None),), 1)
         return self.vary(x)
 
     def leave(self, x: jax.Array, axis: int = 1) -> jax.Array:
@@ -217,7 +206,7 @@ class Split:
         Without `tensor_sequence` each has the sum for all tokens.
         """
         if self.tensor_sequence:
-            return lax.psum_scatter(x, self.tensor, scatter_dimension=axis, tiled=True)
+            return scattered(x, ((self.tensor, None),), axis)
         return self.sum(x, self.tensor)
 
     def length_multiple(self, layout: str) -> int:
@@ -241,19 +230,6 @@ class Split:
         if self.mesh is None:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
-
-
-def groups_in_turn(size: int) -> list[list[list[int]] | None]:
-    """The groups of an axis's devices that gather in turn, outermost first.
-
-    An axis of more than `AT_ONCE` devices is taken as two, the outer one of at most so
-    many: first groups of neighbours, then those with the same place in each.
-    """
-    outer = next(n for n in range(min(size, AT_ONCE), 0, -1) if size % n == 0)
-    if outer in (1, size):
-        return [None]
-    places = np.arange(size).reshape(outer, -1)
-    return [places.T.tolist(), places.tolist()]
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

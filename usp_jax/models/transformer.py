@@ -377,4 +377,4 @@ def _policy(remat: str) -> Callable[..., Any]:
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Keeps everything but gathered weights: kept, they would be the whole model."""
-    return primitive.name != "all_gather"
+    return primitive.name not in ("all_gather", "linear_call")
