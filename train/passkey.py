@@ -108,8 +108,8 @@ class PasskeyRows:
         """Of the documents of a row.
 
         The longest grows with the row's number, from `shortest` to a whole row. Every
-        other row has as long ones only; the others are log-uniform, for short ones
-        teach more with each token.
+        other row has as long ones only. The others have short ones, which teach more
+        with each token, and as many tokens in those of n to 2n tokens for any n.
         """
         shortest = self.config.shortest
         growth = self.config.growth_rows
@@ -118,7 +118,9 @@ class PasskeyRows:
         least = longest if index % 2 else shortest
         found, left = [], self.length
         while left >= shortest:
-            length = round(np.exp(draw.uniform(np.log(least), np.log(longest))))
+            # Of lengths with a density of 1 / length^2.
+            rarest = 1 - least / longest
+            length = round(least / (1 - draw.uniform(high=rarest)))
             found.append(min(length, left))
             left -= found[-1]
         return found

@@ -54,14 +54,14 @@ def passkey() -> Config:
             rope_theta=1e6,
             remat="attention_qkv",
         ),
-        steps=600,
+        steps=1100,
         sequence_length=8192,
         batch_size=1,
         run_dir=RUNS / "passkey",
         fake_devices=8,
         dtype="float32",
         mesh=MeshConfig(ring=4, ulysses=2),
-        passkey=PasskeyConfig(enabled=True, shortest=32, growth_rows=400),
+        passkey=PasskeyConfig(enabled=True, shortest=32, growth_rows=900),
         optimizer=OptimizerConfig(
             learning_rate=3e-3, warmup_steps=30, weight_decay=0.0
         ),
