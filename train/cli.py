@@ -60,10 +60,18 @@ def _with_machine(options):
 
 def _check_nothing_told(options):
     """Raises ValueError for what the planner is to choose."""
-    chosen = ("--mesh.", "--model.remat", "--accumulate")
+    chosen = (
+        "--mesh.",
+        "--model.remat",
+        "--model.mlp-tile",
+        "--model.tensor-sequence",
+        "--model.no-tensor-sequence",
+        "--accumulate",
+    )
     told = [word for word in options if word.replace("_", "-").startswith(chosen)]
     if told:
         raise ValueError(
-            f"{told[0]} beside --auto-mesh: the planner chooses the mesh, model.remat "
-            "and accumulate; leave one of the two out"
+            f"{told[0]} beside --auto-mesh: the planner chooses the mesh, accumulate, "
+            "model.remat, model.mlp_tile and model.tensor_sequence; leave one of the "
+            "two out"
         )

@@ -301,7 +301,8 @@ class Config:
         begins with; None draws them. The model's sizes are then the folder's.
       fake_devices: this many CPU devices in each process, instead of what there is.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for that of the devices; the
-        planner then chooses mesh.*, model.remat and accumulate.
+        planner then chooses mesh.*, model.remat, model.mlp_tile,
+        model.tensor_sequence and accumulate.
       dtype: of the computation; parameters are float32.
     """
 

@@ -72,7 +72,15 @@ def test_the_machine_may_be_left_out(words, machine):
 
 
 @pytest.mark.parametrize(
-    "told", ["--mesh.ring 8", "--mesh.zero=1", "--model.remat full", "--accumulate 2"]
+    "told",
+    [
+        "--mesh.ring 8",
+        "--mesh.zero=1",
+        "--model.remat full",
+        "--model.mlp-tile 64",
+        "--model.no-tensor-sequence",
+        "--accumulate 2",
+    ],
 )
 def test_what_is_planned_cannot_be_told_too(told):
     with pytest.raises(ValueError, match=f"{told[:10]}.* beside --auto-mesh"):
