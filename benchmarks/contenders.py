@@ -9,6 +9,7 @@ import dataclasses
 import types
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.extend
@@ -91,16 +92,32 @@ def _usp(ring: int, ulysses: int) -> Contender:
 
 
 def _ringattention(query_block: int, key_block: int) -> Contender:
-    # ringattention 0.1.2 asks jax.lib for the platform when it is imported; jax keeps
-    # that in jax.extend since 0.8.
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    attention = ringattention_over(mesh, query_block, key_block)
+    sharding = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+    place = partial(jax.device_put, device=sharding)
+    name = f"ringattention blocks={query_block}x{key_block}"
+    return Contender(name, attention, place, np.asarray)
+
+
+def ringattention_over(
+    mesh: jax.sharding.Mesh, query_block: int, key_block: int, dtype: Any = np.float32
+) -> Callable[..., jax.Array]:
+    """ringattention 0.1.2 along a mesh's one axis: (q, k, v) -> out, all [B, T, N, H].
+
+    Args:
+      dtype: of q, k and v.
+    """
+    # It asks jax.lib for the platform when it is imported; jax keeps that in jax.extend
+    # since 0.8.
     if not hasattr(jax.lib, "xla_bridge"):
         jax.lib.xla_bridge = types.SimpleNamespace(
             get_backend=jax.extend.backend.get_backend
         )
     from ringattention import ringattention
 
-    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.P(None, "sequence")
+    (axis,) = mesh.axis_names
+    spec = jax.P(None, axis)
     settings = {
         "causal_block_size": 1,
         "query_chunk_size": query_block,
@@ -108,7 +125,7 @@ def _ringattention(query_block: int, key_block: int) -> Contender:
         "deterministic": True,
         "dropout_rng": None,
         "attn_pdrop": 0.0,
-        "dtype": jax.numpy.float32,
+        "dtype": dtype,
         "policy": jax.checkpoint_policies.nothing_saveable,
         "precision": None,
         "prevent_cse": False,
@@ -124,12 +141,12 @@ def _ringattention(query_block: int, key_block: int) -> Contender:
             bias,
             segment_ids,
             cache_index,
-            "sequence",
+            axis,
             float32_logits,
             settings,
         )
 
-    attention = jax.shard_map(
+    return jax.shard_map(
         per_shard,
         mesh=mesh,
         in_specs=(spec, spec, spec),
@@ -137,6 +154,3 @@ def _ringattention(query_block: int, key_block: int) -> Contender:
         # It was written before jax tracked which values vary over a mesh axis.
         check_vma=False,
     )
-    place = partial(jax.device_put, device=jax.NamedSharding(mesh, spec))
-    name = f"ringattention blocks={query_block}x{key_block}"
-    return Contender(name, attention, place, np.asarray)
