@@ -13,7 +13,7 @@ from jax import lax
 from jax.custom_derivatives import linear_call
 
 # So many devices gather at once where they gather in turn.
-AT_ONCE = 16
+AT_ONCE = 8
 # Elements in a row of a tile.
 LANES = 128
 

@@ -20,11 +20,11 @@ from usp_jax.models.sharding import TABLE, Split
 
 
 def test_groups_cover_an_axis() -> None:
-    assert groups_in_turn(16) == [None]
+    assert groups_in_turn(8) == [None]
     assert groups_in_turn(17) == [None]
-    strided, neighbours = groups_in_turn(18)
-    assert neighbours == tuple((2 * i, 2 * i + 1) for i in range(9))
-    assert strided == (tuple(range(0, 18, 2)), tuple(range(1, 18, 2)))
+    strided, neighbours = groups_in_turn(10)
+    assert neighbours == tuple((2 * i, 2 * i + 1) for i in range(5))
+    assert strided == (tuple(range(0, 10, 2)), tuple(range(1, 10, 2)))
 
 
 @pytest.mark.parametrize("at_once", [2, 4, 8])
