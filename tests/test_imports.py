@@ -23,6 +23,7 @@ LAYERS = (
         "usp_jax.cases",
         "usp_jax.dropout",
         "usp_jax.flags",
+        "usp_jax.gathering",
         "usp_jax.layout",
         "usp_jax.masking",
         "usp_jax.merge",
