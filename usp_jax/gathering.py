@@ -56,11 +56,15 @@ def scattered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
 def groups_in_turn(size: int) -> list[Groups]:
     """The groups of an axis's devices that gather in turn, outermost first.
 
-    An axis of more than `AT_ONCE` devices is taken as two, the outer one of at most so
-    many: first groups of neighbours, then those with the same place in each.
+    At most `AT_ONCE` at a time, for every size whose factors allow that: first devices
+    that are far from each other, at last neighbours.
     """
-    outer = next(n for n in range(min(size, AT_ONCE), 0, -1) if size % n == 0)
-    if outer in (1, size):
+    factors, left = [], size
+    while left > 1:
+        factors.append(next((n for n in range(AT_ONCE, 1, -1) if left % n == 0), left))
+        left //= factors[-1]
+    if len(factors) < 2:
         return [None]
-    places = np.arange(size).reshape(outer, -1)
-    return [tuple(map(tuple, way.tolist())) for way in (places.T, places)]
+    places = np.arange(size).reshape(factors)
+    ways = [np.moveaxis(places, turn, -1) for turn in range(places.ndim)]
+    return [tuple(map(tuple, way.reshape(-1, way.shape[-1]).tolist())) for way in ways]
