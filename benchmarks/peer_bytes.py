@@ -6,7 +6,7 @@
 Compiles the forward and the backward of one causal call for 8 v5e chips that are not
 here, in bfloat16, 8192 tokens a chip: attention of LLaMA3-8B (32 query and 8 key/value
 heads of 128), and the same with 32 key/value heads. The bytes are the compiler's; no
-scheme is played by a formula. Needs `pip install '.[aot]'` and `ringattention`.
+scheme is played by a formula. Needs `pip install '.[aot,benchmark]'`.
 
 The schemes are this op's ring, hybrids and all-gather of k, v; its ring with arrays
 that are float32 already, for those who widen before they send; and ringattention 0.1.2,
