@@ -61,12 +61,13 @@ def test_keys_travel_once(chunks):
     assert forward["all-to-all"].executions == 2 * chunks + kv_parts
     assert backward["all-to-all"].wire_bytes == (3 * n + 4 * k) * share
     assert backward["all-to-all"].executions == 3 * chunks + 2 * kv_parts
-    # A part of the keys goes round once for each chunk that it serves; a compiler may
-    # see that a first hop sends what another has sent, and this ring has no second.
+    # A part of the keys goes round once for each chunk that it serves. XLA of jax 0.10
+    # sees that first hops send the same, and this ring has no second.
     turns = chunks // kv_parts
+    sent = 1 if jax.__version_info__ < (0, 11) else turns
     hop = 4 * 2 * k // ulysses * length // ring * size
-    sent = [one["collective-permute"].wire_bytes for one in (forward, backward)]
-    assert sent in ([turns * hop, 2 * turns * hop], [hop, (turns + 1) * hop])
+    assert forward["collective-permute"].wire_bytes == sent * hop
+    assert backward["collective-permute"].wire_bytes == (sent + turns) * hop
 
 
 @pytest.mark.parametrize("chunks", [0, True, 1.0, 3])
