@@ -51,10 +51,11 @@ def gpu_store(ref: Any, value: jax.Array) -> None:
     """A Mosaic GPU kernel's store from registers to global memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if jax.__version_info__ < (0, 11):
-        ref[...] = value
-    else:
+    # New in jax 0.12.
+    if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def gpu_interpret_params() -> Any:
