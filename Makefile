@@ -23,7 +23,7 @@ EXTRAS_docs := docs
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS)
 
-.PHONY: help train test test-smoke test-all lint coverage notebooks benchmark docs types clean python-found
+.PHONY: help train test test-smoke test-all test-gpu lint coverage notebooks benchmark docs types clean python-found
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make test        lint, and all tests but those marked long'
 	@echo 'make test-smoke  one case of every test that make test runs'
 	@echo 'make test-all    lint, and all tests'
+	@echo 'make test-gpu    every case of the kernels, on the GPU that is here'
 	@echo 'make lint        ruff check and ruff format --check'
 	@echo 'make types       mypy, strict on usp_jax'
 	@echo 'make coverage    make test with a coverage report'
@@ -56,6 +57,9 @@ test-all: lint
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+test-gpu: $(VENV)/.installed-test
+	USP_JAX_TEST_PLATFORM=cuda $(PY) -m pytest -n 8 tests/test_kernels.py $(ARGS)
 
 coverage: $(VENV)/.installed-test
 	$(PY) -m coverage run -m pytest -m 'not long' $(ARGS)

@@ -9,24 +9,32 @@ many devices they have is their own argument.
 import os
 from collections.abc import Iterator
 
+# `make test-gpu` says "cuda": the kernels' conformance suite then runs on the GPU.
+_platform = os.environ.get("USP_JAX_TEST_PLATFORM", "cpu")
 for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
     del os.environ[_name]
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight devices on two busy cores may reach a collective minutes apart; XLA's own limit
-# of 40 seconds would abort the whole process. LLVM's optimiser would take a third of a
-# small program's compile time, and change nothing that a test reads.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0"
-    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+# The oracle is computed on a CPU wherever the tests run.
+_platforms = ",".join(dict.fromkeys((_platform, "cpu")))
+os.environ["JAX_PLATFORMS"] = _platforms
+if _platform == "cpu":
+    # Eight devices on two busy cores may reach a collective minutes apart; XLA's own
+    # limit of 40 seconds would abort the whole process. LLVM's optimiser would take a
+    # third of a small program's compile time, and change nothing that a test reads.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0"
+        " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
+else:
+    # Several workers share the device.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import jax  # noqa: E402  (reads the environment above)
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", _platforms)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

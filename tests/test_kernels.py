@@ -1,8 +1,9 @@
 """The conformance suite of the chunk contract: one set of cases, all implementations.
 
-An implementation joins by its row in `KERNELS`, where the tests' device can run it.
-Every case is compared with the float32 oracle on the same rounded inputs (float64 for
-float64), forward and backward, and run twice, which must give the same bits.
+An implementation joins by its row in `KERNELS`, where the tests' device can run it:
+interpreted here, and as it is with `make test-gpu`. Every case is compared with the
+float32 oracle on the same rounded inputs (float64 for float64), which a CPU computes,
+forward and backward, and run twice, which must give the same bits.
 """
 
 import dataclasses
@@ -59,6 +60,8 @@ CASES = {
     "head-size-8": Case(head_size=8),
     "head-size-80": Case(head_size=80),
     "head-size-128": Case(head_size=128),
+    "head-size-192": Case(200, 200, head_size=192, is_causal=True),
+    "head-size-256": Case(200, 200, head_size=256, is_causal=True),
     "gqa": Case(heads=(6, 2), batch=2),
     "mqa": Case(heads=(4, 1), is_causal=True),
     "causal": Case(700, 700, is_causal=True),
@@ -77,8 +80,24 @@ CASES = {
     "carry-of-dead-rows": Case(96, 96, chunks=2, window=(8, 0)),
 }
 
-FLOAT32 = {"target": target_of(None), "dtype": jnp.dtype("float32"), "head_size": 128}
-HERE = {kernel.name: kernel for kernel in KERNELS if not kernel.refusal(**FLOAT32)}
+TARGET = target_of(None)
+
+
+def widest(kernel):
+    """The dtype of all cases: float32, or else bfloat16; None if it is not for here."""
+    if kernel.refuses:
+        return None  # Of cuDNN the cases are others: tests/kernels/test_cudnn.py.
+    on_cpu = TARGET.platform == "cpu"
+    if kernel.name.endswith("_interpret") and not on_cpu:
+        return None
+    # Interpreted, a kernel of 16 bits takes too long for all of them.
+    dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
+    able = (x for x in dtypes if not kernel.refusal(TARGET, x, head_size=128))
+    return next(able, None)
+
+
+DTYPES_HERE = {kernel.name: widest(kernel) for kernel in KERNELS if widest(kernel)}
+HERE = {kernel.name: kernel for kernel in KERNELS if kernel.name in DTYPES_HERE}
 
 
 def inputs(case, dtype):
@@ -109,6 +128,11 @@ def inputs(case, dtype):
 @functools.cache
 def oracle(case, dtype):
     """The oracle on the inputs as `dtype` rounds them, and its gradients."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return _oracle(case, dtype)
+
+
+def _oracle(case, dtype):
     arrays, positions, ids = inputs(case, dtype)
     exact = jnp.promote_types(dtype, jnp.float32)
     q, k, v, dout, dlse = (x.astype(exact) for x in arrays)
@@ -177,8 +201,8 @@ def check(implementation, case, dtype):
 
 
 @pytest.mark.parametrize(("implementation", "name"), thinned(HERE, CASES, keep=5))
-def test_float32(implementation, name):
-    check(implementation, CASES[name], "float32")
+def test_cases(implementation, name):
+    check(implementation, CASES[name], DTYPES_HERE[implementation])
 
 
 @pytest.mark.parametrize(
@@ -196,9 +220,9 @@ def test_other_dtypes(implementation, dtype, name):
 
 @pytest.mark.parametrize("implementation", HERE)
 def test_what_nothing_sees_is_exactly_zero(implementation):
-    case = CASES["nothing-visible"]
+    case, dtype = CASES["nothing-visible"], DTYPES_HERE[implementation]
     chunk = kernels.chunk(implementation)
-    actual = jax.jit(functools.partial(run, chunk, case))(*inputs(case, "float32"))
+    actual = jax.jit(functools.partial(run, chunk, case))(*inputs(case, dtype))
     assert (actual.pop("lse") == -jnp.inf).all()
     chex.assert_trees_all_equal(actual, jax.tree.map(jnp.zeros_like, actual))
 
@@ -206,7 +230,8 @@ def test_what_nothing_sees_is_exactly_zero(implementation):
 @pytest.mark.parametrize("implementation", HERE)
 def test_a_chunk_that_is_not_seen_leaves_the_carry_as_it_is(implementation):
     case = CASES["nothing-visible"]
-    (q, k, v, out, lse), positions, _ = inputs(case, "float32")
+    (q, k, v, out, lse), positions, _ = inputs(case, DTYPES_HERE[implementation])
+    out, lse = out.astype("float32"), lse.astype("float32")
     mask = Mask(MaskRule(True), *map(Tokens, positions))
     lse = jnp.where(lse < -1, -jnp.inf, lse)
     out = jnp.where((lse == -jnp.inf)[..., None], 0, out)
@@ -217,15 +242,15 @@ def test_a_chunk_that_is_not_seen_leaves_the_carry_as_it_is(implementation):
 
 
 def test_names():
-    here = functools.partial(kernels.choose, **FLOAT32)
-    assert here(None) in HERE
-    for name in HERE:
-        assert here(name) == name
+    here = functools.partial(kernels.choose, target=TARGET, head_size=128)
+    assert here(None, dtype="float32") in HERE
+    for name, dtype in DTYPES_HERE.items():
+        assert here(name, dtype=dtype) == name
         assert isinstance(kernels.chunk(name), kernels.Chunk)
     with pytest.raises(
         ValueError, match="implementation='flash' must be None or one of .*'xla'"
     ):
-        here("flash")
+        here("flash", dtype="float32")
 
 
 def test_logits_and_their_derivative():
