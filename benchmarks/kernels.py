@@ -16,7 +16,9 @@ op cut over 8 devices that are all this one, to be compared with one uncut call
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -27,41 +29,47 @@ from benchmarks.timing import MASKS, Shape, machine, relative_distance, seconds_
 from usp_jax.layout import from_layout, to_layout
 
 PASSES = ("forward", "forward_backward")
-# Differences are of interest where everybody still fits.
 COMPARED_LENGTH = 16384
 
 
-def difference(actual: tuple, expected: list[np.ndarray] | None) -> dict:
-    """How far results are from the first contender's, if there are any."""
-    if expected is None:
-        return {}
-    return {"difference": relative_distance(map(as_numpy, actual), expected)}
+def ready(contender: Contender, shape: Shape, which: str) -> Callable | str:
+    """What is timed, compiled; or why there is none."""
+    try:
+        run = contender.program(shape, which)
+        if not contender.is_compiled:
+            return run
+        placed = jax.eval_shape(lambda *x: contender.place(x), *shape.structs())
+        return run.lower(*placed).compile()
+    # Whatever goes wrong with one of many contenders, the others are still of use.
+    except Exception as error:
+        return reason(error)
 
 
-def as_numpy(x) -> np.ndarray:
-    """float32 [B, T, N, H] from jax's array or torch's [B, N, T, H]."""
-    if isinstance(x, jax.Array):
-        return np.asarray(x, np.float32)
-    return x.float().transpose(1, 2).cpu().numpy()
+def reason(error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}"[:300]
 
 
 def measure(
-    contender: Contender, shape: Shape, which: str, options, expected
-) -> tuple[dict, tuple | None]:
-    """The figures of one line, and the results of the first set of inputs."""
+    contender: Contender, run: Callable, shape: Shape, which: str, options, expected
+) -> tuple[dict, list[np.ndarray] | None]:
+    """The figures of one line, and the results of the first set of inputs.
+
+    Results are kept, and compared with those `expected`, where everybody still fits.
+    """
     try:
-        run = contender.program(shape, which)
         sets = [contender.place(shape.inputs(seed)) for seed in range(options.sets)]
         results = contender.wait(run(*sets[0]))
         times = seconds_a_call(run, sets, options.repeats, contender.wait)
-    # Whatever goes wrong with one of many contenders, the others are still of use.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        return {"failed": f"{type(error).__name__}: {reason}"[:300]}, None
+        return {"failed": reason(error)}, None
     rate = shape.flops(which) / times["seconds_median"] / 1e12
     figures = times | {"tflops": rate}
-    if shape.length <= COMPARED_LENGTH:
-        figures |= difference(results, expected)
+    if shape.length > COMPARED_LENGTH:
+        return figures, None
+    results = [contender.as_numpy(x) for x in results]
+    if expected is not None:
+        figures["difference"] = relative_distance(results, expected)
     return figures, results
 
 
@@ -76,44 +84,62 @@ def cut(arrays: tuple, ring: int) -> tuple:
     return tuple(cut)
 
 
-def uncut(x: jax.Array) -> jax.Array:
+def uncut(x: jax.Array) -> np.ndarray:
     """The inverse of `cut`, of one array."""
     mesh = jax.sharding.AbstractMesh((len(x), 1), ("ring", "ulysses"))
     x = x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-    return from_layout(x, "zigzag", mesh)
+    return np.asarray(from_layout(x, "zigzag", mesh), np.float32)
 
 
 def ring_contender(implementation: str, ring: int) -> Contender:
     """Our op on a virtual ring, which takes and gives what its devices hold."""
-    return Contender(virtual_ring(implementation, ring), partial(cut, ring=ring))
+    program = virtual_ring(implementation, ring)
+    return Contender(program, partial(cut, ring=ring), as_numpy=uncut)
 
 
-def lines(shape: Shape, which: str, options) -> Iterator[dict]:
-    """The lines of one shape and pass."""
-    head = {
-        "pass": which,
-        "mask": shape.mask,
-        "length": shape.length,
-        "head_size": shape.head_size,
-        "flops": shape.flops(which),
-    }
-    expected = None
+def chosen(shape: Shape, options) -> dict[str, Contender]:
+    """Those to be compared, each of ours followed by its virtual ring."""
+    found = {}
     for name, contender in contenders().items():
         if options.contenders and name not in options.contenders:
             continue
-        figures, results = measure(contender, shape, which, options, expected)
-        if expected is None and results is not None:
-            expected = [as_numpy(x) for x in results]
-        yield head | {"contender": name} | figures
+        found[name] = contender
         ours = name.removeprefix("usp_jax ")
-        ring = options.ring
-        if ours == name or shape.mask != "causal" or shape.length % (2 * ring):
+        causal = shape.mask == "causal" and shape.length % (2 * options.ring) == 0
+        if ours != name and causal:
+            ring = f"{name}, virtual ring of {options.ring}"
+            found[ring] = ring_contender(ours, options.ring)
+    return found
+
+
+def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
+    """The lines of some shapes and passes."""
+    each = [
+        (shape, which, name, contender)
+        for shape, which in todo
+        for name, contender in chosen(shape, options).items()
+    ]
+    # A compiler keeps one core busy. Nothing is timed until all are done.
+    with ThreadPoolExecutor(options.compilers) as pool:
+        runs = list(pool.map(lambda one: ready(one[3], *one[:2]), each))
+    expected: dict[tuple[Shape, str], list[np.ndarray]] = {}
+    for (shape, which, name, contender), run in zip(each, runs, strict=True):
+        head = {
+            "pass": which,
+            "mask": shape.mask,
+            "length": shape.length,
+            "head_size": shape.head_size,
+            "flops": shape.flops(which),
+            "contender": name,
+        }
+        if isinstance(run, str):
+            yield head | {"failed": run}
             continue
-        contender = ring_contender(ours, ring)
-        figures, results = measure(contender, shape, which, options, None)
-        if results is not None and shape.length <= COMPARED_LENGTH:
-            figures |= difference(tuple(map(uncut, results)), expected)
-        yield head | {"contender": f"{name}, virtual ring of {ring}"} | figures
+        first = expected.get((shape, which))
+        figures, results = measure(contender, run, shape, which, options, first)
+        if first is None and results is not None:
+            expected = {(shape, which): results}
+        yield head | figures
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,6 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ring", type=int, default=8, help="virtual devices")
     parser.add_argument("--repeats", type=int, default=10, help="samples of each")
     parser.add_argument("--sets", type=int, default=4, help="of inputs, used in turn")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--compilers", type=int, default=cores, help="at a time")
     parser.add_argument("--contenders", nargs="+", help="by name; all by default")
     parser.add_argument("--toy", action="store_true", help="one tiny shape")
     options = parser.parse_args(arguments)
@@ -135,12 +163,14 @@ def main(arguments: list[str] | None = None) -> None:
         options.lengths, options.head_sizes, options.ring = [64], [16], 2
         options.heads, options.kv_heads, options.repeats, options.sets = 2, 1, 1, 1
     print(json.dumps(machine() | {"repeats": options.repeats}), flush=True)
-    for length, head_size, mask, which in itertools.product(
-        options.lengths, options.head_sizes, options.masks, options.passes
-    ):
-        shape = Shape(length, head_size, mask, options.heads, options.kv_heads)
-        for line in lines(shape, which, options):
-            print(json.dumps(line), flush=True)
+    todo = [
+        (Shape(length, head_size, mask, options.heads, options.kv_heads), which)
+        for length, head_size, mask, which in itertools.product(
+            options.lengths, options.head_sizes, options.masks, options.passes
+        )
+    ]
+    for line in lines(todo, options):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ import datetime
 import importlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -66,8 +68,15 @@ class Call:
         )
 
     def oracle(self, which: str) -> Callable:
-        """What `program` has to give."""
+        """XLA's `program`."""
         return _program(kernels.chunk("xla"), which, self.shape)
+
+    def exact(self, which: str, *inputs) -> tuple:
+        """What `program` has to give for some inputs."""
+        # To choose among XLA's products would take longer than the search.
+        quick = {"xla_gpu_autotune_level": 0} if self.target.platform == "gpu" else {}
+        oracle = jax.jit(self.oracle(which)).lower(*inputs).compile(quick)
+        return oracle(*inputs)
 
     def inputs(self, which: str, seed: int) -> tuple:
         """What `program` takes; the mask comes last."""
@@ -75,7 +84,7 @@ class Call:
         mask = self.shape.mask_data()
         if which == "forward":
             return q, k, v, mask
-        out, lse = jax.jit(self.oracle("forward"))(q, k, v, mask)
+        out, lse = self.exact("forward", q, k, v, mask)
         return q, k, v, dout, lse, jnp.sum(out * dout.astype(out.dtype), -1), mask
 
     def shapes(self, which: str) -> tuple:
@@ -120,21 +129,25 @@ class Timed:
     call: Call
     repeats: int
     sets: int
+    compilers: int
 
     def ready(self, which: str) -> Callable:
-        """Makes the inputs of a pass; gives what measures block sizes with them."""
+        """Makes the inputs of a pass; gives what compiles and then times with them."""
         sets = [self.call.inputs(which, seed) for seed in range(self.sets)]
-        expected = jax.jit(self.call.oracle(which))(*sets[0])
+        expected = self.call.exact(which, *sets[0])
 
-        def measure(blocks) -> dict:
-            run = jax.jit(self.call.program(which, blocks))
+        def compiled(blocks) -> Callable[[], dict]:
+            run = jax.jit(self.call.program(which, blocks)).lower(*sets[0]).compile()
+            return partial(measure, run)
+
+        def measure(run) -> dict:
             off = relative_distance(run(*sets[0]), expected)
             times = seconds_a_call(run, sets, self.repeats)
             rate = self.call.flops(which) / times["seconds_median"] / 1e12
             wrong = {} if off <= TOLERANCE else {"wrong": off}
             return times | {"tflops": rate, "difference": off} | wrong
 
-        return measure
+        return compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +156,13 @@ class Compiled:
 
     call: Call
     topology: aot.Topology
+    compilers: int
 
     def ready(self, which: str) -> Callable:
-        """Gives what compiles a pass with some block sizes."""
+        """Gives what compiles a pass with some block sizes, and then tells of it."""
         shapes = self.call.shapes(which)
 
-        def measure(blocks) -> dict:
+        def compiled(blocks) -> Callable[[], dict]:
             program = self.call.program(which, blocks)
             build = partial(aot.compile, program, *shapes, topology=self.topology)
             spills = {}
@@ -165,31 +179,37 @@ class Compiled:
                 report = build()
             if not report.fits:
                 reason = report.error or f"peak {report.peak_bytes} bytes do not fit"
-                return {"failed": reason}
-            return spills | {
+                return lambda: {"failed": reason}
+            figures = {
                 "compile_seconds": report.compile_seconds,
                 "temporary_bytes": report.temporary_bytes,
                 "peak_bytes": report.peak_bytes,
                 "vmem_bytes": report.vmem_bytes,
             }
+            return lambda: spills | figures
 
-        return measure
+        return compiled
 
 
 def search(
     part: Part, blocks, runner: Timed | Compiled
 ) -> Iterator[tuple[dict, object | None]]:
     """The line of each candidate of a part, with its block sizes if it is usable."""
-    measure = runner.ready(part.which)
+    compiled = runner.ready(part.which)
     today = {name: getattr(blocks, name) for name in part.candidates[0]}
     others = (fields for fields in part.candidates if fields != today)
-    for fields in (today, *others):
+    candidates = [
+        (fields, dataclasses.replace(blocks, **fields)) for fields in (today, *others)
+    ]
+    # A compiler keeps one core busy; nothing is timed until all are done.
+    with ThreadPoolExecutor(runner.compilers) as pool:
+        jobs = [pool.submit(compiled, candidate) for _, candidate in candidates]
+    for (fields, candidate), job in zip(candidates, jobs, strict=True):
         plain = {name: _plain(x) for name, x in fields.items()}
         head = {"part": part.name, "candidate": plain}
-        candidate = dataclasses.replace(blocks, **fields)
         # Whatever is wrong with one of many candidates, the others are still of use.
         try:
-            figures = measure(candidate)
+            figures = job.result()()
         except Exception as error:
             reason = " ".join(str(error).split())
             figures = {"failed": f"{type(error).__name__}: {reason}"[:400]}
@@ -273,9 +293,9 @@ def lines(options) -> Iterator[dict]:
                     yield {"implementation": implementation, "failed": reason}
                     continue
                 runner = (
-                    Compiled(call, topology)
+                    Compiled(call, topology, options.compilers)
                     if topology
-                    else Timed(call, options.repeats, options.sets)
+                    else Timed(call, options.repeats, options.sets, options.compilers)
                 )
                 for line, row in tune(call, runner, toy=options.toy):
                     yield line
@@ -295,6 +315,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each")
     parser.add_argument("--sets", type=int, default=3, help="of inputs, used in turn")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--compilers", type=int, default=cores, help="at a time")
     parser.add_argument(
         "--write", action="store_true", help="into the tables that ship"
     )
