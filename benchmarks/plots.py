@@ -1,8 +1,8 @@
 """Draws kept results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
 
 What is drawn follows from what the lines hold: times of attention beside
-ringattention's, or a training step's memory on machines that it was compiled for. Needs
-`pip install '.[plan]'`.
+ringattention's, TFLOP/s of kernels side by side, or a training step's memory on
+machines that it was compiled for. Needs `pip install '.[plan]'`.
 """
 
 import argparse
@@ -25,7 +25,11 @@ def draw(lines: Lines, picture: Path) -> None:
     Raises:
       ValueError: lines of no benchmark that has a picture.
     """
-    kinds = {"contender": draw_attention, "peak_bytes": draw_memory}
+    kinds = {
+        "ratio_to_ringattention": draw_attention,
+        "tflops": draw_kernels,
+        "peak_bytes": draw_memory,
+    }
     for key, draw_kind in kinds.items():
         own = [line for line in lines if key in line]
         if own:
@@ -38,18 +42,40 @@ def draw(lines: Lines, picture: Path) -> None:
 
 def draw_attention(axes: Axes, lines: Lines) -> None:
     """Times as parts of ringattention's, forward and with the backward pass."""
-    names = list(dict.fromkeys(line["contender"] for line in lines))
+    names = [line["contender"] for line in lines]
+    _bars(axes, lines, names, "ratio_to_ringattention", "%.2f")
+    axes.axvline(1, color="0.5", linewidth=1)
+    axes.set(xlabel="time in times of ringattention's")
+
+
+def draw_kernels(axes: Axes, lines: Lines) -> None:
+    """TFLOP/s of visible work, forward and with the backward pass."""
+    names = [
+        "{contender}, {mask}, {k}K, heads of {head_size}".format(
+            **line, k=line["length"] // 1024
+        )
+        for line in lines
+    ]
+    _bars(axes, lines, names, "tflops", "%.0f")
+    axes.set(xlabel="TFLOP/s")
+
+
+def _bars(axes: Axes, lines: Lines, names: list[str], value: str, form: str) -> None:
+    """A bar a line; those of one name lie beside each other, one a pass."""
+    rows = list(dict.fromkeys(names))
     passes = list(dict.fromkeys(line["pass"] for line in lines))
     thick = 0.8 / len(passes)
     for index, which in enumerate(passes):
-        own = [line for line in lines if line["pass"] == which]
-        places = [names.index(line["contender"]) + index * thick for line in own]
-        ratios = [line["ratio_to_ringattention"] for line in own]
-        bars = axes.barh(places, ratios, thick, label=which.replace("_", " + "))
-        axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.set_yticks([i + 0.4 - thick / 2 for i in range(len(names))], names)
-    axes.axvline(1, color="0.5", linewidth=1)
-    axes.set(xlabel="time in times of ringattention's")
+        own = [
+            (rows.index(name) + index * thick, line[value])
+            for name, line in zip(names, lines, strict=True)
+            if line["pass"] == which
+        ]
+        bars = axes.barh(
+            *zip(*own, strict=True), thick, label=which.replace("_", " + ")
+        )
+        axes.bar_label(bars, fmt=form, padding=3)
+    axes.set_yticks([i + 0.4 - thick / 2 for i in range(len(rows))], rows)
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.legend()

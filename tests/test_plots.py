@@ -10,7 +10,7 @@ from benchmarks.plots import draw
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("kind", ["attention-cpu", "train-memory"])
+@pytest.mark.parametrize("kind", ["attention-cpu", "kernels-h100", "train-memory"])
 def test_kept_results_are_drawn(kind: str, tmp_path: Path) -> None:
     newest = max(RESULTS.glob(f"*-{kind}.jsonl"))
     lines = [json.loads(line) for line in newest.read_text().splitlines()]
@@ -20,5 +20,7 @@ def test_kept_results_are_drawn(kind: str, tmp_path: Path) -> None:
 
 
 def test_lines_of_nothing_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no line has one of contender, peak_bytes"):
+    with pytest.raises(
+        ValueError, match="no line has one of ratio_to_ringattention, tflops, peak"
+    ):
         draw([{"a": 1}], tmp_path / "it.svg")

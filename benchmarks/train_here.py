@@ -1,0 +1,144 @@
+"""The trainer's step of LLaMA3-8B-shaped layers on the one device that is here: MFU.
+
+    python -m benchmarks.train_here                          # on a GPU or a TPU
+    python -m benchmarks.train_here --lengths 65536 --remat attention --layers 8
+    python -m benchmarks.train_here --toy                    # anywhere: a tiny model
+
+Prints JSON lines: what it ran on, then one line for each length, remat policy and
+implementation of attention: the median time of a step, the three MFUs of
+`usp_jax.plan.flops`, tokens a second, the most memory in use. There are as many layers
+as --layers says, and the vocabulary is cut with them, so that it has the share in the
+work that it has in the whole model. Tokens are random, one sequence a step. What does
+not fit says so. Needs `pip install '.[train]'`.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import usp_jax
+from benchmarks.timing import machine
+from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from train.corpus import PADDING
+from train.data import place
+from train.flops import step_flops
+from train.metrics import rates
+from train.state import first_state, learning_rate, make_optimizer
+from train.step import compile_step, make_step
+from train.update import Update
+from usp_jax.models.presets import PRESETS
+from usp_jax.plan.machines import peak_of_kind
+
+STEPS = 1000  # Of the run that the step is one of: the learning rate's schedule.
+
+
+def config_of(
+    preset: str, tokens: int, options: dict[str, Any], offload: bool
+) -> Config:
+    """A run of some of a preset's layers and the same share of its vocabulary.
+
+    Args:
+      options: of the model; `num_layers` is one of them.
+    """
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    model = {name: x for name, x in PRESETS[preset].items() if name in names}
+    share = options["num_layers"] / model["num_layers"]
+    vocab_size = -(-int(model["vocab_size"] * share) // 128) * 128
+    return Config(
+        model=ModelConfig(**model | {"vocab_size": vocab_size} | options),
+        steps=STEPS,
+        sequence_length=tokens,
+        batch_size=1,
+        run_dir=Path("unused"),
+        mesh=MeshConfig(),
+        optimizer=OptimizerConfig(offload=offload),
+    )
+
+
+def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """One document of random tokens a row."""
+    shape = config.batch_size, config.sequence_length
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
+    rows = {name: np.zeros(shape, np.int32) for name in PADDING}
+    rows["tokens"] = tokens.astype(np.int32)
+    rows["labels"] = np.roll(rows["tokens"], -1, 1)
+    return place(rows, config.stored_layout, mesh)
+
+
+def measure(config: Config, steps: int) -> dict[str, Any]:
+    """The figures of a step, after two that are not timed."""
+    mesh = usp_jax.make_mesh(devices=jax.devices()[:1], **config.mesh.axes)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, state = first_state(config, optimizer, mesh)
+    update = Update(config.optimizer, config.steps)
+    schedule = learning_rate(config.optimizer, config.steps)
+    step = make_step(graphdef, update, schedule, config.stored_layout)
+    batch = random_batch(config, mesh)
+    began = time.perf_counter()
+    step = compile_step(step, state, batch)
+    compiled = time.perf_counter() - began
+    seconds = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        state, metrics = step(state, batch)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - began)
+    peak = peak_of_kind(jax.devices()[0].device_kind, config.dtype)
+    median = statistics.median(seconds[2:])
+    told = rates(median, config.sequence_length, step_flops(config), peak)
+    return {"compile_seconds": compiled, "steps": seconds, "loss": loss} | told
+
+
+def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One for each case."""
+    for tokens, remat, implementation in itertools.product(
+        options.lengths, options.remat, options.implementations
+    ):
+        model = {
+            "num_layers": options.layers,
+            "remat": remat,
+            "mlp_tile": options.mlp_tile,
+            "implementation": implementation,
+        }
+        config = config_of(options.preset, tokens, model, options.offload)
+        head = {"tokens": tokens, "vocab_size": config.model.vocab_size} | model
+        head["offload"] = options.offload
+        # What does not fit one case may fit the next.
+        try:
+            yield head | measure(config, options.steps)
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            yield head | {"failed": " ".join(str(error).split())[:300]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    lengths = [32768, 65536, 131072]
+    parser.add_argument("--preset", default="llama3-8b", choices=PRESETS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--remat", nargs="+", default=["attention"])
+    parser.add_argument("--implementations", nargs="+", default=[None])
+    parser.add_argument("--mlp-tile", type=int)
+    parser.add_argument("--offload", action="store_true", help="the optimizer's memory")
+    parser.add_argument("--steps", type=int, default=5, help="timed ones")
+    parser.add_argument("--toy", action="store_true", help="a tiny model, 256 tokens")
+    options = parser.parse_args(arguments)
+    if options.toy:
+        options.preset, options.lengths, options.layers = "tiny", [256], 1
+        options.steps = 1
+    print(json.dumps(machine()), flush=True)
+    for line in lines(options):
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
