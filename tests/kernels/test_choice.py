@@ -40,6 +40,8 @@ class FakeDevice:
         (A100, "bfloat16", 128, "triton"),
         (A100, "bfloat16", 512, "xla"),
         (A100, "float64", 128, "xla"),
+        (H100, "bfloat16", 128, "mosaic_gpu"),
+        (H100, "float16", 256, "mosaic_gpu"),
         (H100, "float32", 128, "triton"),
         (B200, "bfloat16", 128, "triton"),
     ],
@@ -120,7 +122,7 @@ def test_what_a_call_needs_is_named_and_another_kernel_taken() -> None:
     needs = ("logits_soft_cap", "segment_ids")
     with pytest.raises(ValueError, match="'cudnn' cannot honour logits_soft_cap=; use"):
         choose("cudnn", **call, needs=needs)
-    assert choose(None, **call, needs=needs) == "triton"
+    assert choose(None, **call, needs=needs) == "mosaic_gpu"
     assert choose(None, **call, needs=("dropout_rate",)) == "xla"
 
 

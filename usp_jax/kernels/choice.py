@@ -129,10 +129,7 @@ _16_BITS = ("bfloat16", "float16")
 # implementation=None takes the first automatic one that can run the call.
 KERNELS = (
     Kernel("mosaic_tpu", platform="tpu", automatic=True),
-    Kernel(
-        "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
-    ),
-    # Compiled for Hopper and interpreted, but not yet run on one: only by its name.
+    # Of the GPU kernels the fastest, see benchmarks/README.md.
     Kernel(
         "mosaic_gpu",
         platform="gpu",
@@ -140,8 +137,12 @@ KERNELS = (
         same_major=True,
         max_head_size=256,
         dtypes=_16_BITS,
+        automatic=True,
     ),
-    # Compiled only: there is no interpreter for it. Its masks are known before running.
+    Kernel(
+        "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
+    ),
+    # There is no interpreter for it. Its masks are known before running.
     Kernel(
         "cudnn",
         platform="gpu",

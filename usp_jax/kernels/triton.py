@@ -98,10 +98,10 @@ class BlockSizes:
         return lookup(TABLE, target, head_size, dtype)
 
 
-# Found by compiling, not by timing: with 16 bits none spills registers on an A100 or an
-# H200. A B200 spills some at head sizes 96 and 256, an A100 at 256 in float32 and,
-# under a window with two bounds, at 192. The
-# capabilities named have 163 KiB of shared memory a block and more, others 99.
+# Where no source is named, found by compiling, not by timing: with 16 bits none spills
+# registers on an A100 or an H200. A B200 spills some at head sizes 96 and 256, an A100
+# at 256 in float32 and, under a window with two bounds, at 192. The capabilities named
+# have 163 KiB of shared memory a block and more, others 99.
 TABLE = (
     Row(
         BlockSizes(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
@@ -112,6 +112,13 @@ TABLE = (
         BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
         head_size=96,
         itemsize=2,
+    ),
+    Row(
+        BlockSizes(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        capabilities=((9, 0),),
+        head_size=128,
+        itemsize=2,
+        source="2026-11-26, jax 0.11.2, NVIDIA H100, causal 16384, head size 128",
     ),
     Row(
         BlockSizes(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
