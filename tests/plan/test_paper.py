@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from tests.plan.published import ONE_NODE, OUT_OF_MEMORY, TWO_NODES, Row
-from usp_jax.plan import efficiency
+from usp_jax.plan.efficiency import CALIBRATED, Efficiency
 from usp_jax.plan.flops import step_work
 from usp_jax.plan.memory import step_memory
 from usp_jax.plan.seconds import step_seconds
 
 
-def predicted(row: Row) -> float:
+def predicted(row: Row, efficiency: Efficiency = CALIBRATED) -> float:
     """TFLOP/s of a device, attention counted half."""
-    job = row.job
+    machine = dataclasses.replace(row.job.machine, efficiency=efficiency)
+    job = dataclasses.replace(row.job, machine=machine)
     work = step_work(job.model, sequence=job.sequence, batch=job.batch)
     seconds = step_seconds(job, row.choice)
     return work.causal / (seconds.total * job.devices * 1e12)
@@ -38,19 +39,15 @@ def test_two_node_rows_are_within_15_percent_and_in_order():
     assert rank >= 0.8
 
 
-def test_the_two_numbers_are_the_best_for_the_one_node_rows(monkeypatch):
-    def loss(matmul, attention):
-        monkeypatch.setattr(efficiency, "MATMUL", matmul)
-        monkeypatch.setattr(efficiency, "ATTENTION", attention)
-        return sum(math.log(x) ** 2 for x in ratios(ONE_NODE))
+def test_the_two_numbers_are_the_best_for_the_one_node_rows():
+    def loss(efficiency):
+        return sum(math.log(predicted(x, efficiency) / x.tflops) ** 2 for x in ONE_NODE)
 
-    best = (efficiency.MATMUL, efficiency.ATTENTION)
-    least = loss(*best)
-    for i in (0, 1):
+    least = loss(CALIBRATED)
+    for name in ("matmul", "long"):
         for step in (-0.01, 0.01):
-            near = list(best)
-            near[i] += step
-            assert loss(*near) >= least, near
+            near = {name: getattr(CALIBRATED, name) + step}
+            assert loss(dataclasses.replace(CALIBRATED, **near)) >= least, near
 
 
 @pytest.mark.parametrize(

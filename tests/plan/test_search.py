@@ -203,7 +203,7 @@ def test_short_documents_leave_less_to_compute_and_as_much_to_send():
     choice = plan.Choice(ring=4, ulysses=2, remat="attention")
     rows = [
         plan.evaluate(
-            plan.job_of("llama3-8b", "h100", sequence=2**17, documents=documents),
+            plan.job_of("llama3-8b", "a100", sequence=2**17, documents=documents),
             choice,
         )
         for documents in (None, 2**17, 2**14, 2**11)

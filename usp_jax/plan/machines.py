@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 from usp_jax.aot.devices import GPUS, TPUS, of_kind
+from usp_jax.plan.efficiency import CALIBRATED, HOPPER, Efficiency
 
 GB = 1e9
 TERA = 1e12
@@ -53,6 +54,7 @@ class Machine:
         at the full bandwidth.
       wrap: the side from which the torus is closed to a ring.
       compiles: `usp_jax.aot` has a compiler for it.
+      efficiency: how near its kernels come to its peak.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Machine:
     torus_dims: int = 0
     wrap: int = 4
     compiles: bool = True
+    efficiency: Efficiency = CALIBRATED
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of one device.
@@ -120,7 +123,13 @@ _DCN_LATENCY = 50e-6
 
 
 def _gpu(
-    name: Any, bandwidth: Any, peaks: Any, nvlink: Any, network: Any, host: Any
+    name: Any,
+    bandwidth: Any,
+    peaks: Any,
+    nvlink: Any,
+    network: Any,
+    host: Any,
+    efficiency: Efficiency = CALIBRATED,
 ) -> Any:
     """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device.
 
@@ -137,6 +146,7 @@ def _gpu(
         node=8,
         outer=Link(network / 8 * GB, _NETWORK_LATENCY),
         host_bandwidth=host * GB,
+        efficiency=efficiency,
     )
 
 
@@ -171,8 +181,9 @@ def _tpu(
 MACHINES = (
     _gpu("a100", 2039, (312, 156), 300, 200, 32),
     _gpu("a800", 2039, (312, 156), 200, 200, 32),
-    _gpu("h100", 3350, (989, 494), 450, 400, 64),
-    _gpu("h200", 4800, (989, 494), 450, 400, 64),
+    _gpu("h100", 3350, (989, 494), 450, 400, 64, HOPPER),
+    # The same chip with faster memory.
+    _gpu("h200", 4800, (989, 494), 450, 400, 64, HOPPER),
     _gpu("b200", 8000, (2250, 1125), 900, 400, 64),
     # PCIe 4.0 x16, through the host; the network is an assumption.
     Machine(

@@ -20,8 +20,9 @@ import dataclasses
 import math
 from typing import Any
 
-from usp_jax.plan import attention, efficiency
+from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.efficiency import MEMORY
 from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
 from usp_jax.plan.memory import kept
@@ -98,8 +99,10 @@ def step_seconds(
     parameters = sums["weights"] + sums["gradients"]
     activations = sums["activations"] + sums["tokens"]
     exchanges = _beside_chunks(choice, exchanges, chunks)
-    layers = (3 * work.layers + work.layers_again) / (peak * efficiency.MATMUL)
-    output = 4 * work.output / (peak * efficiency.MATMUL)
+    layers = (3 * work.layers + work.layers_again) / (
+        peak * job.machine.efficiency.matmul
+    )
+    output = 4 * work.output / (peak * job.machine.efficiency.matmul)
     matmul = layers + output
     moved, ends = _memory(job, choice)
     memory = moved + ends
@@ -165,11 +168,11 @@ def _ring(job: Job, choice: Choice, attention_seconds: Any) -> Any:
     # Of one chunk: one layer, forward, on one device.
     keys = 1 if choice.ring_schedule == "all_gather" else choice.ring
     length = job.sequence / math.sqrt(choice.ring * keys)
-    chunk = attention_seconds * padded / efficiency.attention(length)
+    chunk = attention_seconds * padded / job.machine.efficiency.attention(length)
     chunk /= useful * choice.ring
     group = Group.of(job.machine, choice, ("ring",))
     merged = (choice.ring - 1) / choice.ring * (choice.ring_schedule != "all_gather")
-    merged /= job.machine.memory_bandwidth * efficiency.MEMORY
+    merged /= job.machine.memory_bandwidth * MEMORY
     # out goes in and comes out of every chunk but the first; what each has of dq and
     # of dk, dv is written, and added to the sum. All in float32.
     forward = chunk + merged * 8 * call.q_elements
@@ -256,5 +259,5 @@ def _memory(job: Job, choice: Choice) -> Any:
     # Parameters and two moments, read and written, and gradients; these are added up.
     state = 28 + 8 * (parts - 1)
     state *= model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)  # type: ignore[assignment]
-    bandwidth = job.machine.memory_bandwidth * efficiency.MEMORY
+    bandwidth = job.machine.memory_bandwidth * MEMORY
     return layers_of(job, choice) * layer / bandwidth, (logits + state) / bandwidth
