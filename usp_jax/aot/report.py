@@ -211,7 +211,7 @@ def _compile(
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak,
-        host_bytes=_host_bytes(memory),
+        host_bytes=_allocated(memory, "host_"),
         vmem_bytes=_vmem_bytes(executable) if device.platform == "tpu" else None,
         flops=None if flops is None else float(flops),
         collectives=compiled.collectives(executable, unknown_trips=unknown_trips),  # type: ignore[arg-type]
@@ -219,24 +219,19 @@ def _compile(
     return report, executable
 
 
-def _allocated(memory: Any) -> Any:
-    """All that the device sets aside, of which parts may share memory in time."""
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+def _allocated(memory: Any, where: str = "") -> int:
+    """Arguments, outputs that are none of them, and temporaries.
 
+    All of it is set aside, though parts may share memory in time.
 
-def _host_bytes(memory: Any) -> Any:
-    """Arguments, outputs that are none of them, and temporaries."""
-    return (
-        memory.host_argument_size_in_bytes
-        + memory.host_output_size_in_bytes
-        - memory.host_alias_size_in_bytes
-        + memory.host_temp_size_in_bytes
+    Args:
+      where: "host_" is the host's memory, "" the device's.
+    """
+    argument, output, alias, temp = (
+        getattr(memory, f"{where}{what}_size_in_bytes")
+        for what in ("argument", "output", "alias", "temp")
     )
+    return argument + output - alias + temp
 
 
 def _vmem_bytes(executable: Any) -> Any:

@@ -19,6 +19,8 @@ from jax import lax
 from usp_jax import _compat
 from usp_jax._compat import vary_like
 from usp_jax.cases import Case, Cases, static_cases
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import Mask
 from usp_jax.merge import merge
 
 # Head sizes have to be multiples of this.
@@ -29,16 +31,17 @@ def chunk_forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: Any,
-    carry: Any,
-    logits: Any,
-) -> Any:
+    mask: Mask,
+    carry: tuple[jax.Array, jax.Array] | None,
+    logits: Logits,
+) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`."""
     attend = partial(_attend, logits.scale, v.shape[3])
     arrays = _of_one_size(q, k, v)
+    seen: Any = carry
     for cases in _checked(mask, logits):
-        carry = _switch(cases, attend, *arrays, carry)
-    return carry
+        seen = _switch(cases, attend, *arrays, seen)
+    return seen
 
 
 def chunk_backward(
@@ -48,9 +51,9 @@ def chunk_backward(
     dout: jax.Array,
     lse: jax.Array,
     delta: jax.Array,
-    mask: Any,
-    logits: Any,
-) -> Any:
+    mask: Mask,
+    logits: Logits,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of one chunk from the global lse and delta."""
     pull_back = partial(_pull_back, logits.scale)
     out, dout = out_for(delta, dout.astype(q.dtype))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from usp_jax.masking import visible
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import Mask, visible
 from usp_jax.merge import finite, merge, normalize
 
 
@@ -14,9 +15,9 @@ def chunk_forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: Any,
+    mask: Mask,
     carry: tuple[jax.Array, jax.Array] | None,
-    logits: Any,
+    logits: Logits,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`."""
     s = _biased(_scores(q, k, mask, logits), mask, logits)
@@ -37,9 +38,9 @@ def chunk_backward(
     dout: jax.Array,
     lse: jax.Array,
     delta: jax.Array,
-    mask: Any,
-    logits: Any,
-) -> Any:
+    mask: Mask,
+    logits: Logits,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of one chunk from the global lse and delta."""
     s = _scores(q, k, mask, logits)
     lse, delta = (_from_rows(x, k.shape[2])[..., None] for x in (lse, delta))

@@ -155,17 +155,17 @@ TABLE = (
 
 
 def chunk_forward(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     mask: Mask,
-    carry: Any,
+    carry: tuple[jax.Array, jax.Array] | None,
     logits: Logits,
     *,
     target: Target,
-    blocks: Any = None,
+    blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> Any:
+) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`.
 
     Args:
@@ -260,19 +260,19 @@ def _forward_kernel(
 
 
 def chunk_backward(
-    q: Any,
-    k: Any,
-    v: Any,
-    dout: Any,
-    lse: Any,
-    delta: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
     mask: Mask,
     logits: Logits,
     *,
     target: Target,
-    blocks: Any = None,
+    blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> Any:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of one chunk from the global lse and delta."""
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     arrays = map(_whole_pieces, (q, k, v, dout.astype(q.dtype)))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from usp_jax._compat import vary_like
+from usp_jax.kernels.logits import Logits
 from usp_jax.masking import (
     FULL,
     Mask,
@@ -41,7 +42,7 @@ def chunk_forward(
     v: jax.Array,
     mask: Mask,
     carry: tuple[jax.Array, jax.Array] | None,
-    logits: Any,
+    logits: Logits,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`."""
     blocks = _Blocks.of(q, k, v, mask)
@@ -102,8 +103,8 @@ def chunk_backward(
     lse: jax.Array,
     delta: jax.Array,
     mask: Mask,
-    logits: Any,
-) -> Any:
+    logits: Logits,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of one chunk from the global lse and delta."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)

@@ -3,12 +3,16 @@
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from usp_jax._compat import gpu_load, gpu_store
+from usp_jax.kernels.choice import Target
+from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
 from usp_jax.kernels.mosaic_gpu.roles import Kernel
 from usp_jax.kernels.mosaic_gpu.tiles import (
@@ -22,23 +26,24 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     slot_of,
     transposed,
 )
+from usp_jax.masking import Mask
 from usp_jax.merge import finite
 
 
 def chunk_backward(
-    q: Any,
-    k: Any,
-    v: Any,
-    dout: Any,
-    lse: Any,
-    delta: Any,
-    mask: Any,
-    logits: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    mask: Mask,
+    logits: Logits,
     *,
-    target: Any,
-    blocks: Any = None,
+    target: Target,
+    blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> Any:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of one chunk from the global lse and delta.
 
     Args and raises: those of `chunk_forward`.

@@ -7,11 +7,15 @@ warpgroups take turns, so that one's products run beside the other's exponential
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from usp_jax._compat import gpu_load, gpu_store
+from usp_jax.kernels.choice import Target
+from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
 from usp_jax.kernels.mosaic_gpu.roles import Kernel
 from usp_jax.kernels.mosaic_gpu.tiles import (
@@ -24,21 +28,22 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     slot_of,
     transposed,
 )
+from usp_jax.masking import Mask
 from usp_jax.merge import finite
 
 
 def chunk_forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any,
-    carry: Any,
-    logits: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    carry: tuple[jax.Array, jax.Array] | None,
+    logits: Logits,
     *,
-    target: Any,
-    blocks: Any = None,
+    target: Target,
+    blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> Any:
+) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`.
 
     Args:

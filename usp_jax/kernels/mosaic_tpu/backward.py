@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
 from usp_jax.kernels.mosaic_tpu.in_place import InPlace
@@ -31,24 +32,24 @@ from usp_jax.kernels.mosaic_tpu.tiles import (
     when_listed,
 )
 from usp_jax.kernels.mosaic_tpu.walk import Walk
-from usp_jax.masking import EMPTY, sees
+from usp_jax.masking import EMPTY, Mask, sees
 from usp_jax.merge import finite
 
 
 def chunk_backward(
-    q: Any,
-    k: Any,
-    v: Any,
-    dout: Any,
-    lse: Any,
-    delta: Any,
-    mask: Any,
-    logits: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    mask: Mask,
+    logits: Logits,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
-    interpret: Any = False,
-) -> Any:
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv of one chunk from the global lse and delta."""
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)

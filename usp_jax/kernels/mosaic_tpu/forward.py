@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
 from usp_jax.kernels.mosaic_tpu.launch import Kernel
@@ -30,22 +31,22 @@ from usp_jax.kernels.mosaic_tpu.tiles import (
     widened,
 )
 from usp_jax.kernels.mosaic_tpu.walk import Walk
-from usp_jax.masking import sees
+from usp_jax.masking import Mask, sees
 from usp_jax.merge import finite
 
 
 def chunk_forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any,
-    carry: Any,
-    logits: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    carry: tuple[jax.Array, jax.Array] | None,
+    logits: Logits,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
-    interpret: Any = False,
-) -> Any:
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array]:
     """Attention of q over k, v, merged into `carry`.
 
     Args:
