@@ -191,14 +191,19 @@ def _collectives(report: aot.Report) -> dict[str, dict[str, float | int | None]]
 
 
 def longest(case: Case) -> Iterator[dict[str, Any]]:
-    """The case, and twice its length until that does not fit; then halfway."""
+    """The case, twice its length until that does not fit, then halfway, and again."""
+    fits = 0
     while True:
         row = compile_case(case)
         yield row
         if not row["fits"]:
             break
-        case = case.at(2 * case.tokens)
-    yield compile_case(case.at(case.tokens * 3 // 4))
+        fits, case = case.tokens, case.at(2 * case.tokens)
+    step = fits // 2
+    for _ in range(2 if fits else 0):
+        row = compile_case(case.at(fits + step))
+        yield row
+        fits, step = fits + step * row["fits"], step // 2
 
 
 def tables(rows: Iterable[dict[str, Any]]) -> str:

@@ -26,12 +26,10 @@ def check(told):
     if "peak_bytes" not in told:
         return
     assert told["peak_ratio"] == pytest.approx(1, abs=0.1)
-    sent = told["sent_bytes"]
-    if plan.machine(told["machine"]).torus_dims:
-        # The TPU compiler makes all-reduces, which send twice as much, of some of the
-        # program's scatters; the program has no others of this size.
-        sent -= told["sent"].get("all-reduce", 0) / 2
-    assert told["predicted_sent_bytes"] == pytest.approx(sent, rel=0.02)
+    # A TPU's compiler makes all-reduces of some small scatters, and pads what is no
+    # whole number of tiles.
+    near = 0.03 if plan.machine(told["machine"]).torus_dims else 0.001
+    assert told["sent_ratio"] == pytest.approx(1, abs=near)
 
 
 @pytest.mark.parametrize("line", KEPT, ids=lambda line: str(Case.of(line)))
