@@ -6,7 +6,8 @@
 
 Prints JSON lines: what was run on what, then one line for each shape, pass and
 contender with the median time of a call and TFLOP/s that count visible pairs only. All
-run in this one process, on random data that changes from call to call. `difference` is
+run in this one process, compiled before anything is timed, on random data that changes
+from call to call. `difference` is
 how far a contender's results are from the first one's, |x - y| / |y|, the worst of
 them; a contender that cannot do a shape says why. The lines "virtual ring of 8" are our
 op cut over 8 devices that are all this one, to be compared with one uncut call
