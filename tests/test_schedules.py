@@ -48,7 +48,7 @@ def sized(schedule, ring):
 
 @pytest.mark.parametrize(
     ("schedule", "call", "explicit"),
-    thinned(SCHEDULES, CALLS, (False, True), keep=9),
+    thinned(SCHEDULES, CALLS, (False, True), keep=13),
 )
 def test_equals_the_oracle(schedule, call, explicit):
     """Degrees take turns over the cells, so that all pairs are seen."""

@@ -70,7 +70,7 @@ def sent(found, kind):
 @pytest.mark.parametrize(
     ("degrees", "heads"),
     [
-        *thinned(DEGREES, HEADS, keep=3),
+        *thinned(DEGREES, HEADS, keep=5),
         *thinned([(3, 2), (2, 1), (1, 1)], [(12, 3)], keep=1),
     ],
 )

@@ -119,7 +119,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(CASES, keep=3))
+@pytest.mark.parametrize("name", thinned(CASES, keep=4))
 def test_with_a_carry(name):
     check(*inputs(**CASES[name]))
 
@@ -153,7 +153,7 @@ RACY = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(RACY, keep=2))
+@pytest.mark.parametrize("name", thinned(RACY, keep=3))
 def test_no_races_and_nothing_unwritten(name, capfd):
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     arrays, carry, mask, logits = inputs(**RACY[name])

@@ -91,7 +91,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", thinned(CASES, keep=4))
+@pytest.mark.parametrize("case", thinned(CASES, keep=7))
 def test_bytes_equal_the_program(case):
     check(*case)
 
