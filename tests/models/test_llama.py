@@ -150,7 +150,7 @@ def test_loss_and_gradients_are_the_plain_models_on_every_mesh(mesh):
             {"data": 2, "ring": 2, "ulysses": 2},
         ],
         [False, True],
-        keep=3,
+        keep=5,
     ),
 )
 def test_biases_and_head_norms_have_the_plain_models_gradients(mesh, tensor_sequence):
@@ -165,6 +165,7 @@ def test_biases_and_head_norms_have_the_plain_models_gradients(mesh, tensor_sequ
     assert_close_to(gradients, expected_gradients, 1e-5)
 
 
+@pytest.mark.long
 def test_zero_1_has_the_same_gradients():
     expected, expected_gradients = expected_loss_and_gradients()
     ids = segments()

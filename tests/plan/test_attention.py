@@ -111,6 +111,7 @@ def test_an_unknown_schedule_is_told():
         Call(1, 1, 1, 1, 1, 1, ring_schedule="spiral")
 
 
+@pytest.mark.long
 def test_head_chunks_send_queries_and_keys_again():
     # Two key/value heads of a device serve four query heads: a chunk has one.
     check((4, 1), (8, 2), "unidirectional", chunks=2)
