@@ -18,6 +18,8 @@ from usp_jax.plan.verify import compile_step
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CASES = list(cases())
+# On 16 devices its 11008 features are no whole number of tiles: the compiler pads them.
+PADDED = ("llama2-7b", "v6e", 2048)
 KEPT = kept(max(RESULTS.glob("*-plan-bytes.jsonl")))
 
 
@@ -26,9 +28,9 @@ def check(told):
     if "peak_bytes" not in told:
         return
     assert told["peak_ratio"] == pytest.approx(1, abs=0.1)
-    # A TPU's compiler makes all-reduces of some small scatters, and pads what is no
-    # whole number of tiles.
-    near = 0.03 if plan.machine(told["machine"]).torus_dims else 0.001
+    near = 0.02 if plan.machine(told["machine"]).torus_dims else 0.001
+    if (told["model"], told["machine"], told["sequence"]) == PADDED:
+        near = 0.026
     assert told["sent_ratio"] == pytest.approx(1, abs=near)
 
 

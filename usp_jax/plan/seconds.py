@@ -99,10 +99,9 @@ def step_seconds(
     parameters = sums["weights"] + sums["gradients"]
     activations = sums["activations"] + sums["tokens"]
     exchanges = _beside_chunks(choice, exchanges, chunks)
-    layers = (3 * work.layers + work.layers_again) / (
-        peak * job.machine.efficiency.matmul
-    )
-    output = 4 * work.output / (peak * job.machine.efficiency.matmul)
+    rate = peak * job.machine.efficiency.matmul
+    layers = (3 * work.layers + work.layers_again) / rate
+    output = 4 * work.output / rate
     matmul = layers + output
     moved, ends = _memory(job, choice)
     memory = moved + ends
