@@ -32,9 +32,8 @@ from train.corpus import PADDING
 from train.data import place
 from train.flops import step_flops
 from train.metrics import rates
-from train.state import first_state, learning_rate, make_optimizer
+from train.state import first_state
 from train.step import compile_step, make_step
-from train.update import Update
 from usp_jax.models.presets import PRESETS
 from usp_jax.plan.machines import peak_of_kind
 
@@ -77,14 +76,10 @@ def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def measure(config: Config, steps: int) -> dict[str, Any]:
     """The figures of a step, after two that are not timed."""
     mesh = usp_jax.make_mesh(devices=jax.devices()[:1], **config.mesh.axes)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, state = first_state(config, optimizer, mesh)
-    update = Update(config.optimizer, config.steps)
-    schedule = learning_rate(config.optimizer, config.steps)
-    step = make_step(graphdef, update, schedule, config.stored_layout)
+    graphdef, state = first_state(config, mesh)
     batch = random_batch(config, mesh)
     began = time.perf_counter()
-    step = compile_step(step, state, batch)
+    step = compile_step(make_step(config, graphdef), state, batch)
     compiled = time.perf_counter() - began
     seconds = []
     for _ in range(steps + 2):

@@ -11,9 +11,8 @@ import usp_jax
 from train.check import check
 from train.config import Config
 from train.data import Batch, describe
-from train.state import State, abstract_state, learning_rate, make_optimizer
+from train.state import State, abstract_state
 from train.step import jit_step, make_step
-from train.update import Update
 from usp_jax import aot
 
 
@@ -30,15 +29,9 @@ def step_of(
     """
     check(config)
     mesh = usp_jax.make_mesh(devices=devices, **config.mesh.axes)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, state = abstract_state(config, optimizer, mesh)
-    schedule = learning_rate(config.optimizer, config.steps)
-    update = Update(config.optimizer, config.steps)
-    step = make_step(
-        graphdef, update, schedule, config.stored_layout, config.accumulate
-    )
+    graphdef, state = abstract_state(config, mesh)
     batch = describe(config.batch_size, config.sequence_length, mesh, config.layout)
-    return jit_step(step, state), (state, batch)
+    return jit_step(make_step(config, graphdef), state), (state, batch)
 
 
 def compile_for(config: Config, machine: str) -> aot.Report:

@@ -7,7 +7,6 @@ from typing import Any
 
 import grain
 import jax
-import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,7 +21,7 @@ from train.evaluate import Evaluation
 from train.passkey import passkey_rows
 from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
-from train.state import State, first_state, make_optimizer
+from train.state import State, first_state
 from train.vocabulary import Vocabulary
 from train.wandb_run import check_wandb
 
@@ -43,7 +42,6 @@ class Run:
     data: grain.DatasetIterator
     evaluation: Evaluation | None
     checkpoints: Checkpoints
-    optimizer: optax.GradientTransformation
     graphdef: nnx.GraphDef
     state: State
 
@@ -72,9 +70,8 @@ def build(config: Config) -> Run:
     else:
         rows, facts = text.rows(config.sequence_length, config.seed), text.facts
     checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
-    optimizer = make_optimizer(config.optimizer, config.steps)
     params = published_weights(config, mesh) if begins else None
-    graphdef, state = first_state(config, optimizer, mesh, params)
+    graphdef, state = first_state(config, mesh, params)
     return Run(
         config=config,
         mesh=mesh,
@@ -82,7 +79,6 @@ def build(config: Config) -> Run:
         data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
         evaluation=Evaluation.of(config, mesh, text, graphdef),
         checkpoints=checkpoints,
-        optimizer=optimizer,
         graphdef=graphdef,
         state=state,
     )

@@ -13,10 +13,9 @@ from train.metrics import Row, read_rows
 from train.outputs import Outputs
 from train.profiler import Profiler
 from train.report import draw_loss, sample
-from train.state import Params, learning_rate, on_devices, with_params
+from train.state import Params, on_devices, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
 from train.token_folder import DataGone
-from train.update import Update
 from train.watchdog import watch
 
 
@@ -192,13 +191,8 @@ def tell(message: str) -> None:
 
 def _compile(run, state):
     config, begun = run.config, time.monotonic()
-    schedule = learning_rate(config.optimizer, config.steps)
-    update = Update(config.optimizer, config.steps)
-    step = make_step(
-        run.graphdef, update, schedule, config.stored_layout, config.accumulate
-    )
     batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
-    compiled = compile_step(step, state, batch)
+    compiled = compile_step(make_step(config, run.graphdef), state, batch)
     if config.mesh.pipe > 1:
         tell(_describe(config.pipeline))
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")

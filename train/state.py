@@ -75,10 +75,7 @@ def _decays(params):
 
 
 def first_state(
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    params: Params | None = None,
+    config: Config, mesh: Mesh, params: Params | None = None
 ) -> tuple[nnx.GraphDef, State]:
     """The model without its parameters, and the state before the first step.
 
@@ -89,7 +86,8 @@ def first_state(
     Raises:
       ValueError: a model that the mesh cannot split.
     """
-    graphdef, shapes = abstract_state(config, optimizer, mesh)
+    graphdef, shapes = abstract_state(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     if params is None:
         model = Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(config.seed))
@@ -104,9 +102,7 @@ def first_state(
     return graphdef, begin(params)
 
 
-def abstract_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[nnx.GraphDef, State]:
+def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
     """`first_state` as shapes with their shardings; the mesh need not be here.
 
     What the optimizer keeps for a parameter lives where it does, with
@@ -125,6 +121,7 @@ def abstract_state(
             for name, sharding in shardings.items()
         }
     replicated = NamedSharding(mesh, jax.P())
+    optimizer = make_optimizer(config.optimizer, config.steps)
     memory = optax.tree.map_params(
         optimizer,
         _shape,

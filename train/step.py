@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from train.config import Config
 from train.data import Batch
-from train.state import Params, State, with_params
+from train.state import Params, State, learning_rate, with_params
 from train.update import Update
 from usp_jax import recommended_flags
 from usp_jax.models.accumulate import summed
@@ -37,24 +38,22 @@ def make_nats(
 
 
 def make_step(
-    graphdef: nnx.GraphDef,
-    update: Update,
-    schedule: optax.Schedule,
-    layout: str,
-    parts: int = 1,
+    config: Config, graphdef: nnx.GraphDef
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The step of a model, to be compiled.
+    """The step of a run, to be compiled.
 
     The loss is the mean of nats over the batch's labels, wherever they lie: also where
-    its rows are taken in `parts`, one after the other, whose gradients are added up in
-    float32. A step whose loss or gradient is not finite counts and changes nothing
-    else. The state that goes in is donated.
+    its rows are taken in `accumulate` parts, one after the other, whose gradients are
+    added up in float32. A step whose loss or gradient is not finite counts and changes
+    nothing else.
     """
-
-    nats_of = make_nats(graphdef, layout)
+    nats_of = make_nats(graphdef, config.stored_layout)
+    update = Update(config.optimizer, config.steps)
+    schedule = learning_rate(config.optimizer, config.steps)
 
     def step(state, batch):
-        value, gradient = _mean(nats_of, update.fetch(state.params), batch, parts)
+        params = update.fetch(state.params)
+        value, gradient = _mean(nats_of, params, batch, config.accumulate)
         norm = optax.tree.norm(gradient)
         # Both are the same on all devices, and so is what follows from them.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -94,6 +93,9 @@ def compile_step(
 
 
 def jit_step(step: Callable[[State, Batch], tuple[State, Metrics]], state: State):
-    """The step as `jax.jit` has it; `state`, arrays or shapes, says where it lives."""
+    """The step as `jax.jit` has it; `state`, arrays or shapes, says where it lives.
+
+    The state that goes in is donated.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -33,8 +33,7 @@ def test_the_learning_rate_goes_up_straight_and_down_a_cosine(warmup: int) -> No
 def test_everything_is_sharded_as_the_parameters(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     mesh = usp_jax.make_mesh(data=2, ring=2, ulysses=2)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    _, state = first_state(config, optimizer, mesh)
+    _, state = first_state(config, mesh)
     moments = state.optimizer[1][0]
     for name, x in state.params.items():
         assert x.dtype == jnp.float32
@@ -50,7 +49,7 @@ def test_weights_decay_but_norms_do_not(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     mesh = usp_jax.make_mesh()
     optimizer = make_optimizer(config.optimizer, config.steps)
-    _, state = first_state(config, optimizer, mesh)
+    _, state = first_state(config, mesh)
     zero = jax.tree.map(jnp.zeros_like, state.params)
     updates, _ = optimizer.update(zero, state.optimizer, state.params)
     rate = learning_rate(config.optimizer, config.steps)(0)
@@ -64,7 +63,7 @@ def test_weights_decay_but_norms_do_not(tmp_path: Path) -> None:
 def test_long_gradients_are_clipped(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    _, state = first_state(config, optimizer, usp_jax.make_mesh())
+    _, state = first_state(config, usp_jax.make_mesh())
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 100.0), state.params)
     _, memory = optimizer.update(gradient, state.optimizer, state.params)
     # The first moment is 1 - b1 of the clipped gradient, whose norm is 1.

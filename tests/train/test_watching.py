@@ -29,7 +29,6 @@ from train.loop import GaveUp, train
 from train.spikes import Spikes
 from train.state import learning_rate
 from train.step import make_step
-from train.update import Update
 from usp_jax.models.loss import loss
 
 BAD_BYTE = 255
@@ -60,9 +59,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 ) -> None:
     config = small(tmp_path, optimizer=OptimizerConfig(offload=offload))
     run = build(config)
-    schedule = learning_rate(config.optimizer, config.steps)
-    update = Update(config.optimizer, config.steps)
-    step = jax.jit(make_step(run.graphdef, update, schedule, config.layout))
+    step = jax.jit(make_step(config, run.graphdef))
     good = place(next(run.data), config.layout, run.mesh)
     bad = good | {"tokens": good["tokens"].at[0, 0].set(BAD_BYTE)}
     state, told = step(run.state, good)
@@ -77,7 +74,9 @@ def test_a_step_that_is_not_finite_changes_nothing(
     )
     # The optimizer has not counted it, so the rate is that of its next update.
     rate = step(after, good)[1]["learning_rate"]
-    assert rate == pytest.approx(float(schedule(1)), rel=1e-5)
+    assert rate == pytest.approx(
+        float(learning_rate(config.optimizer, config.steps)(1)), rel=1e-5
+    )
 
 
 def always_bad(model, tokens, labels, **options):
