@@ -198,6 +198,22 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
         ("llama3-70b", "h100", 64, 32 * K, 4),
         ({"fsdp": 4, "ring": 2, "ulysses": 8, "remat": "attention"},),
     ),
+    (
+        ("llama3-8b", "a100", 16, 64 * K, 2),
+        ({"ring": 2, "ulysses": 8, "remat": "dots"},),
+    ),
+    (
+        ("llama3-8b", "v5p", 64, 256 * K, 1),
+        ({"ring": 8, "ulysses": 8, "remat": "dots"},),
+    ),
+    (
+        ("llama2-7b", "h100", 8, 8 * K, 8),
+        ({"ring": 2, "tensor": 4, "remat": "dots"},),
+    ),
+    (
+        ("llama3-8b", "v5p", 16, 32 * K, 4),
+        ({"fsdp": 4, "ring": 2, "ulysses": 2, "remat": "dots_offload"},),
+    ),
 )
 
 

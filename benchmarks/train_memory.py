@@ -154,7 +154,7 @@ def cases() -> Iterator[Case]:
     for length, rows in PAPER.items():
         for tensor, ulysses, ring in rows:
             mesh = {"tensor": tensor, "ulysses": ulysses, "ring": ring, "zero": 1}
-            for remat in ("none", "attention"):
+            for remat in ("none", "dots", "attention"):
                 name = f"a100-tp{tensor}-u{ulysses}-r{ring}-{remat}-{length}K"
                 yield Case(name, "paper", A100, length * K, mesh, {"remat": remat})
 

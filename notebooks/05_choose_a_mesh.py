@@ -167,7 +167,7 @@ assert all(row.seconds.ring == 0 for row in splits)
 # has.
 
 # %%
-POLICIES = ("none", "attention_qkv", "attention", "full")
+POLICIES = ("none", "dots", "attention_qkv", "attention", "full")
 kept = [row_of(8, 512 * K, remat) for remat in POLICIES]
 figure, axes = plt.subplots(figsize=(9, 2.6))
 draw_bars(axes, kept, [f"remat={remat}" for remat in POLICIES], "memory", GIB)

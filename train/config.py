@@ -69,8 +69,9 @@ class ModelConfig:
       rope_scaling: a stretching of RoPE for longer contexts; the command line takes it
         last: `model.rope-scaling:linear-scaling --model.rope-scaling.factor 4`.
       remat: what the backward pass computes again: none, full, attention (attention's
-        output is kept) or attention_qkv (its inputs too); full_offload,
-        attention_offload and attention_qkv_offload keep it all in the host's memory.
+        output is kept), attention_qkv (its inputs too) or dots (what all other matrix
+        products give, too); full_offload, attention_offload, attention_qkv_offload and
+        dots_offload keep it all in the host's memory.
       mlp_tile: how many of a device's tokens have the feed-forward network's hidden
         activations in memory at once; None: all.
       loss_chunk: how many of a device's tokens, and

@@ -244,7 +244,7 @@ def test_positions_may_restart_in_every_document():
 
 
 @pytest.mark.parametrize(
-    "remat", thinned(["attention_qkv", "none", "attention", "full"], keep=3)
+    "remat", thinned(["attention_qkv", "none", "attention", "full", "dots"], keep=3)
 )
 def test_remat_runs_the_collectives_it_says(remat):
     """Counted in the compiled gradient, for ring=4 and ulysses=2."""

@@ -29,6 +29,7 @@ OPTIONS = (
     {"remat": "attention_qkv_offload"},
     {"mlp_tile": 16},
     {"remat": "none", "mlp_tile": 7},
+    {"remat": "dots"},
 )
 
 

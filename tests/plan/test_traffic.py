@@ -50,7 +50,9 @@ def test_a_step_sends_what_is_predicted():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("remat", ["none", "full", "attention", "attention_qkv"])
+@pytest.mark.parametrize(
+    "remat", ["none", "full", "attention", "attention_qkv", "dots"]
+)
 @pytest.mark.parametrize(
     "sizes",
     [

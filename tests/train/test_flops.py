@@ -70,10 +70,12 @@ def counted(config: Config) -> int:
         ("full", None),
         ("attention", None),
         ("attention_qkv", None),
+        ("dots", None),
         # Of 512 tokens: in four tiles, and whole.
         ("none", 128),
         ("full", 128),
         ("none", 512),
+        ("dots", 128),
     ],
 )
 def test_the_hardware_currency_is_what_the_program_does(

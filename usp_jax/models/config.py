@@ -11,7 +11,7 @@ from usp_jax.models.rope_scaling import RopeScaling
 
 DTYPES = ("float32", "bfloat16")
 ZERO = (1, 3)
-REMAT = ("none", "full", "attention", "attention_qkv")
+REMAT = ("none", "full", "attention", "attention_qkv", "dots")
 OFFLOAD = tuple(f"{name}_offload" for name in REMAT[1:])
 
 
@@ -30,9 +30,11 @@ class LlamaConfig:
         "full": everything inside a layer; "attention": as "full", but attention's
         output and log-sum-exp are kept, so that the ring runs once; "attention_qkv":
         also q, k, v and the output on both sides of the all-to-alls, so that no
-        collective of attention runs twice. "full_offload", "attention_offload" and
-        "attention_qkv_offload" keep the same, the layer's input too, in the host's
-        pinned memory.
+        collective of attention runs twice; "dots": also what lies between attention and
+        the feed-forward network, and its two inner products, so that no matrix product
+        runs twice but q · k. "full_offload", "attention_offload",
+        "attention_qkv_offload" and "dots_offload" keep the same, the layer's input too,
+        in the host's pinned memory.
       mlp_tile: of how many of a device's tokens the feed-forward network has its hidden
         activations in memory at once; the backward computes them again. None: of all.
       loss_chunk: of how many of a device's tokens, and

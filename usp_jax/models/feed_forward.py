@@ -12,9 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from usp_jax._compat import vary_like
+
+# What `jax.checkpoint` policies can keep, where there are no tiles.
+INNER_PRODUCTS = ("mlp_gate", "mlp_up")
 
 Matrices = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
 
@@ -42,8 +46,8 @@ def feed_forward(
 
 def _whole(x: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     gate, up, down = matrices
-    gate = jnp.einsum("...D,DF->...F", x, gate)
-    up = jnp.einsum("...D,DF->...F", x, up)
+    gate = checkpoint_name(jnp.einsum("...D,DF->...F", x, gate), "mlp_gate")
+    up = checkpoint_name(jnp.einsum("...D,DF->...F", x, up), "mlp_up")
     return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, down)
 
 
@@ -74,9 +78,13 @@ def _tiled_bwd(
         dx, dmatrices = pull(dout)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
 
+    # Zeros that depend on nothing, XLA makes once for all layers and keeps beside theirs.
+    zero = vary_like(jnp.zeros((), jnp.float32), (matrices, dout))
+    zero, dout = lax.optimization_barrier((zero, dout))
+
     def zeros(matrix: jax.Array) -> Any:
         dtype = jnp.promote_types(matrix.dtype, jnp.float32)
-        return vary_like(jnp.zeros(matrix.shape, dtype), (matrix, dout))
+        return jnp.broadcast_to(zero.astype(dtype), matrix.shape)
 
     total, dx = lax.scan(body, jax.tree.map(zeros, matrices), (tiles, dout))
     return dx, jax.tree.map(lambda a, b: a.astype(b.dtype), total, matrices)

@@ -34,7 +34,7 @@ from usp_jax.decode import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.feed_forward import feed_forward
+from usp_jax.models.feed_forward import INNER_PRODUCTS, feed_forward
 from usp_jax.models.gradient_sum import add_to, with_sum
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope import (
@@ -50,7 +50,7 @@ from usp_jax.shards import Shards
 Weights = dict[str, Array | tuple[Array, Array]]
 
 # Of a layer, as `jax.checkpoint` policies name it.
-_INPUT = "layer_input"
+_INPUT, _MIDDLE, _HEADS = "layer_input", "layer_middle", "layer_heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ class Transformer:
         q, k = rotate(q, *angles), rotate(k, *angles)
         out, state = attend(q, k, v, state)
         out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
-        x = x + split.leave(out)
+        x = checkpoint_name(x + split.leave(out), _MIDDLE)
         y = split.enter(_rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
         matrices = w["gate"], w["up"], w["down"]
         out = feed_forward(y, matrices, config.mlp_tile)
@@ -337,7 +337,9 @@ def _heads(y: Any, w: Any, name: Any, eps: Any) -> Any:
     x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
     if f"{name}_bias" in w:
         x = x + w[f"{name}_bias"].astype(x.dtype)[None, None]
-    return _rms_norm(x, w[f"{name}_norm"], eps) if f"{name}_norm" in w else x
+    if f"{name}_norm" not in w:
+        return x
+    return _rms_norm(checkpoint_name(x, _HEADS), w[f"{name}_norm"], eps)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -364,6 +366,7 @@ def _policy(remat: str) -> Callable[..., Any]:
         "full": (),
         "attention": ("usp_out", "usp_lse"),
         "attention_qkv": SAVED_NAMES,
+        "dots": (*SAVED_NAMES, _HEADS, _MIDDLE, *INNER_PRODUCTS),
     }[remat.removesuffix("_offload")]
     if not remat.endswith("_offload"):
         return jax.checkpoint_policies.save_only_these_names(*names)

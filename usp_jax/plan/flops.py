@@ -80,16 +80,21 @@ def step_work(
     # The last product of a layer, `down`, is nobody's input.
     needed = layers - per_weight * model.d_model * model.d_ff
     heads = model.num_heads + 2 * model.num_kv_heads
+    if model.qk_norm:
+        # The norms' backward needs what they were applied to.
+        heads = model.num_kv_heads
     projections = per_weight * model.d_model * heads * model.head_size
+    inner = 2 * per_weight * model.d_model * model.d_ff
     pairs = 2 * tokens * sequence * visible
     attention = pairs * model.num_heads * model.head_size * model.num_layers
     # Where it is kept is no matter.
     policy = (remat or model.remat).removesuffix("_offload")
     again = {
-        "none": tiled * 2 * per_weight * model.d_model * model.d_ff,
+        "none": tiled * inner,
         "full": needed,
         "attention": needed,
         "attention_qkv": needed - projections,
+        "dots": tiled * inner,
     }[policy]
     return Work(
         layers=layers,

@@ -20,6 +20,7 @@ from usp_jax.plan.traffic import (
     call_of,
     end_tokens_of,
     gradient_itemsize,
+    is_tiled,
     kept_of,
     layers_of,
     loss_blocks,
@@ -37,15 +38,19 @@ class Arrays:
       narrow: of a device's tokens and the model size.
       wide: of a device's tokens and the feed-forward size.
       weights: of the layer's matrices, whole.
+      rotating: of k, v and of float32 dk, dv that a ring has on the way.
+      fetched: of what a layer keeps, where that comes from the host's memory.
     """
 
     narrow: int | float
     wide: int | float
     weights: int | float
+    rotating: int | float
+    fetched: int | float
 
 
-GPU = Arrays(narrow=7, wide=6, weights=2)
-TPU = Arrays(narrow=6, wide=5, weights=1)
+GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1)
+TPU = Arrays(narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3)
 LANES = 128
 """What a TPU pads the last dim of an array to, the size of heads."""
 
@@ -175,7 +180,7 @@ def _activations(job: Job, choice: Choice) -> Any:
     """What all layers keep on the device."""
     runs, one = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
-        return one
+        return _arrays(job).fetched * one
     # What a tick keeps is put together before it is put beside that of other ticks.
     tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
     return (runs + tick) * one
@@ -199,6 +204,10 @@ def kept(job: Job, choice: Choice) -> int | float:
     if policy == "attention_qkv":
         return x + seen + q_and_kv + result
     wide = tokens * model.d_ff * size / choice.tensor
+    if policy == "dots":
+        inner = 2 * wide * (not is_tiled(job, choice))
+        normed = (call.q_elements + call.kv_elements / 2) * size * model.qk_norm
+        return 2 * x + normed + seen + q_and_kv + result + inner
     if choice.program == "megatron":
         # Both inputs and outputs of the norms, and the gate's.
         return 4 * x + seen + q_and_kv + 3 * wide
@@ -217,7 +226,7 @@ def _result(call: Call, size: Any) -> Any:
 
 def _layer(job: Job, choice: Choice) -> Any:
     """One layer's backward: weights, their gradients, and activations."""
-    arrays = TPU if _is_tpu(job) else GPU
+    arrays = _arrays(job)
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = _padded(job, call_of(job, choice))
     whole = layer_weights(model) * size / choice.tensor
@@ -229,10 +238,16 @@ def _layer(job: Job, choice: Choice) -> Any:
     if tile < tokens:
         # Gradients are added up over the tiles in float32.
         wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
-    # q, out and their gradients, dq in float32; k, v twice, and dk, dv in float32.
-    heads = 4 * call.q_elements * size + 4 * call.q_elements
-    rotating = 2 * call.kv_elements * size + 2 * 4 * call.kv_elements
-    return gathered + max(narrow + wide, narrow + heads + rotating)
+    # q and out, on both sides of the all-to-alls; dq, which a ring adds up in float32.
+    heads = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
+    if choice.ring > 1:
+        heads += 4 * call.q_elements
+        heads += arrays.rotating * 2 * call.kv_elements * (size + 4)
+    return gathered + narrow + max(wide, heads)
+
+
+def _arrays(job: Job) -> Arrays:
+    return TPU if _is_tpu(job) else GPU
 
 
 def _is_tpu(job: Job) -> Any:

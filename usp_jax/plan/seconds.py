@@ -31,8 +31,8 @@ from usp_jax.plan.traffic import (
     again_of,
     call_of,
     end_tokens_of,
+    is_tiled,
     layers_of,
-    microbatch_of,
     runs_of,
     tokens_of,
     transfers,
@@ -132,11 +132,6 @@ def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
         remat=choice.remat,
         tiled=is_tiled(job, choice),
     )
-
-
-def is_tiled(job: Job, choice: Choice) -> bool:
-    """The feed-forward network has more tokens than a tile."""
-    return choice.mlp_tile is not None and choice.mlp_tile < microbatch_of(job, choice)
 
 
 def _host(job: Job, choice: Choice, computed: Any) -> Any:

@@ -83,6 +83,11 @@ def microbatch_of(job: Job, choice: Choice) -> int:
     return tokens_of(job, choice) // choice.pipeline.microbatches
 
 
+def is_tiled(job: Job, choice: Choice) -> bool:
+    """The feed-forward network has more tokens than a tile."""
+    return choice.mlp_tile is not None and choice.mlp_tile < microbatch_of(job, choice)
+
+
 def end_tokens_of(job: Job, choice: Choice) -> int:
     """Those whose embedding and loss are a device's: stages share them."""
     return tokens_of(job, choice) // choice.pipe
@@ -339,7 +344,7 @@ def _tensor(job: Job, choice: Choice) -> Iterator[Any]:
     axes, stays = ("tensor",), (size - 1) / size
     gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
     # Attention's sum is repeated by the backward wherever it is not kept.
-    again = int(choice.remat != "none")
+    again = int(kept_of(choice) not in ("none", "dots"))
     if choice.program == "megatron":
         for kind, times in ((gather, 6), (scatter, 4)):
             yield Transfer("activations", kind, axes, times * runs, x * stays)
