@@ -78,7 +78,7 @@ def _tiled_bwd(
         dx, dmatrices = pull(dout)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
 
-    # Zeros that depend on nothing, XLA makes once for all layers and keeps beside theirs.
+    # Zeros that depend on nothing XLA would make and keep outside the loop over layers.
     zero = vary_like(jnp.zeros((), jnp.float32), (matrices, dout))
     zero, dout = lax.optimization_barrier((zero, dout))
 
