@@ -79,6 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention_offload": {"remat": "attention_offload"},
     "attention_qkv": {"remat": "attention_qkv"},
     "attention_qkv_offload": {"remat": "attention_qkv_offload"},
+    "dots": {"remat": "dots"},
     "optimizer.offload": {"offload": True},
     "all": {"remat": "attention_offload", "mlp_tile": 4096, "offload": True},
 }
