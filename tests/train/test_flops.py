@@ -64,28 +64,31 @@ def counted(config: Config) -> int:
 
 
 @pytest.mark.parametrize(
-    ("remat", "tile"),
+    ("remat", "tile", "qk_norm"),
     [
-        ("none", None),
-        ("full", None),
-        ("attention", None),
-        ("attention_qkv", None),
-        ("dots", None),
+        ("none", None, False),
+        ("full", None, False),
+        ("attention", None, False),
+        ("attention_qkv", None, False),
+        ("attention_qkv", None, True),
+        ("dots", None, False),
+        ("dots", None, True),
         # Of 512 tokens: in four tiles, and whole.
-        ("none", 128),
-        ("full", 128),
-        ("none", 512),
-        ("dots", 128),
+        ("none", 128, False),
+        ("full", 128, False),
+        ("none", 512, False),
+        ("dots", 128, False),
     ],
 )
 def test_the_hardware_currency_is_what_the_program_does(
-    tmp_path: Path, remat: str, tile: int | None
+    tmp_path: Path, remat: str, tile: int | None, qk_norm: bool
 ) -> None:
     config = small_config(tmp_path, mesh=MeshConfig())
     model = dataclasses.replace(
         config.model,
         remat=remat,
         mlp_tile=tile,
+        qk_norm=qk_norm,
         implementation="reference",
         loss_chunk=64,
     )
