@@ -255,7 +255,7 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
     row = plan.evaluate(case.job, case.choice)
     told = {"predicted_fits": row.fits, "predicted_peak_bytes": round(row.memory.peak)}
     if "peak_bytes" in line:
-        sent = sum(one.total for one in row.transfers)
+        sent = row.sent
         told |= {
             "predicted_sent_bytes": round(sent),
             "peak_ratio": round(row.memory.peak / line["peak_bytes"], 3),

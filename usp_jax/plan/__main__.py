@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if rows and rows[0].can_train else 1
 
 
-def _rows(args: Any) -> list[Row]:
+def _rows(args: argparse.Namespace) -> list[Row]:
     model = LlamaConfig.preset(args.model, dtype=args.dtype)
     if args.longest:
         shortest = job_of(model, args.machine, sequence=1, **_asked(args))
@@ -54,7 +54,7 @@ def _rows(args: Any) -> list[Row]:
     )
 
 
-def _asked(args: Any) -> Any:
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
     documents = None if args.documents is None else _length("documents", args.documents)
     return {
         "batch": args.batch,
@@ -64,7 +64,7 @@ def _asked(args: Any) -> Any:
     }
 
 
-def _tell(args: Any, rows: Any) -> None:
+def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
     # Tables, plots and compilers are imported where they are asked for.
     from usp_jax.plan.table import show
 
@@ -88,7 +88,7 @@ def _tell(args: Any, rows: Any) -> None:
         show_reports([(row, compile_step(row.job, row.choice)) for row in top])
 
 
-def _parser() -> Any:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m usp_jax.plan",
         description="Ranks the ways to split a LLaMA's training step over a machine.",

@@ -7,7 +7,6 @@ to compiled programs, byte for byte.
 
 import dataclasses
 import functools
-from typing import Any
 
 from usp_jax.schedules import SCHEDULES
 from usp_jax.ulysses import Heads
@@ -150,5 +149,5 @@ def backward_hop(call: Call) -> tuple[int, int]:
 _heads = functools.cache(Heads)
 
 
-def _exchanged(call: Any, size: Any) -> Any:
+def _exchanged(call: Call, size: int) -> int:
     return size * (call.ulysses - 1) // call.ulysses

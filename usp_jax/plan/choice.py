@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 from usp_jax.arguments import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
@@ -219,7 +218,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     return None
 
 
-def _pipeline_obstacle(model: Any, choice: Any) -> Any:
+def _pipeline_obstacle(model: LlamaConfig, choice: Choice) -> str | None:
     """Why there cannot be such stages."""
     if choice.pipe == 1:
         if (choice.microbatches or 1, choice.interleave) != (1, 1):

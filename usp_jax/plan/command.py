@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.rope_scaling import RopeScaling
 from usp_jax.plan.choice import Choice, Job, lacks
 
 # Of `LlamaConfig`, what `train` has options for.
@@ -64,7 +64,7 @@ def train_command(job: Job, choice: Choice) -> str:
     return " ".join(["python -m train tiny", *words])
 
 
-def _rope_scaling(scaling: Any) -> Iterator[Any]:
+def _rope_scaling(scaling: RopeScaling | None) -> Iterator[str]:
     if scaling is None:
         return
     parts = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z0-9]*", type(scaling).__name__)
@@ -73,7 +73,7 @@ def _rope_scaling(scaling: Any) -> Iterator[Any]:
         yield _option(f"model.rope_scaling.{name}", value)
 
 
-def _option(name: Any, value: Any) -> Any:
+def _option(name: str, value: object) -> str:
     """One option: "--section.some-name value", or with "no-" before a name."""
     section, dot, last = name.replace("_", "-").rpartition(".")
     if isinstance(value, bool):

@@ -22,7 +22,7 @@ def meshes(job: Job) -> Iterator[Choice]:
         yield Choice(*sizes)  # type: ignore[arg-type]
 
 
-def _factors(number: Any, count: Any) -> Iterator[tuple[int, ...]]:
+def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
     """All ways to write a number as a product of `count` numbers, in their order."""
     if count == 1:
         yield (number,)
@@ -38,10 +38,9 @@ def variants(mesh: Choice, offload: bool) -> Iterator[Choice]:
     levels = (3,) if mesh.fsdp > 1 else (1, 3)
     if mesh.split == 1 and mesh.pipe == 1:
         levels = (1,)
-    sizes = mesh.sizes.values()
     for zero in levels:
         for remat in REMAT + OFFLOAD if offload else REMAT:
-            yield Choice(*sizes, zero, remat)  # type: ignore[arg-type, call-arg]
+            yield dataclasses.replace(mesh, zero=zero, remat=remat)
 
 
 def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from usp_jax.plan.choice import obstacle
 from usp_jax.plan.command import describe
+from usp_jax.plan.memory import Memory
 from usp_jax.plan.search import GIB, Row, evaluate
 
 SPLITS = 6
@@ -43,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def _best_splits(rows: Any) -> Any:
+def _best_splits(rows: Sequence[Row]) -> list[Row]:
     best: dict[tuple[int, ...], Row] = {}
     for row in rows:
         if row.memory is not None:
@@ -53,7 +54,7 @@ def _best_splits(rows: Any) -> Any:
     return list(best.values())[:SPLITS]
 
 
-def _lengths(row: Row) -> Any:
+def _lengths(row: Row) -> list[tuple[int, int | float]]:
     """(length, seconds) of a row's choice at the lengths where it fits."""
     found = []
     for quarters in (1, 2, 4, 8, 16):
@@ -61,14 +62,14 @@ def _lengths(row: Row) -> Any:
         if job.sequence and obstacle(job, row.choice) is None:
             other = evaluate(job, row.choice)
             if other.fits:
-                found.append((job.sequence, other.seconds.total))  # type: ignore[union-attr]
+                found.append((job.sequence, other.known[1].total))
     return found
 
 
-def _bars(axes: Any, rows: Any) -> None:
+def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     left = [0.0] * len(rows)
     names = [describe(row.choice) for row in rows]
-    for part in (field.name for field in dataclasses.fields(rows[0].memory)):
+    for part in (field.name for field in dataclasses.fields(Memory)):
         sizes = [getattr(row.memory, part) / GIB for row in rows]
         axes.barh(names, sizes, left=left, label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]

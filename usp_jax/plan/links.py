@@ -18,7 +18,6 @@ What limits, for a group of n of which g lie in one node:
 import dataclasses
 import functools
 import math
-from typing import Any
 
 from usp_jax.plan.choice import Choice
 from usp_jax.plan.machines import Machine
@@ -104,7 +103,7 @@ class Group:
         network = sent / (near * outer.bandwidth) if nodes > 1 else 0.0
         return latency + steps + max(inside, network)
 
-    def _inside(self, kind: Any, sent: Any) -> Any:
+    def _inside(self, kind: str, sent: int | float) -> int | float:
         """Within a node, or slice."""
         if self.near == 1:
             return 0.0

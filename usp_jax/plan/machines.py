@@ -12,7 +12,6 @@ NVIDIA's data sheets (4 or 5, x16); of a TPU's nothing is published: PCIe 3 is a
 """
 
 import dataclasses
-from typing import Any
 
 from usp_jax.aot.devices import GPUS, TPUS, of_kind
 from usp_jax.plan.efficiency import CALIBRATED, HOPPER, Efficiency
@@ -123,14 +122,14 @@ _DCN_LATENCY = 50e-6
 
 
 def _gpu(
-    name: Any,
-    bandwidth: Any,
-    peaks: Any,
-    nvlink: Any,
-    network: Any,
-    host: Any,
+    name: str,
+    bandwidth: int | float,
+    peaks: tuple[int | float, int | float],
+    nvlink: int | float,
+    network: int | float,
+    host: int | float,
     efficiency: Efficiency = CALIBRATED,
-) -> Any:
+) -> Machine:
     """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device.
 
     And GB/s to the host.
@@ -151,16 +150,16 @@ def _gpu(
 
 
 def _tpu(
-    name: Any,
-    devices: Any,
-    bandwidth: Any,
-    peak: Any,
-    dims: Any,
-    wrap: Any,
-    link: Any,
-    largest: Any,
-    network: Any,
-) -> Any:
+    name: str,
+    devices: int,
+    bandwidth: int | float,
+    peak: int | float,
+    dims: int,
+    wrap: int,
+    link: int | float,
+    largest: int,
+    network: int | float,
+) -> Machine:
     """A TPU: GB/s, TFLOP/s, and GB/s one way of a link, largest slice, Gb/s of DCN."""
     return Machine(
         name=name,

@@ -11,7 +11,6 @@ programs, whose bytes are kept (`docs/planning.md` says how near it comes).
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job
@@ -167,7 +166,7 @@ class _Sizes:
         )
 
 
-def _state(job: Job, choice: Choice, sizes: Any) -> Any:
+def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
     """What is there before a step and after it, and sums over its parts."""
     tokens = choice.accumulate * end_tokens_of(job, choice)
     # The gradients of a step's parts are added up in float32.
@@ -176,7 +175,7 @@ def _state(job: Job, choice: Choice, sizes: Any) -> Any:
     return state + parts + 3 * 4 * tokens
 
 
-def _activations(job: Job, choice: Choice) -> Any:
+def _activations(job: Job, choice: Choice) -> int | float:
     """What all layers keep on the device."""
     runs, one = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
@@ -219,12 +218,12 @@ def kept(job: Job, choice: Choice) -> int | float:
     return 2 * x + norms + seen + q_and_kv + out + result + wide
 
 
-def _result(call: Call, size: Any) -> Any:
+def _result(call: Call, size: int) -> int:
     """Attention's output once more, on the other side of the all-to-all."""
     return call.q_elements * size if call.ulysses > 1 else 0
 
 
-def _layer(job: Job, choice: Choice) -> Any:
+def _layer(job: Job, choice: Choice) -> int | float:
     """One layer's backward: weights, their gradients, and activations."""
     arrays = _arrays(job)
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
@@ -239,7 +238,7 @@ def _layer(job: Job, choice: Choice) -> Any:
         # Gradients are added up over the tiles in float32.
         wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
     # q and out, on both sides of the all-to-alls; dq, which a ring adds up in float32.
-    heads = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
+    heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
     if choice.ring > 1:
         heads += 4 * call.q_elements
         heads += arrays.rotating * 2 * call.kv_elements * (size + 4)
@@ -250,18 +249,18 @@ def _arrays(job: Job) -> Arrays:
     return TPU if _is_tpu(job) else GPU
 
 
-def _is_tpu(job: Job) -> Any:
+def _is_tpu(job: Job) -> bool:
     return job.machine.torus_dims > 0
 
 
-def _padded(job: Job, call: Any) -> Any:
+def _padded(job: Job, call: Call) -> Call:
     """The call as its arrays lie in memory."""
     if not _is_tpu(job):
         return call
     return dataclasses.replace(call, head_size=-(-call.head_size // LANES) * LANES)
 
 
-def _belt(job: Job, choice: Choice) -> Any:
+def _belt(job: Job, choice: Choice) -> int | float:
     """Of a pipeline: what comes, goes and waits, and their gradients."""
     if choice.pipe == 1:
         return 0
@@ -270,7 +269,7 @@ def _belt(job: Job, choice: Choice) -> Any:
     return 2 * (waiting + 2 * microbatch_of(job, choice) * x)
 
 
-def _loss(job: Job, choice: Choice) -> Any:
+def _loss(job: Job, choice: Choice) -> int | float:
     """The loss's backward: a block of the output matrix, and a tile of logits."""
     model, tokens = job.model, end_tokens_of(job, choice)
     block = model.vocab_size / choice.tensor / loss_blocks(job, choice)
@@ -280,7 +279,7 @@ def _loss(job: Job, choice: Choice) -> Any:
     return matrix + tile + dx
 
 
-def _embedding(job: Job, choice: Choice) -> Any:
+def _embedding(job: Job, choice: Choice) -> int:
     """Its gradient: what all devices' tokens have of this device's slice, float32."""
     tokens = end_tokens_of(job, choice)
     return tokens * job.model.d_model * (2 * job.itemsize + 4)

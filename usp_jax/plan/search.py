@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.plan.choice import Choice, Job, lacks, obstacle
@@ -46,6 +45,17 @@ class Row:
     transfers: tuple[Transfer, ...] = ()
 
     @property
+    def known(self) -> tuple[Memory, Seconds]:
+        """The memory and the seconds.
+
+        Raises:
+          ValueError: the choice cannot be at all.
+        """
+        if self.memory is None or self.seconds is None:
+            raise ValueError(f"{self.choice} cannot be: {self.reason}")
+        return self.memory, self.seconds
+
+    @property
     def work(self) -> Work:
         """The step's FLOPs, over all devices, each row counted as one document."""
         return work_of(self.job, self.choice)
@@ -54,6 +64,11 @@ class Row:
     def can_train(self) -> bool:
         """It fits, and `python -m train` has all of it."""
         return self.fits and not lacks(self.choice)
+
+    @property
+    def sent(self) -> int | float:
+        """Bytes that a device sends in a step."""
+        return sum(one.total for one in self.transfers)
 
     def rate(self, flops: int | float) -> float | None:
         """FLOP/s of one device, for some FLOPs of the whole step."""
@@ -66,12 +81,11 @@ class Row:
         choice, work = self.choice, self.work
         peak = self.job.machine.peak(self.job.model.dtype)
 
-        def part(flops: Any) -> Any:
+        def part(flops: int | float) -> float | None:
             rate = self.rate(flops)
             return None if rate is None else rate / peak
 
         causal = self.rate(work.causal)
-        known = self.seconds is not None and self.memory is not None
         return {
             **{name: choice.sizes[name] for name in ("pipe", "data", "fsdp")},
             **{name: choice.sizes[name] for name in ("tensor", "ring", "ulysses")},
@@ -79,15 +93,13 @@ class Row:
             "remat": choice.remat,
             "fits": self.fits,
             "reason": self.reason,
-            "step_seconds": self.seconds.total if known else None,  # type: ignore[union-attr]
+            "step_seconds": None if self.seconds is None else self.seconds.total,
             "tflops_per_device": None if causal is None else causal / 1e12,
             "mfu_causal": part(work.causal),
             "mfu_full": part(work.full),
             "hfu": part(work_of(self.job, self.choice, self.job.visible).hardware),
-            "peak_bytes": round(self.memory.peak) if known else None,  # type: ignore[union-attr]
-            "traffic_bytes": (
-                round(sum(one.total for one in self.transfers)) if known else None
-            ),
+            "peak_bytes": None if self.memory is None else round(self.memory.peak),
+            "traffic_bytes": None if self.memory is None else round(self.sent),
         }
 
 
@@ -193,13 +205,12 @@ def best(
     rows = plan(job, offload=offload)
     if rows[0].can_train:
         return rows[0]
-    known = [row for row in rows if row.memory is not None]
-    if not known:
+    peaks = [row.memory.peak for row in rows if row.memory is not None]
+    if not peaks:
         raise ValueError(f"sequence={sequence} cannot be split: {rows[0].reason}")
-    least = min(known, key=lambda row: row.memory.peak)  # type: ignore[union-attr]
     raise ValueError(
         f"{sequence=}, {batch=} on {job.devices} {job.machine.name} fits in no way: "
-        f"the least is {least.memory.peak / GIB:.1f} GiB a device of "  # type: ignore[union-attr]
+        f"the least is {min(peaks) / GIB:.1f} GiB a device of "
         f"{job.machine.memory_bytes / GIB:.1f} GiB"
     )
 
@@ -223,7 +234,7 @@ def longest(job: Job, *, offload: bool = False) -> Job | None:
         for detail in details(job, mesh, offload)
     ]
 
-    def fits(steps: Any) -> Any:
+    def fits(steps: int) -> bool:
         longer = dataclasses.replace(job, sequence=steps * step)
         return any(
             step_memory(longer, choice).peak <= job.machine.memory_bytes
@@ -251,7 +262,7 @@ def evaluate(job: Job, choice: Choice) -> Row:
     return _evaluate(job, choice)
 
 
-def _evaluate(job: Job, choice: Choice, memory: Any = None) -> Any:
+def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
     found = transfers(job, choice)
     memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
@@ -268,23 +279,27 @@ def _evaluate(job: Job, choice: Choice, memory: Any = None) -> Any:
     return Row(job, choice, fits, reason, memory, seconds, found)
 
 
-def _fastest(job: Job, choice: Choice, allowed: Any, ways: Any) -> Any:
+def _fastest(
+    job: Job, choice: Choice, allowed: list[Choice], ways: list[tuple[str, int]]
+) -> Row:
     """The best row with a mesh, ZeRO level and remat policy.
 
     Args:
       allowed: choices for the mesh that can be.
     """
-    rows = []
+    rows: list[Row] = []
+    why: str | None = None
     for detail in allowed:
         whole = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
         for name, chunks in ways:
             way = on_the_way(job, whole, name, chunks)
-            if way is whole or (why := obstacle(job, way)) is None:
+            why = None if way is whole else obstacle(job, way)
+            if why is None:
                 rows.append(_in_few_parts(job, way))
-    return min(rows, key=_speed) if rows else Row(job, choice, False, why)  # type: ignore[arg-type]
+    return min(rows, key=_speed) if rows else Row(job, choice, False, why or "")
 
 
-def _in_few_parts(job: Job, choice: Choice) -> Any:
+def _in_few_parts(job: Job, choice: Choice) -> Row:
     """The row with the fewest parts of the batch that fit, or with the most.
 
     The feed-forward network is taken in tiles before the batch is taken in more parts.
@@ -302,11 +317,11 @@ def _in_few_parts(job: Job, choice: Choice) -> Any:
     return _evaluate(job, tiled, memory)
 
 
-def _rank(row: Any) -> Any:
+def _rank(row: Row) -> tuple[bool, bool, int | float]:
     return not row.can_train, *_speed(row)
 
 
-def _speed(row: Any) -> Any:
+def _speed(row: Row) -> tuple[bool, int | float]:
     """What fits by its time; of what does not, the nearest to it first."""
     seconds = math.inf if row.seconds is None else row.seconds.total
     peak = math.inf if row.memory is None else row.memory.peak

@@ -18,7 +18,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
@@ -134,7 +133,7 @@ def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
     )
 
 
-def _host(job: Job, choice: Choice, computed: Any) -> Any:
+def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
     """What is seen of the way to the host's memory and back."""
     numbers = job.model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     # Parameters come for the forward pass; they and two moments come and go for the
@@ -147,7 +146,9 @@ def _host(job: Job, choice: Choice, computed: Any) -> Any:
     return waited / bandwidth + max(0.0, beside / bandwidth - computed)
 
 
-def _ring(job: Job, choice: Choice, attention_seconds: Any) -> Any:
+def _ring(
+    job: Job, choice: Choice, attention_seconds: int | float
+) -> tuple[float, float]:
     """(chunks, what of the hops is seen beyond them), of all layers and passes.
 
     Of a pipeline: chunks that are of use, and hops of all ticks.
@@ -199,7 +200,9 @@ def own_share(job: Job, ring: int) -> float:
     return max(share, 1 / ring)
 
 
-def _seen(choice: Choice, group: Any, computed: Any, own: Any, hop: Any) -> Any:
+def _seen(
+    choice: Choice, group: Group, computed: float, own: float, hop: int | float
+) -> float:
     """What of a turn's R - 1 hops is not hidden by what is computed beside them."""
     size, way = choice.ring, choice.ring_schedule
     if size == 1:
@@ -207,8 +210,8 @@ def _seen(choice: Choice, group: Any, computed: Any, own: Any, hop: Any) -> Any:
     if way == "all_gather":
         return group.seconds("all-gather", (size - 1) * hop)
     chunk = (1 - own) * computed / (size - 1)
-    if way == "double":
-        inner, outer = choice.ring_inner, size // choice.ring_inner  # type: ignore[operator]
+    if way == "double" and choice.ring_inner is not None:
+        inner, outer = choice.ring_inner, size // choice.ring_inner
         near = dataclasses.replace(group, size=inner)
         seen = _beyond(inner, near.seconds(PERMUTE, hop), chunk)
         # An inner turn is beside each hop of the outer ring.
@@ -221,19 +224,19 @@ def _seen(choice: Choice, group: Any, computed: Any, own: Any, hop: Any) -> Any:
 PERMUTE = "collective-permute"
 
 
-def _beyond(size: Any, hop: Any, chunk: Any) -> Any:
+def _beyond(size: int, hop: float, chunk: float) -> float:
     """What hops take longer than the chunks beside them; the first has no hop."""
     return (size - 1) * max(0.0, hop - chunk)
 
 
-def _beside_chunks(choice: Choice, exchanges: Any, computed: Any) -> Any:
+def _beside_chunks(choice: Choice, exchanges: float, computed: float) -> float:
     """What is seen of the all-to-alls in head chunks."""
     number = choice.ulysses_chunks
     beside = (number - 1) / number
     return max(exchanges / number, exchanges - beside * computed)
 
 
-def _memory(job: Job, choice: Choice) -> Any:
+def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     """Reads and writes of what is no matrix product: (of layers, of all else)."""
     model, parts = job.model, choice.accumulate
     tokens = parts * tokens_of(job, choice)
@@ -243,15 +246,15 @@ def _memory(job: Job, choice: Choice) -> Any:
     narrow = 10 * model.d_model / choice.token_shards
     passes = 3 + (choice.remat != "none")
     layer = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
-    if is_tiled(job, choice):
+    if choice.mlp_tile is not None and is_tiled(job, choice):
         # Each tile reads the matrices twice, and adds to float32 gradients.
         matrices = 3 * model.d_model * model.d_ff / choice.tensor
-        layer += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)  # type: ignore[operator]
+        layer += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
     # float32 logits, written and read twice forward and once backward.
     ends = parts * end_tokens_of(job, choice)
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
     # Parameters and two moments, read and written, and gradients; these are added up.
-    state = 28 + 8 * (parts - 1)
-    state *= model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)  # type: ignore[assignment]
+    parameters = model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
+    state = (28 + 8 * (parts - 1)) * parameters
     bandwidth = job.machine.memory_bandwidth * MEMORY
     return layers_of(job, choice) * layer / bandwidth, (logits + state) / bandwidth

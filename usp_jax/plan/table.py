@@ -3,14 +3,13 @@
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import rich.console
 import rich.table
 
 from usp_jax.aot import Report
 from usp_jax.plan.command import describe, train_command
-from usp_jax.plan.memory import host_bytes
+from usp_jax.plan.memory import Memory, host_bytes
 from usp_jax.plan.search import GIB, Row
 from usp_jax.plan.tips import TIPS, against, wasteful
 from usp_jax.plan.traffic import by_axis
@@ -50,22 +49,22 @@ def show(rows: Sequence[Row], top: int) -> None:
     console.print(train_command(job, best.choice), soft_wrap=True)
 
 
-def _table(rows: Any) -> Any:
+def _table(rows: Sequence[Row]) -> rich.table.Table:
     table = rich.table.Table()
-    parts = [field.name for field in dataclasses.fields(rows[0].memory)]
+    parts = [field.name for field in dataclasses.fields(Memory)]
     names = ["choice", "s a step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
     for name in [*names, *parts, "sends", "tips", ""]:
         table.add_column(name, justify="left" if name in ("choice", "") else "right")
     for row in rows:
-        told, memory = row.as_dict(), dataclasses.asdict(row.memory)
+        told, (memory, _) = row.as_dict(), row.known
         table.add_row(
             describe(row.choice),
             f"{told['step_seconds']:.3g}",
             f"{told['tflops_per_device']:.0f}",
             *(f"{told[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
-            _gib(row.memory.peak),
-            *(_gib(memory[name]) for name in parts),
-            _gib(told["traffic_bytes"]),
+            _gib(memory.peak),
+            *(_gib(getattr(memory, name)) for name in parts),
+            _gib(row.sent),
             ",".join(map(str, against(row))),
             row.reason,
         )
@@ -81,20 +80,20 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
         peak = report.peak_bytes
         table.add_row(
             describe(row.choice),
-            _gib(row.memory.peak),  # type: ignore[union-attr]
+            _gib(row.known[0].peak),
             "-" if peak is None else _gib(peak),
-            _gib(sum(one.total for one in row.transfers)),
+            _gib(row.sent),
             _gib(report.wire_bytes),
             "yes" if report.fits else "no",
         )
     _console().print(table)
 
 
-def _console() -> Any:
+def _console() -> rich.console.Console:
     """As wide as the tables at the least, for a pipe too."""
     width = max(WIDTH, rich.console.Console().width)
     return rich.console.Console(highlight=False, width=width)
 
 
-def _gib(size: Any) -> Any:
+def _gib(size: int | float) -> str:
     return f"{size / GIB:.2f}"

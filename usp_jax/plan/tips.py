@@ -6,7 +6,6 @@ And what few heads make a row waste, in words.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.memory import step_memory
@@ -52,7 +51,7 @@ def wasteful(row: Row) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _one_alone(job: Job, choice: Choice) -> Any:
+def _one_alone(job: Job, choice: Choice) -> bool:
     """One axis has all the sequence, though both could have a part."""
     both = choice.ring > 1 and choice.ulysses > 1
     shards = choice.sequence_shards
@@ -66,13 +65,13 @@ def _one_alone(job: Job, choice: Choice) -> Any:
     return any(obstacle(job, split) is None for split in splits)
 
 
-def _batch_left(job: Job, choice: Choice) -> Any:
+def _batch_left(job: Job, choice: Choice) -> bool:
     """Some of the sequence's devices could have rows of their own."""
     left = job.batch // (choice.data * choice.fsdp)
     return math.gcd(left, choice.sequence_shards) > 1
 
 
-def _needless_zero3(job: Job, choice: Choice) -> Any:
+def _needless_zero3(job: Job, choice: Choice) -> bool:
     """ZeRO-1 would fit as well."""
     if choice.zero == 1 or choice.sequence_shards == 1:
         return False
@@ -80,7 +79,7 @@ def _needless_zero3(job: Job, choice: Choice) -> Any:
     return _fits(job, other)
 
 
-def _needless_tensor(job: Job, choice: Choice) -> Any:
+def _needless_tensor(job: Job, choice: Choice) -> bool:
     """The sequence could be split in place of tensors, and it would fit."""
     if choice.tensor == 1:
         return False
@@ -93,25 +92,25 @@ def _needless_tensor(job: Job, choice: Choice) -> Any:
     )
 
 
-def _zero3_would_help(job: Job, choice: Choice) -> Any:
+def _zero3_would_help(job: Job, choice: Choice) -> bool:
     """It does not fit, with parameters that are not split."""
     return choice.zero == 1 and choice.split > 1 and not _fits(job, choice)
 
 
-def _few_heads(job: Job, choice: Choice) -> Any:
+def _few_heads(job: Job, choice: Choice) -> bool:
     """Key/value heads are sent to several devices of the Ulysses axis."""
     return choice.ulysses > 1 and (
         choice.ulysses * choice.tensor > job.model.num_kv_heads
     )
 
 
-def _crosses_nodes(job: Job, choice: Choice) -> Any:
+def _crosses_nodes(job: Job, choice: Choice) -> bool:
     """Ulysses or tensor reaches over the slow links."""
     inner = choice.ulysses * choice.tensor
     return inner > job.machine.node
 
 
-def _fits(job: Job, choice: Choice) -> Any:
+def _fits(job: Job, choice: Choice) -> bool:
     return step_memory(job, choice).peak <= job.machine.memory_bytes
 
 

@@ -20,7 +20,6 @@ tensor:
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
@@ -134,7 +133,7 @@ def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
     return totals
 
 
-def _axes(choice: Choice, names: Any) -> Any:
+def _axes(choice: Choice, names: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     """Those of the axes that split anything, and how many devices they have."""
     size = 1
     for name in names:
@@ -143,14 +142,19 @@ def _axes(choice: Choice, names: Any) -> Any:
 
 
 def _gathered(
-    what: Any, kind: Any, choice: Choice, names: Any, times: Any, whole: Any
-) -> Any:
+    what: str,
+    kind: str,
+    choice: Choice,
+    names: tuple[str, ...],
+    times: int,
+    whole: int | float,
+) -> Transfer:
     """A gather of `whole` bytes, or a scatter of as many, over some axes."""
     axes, size = _axes(choice, names)
     return Transfer(what, kind, axes, times, whole * (size - 1) / size)
 
 
-def _gathered_once(job: Job, choice: Choice) -> Iterator[Any]:
+def _gathered_once(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Norms, of the matrices what ZeRO-1 and `data` split, and a single block."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
@@ -168,7 +172,7 @@ def _gathered_once(job: Job, choice: Choice) -> Iterator[Any]:
     yield _dealt("weights", job, choice, sizes)
 
 
-def _parameters(job: Job, choice: Choice) -> Iterator[Any]:
+def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Weights that are gathered layer by layer, and gradients on their way home."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
@@ -220,7 +224,7 @@ class _Weights:
     output: int | float
 
 
-def _weights(job: Job, choice: Choice) -> Any:
+def _weights(job: Job, choice: Choice) -> _Weights:
     model, tensor = job.model, choice.tensor
     return _Weights(
         norms=4 * 2 * layers_of(job, choice) * model.d_model,
@@ -230,7 +234,7 @@ def _weights(job: Job, choice: Choice) -> Any:
     )
 
 
-def _dealt(what: Any, job: Job, choice: Choice, sizes: Any) -> Any:
+def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
     """A stage's shards of the layers that others use, in more than one round."""
     times = dealing_turns(choice)
     layers = sizes.norms + layers_of(job, choice) * sizes.layer
@@ -253,7 +257,7 @@ def dealing_turns(choice: Choice) -> int:
     )
 
 
-def _tokens(job: Job, choice: Choice) -> Iterator[Any]:
+def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Ids of tokens and documents, and the embedding."""
     ends = end_tokens_of(job, choice)
     axes, size = _axes(choice, END_AXES)
@@ -273,7 +277,7 @@ def _tokens(job: Job, choice: Choice) -> Iterator[Any]:
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
 
 
-def _attention(job: Job, choice: Choice) -> Iterator[Any]:
+def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
     """The all-to-alls and the ring, forward, backward and again."""
     call, layers = call_of(job, choice), runs_of(job, choice)
     again = again_of(choice)
@@ -308,7 +312,7 @@ def _attention(job: Job, choice: Choice) -> Iterator[Any]:
     yield Transfer("attention", permute, ("ring",), backward, back_follows)
 
 
-def _exchanges_again(call: Any, choice: Choice) -> Any:
+def _exchanges_again(call: attention.Call, choice: Choice) -> tuple[int, ...]:
     """Of the forward's, those that the backward repeats for the remat policy."""
     exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
     # In chunks q, k, v are kept as they came: only out is missing.
@@ -335,7 +339,7 @@ def kept_of(choice: Choice) -> str:
     return choice.remat.removesuffix("_offload")
 
 
-def _tensor(job: Job, choice: Choice) -> Iterator[Any]:
+def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Sums, or with TP-sp gathers and scatters, of activations along tensor."""
     runs, size = runs_of(job, choice), choice.tensor
     width = job.model.d_model
@@ -366,7 +370,7 @@ def _tensor(job: Job, choice: Choice) -> Iterator[Any]:
     yield Transfer("activations", total, axes, 3, 2 * 4 * ends * stays)
 
 
-def _pipe(job: Job, choice: Choice) -> Iterator[Any]:
+def _pipe(job: Job, choice: Choice) -> Iterator[Transfer]:
     """The ring of stages and the belt beside it, every tick, forward and back."""
     if choice.pipe > 1:
         x = microbatch_of(job, choice) * job.model.d_model * job.itemsize
