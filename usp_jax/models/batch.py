@@ -58,7 +58,7 @@ class Order:
                 )
         return cls(mesh, layout, stored, length, padding)
 
-    def store(self, x: Any, pad_value: int) -> Any:
+    def store(self, x: jax.Array, pad_value: int) -> Any:
         """[B, T] as the caller's -> [B, T + padding] as it is stored."""
         if self.padding:
             x = jnp.pad(x, ((0, 0), (0, self.padding)), constant_values=pad_value)
@@ -83,9 +83,9 @@ class Batch:
     """
 
     order: Order
-    tokens: Any
-    positions: Any
-    segment_ids: Any
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None
     counted: bool
 
     @classmethod
@@ -112,7 +112,7 @@ class Batch:
         elif order.padding:
             segment_ids = jnp.zeros_like(tokens)
         counted = positions is None
-        if not counted:
+        if positions is not None:
             _check("positions", positions, tokens)
             positions = order.store(positions, 0)
         elif layout == "data":
@@ -125,7 +125,7 @@ class Batch:
         return cls(order, order.store(tokens, 0), positions, segment_ids, counted)
 
 
-def _check(name: Any, x: Any, tokens: jax.Array) -> None:
+def _check(name: str, x: jax.Array, tokens: jax.Array) -> None:
     expected = "[B, T]" if x is tokens else f"{tokens.shape}, that of tokens"
     if x.ndim != 2 or 0 in x.shape or x.shape != tokens.shape:
         raise ValueError(f"{name}.shape={x.shape} must be {expected}")

@@ -7,7 +7,6 @@ matrices up in float32.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ def _tiled(
 
 def _tiled_fwd(
     tiles: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]
-) -> Any:
+) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]]:
     return _tiled(tiles, matrices), (tiles, matrices)
 
 
@@ -82,7 +81,7 @@ def _tiled_bwd(
     zero = vary_like(jnp.zeros((), jnp.float32), (matrices, dout))
     zero, dout = lax.optimization_barrier((zero, dout))
 
-    def zeros(matrix: jax.Array) -> Any:
+    def zeros(matrix: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(matrix.dtype, jnp.float32)
         return jnp.broadcast_to(zero.astype(dtype), matrix.shape)
 

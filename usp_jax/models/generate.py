@@ -13,9 +13,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Int, Key
 
+from usp_jax import KVCache
 from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
-from usp_jax.models.transformer import Transformer
+from usp_jax.models.sharding import Split
+from usp_jax.models.transformer import Transformer, Weights
 
 
 def generate(
@@ -92,7 +94,9 @@ def _generate(
         token = _sample(logits, jax.random.fold_in(key, length), temperature, top_k)
         return lax.dynamic_update_slice(tokens, token[:, None], (0, length))
 
-    def body(length: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def body(
+        length: jax.Array, state: tuple[jax.Array, KVCache]
+    ) -> tuple[jax.Array, KVCache]:
         tokens, cache = state
         last = lax.dynamic_slice_in_dim(tokens, length - 1, 1, 1)
         logits, cache = _step(model, last, length - 1, cache)
@@ -103,7 +107,9 @@ def _generate(
     return state[0][:rows]
 
 
-def _prefill(model: Llama, prompt: jax.Array, num_tokens: int) -> Any:
+def _prefill(
+    model: Llama, prompt: jax.Array, num_tokens: int
+) -> tuple[jax.Array, KVCache]:
     """Logits [B, V] after the prompts, and their cache with room for more tokens."""
     split = model.split
     batch = Batch.of(split, prompt, None, None, "natural")
@@ -118,12 +124,12 @@ def _prefill(model: Llama, prompt: jax.Array, num_tokens: int) -> Any:
 def _prefill_shards(
     page_tokens: int,
     transformer: Transformer,
-    weights: Any,
+    weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
-    segment_ids: Any,
+    segment_ids: jax.Array | None,
     last: jax.Array,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, KVCache]:
     x, cache = transformer.prefill(weights, tokens, positions, segment_ids, page_tokens)
     here = positions == last
     if segment_ids is not None:
@@ -135,8 +141,8 @@ def _prefill_shards(
 
 
 def _step(
-    model: Llama, token: jax.Array, position: jax.Array, cache: Any
-) -> tuple[jax.Array, Any]:
+    model: Llama, token: jax.Array, position: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
     """Logits [B, V] after one token more, [B, 1], and the cache with it."""
     split = model.split
     rows = jax.P(split.batch or None)
@@ -152,11 +158,11 @@ def _step(
 
 def _step_shards(
     transformer: Transformer,
-    weights: Any,
+    weights: Weights,
     tokens: jax.Array,
     position: jax.Array,
-    cache: Any,
-) -> tuple[jax.Array, Any]:
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
     positions = jnp.zeros_like(tokens) + position
     x, cache = transformer.decode(weights, tokens, positions, cache)
     # All shards of the sequence have the same: the first one's counts.
@@ -165,12 +171,12 @@ def _step_shards(
     return split.sum(transformer.logits(weights, x), split.sequence), cache
 
 
-def _specs(model: Llama, page_tokens: int) -> Any:
+def _specs(model: Llama, page_tokens: int) -> KVCache:
     transformer = Transformer(model.config, model.split, "contiguous")
     return transformer.cache_specs(page_tokens)
 
 
-def _logits_spec(split: Any) -> Any:
+def _logits_spec(split: Split) -> jax.P:
     return jax.P(split.batch or None, split.tensor or None)
 
 

@@ -6,7 +6,6 @@ a loop. Here each use's gradient goes to a float32 array beside the weight.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,9 @@ from jaxtyping import Array, Float
 from usp_jax._compat import vary_like
 
 
-def with_sum(copy_of: Callable[..., Any], x: Float[Array, "..."]) -> Any:
+def with_sum(
+    copy_of: Callable[[Array], Array], x: Float[Array, "..."]
+) -> tuple[Array, Array]:
     """The working copy of a parameter, and the sum of the gradients of its uses.
 
     The copy itself has no gradient: what is used is `add_to(total, copy)`, or the same
@@ -33,15 +34,19 @@ def with_sum(copy_of: Callable[..., Any], x: Float[Array, "..."]) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(copy_of: Any, x: Any, copy: Any) -> Any:
+def _total(copy_of: Callable[[Array], Array], x: Array, copy: Array) -> Array:
     return _total_fwd(copy_of, x, copy)[0]
 
 
-def _total_fwd(copy_of: Any, x: Any, copy: Any) -> Any:
+def _total_fwd(
+    copy_of: Callable[[Array], Array], x: Array, copy: Array
+) -> tuple[Array, tuple[Array, Array]]:
     return vary_like(jnp.zeros(copy.shape, jnp.float32), copy), (x, copy)
 
 
-def _total_bwd(copy_of: Any, saved: Any, total: Any) -> Any:
+def _total_bwd(
+    copy_of: Callable[[Array], Array], saved: tuple[Array, Array], total: Array
+) -> tuple[Array, None]:
     x, copy = saved
     (dx,) = jax.linear_transpose(copy_of, x)(total.astype(copy.dtype))
     return dx, None
@@ -51,17 +56,17 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 
 @jax.custom_vjp
-def add_to(total: Float[Array, "..."], weight: Float[Array, "..."]) -> Any:
+def add_to(total: Float[Array, "..."], weight: Float[Array, "..."]) -> Array:
     """The weight, whose gradient is added to a float32 total."""
     return _add_to_fwd(total, weight)[0]
 
 
-def _add_to_fwd(total: Any, weight: Any) -> Any:
+def _add_to_fwd(total: Array, weight: Array) -> tuple[Array, None]:
     del total
     return weight, None
 
 
-def _add_to_bwd(saved: Any, dweight: Any) -> Any:
+def _add_to_bwd(saved: None, dweight: Array) -> tuple[Array, None]:
     del saved
     return dweight.astype(jnp.float32), None
 

@@ -37,7 +37,7 @@ from usp_jax.models.sharding import (
     parameter_shapes,
     parameter_shardings,
 )
-from usp_jax.models.transformer import Transformer
+from usp_jax.models.transformer import Transformer, Weights
 
 Ids = Int[Array, "B T"]
 
@@ -191,14 +191,14 @@ class Llama(nnx.Module):
         transformer: Transformer,
         out_specs: Any,
         *arrays: Any,
-    ) -> jax.Array | tuple[jax.Array, jax.Array] | tuple[jax.Array, Any]:
+    ) -> Any:
         params = {name: getattr(self, name)[...] for name in self._names}
         specs = tuple(spec for _, spec in arrays)
         arrays = tuple(array for array, _ in arrays)
         return _run(f, transformer, specs, out_specs, params, *arrays)
 
     @property
-    def _names(self) -> dict[str, tuple[Any, ...]]:
+    def _names(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(self.config)
 
 
@@ -206,17 +206,15 @@ class Llama(nnx.Module):
 def _run(
     f: Callable[..., Any],
     transformer: Transformer,
-    specs: tuple[Any, Any, Any] | tuple[Any, ...],
+    specs: tuple[Any, ...],
     out_specs: Any,
     params: dict[str, jax.Array],
     *arrays: Any,
-) -> jax.Array | tuple[jax.Array, jax.Array] | tuple[jax.Array, Any]:
+) -> Any:
     split = transformer.split
     in_specs = ({name: split.parameter(name) for name in params}, *specs)
 
-    def shards(
-        params: Any, *arrays: Any
-    ) -> jax.Array | tuple[jax.Array, jax.Array] | tuple[jax.Array, Any]:
+    def shards(params: dict[str, jax.Array], *arrays: Any) -> Any:
         return f(transformer, transformer.working_copy(params), *arrays)
 
     return split.run(shards, in_specs, out_specs)(params, *arrays)
@@ -224,10 +222,10 @@ def _run(
 
 def _logits(
     transformer: Transformer,
-    weights: Any,
+    weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
-    segment_ids: Any,
+    segment_ids: jax.Array | None,
 ) -> jax.Array:
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     return transformer.logits(weights, transformer.split.enter(x))

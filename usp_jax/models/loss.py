@@ -7,14 +7,16 @@ and its gradient one block at a time is whole.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
+from usp_jax.models.sharding import Split
+from usp_jax.models.transformer import Transformer, Weights
 
 Ids = Int[Array, "B T"]
 NO_LABEL = -1
@@ -84,9 +86,9 @@ def _batch(
     tokens: jax.Array,
     labels: jax.Array,
     segment_ids: jax.Array | None,
-    positions: Any,
+    positions: jax.Array | None,
     layout: str,
-) -> tuple[Any, tuple[jax.Array, Any]]:
+) -> tuple[Batch, tuple[jax.Array, jax.P]]:
     """The checked batch, and its labels as `Llama.run` takes more arrays."""
     if labels.shape != tokens.shape or labels.dtype != jnp.int32:
         raise ValueError(
@@ -98,8 +100,8 @@ def _batch(
 
 
 def _loss(
-    transformer: Any,
-    weights: dict[str, jax.Array],
+    transformer: Transformer,
+    weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array | None,
@@ -116,13 +118,13 @@ def _loss(
 
 
 def _token_nats(
-    transformer: Any,
-    weights: Any,
-    tokens: Any,
-    positions: Any,
-    segment_ids: Any,
-    labels: Any,
-) -> Any:
+    transformer: Transformer,
+    weights: Weights,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    labels: jax.Array,
+) -> jax.Array:
     """The nats of each of this device's labels."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     split, config = transformer.split.ends, transformer.config
@@ -149,7 +151,7 @@ def _chunks(x: jax.Array, limit: int, pad_value: int = 0) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _nats(
-    split: Any, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+    split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """The sum of nats of this device's labels.
 
@@ -163,14 +165,14 @@ def _nats(
 
 
 def _nats_fwd(
-    split: Any, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+    split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     nats, lse = _nats_and_lse(split, limit, x, blocks, labels)
     return jnp.sum(nats), (x, blocks, labels, lse)
 
 
 def _nats_bwd(
-    split: Any, limit: int, saved: tuple[jax.Array, ...], dnats: jax.Array
+    split: Split, limit: int, saved: tuple[jax.Array, ...], dnats: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     part, blocks, labels, lse = saved
     shape = *labels.shape, part.shape[-1]
@@ -206,7 +208,7 @@ _nats.defvjp(_nats_fwd, _nats_bwd)
 
 
 def _nats_and_lse(
-    split: Any, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+    split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Of each label, [n, c]: n chunks of c tokens, the last ones padding."""
     x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
@@ -218,7 +220,7 @@ def _nats_and_lse(
         matrix = split.gather(block[1], "lm_head", split.each)
 
         def tile(
-            _: Any, chunk: tuple[jax.Array, ...]
+            _: None, chunk: tuple[jax.Array, ...]
         ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
             x, labels, top, total, hit = chunk
             logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
@@ -243,7 +245,7 @@ def _numbered(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _tile(
-    split: Any,
+    split: Split,
     x: jax.Array,
     matrix: jax.Array,
     labels: jax.Array,

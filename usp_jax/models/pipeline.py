@@ -106,7 +106,9 @@ class Pipeline:
         facts_of = self._facts_of(facts, x.shape[0])
         shares_shape = (shares, x.shape[0] // shares, *x.shape[1:])
 
-        def body(carry: Any, tick: Any) -> Any:
+        def body(
+            carry: tuple[Array, Array, Array], tick: Array
+        ) -> tuple[tuple[Array, Array, Array], None]:
             received, belt, waiting = carry
             belt, waiting = self._exchange(tick, belt, waiting)
             begins = (index == 0) & (tick % self._period < self.stages)
@@ -127,11 +129,13 @@ class Pipeline:
         return done.at[shares - 1].set(belt).reshape(x.shape)
 
     @property
-    def _period(self) -> Any:
+    def _period(self) -> int:
         """Ticks from one group of P micro-batches to the next."""
         return self.rounds * self.stages
 
-    def _exchange(self, tick: Any, belt: Any, waiting: Any) -> Any:
+    def _exchange(
+        self, tick: Array, belt: Array, waiting: Array
+    ) -> tuple[Array, Array]:
         """Puts the next group's own on the belt, once a period, for what lies there.
 
         All that is put on is back after P ticks, when the first stage has taken each
@@ -143,17 +147,17 @@ class Pipeline:
         finished = jnp.where(starts & (group >= 2), belt, waiting[done])
         return jnp.where(starts, coming, belt), waiting.at[done].set(finished)
 
-    def _pass_on(self, x: Any, step: Any) -> Any:
+    def _pass_on(self, x: Array, step: int) -> Array:
         """To the next device, or for -1 to the one before."""
         places = range(self.stages)
         to = [(place, (place + step) % self.stages) for place in places]
         return lax.ppermute(x, self.axis, to)
 
-    def _facts_of(self, facts: Any, rows: Any) -> Any:
+    def _facts_of(self, facts: Any, rows: int) -> Callable[[Array, Array], Any]:
         """(device, number among its micro-batches) -> the facts of a micro-batch."""
         shares = self.microbatches // self.stages
 
-        def gather(x: Any) -> Any:
+        def gather(x: Array) -> Array:
             if x.shape[0] != rows:
                 return x
             x = x.reshape(shares, rows // shares, *x.shape[1:])
@@ -163,7 +167,7 @@ class Pipeline:
         every = jax.tree.map(gather, facts)
         whole = jax.tree.map(lambda x: x.shape[0] != rows, facts)
 
-        def facts_of(device: Any, number: Any) -> Any:
+        def facts_of(device: Array, number: Array) -> Any:
             return jax.tree.map(
                 lambda same, x: x if same else x[device, number], whole, every
             )
@@ -193,7 +197,7 @@ class Pipeline:
         return jnp.stack(arrived)[jnp.asarray(turns)[index]].reshape(x.shape)
 
 
-def deal_tables(stages: Any, rounds: Any) -> Any:
+def deal_tables(stages: int, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     """Which group a device sends in a turn, [v, P], and when each comes to it, [P, v].
 
     Group g is kept by device g // v and used by device g mod P in round g // P. In turn

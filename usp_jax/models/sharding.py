@@ -85,7 +85,7 @@ class Split:
     ) -> "Split":
         """The split over a mesh, or over one device for None."""
 
-        def split(*names: Any) -> Any:
+        def split(*names: str) -> tuple[str, ...]:
             return tuple(name for name in names if axis_size(mesh, name) > 1)
 
         tensor = split("tensor")
@@ -156,7 +156,7 @@ class Split:
             size *= axis_size(self.mesh, name)
         return size
 
-    def gather(self, x: Any, name: str, axes: tuple[str, ...]) -> jax.Array:
+    def gather(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
         """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
         dims, _, zero = TABLE[name]
         if zero is None:
@@ -219,7 +219,7 @@ class Split:
         """The sum over the devices along `axes`."""
         return lax.psum(x, axes) if axes else x
 
-    def index(self, axes: tuple[str, ...]) -> Any:
+    def index(self, axes: tuple[str, ...]) -> int | jax.Array:
         """This device's place along `axes`."""
         return lax.axis_index(axes) if axes else 0
 
@@ -256,12 +256,12 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_shardings(
-    config: LlamaConfig, mesh: Mesh | AbstractMesh | None
-) -> dict[str, NamedSharding | None]:
+    config: LlamaConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, NamedSharding]:
     """Where each parameter, and what an optimizer keeps for it, lives."""
     split = Split.of(mesh)
     return {
-        name: None if mesh is None else NamedSharding(mesh, split.parameter(name))
+        name: NamedSharding(mesh, split.parameter(name))
         for name in parameter_shapes(config)
     }
 

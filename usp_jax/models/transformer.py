@@ -46,8 +46,8 @@ from usp_jax.models.rope import (
 from usp_jax.models.sharding import TABLE, Split
 from usp_jax.shards import Shards
 
-# In stages, those of layers are pairs: (copy, float32 sum of its gradients).
-Weights = dict[str, Array | tuple[Array, Array]]
+# Arrays; in stages, those of layers are pairs: (copy, float32 sum of its gradients).
+Weights = dict[str, Any]
 
 # Of a layer, as `jax.checkpoint` policies name it.
 _INPUT, _MIDDLE, _HEADS = "layer_input", "layer_middle", "layer_heads"
@@ -61,7 +61,7 @@ class Transformer:
     split: Split
     layout: str
 
-    def working_copy(self, params: Weights) -> Weights:
+    def working_copy(self, params: dict[str, jax.Array]) -> Weights:
         """What `hidden` and `logits` take, from the float32 shards.
 
         Matrices are cast to the computation's dtype, then gathered over `split.once`.
@@ -71,16 +71,16 @@ class Transformer:
         micro-batch (`gradient_sum.py`).
         """
         output = params["embed" if self.config.tie_embeddings else "lm_head"]
-        weights: dict[str, Any] = {"embed": params["embed"]}
+        weights: Weights = {"embed": params["embed"]}
         for name, x in {**params, "lm_head": output}.items():
             copy = partial(self._copy, name)
             if self.split.stages and _of_layers(name):
-                weights[name] = with_sum(copy, x)  # type: ignore[arg-type]
+                weights[name] = with_sum(copy, x)
             elif name != "embed":
-                weights[name] = copy(x)  # type: ignore[arg-type]
+                weights[name] = copy(x)
         return weights
 
-    def _copy(self, name: Any, x: jax.Array) -> jax.Array:
+    def _copy(self, name: str, x: jax.Array) -> jax.Array:
         """The working copy of one parameter, a linear function of it."""
         split = self.split.of_parameter(name)
         if not _is_small(name):
@@ -113,7 +113,12 @@ class Transformer:
         attend = self._to_itself(positions, segment_ids)
         return self._layers(weights, tokens, positions, attend)[0]
 
-    def _stages(self, weights: Any, tokens: Any, facts: Any) -> Any:
+    def _stages(
+        self,
+        weights: Weights,
+        tokens: jax.Array,
+        facts: tuple[jax.Array, jax.Array | None],
+    ) -> jax.Array:
         """The final norm's output of this device's share of the rows.
 
         Args:
@@ -126,11 +131,11 @@ class Transformer:
         per_round = self.config.num_layers // (pipeline.stages * pipeline.rounds)
         sums = jax.tree.map(lambda x: x.reshape(-1, per_round, *x.shape[1:]), sums)
 
-        def stage(x: Any, turn: Any, facts: Any) -> Any:
+        def stage(x: jax.Array, turn: jax.Array, facts: Any) -> jax.Array:
             own = jax.tree.map(lambda x: x[turn], sums)
             attend = self._to_itself(*facts)
 
-            def weights_of(layer: Any) -> Any:
+            def weights_of(layer: Any) -> dict[str, jax.Array]:
                 number, sums = layer
                 # Picked inside the layer, weights are not kept for every tick.
                 return {n: add_to(sums[n], copies[n][number]) for n in copies}
@@ -163,7 +168,7 @@ class Transformer:
         """
 
         def attend(
-            q: Any, k: jax.Array, v: jax.Array, _: Any
+            q: jax.Array, k: jax.Array, v: jax.Array, _: None
         ) -> tuple[jax.Array, KVCache]:
             cache = KVCache.of_shards(
                 k,
@@ -189,7 +194,9 @@ class Transformer:
         `tensor_sequence`.
         """
 
-        def attend(q: Any, k: jax.Array, v: jax.Array, cache: KVCache) -> Any:
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
+        ) -> tuple[Any, tuple[Page, jax.Array]]:
             cache = cache.append(k, v, positions=positions)
             out = decode_attention(
                 q,
@@ -218,12 +225,12 @@ class Transformer:
 
     def _layers(
         self,
-        weights: Any,
+        weights: Weights,
         tokens: jax.Array,
         positions: jax.Array,
         attend: Callable[..., Any],
         state: KVCache | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[jax.Array, Any]:
         """The final norm's output, and what `attend` has returned beside its own."""
         x = self._embed(weights["embed"], tokens)
         layers = {name: w for name, w in weights.items() if _of_layers(name)}
@@ -238,7 +245,7 @@ class Transformer:
         attend: Callable[..., Any],
         weights_of: Callable[..., Any] = lambda layer: layer,
         state: KVCache | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[jax.Array, Any]:
         """x after some layers, and what `attend` has returned beside its own.
 
         Args:
@@ -253,7 +260,7 @@ class Transformer:
         amplitude = rope_amplitude(config.rope_scaling)
         angles = rope_angles(positions, frequencies, amplitude)
 
-        def body(x: jax.Array, layer: Any) -> tuple[Any, ...]:
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             layer, state = layer
             x = checkpoint_name(x, _INPUT)
             return self._block(weights_of(layer), state, x, angles, attend)
@@ -264,15 +271,13 @@ class Transformer:
     def _attend(
         self,
         positions: jax.Array,
-        segment_ids: Any,
+        segment_ids: jax.Array | None,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
     ) -> Any:
         """Attention of a whole sequence to itself."""
-        mask = {"segment_ids": segment_ids}
-        if self.layout == "data":
-            mask["positions"] = jnp.broadcast_to(positions, q.shape[:2])
+        told = self.layout == "data"
         return usp_attention_per_shard(
             q,
             k,
@@ -280,7 +285,8 @@ class Transformer:
             is_causal=True,
             layout=self.layout,
             implementation=self.config.implementation,
-            **mask,
+            segment_ids=segment_ids,
+            positions=jnp.broadcast_to(positions, q.shape[:2]) if told else None,
         )
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
@@ -308,12 +314,12 @@ class Transformer:
 
     def _block(
         self,
-        layer: dict[str, jax.Array],
+        layer: Weights,
         state: KVCache | None,
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         attend: Callable[..., Any],
-    ) -> tuple[Any, ...]:
+    ) -> tuple[jax.Array, Any]:
         """One layer: attention, then the feed-forward network."""
         config, split = self.config, self.split
         w = {
@@ -332,7 +338,7 @@ class Transformer:
         return x + split.leave(out), state
 
 
-def _heads(y: Any, w: Any, name: Any, eps: Any) -> Any:
+def _heads(y: jax.Array, w: dict[str, jax.Array], name: str, eps: float) -> jax.Array:
     """q, k or v without its rotation; some models add a bias, some have a norm."""
     x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
     if f"{name}_bias" in w:
@@ -350,7 +356,7 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (y * weight).astype(x.dtype)
 
 
-def _is_small(name: Any) -> Any:
+def _is_small(name: str) -> bool:
     return name.endswith(("norm", "bias"))
 
 

@@ -46,7 +46,7 @@ def training_step(job: Job, choice: Choice, mesh: Mesh) -> Any:
     shardings = parameter_shardings(config, mesh)
     if choice.offload:
         shardings = {
-            name: sharding.with_memory_kind("pinned_host")  # type: ignore[union-attr]
+            name: sharding.with_memory_kind("pinned_host")
             for name, sharding in shardings.items()
         }
     params = {  # type: ignore[assignment]

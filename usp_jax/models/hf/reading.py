@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from usp_jax.models.config import LlamaConfig
@@ -50,12 +50,15 @@ def load(
     folder = Path(path)
     config = load_config(folder, dtype=dtype, **overrides)
     check_mesh(config, mesh)
-    shardings = parameter_shardings(config, mesh)
+    shapes = parameter_shapes(config)
+    shardings = {} if mesh is None else parameter_shardings(config, mesh)
     with TensorFiles.open(folder) as files:
         _check_tensors(folder, files, config)
         params = {
-            name: _place(shape, shardings[name], partial(_read, files, config, name))
-            for name, shape in parameter_shapes(config).items()
+            name: _place(
+                shape, shardings.get(name), partial(_read, files, config, name)
+            )
+            for name, shape in shapes.items()
         }
     return Llama.of_parameters(config, params, mesh=mesh)
 
@@ -79,7 +82,9 @@ def load_config(
 
 
 def _place(
-    shape: tuple[Any, ...], sharding: Any, read: Callable[..., Any]
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+    read: Callable[..., np.ndarray],
 ) -> jax.Array:
     """The array whose slices `read` gives."""
     if sharding is None:
