@@ -38,7 +38,8 @@ class Arrays:
       wide: of a device's tokens and the feed-forward size.
       weights: of the layer's matrices, whole.
       rotating: of k, v and of float32 dk, dv that a ring has on the way.
-      fetched: of what a layer keeps, where that comes from the host's memory.
+      fetched: of what a layer keeps, where that comes from the host's memory;
+      early: and of attention's part of it, while its backward is at work.
     """
 
     narrow: int | float
@@ -46,10 +47,11 @@ class Arrays:
     weights: int | float
     rotating: int | float
     fetched: int | float
+    early: int | float
 
 
-GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1)
-TPU = Arrays(narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3)
+GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0)
+TPU = Arrays(narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2)
 LANES = 128
 """What a TPU pads the last dim of an array to, the size of heads."""
 
@@ -191,36 +193,36 @@ def kept(job: Job, choice: Choice) -> int | float:
     call = call_of(job, choice)
     narrow = tokens * model.d_model
     x = narrow * size / choice.token_shards
-    # As the kernel writes them.
-    seen = _padded(job, call).q_elements * size + 4 * call.lse_elements
-    q_and_kv = (call.q_elements + call.kv_elements) * size
-    result = _result(call, size)
+    of_attention = _kept_of_attention(job, choice)
     policy = kept_of(choice)
-    if policy == "full":
-        return x
-    if policy == "attention":
-        return x + seen
-    if policy == "attention_qkv":
-        return x + seen + q_and_kv + result
+    if policy in ("full", "attention", "attention_qkv"):
+        return x + of_attention
     wide = tokens * model.d_ff * size / choice.tensor
     if policy == "dots":
         inner = 2 * wide * (not is_tiled(job, choice))
         normed = (call.q_elements + call.kv_elements / 2) * size * model.qk_norm
-        return 2 * x + normed + seen + q_and_kv + result + inner
+        return 2 * x + normed + of_attention + inner
     if choice.program == "megatron":
         # Both inputs and outputs of the norms, and the gate's.
-        return 4 * x + seen + q_and_kv + 3 * wide
+        return 4 * x + of_attention + 3 * wide
     # Norms keep float32; the gate, its sigmoid and products with it. Attention's output
     # is there in two orders of its dims.
     norms = 5 * 4 * narrow / choice.token_shards
     wide *= 6 if choice.mlp_tile is None else 0
-    out = call.q_elements * size
-    return 2 * x + norms + seen + q_and_kv + out + result + wide
+    return 2 * x + norms + of_attention + call.q_elements * size + wide
 
 
-def _result(call: Call, size: int) -> int:
-    """Attention's output once more, on the other side of the all-to-all."""
-    return call.q_elements * size if call.ulysses > 1 else 0
+def _kept_of_attention(job: Job, choice: Choice) -> int:
+    """Its output and log-sum-exp; q, k, v and the output beyond the all-to-all."""
+    policy, size, call = kept_of(choice), job.itemsize, call_of(job, choice)
+    if policy == "full":
+        return 0
+    # As the kernel writes them.
+    seen = _padded(job, call).q_elements * size + 4 * call.lse_elements
+    if policy == "attention":
+        return seen
+    sides = 1 + (call.ulysses > 1 and choice.program == "train")
+    return seen + (sides * call.q_elements + call.kv_elements) * size
 
 
 def _layer(job: Job, choice: Choice) -> int | float:
@@ -242,6 +244,8 @@ def _layer(job: Job, choice: Choice) -> int | float:
     if choice.ring > 1:
         heads += 4 * call.q_elements
         heads += arrays.rotating * 2 * call.kv_elements * (size + 4)
+    if choice.remat.endswith("_offload"):
+        heads += arrays.early * _kept_of_attention(job, choice)
     return gathered + narrow + max(wide, heads)
 
 
