@@ -229,6 +229,24 @@ def _words(row):
     return step, fits, *(f"{size / GIB:.2f}" for size in (*sizes, sent))
 
 
+def _paper_table(rows):
+    """Peaks by split, those that do not fit in brackets."""
+    policies = list(dict.fromkeys(row["options"]["remat"] for row in rows))
+    found: dict[tuple[int, str], dict[str, str]] = {}
+    for row in rows:
+        sizes = ", ".join(str(row["mesh"][n]) for n in ("tensor", "ulysses", "ring"))
+        peak = f"{row['peak_bytes'] / GIB:.1f}"
+        told = peak if row["fits"] else f"({peak})"
+        own = found.setdefault((row["tokens"] // K, f"({sizes})"), {})
+        own[row["options"]["remat"]] = told
+    head = "tokens", "(TP, Ulysses, ring)", *(f"`{name}`" for name in policies)
+    lines = (
+        (f"{tokens}K", split, *(own.get(name, "-") for name in policies))
+        for (tokens, split), own in sorted(found.items())
+    )
+    return _markdown(head, lines)
+
+
 def _maxtext_table(rows):
     head = "step", "peak", "permutes", "all-to-all", "all-gather", "all-reduce"
     head = *head, "reduce-scatter", "peak, ratio", "permutes + all-to-all, ratio"
@@ -265,7 +283,7 @@ def _markdown(head, rows):
 _TABLES = {
     "options": _options_table,
     "headline": _options_table,
-    "paper": _options_table,
+    "paper": _paper_table,
     "maxtext": _maxtext_table,
 }
 
