@@ -10,10 +10,12 @@ ring, R - 1, of which R / inner - 1 are outer ones.
 import dataclasses
 from typing import Any
 
+import jax
 from jaxtyping import Array, Int
 
+from usp_jax.kernels import Carry
 from usp_jax.masking import Tokens
-from usp_jax.ring import ALL, Ring, ring_backward, ring_forward
+from usp_jax.ring import ALL, Ring, Step, ring_backward, ring_forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +38,29 @@ class DoubleRing(Ring):
         n = self.devices
         return self.send(x, [(i, (i + self.inner) % n) for i in range(n)])
 
-    def attend(self, step: Any, q: Any, kv: Any, carry: Any) -> Any:
+    def attend(
+        self, step: Step, q: jax.Array, kv: jax.Array, carry: Carry | None
+    ) -> Carry:
         """A turn of the inner ring."""
         return ring_forward(self._inner_ring(step), q, kv, carry)
 
     def pull_back(
-        self, step: Any, kv: Any, rows: Any, q: Any, dout: Any, lse: Any, delta: Any
-    ) -> Any:
+        self,
+        step: Step,
+        kv: jax.Array,
+        rows: slice,
+        q: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         """The gradients of a turn of the inner ring, or of what it has left."""
         inner = self._inner_ring(step, rows)
         if self.inner == 1 or rows.start:
             return inner.pull_back(0, kv, rows, q, dout, lse, delta)
         return ring_backward(inner, q, kv, dout, lse, delta)
 
-    def own_rows(self, length: Any) -> Any:
+    def own_rows(self, length: int) -> list[slice]:
         """A third of the queries meets their own shard beside the last outer hop only.
 
         The own turn of the inner ring, beside the first, is not made again for them.
@@ -57,7 +68,7 @@ class DoubleRing(Ring):
         left = length // 3
         return [slice(length - left), slice(length - left, length)][: 1 + bool(left)]
 
-    def _inner_ring(self, step: Any, rows: Any = ALL) -> Any:
+    def _inner_ring(self, step: Step, rows: slice = ALL) -> Ring:
         return self.into(_InnerRing, inner=self.inner, outer_step=step, own=rows.stop)
 
 
@@ -77,7 +88,7 @@ class _InnerRing(Ring):
     def size(self) -> int:
         return self.inner
 
-    def own_rows(self, length: Any) -> Any:
+    def own_rows(self, length: int) -> list[slice]:
         return super().own_rows(length if self.own is None else self.own)
 
     def rotate(self, x: Any) -> Any:
@@ -86,7 +97,7 @@ class _InnerRing(Ring):
             x, [(i, i // n * n + (i + 1) % n) for i in range(self.devices)]
         )
 
-    def held(self, step: Any) -> Tokens:
+    def held(self, step: Step) -> Tokens:
         groups = self.devices // self.inner
         group = (self.index // self.inner - self.outer_step) % groups
         place = (self.index % self.inner - step) % self.inner

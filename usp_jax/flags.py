@@ -1,7 +1,5 @@
 """Compiler options under which the ring's rotations are in flight beside its chunks."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
@@ -51,7 +49,7 @@ def recommended_flags(platform: str) -> dict[str, bool | int]:
     return {name: value for name, value in wanted if _knows(device, name, value)}
 
 
-def _a_device(platform: Any) -> Any:
+def _a_device(platform: str) -> jax.Device | None:
     """A device whose compiler knows the platform's options, or None."""
     if any(device.platform == platform for device in jax.local_devices()):
         return next(d for d in jax.local_devices() if d.platform == platform)
@@ -64,7 +62,7 @@ def _a_device(platform: Any) -> Any:
         return None
 
 
-def _knows(device: Any, name: Any, value: Any) -> Any:
+def _knows(device: jax.Device, name: str, value: object) -> bool:
     """Whether a compiler takes an option."""
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
-from usp_jax.ring import Ring, apart, side_by_side, turn
+from usp_jax.ring import Ring, Step, apart, side_by_side, turn
 
 
 def pass_q_forward(
@@ -26,7 +26,7 @@ def pass_q_forward(
 ) -> Carry:
     """`ring_forward` with the queries going round."""
 
-    def part(step: int | jax.Array, q: jax.Array, rows: Any) -> Any:
+    def part(step: Step, q: jax.Array, rows: slice) -> tuple[None, jax.Array]:
         # What was seen before the ring belongs to the own queries, once.
         before = carry if isinstance(step, int) and step == 0 else None
         before = jax.tree.map(lambda x: x[:, rows], before)
@@ -36,10 +36,7 @@ def pass_q_forward(
     def add(a: jax.Array, b: jax.Array) -> jax.Array:
         return _packed(merge(*_unpacked(a), *_unpacked(b)))
 
-    def join(
-        first: Any,
-        rest: Any,
-    ) -> Any:
+    def join(first: list[Any], rest: tuple[None, jax.Array]) -> tuple[None, jax.Array]:
         return None, jnp.concatenate([first[1], rest[1]], 1)
 
     own_rows = ring.own_rows(q.shape[1])
@@ -58,8 +55,8 @@ def pass_q_backward(
     """`ring_backward` with the queries going round."""
 
     def part(
-        step: int | jax.Array, visitor: tuple[jax.Array, jax.Array], rows: Any
-    ) -> Any:
+        step: Step, visitor: tuple[jax.Array, jax.Array], rows: slice
+    ) -> tuple[jax.Array, jax.Array]:
         rows_seen, (lse, delta) = visitor[0][:, rows], visitor[1][:, :, rows]
         q, dout = apart(rows_seen, head_size)
         mask = _mask(ring, step).rows(rows)
@@ -67,9 +64,8 @@ def pass_q_backward(
         return dkv, dq
 
     def join(
-        first: Any,
-        rest: Any,
-    ) -> Any:
+        first: list[jax.Array], rest: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)
 
     head_size = q.shape[-1]
@@ -79,7 +75,7 @@ def pass_q_backward(
     return dq, dkv
 
 
-def _mask(ring: Ring, step: int | jax.Array) -> Mask:
+def _mask(ring: Ring, step: Step) -> Mask:
     """The queries that are here at a step, against this device's own keys."""
     q = ring.q_tokens.shard((ring.index - step) % ring.size)
     return Mask(ring.rule, q, ring.kv_tokens.shard(ring.index))
@@ -91,5 +87,5 @@ def _packed(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([out, lse[..., None]], -1)
 
 
-def _unpacked(x: jax.Array) -> Any:
+def _unpacked(x: jax.Array) -> Carry:
     return x[..., :-1], x[..., -1]

@@ -8,7 +8,7 @@ R - 1 forward, and backward R - 1 of k, v and R - 1 of dk, dv.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,6 +22,9 @@ from usp_jax.masking import Mask, MaskRule, Tokens
 from usp_jax.tokens import RingTokens
 
 ALL = slice(None)
+# Of a turn: a number, or a loop's counter.
+Step = int | jax.Array
+Pair = tuple[jax.Array, jax.Array]
 
 
 def side_by_side(
@@ -67,7 +70,7 @@ class Ring:
     def send(
         self,
         x: jax.Array | tuple[jax.Array, jax.Array],
-        pairs: list[tuple[int, int]] | tuple[Any, ...],
+        pairs: Iterable[tuple[int, int]],
     ) -> Any:
         """`x` from each pair's first device to its second.
 
@@ -86,7 +89,7 @@ class Ring:
         """Sends `x` to the next device of the ring, and receives the previous one's."""
         return self.send(x, [(i, (i + 1) % self.size) for i in range(self.size)])
 
-    def held(self, step: int | jax.Array) -> Tokens:
+    def held(self, step: Step) -> Tokens:
         """The tokens of the keys that this device holds at a step."""
         return self.kv_tokens.shard((self.index - step) % self.size)
 
@@ -109,28 +112,28 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> Any:
+    ) -> tuple[jax.Array, jax.Array]:
         """The chunk's backward: dq, and dk, dv side by side."""
         k, v = apart(kv, q.shape[-1])
         dq, *dkv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
         return dq, side_by_side(*dkv)
 
     def attend(
-        self, step: Any, q: jax.Array, kv: jax.Array, carry: Carry | None
+        self, step: Step, q: jax.Array, kv: jax.Array, carry: Carry | None
     ) -> Carry:
         """This device's queries to the keys that it holds at a step."""
         return self.chunk_forward(self.mask(self.held(step)), q, kv, carry)
 
     def pull_back(
         self,
-        step: int | jax.Array,
+        step: Step,
         kv: jax.Array,
         rows: slice,
         q: jax.Array,
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> Any:
+    ) -> tuple[jax.Array, jax.Array]:
         """dq of some rows of queries, and dk, dv side by side, from the keys held."""
         mask = self.mask(self.held(step)).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
@@ -163,7 +166,7 @@ def ring_forward(
       out [B, T, n, V] and lse [B, T, n] in the accumulation dtype.
     """
 
-    def body(step: int | jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body(step: Step, state: tuple[Any, ...]) -> tuple[Any, ...]:
         kv, carry = state
         return ring.rotate(kv), ring.attend(step, q, kv, carry)
 
@@ -185,10 +188,10 @@ def ring_backward(
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
     """dq and dk, dv (side by side) of `ring_forward`, in the accumulation dtype."""
 
-    def part(step: int | jax.Array, kv: jax.Array, rows: Any) -> Any:
+    def part(step: Step, kv: jax.Array, rows: slice) -> Pair:
         return ring.pull_back(step, kv, rows, q, dout, lse, delta)
 
-    def join(first: list[jax.Array], rest: tuple[jax.Array, jax.Array]) -> Any:
+    def join(first: list[jax.Array], rest: Pair) -> Pair:
         dq = first[0], rest[0]
         return _all_rows(*dq, q.shape[1]), first[1] + rest[1]
 
@@ -198,7 +201,7 @@ def ring_backward(
 def turn(
     ring: Ring,
     visitor: Any,
-    part: Callable[[Any, Any, slice], tuple[Any, Any]],
+    part: Callable[[Step, Any, slice], tuple[Any, Any]],
     own_rows: list[slice],
     *,
     add: Callable[[Any, Any], Any],
@@ -226,17 +229,17 @@ def turn(
         return part(0, visitor, ALL)
 
     def late(
-        step: int | jax.Array,
+        step: Step,
         visitor: jax.Array | tuple[jax.Array, jax.Array],
         stays: jax.Array | None,
         travels: jax.Array,
-    ) -> Any:
+    ) -> tuple[jax.Array | None, jax.Array]:
         """One step after the first: the sum arrives while this step's part is made."""
         arrived = ring.rotate(travels)
         more, new = part(step, visitor, ALL)
         return _sum(stays, more), add(arrived, new)
 
-    def body(step: int | jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body(step: Step, state: tuple[Any, ...]) -> tuple[Any, ...]:
         visitor, *sums = state
         return together(ring.rotate(visitor), *late(step, visitor, *sums))
 

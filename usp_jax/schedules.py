@@ -1,6 +1,7 @@
 """How keys, values and queries meet round the ring: one argument, the same result."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from usp_jax.all_gather import gather_backward, gather_forward
 from usp_jax.both_ways import BothWays
 from usp_jax.double_ring import DoubleRing
+from usp_jax.kernels import Carry
 from usp_jax.pass_q import pass_q_backward, pass_q_forward
 from usp_jax.ring import Ring, ring_backward, ring_forward
 from usp_jax.visits import static_visits, visits_backward, visits_forward
@@ -32,8 +34,8 @@ class Schedule:
         ring: Ring,
         q: jax.Array,
         kv: jax.Array,
-        carry: tuple[jax.Array, jax.Array] | None,
-    ) -> Any:
+        carry: Carry | None,
+    ) -> Carry:
         """Attention of this device's queries to all keys: `ring_forward`."""
         return self._way(ring)[0](q, kv, carry)
 
@@ -45,11 +47,11 @@ class Schedule:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> Any:
+    ) -> tuple[jax.Array, jax.Array]:
         """Its gradients: `ring_backward`."""
         return self._way(ring)[1](q, kv, dout, lse, delta)
 
-    def _way(self, ring: Ring) -> Any:
+    def _way(self, ring: Ring) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The two functions that go this way round the ring."""
         way: tuple[Any, Any] = ring_forward, ring_backward
         args: tuple[Any, ...] = (ring,)
@@ -65,7 +67,8 @@ class Schedule:
                     args = (ring.into(DoubleRing, inner=self.inner),)
                 case "unidirectional" if (visits := static_visits(ring)) is not None:
                     way, args = (visits_forward, visits_backward), (ring, visits)
-        return tuple(partial(f, *args) for f in way)
+        forward, backward = way
+        return partial(forward, *args), partial(backward, *args)
 
 
 def schedule(ring_schedule: str, ring_inner: int | None, ring_size: int) -> Schedule:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels import Carry
 from usp_jax.layout import shard_runs
-from usp_jax.masking import MaskRule
+from usp_jax.masking import Mask, MaskRule
 from usp_jax.ring import Ring, apart, side_by_side, together
 
 # Every visit is a chunk of its own in the compiled program; more compile for minutes.
@@ -62,7 +62,7 @@ def _visits(
     size: int,
     q_length: int,
     kv_length: int,
-) -> Any:
+) -> tuple[Visit, ...] | None:
     """One visit for each offset at which anything is seen, but the own one.
 
     None where those are more than MAX_VISITS.
@@ -134,13 +134,13 @@ def visits_backward(
     if not visits:
         return ring.pull_back(0, kv, slice(None), *ours)
 
-    def send(kv: jax.Array, visit: Visit) -> Any:
+    def send(kv: jax.Array, visit: Visit) -> jax.Array:
         # As v, k: a compiler that took this send for the forward's would make it once
         # for both, and keep all that arrived until now.
         k, v = apart(kv[:, visit.rows], q.shape[-1])
         return ring.send(side_by_side(v, k), visit.pairs)
 
-    arriving = send(kv, visits[0])
+    arriving: Any = send(kv, visits[0])
     kv, arriving, dq_own, home = together(
         kv, arriving, *ring.pull_back(0, kv, first, *ours)
     )
@@ -170,6 +170,6 @@ def _brought_home(ring: Ring, visit: Any, part: Any, home: jax.Array) -> jax.Arr
     return home.at[:, visit.rows].add(ring.send(part, back))
 
 
-def _mask(ring: Ring, visit: Visit) -> Any:
+def _mask(ring: Ring, visit: Visit) -> Mask:
     kv = ring.kv_tokens.shard((ring.index - visit.offset) % ring.devices)
     return ring.mask(kv.cut(visit.rows))
