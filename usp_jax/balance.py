@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from usp_jax import arguments
-from usp_jax.masking import PADDING
+from usp_jax.masking import PADDING, MaskRule
 from usp_jax.ringwork import by_step, check_positive
 
 # A chunk is a kernel's block where the row is long enough for this many a shard.
@@ -189,7 +189,7 @@ class _Row:
     chunk: int
 
     @classmethod
-    def of(cls, lengths: np.ndarray, length: int, chunk: int, rule: Any) -> "_Row":
+    def of(cls, lengths: np.ndarray, length: int, chunk: int, rule: MaskRule) -> "_Row":
         starts = np.concatenate([[0], np.cumsum(lengths)])
         edges = np.arange(0, length + 1, chunk)
         work = np.diff(_work_before(edges, lengths, starts, rule))
@@ -200,7 +200,9 @@ class _Row:
         return cls(starts, work, owner, size, pieces, chunk)
 
 
-def _pieces(edges: np.ndarray, starts: np.ndarray, rule: Any) -> tuple[np.ndarray, ...]:
+def _pieces(
+    edges: np.ndarray, starts: np.ndarray, rule: MaskRule
+) -> tuple[np.ndarray, ...]:
     """`_Row.pieces`"""
     cuts = np.sort(np.concatenate([edges[edges < starts[-1]], starts]), kind="stable")
     begin, size = cuts[:-1], np.diff(cuts)
@@ -216,7 +218,7 @@ def _pieces(edges: np.ndarray, starts: np.ndarray, rule: Any) -> tuple[np.ndarra
 
 
 def _work_before(
-    tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, rule: Any
+    tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, rule: MaskRule
 ) -> np.ndarray:
     """The visible pairs of all queries before each of some tokens of a row."""
     # A document of no tokens stands for the padding.
@@ -228,7 +230,9 @@ def _work_before(
     return before[document] + _document_work(queries, lengths[document], rule)
 
 
-def _document_work(queries: np.ndarray, length: np.ndarray, rule: Any) -> np.ndarray:
+def _document_work(
+    queries: np.ndarray, length: np.ndarray, rule: MaskRule
+) -> np.ndarray:
     """The visible pairs of the first queries of a document of some length.
 
     Query i sees the keys from max(0, i - before) to min(length - 1, i + after); both
@@ -243,7 +247,7 @@ def _document_work(queries: np.ndarray, length: np.ndarray, rule: Any) -> np.nda
     return last - bounded * (bounded + 1) // 2 + queries
 
 
-def _assign(row: _Row, ring: int) -> Any:
+def _assign(row: _Row, ring: int) -> np.ndarray | None:
     """The ring shard of each chunk: the first good plan, or else the best."""
     if ring * len(row.owner) > _ESTIMATED:
         return _spread(row, ring)

@@ -12,13 +12,12 @@ All of it is numpy, on the host.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from usp_jax import arguments
-from usp_jax.masking import PADDING
+from usp_jax.masking import PADDING, MaskRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +84,11 @@ def ring_balance(
 
 
 def _pairs(
-    positions: np.ndarray, ids: np.ndarray, shards: np.ndarray, ring: int, rule: Any
+    positions: np.ndarray,
+    ids: np.ndarray,
+    shards: np.ndarray,
+    ring: int,
+    rule: MaskRule,
 ) -> np.ndarray:
     """int64 [R, R] of tokens that are all real."""
     pairs = np.zeros((ring, ring), np.int64)
