@@ -323,7 +323,11 @@ def test_tensor_parallel_sums_are_few():
 
 @pytest.mark.parametrize(
     ("remat", "scatters"),
-    [("none", 4), pytest.param("full", 5, marks=pytest.mark.long)],
+    [
+        ("dots", 4),
+        pytest.param("none", 4, marks=pytest.mark.long),
+        pytest.param("full", 5, marks=pytest.mark.long),
+    ],
 )
 def test_the_sequence_split_over_tensor_too_sends_megatrons_bytes(remat, scatters):
     """6 all-gathers and 4 reduce-scatters a layer (USP, Table 2).
