@@ -9,7 +9,7 @@ from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.models.config import OFFLOAD, REMAT, ZERO, LlamaConfig
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.plan.machines import Machine
-from usp_jax.schedules import SCHEDULES
+from usp_jax.schedules import SCHEDULES, schedule
 
 PROGRAMS = ("train", "megatron")
 
@@ -211,6 +211,10 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     shards = choice.everyone * choice.pipe
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
+    try:
+        schedule(choice.ring_schedule, choice.ring_inner, choice.ring)
+    except ValueError as error:
+        return f"ring: {error}"
     multiple = length_multiple(job.layout, choice.ring, choice.ulysses)
     multiple = math.lcm(multiple, choice.sequence_shards * choice.token_shards)
     if job.sequence % multiple:
