@@ -7,6 +7,7 @@ and its gradient one block at a time is whole.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,38 +100,34 @@ def _batch(
     return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
 
 
-def _loss(
-    transformer: Transformer,
-    weights: Weights,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array | None,
-    labels: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _loss(*batch: Any) -> tuple[jax.Array, jax.Array]:
     """(nats, number of labels) of all devices."""
-    x = transformer.hidden(weights, tokens, positions, segment_ids)
-    split, config = transformer.split.ends, transformer.config
-    blocks = _blocks(weights["lm_head"], config.loss_block)
-    nats = _nats(split, config.loss_chunk, x, blocks, labels)
-    nats = split.sum(nats, split.batch + split.sequence)
+    split, *_, labels = given = _given(*batch)
+    nats = split.sum(_nats(*given), split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
     return nats, split.sum(count, split.batch + split.sequence)
 
 
-def _token_nats(
+def _token_nats(*batch: Any) -> jax.Array:
+    """The nats of each of this device's labels."""
+    *_, labels = given = _given(*batch)
+    nats, _ = _nats_and_lse(*given)
+    return nats.reshape(-1)[: labels.size].reshape(labels.shape)
+
+
+def _given(
     transformer: Transformer,
     weights: Weights,
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array | None,
     labels: jax.Array,
-) -> jax.Array:
-    """The nats of each of this device's labels."""
+) -> tuple[Split, int, jax.Array, jax.Array, jax.Array]:
+    """What `_nats` takes, of a device's part of a batch."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     split, config = transformer.split.ends, transformer.config
     blocks = _blocks(weights["lm_head"], config.loss_block)
-    nats, _ = _nats_and_lse(split, config.loss_chunk, x, blocks, labels)
-    return nats.reshape(-1)[: labels.size].reshape(labels.shape)
+    return split, config.loss_chunk, x, blocks, labels
 
 
 def _blocks(matrix: jax.Array, limit: int) -> jax.Array:
