@@ -69,7 +69,7 @@ class Ring:
 
     def send(
         self,
-        x: jax.Array | tuple[jax.Array, jax.Array],
+        x: jax.Array | Pair,
         pairs: Iterable[tuple[int, int]],
     ) -> Any:
         """`x` from each pair's first device to its second.
@@ -85,7 +85,7 @@ class Ring:
             pairs += zip(idle, free, strict=True)
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis_name, pairs), x)
 
-    def rotate(self, x: jax.Array | tuple[jax.Array, jax.Array]) -> Any:
+    def rotate(self, x: jax.Array | Pair) -> Any:
         """Sends `x` to the next device of the ring, and receives the previous one's."""
         return self.send(x, [(i, (i + 1) % self.size) for i in range(self.size)])
 
@@ -112,7 +112,7 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Pair:
         """The chunk's backward: dq, and dk, dv side by side."""
         k, v = apart(kv, q.shape[-1])
         dq, *dkv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
@@ -133,7 +133,7 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Pair:
         """dq of some rows of queries, and dk, dv side by side, from the keys held."""
         mask = self.mask(self.held(step)).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
@@ -230,7 +230,7 @@ def turn(
 
     def late(
         step: Step,
-        visitor: jax.Array | tuple[jax.Array, jax.Array],
+        visitor: jax.Array | Pair,
         stays: jax.Array | None,
         travels: jax.Array,
     ) -> tuple[jax.Array | None, jax.Array]:

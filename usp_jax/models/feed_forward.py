@@ -43,7 +43,7 @@ def feed_forward(
     return out.reshape(number * size, -1)[:tokens].reshape(x.shape)
 
 
-def _whole(x: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def _whole(x: jax.Array, matrices: Matrices) -> jax.Array:
     gate, up, down = matrices
     gate = checkpoint_name(jnp.einsum("...D,DF->...F", x, gate), "mlp_gate")
     up = checkpoint_name(jnp.einsum("...D,DF->...F", x, up), "mlp_up")
@@ -51,27 +51,25 @@ def _whole(x: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]) -> ja
 
 
 @jax.custom_vjp
-def _tiled(
-    tiles: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]
-) -> jax.Array:
+def _tiled(tiles: jax.Array, matrices: Matrices) -> jax.Array:
     """[n, c, D] -> [n, c, D], one of the n tiles after the other."""
     return lax.map(partial(_whole, matrices=matrices), tiles)
 
 
 def _tiled_fwd(
-    tiles: jax.Array, matrices: tuple[jax.Array, jax.Array, jax.Array]
-) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]]:
+    tiles: jax.Array, matrices: Matrices
+) -> tuple[jax.Array, tuple[jax.Array, Matrices]]:
     return _tiled(tiles, matrices), (tiles, matrices)
 
 
 def _tiled_bwd(
-    saved: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]], dout: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    saved: tuple[jax.Array, Matrices], dout: jax.Array
+) -> tuple[jax.Array, Matrices]:
     tiles, matrices = saved
 
     def body(
-        total: tuple[jax.Array, jax.Array, jax.Array], tile: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+        total: Matrices, tile: tuple[jax.Array, jax.Array]
+    ) -> tuple[Matrices, jax.Array]:
         x, dout = tile
         _, pull = jax.vjp(_whole, x, matrices)
         dx, dmatrices = pull(dout)

@@ -50,7 +50,6 @@ def load(
     folder = Path(path)
     config = load_config(folder, dtype=dtype, **overrides)
     check_mesh(config, mesh)
-    shapes = parameter_shapes(config)
     shardings = {} if mesh is None else parameter_shardings(config, mesh)
     with TensorFiles.open(folder) as files:
         _check_tensors(folder, files, config)
@@ -58,7 +57,7 @@ def load(
             name: _place(
                 shape, shardings.get(name), partial(_read, files, config, name)
             )
-            for name, shape in shapes.items()
+            for name, shape in parameter_shapes(config).items()
         }
     return Llama.of_parameters(config, params, mesh=mesh)
 
