@@ -235,8 +235,10 @@ def _paper_table(rows):
     found: dict[tuple[int, str], dict[str, str]] = {}
     for row in rows:
         sizes = ", ".join(str(row["mesh"][n]) for n in ("tensor", "ulysses", "ring"))
-        peak = f"{row['peak_bytes'] / GIB:.1f}"
-        told = peak if row["fits"] else f"({peak})"
+        told = "no"
+        if "error" not in row:
+            peak = f"{row['peak_bytes'] / GIB:.1f}"
+            told = peak if row["fits"] else f"({peak})"
         own = found.setdefault((row["tokens"] // K, f"({sizes})"), {})
         own[row["options"]["remat"]] = told
     head = "tokens", "(TP, Ulysses, ring)", *(f"`{name}`" for name in policies)
