@@ -39,7 +39,7 @@ MIXED = "mean of 1 full layer and 5 windows, zigzag"
 CHOICES = {
     "unidirectional": {},
     "bidirectional": {"ring_schedule": "bidirectional"},
-    "double": {"ring_schedule": "double", "ring_inner": 2},
+    "double": {"ring_schedule": "double:2"},
     "all_gather": {"ring_schedule": "all_gather"},
     "pass_q": {"ring_schedule": "pass_q"},
     "ulysses_chunks=2": {"ulysses_chunks": 2},
@@ -72,8 +72,8 @@ class Layer:
         options = {"is_causal": True, "layout": "zigzag", **CHOICES[self.choice]}
         if self.choice.startswith("window"):
             options["local_window_size"] = (self.window - 1, 0)
-        if "ring_inner" in options and self.ring % options["ring_inner"]:
-            options["ring_inner"] = 1
+        if self.choice == "double" and self.ring % 2:
+            options["ring_schedule"] = "double:1"
         return options
 
     @property

@@ -291,7 +291,7 @@ assert np.allclose(ring_attention(q, k, v), expected, atol=1e-6)
 print("eight devices, each with one eighth of the keys, agree with one device")
 
 # %% [markdown]
-# The library's ring (`usp_jax/ring.py`) is this loop with masks, a gradient of its
+# The library's ring (`usp_jax/ring/`) is this loop with masks, a gradient of its
 # own, and each hop sent off before the chunk that hides it is computed. The next
 # notebook draws who holds what at each step, and joins the ring with a second way to
 # split attention.

@@ -108,11 +108,15 @@ OPTIONS = {
     ),
     "ids-dtype": (
         {"segment_ids": IDS.astype(jnp.float32)},
-        "segment_ids of the query side has dtype float32, it must be int32",
+        "segment_ids has dtype float32, it must be an integer one",
     ),
     "ids-pair-dtype": (
-        {"segment_ids": (IDS, IDS.astype(jnp.int8))},
-        "segment_ids of the key/value side has dtype int8, it must be int32",
+        {"segment_ids": (IDS, IDS.astype(bool))},
+        "segment_ids has dtype bool, it must be an integer one",
+    ),
+    "ids-too-large": (
+        {"segment_ids": np.full((B, T), 2**31)},
+        "segment_ids has values from 2147483648 to 2147483648, they must fit into int",
     ),
     "ids-shape": ({"segment_ids": IDS[0]}, r"segment_ids of the query side has shape"),
     "sinks-shape": ({"sinks": zeros(K)}, r"sinks is float32\[2\], .* \[N\] = \[4\]"),

@@ -8,7 +8,7 @@ import pytest
 
 from usp_jax.cases import Block, static_cases
 from usp_jax.masking import Mask, MaskRule, Tokens, join, visible
-from usp_jax.tokens import RingTokens
+from usp_jax.ring.tokens import RingTokens
 
 CAUSAL = MaskRule(is_causal=True)
 LENGTH = 8

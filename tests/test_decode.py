@@ -310,7 +310,9 @@ def test_wrong_caches_are_told(no_type_checks):
         of(k.astype(jnp.int32), v)
     with pytest.raises(ValueError, match="must be equal"):
         of(k, v[:, :8])
-    with pytest.raises(ValueError, match=r"positions is int32\[2\], it must be int32"):
+    with pytest.raises(
+        ValueError, match=r"positions is int32\[2\], it must be integers"
+    ):
         of(k, v, positions=jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match="B=2, must be a multiple|B=2 must be"):
         of(k, v, mesh=usp_jax.make_mesh(data=4))
@@ -327,7 +329,7 @@ def test_wrong_steps_are_told(no_type_checks):
         cache.append(new[:, :, :1], new[:, :, :1], positions=at)
     with pytest.raises(ValueError, match="must be the cache's, float32"):
         cache.append(*(new.astype(jnp.bfloat16),) * 2, positions=at)
-    with pytest.raises(ValueError, match="positions is float32"):
+    with pytest.raises(ValueError, match="positions has dtype float32"):
         cache.append(new, new, positions=at.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"segment_ids is int32\[2, 2\]"):
         cache.append(new, new, positions=at, segment_ids=jnp.zeros((2, 2), jnp.int32))

@@ -215,7 +215,7 @@ def test_what_only_a_direct_call_can_ask_is_told():
         attention(q, q, q, bias=jnp.ones((1, 1, LENGTH, LENGTH)))
     with pytest.raises(ValueError, match="einsum: .* leave its replacement out"):
         attention(q, q, q, qk_attn_weights_einsum=jnp.einsum)
-    with pytest.raises(ValueError, match="input_positions: .*USPAttention"):
+    with pytest.raises(ValueError, match="input_positions: .* without a rope"):
         attention(q, q, q, input_positions=jnp.arange(LENGTH))
 
 

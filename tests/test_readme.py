@@ -9,18 +9,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-READING_LIST = re.findall(r"^\| \[`(.*?)`\]\((.*?)\) \| (\d+) \|", README, re.MULTILINE)
+READING_LIST = re.findall(r"^\| \[`(.*?)`\]\((.*?)\) \|", README, re.MULTILINE)
 
 
 def test_reading_list_is_found():
     assert len(READING_LIST) >= 8
 
 
-@pytest.mark.parametrize(("name", "link", "lines"), READING_LIST)
-def test_reading_list(name, link, lines):
+@pytest.mark.parametrize(("name", "link"), READING_LIST)
+def test_reading_list(name, link):
     assert name == link
-    actual = len((ROOT / name).read_text().splitlines())
-    assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
+    assert (ROOT / name).is_file()
 
 
 def test_tree_names_what_is_there():

@@ -13,8 +13,10 @@ from tests.sampling import thinned
 from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
-from usp_jax.ring import Ring, apart, ring_backward, ring_forward
-from usp_jax.tokens import RingTokens
+from usp_jax.ring import Ring, apart
+from usp_jax.ring.ring import Turn
+from usp_jax.ring.steps import ring_backward, ring_forward
+from usp_jax.ring.tokens import RingTokens
 
 B, T, N, K, H, V = 1, 3, 4, 2, 4, 5
 RULES = {"full": MaskRule(), "causal": MaskRule(True), "window": MaskRule(False, 3, 1)}
@@ -56,8 +58,9 @@ def test_equals_one_chunk(size, rule):
 
     def shard(q, kv, dout, delta):
         ring = ring_of(size, rule)
-        out, lse = ring_forward(ring, q, kv)
-        return out, lse, *ring_backward(ring, q, kv, dout, lse, delta)
+        turns = (ring.whole_turn,)
+        out, lse = ring_forward(ring, turns, q, kv)
+        return out, lse, *ring_backward(ring, turns, q, kv, dout, lse, delta)
 
     run = jax.jit(jax.vmap(shard, axis_name="ring"))
     out, lse, dq, dkv = run(q, kv, dout, delta)
@@ -82,8 +85,8 @@ def test_what_was_seen_before_the_ring_counts():
     def shard(carry_is_used, q, kv, out, lse):
         ring = ring_of(2, RULES["full"])
         if carry_is_used:
-            return ring_forward(ring, q, kv, (out, lse))
-        return ring_forward(ring, q, kv)
+            return ring_forward(ring, (Turn(2),), q, kv, (out, lse))
+        return ring_forward(ring, (Turn(2),), q, kv)
 
     with_carry, without = (
         jax.jit(jax.vmap(functools.partial(shard, used), axis_name="ring"))(
@@ -95,3 +98,12 @@ def test_what_was_seen_before_the_ring_counts():
     chex.assert_trees_all_close(with_carry[1], total, atol=1e-5)
     parts = [x * jnp.exp(y - total)[..., None] for x, y in (without, (out, lse))]
     chex.assert_trees_all_close(with_carry[0], sum(parts), atol=1e-5)
+
+
+def test_turns_visit_every_device_of_their_ring():
+    """Two rings of three neighbours, and three rings of two that are three apart."""
+    inner, outer = Turn(3), Turn(2, stride=3)
+    assert [inner.moved(device, 1) for device in range(6)] == [1, 2, 0, 4, 5, 3]
+    assert [outer.moved(device, 1) for device in range(6)] == [3, 4, 5, 0, 1, 2]
+    assert [inner.moved(4, -step) for step in range(4)] == [4, 3, 5, 4]
+    assert inner.pairs(6, -1) == [(0, 2), (1, 0), (2, 1), (3, 5), (4, 3), (5, 4)]

@@ -12,13 +12,22 @@ from tests import programs
 from tests.oracle import Order, assert_equal_to, expected, normal, packed, results
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind
+from usp_jax.ring import (
+    AllGather,
+    Bidirectional,
+    Double,
+    PassQ,
+    Unidirectional,
+    schedule_name,
+    schedule_of,
+)
 
 BATCH, LENGTH, HEADS, HEAD_SIZE = 2, 32, (4, 2), 4
 DEGREES = ((4, 2), (2, 4), (8, 1), (1, 8))
 SCHEDULES = {
     "unidirectional": {},
     "bidirectional": {"ring_schedule": "bidirectional"},
-    "double": {"ring_schedule": "double", "ring_inner": 2},
+    "double": {"ring_schedule": "double:2"},
     "all_gather": {"ring_schedule": "all_gather"},
     "pass_q": {"ring_schedule": "pass_q"},
 }
@@ -41,8 +50,8 @@ CALLS = {
 def sized(schedule, ring):
     """The options of a schedule on a ring; an inner ring must divide it."""
     options = dict(SCHEDULES[schedule])
-    if "ring_inner" in options:
-        options["ring_inner"] = min(ring, options["ring_inner"])
+    if schedule == "double":
+        options["ring_schedule"] = f"double:{min(ring, 2)}"
     return options
 
 
@@ -207,17 +216,38 @@ def test_causal_contiguous_sends_to_later_shards_only():
     ("options", "message"),
     [
         ({"ring_schedule": "spiral"}, "ring_schedule='spiral' must be one of"),
-        ({"ring_inner": 2}, 'given for ring_schedule="double" and only for it'),
-        ({"ring_schedule": "double"}, "ring_inner=None with ring_schedule='double'"),
         (
-            {"ring_schedule": "double", "ring_inner": 3},
-            "ring_inner=3 must be a positive int that divides the ring axis, 4",
+            {"ring_schedule": "double"},
+            "ring_schedule='double' must be .*double:4",
         ),
+        ({"ring_schedule": "double:0"}, "ring_schedule='double:0' must be one of"),
+        ({"ring_schedule": "double:two"}, "ring_schedule='double:two' must be one of"),
+        ({"ring_schedule": "pass_q:2"}, "ring_schedule='pass_q:2' must be one of"),
+        (
+            {"ring_schedule": "double:3"},
+            "inner rings of 3 devices must divide the",
+        ),
+        ({"ring_schedule": Double(3)}, "inner rings of 3 devices must divide the"),
     ],
     ids=str,
 )
-def test_wrong_options(options, message):
+def test_wrong_options(options, message, no_type_checks):
     mesh = usp_jax.make_mesh(ring=4)
     x = jnp.ones((1, 16, 2, HEAD_SIZE))
     with pytest.raises(ValueError, match=message):
         usp_jax.usp_attention(x, x, x, mesh=mesh, **options)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Unidirectional(), Bidirectional(), Double(1), Double(4), AllGather(), PassQ()],
+    ids=str,
+)
+def test_a_string_names_each_schedule(schedule):
+    assert schedule_of(schedule, 8) is schedule
+    assert schedule_of(schedule_name(schedule), 8) == schedule
+
+
+def test_inner_rings_have_devices():
+    with pytest.raises(ValueError, match="inner=0 must be a positive int"):
+        Double(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from usp_jax.layout import shard_positions
-from usp_jax.tokens import gather_tokens
+from usp_jax.ring.tokens import gather_tokens
 
 
 def test_gathers_every_shard_in_ring_order():

@@ -257,7 +257,7 @@ def attend(**options):
         ({"prefix_length": jnp.array([1, 2])}, "prefix_length= needs is_causal=True"),
         (
             {"prefix_length": jnp.array([1]), "is_causal": True},
-            r"prefix_length is int32\[1\], it must be int32 \[B\] = \[2\]",
+            r"prefix_length is int32\[1\], it must be integers \[B\] = \[2\]",
         ),
         (
             {
@@ -265,7 +265,7 @@ def attend(**options):
                 "is_causal": True,
                 "local_window_size": 3,
             },
-            "prefix_length= cannot be joined with local_window_size=",
+            "prefix_length= cannot be combined with local_window_size=",
         ),
         ({"layout": ("zigzag",)}, r"layout=\('zigzag',\) must be one name or a pair"),
         ({"layout": ("zigzag", "data")}, r'layout="data" needs positions=, int32 \[B,'),

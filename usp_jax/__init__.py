@@ -2,7 +2,8 @@
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
 from usp_jax.balance import balance
-from usp_jax.decode import KVCache, decode_attention
+from usp_jax.cache import KVCache
+from usp_jax.decode import decode_attention
 from usp_jax.flags import recommended_flags
 from usp_jax.joint import usp_joint_attention
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout

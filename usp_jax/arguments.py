@@ -5,8 +5,8 @@ would be right, raised before anything is compiled.
 """
 
 import math
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,11 @@ import numpy as np
 from jax import Array
 
 from usp_jax.kernels.logits import Logits
-from usp_jax.layout import check_layout
+from usp_jax.layout import check_layout, check_length
 from usp_jax.masking import MaskRule
+from usp_jax.mesh import axis_size
+from usp_jax.shards import Shards
+from usp_jax.ulysses import Heads
 
 
 def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
@@ -46,7 +49,7 @@ def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 def check_array(name: str, x: jax.Array, letters: str) -> None:
     """Checks that `x` is a floating array of four dims, none of them 0."""
-    _check_is_array(name, x, letters)
+    _array_type(name, x, letters)
     if len(x.shape) != 4:
         raise ValueError(f"{name}.shape={x.shape} must be {letters}")
     if 0 in x.shape:
@@ -57,7 +60,9 @@ def check_array(name: str, x: jax.Array, letters: str) -> None:
         )
 
 
-def logits(scale: Any, logits_soft_cap: Any, head_size: int) -> Logits:
+def logits(
+    scale: float | None, logits_soft_cap: float | None, head_size: int
+) -> Logits:
     """The rule from products to logits; scale defaults to 1 / sqrt(H)."""
     if scale is None:
         scale = 1 / math.sqrt(head_size)
@@ -74,8 +79,7 @@ def logits(scale: Any, logits_soft_cap: Any, head_size: int) -> Logits:
 
 
 def mask_rule(
-    is_causal: Any,
-    local_window_size: Any,
+    is_causal: bool, local_window_size: int | Sequence[int | None] | None
 ) -> MaskRule:
     """The static part of the mask."""
     check_bool("is_causal", is_causal)
@@ -98,10 +102,10 @@ def mask_rule(
 
 def sides_of(
     name: str,
-    value: jax.Array | tuple[jax.Array, jax.Array] | None,
+    value: object,
     query_shape: tuple[int, ...],
     key_shape: tuple[int, ...],
-) -> Any:
+) -> tuple[jax.Array, ...] | None:
     """int32 [B, T] for both sides, (x,), or one for each, (query's, key/value's).
 
     None stays None.
@@ -118,32 +122,47 @@ def sides_of(
                 f"{name} of the {side} side has shape {getattr(x, 'shape', None)}, "
                 f"it must be [B, length] = {shape[:2]}"
             )
-        if x.dtype != jnp.int32:
+    return tuple(int32(name, x) for x in sides)
+
+
+def int32(name: str, x: object) -> jax.Array:
+    """Integers of any width as int32.
+
+    Raises:
+      ValueError: they are not integers, or known values do not fit.
+    """
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {dtype}, it must be an integer one")
+    limits = np.iinfo(np.int32)
+    if isinstance(x, np.ndarray) and x.size:
+        least, most = x.min(), x.max()
+        if least < limits.min or most > limits.max:
             raise ValueError(
-                f"{name} of the {side} side has dtype {x.dtype}, it must be int32"
+                f"{name} has values from {least} to {most}, they must fit into int32"
             )
-    return tuple(jnp.asarray(x) for x in sides)
+    return jnp.asarray(x, jnp.int32)
 
 
-def check_by_head(name: str, x: jax.Array | None, num_heads: int) -> None:
+def check_by_head(name: str, x: object, num_heads: int) -> None:
     """Checks that `x` is None or one floating number for each query head."""
     if x is None:
         return
-    _check_is_array(name, x, "[N]")
-    if x.shape != (num_heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
+    shape, dtype = _array_type(name, x, "[N]")
+    if shape != (num_heads,) or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{name} is {x.dtype}{list(x.shape)}, it must be floating "
-            f"[N] = [{num_heads}]"
+            f"{name} is {dtype}{list(shape)}, it must be floating [N] = [{num_heads}]"
         )
 
 
-def check_dropout_rate(rate: float) -> None:
-    """Checks that a share of weights can be dropped."""
+def dropout_rate(rate: float) -> float:
+    """The share of weights that is dropped."""
     if not _is_finite(rate) or not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate!r} must be a number from 0 to below 1")
+    return float(rate)
 
 
-def dropout_seed(seed: int | jax.Array | None, rate: float) -> Array | np.uint32 | None:
+def dropout_seed(seed: object, rate: float) -> Array | np.uint32 | None:
     """The seed as uint32 []; None where nothing is dropped."""
     if not rate:
         return None
@@ -151,10 +170,10 @@ def dropout_seed(seed: int | jax.Array | None, rate: float) -> Array | np.uint32
         return np.uint32(seed % 2**32)
     if seed is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_seed=, an integer")
-    _check_is_array("dropout_seed", seed, "[]")  # type: ignore[arg-type]
-    if seed.shape != () or not jnp.issubdtype(seed.dtype, jnp.integer):  # type: ignore[union-attr]
+    shape, dtype = _array_type("dropout_seed", seed, "[]")
+    if shape != () or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"dropout_seed is {seed.dtype}{list(seed.shape)}, it must be one integer"  # type: ignore[union-attr]
+            f"dropout_seed is {dtype}{list(shape)}, it must be one integer"
         )
     return jnp.asarray(seed).astype(jnp.uint32)
 
@@ -169,29 +188,57 @@ def layouts(layout: str | tuple[str, str]) -> tuple[str, str]:
     return pair
 
 
-def prefix(length: Any, batch: int, rule: MaskRule, **others: bool) -> Any:
-    """The length of each row's prefix, int32 [B], or None.
-
-    Args:
-      others: which options are asked for that a prefix cannot be joined with.
-    """
+def prefix(length: object, batch: int) -> jax.Array | None:
+    """The length of each row's prefix, int32 [B], or None."""
     if length is None:
         return None
-    _check_is_array("prefix_length", length, "[B]")
-    if length.shape != (batch,) or length.dtype != jnp.int32:
+    shape, dtype = _array_type("prefix_length", length, "[B]")
+    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"prefix_length is {length.dtype}{list(length.shape)}, it must be int32 "
+            f"prefix_length is {dtype}{list(shape)}, it must be integers "
             f"[B] = [{batch}]"
         )
-    if not rule.is_causal:
-        raise ValueError("prefix_length= needs is_causal=True: it widens a causal mask")
-    for name, asked in others.items():
-        if asked:
+    return int32("prefix_length", length)
+
+
+def check_divides(
+    query: jax.Array, key: jax.Array, shards: Shards, layouts: tuple[str, str]
+) -> None:
+    """Checks what the devices must divide: batch, heads and the layouts' lengths."""
+    mesh, axes = shards.mesh, shards.axes
+    ring_size, ulysses_size = shards.ring_size, shards.ulysses_size
+    ways = axis_size(mesh, axes.batch)
+    if query.shape[0] % ways:
+        raise ValueError(
+            f"the batch, B={query.shape[0]}, must be a multiple of data·fsdp = {ways}"
+        )
+    tensor = axis_size(mesh, axes.tensor)
+    for letter, x in (("N", query), ("K", key)):
+        if x.shape[2] % tensor:
             raise ValueError(
-                f"prefix_length= cannot be joined with {name}=, which needs to know "
-                "where a token of the prefix stands"
+                f"{letter}={x.shape[2]} heads must be a multiple of the mesh axis "
+                f"{axes.tensor!r}, {tensor}; give that axis fewer devices"
             )
-    return jnp.asarray(length)
+    for name, x, layout in zip(("query", "key"), (query, key), layouts, strict=True):
+        if layout == "contiguous":
+            # Global arrays are padded, and shards of any length are whole.
+            continue
+        length, what = x.shape[1], f"{name}.shape[1]"
+        if mesh is None and ring_size * ulysses_size > 1:
+            length *= ring_size * ulysses_size
+            what = f"the length of all shards of {name}"
+        check_length(length, layout, ring_size, ulysses_size, what)
+
+
+def head_groups(ulysses_chunks: int, heads: Heads) -> int:
+    """In how many groups a device takes its query heads."""
+    check_positive_int("ulysses_chunks", ulysses_chunks)
+    own = heads.padded // heads.ulysses_size
+    if own % ulysses_chunks:
+        raise ValueError(
+            f"{ulysses_chunks=} must divide the query heads of a device, {own}"
+        )
+    return ulysses_chunks
 
 
 def check_bool(name: str, value: bool | int) -> None:
@@ -206,12 +253,14 @@ def check_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name}={value!r} must be a positive int")
 
 
-def _check_is_array(name: str, x: jax.Array, letters: str) -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+def _array_type(name: str, x: object, letters: str) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and dtype of what must be an array."""
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape is None or dtype is None:
         raise ValueError(f"{name} must be an array {letters}, not {type(x).__name__}")
+    return shape, dtype
 
 
-def _is_finite(x: float) -> bool:
+def _is_finite(x: object) -> bool:
     """Whether this is a finite Python number."""
-    number = isinstance(x, Real) and not isinstance(x, bool)
-    return number and math.isfinite(x)
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)

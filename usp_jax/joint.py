@@ -14,20 +14,33 @@ counted twice, whatever the degrees:
     out [B, T, N, H], joint_out [B, J, N, H]
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from usp_jax import arguments
 from usp_jax.attention import usp_attention
 from usp_jax.masking import PADDING
-from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
-from usp_jax.shards import SEQ, TOKENS, Shards
+from usp_jax.mesh import MeshAxes, resolve_mesh
+from usp_jax.options import Options, completed
+from usp_jax.shards import SEQ, TOKENS, Dims, Shards
+
+_NO_ORDER = "the two sequences have no order in common"
+REFUSED = {
+    "is_causal": _NO_ORDER,
+    "local_window_size": _NO_ORDER,
+    "positions": _NO_ORDER,
+    "prefix_length": _NO_ORDER,
+    "alibi_slopes": _NO_ORDER,
+    "layout": "tokens may come in any order",
+    "dropout_rate": "what is dropped depends on positions, which joint tokens lack",
+    "dropout_seed": "what is dropped depends on positions, which joint tokens lack",
+    "return_residual": "the two lse are not returned",
+}
 
 
 def usp_joint_attention(
@@ -38,18 +51,14 @@ def usp_joint_attention(
     joint_key: Float[Array, "B J K H"],
     joint_value: Float[Array, "B J K H"],
     *,
-    scale: float | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    joint_segment_ids: Int[Array, "B J"] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
+    joint_segment_ids: Integer[Array, "B J"] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
-    implementation: str | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B J N H"]]:
     """Attention of two sequences to both, of which one is split and one is not.
 
-    What `usp_attention` gives for the two joined, in either order, without a causal
+    The result of `usp_attention` for the two joined, in either order, without a causal
     mask or window.
 
     Args:
@@ -57,90 +66,84 @@ def usp_joint_attention(
         `ulysses`, is a multiple of ring · ulysses, in any order.
       joint_query, joint_key, joint_value: the same with any length J, whole on every
         device that shares a sequence.
-      segment_ids: int32 [B, T], -1 for padding. None is document 0.
-      joint_segment_ids: int32 [B, J]; rows may so differ in length.
-
-    The other arguments are those of `usp_attention`.
+      joint_segment_ids: integers [B, J], -1 for padding; rows may so differ in length.
+      mesh, axes: as in `usp_attention`.
+      **options: `scale`, `segment_ids` [B, T], `logits_soft_cap`, `sinks`,
+        `implementation`, `ring_schedule` and `ulysses_chunks` of `usp_attention`;
+        those that need an order of tokens are refused.
 
     Returns:
       (out [B, T, N, H], joint_out [B, J, N, H]), split and whole like their queries.
 
     Raises:
-      ValueError: shapes, dtypes, lengths or names that do not fit.
+      ValueError: shapes, dtypes, lengths or names that do not fit, or an option is
+        refused.
 
     Example:
       >>> out, text_out = usp_jax.usp_joint_attention(
       ...     q, k, v, text_q, text_k, text_v, mesh=mesh)
     """
+    options = completed("usp_joint_attention", options, refused=REFUSED)
     arguments.check_arrays(query, key, value)
     arguments.check_arrays(joint_query, joint_key, joint_value)
     _check_pairs(query, key, joint_query, joint_key)
-    mesh = resolve_mesh(mesh, axes)
-    parts = axis_size(mesh, axes.ring) * axis_size(mesh, axes.ulysses)
+    mesh = resolve_mesh(mesh, axes, query, key, value)
+    shards = Shards.of_mesh(mesh, axes)
+    parts = shards.ring_size * shards.ulysses_size
     if query.shape[1] % parts:
         raise ValueError(
             f"query.shape[1]={query.shape[1]} must be a multiple of ring·ulysses = "
             f"{parts}; pad it and give the padding segment id -1"
         )
-    ids = arguments.sides_of("segment_ids", segment_ids, query.shape, key.shape)
-    joint_ids = arguments.sides_of(
-        "joint_segment_ids", joint_segment_ids, joint_query.shape, joint_key.shape
-    )
-    options: dict[str, Any] = {
-        "scale": scale,
-        "logits_soft_cap": logits_soft_cap,
-        "sinks": sinks,
-        "mesh": mesh,
-        "axes": axes,
-        "implementation": implementation,
-    }
-    shards = Shards() if mesh is None else Shards.of_mesh(mesh, axes)
     padding = -joint_query.shape[1] % parts
-    if ids is not None or joint_ids is not None or padding:
-        given = [
-            jnp.zeros(x.shape[:2], jnp.int32) if own is None else own[0]
-            for x, own in ((query, ids), (joint_query, joint_ids))
-        ]
-        ids, joint_ids = given
-        options["segment_ids"] = _deal(
-            shards, TOKENS, padding, ids, joint_ids, fill=PADDING
-        )
-    pairs = ((query, joint_query), (key, joint_key), (value, joint_value))
-    dealt = (_deal(shards, SEQ, padding, *pair) for pair in pairs)
-    out = usp_attention(*dealt, **options)
+    ids = _document(query, "segment_ids", options["segment_ids"])
+    joint_ids = _document(joint_query, "joint_segment_ids", joint_segment_ids)
+    if options["segment_ids"] is not None or joint_segment_ids is not None or padding:
+        dealt = _deal(shards, TOKENS, padding, ids, joint_ids, fill=PADDING)
+        options |= Options(segment_ids=dealt)
+    out = usp_attention(
+        _deal(shards, SEQ, padding, query, joint_query),
+        _deal(shards, SEQ, padding, key, joint_key),
+        _deal(shards, SEQ, padding, value, joint_value),
+        mesh=mesh,
+        axes=axes,
+        **options,
+    )
     own = partial(_cut, query.shape[1] // parts)
-    out, joint = _on_all(shards, own, SEQ, (SEQ, SEQ))(shards.place(out, SEQ))
+    run = shards.shard_map(own, (SEQ,), (SEQ, SEQ))
+    out, joint = run(shards.place(out, SEQ))
     joint = _whole(shards, joint)[:, : joint_query.shape[1]]
     return out, joint
 
 
+def _document(x: jax.Array, name: str, ids: object) -> jax.Array:
+    """The segment ids of tokens, int32 [B, T]; all of document 0 for None."""
+    if (sides := arguments.sides_of(name, ids, x.shape, x.shape)) is None:
+        return jnp.zeros(x.shape[:2], jnp.int32)
+    return sides[0]
+
+
 def _deal(
     shards: Shards,
-    dims: tuple[str, str] | tuple[str, str, str],
+    dims: Dims,
     padding: int,
-    x: Any,
+    x: jax.Array,
     joint: jax.Array,
     fill: int = 0,
 ) -> jax.Array:
     """[B, T, ...] with [B, J, ...] dealt out to its devices, J padded to divide."""
     widths = [(0, padding if i == 1 else 0) for i in range(joint.ndim)]
     joint = jnp.pad(_whole(shards, joint), widths, constant_values=fill)
-    join = _on_all(shards, lambda x, y: jnp.concatenate([x, y], 1), dims, dims)
-    return join(shards.place(x, dims), shards.place(joint, dims))
+
+    def join(x: jax.Array, joint: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, joint], 1)
+
+    run = shards.shard_map(join, (dims, dims), dims)
+    return run(shards.place(x, dims), shards.place(joint, dims))
 
 
 def _cut(length: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[:, :length], x[:, length:]
-
-
-def _on_all(
-    shards: Shards,
-    f: Callable[..., Any],
-    in_dims: tuple[str, str] | tuple[str, str, str],
-    out_dims: tuple[Any, ...],
-) -> Callable[..., Any]:
-    """`f` on every device's shards; jax differentiates it."""
-    return f if shards.mesh is None else shards.shard_map(f, in_dims, out_dims)
 
 
 def _whole(shards: Shards, x: jax.Array) -> jax.Array:

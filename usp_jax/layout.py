@@ -213,7 +213,7 @@ def _sizes(
 ) -> tuple[int, int]:
     check_layout(layout)
     if mesh is not None:
-        check_axes(axes, tuple(mesh.shape))
+        check_axes(axes, mesh)
     return axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
 
 

@@ -7,6 +7,7 @@ a multi-slice TPU or between GPU nodes, the outermost axes cross them.
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,40 +15,77 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 ROLES = ("pipe", "data", "fsdp", "ring", "ulysses", "tensor")
 
 
+# One mesh axis, or several that play a role together, outermost first.
+AxisName = str | tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Which axis of the user's mesh plays which role.
+    """Which axes of the user's mesh play which role.
 
-    A role whose axis is not in the mesh has size 1. Naming an axis other than the
-    default one (the role's own name) asks for it: it must then be in the mesh.
+        MeshAxes(data=("replica", "batch"), ring="context", ulysses=None)
+
+    A role is played by one axis, by several (a tuple, outermost first), or by none. A
+    role whose axis is not in the mesh has size 1. Naming an axis other than the default
+    one (the role's own name) asks for it: it must then be in the mesh.
+
+    Attributes:
+      pipe, data, fsdp, ring, ulysses, tensor: the roles; `data` and `fsdp` split the
+        batch, `ring` and `ulysses` the sequence, `tensor` the heads.
+      unused: axes along which every device computes the same. An axis of more than one
+        device has to be named in some role or here.
+
+    Raises:
+      ValueError: a name that is no string, or one axis in two places.
     """
 
-    pipe: str | None = "pipe"
-    data: str | None = "data"
-    fsdp: str | None = "fsdp"
-    ring: str | None = "ring"
-    ulysses: str | None = "ulysses"
-    tensor: str | None = "tensor"
+    pipe: AxisName | None = "pipe"
+    data: AxisName | None = "data"
+    fsdp: AxisName | None = "fsdp"
+    ring: AxisName | None = "ring"
+    ulysses: AxisName | None = "ulysses"
+    tensor: AxisName | None = "tensor"
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [name for role in ROLES if (name := getattr(self, role)) is not None]
+        for field in (*ROLES, "unused"):
+            value = getattr(self, field)
+            if not all(isinstance(name, str) for name in axis_names(value)):
+                raise ValueError(
+                    f"axes={self}: {field}={value!r} must be the name of a mesh axis, "
+                    "a tuple of names, or None"
+                )
+        names = self.names
         if len(set(names)) != len(names):
             raise ValueError(f"axes={self} gives one mesh axis to two roles")
 
     @property
-    def batch(self) -> tuple[str | None, str | None]:
-        """The axes that split the batch, outermost first."""
-        return (self.data, self.fsdp)
+    def names(self) -> tuple[str, ...]:
+        """All names, those in `unused` too."""
+        roles = (axis_names(getattr(self, role)) for role in ROLES)
+        return (*itertools.chain.from_iterable(roles), *self.unused)
 
     @property
-    def sequence(self) -> tuple[str | None, str | None]:
+    def batch(self) -> tuple[str, ...]:
+        """The axes that split the batch, outermost first."""
+        return axis_names(self.data) + axis_names(self.fsdp)
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
         """The axes that split the sequence, outermost first."""
-        return (self.ring, self.ulysses)
+        return axis_names(self.ring) + axis_names(self.ulysses)
+
+
+def axis_names(axis: AxisName | None) -> tuple[str, ...]:
+    """The axes that play a role, as a tuple."""
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 def make_mesh(
@@ -167,47 +205,57 @@ def _outermost(sizes: tuple[int, ...], islands: int) -> tuple[int, ...]:
     return tuple(outer)
 
 
-def axis_size(mesh: Mesh | AbstractMesh | None, name: str | None) -> int:
-    """The size of a mesh axis; 1 without a mesh or when the mesh lacks it."""
-    if mesh is None or name is None:
+def axis_size(mesh: Mesh | AbstractMesh | None, axis: AxisName | None) -> int:
+    """The devices along an axis; 1 without a mesh or when the mesh lacks it."""
+    if mesh is None:
         return 1
-    return mesh.shape.get(name, 1)
+    return math.prod(mesh.shape.get(name, 1) for name in axis_names(axis))
 
 
-def present(mesh: Mesh | AbstractMesh, names: Sequence[str | None]) -> tuple[str, ...]:
-    """Those of `names` that the mesh has, in their order."""
-    return tuple(name for name in names if name is not None and name in mesh.shape)
+def present(
+    mesh: Mesh | AbstractMesh, axes: Sequence[AxisName | None]
+) -> tuple[str, ...]:
+    """The names of axes that the mesh has, in their order."""
+    names = itertools.chain.from_iterable(map(axis_names, axes))
+    return tuple(name for name in names if name in mesh.shape)
 
 
 def resolve_mesh(
-    mesh: Mesh | AbstractMesh | None, axes: MeshAxes
+    mesh: Mesh | AbstractMesh | None, axes: MeshAxes, *inputs: jax.Array
 ) -> Mesh | AbstractMesh | None:
     """The mesh that a call on global arrays runs on, or None for one device.
 
     In a region that is manual over some axes (a pipeline's shard_map) that is the
-    context's mesh; elsewhere `mesh`, or the mesh of `jax.set_mesh`.
+    context's mesh; elsewhere `mesh`, the mesh of `jax.set_mesh`, or the one that the
+    inputs are sharded on.
 
     Raises:
-      ValueError: a mesh axis that `axes` asks for is missing, `mesh` contradicts
-        `jax.set_mesh`, or the region is already manual over an axis that the call
-        itself has to split over.
+      ValueError: a mesh axis that `axes` asks for is missing, one of several devices
+        plays no role, `mesh` contradicts `jax.set_mesh` or the inputs, or the region is
+        already manual over an axis that the call itself has to split over.
     """
     if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"{mesh=} must be a jax.sharding.Mesh or None")
     around = jax.sharding.get_abstract_mesh()
     context = None if around.empty else around
-    if context is not None and mesh is not None:
-        given = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
-        if dict(given.shape) != dict(context.shape):
-            raise ValueError(
-                f"mesh={mesh} differs from the mesh of jax.set_mesh, {context}; "
-                "leave one of them out"
-            )
+    if context is not None and mesh is not None and _differ(mesh, context):
+        raise ValueError(
+            f"mesh={mesh} differs from the mesh of jax.set_mesh, {context}; "
+            "leave one of them out"
+        )
     if context is not None and (mesh is None or context.manual_axes):
         mesh = context
+    own = _mesh_of(*inputs)
+    if mesh is None:
+        mesh = own
+    elif own is not None and AxisType.Explicit in own.axis_types and _differ(mesh, own):
+        raise ValueError(
+            f"the inputs are sharded on the mesh {own}, the call is for {mesh}: give "
+            "the same mesh, or move the inputs with jax.device_put"
+        )
     if mesh is None:
         return None
-    check_axes(axes, tuple(mesh.shape))
+    check_axes(axes, mesh)
     manual = set(context.manual_axes) if context is not None else set()
     wanted = (*axes.batch, *axes.sequence, axes.tensor)
     if taken := [name for name in present(mesh, wanted) if name in manual]:
@@ -218,14 +266,55 @@ def resolve_mesh(
     return mesh
 
 
-def check_axes(axes: MeshAxes, names: Sequence[str]) -> None:
+def _differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
+    return dict(mesh.shape) != dict(other.shape)
+
+
+def _mesh_of(*inputs: jax.Array) -> Mesh | AbstractMesh | None:
+    """The mesh of several devices that some input lies on, where it is known."""
+    for x in inputs:
+        if not hasattr(x, "dtype"):
+            continue
+        known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        # A concrete array's mesh names its devices too.
+        sharding = x.sharding if known else jax.typeof(x).sharding
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that `axes` and a mesh fit.
+
+    Raises:
+      ValueError: `axes` asks for an axis that the mesh lacks, or an axis of several
+        devices plays no role.
+    """
+    check_asked_for(axes, tuple(mesh.shape))
+    idle = {
+        name: size
+        for name, size in mesh.shape.items()
+        if size > 1 and name not in axes.names
+    }
+    if idle:
+        name, size = next(iter(idle.items()))
+        raise ValueError(
+            f"the mesh axis {name!r} of {size} devices plays no role; name it, for "
+            f"instance axes=usp_jax.MeshAxes(ring={name!r}) to split the sequence or "
+            f"MeshAxes(data={name!r}) the batch over it; with "
+            f"MeshAxes(unused=({name!r},)) its devices all compute the same"
+        )
+
+
+def check_asked_for(axes: MeshAxes, names: Sequence[str]) -> None:
     """Raises ValueError when `axes` asks for an axis that is not among `names`."""
     if not isinstance(axes, MeshAxes):
         raise ValueError(f"{axes=} must be a usp_jax.MeshAxes")
     for role in ROLES:
-        name = getattr(axes, role)
-        if name is not None and name != role and name not in names:
-            raise ValueError(
-                f"axes={axes} gives the role {role!r} to the axis {name!r}, which is "
-                f"not among the mesh's axes {tuple(names)}"
-            )
+        axis = getattr(axes, role)
+        for name in axis_names(axis):
+            if axis != role and name not in names:
+                raise ValueError(
+                    f"axes={axes} gives the role {role!r} to the axis {name!r}, which "
+                    f"is not among the mesh's axes {tuple(names)}"
+                )

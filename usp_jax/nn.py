@@ -6,13 +6,15 @@ layer = USPAttention(512, 8, num_kv_heads=2, rope_theta=1e4, mesh=mesh, rngs=rng
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol, Unpack, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer
 
 from usp_jax import MeshAxes, layout_positions, usp_attention
 from usp_jax.mesh import resolve_mesh
@@ -24,43 +26,85 @@ from usp_jax.models.rope import (
     rotate,
 )
 from usp_jax.models.rope_scaling import RopeScaling
-
-Window = int | tuple[int | None, int | None] | None
+from usp_jax.options import INSTEAD, Options, StaticOptions, completed
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequenceMask:
-    """A mask told by what each token is, to be given to a flax layer as its `mask`.
+    """What a call of a flax layer says of its tokens, given as the layer's `mask`.
 
         layer(x, mask=SequenceMask(segment_ids=ids))
 
-    flax hands it on to `attention_fn` as it is.
+    flax passes it to `attention_fn` as it is. Here is what changes from call to call or
+    is trained; what is fixed is an option of `attention_fn`.
 
     Attributes:
-      segment_ids: int32 [..., T]; tokens see equal ids only, and -1 is padding.
-      positions: int32 [..., T]: the order that causal and window masks compare.
+      segment_ids: integers [..., T]; tokens see equal ids only, and -1 is padding.
+      positions: integers [..., T]: the order that causal and window masks compare.
+      prefix_length: integers [...]; tokens below it see each other both ways.
+      sinks: floating [N], a logit for each head that takes weight and has no value.
     """
 
     segment_ids: Array | None = None
     positions: Array | None = None
+    prefix_length: Array | None = None
+    sinks: Array | None = None
+
+
+@runtime_checkable
+class HasTheta(Protocol):
+    """A RoPE with a base and nothing else, as `flax.nnx.RoPE`."""
+
+    theta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """RoPE (arXiv 2104.09864), applied to queries and keys before attention.
+
+    Dim i of a head is rotated with dim i + H/2, as in LLaMA and `flax.nnx.RoPE`.
+
+    Attributes:
+      theta: the base.
+      scaling: a stretching from `usp_jax.models.rope_scaling`, or None.
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+    def angles(
+        self, positions: Integer[Array, "B T"], head_size: int, length: int | None
+    ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
+        """Cosine and sine of each position.
+
+        Args:
+          length: of the sequence, for a dynamic scaling, where it is known.
+        """
+        scaling = self.scaling if length is None else at_length(self.scaling, length)
+        frequencies = rope_frequencies(head_size, self.theta, scaling)
+        return rope_angles(positions, frequencies, rope_amplitude(scaling))
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFn:
-    """What `attention_fn` makes; hashable, so that flax can compare modules."""
+    """The function that `attention_fn` returns; hashable, so flax can compare modules.
+
+    Attributes:
+      options: the `StaticOptions` of `usp_attention`, sorted by name.
+    """
 
     mesh: Mesh | AbstractMesh | None
-    is_causal: bool
-    scale: float | None
-    local_window_size: Window
-    logits_soft_cap: float | None
-    layout: str
     axes: MeshAxes
-    implementation: str | None
-    ring_schedule: str
-    ring_inner: int | None
-    ulysses_chunks: int
+    rope: Rope | None
+    alibi_slopes: tuple[float, ...] | None
+    options: tuple[tuple[str, Hashable], ...]
+
+    @property
+    def layout(self) -> str | tuple[str, str]:
+        """The order in which tokens are stored."""
+        layout: Any = dict(self.options).get("layout", "contiguous")
+        return layout
 
     # Every argument that flax may give is named: Linen looks at the signature, and
     # leaves out what is not in it.
@@ -72,20 +116,26 @@ class AttentionFn:
         bias: Array | None = None,
         mask: Array | SequenceMask | None = None,
         broadcast_dropout: bool = True,
-        dropout_rng: Any = None,
+        dropout_rng: Array | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
+        dtype: DTypeLike | None = None,
+        precision: object = None,
+        module: object = None,
         is_causal: bool = False,
         force_fp32_for_softmax: bool = False,
-        einsum_dot_general: Any = None,
-        qk_attn_weights_einsum: Any = None,
-        attn_weights_value_einsum: Any = None,
-        input_positions: Any = None,
+        einsum_dot_general: object = None,
+        qk_attn_weights_einsum: object = None,
+        attn_weights_value_einsum: object = None,
+        input_positions: Array | None = None,
     ) -> Array:
         """Attention of [..., T, N, H] to [..., S, K, H], with flax's arguments.
+
+        Args:
+          mask: a `SequenceMask`; dense masks are refused.
+          dropout_rng: a key; its bits are the seed of `usp_attention`'s dropout.
+          input_positions: integers [..., T] or [T], for the rotation of a `rope`, and
+            with layout="data" the order of tokens where the mask has none.
 
         Raises:
           ValueError: for an argument that sequence-parallel attention cannot honour.
@@ -98,6 +148,7 @@ class AttentionFn:
             qk_attn_weights_einsum,
             attn_weights_value_einsum,
         )
+        ordered = self.rope is not None or self.layout == "data"
         _refuse(
             mask=mask is not None and not isinstance(mask, SequenceMask),
             bias=bias is not None,
@@ -106,76 +157,106 @@ class AttentionFn:
             precision=precision is not None,
             sow_weights=module is not None,
             einsum=any(einsum is not None for einsum in einsums),
-            input_positions=input_positions is not None,
+            input_positions=input_positions is not None and not ordered,
         )
+        facts = mask if isinstance(mask, SequenceMask) else SequenceMask()
         dtype = dtype or jnp.result_type(query, key, value)
         batch = query.shape[:-3]
-        facts: Any = SequenceMask() if mask is None else mask
-        out: Any = usp_attention(
-            *(_one_batch(x.astype(dtype), 3) for x in (query, key, value)),
-            is_causal=self.is_causal or is_causal,
-            scale=self.scale,
+        q, k, v = (_one_batch(x.astype(dtype), 3) for x in (query, key, value))
+        positions = input_positions
+        if positions is not None:
+            positions = jnp.broadcast_to(positions, (*batch, query.shape[-3]))
+            positions = _one_batch(positions, 1)
+        if self.rope is not None:
+            q, k = self._rotated(self.rope, q, k, positions)
+        order = _one_batch(facts.positions, 1)
+        if order is None and self.layout == "data":
+            order = positions
+        options: dict[str, Any] = dict(self.options)
+        if is_causal:
+            options["is_causal"] = True
+        if self.alibi_slopes is not None:
+            options["alibi_slopes"] = jnp.asarray(self.alibi_slopes, jnp.float32)
+        if drops and dropout_rng is not None:
+            options["dropout_rate"] = dropout_rate
+            options["dropout_seed"] = jax.random.bits(dropout_rng)
+        out = usp_attention(
+            q,
+            k,
+            v,
             segment_ids=_one_batch(facts.segment_ids, 1),
-            positions=_one_batch(facts.positions, 1),
-            local_window_size=self.local_window_size,
-            logits_soft_cap=self.logits_soft_cap,
-            layout=self.layout,
+            positions=order,
+            prefix_length=_one_batch(facts.prefix_length, 0),
+            sinks=facts.sinks,
             mesh=self.mesh,
             axes=self.axes,
-            implementation=self.implementation,
-            ring_schedule=self.ring_schedule,
-            ring_inner=self.ring_inner,
-            ulysses_chunks=self.ulysses_chunks,
-            dropout_rate=dropout_rate if drops else 0.0,
-            dropout_seed=jax.random.bits(dropout_rng) if drops else None,
+            **options,
         )
+        assert isinstance(out, jax.Array)
         return out.reshape(*batch, *out.shape[1:])
+
+    def _rotated(
+        self, rope: Rope, q: Array, k: Array, positions: Array | None
+    ) -> tuple[Array, Array]:
+        """q and k, rotated by their positions, or by those of the layout."""
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"rope= rotates queries and keys of one sequence, not {q.shape[1]} "
+                f"queries and {k.shape[1]} keys: rotate them before the call"
+            )
+        length = None
+        if positions is None:
+            length = q.shape[1]
+            mesh = resolve_mesh(self.mesh, self.axes, q, k)
+            layout = self.layout if isinstance(self.layout, str) else self.layout[0]
+            positions = layout_positions(length, layout, mesh, axes=self.axes)[None]
+        angles = rope.angles(positions, q.shape[-1], length)
+        return rotate(q, *angles), rotate(k, *angles)
 
 
 def attention_fn(
     mesh: Mesh | AbstractMesh | None = None,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    local_window_size: Window = None,
-    logits_soft_cap: float | None = None,
-    layout: str = "contiguous",
     axes: MeshAxes = MeshAxes(),
-    implementation: str | None = None,
-    ring_schedule: str = "unidirectional",
-    ring_inner: int | None = None,
-    ulysses_chunks: int = 1,
+    rope: Rope | HasTheta | None = None,
+    alibi_slopes: Sequence[float] | None = None,
+    **options: Unpack[StaticOptions],
 ) -> AttentionFn:
     """`usp_attention` as the `attention_fn` of flax's attention layers.
 
     For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`. Any
-    number of batch dims works. A mask is told by `is_causal`, `local_window_size` and,
-    where documents are packed or padded, by a `SequenceMask` given to the layer as
-    `mask=`; dropout of attention's weights needs the layer's broadcast_dropout=False.
-    Dense masks, biases, a decoding cache and sown weights raise ValueError when the
-    layer is called.
+    number of batch dims works. What changes from call to call, packed documents for
+    instance, goes into a `SequenceMask` that the layer is given as `mask=`. Dropout of
+    attention's weights is the layer's own, with broadcast_dropout=False. Dense masks,
+    biases, a decoding cache and sown weights raise ValueError when the layer is called.
 
     Args:
-      mesh: None takes the mesh of `jax.set_mesh`.
-      is_causal: or the layer's own `is_causal=` when it is called.
-      scale, local_window_size, logits_soft_cap, layout, axes, implementation,
-        ring_schedule, ring_inner, ulysses_chunks: as `usp_attention` takes them.
+      mesh, axes: as in `usp_attention`.
+      rope: rotates queries and keys, a `Rope` or a `flax.nnx.RoPE`; positions are the
+        layer's `input_positions`, or those of the layout.
+      alibi_slopes: a number for each head, as in `usp_attention`.
+      **options: `is_causal` (or the layer's own `is_causal=` when it is called),
+        `scale`, `local_window_size`, `logits_soft_cap`, `layout`, `implementation`,
+        `ring_schedule` and `ulysses_chunks` of `usp_attention`.
+
+    Returns:
+      A hashable function with the arguments of `flax.nnx.dot_product_attention`.
+
+    Raises:
+      ValueError: an option that a layer cannot honour.
+
+    Example:
+      >>> attend = attention_fn(mesh, is_causal=True, layout="zigzag", rope=Rope(1e4))
+      >>> layer = nnx.MultiHeadAttention(
+      ...     8, 512, attention_fn=attend, decode=False, rngs=rngs)
     """
-    if isinstance(local_window_size, list):
-        local_window_size = tuple(local_window_size)
-    return AttentionFn(
-        mesh,
-        is_causal,
-        scale,
-        local_window_size,
-        logits_soft_cap,
-        layout,
-        axes,
-        implementation,
-        ring_schedule,
-        ring_inner,
-        ulysses_chunks,
-    )
+    completed("attention_fn", cast(Options, options), refused=_REFUSED)
+    if rope is not None and not isinstance(rope, Rope):
+        rope = Rope(float(rope.theta))
+    slopes = None if alibi_slopes is None else tuple(map(float, alibi_slopes))
+    # Lists, which cannot be hashed, as tuples.
+    fixed = ((n, tuple(x) if isinstance(x, list) else x) for n, x in options.items())
+    return AttentionFn(mesh, axes, rope, slopes, tuple(sorted(fixed)))
 
 
 class USPAttention(nnx.Module):
@@ -197,15 +278,17 @@ class USPAttention(nnx.Module):
         use_bias: bool = False,
         rope_theta: float | None = None,
         rope_scaling: RopeScaling | None = None,
+        sinks: bool = False,
         attention: AttentionFn | None = None,
         mesh: Mesh | AbstractMesh | None = None,
-        is_causal: bool = False,
-        layout: str = "contiguous",
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        axes: MeshAxes = MeshAxes(),
+        alibi_slopes: Sequence[float] | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Unpack[StaticOptions],
     ) -> None:
-        """Makes the four projections `q`, `k`, `v` and `o`.
+        """Makes the four projections `q`, `k`, `v` and `o`, and `sink_logits`.
 
         Args:
           num_kv_heads: None is `num_heads`.
@@ -213,9 +296,10 @@ class USPAttention(nnx.Module):
           out_features: None is `in_features`.
           rope_theta: RoPE's base; None is no RoPE.
           rope_scaling: a stretching of RoPE from `usp_jax.models.rope_scaling`.
-          attention: from `attention_fn`, for the options that this layer lacks; then
-            `mesh`, `is_causal` and `layout` are its own and may not be given.
-          layout: the order in which tokens are stored; RoPE's positions follow it.
+          sinks: learns an attention sink for each query head, from 0.
+          attention: from `attention_fn`, instead of the four that follow; without a
+            `rope` of its own it gets `rope_theta`'s.
+          mesh, axes, alibi_slopes, **options: as `attention_fn` takes them.
           dtype: of the computation; None is that of input and parameters.
 
         Raises:
@@ -234,22 +318,32 @@ class USPAttention(nnx.Module):
         if rope_theta is None and rope_scaling is not None:
             raise ValueError(f"{rope_scaling=} needs rope_theta=")
         if attention is None:
-            attention = attention_fn(mesh, is_causal=is_causal, layout=layout)
-        elif mesh is not None or is_causal or layout != "contiguous":
-            raise ValueError(
-                f"attention={attention} has a mesh, is_causal and layout of its own: "
-                "give them to attention_fn"
+            attention = attention_fn(
+                mesh, axes=axes, alibi_slopes=alibi_slopes, **options
             )
+        elif options or mesh is not None or alibi_slopes is not None:
+            raise ValueError(
+                f"attention={attention} has a mesh and options of its own: give them "
+                "to attention_fn"
+            )
+        if rope_theta is not None:
+            if attention.rope is not None:
+                raise ValueError(
+                    f"{rope_theta=} and {attention.rope} of attention= are both given: "
+                    "leave one out"
+                )
+            rope = Rope(rope_theta, rope_scaling)
+            attention = dataclasses.replace(attention, rope=rope)
         self.attention = attention
-        self.head_size = head_size
-        self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
+        self.sink_logits = (
+            nnx.Param(jnp.zeros(num_heads, param_dtype)) if sinks else None
+        )
 
         def project(
             features_in: int | tuple[int, int],
             features_out: int | tuple[int, int],
             axis: int | tuple[int, int] = -1,
-        ) -> Any:
+        ) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
                 features_in,
                 features_out,
@@ -269,68 +363,71 @@ class USPAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        prefix_length: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "B T F"]:
         """Attention within x.
 
         Args:
           x: tokens in the order of the layout.
-          segment_ids: int32 [B, T], as `usp_attention` takes them.
-          positions: int32 [B, T], for RoPE and, where the layout is "data", for the
+          segment_ids: integers [B, T], as `usp_attention` takes them.
+          positions: integers [B, T], for RoPE and, where the layout is "data", for the
             mask; None takes those of the layout.
+          prefix_length: integers [B], as `usp_attention` takes them.
 
         Raises:
           ValueError: shapes, dtypes, lengths or heads that do not fit.
         """
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        attention = self.attention
-        if self.rope_theta is not None:
-            angles = self._angles(x, positions)
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        ordered = positions if attention.layout == "data" else None
-        return self.o(attention(q, k, v, mask=SequenceMask(segment_ids, ordered)))
-
-    def _angles(self, x: jax.Array, positions: Any) -> tuple[jax.Array, jax.Array]:
-        attention, scaling = self.attention, self.rope_scaling
-        if positions is None:
-            scaling = at_length(scaling, x.shape[1])
-            mesh = resolve_mesh(attention.mesh, attention.axes)
-            positions = layout_positions(
-                x.shape[1], attention.layout, mesh, axes=attention.axes
-            )[None]
-        return rope_angles(
-            positions,
-            rope_frequencies(self.head_size, self.rope_theta, scaling),  # type: ignore[arg-type]
-            rope_amplitude(scaling),
+        sinks = None if self.sink_logits is None else self.sink_logits[...]
+        mask = SequenceMask(segment_ids, None, prefix_length, sinks)
+        ordered = self.attention.rope is not None or self.attention.layout == "data"
+        out = self.attention(
+            self.q(x),
+            self.k(x),
+            self.v(x),
+            mask=mask,
+            input_positions=positions if ordered else None,
         )
+        return self.o(out)
 
 
+_LAYER = "it changes from call to call: give the layer mask=SequenceMask(...)"
+_REFUSED = {
+    "segment_ids": _LAYER,
+    "positions": _LAYER,
+    "prefix_length": _LAYER,
+    "sinks": _LAYER,
+    "return_residual": "a layer takes one array: call usp_attention",
+    "dropout_rate": "the layer has a dropout_rate of its own",
+    "dropout_seed": "the layer draws a new one for each call",
+}
 _INSTEAD = {
+    **INSTEAD,
     "mask": "a dense mask has T·S entries: use is_causal, local_window_size or, for "
     "documents and padding, mask=SequenceMask(segment_ids=...); a decoding cache makes "
     "such a mask, too, and is not supported",
-    "bias": "a bias has T·S entries: encode positions in query and key, as RoPE does",
     "broadcast_dropout": "what is dropped depends on the row and the head: use "
     "broadcast_dropout=False",
     "dropout_rng": "None is no seed: give a key, or deterministic=True",
     "precision": "leave it None and use jax.default_matmul_precision",
     "sow_weights": "attention's weights are never stored: use sow_weights=False",
     "einsum": "attention computes no such einsum: leave its replacement out",
-    "input_positions": "attention rotates nothing: use usp_jax.nn.USPAttention with "
-    "rope_theta, or rotate query and key before",
+    "input_positions": "it rotates nothing without a rope: give "
+    "attention_fn(rope=usp_jax.nn.Rope(...))",
 }
 
 
-def _refuse(**asked: Any) -> None:
+def _refuse(**asked: bool) -> None:
     """Raises for the first argument that was asked for and cannot be honoured."""
     for name, given in asked.items():
         if given:
             raise ValueError(f"attention_fn cannot honour {name}: {_INSTEAD[name]}")
 
 
-def _one_batch(x: jax.Array | None, kept: int) -> Any:
+def _one_batch(x: Array | None, kept: int) -> Any:
     """Merges all batch dims into one, before the last `kept`."""
     if x is None or x.ndim == kept + 1:
         return x
-    return x.reshape(math.prod(x.shape[:-kept]), *x.shape[-kept:])
+    batch = x.ndim - kept
+    return x.reshape(math.prod(x.shape[:batch]), *x.shape[batch:])

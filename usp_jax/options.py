@@ -1,49 +1,121 @@
-"""The static arguments of an attention call, and its facts: checked, in one form."""
+"""The options of attention: one list, their defaults, and the checked call they make.
 
-import dataclasses
-from typing import Any
+`usp_attention` documents each; every other way in takes `**options: Unpack[Options]`,
+or `Unpack[StaticOptions]` where they are fixed once, and passes them on as they are.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypedDict
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Integer
 
 from usp_jax import arguments, kernels
-from usp_jax.head_chunks import usp_in_chunks
-from usp_jax.kernels.logits import Logits
+from usp_jax.call import Call, Facts
 from usp_jax.masking import MaskRule
-from usp_jax.schedules import Schedule, schedule
+from usp_jax.mesh import axis_names, axis_size
+from usp_jax.ring import Schedule, schedule_of
 from usp_jax.shards import Shards
-from usp_jax.usp import Call, Facts, usp
+from usp_jax.ulysses import Heads
+
+Ids = (
+    Integer[Array, "*B T"]
+    | Integer[np.ndarray, "*B T"]
+    | tuple[
+        Integer[Array, "*B T"] | Integer[np.ndarray, "*B T"],
+        Integer[Array, "*B S"] | Integer[np.ndarray, "*B S"],
+    ]
+)
+Window = int | tuple[int | None, int | None] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The checked static arguments of a call."""
+class StaticOptions(TypedDict, total=False):
+    """Options that are Python values: fixed when a program is traced."""
 
-    logits: Logits
-    rule: MaskRule
-    layouts: tuple[str, str]
+    is_causal: bool
+    scale: float | None
+    local_window_size: Window
+    logits_soft_cap: float | None
     dropout_rate: float
-    schedule: Schedule
-    implementation: str
+    layout: str | tuple[str, str]
+    implementation: str | None
     return_residual: bool
+    ring_schedule: str | Schedule
     ulysses_chunks: int
 
-    def attend(
-        self, shards: Any, heads: Any, *arrays: Any
-    ) -> tuple[jax.Array, None] | tuple[jax.Array, jax.Array]:
-        """The call on these shards: (out, lse or None)."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        chunks = fields.pop("ulysses_chunks")
-        call = Call(shards=shards, heads=heads, **fields)
-        if chunks == 1:
-            return usp(call, *arrays)
-        own = heads.padded // heads.ulysses_size
-        if own % chunks:
-            raise ValueError(
-                f"ulysses_chunks={chunks} must divide the query heads of a device, "
-                f"{own}"
+
+class Options(StaticOptions, total=False):
+    """All options that may follow the arrays of an attention function."""
+
+    segment_ids: Ids | None
+    positions: Ids | None
+    sinks: Float[Array, " N"] | None
+    prefix_length: Integer[Array, "*B"] | None
+    alibi_slopes: Float[Array, " N"] | None
+    dropout_seed: int | Integer[Array, ""] | None
+
+
+DEFAULTS = Options(
+    is_causal=False,
+    scale=None,
+    segment_ids=None,
+    positions=None,
+    local_window_size=None,
+    logits_soft_cap=None,
+    sinks=None,
+    prefix_length=None,
+    alibi_slopes=None,
+    dropout_rate=0.0,
+    dropout_seed=None,
+    layout="contiguous",
+    implementation=None,
+    return_residual=False,
+    ring_schedule="unidirectional",
+    ulysses_chunks=1,
+)
+
+# Names that other attention functions have, and what to use here.
+INSTEAD = {
+    "mask": "a dense mask has T·S entries: use is_causal, local_window_size, "
+    "prefix_length or, for documents and padding, segment_ids",
+    "bias": "a bias has T·S entries: use alibi_slopes, or encode positions in query "
+    "and key, as RoPE does",
+    "query_seq_lengths": "use segment_ids, with -1 for padding",
+    "key_value_seq_lengths": "use segment_ids, with -1 for padding",
+    "ring_inner": 'use ring_schedule="double:4" for inner rings of 4 devices',
+}
+
+
+def completed(
+    function: str,
+    options: Options,
+    *,
+    refused: Mapping[str, str] = MappingProxyType({}),
+    defaults: Options = DEFAULTS,
+) -> Options:
+    """`options` with the defaults of those that are not given.
+
+    Args:
+      function: whose options they are, for errors.
+      refused: options that it cannot honour, and why; they may have their default only.
+      defaults: its own.
+
+    Raises:
+      TypeError: there is no such option.
+      ValueError: an option is refused, or is one of another library's.
+    """
+    for name, value in options.items():
+        if name in INSTEAD:
+            raise ValueError(f"{function} cannot honour {name}=: {INSTEAD[name]}")
+        if name not in DEFAULTS:
+            raise TypeError(
+                f"{function}() has no option {name!r}; it has {tuple(DEFAULTS)}"
             )
-        return usp_in_chunks(call, chunks, *arrays)
+        if name in refused and value is not DEFAULTS.get(name):
+            raise ValueError(f"{function} cannot honour {name}=: {refused[name]}")
+    return defaults | options
 
 
 def checked(
@@ -51,91 +123,109 @@ def checked(
     key: jax.Array,
     value: jax.Array,
     shards: Shards,
-    ring_size: int,
-    *,
-    is_causal: Any,
-    scale: Any,
-    segment_ids: Any,
-    positions: Any,
-    local_window_size: Any,
-    logits_soft_cap: Any,
-    sinks: Any,
-    prefix_length: Any,
-    alibi_slopes: Any,
-    dropout_rate: float,
-    dropout_seed: Any,
-    layout: Any,
-    implementation: Any,
-    return_residual: bool,
-    ring_schedule: str,
-    ring_inner: Any,
-    ulysses_chunks: int,
-) -> tuple[Options, Facts]:
-    """What `usp_attention` is told, in one form.
+    options: Options,
+) -> tuple[Call, jax.Array | None, Facts]:
+    """The call, its sinks and its facts, from completed options.
+
+    Args:
+      query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V].
 
     Raises:
       ValueError: as `usp_attention` says.
     """
-    way = schedule(ring_schedule, ring_inner, ring_size)
     arguments.check_arrays(query, key, value)
-    arguments.check_bool("return_residual", return_residual)
-    arguments.check_dropout_rate(dropout_rate)
-    arguments.check_positive_int("ulysses_chunks", ulysses_chunks)
-    has_bias, drops = alibi_slopes is not None, dropout_rate > 0
-    needs = {"alibi_slopes": has_bias, "dropout_rate": drops}
-    rule = arguments.mask_rule(is_causal, local_window_size)
-    further = {
-        "segment_ids": segment_ids is not None,
+    arguments.check_bool("return_residual", options["return_residual"])
+    rate = arguments.dropout_rate(options["dropout_rate"])
+    rule = arguments.mask_rule(options["is_causal"], options["local_window_size"])
+    layouts = arguments.layouts(options["layout"])
+    schedule = schedule_of(options["ring_schedule"], shards.ring_size)
+    arguments.check_divides(query, key, shards, layouts)
+    tensor = axis_size(shards.mesh, shards.axes.tensor)
+    heads = Heads(query.shape[2] // tensor, key.shape[2] // tensor, shards.ulysses_size)
+    groups = arguments.head_groups(options["ulysses_chunks"], heads)
+    facts = _facts(query, key, shards, options, rate)
+    _check_together(layouts, rule, facts, options)
+    arguments.check_by_head("sinks", options["sinks"], query.shape[2])
+    needs = {
+        "alibi_slopes": facts.slopes is not None,
+        "dropout_rate": rate > 0,
+        "segment_ids": facts.segment_ids is not None,
         # They are read only where order matters.
-        "positions": positions is not None and rule.after is not None,
-        "prefix_length": prefix_length is not None,
+        "positions": facts.positions is not None and rule.after is not None,
+        "prefix_length": facts.prefix is not None,
         "local_window_size": rule.before is not None,
-        "logits_soft_cap": logits_soft_cap is not None,
+        "logits_soft_cap": options["logits_soft_cap"] is not None,
     }
-    options = Options(
-        arguments.logits(scale, logits_soft_cap, query.shape[3]),
-        rule,
-        arguments.layouts(layout),
-        float(dropout_rate),
-        way,
-        kernels.choose(
-            implementation,
+    call = Call(
+        shards=shards,
+        heads=heads,
+        logits=arguments.logits(
+            options["scale"], options["logits_soft_cap"], query.shape[3]
+        ),
+        rule=rule,
+        layouts=layouts,
+        dropout_rate=rate,
+        schedule=schedule,
+        implementation=kernels.choose(
+            options["implementation"],
             target=kernels.target_of(shards.mesh),
             dtype=query.dtype,
             head_size=max(query.shape[3], value.shape[3]),
-            needs=tuple(name for name, asked in (needs | further).items() if asked),
+            needs=tuple(name for name, asked in needs.items() if asked),
         ),
-        return_residual,
-        ulysses_chunks,
+        return_residual=options["return_residual"],
+        head_groups=groups,
     )
+    return call, options["sinks"], facts
+
+
+def _facts(
+    query: jax.Array, key: jax.Array, shards: Shards, options: Options, rate: float
+) -> Facts:
+    """The facts of a call, each checked by itself."""
     batch, _, num_heads, _ = query.shape
     shapes = query.shape, key.shape
-    positions = arguments.sides_of("positions", positions, *shapes)
-    segment_ids = arguments.sides_of("segment_ids", segment_ids, *shapes)
-    _check_positions(options.layouts, positions)
-    arguments.check_by_head("alibi_slopes", alibi_slopes, num_heads)
-    prefix = arguments.prefix(
-        prefix_length,
-        batch,
-        rule,
-        local_window_size=(rule.left, rule.right) != (None, None),
-        **needs,
-    )
-    seed = arguments.dropout_seed(dropout_seed, options.dropout_rate)
-    arguments.check_by_head("sinks", sinks, num_heads)
-    rows = heads = None
-    if seed is not None:
-        rows, heads = (np.arange(n, dtype=np.int32) for n in (batch, num_heads))
-        rows = shards.bound_index(shards.axes.batch) * batch + rows
-        heads = shards.bound_index((shards.axes.tensor,)) * num_heads + heads
-    return options, Facts(
-        positions, segment_ids, prefix, rows, heads, alibi_slopes, seed
+    arguments.check_by_head("alibi_slopes", options["alibi_slopes"], num_heads)
+    seed = arguments.dropout_seed(options["dropout_seed"], rate)
+
+    def numbers(count: int, axes: tuple[str, ...]) -> jax.Array | np.ndarray | None:
+        """Of rows or heads, in the whole call; only dropout asks for them."""
+        if seed is None:
+            return None
+        return shards.bound_index(axes) * count + np.arange(count, dtype=np.int32)
+
+    return Facts(
+        positions=arguments.sides_of("positions", options["positions"], *shapes),
+        segment_ids=arguments.sides_of("segment_ids", options["segment_ids"], *shapes),
+        prefix=arguments.prefix(options["prefix_length"], batch),
+        rows=numbers(batch, shards.axes.batch),
+        heads=numbers(num_heads, axis_names(shards.axes.tensor)),
+        slopes=options["alibi_slopes"],
+        seed=seed,
     )
 
 
-def _check_positions(layouts: tuple[str, str], positions: Any) -> None:
-    if "data" not in layouts:
+def _check_together(
+    layouts: tuple[str, str], rule: MaskRule, facts: Facts, options: Options
+) -> None:
+    """Checks options that depend on each other."""
+    if "data" in layouts:
+        sides = "[B, T]" if layouts[0] == layouts[1] else "[B, T] and [B, S], a pair"
+        positions = facts.positions
+        if positions is None or len(positions) < len(set(layouts)):
+            raise ValueError(f'layout="data" needs positions=, int32 {sides}')
+    if facts.prefix is None:
         return
-    sides = "[B, T]" if layouts[0] == layouts[1] else "[B, T] and [B, S], a pair"
-    if positions is None or len(positions) < len(set(layouts)):
-        raise ValueError(f'layout="data" needs positions=, int32 {sides}')
+    if not rule.is_causal:
+        raise ValueError("prefix_length= needs is_causal=True: it widens a causal mask")
+    others = {
+        "local_window_size": (rule.left, rule.right) != (None, None),
+        "alibi_slopes": facts.slopes is not None,
+        "dropout_rate": facts.seed is not None,
+    }
+    for name, asked in others.items():
+        if asked:
+            raise ValueError(
+                f"prefix_length= cannot be combined with {name}=, which needs to know "
+                "where a token of the prefix stands"
+            )

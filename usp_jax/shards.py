@@ -1,18 +1,32 @@
 """Running a function of one device's shards on every device of a mesh."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Int
 
 from usp_jax._compat import vary_like
-from usp_jax.mesh import MeshAxes, axis_size, check_axes, present
+from usp_jax.mesh import (
+    AxisName,
+    MeshAxes,
+    axis_names,
+    axis_size,
+    check_asked_for,
+    present,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 # What the leading dims of an array are split over. One such tuple stands for all arrays
 # of a pytree; where they differ, a pytree of tuples does.
+Dims = tuple[str | None, ...]
+DimsTree = Any
 SEQ = ("batch", "sequence", "tensor")
 HEADS = ("batch", "ring", "heads")
 TOKENS = ("batch", "sequence")
@@ -35,14 +49,19 @@ class Shards:
 
     mesh: Mesh | AbstractMesh | None = None
     axes: MeshAxes = MeshAxes()
-    ring: str | None = None
-    ulysses: str | None = None
+    ring: AxisName | None = None
+    ulysses: AxisName | None = None
 
     @classmethod
-    def of_mesh(cls, mesh: Mesh | AbstractMesh, axes: MeshAxes) -> "Shards":
-        """All devices of a mesh."""
-        split = (name if axis_size(mesh, name) > 1 else None for name in axes.sequence)
-        return cls(mesh, axes, *split)
+    def of_mesh(cls, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> "Shards":
+        """All devices of a mesh; one device without one."""
+        if mesh is None:
+            return cls()
+
+        def split(axis: AxisName | None) -> AxisName | None:
+            return _axis([n for n in axis_names(axis) if axis_size(mesh, n) > 1])
+
+        return cls(mesh, axes, split(axes.ring), split(axes.ulysses))
 
     @classmethod
     def of_bound(cls, axes: MeshAxes) -> "Shards":
@@ -51,18 +70,20 @@ class Shards:
         Raises:
           ValueError: an axis of the sequence that `axes` asks for is not bound there.
         """
-        bound = [name for name in axes.sequence if name is not None and _is_bound(name)]
-        others = dict.fromkeys(("pipe", "data", "fsdp", "tensor"))
-        check_axes(dataclasses.replace(axes, **others), bound)
-        split = (
-            name if name in bound and lax.axis_size(name) > 1 else None
-            for name in axes.sequence
+        bound = [name for name in axes.sequence if _is_bound(name)]
+        check_asked_for(
+            MeshAxes(None, None, None, axes.ring, axes.ulysses, None), bound
         )
-        return cls(None, axes, *split)
+
+        def split(axis: AxisName | None) -> AxisName | None:
+            names = [n for n in axis_names(axis) if n in bound]
+            return _axis([n for n in names if lax.axis_size(n) > 1])
+
+        return cls(None, axes, split(axes.ring), split(axes.ulysses))
 
     def run(
-        self, f: Callable[..., Any], in_dims: tuple[Any, ...], out_dims: tuple[Any, ...]
-    ) -> Callable[..., Any]:
+        self, f: Callable[P, R], in_dims: DimsTree, out_dims: DimsTree
+    ) -> Callable[P, R]:
         """`f` on every device, each argument and result split by its dims.
 
         No gradient ever passes through, it is written by hand around this; so nothing
@@ -72,42 +93,46 @@ class Shards:
             return f
         mapped = self.shard_map(f, in_dims, out_dims, check_vma=False)
 
-        def call(*args: Any) -> Any:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             # What varies over the axes of a region around this one still does.
-            return vary_like(mapped(*args), args)
+            result: R = vary_like(mapped(*args, **kwargs), (args, kwargs))
+            return result
 
         return call
 
     def shard_map(
         self,
-        f: Callable[..., Any],
-        in_dims: tuple[Any, ...],
-        out_dims: tuple[Any, ...],
-        **options: Any,
-    ) -> Callable[..., Any]:
+        f: Callable[P, R],
+        in_dims: DimsTree,
+        out_dims: DimsTree,
+        *,
+        check_vma: bool = True,
+    ) -> Callable[P, R]:
         """`jax.shard_map` of `f` over all axes of the mesh that are not manual yet.
 
         Args:
           in_dims, out_dims: a tuple of dims for each array, or one for all of them.
         """
+        if self.mesh is None:
+            return f
 
-        def specs(dims: tuple[Any, ...]) -> Any:
+        def specs(dims: DimsTree) -> Any:
             return jax.tree.map(self.spec, dims, is_leaf=_is_dims)
 
-        mesh, manual = self.its_mesh, jax.sharding.get_abstract_mesh().manual_axes
+        manual = jax.sharding.get_abstract_mesh().manual_axes
         return jax.shard_map(
             f,
-            mesh=mesh,
+            mesh=self.mesh,
             in_specs=specs(in_dims),
             out_specs=specs(out_dims),
-            axis_names={name for name in mesh.axis_names if name not in manual},
-            **options,
+            axis_names={name for name in self.mesh.axis_names if name not in manual},
+            check_vma=check_vma,
         )
 
-    def spec(self, dims: tuple[str | None, ...]) -> jax.P:
+    def spec(self, dims: Dims) -> jax.P:
         """The mesh axes of an array's leading dims."""
         axes = self.axes
-        names = {
+        names: dict[str | None, tuple[AxisName | None, ...]] = {
             None: (),
             "batch": axes.batch,
             "sequence": axes.sequence,
@@ -118,7 +143,7 @@ class Shards:
         }
         return jax.P(*(present(self.its_mesh, names[dim]) or None for dim in dims))
 
-    def place(self, x: Any, dims: Any) -> Any:
+    def place(self, x: T, dims: DimsTree) -> T:
         """Arrays with the sharding that a stage asks for, where a mesh is Explicit.
 
         Elsewhere the compiler sees to it.
@@ -126,13 +151,15 @@ class Shards:
         if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
             return x
 
-        def place(dims: Any, part: Any) -> Any:
+        def place(dims: Dims, part: T) -> T:
             sharding = NamedSharding(self.its_mesh, self.spec(dims))
-            return jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), part)
+            moved: T = jax.tree.map(lambda leaf: jax.reshard(leaf, sharding), part)
+            return moved
 
-        return jax.tree.map(place, dims, x, is_leaf=_is_dims)
+        placed: T = jax.tree.map(place, dims, x, is_leaf=_is_dims)
+        return placed
 
-    def constrain(self, x: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
+    def constrain(self, x: jax.Array, dims: Dims) -> jax.Array:
         """Arrays that are split so, on an Auto mesh too."""
         if self.mesh is None or AxisType.Explicit in self.mesh.axis_types:
             return self.place(x, dims)
@@ -153,9 +180,9 @@ class Shards:
             return x
         return jax.reshard(x, NamedSharding(self.its_mesh, jax.P(*theirs)))
 
-    def splits(self, spec: Any) -> Any:
+    def splits(self, spec: Iterable[AxisName | None]) -> list[list[str]]:
         """The axes of more than one device in each part of a spec."""
-        parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+        parts = map(axis_names, spec)
         return [[n for n in part if axis_size(self.mesh, n) > 1] for part in parts]
 
     @property
@@ -167,26 +194,36 @@ class Shards:
     @property
     def split(self) -> tuple[str, ...]:
         """The axes that split the sequence."""
-        return tuple(name for name in (self.ring, self.ulysses) if name is not None)
+        return axis_names(self.ring) + axis_names(self.ulysses)
+
+    @property
+    def ring_size(self) -> int:
+        """The number of ring shards."""
+        return self.size(self.ring)
+
+    @property
+    def ulysses_size(self) -> int:
+        """The number of devices that exchange heads."""
+        return self.size(self.ulysses)
 
     def bound_indices(self) -> list[jax.Array]:
         """This device's places on the caller's own axes, which vary over them."""
         return [] if self.mesh else [lax.axis_index(name) for name in self.split]
 
-    def size(self, name: str | None) -> int:
-        """The size of a bound axis, on one device; 1 for None."""
-        return 1 if name is None else lax.axis_size(name)
+    def size(self, axis: AxisName | None) -> int:
+        """The size of an axis; 1 for None."""
+        if axis is None:
+            return 1
+        return lax.axis_size(axis) if self.mesh is None else axis_size(self.mesh, axis)
 
-    def index(self, name: str | None) -> Any:
+    def index(self, axis: AxisName | None) -> Int[Array, ""] | int:
         """This device's place on a bound axis; 0 for None."""
-        return 0 if name is None else lax.axis_index(name)
+        return 0 if axis is None else lax.axis_index(axis)
 
-    def bound_index(self, names: tuple[str | None, ...]) -> Any:
+    def bound_index(self, names: tuple[str, ...]) -> Int[Array, ""] | int:
         """This device's place on those of some axes that the caller's region binds."""
         bound = tuple(
-            name
-            for name in names
-            if name is not None and _is_bound(name) and lax.axis_size(name) > 1
+            name for name in names if _is_bound(name) and lax.axis_size(name) > 1
         )
         return lax.axis_index(bound) if bound else 0
 
@@ -198,7 +235,12 @@ class Shards:
         return lax.psum(x, axes)
 
 
-def _is_dims(x: Any) -> bool:
+def _axis(names: list[str]) -> AxisName | None:
+    """No axis, one, or several as one."""
+    return tuple(names) if len(names) > 1 else next(iter(names), None)
+
+
+def _is_dims(x: object) -> bool:
     """Whether this says what the dims of one array are split over."""
     return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
 

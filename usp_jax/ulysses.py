@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.kernels import Chunk
+from usp_jax.mesh import AxisName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,21 +104,21 @@ class Heads:
 
 
 def to_heads(
-    x: Float[Array, "B t N H"], axis_name: str | None
+    x: Float[Array, "B t N H"], axis_name: AxisName | None
 ) -> Float[Array, "B T n H"]:
     """[B, T/(R·U), N, H] -> [B, T/R, N/U, H]"""
     return _all_to_all(x, axis_name, split=2, concat=1)
 
 
 def to_seq(
-    x: Float[Array, "B T n H"], axis_name: str | None
+    x: Float[Array, "B T n H"], axis_name: AxisName | None
 ) -> Float[Array, "B t N H"]:
     """[B, T/R, N/U, H] -> [B, T/(R·U), N, H]"""
     return _all_to_all(x, axis_name, split=1, concat=2)
 
 
 def _all_to_all(
-    x: jax.Array, axis_name: str | None, split: int, concat: int
+    x: jax.Array, axis_name: AxisName | None, split: int, concat: int
 ) -> jax.Array:
     if axis_name is None or lax.axis_size(axis_name) == 1:
         return x
@@ -146,7 +147,7 @@ def of_parts(parts: list[Float[Array, "B t n H"]], size: int) -> Array:
 
 
 def kv_to_heads(
-    kv: Float[Array, "B s K D"], heads: Heads, axis_name: str | None
+    kv: Float[Array, "B s K D"], heads: Heads, axis_name: AxisName | None
 ) -> Float[Array, "B S m D"]:
     """[B, S/(R·U), K, D] -> [B, S/R, m, D]"""
     if heads.replicated:
@@ -155,7 +156,7 @@ def kv_to_heads(
 
 
 def kv_to_seq(
-    dkv: Float[Array, "B S m D"], heads: Heads, axis_name: str | None, dtype: Any
+    dkv: Float[Array, "B S m D"], heads: Heads, axis_name: AxisName | None, dtype: Any
 ) -> Float[Array, "B s K D"]:
     """The transpose of `kv_to_heads`, in `dtype`.
 

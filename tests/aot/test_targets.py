@@ -236,8 +236,8 @@ def test_eight_fake_cpu_devices_are_still_here():
     "way",
     [
         {"ring_schedule": "bidirectional"},
-        {"ring_schedule": "double", "ring_inner": 2},
-        {"ring_schedule": "double", "ring_inner": 4},
+        {"ring_schedule": "double:2"},
+        {"ring_schedule": "double:4"},
         {"ring_schedule": "pass_q"},
     ],
 )
@@ -249,7 +249,7 @@ def test_every_hop_of_the_other_ways_round_is_in_flight(name, way):
 
 
 @pytest.mark.long
-def test_head_chunks_are_in_flight_and_need_less_memory():
+def test_head_groups_are_in_flight_and_need_less_memory():
     """Half of the heads' all-to-alls can be beside work: all but the first and last."""
     devices = aot.topology("v5p:2x2x2").devices
     mesh = usp_jax.make_mesh(ring=2, ulysses=4, devices=devices)

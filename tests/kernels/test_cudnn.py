@@ -20,8 +20,8 @@ from usp_jax import kernels
 from usp_jax.kernels.cudnn import out_for
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
-from usp_jax.schedules import SCHEDULES
-from usp_jax.tokens import RingTokens
+from usp_jax.ring import SCHEDULES
+from usp_jax.ring.tokens import RingTokens
 
 emulated = emulated_cudnn.emulated
 T = 64
@@ -106,8 +106,7 @@ def ring_results(
         mesh=mesh,
         implementation="cudnn",
         return_residual=True,
-        ring_schedule=schedule,
-        ring_inner=degrees[0] // 2 if schedule == "double" else None,
+        ring_schedule=f"double:{degrees[0] // 2}" if schedule == "double" else schedule,
     )
     stored = jax.tree.map(order.store, (arrays, [dout, dlse]))
     actual = jax.jit(lambda *args: results(attend, *args))(*stored)

@@ -17,7 +17,7 @@ from tests import programs
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind
 from usp_jax.plan.attention import Call, Sent, backward_bytes, forward_bytes
-from usp_jax.schedules import SCHEDULES
+from usp_jax.ring import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, HEAD_SIZE = 2, 4
@@ -37,7 +37,7 @@ def sent(collectives) -> Sent:
 
 def options(schedule: str, ring: int) -> dict[str, object]:
     if schedule == "double":
-        return {"ring_schedule": schedule, "ring_inner": min(2, ring)}
+        return {"ring_schedule": f"double:{min(2, ring)}"}
     return {"ring_schedule": schedule}
 
 

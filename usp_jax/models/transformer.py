@@ -30,7 +30,7 @@ from usp_jax import (
     decode_attention,
     usp_attention_per_shard,
 )
-from usp_jax.decode import Page
+from usp_jax.cache import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig

@@ -18,7 +18,7 @@ from usp_jax.models.config import LlamaConfig
 from usp_jax.models.presets import PRESETS
 from usp_jax.plan.machines import MACHINES
 from usp_jax.plan.search import Row, job_of, longest, plan
-from usp_jax.schedules import SCHEDULES
+from usp_jax.ring import SCHEDULES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

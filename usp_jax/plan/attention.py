@@ -8,7 +8,7 @@ to compiled programs, byte for byte.
 import dataclasses
 import functools
 
-from usp_jax.schedules import SCHEDULES
+from usp_jax.ring import SCHEDULES
 from usp_jax.ulysses import Heads
 
 

@@ -9,7 +9,7 @@ from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.models.config import OFFLOAD, REMAT, ZERO, LlamaConfig
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.plan.machines import Machine
-from usp_jax.schedules import SCHEDULES, schedule
+from usp_jax.ring import SCHEDULES, schedule_of
 
 PROGRAMS = ("train", "megatron")
 
@@ -212,7 +212,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
     try:
-        schedule(choice.ring_schedule, choice.ring_inner, choice.ring)
+        inner = "" if choice.ring_inner is None else f":{choice.ring_inner}"
+        schedule_of(choice.ring_schedule + inner, choice.ring)
     except ValueError as error:
         return f"ring: {error}"
     multiple = length_multiple(job.layout, choice.ring, choice.ulysses)

@@ -6,7 +6,7 @@ they have seen, (out, lse) in the accumulation dtype; backward it is dq. R - 1 r
 of each, and nothing of k, v is sent at all.
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
-from usp_jax.ring import Ring, Step, apart, side_by_side, turn
+from usp_jax.ring.ring import Index, Ring, apart, side_by_side
+from usp_jax.ring.steps import own_rows, take_turn
+
+
+@dataclasses.dataclass(frozen=True)
+class PassQ:
+    """Queries go round the ring and k, v stay, for few queries."""
 
 
 def pass_q_forward(
@@ -26,7 +32,7 @@ def pass_q_forward(
 ) -> Carry:
     """`ring_forward` with the queries going round."""
 
-    def part(step: Step, q: jax.Array, rows: slice) -> tuple[None, jax.Array]:
+    def part(step: Index, q: jax.Array, rows: slice) -> tuple[None, jax.Array]:
         # What was seen before the ring belongs to the own queries, once.
         before = carry if isinstance(step, int) and step == 0 else None
         before = jax.tree.map(lambda x: x[:, rows], before)
@@ -36,11 +42,13 @@ def pass_q_forward(
     def add(a: jax.Array, b: jax.Array) -> jax.Array:
         return _packed(merge(*_unpacked(a), *_unpacked(b)))
 
-    def join(first: list[Any], rest: tuple[None, jax.Array]) -> tuple[None, jax.Array]:
+    def join(
+        first: tuple[None, jax.Array], rest: tuple[None, jax.Array]
+    ) -> tuple[None, jax.Array]:
         return None, jnp.concatenate([first[1], rest[1]], 1)
 
-    own_rows = ring.own_rows(q.shape[1])
-    _, seen = turn(ring, q, part, own_rows, add=add, join=join)
+    rows = own_rows(q.shape[1])
+    _, seen = take_turn(ring, ring.whole_turn, q, part, rows, add=add, join=join)
     return _unpacked(seen)
 
 
@@ -55,7 +63,7 @@ def pass_q_backward(
     """`ring_backward` with the queries going round."""
 
     def part(
-        step: Step, visitor: tuple[jax.Array, jax.Array], rows: slice
+        step: Index, visitor: tuple[jax.Array, jax.Array], rows: slice
     ) -> tuple[jax.Array, jax.Array]:
         rows_seen, (lse, delta) = visitor[0][:, rows], visitor[1][:, :, rows]
         q, dout = apart(rows_seen, head_size)
@@ -64,20 +72,22 @@ def pass_q_backward(
         return dkv, dq
 
     def join(
-        first: list[jax.Array], rest: tuple[jax.Array, jax.Array]
+        first: tuple[jax.Array, jax.Array], rest: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)
 
     head_size = q.shape[-1]
     visitor = side_by_side(q, dout.astype(q.dtype)), jnp.stack([lse, delta])
-    own_rows = ring.own_rows(q.shape[1])
-    dkv, dq = turn(ring, visitor, part, own_rows, add=jnp.add, join=join)
+    rows = own_rows(q.shape[1])
+    dkv, dq = take_turn(
+        ring, ring.whole_turn, visitor, part, rows, add=jnp.add, join=join
+    )
     return dq, dkv
 
 
-def _mask(ring: Ring, step: Step) -> Mask:
+def _mask(ring: Ring, step: Index) -> Mask:
     """The queries that are here at a step, against this device's own keys."""
-    q = ring.q_tokens.shard((ring.index - step) % ring.size)
+    q = ring.q_tokens.shard(ring.whole_turn.moved(ring.index, -step))
     return Mask(ring.rule, q, ring.kv_tokens.shard(ring.index))
 
 

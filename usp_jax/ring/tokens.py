@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from usp_jax.layout import shard_positions
 from usp_jax.masking import Stretch, Tokens, join
+from usp_jax.mesh import AxisName
 
 
 @jax.tree_util.register_dataclass
@@ -58,8 +59,8 @@ def gather_tokens(
     segment_ids: Int[Array, "B t"] | None,
     *,
     layout: str,
-    ring_axis: str | None,
-    ulysses_axis: str | None,
+    ring_axis: AxisName | None,
+    ulysses_axis: AxisName | None,
     length: int,
 ) -> RingTokens:
     """All shards' tokens from this device's; `length` tokens make a ring shard."""

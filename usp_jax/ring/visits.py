@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.layout import shard_runs
 from usp_jax.masking import Mask, MaskRule
-from usp_jax.ring import Ring, apart, side_by_side, together
+from usp_jax.ring.ring import Ring, apart, side_by_side
+from usp_jax.ring.steps import own_rows, together
 
 # Every visit is a chunk of its own in the compiled program; more compile for minutes.
 MAX_VISITS = 16
@@ -108,7 +109,7 @@ def visits_forward(
 ) -> Carry:
     """`ring_forward` over the visits that see anything."""
     # k, v pass every barrier, so that no hop is made before its step.
-    attend = functools.partial(ring.attend, 0, q, kv)
+    attend = functools.partial(ring.held_forward, q, kv)
     for visit in visits:
         arrived = ring.send(kv[:, visit.rows], visit.pairs)
         kv, arrived, carry = together(kv, arrived, attend(carry))
@@ -130,9 +131,9 @@ def visits_backward(
     Half of the queries meet their own shard beside the first hop, half beside the last.
     """
     ours = (q, dout, lse, delta)
-    first, *rest = ring.own_rows(q.shape[1])
+    first, *rest = own_rows(q.shape[1])
     if not visits:
-        return ring.pull_back(0, kv, slice(None), *ours)
+        return ring.held_backward(kv, slice(None), *ours)
 
     def send(kv: jax.Array, visit: Visit) -> jax.Array:
         # As v, k: a compiler that took this send for the forward's would make it once
@@ -142,7 +143,7 @@ def visits_backward(
 
     arriving: Any = send(kv, visits[0])
     kv, arriving, dq_own, home = together(
-        kv, arriving, *ring.pull_back(0, kv, first, *ours)
+        kv, arriving, *ring.held_backward(kv, first, *ours)
     )
     dq, part, visit = jnp.zeros_like(dq_own, shape=q.shape), None, None
     for n, this in enumerate(visits):
@@ -159,7 +160,7 @@ def visits_backward(
         kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
     home = _brought_home(ring, visit, part, home)
     for rows in rest:
-        dq_rest, more = ring.pull_back(0, kv, rows, *ours)
+        dq_rest, more = ring.held_backward(kv, rows, *ours)
         dq_own, home = jnp.concatenate([dq_own, dq_rest], 1), home + more
     return together(dq + dq_own, home)
 

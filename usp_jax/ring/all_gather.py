@@ -6,12 +6,19 @@ nothing hides, and memory for the whole. Backward gathers again and reduce-scatt
 dk, dv in the accumulation dtype.
 """
 
+import dataclasses
+
 from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax.gathering import scattered
 from usp_jax.kernels import Carry
-from usp_jax.ring import Ring
+from usp_jax.ring.ring import Ring
+
+
+@dataclasses.dataclass(frozen=True)
+class AllGather:
+    """All k, v are gathered at once: memory for the whole, nothing in flight beside."""
 
 
 def gather_forward(
@@ -37,4 +44,5 @@ def gather_backward(
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     mask = ring.mask(ring.kv_tokens.all())
     dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
-    return dq, scattered(dkv, ((ring.axis_name, None),), 1)  # type: ignore[arg-type]
+    assert ring.axis_name is not None
+    return dq, scattered(dkv, ((ring.axis_name, None),), 1)

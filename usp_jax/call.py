@@ -1,0 +1,142 @@
+"""One attention call: its static side, its facts, and the ring made of them.
+
+R = ring size, U = ulysses size; lower case letters are a device's share.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from usp_jax import kernels
+from usp_jax.dropout import Dropout
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import MaskRule
+from usp_jax.ring import Ring, Schedule, gather_tokens
+from usp_jax.ring.tokens import RingTokens
+from usp_jax.shards import BY_HEAD, BY_ROW, TOKENS, WHOLE, Shards
+from usp_jax.ulysses import Heads, with_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static side of one attention call, checked.
+
+    Attributes:
+      layouts: of queries and of keys.
+      head_groups: in how many groups a device takes its query heads.
+    """
+
+    shards: Shards
+    heads: Heads
+    logits: Logits
+    rule: MaskRule
+    layouts: tuple[str, str]
+    dropout_rate: float
+    schedule: Schedule
+    implementation: str
+    return_residual: bool
+    head_groups: int
+
+
+# A pytree's leaves are whatever jax puts there (arrays, tracers, tuples of dims), so
+# they have no array type. (x,) is for both sides, (x, y) for queries and for keys.
+Leaf = Any
+Sides = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What an attention call knows of its tokens, rows and heads; each may be None.
+
+    Attributes:
+      positions, segment_ids: (x,) or (query's, key's), int32 [B, T], [B, S].
+      prefix: int32 [B], the length of the prefix of each row.
+      rows, heads: int32 [B] and [N], their numbers in the whole call.
+      slopes: floating [N], ALiBi's.
+      seed: uint32 [], dropout's.
+    """
+
+    positions: Sides = None
+    segment_ids: Sides = None
+    prefix: Leaf = None
+    rows: Leaf = None
+    heads: Leaf = None
+    slopes: Leaf = None
+    seed: Leaf = None
+
+
+# What each of the facts is split over.
+FACTS = Facts(
+    positions=TOKENS,
+    segment_ids=TOKENS,
+    prefix=BY_ROW,
+    rows=BY_ROW,
+    heads=BY_HEAD,
+    slopes=BY_HEAD,
+    seed=WHOLE,
+)
+
+
+def ring_of(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
+    """The ring as this device sees it, with what masks need to know of all its shards.
+
+    Args:
+      q, kv: [B, T/R, n, H] and [B, S/R, m, 2H], after the all-to-all.
+    """
+    shards = call.shards
+
+    def tokens(side: int, length: int) -> RingTokens:
+        positions, segment_ids = (
+            None if x is None else x[side] for x in (facts.positions, facts.segment_ids)
+        )
+        return gather_tokens(
+            positions,
+            segment_ids,
+            layout=call.layouts[side],
+            ring_axis=shards.ring,
+            ulysses_axis=shards.ulysses,
+            length=length,
+        )
+
+    kv_tokens = q_tokens = tokens(-1, kv.shape[1])
+    if two_sided(call.layouts, facts) or q.shape[1] != kv.shape[1]:
+        q_tokens = tokens(0, q.shape[1])
+    chunk = kernels.chunk(call.implementation, kernels.target_of(shards.mesh))
+    return Ring(
+        axis_name=shards.ring,
+        index=shards.index(shards.ring),
+        chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
+        rule=call.rule,
+        logits=_logits(call, facts),
+        q_tokens=dataclasses.replace(q_tokens, prefix=facts.prefix),
+        kv_tokens=kv_tokens,
+    )
+
+
+def two_sided(layouts: tuple[str, str], facts: Facts) -> bool:
+    """Whether anything is known of queries and of keys apart."""
+    pairs = [x for x in (facts.positions, facts.segment_ids) if x is not None]
+    return any(len(x) > 1 for x in pairs) or layouts[0] != layouts[1]
+
+
+def own_heads(call: Call, x: Shaped[Array, " N"]) -> Shaped[Array, " n"]:
+    """What belongs to this device's heads: [N] -> [n]"""
+    heads = call.heads
+    x = jnp.pad(x, (0, heads.padded - heads.num_heads))
+    x = x.reshape(heads.ulysses_size, -1)[:, heads.local]
+    return x[call.shards.index(call.shards.ulysses)]
+
+
+def _logits(call: Call, facts: Facts) -> Logits:
+    """The rule of the logits of this device's rows and heads."""
+    slopes = dropout = None
+    if facts.slopes is not None:
+        slopes = own_heads(call, facts.slopes)
+    if facts.seed is not None:
+        heads = own_heads(call, facts.heads)
+        dropout = Dropout(call.dropout_rate, facts.seed, facts.rows, heads)
+    return dataclasses.replace(call.logits, slopes=slopes, dropout=dropout)

@@ -1,0 +1,28 @@
+"""The mark of a backward pass that is written by hand and cannot be differentiated."""
+
+from typing import NoReturn, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+@jax.custom_jvp
+def first_order(x: T) -> T:
+    """`x`, of which no derivative can be taken.
+
+    A backward pass that sends its cotangents through this raises where a second
+    derivative would silently be wrong.
+
+    Raises:
+      ValueError: when it is differentiated.
+    """
+    return x
+
+
+@first_order.defjvp
+def _first_order_jvp(primals: object, tangents: object) -> NoReturn:
+    raise ValueError(
+        "usp_attention can be differentiated once, first order only: its backward pass "
+        "is written by hand; for second derivatives use jax.nn.dot_product_attention"
+    )

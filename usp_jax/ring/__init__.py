@@ -1,0 +1,28 @@
+"""Ring attention: how the keys and values of all shards meet each device's queries.
+
+`schedule.py` chooses; `steps.py` is the algorithm over the turns of `ring.py`, which
+`unidirectional.py`, `bidirectional.py` and `double.py` list; `visits.py` leaves out
+hops that are known to be empty; `all_gather.py` and `pass_q.py` do something else.
+`tokens.py` has what masks need to know of all shards.
+"""
+
+from usp_jax.ring.all_gather import AllGather as AllGather
+from usp_jax.ring.bidirectional import Bidirectional as Bidirectional
+from usp_jax.ring.double import Double as Double
+from usp_jax.ring.pass_q import PassQ as PassQ
+from usp_jax.ring.ring import (
+    Ring as Ring,
+    apart as apart,
+    side_by_side as side_by_side,
+)
+from usp_jax.ring.schedule import (
+    SCHEDULES as SCHEDULES,
+    Schedule as Schedule,
+    schedule_backward as schedule_backward,
+    schedule_forward as schedule_forward,
+    schedule_name as schedule_name,
+    schedule_of as schedule_of,
+)
+from usp_jax.ring.steps import together as together
+from usp_jax.ring.tokens import gather_tokens as gather_tokens
+from usp_jax.ring.unidirectional import Unidirectional as Unidirectional

@@ -1,0 +1,200 @@
+"""The ring as one device sees it, and a turn of it as data.
+
+Step s of a turn is what a device does between hop s and hop s + 1; at step 0 it holds
+its own shard. `Turn` says who sends to whom and whose shard is then held; `Ring` sends,
+and hands what is held to the kernel.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from usp_jax.kernels import Carry, Chunk
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import Mask, MaskRule, Tokens, join
+from usp_jax.mesh import AxisName, axis_names
+from usp_jax.ring.tokens import RingTokens
+
+# A place on the axis, or a number of steps: known, or a loop's counter.
+Index = Int[Array, ""] | int
+Pairs = Iterable[tuple[int, int]]
+T = TypeVar("T")
+
+
+def side_by_side(
+    k: Float[Array, "B S K H"], v: Float[Array, "B S K V"]
+) -> Float[Array, "B S K H+V"]:
+    """k, v as one array, so that one collective moves both."""
+    return jnp.concatenate([k, v], -1)
+
+
+def apart(
+    kv: Float[Array, "B S K D"], head_size: int
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """The inverse of `side_by_side` for keys of a head size."""
+    return kv[..., :head_size], kv[..., head_size:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn of a ring, or of each of several equal rings along the axis.
+
+    Attributes:
+      size: the devices of one ring, which is the number of steps.
+      stride: how far apart neighbours are on the axis.
+      lanes: the direction in which each equal part of a shard's tokens travels, 1 to
+        the next device and -1 to the previous one.
+    """
+
+    size: int
+    stride: int = 1
+    lanes: tuple[int, ...] = (1,)
+
+    def moved(self, device: Index, steps: Index) -> Index:
+        """The device that many places further round the ring."""
+        place = device // self.stride % self.size
+        start = device - place * self.stride
+        return start + (place + steps) % self.size * self.stride
+
+    def pairs(self, devices: int, direction: int = 1) -> Pairs:
+        """(source, target) of one hop, for all devices of the axis."""
+        return [(i, int(self.moved(i, direction))) for i in range(devices)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """A ring of devices, and what each does with the keys and values that it holds.
+
+    Attributes:
+      index: this device's place on the axis.
+      chunk: the kernel.
+      held: the shard that each equal part of the held keys comes from; () is the own.
+    """
+
+    axis_name: AxisName | None
+    index: Index
+    chunk: Chunk
+    rule: MaskRule
+    logits: Logits
+    q_tokens: RingTokens
+    kv_tokens: RingTokens
+    held: tuple[Index, ...] = ()
+
+    @property
+    def devices(self) -> int:
+        """The number of devices of the axis."""
+        return self.kv_tokens.ring_size
+
+    @property
+    def whole_turn(self) -> Turn:
+        """The turn in which every shard visits every device, one after the other."""
+        return Turn(self.devices)
+
+    def at(self, turn: Turn, step: Index) -> "Ring":
+        """The same ring with what this device holds at a step of a turn."""
+        (start,) = self.held or (self.index,)
+        held = tuple(turn.moved(start, -direction * step) for direction in turn.lanes)
+        return dataclasses.replace(self, held=held)
+
+    def send(self, x: T, pairs: Pairs) -> T:
+        """`x` from each pair's first device to its second.
+
+        A device that receives nothing must not read the result: it gets zeros, or under
+        `jax.vmap`, which permutes all or none, another device's part.
+        """
+        pairs = list(pairs)
+        assert self.axis_name is not None
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if not set(axis_names(self.axis_name)) <= set(manual):
+            sources, targets = (set(side) for side in zip(*pairs, strict=True))
+            idle = [n for n in range(self.devices) if n not in sources]
+            free = [n for n in range(self.devices) if n not in targets]
+            pairs += zip(idle, free, strict=True)
+        sent: T = jax.tree.map(
+            lambda leaf: lax.ppermute(leaf, self.axis_name, pairs), x
+        )
+        return sent
+
+    def hop(self, turn: Turn, x: T) -> T:
+        """Sends `x` one step along a turn, and receives a neighbour's.
+
+        With several lanes the tokens of arrays [B, S, ...] are cut into them.
+        """
+
+        def sent(leaf: jax.Array) -> jax.Array:
+            lanes = zip(_parts(leaf.shape[1], len(turn.lanes)), turn.lanes, strict=True)
+            parts = [
+                self.send(leaf[:, rows], turn.pairs(self.devices, direction))
+                for rows, direction in lanes
+                if rows.start < rows.stop
+            ]
+            return jnp.concatenate(parts, 1)
+
+        if len(turn.lanes) == 1:
+            return self.send(x, turn.pairs(self.devices, turn.lanes[0]))
+        moved: T = jax.tree.map(sent, x)
+        return moved
+
+    def held_tokens(self) -> Tokens:
+        """The tokens of the keys that this device holds."""
+        shards = [self.kv_tokens.shard(place) for place in self.held or (self.index,)]
+        if len(shards) == 1:
+            return shards[0]
+        rows = _parts(self.kv_tokens.length, len(shards))
+        return join(*(shard.cut(own) for shard, own in zip(shards, rows, strict=True)))
+
+    def mask(self, keys: Tokens) -> Mask:
+        """This device's queries against some keys."""
+        return Mask(self.rule, self.q_tokens.shard(self.index), keys)
+
+    def chunk_forward(
+        self, mask: Mask, q: jax.Array, kv: jax.Array, carry: Carry | None
+    ) -> Carry:
+        """The kernel's forward, of k, v side by side."""
+        k, v = apart(kv, q.shape[-1])
+        return self.chunk.forward(q, k, v, mask, carry, self.logits)
+
+    def chunk_backward(
+        self,
+        mask: Mask,
+        q: jax.Array,
+        kv: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The kernel's backward: dq, and dk, dv side by side."""
+        k, v = apart(kv, q.shape[-1])
+        dq, *dkv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
+        return dq, side_by_side(*dkv)
+
+    def held_forward(self, q: jax.Array, kv: jax.Array, carry: Carry | None) -> Carry:
+        """This device's queries against the keys that it holds."""
+        return self.chunk_forward(self.mask(self.held_tokens()), q, kv, carry)
+
+    def held_backward(
+        self,
+        kv: jax.Array,
+        rows: slice,
+        q: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """dq of some rows of the queries, and dk, dv side by side, of the held keys."""
+        mask = self.mask(self.held_tokens()).rows(rows)
+        q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
+        return self.chunk_backward(mask, q, kv, dout, lse, delta)
+
+
+def _parts(length: int, count: int) -> list[slice]:
+    """Equal runs of tokens; the last is shorter where the count does not divide."""
+    size = -(-length // count)
+    bounds = [min(i * size, length) for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -1,0 +1,101 @@
+"""Ring schedules: how keys, values and queries meet. They all give the same result.
+
+A schedule is a small object, or the string that names it. Those that are lists of turns
+run in `steps.py`; the others are two functions of their own.
+"""
+
+import jax
+
+from usp_jax.kernels import Carry
+from usp_jax.ring.all_gather import AllGather, gather_backward, gather_forward
+from usp_jax.ring.bidirectional import Bidirectional
+from usp_jax.ring.double import Double
+from usp_jax.ring.pass_q import PassQ, pass_q_backward, pass_q_forward
+from usp_jax.ring.ring import Ring
+from usp_jax.ring.steps import ring_backward, ring_forward
+from usp_jax.ring.unidirectional import Unidirectional
+from usp_jax.ring.visits import static_visits, visits_backward, visits_forward
+
+Schedule = Unidirectional | Bidirectional | Double | AllGather | PassQ
+
+_NAMED: dict[str, Schedule] = {
+    "unidirectional": Unidirectional(),
+    "bidirectional": Bidirectional(),
+    "all_gather": AllGather(),
+    "pass_q": PassQ(),
+}
+SCHEDULES = ("unidirectional", "bidirectional", "double", "all_gather", "pass_q")
+
+
+def schedule_forward(
+    schedule: Schedule, ring: Ring, q: jax.Array, kv: jax.Array, carry: Carry | None
+) -> Carry:
+    """Attention of this device's queries to all keys, as `ring_forward`."""
+    if ring.devices == 1:
+        return ring.held_forward(q, kv, carry)
+    match schedule:
+        case AllGather():
+            return gather_forward(ring, q, kv, carry)
+        case PassQ():
+            return pass_q_forward(ring, q, kv, carry)
+        case Unidirectional() if (visits := static_visits(ring)) is not None:
+            return visits_forward(ring, visits, q, kv, carry)
+        case _:
+            return ring_forward(ring, schedule.turns(ring.devices), q, kv, carry)
+
+
+def schedule_backward(
+    schedule: Schedule,
+    ring: Ring,
+    q: jax.Array,
+    kv: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """dq and dk, dv (side by side) of `schedule_forward`, as `ring_backward`."""
+    saved = q, kv, dout, lse, delta
+    if ring.devices == 1:
+        return ring.held_backward(kv, slice(None), q, dout, lse, delta)
+    match schedule:
+        case AllGather():
+            return gather_backward(ring, *saved)
+        case PassQ():
+            return pass_q_backward(ring, *saved)
+        case Unidirectional() if (visits := static_visits(ring)) is not None:
+            return visits_backward(ring, visits, *saved)
+        case _:
+            return ring_backward(ring, schedule.turns(ring.devices), *saved)
+
+
+def schedule_of(ring_schedule: str | Schedule, ring_size: int) -> Schedule:
+    """A checked schedule, from an object or from the string that names it.
+
+    Raises:
+      ValueError: an unknown name, or inner rings that do not divide the ring.
+    """
+    schedule = ring_schedule
+    if isinstance(schedule, str):
+        name, _, inner = schedule.partition(":")
+        if name == "double" and inner.isdecimal() and int(inner):
+            schedule = Double(int(inner))
+        elif schedule in _NAMED:
+            schedule = _NAMED[schedule]
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"{ring_schedule=} must be one of {SCHEDULES}, double with the size of its "
+            'inner rings ("double:4"), or an object from usp_jax.ring'
+        )
+    if isinstance(schedule, Double) and ring_size % schedule.inner:
+        raise ValueError(
+            f"{ring_schedule=}: inner rings of {schedule.inner} devices must divide "
+            f"the ring axis, {ring_size}"
+        )
+    return schedule
+
+
+def schedule_name(schedule: Schedule) -> str:
+    """The string that names a schedule, which `schedule_of` takes."""
+    if isinstance(schedule, Double):
+        return f"double:{schedule.inner}"
+    return next(name for name, named in _NAMED.items() if named == schedule)
