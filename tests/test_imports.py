@@ -5,12 +5,16 @@ merge. Read from the source with `ast`, so that an import inside a function coun
 """
 
 import ast
+import inspect
 import subprocess
 import sys
+import types
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import usp_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
@@ -18,7 +22,7 @@ CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 # A module may import what stands in its own row or in one above it. A new module fails
 # the test until it is given its place here.
 LAYERS = (
-    {"usp_jax._compat", "usp_jax.compiled", "usp_jax.plugins"},
+    {"usp_jax._compat", "usp_jax.checks", "usp_jax.compiled", "usp_jax.plugins"},
     {
         "usp_jax.cases",
         "usp_jax.dropout",
@@ -40,8 +44,8 @@ LAYERS = (
         "usp_jax.pass_q",
         "usp_jax.visits",
     },
-    {"usp_jax.schedules"},
-    {"usp_jax.balance", "usp_jax.usp"},
+    {"usp_jax.chunk_assignment", "usp_jax.schedules"},
+    {"usp_jax.balancing", "usp_jax.usp"},
     {"usp_jax.head_chunks"},
     {"usp_jax.options"},
     {"usp_jax.attention", "usp_jax.decode", "usp_jax.joint"},
@@ -179,6 +183,18 @@ def test_private_jax_stays_in_compat() -> None:
     assert private_jax_faults(ROOT) == []
 
 
+def hidden_modules(root: Path, package: types.ModuleType) -> set[str]:
+    """Submodules that a public function of the same name takes the place of."""
+    functions = {
+        name for name in package.__all__ if inspect.isfunction(getattr(package, name))
+    }
+    return functions & {path.stem for path in (root / package.__name__).iterdir()}
+
+
+def test_no_function_hides_a_module() -> None:
+    assert hidden_modules(ROOT, usp_jax) == set()
+
+
 def test_importing_the_core_loads_no_extra_and_starts_no_backend() -> None:
     code = (
         "import sys, usp_jax, usp_jax.plan, jax\n"
@@ -225,6 +241,13 @@ def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
     assert private_jax_faults(root) == ["usp_jax.kernels.xla:2", "usp_jax.nn:2"]
     with pytest.raises(CycleError):
         list(TopologicalSorter(import_graph(root)).static_order())
+
+
+def test_a_hidden_module_is_found(tmp_path: Path) -> None:
+    root = write_tree(
+        tmp_path, {"usp_jax/balance.py": "", "usp_jax/make_mesh/__init__.py": ""}
+    )
+    assert hidden_modules(root, usp_jax) == {"balance", "make_mesh"}
 
 
 def test_a_module_without_a_place_is_told() -> None:

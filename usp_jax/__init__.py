@@ -1,7 +1,7 @@
 """usp_jax: unified sequence parallelism (Ulysses x Ring) for JAX."""
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
-from usp_jax.balance import balance
+from usp_jax.balancing import balance
 from usp_jax.decode import KVCache, decode_attention
 from usp_jax.flags import recommended_flags
 from usp_jax.joint import usp_joint_attention

@@ -13,6 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from usp_jax.checks import (
+    check_bool as check_bool,
+    check_positive_int as check_positive_int,
+)
 from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_layout
 from usp_jax.masking import MaskRule
@@ -192,18 +196,6 @@ def prefix(length: Any, batch: int, rule: MaskRule, **others: bool) -> Any:
                 "where a token of the prefix stands"
             )
     return jnp.asarray(length)
-
-
-def check_bool(name: str, value: bool | int) -> None:
-    """Checks that a static switch is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False")
-
-
-def check_positive_int(name: str, value: int) -> None:
-    """Checks that a number of things is an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive int")
 
 
 def _check_is_array(name: str, x: jax.Array, letters: str) -> None:

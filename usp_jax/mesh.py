@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from usp_jax.checks import check_positive_int
+
 ROLES = ("pipe", "data", "fsdp", "ring", "ulysses", "tensor")
 
 
@@ -79,8 +81,7 @@ def make_mesh(
     """
     sizes = (pipe, data, fsdp, ring, ulysses, tensor)
     for role, size in zip(ROLES, sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{role}={size!r} must be a positive int")
+        check_positive_int(role, size)
     wanted = math.prod(sizes)
     shape = dict(zip(ROLES, sizes, strict=True))
     if devices is not None and len(devices) != wanted:
