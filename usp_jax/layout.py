@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
+from usp_jax.checks import check_count
 from usp_jax.mesh import MeshAxes, axis_size, check_axes
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "data")
@@ -32,10 +33,17 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
 
 
-def length_multiple(layout: str, ring_size: int, ulysses_size: int) -> int:
-    """What the stored length of a sequence is a multiple of."""
+def length_multiple(
+    layout: str, ring_size: int, ulysses_size: int, tensor_size: int = 1
+) -> int:
+    """The number that the stored length of a sequence must be a multiple of.
+
+    Args:
+      tensor_size: the number of parts that a model splits the tokens of a device into
+        outside attention.
+    """
     pieces = 2 if layout == "zigzag" else 1
-    return ring_size * math.lcm(pieces, ulysses_size)
+    return ring_size * math.lcm(pieces, ulysses_size * tensor_size)
 
 
 def shard_positions(
@@ -92,7 +100,7 @@ def padded_length(
       ValueError: an unknown layout, "data", or a length that is not a positive int.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
-    _check_count(length)
+    check_count("length", length, least=0)
     if layout == "contiguous":
         return length
     multiple = length_multiple(layout, ring_size, ulysses_size)
@@ -117,7 +125,7 @@ def layout_positions(
         length that the layout cannot have.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
-    _check_count(length)
+    check_count("length", length, least=0)
     if layout == "contiguous":
         return lax.iota(jnp.int32, length)
     _check_permutes(layout)
@@ -227,12 +235,6 @@ def _check_permutes(layout: str) -> None:
 def _check_axis(x: jax.Array | np.ndarray, axis: int) -> None:
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"{axis=} must be one of the {x.ndim} axes of {x.shape=}")
-
-
-def _check_count(length: int) -> None:
-    whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
-    if not whole or length < 0:
-        raise ValueError(f"{length=} must be an int, 0 or greater")
 
 
 def _along(ndim: int, axis: int, index: Any) -> tuple[Any, ...]:

@@ -215,8 +215,9 @@ def obstacle(job: Job, choice: Choice) -> str | None:
         schedule(choice.ring_schedule, choice.ring_inner, choice.ring)
     except ValueError as error:
         return f"ring: {error}"
-    multiple = length_multiple(job.layout, choice.ring, choice.ulysses)
-    multiple = math.lcm(multiple, choice.sequence_shards * choice.token_shards)
+    multiple = length_multiple(
+        job.layout, choice.ring, choice.ulysses, choice.token_shards
+    )
     if job.sequence % multiple:
         return f"divisibility: sequence {job.sequence} is no multiple of {multiple}"
     return None
