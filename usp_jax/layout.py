@@ -12,19 +12,21 @@ permutations look: they read positions.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from usp_jax.checks import check_count
 from usp_jax.mesh import MeshAxes, axis_size, check_axes
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "data")
+
+# What picks of one axis: a place, which drops the axis, or a stretch of it.
+Index = int | slice
 
 
 def check_layout(layout: str) -> None:
@@ -237,7 +239,7 @@ def _check_axis(x: jax.Array | np.ndarray, axis: int) -> None:
         raise ValueError(f"{axis=} must be one of the {x.ndim} axes of {x.shape=}")
 
 
-def _along(ndim: int, axis: int, index: Any) -> tuple[Any, ...]:
+def _along(ndim: int, axis: int, index: Index) -> tuple[Index, ...]:
     """An index that applies `index` to one axis."""
     return tuple(index if i == axis % ndim else slice(None) for i in range(ndim))
 
@@ -286,7 +288,7 @@ def _unpermute(
     return _resharded(natural.reshape(*head, length, *tail), spec)
 
 
-def _spec(x: jax.Array | np.ndarray) -> Any:
+def _spec(x: jax.Array | np.ndarray) -> NamedSharding | None:
     """The sharding that an Explicit mesh has given `x`, or None."""
     if isinstance(x, np.ndarray):
         return None
@@ -306,5 +308,7 @@ def _unsharded(x: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
     return jax.reshard(x, sharding.update(spec=jax.P(*parts)))
 
 
-def _resharded(x: jax.Array | np.ndarray, sharding: Any) -> jax.Array | np.ndarray:
+def _resharded(
+    x: jax.Array | np.ndarray, sharding: NamedSharding | None
+) -> jax.Array | np.ndarray:
     return x if sharding is None else jax.reshard(x, sharding)
