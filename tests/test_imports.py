@@ -5,16 +5,12 @@ merge. Read from the source with `ast`, so that an import inside a function coun
 """
 
 import ast
-import inspect
 import subprocess
 import sys
-import types
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-import usp_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
@@ -183,16 +179,29 @@ def test_private_jax_stays_in_compat() -> None:
     assert private_jax_faults(ROOT) == []
 
 
-def hidden_modules(root: Path, package: types.ModuleType) -> set[str]:
-    """Submodules that a public function of the same name takes the place of."""
-    functions = {
-        name for name in package.__all__ if inspect.isfunction(getattr(package, name))
-    }
-    return functions & {path.stem for path in (root / package.__name__).iterdir()}
+def hidden_modules(root: Path) -> list[str]:
+    """Modules whose name their package gives to something else."""
+    trees = modules(root)
+    names = [
+        f"{package}.{name}"
+        for package, tree in trees.items()
+        for node in tree.body
+        for name in bound_names(package, node)
+    ]
+    return [name for name in names if name in trees]
 
 
-def test_no_function_hides_a_module() -> None:
-    assert hidden_modules(ROOT, usp_jax) == set()
+def bound_names(package: str, node: ast.stmt) -> list[str]:
+    """Names that a statement binds to anything but the package's own modules."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.ImportFrom) and node.module != package:
+        return [alias.asname or alias.name for alias in node.names]
+    return []
+
+
+def test_no_name_hides_a_module() -> None:
+    assert hidden_modules(ROOT) == []
 
 
 def test_importing_the_core_loads_no_extra_and_starts_no_backend() -> None:
@@ -244,10 +253,15 @@ def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
 
 
 def test_a_hidden_module_is_found(tmp_path: Path) -> None:
-    root = write_tree(
-        tmp_path, {"usp_jax/balance.py": "", "usp_jax/make_mesh/__init__.py": ""}
-    )
-    assert hidden_modules(root, usp_jax) == {"balance", "make_mesh"}
+    files = {
+        "usp_jax/__init__.py": "from usp_jax.balance import balance\n",
+        "usp_jax/balance.py": "def balance():\n    pass\n",
+        "usp_jax/plan/__init__.py": "from usp_jax.plan import table\nclass best: ...",
+        "usp_jax/plan/best.py": "",
+        "usp_jax/plan/table.py": "",
+    }
+    root = write_tree(tmp_path, files)
+    assert hidden_modules(root) == ["usp_jax.balance", "usp_jax.plan.best"]
 
 
 def test_a_module_without_a_place_is_told() -> None:
