@@ -18,7 +18,7 @@ CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 # A module may import what stands in its own row or in one above it. A new module fails
 # the test until it is given its place here.
 LAYERS = (
-    {"usp_jax._compat", "usp_jax.compiled", "usp_jax.plugins"},
+    {"usp_jax._compat", "usp_jax.checks", "usp_jax.compiled", "usp_jax.plugins"},
     {
         "usp_jax.cases",
         "usp_jax.dropout",
@@ -34,8 +34,8 @@ LAYERS = (
     {"usp_jax.ulysses"},
     {"usp_jax.arguments"},
     {"usp_jax.ring", "usp_jax.ringwork"},
-    {"usp_jax.balance", "usp_jax.call"},
-    {"usp_jax.usp"},
+    {"usp_jax.call", "usp_jax.chunk_assignment"},
+    {"usp_jax.balancing", "usp_jax.usp"},
     {"usp_jax.head_groups"},
     {"usp_jax.cache", "usp_jax.options"},
     {"usp_jax.attention", "usp_jax.decode"},
@@ -174,6 +174,31 @@ def test_private_jax_stays_in_compat() -> None:
     assert private_jax_faults(ROOT) == []
 
 
+def hidden_modules(root: Path) -> list[str]:
+    """Modules whose name their package gives to something else."""
+    trees = modules(root)
+    names = [
+        f"{package}.{name}"
+        for package, tree in trees.items()
+        for node in tree.body
+        for name in bound_names(package, node)
+    ]
+    return [name for name in names if name in trees]
+
+
+def bound_names(package: str, node: ast.stmt) -> list[str]:
+    """Names that a statement binds to anything but the package's own modules."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.ImportFrom) and node.module != package:
+        return [alias.asname or alias.name for alias in node.names]
+    return []
+
+
+def test_no_name_hides_a_module() -> None:
+    assert hidden_modules(ROOT) == []
+
+
 def test_importing_the_core_loads_no_extra_and_starts_no_backend() -> None:
     code = (
         "import sys, usp_jax, usp_jax.plan, jax\n"
@@ -220,6 +245,18 @@ def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
     assert private_jax_faults(root) == ["usp_jax.kernels.xla:2", "usp_jax.nn:2"]
     with pytest.raises(CycleError):
         list(TopologicalSorter(import_graph(root)).static_order())
+
+
+def test_a_hidden_module_is_found(tmp_path: Path) -> None:
+    files = {
+        "usp_jax/__init__.py": "from usp_jax.balance import balance\n",
+        "usp_jax/balance.py": "def balance():\n    pass\n",
+        "usp_jax/plan/__init__.py": "from usp_jax.plan import table\nclass best: ...",
+        "usp_jax/plan/best.py": "",
+        "usp_jax/plan/table.py": "",
+    }
+    root = write_tree(tmp_path, files)
+    assert hidden_modules(root) == ["usp_jax.balance", "usp_jax.plan.best"]
 
 
 def test_a_module_without_a_place_is_told() -> None:

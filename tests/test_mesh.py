@@ -160,6 +160,7 @@ def islands(placed, devices_each):
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["slices", "nodes"])
+@pytest.mark.usefixtures("no_type_checks")
 def test_outer_axes_cross_slow_links(sizes, crossing, kind):
     devices = slices(2) if kind == "slices" else nodes(2, 4, 4)
     shape = tuple(sizes.get(role, 1) for role in ROLES)
@@ -170,11 +171,13 @@ def test_outer_axes_cross_slow_links(sizes, crossing, kind):
         assert same == (role not in crossing), role
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_an_axis_goes_over_to_the_next_island_once():
     line = islands(place((1, 1, 1, 16, 1, 1), slices(4)), 4).reshape(-1)
     assert line.tolist() == sorted(line)
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_several_axes_share_the_islands():
     # Of six islands the pipeline has two and the data three.
     found = islands(place((2, 3, 1, 4, 1, 1), nodes(6, 4, 4)), 4)
@@ -182,12 +185,14 @@ def test_several_axes_share_the_islands():
     assert sorted(found[:, :, 0, 0, 0, 0].reshape(-1)) == list(range(6))
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_a_process_for_each_gpu_keeps_their_order():
     devices = nodes(2, 4, 1)
     placed = place((1, 1, 1, 4, 2, 1), devices[::-1])
     assert [device.id for device in placed.flat] == list(range(8))
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_islands_of_different_sizes_are_taken_in_their_order():
     devices = nodes(3, 4, 4)[2:10]
     placed = place((1, 2, 1, 4, 1, 1), devices)

@@ -33,10 +33,7 @@ def check(config: Config) -> None:
 def _check_length(config):
     mesh = config.mesh
     tensor = mesh.tensor if config.model.tensor_sequence else 1
-    multiple = math.lcm(
-        length_multiple(config.layout, mesh.ring, mesh.ulysses),
-        mesh.ring * mesh.ulysses * tensor,
-    )
+    multiple = length_multiple(config.layout, mesh.ring, mesh.ulysses, tensor)
     if config.sequence_length % multiple:
         also = f", mesh.tensor={tensor}" if tensor > 1 else ""
         raise ValueError(

@@ -1,7 +1,7 @@
 """usp_jax: unified sequence parallelism (Ulysses x Ring) for JAX."""
 
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
-from usp_jax.balance import balance
+from usp_jax.balancing import balance
 from usp_jax.cache import KVCache
 from usp_jax.decode import decode_attention
 from usp_jax.flags import recommended_flags

@@ -1,13 +1,21 @@
 """What differs between the jax versions that we support, in one place."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+Tree = TypeVar("Tree")
+# A reference to memory inside a Pallas kernel, and the layout in registers of what is
+# loaded from it: neither has a public type.
+Ref = Any
+Layout = Any
 
 
-def varying_axes(x: int | jax.Array) -> frozenset[str]:
+def varying_axes(x: ArrayLike) -> frozenset[str]:
     """The manual mesh axes that a value varies over (empty under check_vma=False)."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
@@ -18,24 +26,21 @@ def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_like(
-    xs: Any,
-    others: Any,
-) -> Any:
+def vary_like(xs: Tree, others: object) -> Tree:
     """Marks the leaves of `xs` as varying over what any of `others` varies over."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
     return jax.tree.map(lambda x: vary_over(x, axes), xs)
 
 
 def varying_like(
-    x: jax.Array, shape: tuple[int, ...], dtype: Any
+    x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
     """The type of a kernel's result that varies over the mesh axes that `x` does."""
     axes = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
-def gpu_load(ref: Any, layout: Any) -> jax.Array:
+def gpu_load(ref: Ref, layout: Layout) -> jax.Array:
     """A Mosaic GPU kernel's load from shared or global memory into registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -47,7 +52,7 @@ def gpu_load(ref: Any, layout: Any) -> jax.Array:
     return x * x.dtype.type(1)
 
 
-def gpu_store(ref: Any, value: jax.Array) -> None:
+def gpu_store(ref: Ref, value: jax.Array) -> None:
     """A Mosaic GPU kernel's store from registers to global memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -58,7 +63,7 @@ def gpu_store(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
-def gpu_interpret_params() -> Any:
+def gpu_interpret_params() -> object:
     """What makes `plgpu.kernel` run on any platform and tell races and unset memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -70,7 +75,9 @@ def gpu_interpret_params() -> Any:
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
-def cudnn_attention(q: Any, k: Any, v: Any, scale: float, is_causal: bool) -> Any:
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, is_causal: bool
+) -> tuple[jax.Array, jax.Array]:
     """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
 
     `jax.nn.dot_product_attention` gives lse in the inputs' dtype and has no backward
@@ -94,8 +101,15 @@ def cudnn_attention(q: Any, k: Any, v: Any, scale: float, is_causal: bool) -> An
 
 
 def cudnn_attention_backward(
-    q: Any, k: Any, v: Any, lse: Any, out: Any, dout: Any, scale: float, is_causal: bool
-) -> Any:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    out: jax.Array,
+    dout: jax.Array,
+    scale: float,
+    is_causal: bool,
+) -> Sequence[jax.Array]:
     """dq, dk, dv in 16 bits from lse [B, N, T] of more keys than these.
 
     Args:
@@ -109,7 +123,7 @@ def cudnn_attention_backward(
     )
 
 
-def _cudnn_options(scale: Any, is_causal: Any) -> Any:
+def _cudnn_options(scale: float, is_causal: bool) -> dict[str, object]:
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK

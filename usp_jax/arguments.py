@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from usp_jax.checks import check_bool, check_positive_int
 from usp_jax.kernels.logits import Logits
 from usp_jax.layout import check_layout, check_length
 from usp_jax.masking import MaskRule
@@ -239,18 +240,6 @@ def head_groups(ulysses_chunks: int, heads: Heads) -> int:
             f"{ulysses_chunks=} must divide the query heads of a device, {own}"
         )
     return ulysses_chunks
-
-
-def check_bool(name: str, value: bool | int) -> None:
-    """Checks that a static switch is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False")
-
-
-def check_positive_int(name: str, value: int) -> None:
-    """Checks that a number of things is an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive int")
 
 
 def _array_type(name: str, x: object, letters: str) -> tuple[tuple[int, ...], np.dtype]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments
 from usp_jax._compat import vary_like
+from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
 from usp_jax.masking import PADDING, Tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
@@ -152,7 +153,7 @@ class KVCache:
         shards: Shards,
         parts: int,
     ) -> "KVCache":
-        arguments.check_positive_int("page_tokens", page_tokens)
+        check_positive_int("page_tokens", page_tokens)
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = tokens_of(positions, segment_ids, key.shape)
         page = Page(  # type: ignore[call-arg]

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from usp_jax import arguments, kernels
 from usp_jax._compat import vary_like
 from usp_jax.cache import NEW, NEW_TOKENS, KVCache, Page, place_on, tokens_of
+from usp_jax.checks import check_bool
 from usp_jax.kernels import Carry
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, Mask, MaskRule, Tokens
@@ -87,7 +88,7 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     by_head = options["sinks"], options["alibi_slopes"]
     for name, x in zip(("sinks", "alibi_slopes"), by_head, strict=True):
         arguments.check_by_head(name, x, num_heads)
-    arguments.check_bool("return_residual", options["return_residual"])
+    check_bool("return_residual", options["return_residual"])
     # A cache's tokens stand in no layout's order.
     needs = ("positions", *(("alibi_slopes",) if by_head[1] is not None else ()))
     step = _Step(

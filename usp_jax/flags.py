@@ -6,8 +6,11 @@ from jax.sharding import SingleDeviceSharding
 
 from usp_jax import plugins
 
+# The value of a compiler option.
+Option = bool | int | float | str
+
 # What each does for the ring is read from compiled programs in tests/aot.
-_WANTED: dict[str, dict[str, bool | int]] = {
+_WANTED: dict[str, dict[str, Option]] = {
     "tpu": {
         # v4 and v5p otherwise run a forward chunk first and its rotation after it.
         "xla_tpu_use_aggressive_scheduling": True,
@@ -24,7 +27,7 @@ _WANTED: dict[str, dict[str, bool | int]] = {
 }
 
 
-def recommended_flags(platform: str) -> dict[str, bool | int]:
+def recommended_flags(platform: str) -> dict[str, Option]:
     """Options for `jax.jit(f).lower(...).compile(compiler_options=...)`.
 
     Each is put to the compiler that is installed, and left out if that does not know
@@ -62,7 +65,7 @@ def _a_device(platform: str) -> jax.Device | None:
         return None
 
 
-def _knows(device: jax.Device, name: str, value: object) -> bool:
+def _knows(device: jax.Device, name: str, value: Option) -> bool:
     """Whether a compiler takes an option."""
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:

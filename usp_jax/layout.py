@@ -12,18 +12,21 @@ permutations look: they read positions.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Int
 
+from usp_jax.checks import check_count
 from usp_jax.mesh import MeshAxes, axis_size, check_axes
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "data")
+
+# What picks of one axis: a place, which drops the axis, or a stretch of it.
+Index = int | slice
 
 
 def check_layout(layout: str) -> None:
@@ -32,10 +35,17 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
 
 
-def length_multiple(layout: str, ring_size: int, ulysses_size: int) -> int:
-    """What the stored length of a sequence is a multiple of."""
+def length_multiple(
+    layout: str, ring_size: int, ulysses_size: int, tensor_size: int = 1
+) -> int:
+    """The number that the stored length of a sequence must be a multiple of.
+
+    Args:
+      tensor_size: the number of parts that a model splits the tokens of a device into
+        outside attention.
+    """
     pieces = 2 if layout == "zigzag" else 1
-    return ring_size * math.lcm(pieces, ulysses_size)
+    return ring_size * math.lcm(pieces, ulysses_size * tensor_size)
 
 
 def shard_positions(
@@ -92,7 +102,7 @@ def padded_length(
       ValueError: an unknown layout, "data", or a length that is not a positive int.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
-    _check_count(length)
+    check_count("length", length, least=0)
     if layout == "contiguous":
         return length
     multiple = length_multiple(layout, ring_size, ulysses_size)
@@ -117,7 +127,7 @@ def layout_positions(
         length that the layout cannot have.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
-    _check_count(length)
+    check_count("length", length, least=0)
     if layout == "contiguous":
         return lax.iota(jnp.int32, length)
     _check_permutes(layout)
@@ -229,13 +239,7 @@ def _check_axis(x: jax.Array | np.ndarray, axis: int) -> None:
         raise ValueError(f"{axis=} must be one of the {x.ndim} axes of {x.shape=}")
 
 
-def _check_count(length: int) -> None:
-    whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
-    if not whole or length < 0:
-        raise ValueError(f"{length=} must be an int, 0 or greater")
-
-
-def _along(ndim: int, axis: int, index: Any) -> tuple[Any, ...]:
+def _along(ndim: int, axis: int, index: Index) -> tuple[Index, ...]:
     """An index that applies `index` to one axis."""
     return tuple(index if i == axis % ndim else slice(None) for i in range(ndim))
 
@@ -284,7 +288,7 @@ def _unpermute(
     return _resharded(natural.reshape(*head, length, *tail), spec)
 
 
-def _spec(x: jax.Array | np.ndarray) -> Any:
+def _spec(x: jax.Array | np.ndarray) -> NamedSharding | None:
     """The sharding that an Explicit mesh has given `x`, or None."""
     if isinstance(x, np.ndarray):
         return None
@@ -304,5 +308,7 @@ def _unsharded(x: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
     return jax.reshard(x, sharding.update(spec=jax.P(*parts)))
 
 
-def _resharded(x: jax.Array | np.ndarray, sharding: Any) -> jax.Array | np.ndarray:
+def _resharded(
+    x: jax.Array | np.ndarray, sharding: NamedSharding | None
+) -> jax.Array | np.ndarray:
     return x if sharding is None else jax.reshard(x, sharding)

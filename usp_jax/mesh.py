@@ -10,12 +10,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from usp_jax.checks import check_positive_int
 
 ROLES = ("pipe", "data", "fsdp", "ring", "ulysses", "tensor")
 
@@ -117,8 +118,7 @@ def make_mesh(
     """
     sizes = (pipe, data, fsdp, ring, ulysses, tensor)
     for role, size in zip(ROLES, sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{role}={size!r} must be a positive int")
+        check_positive_int(role, size)
     wanted = math.prod(sizes)
     shape = dict(zip(ROLES, sizes, strict=True))
     if devices is not None and len(devices) != wanted:
@@ -142,14 +142,14 @@ def make_mesh(
     return Mesh(placed, ROLES, axis_types=(kind,) * len(ROLES))
 
 
-def place(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+def place(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices in the shape of a mesh, its neighbours on fast links, the inner first.
 
     Between islands of devices, the links are slow: as few axes as can be, the
     outermost ones, have several. Islands of different sizes are taken in their order.
     """
     key, islands = _islands(devices)
-    if len(set(islands.values())) != 1:
+    if len(set(islands)) != 1:
         return np.array(devices).reshape(sizes)
     outer = _outermost(sizes, len(islands))
     inner = tuple(size // n for size, n in zip(sizes, outer, strict=True))
@@ -178,10 +178,8 @@ def place(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         return np.array(devices).reshape(sizes)
 
 
-def _islands(
-    devices: Any,
-) -> tuple[None, dict[int, int]] | tuple[str, dict[int, int]]:
-    """What tells islands apart, and how many devices each of them has.
+def _islands(devices: Sequence[jax.Device]) -> tuple[str, list[int]]:
+    """The attribute of devices that tells islands apart, and the size of each island.
 
     jax numbers the slices of TPUs, and groups of GPUs that NVLink joins where it knows
     of them; where it does not, a GPU's process is taken for its node.
@@ -192,8 +190,8 @@ def _islands(
     for key in keys:
         islands = collections.Counter(getattr(d, key, 0) for d in devices)
         if len(islands) > 1:
-            return key, islands
-    return None, {0: len(devices)}
+            return key, list(islands.values())
+    return keys[0], [len(devices)]
 
 
 def _outermost(sizes: tuple[int, ...], islands: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Integer
 
 from usp_jax import arguments, kernels
 from usp_jax.call import Call, Facts
+from usp_jax.checks import check_bool
 from usp_jax.masking import MaskRule
 from usp_jax.mesh import axis_names, axis_size
 from usp_jax.ring import Schedule, schedule_of
@@ -134,7 +135,7 @@ def checked(
       ValueError: as `usp_attention` says.
     """
     arguments.check_arrays(query, key, value)
-    arguments.check_bool("return_residual", options["return_residual"])
+    check_bool("return_residual", options["return_residual"])
     rate = arguments.dropout_rate(options["dropout_rate"])
     rule = arguments.mask_rule(options["is_causal"], options["local_window_size"])
     layouts = arguments.layouts(options["layout"])

@@ -8,8 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax.experimental import topologies
@@ -77,21 +76,21 @@ def cuda_devices(target: str, hosts: int, gpus_per_host: int) -> list[jax.Device
     return topology.devices
 
 
-def _is_installed(name: Any) -> Any:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
 
-def _to_install(machines: Any, package: Any, platform: Any) -> Any:
+def _to_install(machines: str, package: str, platform: str) -> str:
     return (
         f"compiling for {machines} needs {package}, of the version that goes with jax "
         f"{jax.__version__}: pip install 'usp_jax[aot]' (platform {platform!r})"
     )
 
 
-def _libtpu_settings() -> Any:
+def _libtpu_settings() -> dict[str, str]:
     """The environment in which to load libtpu, which every plugin's loading may do."""
     # Several processes may compile at the same time; none of them holds a TPU.
     settings = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -102,7 +101,7 @@ def _libtpu_settings() -> Any:
 
 
 @contextlib.contextmanager
-def _environment(settings: Any) -> Iterator[Any]:
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     os.environ.update(settings)
     try:
         yield
@@ -112,7 +111,7 @@ def _environment(settings: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _no_cuda_libraries() -> Iterator[Any]:
+def _no_cuda_libraries() -> Iterator[None]:
     """Lets the plugin load without the libraries that only running needs.
 
     It looks for them unless jax is told to use other platforms than its own.

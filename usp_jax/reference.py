@@ -1,7 +1,5 @@
 """The oracle: attention written as its definition, O(T·S) in memory."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -65,6 +63,6 @@ def reference_attention(
     return out.reshape(B, T, N, -1), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
 
 
-def _by_group(x: Any, like: Any) -> Any:
+def _by_group(x: jax.Array, like: jax.Array) -> jax.Array:
     """[B, N, T, S] as the logits are held, [B, K, G, T, S], in their dtype."""
     return x.astype(like.dtype).reshape(x.shape[0], *like.shape[1:])

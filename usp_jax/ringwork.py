@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from usp_jax import arguments
+from usp_jax.checks import check_count
 from usp_jax.masking import PADDING, MaskRule
 
 
@@ -66,7 +67,7 @@ def ring_balance(
       ValueError: an argument is not of its kind, or lengths differ or do not divide.
     """
     rule = arguments.mask_rule(is_causal, local_window_size)
-    check_positive("ring", ring)
+    check_count("ring", ring, least=1)
     positions = _row_of("positions", positions)
     ids = np.zeros_like(positions)
     if segment_ids is not None:
@@ -123,10 +124,3 @@ def _row_of(name: str, x: np.ndarray) -> np.ndarray:
     if x.ndim != 1 or not np.issubdtype(x.dtype, np.integer):
         raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, it must be integers [T]")
     return x.astype(np.int64)
-
-
-def check_positive(name: str, value: int) -> None:
-    """Checks that a size is an int, 1 or greater."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:
-        raise ValueError(f"{name}={value!r} must be an int, 1 or greater")

@@ -360,6 +360,30 @@ WRONG_KEYS = {
         {"rope_scaling": {"type": "linear", "factor": 0.5}},
         "factor=0.5 must be at least 1",
     ),
+    "heads that are no number": (
+        {"num_attention_heads": "4"},
+        "num_attention_heads='4' must be a positive int",
+    ),
+    "no heads": (
+        {"num_attention_heads": 0},
+        "num_attention_heads=0 must be a positive int",
+    ),
+    "no number": ({"rms_norm_eps": []}, r"rms_norm_eps=\[\] must be a number"),
+    "RoPE's kind": (
+        {"rope_scaling": "linear"},
+        "rope_scaling='linear' must be a JSON object or null",
+    ),
+    "RoPE's length in words": (
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": "long",
+        },
+        "needs max_position_embeddings, .* an int, not 'long'",
+    ),
+    "RoPE's switch": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}},
+        "truncate=1 must be true or false",
+    ),
     "shape": (
         {"intermediate_size": 80},
         r"mlp.gate_proj.weight is \[96, 64\], by config.json it must be \[80, 64\]",

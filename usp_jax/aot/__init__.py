@@ -9,12 +9,9 @@ Needs the compilers, `pip install 'usp_jax[aot]'`, and no accelerator. On the co
 line: `python -m usp_jax.aot v5p:4x4x4 --ring 8 --ulysses 8 --length 1M`.
 """
 
+from usp_jax.aot.compilation import compile as compile, compile_vjp as compile_vjp
 from usp_jax.aot.devices import GPUS as GPUS, TPUS as TPUS, Gpu as Gpu, Tpu as Tpu
-from usp_jax.aot.report import (
-    Report as Report,
-    compile as compile,
-    compile_vjp as compile_vjp,
-)
+from usp_jax.aot.report import Report as Report
 from usp_jax.aot.topologies import (
     Topology as Topology,
     known as known,

@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.sharding import NamedSharding
 
 import usp_jax
 from usp_jax import aot
+from usp_jax.flags import Option
 from usp_jax.mesh import ROLES
 
 
@@ -38,18 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(report.fits for report in reports.values()) else 1
 
 
-def _reports(args: Any) -> dict[str, aot.Report]:
+def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
     topology = aot.topology(args.topology)
     sizes = {role: getattr(args, role) for role in ROLES}
     mesh = usp_jax.make_mesh(devices=topology.devices, **sizes)
     spec = jax.P(("data", "fsdp"), ("ring", "ulysses"), "tensor")
     sharding = NamedSharding(mesh, spec)
 
-    def struct(heads: Any) -> Any:
+    def struct(heads: int) -> jax.ShapeDtypeStruct:
         shape = (args.batch, args.length, heads, args.head_size)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype), sharding=sharding)
 
-    def attention(query: Any, key: Any, value: Any) -> Any:
+    def attention(
+        query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         return usp_jax.usp_attention(
             query,
             key,
@@ -71,7 +73,7 @@ def _reports(args: Any) -> dict[str, aot.Report]:
     return {"forward": aot.compile(attention, *arguments, compiler_options=options)}
 
 
-def _parser() -> Any:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m usp_jax.aot",
         description="Compiles usp_attention for a machine that is not here: bytes a "
@@ -117,7 +119,7 @@ def _length(text: str) -> int:
     return int(text if unit == 1 else text[:-1]) * unit
 
 
-def _option(text: str) -> tuple[str, bool | int | str]:
+def _option(text: str) -> tuple[str, Option]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is not NAME=VALUE")

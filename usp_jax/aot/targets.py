@@ -3,7 +3,7 @@
 Only fields that every supported jax knows: an unknown one is refused.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 from usp_jax.aot.devices import Gpu
 
@@ -74,7 +74,7 @@ device_description_str: "{gpu.kind}"
 """
 
 
-def _rates(gpu: Any, units: Any, operations: Any) -> Any:
+def _rates(gpu: Gpu, units: int, operations: Mapping[int, int]) -> str:
     """How many operations a clock each of the units of a core makes, by type.
 
     One unit stands for all lanes.

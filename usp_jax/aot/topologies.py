@@ -2,12 +2,11 @@
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 
 from usp_jax import plugins
-from usp_jax.aot.devices import GPUS, TPUS, Device
+from usp_jax.aot.devices import GPUS, TPUS, Device, Tpu
 from usp_jax.aot.targets import target_text
 
 
@@ -46,7 +45,7 @@ def topology(name: str) -> Topology:
       >>> mesh = usp_jax.make_mesh(ring=8, ulysses=8, devices=devices)
     """
     device, sizes = _parse(name)
-    if device.platform == "tpu":
+    if isinstance(device, Tpu):
         # A host has 2x2 chips, but one where a side of the slice is odd.
         x, y = (1 if size % 2 else 2 for size in (*sizes, 1)[:2])
         devices = plugins.tpu_devices(name, (x, y, 1))
@@ -60,7 +59,7 @@ def known() -> tuple[str, ...]:
     return tuple(device.example for device in (*TPUS, *GPUS))
 
 
-def _parse(name: Any) -> Any:
+def _parse(name: str) -> tuple[Device, tuple[int, ...]]:
     kind, _, shape = name.partition(":")
     device = next((d for d in (*TPUS, *GPUS) if d.name == kind), None)
     if device is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):

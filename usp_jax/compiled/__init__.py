@@ -7,13 +7,13 @@ Works on the optimized HLO text of XLA's CPU, GPU and TPU backends, and needs no
 but that text.
 """
 
-from usp_jax.compiled.collectives import (
+from usp_jax.compiled.collective import (
     KINDS as KINDS,
     Collective as Collective,
     Total as Total,
     by_kind as by_kind,
-    collectives as collectives,
     in_flight as in_flight,
     table as table,
 )
 from usp_jax.compiled.hlo import Module as Module, parse_module as parse_module
+from usp_jax.compiled.walk import collectives as collectives

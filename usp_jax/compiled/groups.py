@@ -4,7 +4,6 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from usp_jax.compiled.hlo import split
 
@@ -40,14 +39,14 @@ def parse_groups(text: str, num_devices: int) -> Groups:
     return tuple(_integers(row) for row in _ROW.findall(text))
 
 
-def _over_mesh(axes: str, ids: Any, over: str) -> tuple[Any, ...]:
+def _over_mesh(axes: str, ids: str | None, over: str) -> Groups:
     """Groups of the devices that differ only in their places along some axes."""
     sizes = {}
     for axis in split(axes):
         name, _, digits = axis.rpartition("=")
         sizes[name] = int(digits)
     if ids is None:
-        devices = tuple(range(math.prod(sizes.values())))
+        devices = list(range(math.prod(sizes.values())))
     else:
         devices = _order_of(ids)
     # An axis of which only a factor is meant is cut in up to three.
@@ -77,27 +76,27 @@ def _span(axis: str, sizes: dict[str, int]) -> tuple[str, int, int]:
     return axis, 1, sizes[axis]
 
 
-def _order_of(ids: Any) -> Any:
+def _order_of(ids: str) -> list[int]:
     """The devices of a mesh: numbers, an iota, or one as [2,4]T(1,0)."""
     if "<=" in ids:
         return _iota(ids)[1]
     if match := _TRANSPOSED.fullmatch(ids.strip()):
         shape, order = map(_integers, match.groups())
         return _transposed(shape, order)
-    return _integers(ids)
+    return list(_integers(ids))
 
 
 def _iota(text: str) -> tuple[tuple[int, int], list[int]]:
     match = _IOTA.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not an iota")
-    dims, shape, order = match.groups()
-    shape = _integers(shape)
-    order = _integers(order) if order else range(len(shape))
-    return _integers(dims), _transposed(shape, order)
+    groups, size = _integers(match[1])
+    shape = _integers(match[2])
+    order = _integers(match[3]) if match[3] else range(len(shape))
+    return (groups, size), _transposed(shape, order)
 
 
-def _transposed(shape: Sequence[int], order: Any) -> list[int]:
+def _transposed(shape: Sequence[int], order: Sequence[int]) -> list[int]:
     """An iota of `shape`, transposed and flattened."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     places = itertools.product(*(range(shape[axis]) for axis in order))
@@ -107,9 +106,9 @@ def _transposed(shape: Sequence[int], order: Any) -> list[int]:
     ]
 
 
-def _rows(devices: list[int], size: int) -> tuple[Any, ...]:
+def _rows(devices: list[int], size: int) -> Groups:
     return tuple(tuple(devices[i : i + size]) for i in range(0, len(devices), size))
 
 
-def _integers(text: str) -> tuple[Any, ...]:
+def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(x) for x in text.split(",") if x.strip())

@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import re
-from typing import Any
 
 # What an instruction runs, by attribute: all of it once, except a while loop's.
 _CALLS = (
@@ -41,7 +40,7 @@ class Shape:
     @property
     def num_bytes(self) -> int:
         """Bytes of the elements; tokens and opaque values have none."""
-        bits = 8 if self.dtype == "pred" else int(_digits(self.dtype))
+        bits = 8 if self.dtype == "pred" else _bits(self.dtype)
         return -(-math.prod(self.dims) * bits // 8)
 
 
@@ -96,7 +95,7 @@ class Instruction:
                 return f"{value}, {following}" if ids else value
         return None
 
-    def _names(self, key: str) -> Any:
+    def _names(self, key: str) -> tuple[str, ...]:
         value = self.attribute(key)
         if value is None:
             return ()
@@ -256,11 +255,11 @@ def _closing(line: str, start: int) -> int:
     raise ValueError(f"{line.strip()[:80]!r} breaks off")
 
 
-def _count(head: str, key: Any) -> int:
+def _count(head: str, key: str) -> int:
     match = re.search(rf"{key}=(\d+)", head)
     return int(match[1]) if match else 1
 
 
-def _digits(dtype: str) -> int | str:
+def _bits(dtype: str) -> int:
     match = re.search(r"\d+", dtype)
-    return match[0] if match else 0
+    return int(match[0]) if match else 0

@@ -8,7 +8,6 @@ loops that pass them on unchanged. A value that is not followed is None.
 
 import dataclasses
 import re
-from typing import Any
 
 from usp_jax.compiled.hlo import Computation, Instruction, Module, Shape, leaves
 
@@ -97,8 +96,11 @@ class Trips:
         return self._steps[body.name]
 
     def _value(
-        self, instruction: Instruction, values: Any, arguments: Any
-    ) -> Comparison | Integer | tuple[Any, ...] | None:
+        self,
+        instruction: Instruction,
+        values: dict[str, Value],
+        arguments: tuple[Value, ...],
+    ) -> Value:
         opcode = instruction.opcode
         if opcode == "parameter":
             index = int(instruction.arguments)
@@ -112,7 +114,7 @@ class Trips:
             return tuple(operands)
         if opcode == "get-tuple-element":
             index = int(instruction.attribute("index") or 0)
-            return operands[0] and operands[0][index]
+            return operands[0][index] if isinstance(operands[0], tuple) else None
         if opcode in ("add", "subtract"):
             return _sum(opcode, *operands)
         if opcode == "compare":
@@ -137,7 +139,7 @@ def _is_scalar(instruction: Instruction) -> bool:
     return all(not leaf.dims for leaf in leaves(instruction.shape))
 
 
-def _sum(opcode: str, left: Integer | None, right: Integer | None) -> Any:
+def _sum(opcode: str, left: Value, right: Value) -> Integer | None:
     if not isinstance(left, Integer) or not isinstance(right, Integer):
         return None
     if opcode == "add" and left.element is None:
@@ -148,15 +150,15 @@ def _sum(opcode: str, left: Integer | None, right: Integer | None) -> Any:
     return Integer(left.offset + sign * right.offset, left.element)
 
 
-def _comparison(
-    direction: Any, left: Integer | None, right: Integer | None
-) -> Comparison | None:
-    if isinstance(left, Integer) and isinstance(right, Integer):
+def _comparison(direction: str | None, left: Value, right: Value) -> Comparison | None:
+    if direction and isinstance(left, Integer) and isinstance(right, Integer):
         return Comparison(direction, left, right)
     return None
 
 
-def _count(asked: Comparison, state: Any, steps: tuple[Any, ...]) -> int | None:
+def _count(
+    asked: Comparison, state: tuple[Value, ...], steps: tuple[Value, ...]
+) -> int | None:
     """Trips of the loop that asks this of its state before every trip."""
     if asked.left.element is None:
         asked = Comparison(
@@ -174,12 +176,12 @@ def _count(asked: Comparison, state: Any, steps: tuple[Any, ...]) -> int | None:
     return _trips(asked.direction, distance, step.offset)
 
 
-def _trips(direction: str, distance: int, step: int) -> Any:
+def _trips(direction: str, distance: int, step: int) -> int | None:
     """Trips of `while counter < bound: counter += step`, from bound - start."""
     if direction in ("GT", "GE"):
         direction, distance, step = _FLIPPED[direction], -distance, -step
     if direction == "NE":
-        divides = step and distance % step == 0 and distance // step >= 0
+        divides = step != 0 and distance % step == 0 and distance // step >= 0
         return distance // step if divides else None
     if direction not in ("LT", "LE"):
         return None

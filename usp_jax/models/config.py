@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from usp_jax.arguments import check_bool, check_positive_int
+from usp_jax.checks import check_bool, check_positive_int
 from usp_jax.kernels import IMPLEMENTATIONS
 from usp_jax.models.presets import PRESETS
 from usp_jax.models.rope import at_length

@@ -12,7 +12,6 @@ collectives it calls, which do nothing where there is nothing to split.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,7 +212,7 @@ class Split:
         """What the length of a stored sequence is a multiple of."""
         ring, ulysses = (axis_size(self.mesh, name) for name in ("ring", "ulysses"))
         tensor = self.size(self.tensor) if self.tensor_sequence else 1
-        return math.lcm(length_multiple(layout, ring, ulysses), ring * ulysses * tensor)
+        return length_multiple(layout, ring, ulysses, tensor)
 
     def sum(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """The sum over the devices along `axes`."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 
-from usp_jax.arguments import check_positive_int
+from usp_jax.checks import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.models.config import OFFLOAD, REMAT, ZERO, LlamaConfig
 from usp_jax.models.pipeline import Pipeline
@@ -216,8 +216,9 @@ def obstacle(job: Job, choice: Choice) -> str | None:
         schedule_of(choice.ring_schedule + inner, choice.ring)
     except ValueError as error:
         return f"ring: {error}"
-    multiple = length_multiple(job.layout, choice.ring, choice.ulysses)
-    multiple = math.lcm(multiple, choice.sequence_shards * choice.token_shards)
+    multiple = length_multiple(
+        job.layout, choice.ring, choice.ulysses, choice.token_shards
+    )
     if job.sequence % multiple:
         return f"divisibility: sequence {job.sequence} is no multiple of {multiple}"
     return None

@@ -9,7 +9,7 @@ of which R / inner - 1 are outer ones.
 
 import dataclasses
 
-from usp_jax.arguments import check_positive_int
+from usp_jax.checks import check_positive_int
 from usp_jax.ring.ring import Turn
 
 

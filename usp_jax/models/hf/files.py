@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,12 +18,18 @@ except ImportError as error:
         "usp_jax.models.hf needs safetensors: pip install 'usp_jax[hf]'"
     ) from error
 
+from usp_jax.checks import check_positive_int
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+# A value of a JSON file.
+Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+
+def read_json(path: Path) -> dict[str, Json]:
     """Raises ValueError, with the path, for what is missing or no JSON object."""
     try:
         found = json.loads(path.read_text())
@@ -36,10 +42,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def number(key: str, value: Json) -> float:
+    """A value that must be a number, or the text of one."""
+    if not isinstance(value, int | float | str):
+        raise ValueError(f"{key}={value!r} must be a number")
+    return float(value)
+
+
+def positive_int(key: str, value: Json) -> int:
+    """A value that must be a positive whole number."""
+    if not isinstance(value, int):
+        raise ValueError(f"{key}={value!r} must be a positive int")
+    check_positive_int(key, value)
+    return value
+
+
+@runtime_checkable
+class _Slice(Protocol):
+    """A tensor in a file: safetensors' class, which it does not name."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
 class TensorFiles:
     """The tensors of a checkpoint, read slice by slice from mapped files."""
 
-    def __init__(self, files: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    def __init__(
+        self, files: Mapping[str, safe_open], places: Mapping[str, str]
+    ) -> None:
         self._files = files
         self._places = places
 
@@ -53,7 +87,7 @@ class TensorFiles:
             says.
         """
         with contextlib.ExitStack() as stack:
-            files: dict[str, Any] = {}
+            files: dict[str, safe_open] = {}
             places: dict[str, str] = {}
             index = _index(folder)
             names = [SINGLE] if index is None else sorted(set(index.values()))
@@ -70,7 +104,7 @@ class TensorFiles:
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -85,7 +119,7 @@ class TensorFiles:
         """A slice of a tensor; nothing else of it is read."""
         return self._slice(name)[index]
 
-    def _slice(self, name: str) -> Any:
+    def _slice(self, name: str) -> _Slice:
         return self._files[self._places[name]].get_slice(name)
 
 
@@ -111,7 +145,7 @@ def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, lis
     }
 
 
-def _index(folder: Any) -> dict[str, str] | None:
+def _index(folder: Path) -> dict[str, str] | None:
     """Tensor -> file's name; None where one file has all."""
     if (folder / SINGLE).exists():
         return None
@@ -119,7 +153,7 @@ def _index(folder: Any) -> dict[str, str] | None:
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise ValueError(f"{folder / INDEX} has no weight_map")
-        return index
+        return {tensor: str(file) for tensor, file in index.items()}
     others = sorted(path.name for path in folder.glob("*.bin"))
     if others:
         raise ValueError(
@@ -130,7 +164,7 @@ def _index(folder: Any) -> dict[str, str] | None:
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
-def _open(path: Any) -> Any:
+def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="np")
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from usp_jax.models.config import DTYPES, LlamaConfig
+from usp_jax.models.hf.files import Json, number, positive_int
 from usp_jax.models.hf.rope import read_rope, write_rope
 
 
@@ -74,7 +75,7 @@ _READ = {
     "torch_dtype",
 }
 # What a key may say; null is as good as leaving it out.
-_ONLY: dict[str, tuple[Any, ...]] = {
+_ONLY: dict[str, tuple[Json, ...]] = {
     "model_type": tuple(_KINDS),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -121,7 +122,7 @@ _NOTES = {
 }
 
 
-def read_config(config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
+def read_config(config: Mapping[str, Json], **overrides: object) -> LlamaConfig:
     """The model that a config.json tells of.
 
     Args:
@@ -133,15 +134,16 @@ def read_config(config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
     _check(config)
     heads = config["num_attention_heads"]
     theta, scaling = read_rope(config)
-    fields = {
+    # `LlamaConfig` checks what each of them is.
+    fields: dict[str, Any] = {
         **{name: config[key] for key, name in _SIZES.items()},
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_size": config.get("head_dim") or _head_size(config),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "rms_norm_eps": number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": config.get("tie_word_embeddings") or False,
-        **_KINDS[config["model_type"]].fields,
+        **_KINDS[str(config["model_type"])].fields,
         **overrides,
     }
     if fields.get("dtype") is None:
@@ -150,8 +152,8 @@ def read_config(config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
 
 
 def write_config(
-    config: LlamaConfig, dtype: str, like: Mapping[str, Any]
-) -> dict[str, Any]:
+    config: LlamaConfig, dtype: str, like: Mapping[str, Json]
+) -> dict[str, Json]:
     """What config.json says of a model.
 
     Args:
@@ -192,12 +194,15 @@ def _kind_of(config: LlamaConfig) -> tuple[str, _Kind]:
     )
 
 
-def _check(config: Any) -> None:
+def _check(config: Mapping[str, Json]) -> None:
     # Another kind of model is told as that, whatever else it has.
-    kind = _KINDS.get(config.get("model_type"), _KINDS["llama"])
-    windows = {} if kind.may_slide else dict.fromkeys(_WINDOWS, ())
-    full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
-    only = {
+    kind = _KINDS.get(str(config.get("model_type")), _KINDS["llama"])
+    windows: dict[str, tuple[Json, ...]] = {}
+    if not kind.may_slide:
+        windows = dict.fromkeys(_WINDOWS, ())
+    layers = config.get("num_hidden_layers")
+    full: list[Json] = ["full_attention"] * (layers if isinstance(layers, int) else 0)
+    only: dict[str, tuple[Json, ...]] = {
         **_ONLY,
         "architectures": ([kind.architecture],),
         "layer_types": (full,),
@@ -225,8 +230,9 @@ def _check(config: Any) -> None:
         raise ValueError(f"{', '.join(missing)} must be given")
 
 
-def _head_size(config: Any) -> int:
-    size, heads = config["hidden_size"], config["num_attention_heads"]
+def _head_size(config: Mapping[str, Json]) -> int:
+    size = positive_int("hidden_size", config["hidden_size"])
+    heads = positive_int("num_attention_heads", config["num_attention_heads"])
     if size % heads:
         raise ValueError(
             f"hidden_size={size} must be a multiple of num_attention_heads={heads} "
@@ -235,9 +241,9 @@ def _head_size(config: Any) -> int:
     return size // heads
 
 
-def _dtype(config: Any) -> str:
+def _dtype(config: Mapping[str, Json]) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
             f"dtype={dtype!r} is not computed in: give dtype= one of {DTYPES}"
         )

@@ -11,8 +11,7 @@ it has heads as a whole, which is how the model is split.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -120,7 +119,7 @@ def to_tensor(name: str, x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(order).reshape(shape))
 
 
-def _merged(dim: str, ranges: dict[str, Any], sizes: dict[str, int]) -> Any:
+def _merged(dim: str, ranges: Mapping[str, range], sizes: Mapping[str, int]) -> slice:
     """The slice of a tensor's dim that some of its first letter's range is."""
     unit = math.prod(sizes[letter] for letter in dim[1:])
     first = ranges[dim[0]]

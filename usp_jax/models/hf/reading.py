@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.typing import DTypeLike
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.hf.files import CONFIG, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
-from usp_jax.models.hf.names import EMBED, LM_HEAD, read_parameter, tensors
+from usp_jax.models.hf.names import EMBED, LM_HEAD, Index, read_parameter, tensors
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import check_mesh, parameter_shapes, parameter_shardings
 
@@ -28,7 +27,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Llama:
     """The model of a folder with config.json and safetensors files.
 
@@ -63,7 +62,7 @@ def load(
 
 
 def load_config(
-    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, **overrides: Any
+    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, **overrides: object
 ) -> LlamaConfig:
     """The configuration that `load` gives a model, from the same arguments.
 
@@ -83,21 +82,23 @@ def load_config(
 def _place(
     shape: tuple[int, ...],
     sharding: NamedSharding | None,
-    read: Callable[..., np.ndarray],
+    read: Callable[[Index], np.ndarray],
 ) -> jax.Array:
     """The array whose slices `read` gives."""
+    whole = tuple(slice(None) for _ in shape)
     if sharding is None:
-        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
-    return jax.make_array_from_callback(shape, sharding, read)
+        return jnp.asarray(read(whole))
+    # By jax's types an index may be None.
+    return jax.make_array_from_callback(shape, sharding, lambda i: read(i or whole))
 
 
 def _read(
-    files: TensorFiles, config: LlamaConfig, name: str, index: tuple[Any, ...]
+    files: TensorFiles, config: LlamaConfig, name: str, index: Index
 ) -> np.ndarray:
     return read_parameter(config, name, files.read, index)
 
 
-def _check_tensors(folder: Any, files: TensorFiles, config: LlamaConfig) -> None:
+def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> None:
     """Raises ValueError unless the files have the model's tensors and no others."""
     expected = {tensor.name: tensor for tensor in tensors(config)}
     _tell(folder, "lacks", expected.keys() - files.names)
@@ -119,7 +120,7 @@ def _check_tensors(folder: Any, files: TensorFiles, config: LlamaConfig) -> None
             )
 
 
-def _tell(folder: Any, what: str, names: set[Any]) -> None:
+def _tell(folder: Path, what: str, names: set[str]) -> None:
     if names:
         first = sorted(names)[:3]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -131,11 +132,11 @@ def _is_derived(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq")
 
 
-def _blocks(length: int, rows: int) -> list[tuple[Any]]:
+def _blocks(length: int, rows: int) -> list[Index]:
     return [(slice(i, min(i + rows, length)),) for i in range(0, length, rows)]
 
 
-def _check_tied(folder: Any, files: TensorFiles, rows: int = 4096) -> None:
+def _check_tied(folder: Path, files: TensorFiles, rows: int = 4096) -> None:
     """A tied model has one table; a checkpoint with two may have them equal only."""
     shape = files.shape(EMBED)
     same = files.shape(LM_HEAD) == shape and all(

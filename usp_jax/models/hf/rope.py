@@ -6,8 +6,8 @@ Written are the old words, which every reader understands.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+from usp_jax.models.hf.files import Json, number
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
     LinearScaling,
@@ -43,7 +43,7 @@ _KEYS: dict[str, set[str]] = {
 _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 
 
-def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
     """theta and the scaling of a config.json.
 
     Raises:
@@ -61,24 +61,24 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     missing = [key for key in _REQUIRED if key in _KEYS[kind] and key not in given]
     if missing:
         raise ValueError(f"{name}={config[name]!r} must have {', '.join(missing)}")
-    return float(theta), _scaling(kind, given, config)
+    return number("rope_theta", theta), _scaling(kind, given, config)
 
 
 def write_rope(
     theta: float, scaling: RopeScaling | None, head_size: int
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The keys of config.json that tell theta and the scaling."""
     if isinstance(scaling, NTKScaling):
         # No type of theirs: it is a larger base, and nothing else.
         return {"rope_theta": scaling.theta(head_size, theta), "rope_scaling": None}
-    return {"rope_theta": theta, "rope_scaling": _written(scaling)} | (
-        {"max_position_embeddings": scaling.original_length}
-        if isinstance(scaling, DynamicNTKScaling)
-        else {}
-    )
+    written = None if scaling is None else _written(scaling)
+    keys: dict[str, Json] = {"rope_theta": theta, "rope_scaling": written}
+    if isinstance(scaling, DynamicNTKScaling):
+        keys["max_position_embeddings"] = scaling.original_length
+    return keys
 
 
-def _parameters(config: Any) -> tuple[Any, ...]:
+def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
     """The name of the dict that tells of the scaling, and a copy without its Nones."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
@@ -87,12 +87,14 @@ def _parameters(config: Any) -> tuple[Any, ...]:
         )
     name = "rope_scaling" if old else "rope_parameters"
     given = config.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}={given!r} must be a JSON object or null")
     return name, {key: value for key, value in given.items() if value is not None}
 
 
-def _kind(name: str, given: Any) -> str:
+def _kind(name: str, given: dict[str, Json]) -> str:
     """Takes the type's name out of the dict: `type` in very old checkpoints."""
-    kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
+    kinds = {str(given.pop(key)) for key in ("rope_type", "type") if key in given}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in _KEYS:
         raise ValueError(
@@ -108,12 +110,12 @@ def _kind(name: str, given: Any) -> str:
 
 def _scaling(
     kind: str,
-    given: Any,
-    config: Any,
-) -> Any:
+    given: Mapping[str, Json],
+    config: Mapping[str, Json],
+) -> RopeScaling | None:
     if kind == "default":
         return None
-    factor = float(given["factor"])
+    factor = number("factor", given["factor"])
     if kind == "linear":
         return LinearScaling(factor)
     longest = config.get("max_position_embeddings")
@@ -124,48 +126,57 @@ def _scaling(
     outside = config.get("original_max_position_embeddings")
     length = _length(outside or inside or longest)
     if kind == "llama3":
-        low, high = (float(given[f"{name}_freq_factor"]) for name in ("low", "high"))
+        low, high = (
+            number(key, given[key]) for key in ("low_freq_factor", "high_freq_factor")
+        )
         return Llama3Scaling(factor, low, high, length)
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"{truncate=} must be true or false")
     return YarnScaling(
         factor,
         length,
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
+        beta_fast=number("beta_fast", given.get("beta_fast") or 32),
+        beta_slow=number("beta_slow", given.get("beta_slow") or 1),
         attention_factor=_attention_factor(factor, given),
-        truncate=given.get("truncate", True),
+        truncate=truncate,
     )
 
 
-def _length(length: Any) -> int:
-    if length is None:
+def _length(length: Json) -> int:
+    if not isinstance(length, int):
+        found = "" if length is None else f", an int, not {length!r}"
         raise ValueError(
             "the type of RoPE's scaling needs max_position_embeddings, or "
-            "original_max_position_embeddings where the type has it"
+            f"original_max_position_embeddings where the type has it{found}"
         )
     return length
 
 
-def _attention_factor(factor: Any, given: Any) -> Any:
+def _attention_factor(factor: float, given: Mapping[str, Json]) -> float | None:
     """YaRN's, or None for what follows from the factor."""
     if "attention_factor" in given:
-        return float(given["attention_factor"])
+        return number("attention_factor", given["attention_factor"])
     # DeepSeek's way to tell it is the ratio of two.
     over, under = given.get("mscale"), given.get("mscale_all_dim")
     if not (over and under):
         return None
     log = 0.1 * math.log(factor)
-    return (over * log + 1) / (under * log + 1)
+    numerator = number("mscale", over) * log + 1
+    return numerator / (number("mscale_all_dim", under) * log + 1)
 
 
-def _written(scaling: Any) -> Any:
-    if scaling is None:
-        return None
-    factor = {"factor": scaling.factor}
+def _written(
+    scaling: LinearScaling | DynamicNTKScaling | Llama3Scaling | YarnScaling,
+) -> dict[str, Json]:
+    factor: dict[str, Json] = {"factor": scaling.factor}
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", **factor}
     if isinstance(scaling, DynamicNTKScaling):
         return {"rope_type": "dynamic", **factor}
-    original = {"original_max_position_embeddings": scaling.original_length}
+    original: dict[str, Json] = {
+        "original_max_position_embeddings": scaling.original_length
+    }
     if isinstance(scaling, Llama3Scaling):
         return {
             "rope_type": "llama3",

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 from usp_jax.models.config import DTYPES
 from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
 from usp_jax.models.hf.keys import write_config
-from usp_jax.models.hf.names import tensors, to_tensor
+from usp_jax.models.hf.names import Tensor, tensors, to_tensor
 from usp_jax.models.llama import Llama
 
 # What belongs to a checkpoint and says nothing of the model's weights.
@@ -83,7 +82,7 @@ def save(
 
 
 def _write_tensors(
-    model: Llama, folder: Any, dtype: Any, file_bytes: int, is_writer: bool
+    model: Llama, folder: Path, dtype: np.dtype, file_bytes: int, is_writer: bool
 ) -> None:
     every = {tensor.name: tensor for tensor in tensors(model.config)}
     sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in every.items()}
@@ -105,7 +104,7 @@ def _write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _on_host(model: Llama, tensor: Any) -> np.ndarray:
+def _on_host(model: Llama, tensor: Tensor) -> np.ndarray:
     """One layer's part of a parameter, gathered from all devices."""
     x = getattr(model, tensor.parameter)[...]
     if tensor.layer is not None:
@@ -121,7 +120,7 @@ def _layer(x: jax.Array, number: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, number, keepdims=False)
 
 
-def _copy_companions(like: Any, folder: Any) -> None:
+def _copy_companions(like: str | os.PathLike[str] | None, folder: Path) -> None:
     for name in _COMPANIONS:
         if like is not None and (Path(like) / name).exists():
             shutil.copyfile(Path(like) / name, folder / name)

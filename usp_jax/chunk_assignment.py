@@ -1,11 +1,4 @@
-"""Balance of packed rows: equal visible work for the ring's shards, not equal tokens.
-
-A query sees keys of its own document only, so a shard that holds the ends of long
-documents works much longer than one that holds short ones. `balance` cuts a packed row
-into chunks and gives every ring shard the same number of them and, nearly, the same
-number of visible (query, key) pairs. What comes out is data for `layout="data"`.
-All of it is numpy, on the host; `ringwork.py` has the figures that tell how even an
-order is.
+"""Which ring shard each chunk of a packed row goes to, so that shards work equally.
 
 Spreading a document's chunks over the shards in rows that alternate in direction (a
 zigzag of many turns) makes the work of every two shards even, because each pair of
@@ -16,20 +9,11 @@ Swaps of chunks between the busiest and an idle shard even out the rest.
 
 import dataclasses
 import heapq
-import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
 
-from usp_jax import arguments
-from usp_jax.masking import PADDING, MaskRule
-from usp_jax.ringwork import by_step, check_positive
-
-# A chunk is a kernel's block where the row is long enough for this many a shard.
-_CHUNK = 128
-_CHUNKS_A_SHARD = 32
+from usp_jax.masking import MaskRule
+from usp_jax.ringwork import by_step
 
 # Swaps stop when the busiest shard has so much of the mean.
 _EVEN = 1.01
@@ -45,131 +29,7 @@ _ESTIMATED = 2**22
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Balance:
-    """The order in which a packed row is stored; ring shards follow one another.
-
-    Attributes:
-      order: int32 [T], which token of the padded natural row each stored place holds.
-      segment_ids: int32 [T] in stored order: the document's index, -1 for padding.
-      work: int64 [ring], the visible pairs of each shard's queries.
-      chunk: the tokens of a chunk. Within a shard chunks are in natural order.
-    """
-
-    order: Int32[np.ndarray, " T"]
-    segment_ids: Int32[np.ndarray, " T"]
-    work: Int64[np.ndarray, " ring"]
-    chunk: int
-
-    @property
-    def positions(self) -> Int32[np.ndarray, " T"]:
-        """What masks and RoPE take: each stored token's place in the natural row.
-
-        They do not start again with each document, which neither can tell.
-        """
-        return self.order
-
-    def to_stored(
-        self, x: np.ndarray, *, axis: int = 0, pad_value: int | None = None
-    ) -> np.ndarray:
-        """Permutes a natural row to stored order along `axis`.
-
-        Args:
-          x: of length T along `axis`, or shorter with `pad_value`, which then follows.
-
-        Raises:
-          ValueError: the length is neither.
-        """
-        x = np.asarray(x)
-        length, missing = x.shape[axis], len(self.order) - x.shape[axis]
-        if missing < 0 or (missing and pad_value is None):
-            raise ValueError(
-                f"x.shape[{axis}]={length} must be {len(self.order)}, or less with "
-                "pad_value="
-            )
-        if missing:
-            widths = [(0, 0)] * x.ndim
-            widths[axis] = (0, missing)
-            x = np.pad(x, widths, constant_values=pad_value)
-        return np.take(x, self.order, axis)
-
-    def to_natural(
-        self, x: np.ndarray, *, axis: int = 0, length: int | None = None
-    ) -> np.ndarray:
-        """The inverse of `to_stored`.
-
-        Args:
-          length: how many tokens to keep of the natural row; None keeps the padding.
-
-        Raises:
-          ValueError: `x` is not of length T, or has no such beginning.
-        """
-        x, whole = np.asarray(x), len(self.order)
-        if x.shape[axis] != whole:
-            raise ValueError(f"x.shape[{axis}]={x.shape[axis]} must be {whole}")
-        if length is not None and not 0 <= length <= whole:
-            raise ValueError(f"{length=} must be between 0 and {whole}")
-        inverse = np.empty_like(self.order)
-        inverse[self.order] = np.arange(whole, dtype=np.int32)
-        return np.take(x, inverse[:length], axis)
-
-
-def balance(
-    segment_lengths: Sequence[int] | np.ndarray,
-    ring: int,
-    *,
-    length: int | None = None,
-    chunk: int | None = None,
-    ulysses: int = 1,
-    is_causal: bool = True,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
-) -> Balance:
-    """Orders a row of packed documents so that ring shards have equal visible work.
-
-        plan = usp_jax.balance([700, 200, 100], ring=4, length=1024)
-        tokens = plan.to_stored(tokens, pad_value=0)
-        usp_attention(..., layout="data", positions=plan.positions[None],
-                      segment_ids=plan.segment_ids[None])
-
-    Args:
-      segment_lengths: the tokens of each document, in the order they are packed.
-      ring: the number of ring shards.
-      length: T, the row's length with its padding; a multiple of ring · ulysses. None
-        is the least that holds the documents and divides.
-      chunk: the tokens that stay together; T / ring must be a multiple. None is 128, a
-        block of the kernels, or less where a shard would have fewer than 32 chunks.
-      ulysses: the other degree, for T.
-      is_causal, local_window_size: those of the attention, as in `usp_attention`.
-
-    Raises:
-      ValueError: an argument is not of its kind, or lengths do not fit or divide.
-    """
-    rule = arguments.mask_rule(is_causal, local_window_size)
-    lengths = _document_lengths(segment_lengths)
-    for name, value in (("ring", ring), ("ulysses", ulysses)):
-        check_positive(name, value)
-    total = int(lengths.sum())
-    shard_length, chunk = _shard_and_chunk(total, ring, ulysses, length, chunk)
-    if shard_length % chunk:
-        raise ValueError(
-            f"{chunk=} must divide the {shard_length} tokens of a ring shard"
-        )
-    row = _Row.of(lengths, ring * shard_length, chunk, rule)
-    shards = _assign(row, ring)
-    chunks = np.argsort(shards, kind="stable")
-    tokens = np.arange(chunk, dtype=np.int32)
-    order = (chunks.astype(np.int32) * chunk)[:, None] + tokens
-    ids = np.full(ring * shard_length, PADDING, np.int32)
-    ids[:total] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return Balance(
-        order=order.reshape(-1),
-        segment_ids=ids.reshape(-1, chunk)[chunks].reshape(-1),
-        work=row.work[chunks].reshape(ring, -1).sum(1),
-        chunk=chunk,
-    )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Row:
+class Row:
     """A packed row, cut into chunks.
 
     Attributes:
@@ -189,7 +49,7 @@ class _Row:
     chunk: int
 
     @classmethod
-    def of(cls, lengths: np.ndarray, length: int, chunk: int, rule: MaskRule) -> "_Row":
+    def of(cls, lengths: np.ndarray, length: int, chunk: int, rule: MaskRule) -> "Row":
         starts = np.concatenate([[0], np.cumsum(lengths)])
         edges = np.arange(0, length + 1, chunk)
         work = np.diff(_work_before(edges, lengths, starts, rule))
@@ -203,7 +63,7 @@ class _Row:
 def _pieces(
     edges: np.ndarray, starts: np.ndarray, rule: MaskRule
 ) -> tuple[np.ndarray, ...]:
-    """`_Row.pieces`"""
+    """`Row.pieces`"""
     cuts = np.sort(np.concatenate([edges[edges < starts[-1]], starts]), kind="stable")
     begin, size = cuts[:-1], np.diff(cuts)
     begin, size = begin[size > 0], size[size > 0]
@@ -247,24 +107,23 @@ def _document_work(
     return last - bounded * (bounded + 1) // 2 + queries
 
 
-def _assign(row: _Row, ring: int) -> np.ndarray | None:
+def assign(row: Row, ring: int) -> np.ndarray:
     """The ring shard of each chunk: the first good plan, or else the best."""
     if ring * len(row.owner) > _ESTIMATED:
         return _spread(row, ring)
     good = _GOOD_PATH * row.work.sum() / ring
-    best, shortest = None, math.inf
+    tried: list[tuple[float, np.ndarray]] = []
     for plan in (_natural, _spread, _kept):
         if (shards := plan(row, ring)) is None:
             continue
-        path = _estimated_path(row, shards, ring)
-        if path < shortest:
-            best, shortest = shards, path
+        path = estimated_path(row, shards, ring)
         if path <= good:
-            break
-    return best
+            return shards
+        tried.append((path, shards))
+    return min(tried, key=lambda plan: plan[0])[1]
 
 
-def _natural(row: _Row, ring: int) -> np.ndarray | None:
+def _natural(row: Row, ring: int) -> np.ndarray | None:
     """Every shard has consecutive chunks; None where that is far from even."""
     totals = row.work.reshape(ring, -1).sum(1)
     if totals.max() > _NEARLY_EVEN * totals.mean():
@@ -272,12 +131,12 @@ def _natural(row: _Row, ring: int) -> np.ndarray | None:
     return np.repeat(np.arange(ring), len(row.owner) // ring)
 
 
-def _spread(row: _Row, ring: int) -> np.ndarray:
+def _spread(row: Row, ring: int) -> np.ndarray:
     """All documents are spread over the shards."""
     return _placed(row, ring, np.zeros(len(row.size), bool))
 
 
-def _kept(row: _Row, ring: int) -> np.ndarray | None:
+def _kept(row: Row, ring: int) -> np.ndarray | None:
     """Documents of few chunks are on one shard each; None where there are none."""
     work = np.bincount(row.owner, weights=row.work, minlength=len(row.size))
     whole = (row.size > 1) & (row.size <= min(ring / 2, len(row.owner) // ring))
@@ -286,7 +145,7 @@ def _kept(row: _Row, ring: int) -> np.ndarray | None:
     return _placed(row, ring, whole) if whole.any() else None
 
 
-def _placed(row: _Row, ring: int, whole: np.ndarray) -> np.ndarray:
+def _placed(row: Row, ring: int, whole: np.ndarray) -> np.ndarray:
     """Shards of chunks: documents in `whole` on one shard each, the others spread."""
     spread = np.flatnonzero(~whole[row.owner])
     longest_first = np.argsort(-row.size[row.owner[spread]], kind="stable")
@@ -302,7 +161,7 @@ def _placed(row: _Row, ring: int, whole: np.ndarray) -> np.ndarray:
     return _evened(shards, row.work, ring)
 
 
-def _fill(row: _Row, shards: np.ndarray, whole: np.ndarray, room: list[int]) -> None:
+def _fill(row: Row, shards: np.ndarray, whole: np.ndarray, room: list[int]) -> None:
     """Places the chunks without a shard, the heaviest run on the least busy shard.
 
     A run is what one document has of them; it is cut where no shard has room for it.
@@ -365,7 +224,7 @@ def _swap(
     busiest: int,
     idle: np.integer,
     gap: np.floating,
-) -> Any:
+) -> tuple[int, int] | None:
     """The two chunks whose exchange leaves the least of a gap, or None."""
     heavy, light = np.flatnonzero(shards == busiest), np.flatnonzero(shards == idle)
     light = light[np.argsort(work[light])]
@@ -374,11 +233,11 @@ def _swap(
     near = np.clip([above - 1, above], 0, len(light) - 1)
     distance = np.abs(work[light[near]] - wanted)
     side, i = np.unravel_index(distance.argmin(), distance.shape)
-    pair = heavy[i], light[near[side, i]]
+    pair = int(heavy[i]), int(light[near[side, i]])
     return pair if 0 < work[pair[0]] - work[pair[1]] < gap else None
 
 
-def _estimated_path(row: _Row, shards: np.ndarray, ring: int) -> Any:
+def estimated_path(row: Row, shards: np.ndarray, ring: int) -> float:
     """The path's length in pairs, from the middle query of every piece of a chunk.
 
     A piece is what one document has in a chunk. Exact without a window: then what a
@@ -403,7 +262,7 @@ def _estimated_path(row: _Row, shards: np.ndarray, ring: int) -> Any:
     )
     cells = np.concatenate([shards[high] * ring + r, shards[low] * ring + r])
     by_keys += np.bincount(cells, parts, minlength=ring * ring).reshape(ring, ring)
-    return by_step(by_keys.T).max(1).sum()
+    return float(by_step(by_keys.T).max(1).sum())
 
 
 def _running_sum(x: np.ndarray, block: int) -> np.ndarray:
@@ -413,53 +272,3 @@ def _running_sum(x: np.ndarray, block: int) -> np.ndarray:
         blocks[:, i] += blocks[:, i - 1]
     blocks[1:] += np.cumsum(blocks[:-1, -1], axis=0)[:, None]
     return x
-
-
-def _document_lengths(
-    segment_lengths: Any,
-) -> np.ndarray:
-    lengths = np.asarray(segment_lengths)
-    if not lengths.size:
-        lengths = lengths.astype(np.int64)
-    if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(
-            f"segment_lengths is {lengths.dtype}{list(lengths.shape)}, it must be "
-            "integers [documents]"
-        )
-    if (lengths < 1).any():
-        i = int(np.argmax(lengths < 1))
-        raise ValueError(f"segment_lengths[{i}]={lengths[i]} must be 1 or greater")
-    if lengths.sum(dtype=np.float64) > np.iinfo(np.int32).max:
-        raise ValueError("the sum of segment_lengths must fit into int32")
-    return lengths.astype(np.int64)
-
-
-def _shard_and_chunk(
-    total: int, ring: int, ulysses: int, length: int | None, chunk: int | None
-) -> tuple[int, int]:
-    """The tokens of a ring shard and of a chunk."""
-    if chunk is not None:
-        check_positive("chunk", chunk)
-    if length is None:
-        if not total:
-            raise ValueError("segment_lengths is empty: give length= for a row of it")
-        shard = -(-total // ring)
-        if chunk is None:
-            # The greatest power of two, for padding may be added to make it divide.
-            chunk = 1 << _most_chunk(shard).bit_length() - 1
-        multiple = math.lcm(chunk, ulysses)
-        return -(-shard // multiple) * multiple, chunk
-    check_positive("length", length)
-    if length < total:
-        raise ValueError(f"{length=} must hold the {total} tokens of segment_lengths")
-    if length % (ring * ulysses):
-        raise ValueError(f"{length=} must be a multiple of {ring=} · {ulysses=}")
-    shard = length // ring
-    if chunk is None:
-        chunk = next(c for c in range(_most_chunk(shard), 0, -1) if shard % c == 0)
-    return shard, chunk
-
-
-def _most_chunk(shard_length: int) -> int:
-    """128, or what leaves a shard 32 chunks, or 1."""
-    return max(min(_CHUNK, shard_length // _CHUNKS_A_SHARD), 1)

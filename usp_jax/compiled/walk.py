@@ -1,122 +1,30 @@
-"""The collectives of a compiled program: kind, executions, bytes and groups."""
+"""A walk through a compiled program from its entry, which finds its collectives."""
 
 import dataclasses
 import re
-from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
 
+import jax
+
+from usp_jax.compiled.collective import KINDS, Collective
 from usp_jax.compiled.groups import Groups, parse_groups
 from usp_jax.compiled.hlo import (
     Computation,
     Instruction,
     Module,
+    Shape,
     Shapes,
     leaves,
     num_bytes,
     parse_module,
 )
 from usp_jax.compiled.schedule import Schedule
-from usp_jax.compiled.trips import Trips
-
-KINDS = (
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "collective-broadcast",
-    "send",
-)
-"""The kinds that are counted; a "send" is (part of) a permute that XLA took apart."""
+from usp_jax.compiled.trips import Trips, Value
 
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
-@runtime_checkable
-class Compiled(Protocol):
-    """What `jax.jit(f).lower(...).compile()` gives."""
-
-    def as_text(self) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective instruction of a program, seen from one device.
-
-    Attributes:
-      kind: one of `KINDS`, whether it is one operation or a start and a done.
-      name: the instruction's name, in `computation`.
-      executions: how often a device runs it in one call of the program; loops are
-        counted by their trips. Every branch of a conditional is counted as if it were
-        taken, so with `is_conditional` it is an upper bound.
-      dtypes: element types of the operands, several where XLA combined collectives.
-      operand_bytes: of one execution.
-      result_bytes: of one execution.
-      groups: the devices that exchange with each other; for a permute and a send the
-        (source, target) pairs.
-      is_async: it has a start and a done of its own.
-      beside: the instructions with matrix products or kernels that are issued between
-        the two (in the printed order, which is the schedule where the backend has one).
-      op_name: the place in the traced program, jax's "jit(f)/shard_map/ppermute".
-    """
-
-    kind: str
-    name: str
-    computation: str
-    executions: int
-    dtypes: tuple[str, ...]
-    operand_bytes: int
-    result_bytes: int
-    groups: Groups
-    is_async: bool
-    beside: tuple[str, ...]
-    is_conditional: bool
-    op_name: str
-
-    @property
-    def group_size(self) -> int:
-        """The number of devices in the (largest) group."""
-        return max((len(group) for group in self.groups), default=1)
-
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes that a device sends in one execution, by the ring algorithms' bounds.
-
-        n devices: (n-1)/n of the operand for an all-to-all and a reduce-scatter, of the
-        result for an all-gather; twice that of the operand for an all-reduce; the
-        operand for what goes to one other device. Where XLA makes several sends of one
-        permute, each counts, though a device may be the source of one only.
-        """
-        if self.kind in ("collective-permute", "send"):
-            stays = all(source == target for source, target in self.groups)
-            return 0 if stays and self.groups else self.operand_bytes
-        if self.kind == "collective-broadcast":
-            return self.operand_bytes if self.group_size > 1 else 0
-        of_kind = {
-            "all-gather": self.result_bytes,
-            "all-reduce": 2 * self.operand_bytes,
-        }
-        size = of_kind.get(self.kind, self.operand_bytes)
-        return -(-size * (self.group_size - 1) // self.group_size)
-
-    @property
-    def total_wire_bytes(self) -> int:
-        """Bytes that a device sends in one call of the program."""
-        return self.executions * self.wire_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Total:
-    """The sum over several collectives."""
-
-    executions: int = 0
-    operand_bytes: int = 0
-    wire_bytes: int = 0
-
-
 def collectives(
-    compiled: Compiled | str, *, unknown_trips: int | None = None
+    compiled: jax.stages.Compiled | str, *, unknown_trips: int | None = None
 ) -> tuple[Collective, ...]:
     """The collectives of a program, in the order of its text from the entry down.
 
@@ -133,65 +41,19 @@ def collectives(
         `unknown_trips` is None.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    walk = _Walk(parse_module(text), unknown_trips)
+    # A program of a backend without texts is refused as one that is not HLO.
+    walk = _Walk(parse_module(text or ""), unknown_trips)
     walk.enter(walk.module.computations[walk.module.entry], (), 1)
     return tuple(walk.found.values())
 
 
-def in_flight(
-    found: Iterable[Collective], kind: str = "collective-permute"
-) -> float | None:
-    """The share of a kind's executions that are in flight while something is computed.
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A computation that an instruction runs, what it is given, and how many times."""
 
-    None where nothing of that kind is executed.
-    """
-    counts = [(one.executions, bool(one.beside)) for one in found if one.kind == kind]
-    total = sum(times for times, _ in counts)
-    return sum(times for times, hidden in counts if hidden) / total if total else None
-
-
-def by_kind(found: Iterable[Collective]) -> dict[str, Total]:
-    """Executions and bytes of each kind that occurs, over all executions."""
-    totals: dict[str, Total] = {}
-    for one in found:
-        total = totals.get(one.kind, Total())
-        totals[one.kind] = Total(
-            total.executions + one.executions,
-            total.operand_bytes + one.executions * one.operand_bytes,
-            total.wire_bytes + one.total_wire_bytes,
-        )
-    return {kind: totals[kind] for kind in KINDS if kind in totals}
-
-
-def table(found: Iterable[Collective]) -> str:
-    """The collectives as lines of text, one each, and the sum of what is sent."""
-    found = tuple(found)
-    head: tuple[str, ...] = (
-        "kind",
-        "times",
-        "dtype",
-        "operand",
-        "sent",
-        "sent in all",
-        "devices",
-    )
-    head += ("beside work", "at")
-    rows: list[tuple[str, ...]] = [head]
-    for one in found:
-        times = f"<={one.executions}" if one.is_conditional else str(one.executions)
-        numbers = (one.operand_bytes, one.wire_bytes, one.total_wire_bytes)
-        devices = f"{len(one.groups)}x{one.group_size}"
-        dtypes = "+".join(one.dtypes)
-        work = "yes" if one.beside else "no"
-        row = (one.kind, times, dtypes, *map(str, numbers), devices, work, one.op_name)
-        rows.append(row)
-    total = sum(one.total_wire_bytes for one in found)
-    rows.append(("", "", "", "", "", str(total), "", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = (
-        "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    computation: Computation
+    arguments: tuple[Value, ...]
+    times: int = 1
 
 
 class _Walk:
@@ -208,7 +70,7 @@ class _Walk:
     def enter(
         self,
         computation: Computation,
-        arguments: tuple[Any, ...],
+        arguments: tuple[Value, ...],
         executions: int,
         *,
         start: tuple[Computation, Instruction] | None = None,
@@ -224,19 +86,17 @@ class _Walk:
         for instruction in computation.instructions:
             if kind := _kind(computation, instruction):
                 self._note(kind, computation, instruction, executions, start, branch)
-            for inner, given, times in self._runs(instruction, values):
+            for run in self._runs(instruction, values):
                 self.enter(
-                    inner,
-                    given,
-                    executions * times,
-                    start=start or _start(computation, instruction, inner),
+                    run.computation,
+                    run.arguments,
+                    executions * run.times,
+                    start=start or _start(computation, instruction, run.computation),
                     branch=branch or instruction.opcode == "conditional",
                 )
 
-    def _runs(
-        self, instruction: Instruction, values: dict[str, None] | dict[str, Any]
-    ) -> Any:
-        """(computation, arguments, times) of what an instruction runs."""
+    def _runs(self, instruction: Instruction, values: dict[str, Value]) -> list[_Run]:
+        """What an instruction runs, if there is a collective in it."""
         called = [self.module.computations[name] for name in instruction.called]
         if not any(self._has_collective(inner) for inner in called):
             return []
@@ -245,13 +105,13 @@ class _Walk:
             condition, body = called
             trips = self._count(instruction, operands[0])
             state = (self._trips.passed_on(instruction, operands[0]),)
-            return [(condition, state, trips + 1), (body, state, trips)]
+            return [_Run(condition, state, trips + 1), _Run(body, state, trips)]
         if instruction.opcode == "conditional":
             branches = zip(called, operands[1:], strict=True)
-            return [(inner, (operand,), 1) for inner, operand in branches]
-        return [(inner, operands, 1) for inner in called]
+            return [_Run(inner, (operand,)) for inner, operand in branches]
+        return [_Run(inner, operands) for inner in called]
 
-    def _count(self, loop: Instruction, state: Any) -> int:
+    def _count(self, loop: Instruction, state: Value) -> int:
         trips = self._trips.count(loop, state)
         if trips is None:
             trips = self._unknown_trips
@@ -306,7 +166,7 @@ class _Walk:
             op_name=name[1] if name else "",
         )
 
-    def _groups(self, instruction: Instruction) -> tuple[Any, ...]:
+    def _groups(self, instruction: Instruction) -> Groups:
         pairs = instruction.attribute("source_target_pairs")
         if pairs is None and instruction.opcode == "send":
             match = re.search(
@@ -357,11 +217,11 @@ def _result(kind: str, computation: Computation, instruction: Instruction) -> Sh
         return computation.root.shape
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (operands, results, context...): a single operand stands without a tuple.
-        shape: Any = instruction.shape
-        return shape[1]
+        assert isinstance(instruction.shape, tuple)
+        return instruction.shape[1]
     return instruction.shape
 
 
-def _data(shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+def _data(shapes: Shapes) -> tuple[Shape, ...]:
     """Operands that hold data: a send also takes a token."""
     return tuple(leaf for leaf in leaves(shapes) if leaf.num_bytes)

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 import usp_jax
 from benchmarks import packing_balance
 from tests.oracle import assert_equal_to, expected, normal, results
-from usp_jax.balance import _estimated_path, _Row
+from usp_jax.chunk_assignment import Row, estimated_path
 from usp_jax.masking import Mask, MaskRule, Tokens, visible
 
 
@@ -91,19 +91,19 @@ def test_work_is_that_of_the_mask(row):
 
 
 @given(rows(), st.randoms(use_true_random=False))
-def test_the_estimated_path_is_exact_without_a_window(row, random):
+def test_theestimated_path_is_exact_without_a_window(row, random):
     lengths, ring, chunk, length, is_causal, _ = row
     shards = [r for r in range(ring) for _ in range(length // (ring * chunk))]
     random.shuffle(shards)
     shards = np.asarray(shards)
     documents = np.asarray(lengths, np.int64)
-    cut = _Row.of(documents, length, chunk, MaskRule(is_causal))
+    cut = Row.of(documents, length, chunk, MaskRule(is_causal))
     ids = np.full(length, -1)
     ids[: documents.sum()] = np.repeat(np.arange(len(documents)), documents)
     chunks = np.argsort(shards, kind="stable")
     order = np.arange(length).reshape(-1, chunk)[chunks].reshape(-1)
     work = usp_jax.ring_balance(order, ids[order], ring, is_causal=is_causal)
-    actual = _estimated_path(cut, shards, ring)
+    actual = estimated_path(cut, shards, ring)
     if work.pairs.any():
         actual *= ring / work.pairs.sum()
         np.testing.assert_allclose(actual, work.path, rtol=1e-6)

@@ -1,0 +1,208 @@
+"""Compiles a function for devices that are not here, and reports on the program."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import PyTree
+
+from usp_jax import compiled
+from usp_jax.aot.devices import Device, of_kind
+from usp_jax.aot.report import Report
+from usp_jax.aot.topologies import Topology
+from usp_jax.flags import Option
+
+Options = Mapping[str, Option]
+
+
+def compile(
+    fn: Callable[..., PyTree],
+    *shapes: PyTree,
+    compiler_options: Options | None = None,
+    topology: Topology | None = None,
+    unknown_trips: int | None = None,
+) -> Report:
+    """Compiles a function for the devices of its arguments' shardings.
+
+    Args:
+      fn: a function, or a jitted one (for donation and output shardings).
+      shapes: its arguments: pytrees of `jax.ShapeDtypeStruct`s, whose shardings are
+        over the devices of a `Topology`, as `NamedSharding(mesh, spec)`.
+      compiler_options: as `jax.stages.Lowered.compile` takes them;
+        `usp_jax.recommended_flags("tpu")` for instance.
+      topology: where arguments without a sharding live: on its first device.
+      unknown_trips: how often to count loops whose trips the program does not tell,
+        where they hold collectives.
+
+    Raises:
+      ValueError: no argument says for which devices to compile, the device is not in
+        the tables, or a loop holds collectives and its trips are not known.
+      jax.errors.JaxRuntimeError: the compiler refuses the program for another reason
+        than memory (an option that it does not know, a kernel's limits).
+    """
+    return _compile(fn, shapes, compiler_options, topology, unknown_trips)[0]
+
+
+def compile_vjp(
+    fn: Callable[..., PyTree],
+    *shapes: PyTree,
+    compiler_options: Options | None = None,
+    topology: Topology | None = None,
+) -> tuple[Report, Report]:
+    """Compiles a function and its pull-back as the two programs that they are.
+
+    In one program the compiler would share what both do, and keep it in memory for
+    that. The cotangents have the shapes and shardings of the results. Arguments and
+    errors are those of `compile`.
+
+    Returns:
+      The report of (result, residuals) = vjp(fn, *shapes), and the report of the
+      gradients of all arguments from residuals and cotangents.
+    """
+
+    def forward(*arguments: PyTree) -> PyTree:
+        return jax.vjp(fn, *arguments)
+
+    report, executable = _compile(forward, shapes, compiler_options, topology, None)
+    if executable is None:
+        return report, report
+    given = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        executable.out_info,
+        executable.output_shardings,
+    )
+    result, pull_back = given
+
+    def backward(pull_back: Callable[..., PyTree], cotangent: PyTree) -> PyTree:
+        return pull_back(cotangent)
+
+    arguments = (pull_back, result)
+    return report, _compile(backward, arguments, compiler_options, topology, None)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """The devices that a program is compiled for; their mesh where they have one."""
+
+    device: Device
+    num_devices: int
+    mesh: Mesh | AbstractMesh | None
+
+
+def _compile(
+    fn: Callable[..., PyTree],
+    shapes: tuple[PyTree, ...],
+    compiler_options: Options | None,
+    topology: Topology | None,
+    unknown_trips: int | None,
+) -> tuple[Report, jax.stages.Compiled | None]:
+    """The report, and the compiled program or None."""
+    shapes = _placed(shapes, topology)
+    target = _target(shapes)
+    device = target.device
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+    start = time.perf_counter()
+    if target.mesh is None:
+        lowered = jitted.lower(*shapes)
+    else:
+        # Pallas asks it which devices its kernels are for.
+        with jax.sharding.use_abstract_mesh(target.mesh.abstract_mesh):
+            lowered = jitted.lower(*shapes)
+    options = dict(compiler_options or {})
+    try:
+        executable = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        seconds = time.perf_counter() - start
+        text = re.sub(r"\s+", " ", str(error)).strip()
+        return Report(device, target.num_devices, False, seconds, error=text), None
+    seconds = time.perf_counter() - start
+    memory = executable.memory_analysis()
+    assert memory is not None
+    costs = executable.cost_analysis() or {}
+    flops = costs.get("flops")
+    # With buffers in the host's memory the GPU compiler's peak is theirs.
+    peak = min(memory.peak_memory_in_bytes, _allocated(memory))
+    report = Report(
+        device=device,
+        num_devices=target.num_devices,
+        fits=peak <= device.hbm_bytes,
+        compile_seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=peak,
+        host_bytes=_allocated(memory, "host_"),
+        vmem_bytes=_vmem_bytes(executable) if device.platform == "tpu" else None,
+        flops=None if flops is None else float(flops),
+        collectives=compiled.collectives(executable, unknown_trips=unknown_trips),
+    )
+    return report, executable
+
+
+def _allocated(memory: object, where: str = "") -> int:
+    """Arguments, outputs that are none of them, and temporaries.
+
+    All of it is set aside, though parts may share memory in time.
+
+    Args:
+      where: "host_" is the host's memory, "" the device's.
+    """
+    argument, output, alias, temp = (
+        getattr(memory, f"{where}{what}_size_in_bytes")
+        for what in ("argument", "output", "alias", "temp")
+    )
+    return argument + output - alias + temp
+
+
+def _vmem_bytes(executable: jax.stages.Compiled) -> int | None:
+    """The most vector memory that a part of the program uses, read from its text."""
+    used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+",'
+    sizes = re.findall(used + r'"size":"(\d+)"', executable.as_text() or "")
+    return max(map(int, sizes), default=None)
+
+
+def _placed(
+    shapes: tuple[PyTree, ...], topology: Topology | None
+) -> tuple[PyTree, ...]:
+    """The shapes, those without a sharding put on the topology's first device."""
+    shardings = {x.sharding for x in jax.tree.leaves(shapes)}
+    if topology is None or shardings != {None}:
+        return shapes
+    # A mesh, if only of one device, is where kernels find out what they are for.
+    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    sharding = NamedSharding(mesh, jax.P())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+
+
+def _target(shapes: tuple[PyTree, ...]) -> _Target:
+    """The devices of the shapes' shardings."""
+    leaves = jax.tree.leaves(shapes)
+    shardings = [x.sharding for x in leaves if x.sharding is not None]
+    if not shardings:
+        raise ValueError(
+            "no argument has a sharding, which says for which devices to compile: give "
+            "jax.ShapeDtypeStruct(..., sharding=NamedSharding(mesh, spec)) with a mesh "
+            "of aot.topology(...).devices, or topology="
+        )
+    devices: set[jax.Device] = set().union(
+        *(sharding.device_set for sharding in shardings)
+    )
+    kind = next(iter(devices)).device_kind
+    device = of_kind(kind)
+    if device is None:
+        raise ValueError(
+            f"the arguments live on devices of the kind {kind!r}, which is none of "
+            "those that aot.topology(...) gives"
+        )
+    meshes = {x.mesh for x in shardings if isinstance(x, NamedSharding)}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    return _Target(device, len(devices), mesh)

@@ -1,0 +1,141 @@
+"""A collective of a compiled program, and sums over several."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from usp_jax.compiled.groups import Groups
+
+KINDS = (
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "collective-broadcast",
+    "send",
+)
+"""The kinds that are counted; a "send" is (part of) a permute that XLA took apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction of a program, seen from one device.
+
+    Attributes:
+      kind: one of `KINDS`, whether it is one operation or a start and a done.
+      name: the instruction's name, in `computation`.
+      executions: how often a device runs it in one call of the program; loops are
+        counted by their trips. Every branch of a conditional is counted as if it were
+        taken, so with `is_conditional` it is an upper bound.
+      dtypes: element types of the operands, several where XLA combined collectives.
+      operand_bytes: of one execution.
+      result_bytes: of one execution.
+      groups: the devices that exchange with each other; for a permute and a send the
+        (source, target) pairs.
+      is_async: it has a start and a done of its own.
+      beside: the instructions with matrix products or kernels that are issued between
+        the two (in the printed order, which is the schedule where the backend has one).
+      op_name: the place in the traced program, jax's "jit(f)/shard_map/ppermute".
+    """
+
+    kind: str
+    name: str
+    computation: str
+    executions: int
+    dtypes: tuple[str, ...]
+    operand_bytes: int
+    result_bytes: int
+    groups: Groups
+    is_async: bool
+    beside: tuple[str, ...]
+    is_conditional: bool
+    op_name: str
+
+    @property
+    def group_size(self) -> int:
+        """The number of devices in the (largest) group."""
+        return max((len(group) for group in self.groups), default=1)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that a device sends in one execution, by the ring algorithms' bounds.
+
+        n devices: (n-1)/n of the operand for an all-to-all and a reduce-scatter, of the
+        result for an all-gather; twice that of the operand for an all-reduce; the
+        operand for what goes to one other device. Where XLA makes several sends of one
+        permute, each counts, though a device may be the source of one only.
+        """
+        if self.kind in ("collective-permute", "send"):
+            stays = all(source == target for source, target in self.groups)
+            return 0 if stays and self.groups else self.operand_bytes
+        if self.kind == "collective-broadcast":
+            return self.operand_bytes if self.group_size > 1 else 0
+        of_kind = {
+            "all-gather": self.result_bytes,
+            "all-reduce": 2 * self.operand_bytes,
+        }
+        size = of_kind.get(self.kind, self.operand_bytes)
+        return -(-size * (self.group_size - 1) // self.group_size)
+
+    @property
+    def total_wire_bytes(self) -> int:
+        """Bytes that a device sends in one call of the program."""
+        return self.executions * self.wire_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """The sum over several collectives."""
+
+    executions: int = 0
+    operand_bytes: int = 0
+    wire_bytes: int = 0
+
+
+def in_flight(
+    collectives: Iterable[Collective], kind: str = "collective-permute"
+) -> float | None:
+    """The share of a kind's executions that are in flight while something is computed.
+
+    None where nothing of that kind is executed.
+    """
+    own = [x for x in collectives if x.kind == kind]
+    total = sum(x.executions for x in own)
+    return sum(x.executions for x in own if x.beside) / total if total else None
+
+
+def by_kind(collectives: Iterable[Collective]) -> dict[str, Total]:
+    """Executions and bytes of each kind that occurs, over all executions."""
+    totals: dict[str, Total] = {}
+    for x in collectives:
+        total = totals.get(x.kind, Total())
+        totals[x.kind] = Total(
+            total.executions + x.executions,
+            total.operand_bytes + x.executions * x.operand_bytes,
+            total.wire_bytes + x.total_wire_bytes,
+        )
+    return {kind: totals[kind] for kind in KINDS if kind in totals}
+
+
+def table(collectives: Iterable[Collective]) -> str:
+    """The collectives as lines of text, one each, and the sum of what is sent."""
+    collectives = tuple(collectives)
+    head = ("kind", "times", "dtype", "operand", "sent", "sent in all", "devices")
+    rows: list[tuple[str, ...]] = [(*head, "beside work", "at")]
+    for x in collectives:
+        times = f"<={x.executions}" if x.is_conditional else str(x.executions)
+        numbers = (x.operand_bytes, x.wire_bytes, x.total_wire_bytes)
+        devices = f"{len(x.groups)}x{x.group_size}"
+        dtypes = "+".join(x.dtypes)
+        work = "yes" if x.beside else "no"
+        row = (x.kind, times, dtypes, *map(str, numbers), devices, work, x.op_name)
+        rows.append(row)
+    total = sum(x.total_wire_bytes for x in collectives)
+    rows.append(("", "", "", "", "", str(total), "", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
