@@ -11,10 +11,10 @@ from train.build import build
 from train.checkpoint import CheckpointError
 from train.cli import parse
 from train.config import Config
+from train.data.token_folder import DataGone
 from train.fake_devices import make_fake_devices
 from train.loop import GaveUp, train
 from train.stopping import stop_at_sigterm
-from train.token_folder import DataGone
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import jax
 import usp_jax
 from train.check import check
 from train.config import Config
-from train.data import Batch, describe
+from train.data.batches import Batch, describe
 from train.state import State, abstract_state
 from train.step import jit_step, make_step
 from usp_jax import aot

@@ -12,18 +12,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import usp_jax
-from train.atomic import write_atomically
 from train.check import check
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import Config
-from train.data import batches, load_text, own_rows
-from train.evaluate import Evaluation
-from train.passkey import passkey_rows
+from train.data.batches import batches, own_rows
+from train.data.passkey import passkey_rows
+from train.data.text import load_text
+from train.data.vocabulary import Vocabulary
+from train.evaluation.held_out import Evaluation
+from train.files import write_atomically
+from train.log.wandb_run import check_wandb
 from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
 from train.state import State, first_state
-from train.vocabulary import Vocabulary
-from train.wandb_run import check_wandb
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,14 @@ import rich.table
 import tyro
 
 import usp_jax
-from train.atomic import write_atomically
-from train.by_position import doubling, in_buckets, nats_by_position, windows
 from train.config import DataConfig
-from train.data import load_text
+from train.data.text import load_text
+from train.data.vocabulary import Vocabulary
+from train.evaluation.by_position import doubling, in_buckets, nats_by_position, windows
+from train.evaluation.retrieval import accuracies, greedy
 from train.fake_devices import make_fake_devices
-from train.retrieval import accuracies, greedy
+from train.files import write_atomically
 from train.trained import load_model, read_run
-from train.vocabulary import Vocabulary
 from usp_jax.mesh import ROLES
 from usp_jax.models.llama import Llama
 

@@ -8,15 +8,16 @@ import jax
 
 from train.build import Run
 from train.config import Config
-from train.data import describe, place
-from train.metrics import Row, read_rows
-from train.outputs import Outputs
-from train.profiler import Profiler
-from train.report import draw_loss, sample
+from train.data.batches import describe, place
+from train.data.token_folder import DataGone
+from train.evaluation.sample import sample
+from train.log.draw import draw_loss
+from train.log.metrics import Row, read_rows
+from train.log.outputs import Outputs
+from train.log.profiler import Profiler
+from train.log.watchdog import watch
 from train.state import Params, on_devices, with_params
 from train.step import METRICS, Metrics, compile_step, make_step
-from train.token_folder import DataGone
-from train.watchdog import watch
 
 
 class GaveUp(RuntimeError):

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import Config
+from train.data.vocabulary import Vocabulary
 from train.trained import read_config, read_run
-from train.vocabulary import Vocabulary
 from usp_jax.models import hf
 from usp_jax.models.llama import LlamaConfig
 

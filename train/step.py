@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from train.config import Config
-from train.data import Batch
+from train.data.batches import Batch
 from train.state import Params, State, learning_rate, with_params
 from train.update import Update
 from usp_jax import recommended_flags

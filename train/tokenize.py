@@ -14,9 +14,8 @@ import rich.console
 import rich.progress
 import tyro
 
-from train.atomic import write_atomically
-from train.documents import in_batches, read_documents, source_files
-from train.token_folder import (
+from train.data.documents import in_batches, read_documents, source_files
+from train.data.token_folder import (
     BEGUN,
     DONE,
     Shard,
@@ -28,7 +27,8 @@ from train.token_folder import (
     write_json,
     write_shard,
 )
-from train.vocabulary import Vocabulary
+from train.data.vocabulary import Vocabulary
+from train.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

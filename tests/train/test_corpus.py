@@ -4,7 +4,7 @@ import chex
 import numpy as np
 from hypothesis import given, strategies as st
 
-from train.corpus import Corpus, Rows, digest, document_hash
+from train.data.corpus import Corpus, Rows, digest, document_hash
 
 DOCUMENTS = st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(
     lambda lengths: sum(lengths) > 1

@@ -24,9 +24,9 @@ from train.config import (
     OptimizerConfig,
     ProfileConfig,
 )
-from train.data import place
+from train.data.batches import place
+from train.log.spikes import Spikes
 from train.loop import GaveUp, train
-from train.spikes import Spikes
 from train.state import learning_rate
 from train.step import make_step
 from usp_jax.models.loss import loss

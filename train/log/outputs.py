@@ -3,10 +3,11 @@
 import jax
 
 from train.config import Config
-from train.flops import step_flops
-from train.metrics import MetricsFile, Progress, Row, rates, read_rows
-from train.spikes import Spikes
-from train.wandb_run import WandbRun
+from train.log.flops import step_flops
+from train.log.metrics import MetricsFile, Row, rates, read_rows
+from train.log.progress import Progress
+from train.log.spikes import Spikes
+from train.log.wandb_run import WandbRun
 from usp_jax.plan.machines import peak_of_kind
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from train.atomic import write_atomically
-from train.corpus import Corpus, digest, document_hash
-from train.vocabulary import Vocabulary
+from train.data.corpus import Corpus, digest, document_hash
+from train.data.vocabulary import Vocabulary
+from train.files import write_atomically
 
 BEGUN, DONE = "tokenizing.json", "tokenized.json"
 FORMAT = 1

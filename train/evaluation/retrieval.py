@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from train.passkey import DIGITS, document
+from train.data.passkey import DIGITS, document
 from usp_jax.models.generate import generate
 from usp_jax.models.llama import Llama
 

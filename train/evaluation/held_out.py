@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import Config
-from train.data import Batch, Text, batches, own_rows, place
+from train.data.batches import Batch, batches, own_rows, place
+from train.data.text import Text
 from train.state import Params, on_devices
 from train.step import make_nats
 
