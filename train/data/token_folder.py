@@ -12,7 +12,6 @@ finished shards and one that is not.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from train.data.corpus import Corpus, digest, document_hash
 from train.data.vocabulary import Vocabulary
-from train.files import write_atomically
+from train.files import sha256, write_atomically
 
 BEGUN, DONE = "tokenizing.json", "tokenized.json"
 FORMAT = 1
@@ -109,8 +108,8 @@ def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> S
     files = shard_files(folder, number)
     _save(files[0], np.concatenate(kept))
     _save(files[1], table)
-    sha256 = (_sha256(files[0]), _sha256(files[1]))
-    shard = Shard(int(lengths.sum()), len(kept), len(documents), sha256)
+    digests = (sha256(files[0]), sha256(files[1]))
+    shard = Shard(int(lengths.sum()), len(kept), len(documents), digests)
     write_json(files[2], dataclasses.asdict(shard))
     return shard
 
@@ -125,7 +124,7 @@ def finished_shards(folder: Path) -> list[Shard]:
     while (files := shard_files(folder, len(found)))[2].exists():
         shard = Shard(**read_json(files[2]))
         for path, expected in zip(files, shard.sha256, strict=False):
-            if not path.exists() or _sha256(path) != expected:
+            if not path.exists() or sha256(path) != expected:
                 raise ValueError(
                     f"{path} is not as it was written: take {files[2]} away, and the "
                     "same command makes this shard and those after it again"
@@ -232,8 +231,3 @@ def _save(path, array):
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
