@@ -33,6 +33,7 @@ def in_two_arrays(lengths: list[int], cut: int) -> Corpus:
         [np.concatenate([np.zeros(0, int), *part]).astype(np.uint8) for part in parts],
         [np.cumsum(size) - size for size in sizes],
         [np.array([document_hash(d) for d in part], np.uint64) for part in parts],
+        [int(size.sum()) for size in sizes],
     )
 
 

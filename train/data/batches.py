@@ -7,20 +7,31 @@ the state of its iterator is the number of the next batch, the same in all of th
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from train.data.corpus import PADDING
+from train.data.corpus import PADDING, Row
 from usp_jax import balance, to_layout
-
-Batch = dict[str, Any]
 
 # The axes that split the rows of a batch; of a stage's work too it is some rows.
 ROWS = ("data", "fsdp", "pipe")
+
+
+class Batch(TypedDict):
+    """Rows in stored order, split over a mesh: int32 [B, T].
+
+    Attributes:
+      positions: of balanced rows, each of which has an order of its own.
+    """
+
+    tokens: jax.Array
+    labels: jax.Array
+    segment_ids: jax.Array
+    positions: NotRequired[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +50,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.rows) // self.batch_size * len(self.own)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Row:
         batch, row = divmod(index, len(self.own))
         return self.rows[batch * self.batch_size + self.own[row]]
 
@@ -64,7 +75,7 @@ def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
     sharding = NamedSharding(mesh, jax.P(ROWS))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
     every = range(batch_size)
-    return sorted({row for (rows,) in held for row in every[rows]})
+    return sorted({row for index in held if index for row in every[index[0]]})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -78,10 +89,11 @@ def describe(batch_size: int, length: int, mesh: Mesh, layout: str = "zigzag") -
         (batch_size, length), np.int32, sharding=batch_sharding(mesh)
     )
     positions = ("positions",) if layout == "balanced" else ()
-    return dict.fromkeys((*PADDING, *positions), shape)
+    # A shape stands for its array; jax has no type that is both.
+    return cast(Batch, dict.fromkeys((*PADDING, *positions), shape))
 
 
-def place(batch: dict[str, np.ndarray], layout: str, mesh: Mesh) -> Batch:
+def place(batch: Row, layout: str, mesh: Mesh) -> Batch:
     """Rows in natural order to global arrays in stored order, split over a mesh.
 
     Args:
@@ -92,10 +104,12 @@ def place(batch: dict[str, np.ndarray], layout: str, mesh: Mesh) -> Batch:
     ways = math.prod(mesh.shape[name] for name in ROWS)
     groups = own_rows(ways, mesh)
 
-    def one(x):
+    def one(x: np.ndarray) -> jax.Array:
         rows = len(x) // len(groups)
 
-        def shard(index):
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            # jax's type has it for other arrays: one without a shard on a device.
+            assert index is not None
             first, *_ = index[0].indices(rows * ways)
             here = groups.index(first // rows) * rows
             return x[here : here + rows, index[1]]
@@ -103,13 +117,13 @@ def place(batch: dict[str, np.ndarray], layout: str, mesh: Mesh) -> Batch:
         shape = (rows * ways, x.shape[1])
         return jax.make_array_from_callback(shape, sharding, shard)
 
-    return {name: one(x) for name, x in stored.items()}
+    return jax.tree.map(one, stored)
 
 
-def _stored(batch, layout, mesh):
+def _stored(batch: Row, layout: str, mesh: Mesh) -> dict[str, np.ndarray]:
     """Rows in stored order; those that are balanced come with their positions."""
     if layout != "balanced":
-        return {name: to_layout(x, layout, mesh) for name, x in batch.items()}
+        return jax.tree.map(lambda x: to_layout(x, layout, mesh), batch)
     ids, sizes = batch["segment_ids"], mesh.shape
     plans = [
         balance(
@@ -120,10 +134,10 @@ def _stored(batch, layout, mesh):
         )
         for row in ids
     ]
-    stored = {
-        name: np.stack(
-            [plan.to_stored(row) for plan, row in zip(plans, x, strict=True)]
-        )
-        for name, x in batch.items()
-    }
-    return stored | {"positions": np.stack([plan.positions for plan in plans])}
+
+    def one(x: np.ndarray) -> np.ndarray:
+        rows = [plan.to_stored(row) for plan, row in zip(plans, x, strict=True)]
+        return np.stack(rows)
+
+    positions = np.stack([plan.positions for plan in plans])
+    return {**jax.tree.map(one, batch), "positions": positions}

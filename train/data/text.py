@@ -5,13 +5,14 @@ processes there are.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grain
+import numpy as np
 
 from train.config import DataConfig
-from train.data.corpus import Corpus, Rows, digest
+from train.data.corpus import Corpus, Facts, Rows
 from train.data.documents import in_batches, read_documents, source_files
 from train.data.token_folder import is_token_folder, open_folder
 from train.data.vocabulary import Vocabulary
@@ -30,7 +31,7 @@ class Text:
     corpora: tuple[Corpus, ...]
     weights: tuple[float, ...]
     held_out: tuple[Corpus, ...]
-    facts: dict[str, Any]
+    facts: dict[str, object]
 
     def rows(self, length: int, seed: int) -> grain.MapDataset:
         """Rows to learn from, without end."""
@@ -51,7 +52,7 @@ def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
     paths, weights = zip(*mixture, strict=True)
     found = [_load(path, config.text_field, vocabulary) for path in paths]
     corpora, facts = zip(*found, strict=True)
-    told = dict(facts[0])
+    told: dict[str, object] = dict(facts[0])
     if config.mixture:
         told = {name: [one[name] for one in facts] for name in told}
         told["weights"] = list(weights)
@@ -66,7 +67,9 @@ def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
     return Text(learnt, weights, held_out, told)
 
 
-def _divided(corpus, fraction, path):
+def _divided(
+    corpus: Corpus, fraction: float, path: Path | None
+) -> tuple[Corpus, Corpus]:
     parts = corpus.divided(fraction)
     for part, purpose in zip(parts, ("to learn from", "to hold out"), strict=True):
         if part.lengths.max(initial=0) < 2:
@@ -77,16 +80,14 @@ def _divided(corpus, fraction, path):
     return parts
 
 
-def _load(path, text_field, vocabulary) -> tuple[Corpus, dict[str, Any]]:
+def _load(
+    path: Path | None, text_field: str, vocabulary: Vocabulary
+) -> tuple[Corpus, Facts]:
     if is_token_folder(path):
         corpus, facts = open_folder(path, vocabulary)
     else:
         corpus = Corpus.of(_encoded(source_files(path), text_field, vocabulary))
-        facts = {
-            "documents": len(corpus.starts),
-            "tokens": corpus.size,
-            "sha256": digest(corpus.windows(2**22), corpus.starts),
-        }
+        facts = corpus.facts
     if corpus.lengths.max(initial=0) < 2:
         raise ValueError(
             f"data.path={path} has no document of at least two tokens: there is "
@@ -95,7 +96,9 @@ def _load(path, text_field, vocabulary) -> tuple[Corpus, dict[str, Any]]:
     return corpus, facts
 
 
-def _encoded(files, text_field, vocabulary):
+def _encoded(
+    files: Sequence[Path], text_field: str, vocabulary: Vocabulary
+) -> Iterator[np.ndarray]:
     for texts in in_batches(text for text, _ in read_documents(files, text_field)):
         yield from vocabulary.encode_all(texts)
 
