@@ -12,12 +12,12 @@ from train.data.batches import describe, place
 from train.data.token_folder import DataGone
 from train.evaluation.sample import sample
 from train.log.draw import draw_loss
-from train.log.metrics import Row, read_rows
 from train.log.outputs import Outputs
 from train.log.profiler import Profiler
+from train.log.rows import Evaluated, StepMetrics, read_rows
 from train.log.watchdog import watch
 from train.state import Params, on_devices, with_params
-from train.step import METRICS, Metrics, compile_step, make_step
+from train.step import Metrics, compile_step, make_step
 
 
 class GaveUp(RuntimeError):
@@ -148,7 +148,9 @@ class Log:
         self._tell()
         self._pending = step, metrics
 
-    def evaluated(self, evaluation: Callable[[Params], Row], params: Params) -> None:
+    def evaluated(
+        self, evaluation: Callable[[Params], Evaluated], params: Params
+    ) -> None:
         """Evaluates, and tells of the last step with what that finds."""
         self._tell(lambda: evaluation(params))
         # It is no part of the next step.
@@ -164,21 +166,27 @@ class Log:
         if self._outputs is not None:
             self._outputs.close()
 
-    def _tell(self, find: Callable[[], Row] = dict):
+    def _tell(self, find: Callable[[], Evaluated] = Evaluated) -> None:
         """Waits for the step that has not been told of; `find` is called after it."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = jax.device_get(metrics)
-        values = {name: values[name].item() for name in METRICS}
+        values = {name: x.item() for name, x in jax.device_get(metrics).items()}
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         waited, self._waited = self._waited, 0.0
         self.skipped = self.skipped + 1 if values["skipped"] else 0
         found = find()
         if self._outputs is not None:
-            row = {"step": step, **values, "data_seconds": waited}
-            self._outputs.write(row, found, seconds=seconds, skipped=self.skipped)
+            given = StepMetrics(
+                step=step,
+                loss=values["loss"],
+                grad_norm=values["grad_norm"],
+                learning_rate=values["learning_rate"],
+                skipped=values["skipped"],
+                data_seconds=waited,
+            )
+            self._outputs.write(given, found, seconds=seconds, skipped=self.skipped)
         # The same on all processes: so is what they do.
         if self.skipped == self._most:
             raise GaveUp(step - self._most + 1, step)

@@ -14,8 +14,9 @@ from tests.train.runs import never, rows, run_here, small_config
 from train.build import build
 from train.config import EvalConfig, LogConfig, MeshConfig, SampleConfig
 from train.log.flops import StepFlops
-from train.log.metrics import MetricsFile, rates, read_rows
+from train.log.metrics import MetricsFile, rates
 from train.log.progress import Progress
+from train.log.rows import read_rows
 from train.loop import train
 from usp_jax.plan.machines import peak_of_kind
 

@@ -1,13 +1,14 @@
 """The loss curve of a run as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from train.log.metrics import Row
+from train.log.rows import SavedRow
 
 
-def draw_loss(rows: list[Row], path: Path) -> None:
+def draw_loss(rows: Sequence[SavedRow], path: Path) -> None:
     """Draws the loss against the step as a PNG."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -1,25 +1,19 @@
-"""Rows of numbers about the steps: metrics.jsonl, TensorBoard and the progress line."""
+"""Numbers about the steps: what a step's duration says, and the files of them all."""
 
 import contextlib
-import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from train.files import write_atomically
 from train.log.flops import StepFlops
+from train.log.rows import MetricsRow, Rates, line_of, read_rows
 from train.log.tensorboard import Events
 
-Row = dict[str, float | int | bool | None]
 
-
-def rates(
-    seconds: float, tokens: int, flops: StepFlops, peak: float | None
-) -> dict[str, float | None]:
+def rates(seconds: float, tokens: int, flops: StepFlops, peak: float | None) -> Rates:
     """What a step's duration says.
 
     Args:
@@ -27,17 +21,17 @@ def rates(
       peak: FLOP/s of one device; None is not known, and then no MFU is.
     """
 
-    def utilisation(work):
+    def utilisation(work: float) -> float | None:
         return None if peak is None else work / (seconds * peak * jax.device_count())
 
-    return {
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds,
-        "mfu_causal": utilisation(flops.causal),
-        "mfu_full": utilisation(flops.full),
-        "hfu": utilisation(flops.hardware),
-        "peak_bytes_in_use": peak_bytes(),
-    }
+    return Rates(
+        tokens_per_second=tokens / seconds,
+        step_seconds=seconds,
+        mfu_causal=utilisation(flops.causal),
+        mfu_full=utilisation(flops.full),
+        hfu=utilisation(flops.hardware),
+        peak_bytes_in_use=peak_bytes(),
+    )
 
 
 def peak_bytes() -> int | None:
@@ -47,25 +41,17 @@ def peak_bytes() -> int | None:
     return max(known, default=None)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that was not finished is left out."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
-
-
 class MetricsFile:
     """A metrics.jsonl and its TensorBoard events, which go on after a known step."""
 
     def __init__(self, run_dir: Path, step: int):
         path = run_dir / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= step]
-        write_atomically(path, "".join(_line(row) for row in kept))
+        write_atomically(path, "".join(map(line_of, kept)))
         self._run_dir, self._file = run_dir, path.open("a")
         self._events = Events(run_dir / "tensorboard", step)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Adds a row.
 
         Raises:
@@ -74,12 +60,12 @@ class MetricsFile:
         values = {
             name: float(value)
             for name, value in row.items()
-            if name != "step" and value is not None
+            if name != "step" and isinstance(value, int | float)
         }
         with _told(self._run_dir):
-            self._file.write(_line(row))
+            self._file.write(line_of(row))
             self._file.flush()
-            self._events.write(int(row["step"]), values)
+            self._events.write(row["step"], values)
 
     def sync(self) -> None:
         """Waits until all rows are on the disk, as they must be before a checkpoint.
@@ -108,12 +94,3 @@ def _told(run_dir: Path) -> Iterator[None]:
             f"run_dir={run_dir} cannot be written to: {error}; the same command goes "
             "on from the newest checkpoint"
         ) from error
-
-
-def _line(row: dict[str, Any]) -> str:
-    # JSON has no word for infinity or for what is not a number.
-    finite = {
-        name: value if value is None or math.isfinite(value) else None
-        for name, value in row.items()
-    }
-    return json.dumps(finite) + "\n"

@@ -6,7 +6,7 @@ import rich.console
 import rich.progress
 
 from train.config import LogConfig
-from train.log.metrics import Row
+from train.log.rows import MetricsRow
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
         self._first, self._begun = step, time.monotonic()
         self._bar.start()
 
-    def tell(self, row: Row) -> None:
+    def tell(self, row: MetricsRow) -> None:
         """Shows a row."""
         step = row["step"]
         told = (
