@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import jax
 
@@ -42,12 +43,12 @@ def main() -> None:
         sys.exit(config.checkpoint.stopped_status)
 
 
-def _quiet_orbax():
+def _quiet_orbax() -> None:
     """Leaves out the pages that orbax and its writers tell of what it also raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     tell = sys.unraisablehook
 
-    def hook(unraisable):
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         # For each array whose writing fails after the first one's has.
         if str(unraisable.exc_value) != "Event loop is closed":
             tell(unraisable)
@@ -68,12 +69,12 @@ def start_jax(config: Config) -> None:
         )
 
 
-def _give_up(error, *, status):
+def _give_up(error: Exception, *, status: int) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
 
 
-def _break_off(error):
+def _break_off(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Threads that wait for a disk or for other processes would hold it for minutes.

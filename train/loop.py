@@ -8,7 +8,7 @@ import jax
 
 from train.build import Run
 from train.config import Config
-from train.data.batches import describe, place
+from train.data.batches import Batch, describe, place
 from train.data.token_folder import DataGone
 from train.evaluation.sample import sample
 from train.log.draw import draw_loss
@@ -16,8 +16,9 @@ from train.log.outputs import Outputs
 from train.log.profiler import Profiler
 from train.log.rows import Evaluated, StepMetrics, read_rows
 from train.log.watchdog import watch
-from train.state import Params, on_devices, with_params
+from train.state import Params, State, on_devices, with_params
 from train.step import Metrics, compile_step, make_step
+from usp_jax.models.pipeline import Pipeline
 
 
 class GaveUp(RuntimeError):
@@ -68,7 +69,9 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     return True
 
 
-def _steps(run, state, step, should_stop):
+def _steps(
+    run: Run, state: State, step: int, should_stop: Callable[[int], bool]
+) -> tuple[int, State]:
     """The loop: from `step` steps done to the last, and the checkpoint after it."""
     config, checkpoints = run.config, run.checkpoints
     step_fn = _compile(run, state) if step < config.steps else None
@@ -83,6 +86,8 @@ def _steps(run, state, step, should_stop):
             step += 1
             begins(step)
             profiler.before(step, state)
+            # There is a step to do.
+            assert step_fn is not None
             state, metrics = step_fn(state, batch)
             profiler.after(step, state)
             log.dispatched(step, metrics)
@@ -98,7 +103,7 @@ def _steps(run, state, step, should_stop):
     return step, state
 
 
-def _next_batch(run, log, step, state):
+def _next_batch(run: Run, log: "Log", step: int, state: State) -> Batch:
     begun = time.monotonic()
     try:
         rows = next(run.data)
@@ -114,7 +119,7 @@ def _next_batch(run, log, step, state):
     return batch
 
 
-def _last_good(run, first):
+def _last_good(run: Run, first: int) -> str:
     """Names the newest checkpoint that is known to be good."""
     # After it, a step must have gone well: one that fails at once may be the cause.
     good = [step for step in run.checkpoints.steps() if step < first - 1]
@@ -198,7 +203,7 @@ def tell(message: str) -> None:
         print(message, flush=True)
 
 
-def _compile(run, state):
+def _compile(run: Run, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
     config, begun = run.config, time.monotonic()
     batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
     compiled = compile_step(make_step(config, run.graphdef), state, batch)
@@ -208,7 +213,7 @@ def _compile(run, state):
     return compiled
 
 
-def _describe(pipeline):
+def _describe(pipeline: Pipeline) -> str:
     return (
         f"pipeline: {pipeline.stages} stages of {pipeline.rounds} groups of layers, "
         f"{pipeline.microbatches} micro-batches: idle in {pipeline.bubble:.1%} of a "
@@ -216,7 +221,7 @@ def _describe(pipeline):
     )
 
 
-def _report(run, state):
+def _report(run: Run, state: State) -> None:
     config = run.config
     if jax.process_index() == 0:
         rows = read_rows(config.run_dir / "metrics.jsonl")
