@@ -14,7 +14,8 @@ from train.cli import parse
 from train.config import Config
 from train.data.token_folder import DataGone
 from train.fake_devices import make_fake_devices
-from train.loop import GaveUp, train
+from train.log.steps import GaveUp
+from train.loop import train
 from train.stopping import stop_at_sigterm
 
 

@@ -1,39 +1,24 @@
-"""Training: the loop, and what it tells."""
+"""Training: the loop, and what is told at its beginning and end."""
 
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
 from train.build import Run
-from train.config import Config
 from train.data.batches import Batch, describe, place
 from train.data.token_folder import DataGone
 from train.evaluation.sample import sample
 from train.log.draw import draw_loss
-from train.log.outputs import Outputs
 from train.log.profiler import Profiler
-from train.log.rows import Evaluated, StepMetrics, read_rows
+from train.log.rows import read_rows
+from train.log.steps import GaveUp, Log
 from train.log.watchdog import watch
-from train.state import Params, State, on_devices, with_params
+from train.state import State, on_devices, with_params
 from train.step import Metrics, compile_step, make_step
 from usp_jax.models.pipeline import Pipeline
-
-
-class GaveUp(RuntimeError):
-    """Too many steps in a row had to be skipped.
-
-    Attributes:
-      first, last: of these steps.
-    """
-
-    def __init__(self, first: int, last: int, remedy: str = ""):
-        super().__init__(
-            f"steps {first} to {last} had no finite loss and gradient, and "
-            f"optimizer.max_skipped={last - first + 1}{remedy}"
-        )
-        self.first, self.last = first, last
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
@@ -92,7 +77,7 @@ def _steps(
             profiler.after(step, state)
             log.dispatched(step, metrics)
             if run.evaluation is not None and run.evaluation.due(step):
-                log.evaluated(run.evaluation, state.params)
+                log.evaluated(partial(run.evaluation, state.params))
             if checkpoints.due(step):
                 log.finish()
                 # Whatever makes steps fail is not in the checkpoint before them.
@@ -103,7 +88,7 @@ def _steps(
     return step, state
 
 
-def _next_batch(run: Run, log: "Log", step: int, state: State) -> Batch:
+def _next_batch(run: Run, log: Log, step: int, state: State) -> Batch:
     begun = time.monotonic()
     try:
         rows = next(run.data)
@@ -129,72 +114,6 @@ def _last_good(run: Run, first: int) -> str:
     newer = [step for step in run.checkpoints.steps() if step > good[-1]]
     told = f"; the last good checkpoint is {folder / str(good[-1])}"
     return told + "".join(f"; remove {folder / str(step)}" for step in newer)
-
-
-class Log:
-    """Rows of metrics, told one step late so that the devices never wait for them.
-
-    Attributes:
-      skipped: how many of the last steps told of were skipped, one after the other.
-    """
-
-    def __init__(self, config: Config, step: int):
-        self.skipped, self._most = 0, config.optimizer.max_skipped
-        self._pending: tuple[int, Metrics] | None = None
-        self._last, self._waited = time.monotonic(), 0.0
-        self._outputs = Outputs(config, step) if jax.process_index() == 0 else None
-
-    def waited(self, seconds: float) -> None:
-        """Adds the time in which the host made a batch."""
-        self._waited += seconds
-
-    def dispatched(self, step: int, metrics: Metrics) -> None:
-        """Takes the promised metrics of a step, and tells of the one before."""
-        self._tell()
-        self._pending = step, metrics
-
-    def evaluated(
-        self, evaluation: Callable[[Params], Evaluated], params: Params
-    ) -> None:
-        """Evaluates, and tells of the last step with what that finds."""
-        self._tell(lambda: evaluation(params))
-        # It is no part of the next step.
-        self._last = time.monotonic()
-
-    def finish(self) -> None:
-        """Waits for the last step and has all rows on the disk."""
-        self._tell()
-        if self._outputs is not None:
-            self._outputs.sync()
-
-    def close(self) -> None:
-        if self._outputs is not None:
-            self._outputs.close()
-
-    def _tell(self, find: Callable[[], Evaluated] = Evaluated) -> None:
-        """Waits for the step that has not been told of; `find` is called after it."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        values = {name: x.item() for name, x in jax.device_get(metrics).items()}
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        waited, self._waited = self._waited, 0.0
-        self.skipped = self.skipped + 1 if values["skipped"] else 0
-        found = find()
-        if self._outputs is not None:
-            given = StepMetrics(
-                step=step,
-                loss=values["loss"],
-                grad_norm=values["grad_norm"],
-                learning_rate=values["learning_rate"],
-                skipped=values["skipped"],
-                data_seconds=waited,
-            )
-            self._outputs.write(given, found, seconds=seconds, skipped=self.skipped)
-        # The same on all processes: so is what they do.
-        if self.skipped == self._most:
-            raise GaveUp(step - self._most + 1, step)
 
 
 def tell(message: str) -> None:

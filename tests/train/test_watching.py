@@ -26,7 +26,8 @@ from train.config import (
 )
 from train.data.batches import place
 from train.log.spikes import Spikes
-from train.loop import GaveUp, train
+from train.log.steps import GaveUp
+from train.loop import train
 from train.state import learning_rate
 from train.step import make_step
 from usp_jax.models.loss import loss
