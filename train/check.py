@@ -58,7 +58,7 @@ def _check_length(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    flat: dict[str, Any] = {**flatten(dataclasses.asdict(config))}
+    flat: dict[str, Any] = flatten(dataclasses.asdict(config))
     positive = (
         "steps sequence_length batch_size accumulate optimizer.learning_rate "
         "optimizer.eps "
