@@ -33,7 +33,7 @@ help:
 	@echo 'make test-all    lint, and all tests'
 	@echo 'make test-gpu    every case of the kernels, on the GPU that is here'
 	@echo 'make lint        ruff check and ruff format --check'
-	@echo 'make types       mypy, strict on usp_jax'
+	@echo 'make types       mypy, strict on usp_jax and train'
 	@echo 'make coverage    make test with a coverage report'
 	@echo 'make notebooks   run the notebooks and keep what they show'
 	@echo 'make benchmark   attention against ringattention and XLA on the CPU'

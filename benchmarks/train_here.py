@@ -28,10 +28,10 @@ import numpy as np
 import usp_jax
 from benchmarks.timing import machine
 from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
-from train.corpus import PADDING
-from train.data import place
-from train.flops import step_flops
-from train.metrics import rates
+from train.data.batches import place
+from train.data.corpus import PADDING
+from train.log.flops import step_flops
+from train.log.metrics import rates
 from train.state import first_state
 from train.step import compile_step, make_step
 from usp_jax.models.presets import PRESETS

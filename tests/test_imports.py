@@ -43,6 +43,10 @@ LAYERS = (
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
     {"usp_jax.plan"},
+    {"train.config", "train.files"},
+    {"train.data", "train.log"},
+    {"train.state", "train.step", "train.update"},
+    {"train.evaluation"},
     {"train"},
 )
 # What the parts outside the core may import beside the core's packages.

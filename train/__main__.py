@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import jax
 
@@ -11,10 +12,11 @@ from train.build import build
 from train.checkpoint import CheckpointError
 from train.cli import parse
 from train.config import Config
+from train.data.token_folder import DataGone
 from train.fake_devices import make_fake_devices
-from train.loop import GaveUp, train
+from train.log.steps import GaveUp
+from train.loop import train
 from train.stopping import stop_at_sigterm
-from train.token_folder import DataGone
 
 
 def main() -> None:
@@ -42,12 +44,12 @@ def main() -> None:
         sys.exit(config.checkpoint.stopped_status)
 
 
-def _quiet_orbax():
+def _quiet_orbax() -> None:
     """Leaves out the pages that orbax and its writers tell of what it also raises."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     tell = sys.unraisablehook
 
-    def hook(unraisable):
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         # For each array whose writing fails after the first one's has.
         if str(unraisable.exc_value) != "Event loop is closed":
             tell(unraisable)
@@ -68,12 +70,12 @@ def start_jax(config: Config) -> None:
         )
 
 
-def _give_up(error, *, status):
+def _give_up(error: Exception, *, status: int) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
 
 
-def _break_off(error):
+def _break_off(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Threads that wait for a disk or for other processes would hold it for minutes.

@@ -3,14 +3,15 @@
 What `train.loop` compiles, of shapes: no parameter is made and no text is read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 import usp_jax
 from train.check import check
 from train.config import Config
-from train.data import Batch, describe
+from train.data.batches import Batch, describe
+from train.mesh import make_mesh
 from train.state import State, abstract_state
 from train.step import jit_step, make_step
 from usp_jax import aot
@@ -18,7 +19,7 @@ from usp_jax import aot
 
 def step_of(
     config: Config, devices: Sequence[jax.Device] | None = None
-) -> tuple[Callable, tuple[State, Batch]]:
+) -> tuple[jax.stages.Wrapped, tuple[State, Batch]]:
     """The jitted step of a run on some devices, and its arguments as shapes.
 
     Args:
@@ -28,7 +29,7 @@ def step_of(
       ValueError: a run that cannot be.
     """
     check(config)
-    mesh = usp_jax.make_mesh(devices=devices, **config.mesh.axes)
+    mesh = make_mesh(config.mesh, devices)
     graphdef, state = abstract_state(config, mesh)
     batch = describe(config.batch_size, config.sequence_length, mesh, config.layout)
     return jit_step(make_step(config, graphdef), state), (state, batch)

@@ -44,11 +44,12 @@ def planned(config: Config) -> Config:
         layout="striped" if config.layout == "balanced" else config.layout,
         offload=config.optimizer.offload,
     )
+    memory, seconds = row.known
     if jax.process_index() == 0:
         print(
             f"auto-mesh: {describe(row.choice)}: the fastest on {row.job.devices} x "
-            f"{name}{why}, as planned {row.seconds.total:.3g} s a step and "
-            f"{row.memory.peak / 2**30:.3g} GiB a device",
+            f"{name}{why}, as planned {seconds.total:.3g} s a step and "
+            f"{memory.peak / 2**30:.3g} GiB a device",
             flush=True,
         )
     choice = row.choice
@@ -74,7 +75,7 @@ def planned(config: Config) -> Config:
     return config
 
 
-def _machine(asked):
+def _machine(asked: str) -> tuple[str, str]:
     """(name, why it stands for the devices that are here)."""
     if asked != HERE:
         return asked, ""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import platform
-from typing import Any
+from collections.abc import Mapping
 
 import grain
 import jax
@@ -11,19 +11,21 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-import usp_jax
-from train.atomic import write_atomically
 from train.check import check
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import Config
-from train.data import batches, load_text, own_rows
-from train.evaluate import Evaluation
-from train.passkey import passkey_rows
+from train.data.batches import batches, own_rows
+from train.data.passkey import passkey_rows
+from train.data.text import load_text
+from train.data.vocabulary import Vocabulary
+from train.evaluation.held_out import Evaluation
+from train.files import write_atomically
+from train.log.wandb_run import check_wandb
+from train.mesh import make_mesh
 from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
 from train.state import State, first_state
-from train.vocabulary import Vocabulary
-from train.wandb_run import check_wandb
+from usp_jax.models.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Run:
     data: grain.DatasetIterator
     evaluation: Evaluation | None
     checkpoints: Checkpoints
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef[Llama]
     state: State
 
 
@@ -54,7 +56,7 @@ def build(config: Config) -> Run:
     """
     check(config)
     check_wandb(config.log.wandb)
-    mesh = _make_mesh(config)
+    mesh = _mesh(config)
     vocabulary = Vocabulary.load(config.data.tokenizer)
     begins = config.init_from is not None and not has_checkpoint(config.run_dir)
     if begins:
@@ -66,9 +68,10 @@ def build(config: Config) -> Run:
         )
     text = None if config.passkey.enabled else load_text(config.data, vocabulary)
     if text is None:
-        rows, facts = passkey_rows(config), {}
+        rows = passkey_rows(config)
     else:
-        rows, facts = text.rows(config.sequence_length, config.seed), text.facts
+        rows = text.rows(config.sequence_length, config.seed)
+    facts = {} if text is None else text.facts
     checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
     params = published_weights(config, mesh) if begins else None
     graphdef, state = first_state(config, mesh, params)
@@ -84,18 +87,19 @@ def build(config: Config) -> Run:
     )
 
 
-def _make_mesh(config):
-    sizes = config.mesh.axes
-    count = config.mesh.devices
+def _mesh(config: Config) -> Mesh:
+    sizes, count = config.mesh.axes, config.mesh.devices
     if count > jax.device_count():
         raise ValueError(
             f"mesh={sizes} needs {count} devices, there are {jax.device_count()}; "
             f"--fake-devices {count} makes as many on a CPU"
         )
-    return usp_jax.make_mesh(**sizes)
+    return make_mesh(config.mesh)
 
 
-def _record(config, mesh, facts):
+def _record(
+    config: Config, mesh: Mesh, facts: Mapping[str, object]
+) -> dict[str, object]:
     """What config.json says of this run."""
     environment = {
         "python": platform.python_version(),
@@ -107,7 +111,7 @@ def _record(config, mesh, facts):
     return record(config, data=facts, environment=environment)
 
 
-def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
+def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
     """Writes config.json, unless the directory holds another run."""
     path = config.run_dir / "config.json"
     check_same_run(path, wanted)
@@ -131,7 +135,7 @@ def _claim_run_dir(config, wanted: dict[str, Any]) -> Checkpoints:
     return checkpoints
 
 
-def _unwritable(config, error):
+def _unwritable(config: Config, error: OSError) -> ValueError:
     return ValueError(
         f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it was "
         "changed: make it writable, or give another --run-dir"

@@ -2,8 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from train.config import DTYPES, STORED_LAYOUTS, Config, flatten
+from train.config import (
+    DTYPES,
+    STORED_LAYOUTS,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    flatten,
+)
 from usp_jax.layout import length_multiple
 
 
@@ -30,7 +41,7 @@ def check(config: Config) -> None:
     _check_traced(config)
 
 
-def _check_length(config):
+def _check_length(config: Config) -> None:
     mesh = config.mesh
     tensor = mesh.tensor if config.model.tensor_sequence else 1
     multiple = length_multiple(config.layout, mesh.ring, mesh.ulysses, tensor)
@@ -43,8 +54,8 @@ def _check_length(config):
         )
 
 
-def _check_numbers(config):
-    flat = flatten(dataclasses.asdict(config))
+def _check_numbers(config: Config) -> None:
+    flat: dict[str, Any] = flatten(dataclasses.asdict(config))
     positive = (
         "steps sequence_length batch_size accumulate optimizer.learning_rate "
         "optimizer.eps "
@@ -89,7 +100,7 @@ def _check_numbers(config):
         )
 
 
-def _check_data(data, evaluation):
+def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if data.mixture and data.path is not None:
         raise ValueError(
             f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
@@ -109,11 +120,11 @@ def _check_data(data, evaluation):
         )
 
 
-def _told(mixture):
+def _told(mixture: Sequence[tuple[Path, float]]) -> str:
     return " ".join(f"{path} {weight}" for path, weight in mixture)
 
 
-def _check_traced(config):
+def _check_traced(config: Config) -> None:
     traced = config.profile.traced
     if traced and traced[-1] > config.steps:
         raise ValueError(
@@ -122,7 +133,7 @@ def _check_traced(config):
         )
 
 
-def _check_distributed(config):
+def _check_distributed(config: DistributedConfig) -> None:
     given = (config.num_processes is not None, config.process_id is not None)
     explicit = config.coordinator not in (None, "auto")
     if explicit != all(given) or any(given) != all(given):
@@ -131,7 +142,8 @@ def _check_distributed(config):
             f"num_processes={config.num_processes}, process_id={config.process_id}: "
             "give all three, with host:port; or coordinator=auto alone; or none"
         )
-    if explicit and not 0 <= config.process_id < config.num_processes:
+    process, count = config.process_id, config.num_processes
+    if process is not None and count is not None and not 0 <= process < count:
         raise ValueError(
             f"distributed.process_id={config.process_id} must be at least 0 and less "
             f"than num_processes={config.num_processes}"

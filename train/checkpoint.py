@@ -7,9 +7,9 @@ what goes wrong then is told at the next step.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grain
 import jax
@@ -23,6 +23,8 @@ from train.digests import damage, has_digests, write_digests
 from train.state import State
 
 T = TypeVar("T")
+# A state as orbax has it: arrays, or their shapes, in dicts.
+Tree = dict[str, object]
 
 
 class CheckpointError(Exception):
@@ -57,7 +59,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def _written(self):
+    def _written(self) -> None:
         # Called by process 0 before the folder gets its name; one is written at a time.
         (folder,) = self._folder.glob("*.orbax-checkpoint-tmp*")
         write_digests(folder)
@@ -117,7 +119,7 @@ class Checkpoints:
         if not steps:
             return state, 0
 
-        def describe(x):
+        def describe(x: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
         wanted = jax.tree.map(describe, _tree(state))
@@ -136,7 +138,9 @@ class Checkpoints:
             "folder away to begin anew, or give another --run-dir"
         )
 
-    def _restored(self, step: int, wanted: dict[str, Any]):
+    def _restored(
+        self, step: int, wanted: Tree
+    ) -> tuple[ocp.args.Composite | None, str | None]:
         """What was saved, or None and why not; the same for all processes."""
         folder = self._folder / str(step)
         wrong = damage(folder, jax.process_index(), jax.process_count())
@@ -154,7 +158,7 @@ class Checkpoints:
             found, wrong = None, f"{type(error).__name__}: {_line(error)}"
         return (None, wrong) if _anywhere(found is None) else (found, None)
 
-    def _set_aside(self, damaged):
+    def _set_aside(self, damaged: Sequence[int]) -> None:
         """Renames damaged checkpoints, for their steps will be saved again."""
         if not damaged:
             return
@@ -189,7 +193,7 @@ class Checkpoints:
             ) from error
 
 
-def _tree(state):
+def _tree(state: State) -> Tree:
     return {
         "step": state.step,
         "params": state.params,
@@ -197,14 +201,14 @@ def _tree(state):
     }
 
 
-def _anywhere(here):
+def _anywhere(here: bool) -> bool:
     """Whether it is so in any process."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
-def _free(path):
+def _free(path: Path) -> Path:
     """A name that is not taken."""
     number, found = 1, path
     while found.exists():
@@ -212,5 +216,5 @@ def _free(path):
     return found
 
 
-def _line(error):
+def _line(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -24,7 +24,8 @@ def parse(arguments: Sequence[str]) -> Config:
     if name in ("-h", "--help"):
         name, options = next(iter(PRESETS)), ["--help"]
         told = [
-            f"  {key}: {make.__doc__.splitlines()[0]}" for key, make in PRESETS.items()
+            f"  {key}: {str(make.__doc__).splitlines()[0]}"
+            for key, make in PRESETS.items()
         ]
         print("\n".join([f"{USAGE}\n\npresets:", *told]))
         print(f"\noptions, with the values of {name}:\n")
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Config:
     return config
 
 
-def _with_machine(options):
+def _with_machine(options: Sequence[str]) -> list[str]:
     """The options, with a machine after an `--auto-mesh` that has none."""
     words = ["--auto-mesh" if word == "--auto_mesh" else word for word in options]
     if "--auto-mesh" in words:
@@ -58,7 +59,7 @@ def _with_machine(options):
     return words
 
 
-def _check_nothing_told(options):
+def _check_nothing_told(options: Sequence[str]) -> None:
     """Raises ValueError for what the planner is to choose."""
     chosen = (
         "--mesh.",

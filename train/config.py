@@ -7,8 +7,8 @@ fields of it, and `check.py` says what is wrong with one.
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from usp_jax.layout import LAYOUTS
 from usp_jax.mesh import ROLES
@@ -139,7 +139,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyConfig:
-    """A task that is made up, instead of text: see `passkey.py`.
+    """A task that is made up, instead of text: see `data/passkey.py`.
 
     Attributes:
       enabled: trains on it, and on no text.
@@ -352,9 +352,9 @@ class Config:
         return Pipeline.of(self.llama, self.mesh.pipe)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """A nested dict as one with dotted names."""
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")

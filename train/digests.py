@@ -5,10 +5,11 @@ digests are written into the folder before it gets its name, so a checkpoint tha
 name and no digests is one from before there were any.
 """
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from train.files import sha256
 
 NAME = "sha256.json"
 # orbax writes the time into the second one when all else is done.
@@ -21,7 +22,7 @@ def write_digests(folder: Path) -> None:
     """Reads what has been written, and adds a file of digests by name."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+        found = dict(zip(files, pool.map(sha256, files.values()), strict=True))
     (folder / NAME).write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -47,21 +48,17 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{missing[0]} is missing"
     own = sorted(expected)[part::parts]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_sha256, [files[name] for name in own])
+        found = pool.map(sha256, [files[name] for name in own])
         for name, digest in zip(own, found, strict=True):
             if digest != expected[name]:
                 return f"{name} is not as it was written"
     return None
 
 
-def _files(folder):
+def _files(folder: Path) -> dict[str, Path]:
+    """What has a digest, by its path in the folder."""
     return {
         str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in _NOT_IN_IT
     }
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,21 +9,21 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import rich.console
 import rich.table
 import tyro
 
-import usp_jax
-from train.atomic import write_atomically
-from train.by_position import doubling, in_buckets, nats_by_position, windows
-from train.config import DataConfig
-from train.data import load_text
+from train.config import DataConfig, MeshConfig
+from train.data.text import load_text
+from train.data.vocabulary import Vocabulary
+from train.evaluation.by_position import doubling, in_buckets, nats_by_position, windows
+from train.evaluation.retrieval import accuracies, greedy
 from train.fake_devices import make_fake_devices
-from train.retrieval import accuracies, greedy
+from train.files import write_atomically
+from train.mesh import make_mesh
+from train.run_dir import RunRecord
 from train.trained import load_model, read_run
-from train.vocabulary import Vocabulary
 from usp_jax.mesh import ROLES
 from usp_jax.models.llama import Llama
 
@@ -86,7 +86,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def measure(options: ByPosition | Passkey) -> dict[str, Any]:
+def measure(options: ByPosition | Passkey) -> dict[str, object]:
     """Does what the options ask for, and returns what it also writes.
 
     Raises:
@@ -94,27 +94,28 @@ def measure(options: ByPosition | Passkey) -> dict[str, Any]:
     """
     run = read_run(options.run_dir)
     sizes = {name: run["mesh"][name] for name in ROLES}
-    step, model = load_model(options.run_dir, options.step, usp_jax.make_mesh(**sizes))
+    mesh = make_mesh(MeshConfig(**sizes))
+    step, model = load_model(options.run_dir, options.step, mesh)
     if isinstance(options, ByPosition):
-        name, table, found = "by_position", *by_position(options, run, model)
+        name, (table, values) = "by_position", by_position(options, run, model)
     else:
-        name, table, found = "passkey", *passkey(options, run, model)
-    found = {"step": step, **found}
+        name, (table, values) = "passkey", passkey(options, run, model)
+    found = {"step": step, **values}
     write_atomically(options.run_dir / f"{name}.json", json.dumps(found) + "\n")
     rich.console.Console().print(table)
     return found
 
 
 def by_position(
-    options: ByPosition, run: dict[str, Any], model: Llama
-) -> tuple[rich.table.Table, dict[str, Any]]:
+    options: ByPosition, run: RunRecord, model: Llama
+) -> tuple[rich.table.Table, dict[str, object]]:
     """The table and what it says."""
     length = options.length or run["sequence_length"]
     bounds = doubling(length, options.buckets)
-    path, tokenizer = (run["data"][name] for name in ("path", "tokenizer"))
-    vocabulary = Vocabulary.load(tokenizer and Path(tokenizer))
-    text = options.text or (path and Path(path))
-    if text is None and run["data"].get("mixture"):
+    data = run["data"]
+    vocabulary = Vocabulary.load(_path(data["tokenizer"]))
+    text = options.text or _path(data["path"])
+    if text is None and data.get("mixture"):
         raise ValueError(
             f"run_dir={options.run_dir} learnt from a mixture: give --text"
         )
@@ -132,9 +133,13 @@ def by_position(
     return table, {"buckets": [dataclasses.asdict(bucket) for bucket in buckets]}
 
 
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
 def passkey(
-    options: Passkey, run: dict[str, Any], model: Llama
-) -> tuple[rich.table.Table, dict[str, Any]]:
+    options: Passkey, run: RunRecord, model: Llama
+) -> tuple[rich.table.Table, dict[str, object]]:
     """The table and what it says."""
     longest = run["sequence_length"]
     found = accuracies(

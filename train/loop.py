@@ -1,37 +1,24 @@
-"""Training: the loop, and what it tells."""
+"""Training: the loop, and what is told at its beginning and end."""
 
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
 from train.build import Run
-from train.config import Config
-from train.data import describe, place
-from train.metrics import Row, read_rows
-from train.outputs import Outputs
-from train.profiler import Profiler
-from train.report import draw_loss, sample
-from train.state import Params, on_devices, with_params
-from train.step import METRICS, Metrics, compile_step, make_step
-from train.token_folder import DataGone
-from train.watchdog import watch
-
-
-class GaveUp(RuntimeError):
-    """Too many steps in a row had to be skipped.
-
-    Attributes:
-      first, last: of these steps.
-    """
-
-    def __init__(self, first: int, last: int, remedy: str = ""):
-        super().__init__(
-            f"steps {first} to {last} had no finite loss and gradient, and "
-            f"optimizer.max_skipped={last - first + 1}{remedy}"
-        )
-        self.first, self.last = first, last
+from train.data.batches import Batch, describe, place
+from train.data.token_folder import DataGone
+from train.evaluation.sample import sample
+from train.log.draw import draw_loss
+from train.log.profiler import Profiler
+from train.log.rows import read_rows
+from train.log.steps import GaveUp, Log
+from train.log.watchdog import watch
+from train.state import State, on_devices, with_params
+from train.step import Metrics, compile_step, make_step
+from usp_jax.models.pipeline import Pipeline
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
@@ -67,7 +54,9 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     return True
 
 
-def _steps(run, state, step, should_stop):
+def _steps(
+    run: Run, state: State, step: int, should_stop: Callable[[int], bool]
+) -> tuple[int, State]:
     """The loop: from `step` steps done to the last, and the checkpoint after it."""
     config, checkpoints = run.config, run.checkpoints
     step_fn = _compile(run, state) if step < config.steps else None
@@ -82,11 +71,13 @@ def _steps(run, state, step, should_stop):
             step += 1
             begins(step)
             profiler.before(step, state)
+            # There is a step to do.
+            assert step_fn is not None
             state, metrics = step_fn(state, batch)
             profiler.after(step, state)
             log.dispatched(step, metrics)
             if run.evaluation is not None and run.evaluation.due(step):
-                log.evaluated(run.evaluation, state.params)
+                log.evaluated(partial(run.evaluation, state.params))
             if checkpoints.due(step):
                 log.finish()
                 # Whatever makes steps fail is not in the checkpoint before them.
@@ -97,7 +88,7 @@ def _steps(run, state, step, should_stop):
     return step, state
 
 
-def _next_batch(run, log, step, state):
+def _next_batch(run: Run, log: Log, step: int, state: State) -> Batch:
     begun = time.monotonic()
     try:
         rows = next(run.data)
@@ -113,7 +104,7 @@ def _next_batch(run, log, step, state):
     return batch
 
 
-def _last_good(run, first):
+def _last_good(run: Run, first: int) -> str:
     """Names the newest checkpoint that is known to be good."""
     # After it, a step must have gone well: one that fails at once may be the cause.
     good = [step for step in run.checkpoints.steps() if step < first - 1]
@@ -125,71 +116,13 @@ def _last_good(run, first):
     return told + "".join(f"; remove {folder / str(step)}" for step in newer)
 
 
-class Log:
-    """Rows of metrics, told one step late so that the devices never wait for them.
-
-    Attributes:
-      skipped: how many of the last steps told of were skipped, one after the other.
-    """
-
-    def __init__(self, config: Config, step: int):
-        self.skipped, self._most = 0, config.optimizer.max_skipped
-        self._pending: tuple[int, Metrics] | None = None
-        self._last, self._waited = time.monotonic(), 0.0
-        self._outputs = Outputs(config, step) if jax.process_index() == 0 else None
-
-    def waited(self, seconds: float) -> None:
-        """Adds the time in which the host made a batch."""
-        self._waited += seconds
-
-    def dispatched(self, step: int, metrics: Metrics) -> None:
-        """Takes the promised metrics of a step, and tells of the one before."""
-        self._tell()
-        self._pending = step, metrics
-
-    def evaluated(self, evaluation: Callable[[Params], Row], params: Params) -> None:
-        """Evaluates, and tells of the last step with what that finds."""
-        self._tell(lambda: evaluation(params))
-        # It is no part of the next step.
-        self._last = time.monotonic()
-
-    def finish(self) -> None:
-        """Waits for the last step and has all rows on the disk."""
-        self._tell()
-        if self._outputs is not None:
-            self._outputs.sync()
-
-    def close(self) -> None:
-        if self._outputs is not None:
-            self._outputs.close()
-
-    def _tell(self, find: Callable[[], Row] = dict):
-        """Waits for the step that has not been told of; `find` is called after it."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        values = jax.device_get(metrics)
-        values = {name: values[name].item() for name in METRICS}
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        waited, self._waited = self._waited, 0.0
-        self.skipped = self.skipped + 1 if values["skipped"] else 0
-        found = find()
-        if self._outputs is not None:
-            row = {"step": step, **values, "data_seconds": waited}
-            self._outputs.write(row, found, seconds=seconds, skipped=self.skipped)
-        # The same on all processes: so is what they do.
-        if self.skipped == self._most:
-            raise GaveUp(step - self._most + 1, step)
-
-
 def tell(message: str) -> None:
     """Prints from process 0."""
     if jax.process_index() == 0:
         print(message, flush=True)
 
 
-def _compile(run, state):
+def _compile(run: Run, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
     config, begun = run.config, time.monotonic()
     batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
     compiled = compile_step(make_step(config, run.graphdef), state, batch)
@@ -199,7 +132,7 @@ def _compile(run, state):
     return compiled
 
 
-def _describe(pipeline):
+def _describe(pipeline: Pipeline) -> str:
     return (
         f"pipeline: {pipeline.stages} stages of {pipeline.rounds} groups of layers, "
         f"{pipeline.microbatches} micro-batches: idle in {pipeline.bubble:.1%} of a "
@@ -207,7 +140,7 @@ def _describe(pipeline):
     )
 
 
-def _report(run, state):
+def _report(run: Run, state: State) -> None:
     config = run.config
     if jax.process_index() == 0:
         rows = read_rows(config.run_dir / "metrics.jsonl")

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import Config
+from train.data.vocabulary import Vocabulary
 from train.trained import read_config, read_run
-from train.vocabulary import Vocabulary
 from usp_jax.models import hf
 from usp_jax.models.llama import LlamaConfig
 
@@ -62,7 +62,7 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
 
 def check_published(config: Config, vocabulary: Vocabulary) -> None:
     """Raises ValueError for a folder of another model or tokenizer than the run's."""
-    folder, wanted = config.init_from, config.llama
+    folder, wanted = _folder(config), config.llama
     found = _folder_config(folder)
     differing = [
         f"model.{name}={getattr(wanted, name)!r}, there it is {getattr(found, name)!r}"
@@ -92,7 +92,7 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
     Raises:
       ValueError: no such weights, or a mesh that cannot split them.
     """
-    folder, wanted = config.init_from, config.llama
+    folder, wanted = _folder(config), config.llama
     found = _folder_config(folder)
     try:
         model = hf.load(folder, mesh=mesh, **vars(wanted))
@@ -106,6 +106,12 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
         )
         print(f"beginning with the weights of {folder}{rope}", flush=True)
     return nnx.to_pure_dict(nnx.state(model))
+
+
+def _folder(config: Config) -> Path:
+    if config.init_from is None:
+        raise ValueError("init_from=None is no folder to begin with: give --init-from")
+    return config.init_from
 
 
 def _folder_config(folder: Path) -> LlamaConfig:

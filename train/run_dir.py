@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from train.config import Config, ModelConfig, flatten
 
@@ -45,7 +46,32 @@ FREE_ON_RESUME = (
 NEWER_FACTS = ("data.tokenizer_fingerprint",)
 
 
-def record(config: Config, **facts: dict[str, Any]) -> dict[str, Any]:
+class DataRecord(TypedDict):
+    """The section `data`; runs of older versions have no mixture."""
+
+    path: str | None
+    tokenizer: str | None
+    mixture: NotRequired[list[tuple[str, float]]]
+
+
+class RunRecord(TypedDict):
+    """What config.json says of a run, as far as it is read again.
+
+    Attributes:
+      model: the fields of a `LlamaConfig` but for its dtype.
+      mesh: sizes by axis, beside others.
+    """
+
+    model: dict[str, Any]
+    mesh: dict[str, int]
+    data: DataRecord
+    dtype: str
+    sequence_length: int
+    fake_devices: int | None
+    init_from: NotRequired[str | None]
+
+
+def record(config: Config, **facts: Mapping[str, object]) -> dict[str, object]:
     """What config.json says: the config, with facts added to its sections."""
     tree = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     scaling = config.model.rope_scaling
@@ -53,11 +79,11 @@ def record(config: Config, **facts: dict[str, Any]) -> dict[str, Any]:
         # Two kinds may have the same fields.
         tree["model"]["rope_scaling"]["type"] = type(scaling).__name__
     for section, values in facts.items():
-        tree[section] = tree.get(section, {}) | values
+        tree[section] = {**tree.get(section, {}), **values}
     return tree
 
 
-def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
+def check_same_run(path: Path, wanted: dict[str, object]) -> None:
     """Raises ValueError when the run that config.json tells of is not this one."""
     if not path.exists():
         return
@@ -76,7 +102,7 @@ def check_same_run(path: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> RunRecord:
     """What config.json says; raises ValueError when it is damaged."""
     try:
         return json.loads(path.read_text())
@@ -87,18 +113,21 @@ def read_record(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _defaults():
+def _defaults() -> dict[str, object]:
     """What an option is that nobody gives, where it has a default."""
-    sections = _fields_with_defaults(Config)
-    plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in sections.items()
-    }
+    plain = _fields_with_defaults(Config)
     plain["model"] = _fields_with_defaults(ModelConfig)
-    return flatten(json.loads(json.dumps(plain, default=str)))
+    return flatten(json.loads(json.dumps(plain, default=_plain)))
 
 
-def _fields_with_defaults(kind):
+def _plain(value: object) -> object:
+    """What JSON has no word for: a section as a dict, a path as a string."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def _fields_with_defaults(kind: type[Config | ModelConfig]) -> dict[str, object]:
     return {
         field.name: field.default
         for field in dataclasses.fields(kind)
@@ -106,5 +135,5 @@ def _fields_with_defaults(kind):
     }
 
 
-def _is_free(name):
+def _is_free(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)

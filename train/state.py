@@ -4,7 +4,7 @@ Everything has the sharding that `usp_jax.models.sharding` gives the parameters.
 """
 
 import dataclasses
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class State:
 
     step: jax.Array
     params: Params
-    optimizer: Any
+    optimizer: optax.OptState
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -70,13 +70,13 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     )
 
 
-def _decays(params):
+def _decays(params: Params) -> dict[str, bool]:
     return {name: not name.endswith(("norm", "bias")) for name in params}
 
 
 def first_state(
     config: Config, mesh: Mesh, params: Params | None = None
-) -> tuple[nnx.GraphDef, State]:
+) -> tuple[nnx.GraphDef[Llama], State]:
     """The model without its parameters, and the state before the first step.
 
     Args:
@@ -93,7 +93,7 @@ def first_state(
         model = Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(config.seed))
         params = nnx.to_pure_dict(nnx.state(model))
 
-    def begin(params):
+    def begin(params: Params) -> State:
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     # Donated, so that there never are two copies of the parameters on the devices.
@@ -102,7 +102,7 @@ def first_state(
     return graphdef, begin(params)
 
 
-def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
+def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Llama], State]:
     """`first_state` as shapes with their shardings; the mesh need not be here.
 
     What the optimizer keeps for a parameter lives where it does, with
@@ -112,8 +112,8 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
       ValueError: a model that the mesh cannot split.
     """
     model = nnx.eval_shape(lambda: Llama(config.llama, mesh=mesh, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
+    graphdef, variables = nnx.split(model)
+    params: Params = nnx.to_pure_dict(variables)
     shardings = parameter_shardings(config.llama, mesh)
     if config.optimizer.offload:
         shardings = {
@@ -129,11 +129,14 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, State]:
         shardings,
         transform_non_params=lambda x: _shape(x, replicated),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    # A shape stands for its array; jax has no type that is both.
+    step = cast(jax.Array, jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated))
     return graphdef, State(step, jax.tree.map(_shape, params, shardings), memory)
 
 
-def _shape(x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding):
+def _shape(
+    x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding
+) -> jax.ShapeDtypeStruct:
     """The shape of an array that lives somewhere else."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -143,6 +146,6 @@ def on_devices(params: Params, config: Config, mesh: Mesh) -> Params:
     return jax.device_put(params, parameter_shardings(config.llama, mesh))
 
 
-def with_params(graphdef: nnx.GraphDef, params: Params) -> Llama:
+def with_params(graphdef: nnx.GraphDef[Llama], params: Params) -> Llama:
     """The model with these parameters, which the device's memory has."""
     return nnx.merge(graphdef, params)

@@ -8,11 +8,12 @@ import optax
 from flax import nnx
 
 from train.config import Config
-from train.data import Batch
+from train.data.batches import Batch
 from train.state import Params, State, learning_rate, with_params
 from train.update import Update
 from usp_jax import recommended_flags
 from usp_jax.models.accumulate import summed
+from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 
 Metrics = dict[str, jax.Array]
@@ -20,11 +21,11 @@ METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
 
 
 def make_nats(
-    graphdef: nnx.GraphDef, layout: str
+    graphdef: nnx.GraphDef[Llama], layout: str
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """(parameters, rows) -> (sum of nats, number of labels) over all devices."""
 
-    def nats_of(params, part):
+    def nats_of(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         return loss(
             with_params(graphdef, params),
             part["tokens"],
@@ -38,7 +39,7 @@ def make_nats(
 
 
 def make_step(
-    config: Config, graphdef: nnx.GraphDef
+    config: Config, graphdef: nnx.GraphDef[Llama]
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step of a run, to be compiled.
 
@@ -51,7 +52,7 @@ def make_step(
     update = Update(config.optimizer, config.steps)
     schedule = learning_rate(config.optimizer, config.steps)
 
-    def step(state, batch):
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params = update.fetch(state.params)
         value, gradient = _mean(nats_of, params, batch, config.accumulate)
         norm = optax.tree.norm(gradient)
@@ -65,7 +66,7 @@ def make_step(
     return step
 
 
-def _updates_done(state):
+def _updates_done(state: State) -> jax.Array:
     """The count that the optimizer's schedule reads: steps but those skipped."""
     return optax.tree.get(
         state.optimizer,
@@ -74,7 +75,12 @@ def _updates_done(state):
     )
 
 
-def _mean(nats_of, params, batch, parts):
+def _mean(
+    nats_of: Callable[[Params, Batch], tuple[jax.Array, jax.Array]],
+    params: Params,
+    batch: Batch,
+    parts: int,
+) -> tuple[jax.Array, Params]:
     """The mean of nats over all labels, and its gradient."""
     pull = jax.value_and_grad(nats_of, has_aux=True)
     (nats, labels), gradient = summed(pull, parts, params, batch)
@@ -87,12 +93,15 @@ def compile_step(
     step: Callable[[State, Batch], tuple[State, Metrics]], state: State, batch: Batch
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Compiles before the first step, so that no step's time has it in it."""
-    platform = next(iter(state.step.sharding.device_set)).platform
+    device: jax.Device = next(iter(state.step.sharding.device_set))
+    platform = device.platform
     options = {} if platform == "cpu" else recommended_flags(platform)
     return jit_step(step, state).lower(state, batch).compile(options)
 
 
-def jit_step(step: Callable[[State, Batch], tuple[State, Metrics]], state: State):
+def jit_step(
+    step: Callable[[State, Batch], tuple[State, Metrics]], state: State
+) -> jax.stages.Wrapped:
     """The step as `jax.jit` has it; `state`, arrays or shapes, says where it lives.
 
     The state that goes in is donated.

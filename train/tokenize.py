@@ -8,15 +8,16 @@ import dataclasses
 import hashlib
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import rich.console
 import rich.progress
 import tyro
 
-from train.atomic import write_atomically
-from train.documents import in_batches, read_documents, source_files
-from train.token_folder import (
+from train.data.documents import in_batches, read_documents, source_files
+from train.data.token_folder import (
     BEGUN,
     DONE,
     Shard,
@@ -28,7 +29,8 @@ from train.token_folder import (
     write_json,
     write_shard,
 )
-from train.vocabulary import Vocabulary
+from train.data.vocabulary import Vocabulary
+from train.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,9 @@ def tokenize(options: Tokenize) -> dict[str, int]:
     return {"shards": len(shards), "new": len(shards) - done}
 
 
-def _job(options, vocabulary, files):
+def _job(
+    options: Tokenize, vocabulary: Vocabulary, files: Sequence[Path]
+) -> dict[str, object]:
     """What must be the same for a command to go on."""
     listing = hashlib.sha256()
     for file in files:
@@ -97,7 +101,7 @@ def _job(options, vocabulary, files):
     }
 
 
-def _claim(options, job):
+def _claim(options: Tokenize, job: dict[str, object]) -> None:
     """Writes the job, unless the folder holds another one."""
     out, begun = options.out, options.out / BEGUN
     if is_token_folder(options.source):
@@ -125,10 +129,13 @@ def _claim(options, job):
         write_atomically(own, options.tokenizer.read_text())
 
 
-def _shards(texts, vocabulary, limit):
+def _shards(
+    texts: Iterable[bytes], vocabulary: Vocabulary, limit: int
+) -> Iterator[list[np.ndarray]]:
     """Lists of documents that have at most `limit` tokens together, or are one."""
     dtype = token_dtype(vocabulary.size)
-    held, tokens = [], 0
+    held: list[np.ndarray] = []
+    tokens = 0
     for together in in_batches(texts):
         for ids in vocabulary.encode_all(together):
             if tokens and tokens + ids.size > limit:
@@ -140,7 +147,9 @@ def _shards(texts, vocabulary, limit):
         yield held
 
 
-def _texts(options, files, progress, read):
+def _texts(
+    options: Tokenize, files: Sequence[Path], progress: "_Progress", read: int
+) -> Iterator[bytes]:
     """The text of the documents after the first `read` ones."""
     for number, (text, share) in enumerate(read_documents(files, options.text_field)):
         progress.advance(share)
@@ -170,7 +179,7 @@ class _Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def advance(self, bytes_: float) -> None:
@@ -186,7 +195,7 @@ class _Progress:
             self._console.print(f"wrote {told}")
 
 
-def _progress(files):
+def _progress(files: Sequence[Path]) -> _Progress:
     return _Progress(sum(file.stat().st_size for file in files))
 
 

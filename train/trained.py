@@ -4,15 +4,16 @@ Of a checkpoint the parameters alone are read.
 """
 
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from train.run_dir import read_record
+from train.run_dir import RunRecord, read_record
+from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from usp_jax.models.sharding import parameter_shapes, parameter_shardings
 
@@ -48,7 +49,7 @@ def read_config(run_dir: Path) -> LlamaConfig:
     return LlamaConfig(**model, dtype=told["dtype"])
 
 
-def read_run(run_dir: Path) -> dict[str, Any]:
+def read_run(run_dir: Path) -> RunRecord:
     """The config.json of a run.
 
     Raises:
@@ -60,7 +61,9 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     return read_record(path)
 
 
-def _restore(run_dir, step, wanted):
+def _restore(
+    run_dir: Path, step: int | None, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[int, Params]:
     folder = (run_dir / "checkpoints").absolute()
     if not folder.exists():
         raise ValueError(f"run_dir={run_dir} has no checkpoint yet")
@@ -70,7 +73,7 @@ def _restore(run_dir, step, wanted):
     ) as manager:
         steps = sorted(manager.all_steps())
         step = step if step is not None else max(steps, default=None)
-        if step not in steps:
+        if step is None or step not in steps:
             raise ValueError(
                 f"run_dir={run_dir} has no checkpoint of step {step}, it has {steps}"
             )

@@ -7,6 +7,8 @@ layer after the other, so that the device holds what belongs to a layer or two.
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,11 @@ from train.config import OptimizerConfig
 from train.state import Params, adamw, clipping
 from usp_jax.models.sharding import TABLE
 
-Memory = optax.OptState
+Memory: TypeAlias = optax.OptState
+# What the optimizer keeps for some parameters, but for its counts.
+Kept = list[Params]
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +58,33 @@ class Update:
         return params, (clipped, kept)
 
 
-def _update(optimizer, finite, gradient, params, memory):
+def _update(
+    optimizer: optax.GradientTransformation,
+    finite: jax.Array,
+    gradient: Params,
+    params: Params,
+    memory: Memory,
+) -> tuple[Params, Memory]:
     updates, after = optimizer.update(gradient, memory, params)
     new = optax.apply_updates(params, updates), after
     return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, (params, memory))
 
 
-def _streamed(optimizer, finite, gradient, params, memory):
+def _streamed(
+    optimizer: optax.GradientTransformation,
+    finite: jax.Array,
+    gradient: Params,
+    params: Params,
+    memory: Memory,
+) -> tuple[Params, Memory]:
     """`_update` of state in the host's memory: layer by layer, then what is no layer's.
 
     What the optimizer keeps, but for its counts, are dicts like `params`.
     """
 
-    def update(gradient, params, kept):
+    def update(
+        gradient: Params, params: Params, kept: Kept
+    ) -> tuple[Params, Kept, Memory]:
         """Some parameters, fetched and sent back; the memory on the device too."""
         params, kept = _on_device((params, kept))
         before = _with(memory, kept)
@@ -72,9 +92,10 @@ def _streamed(optimizer, finite, gradient, params, memory):
         sent = jax.device_put((params, _kept(after, params)), jax.memory.Space.Host)
         return *sent, after
 
-    def of(names):
-        own = ({name: x[name] for name in names} for x in (gradient, params))
-        return *own, _kept(memory, names)
+    def of(names: Sequence[str]) -> tuple[Params, Params, Kept]:
+        gradients = {name: gradient[name] for name in names}
+        own = {name: params[name] for name in names}
+        return gradients, own, _kept(memory, names)
 
     layers = [name for name in params if TABLE[name][0][0] == "L"]
     rest = [name for name in params if name not in layers]
@@ -84,17 +105,17 @@ def _streamed(optimizer, finite, gradient, params, memory):
     return new | more, _with(after, kept)
 
 
-def _on_device(tree):
+def _on_device(tree: T) -> T:
     return jax.device_put(tree, jax.memory.Space.Device)
 
 
-def _kept(memory, names):
+def _kept(memory: Memory, names: Iterable[str]) -> Kept:
     """What is kept for some parameters: a list of dicts."""
     dicts = filter(_is_dict, jax.tree.leaves(memory, is_leaf=_is_dict))
     return [{name: x[name] for name in names} for x in dicts]
 
 
-def _with(memory, kept):
+def _with(memory: Memory, kept: Kept) -> Memory:
     """The memory with other dicts."""
     rest = iter(kept)
     return jax.tree.map(
@@ -102,5 +123,5 @@ def _with(memory, kept):
     )
 
 
-def _is_dict(x):
+def _is_dict(x: object) -> bool:
     return isinstance(x, dict)

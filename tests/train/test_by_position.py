@@ -11,8 +11,8 @@ from flax import nnx
 import usp_jax
 from tests.train.runs import small_config
 from train.build import build
-from train.by_position import doubling, in_buckets, nats_by_position, windows
 from train.config import MeshConfig
+from train.evaluation.by_position import doubling, in_buckets, nats_by_position, windows
 from train.long_context import ByPosition, measure
 from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.models.loss import loss, token_nats

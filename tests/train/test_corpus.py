@@ -4,7 +4,7 @@ import chex
 import numpy as np
 from hypothesis import given, strategies as st
 
-from train.corpus import Corpus, Rows, digest, document_hash
+from train.data.corpus import Corpus, Rows, digest, document_hash
 
 DOCUMENTS = st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(
     lambda lengths: sum(lengths) > 1
@@ -33,6 +33,7 @@ def in_two_arrays(lengths: list[int], cut: int) -> Corpus:
         [np.concatenate([np.zeros(0, int), *part]).astype(np.uint8) for part in parts],
         [np.cumsum(size) - size for size in sizes],
         [np.array([document_hash(d) for d in part], np.uint64) for part in parts],
+        [int(size.sum()) for size in sizes],
     )
 
 

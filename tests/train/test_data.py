@@ -12,10 +12,11 @@ from tests.train.test_corpus import corpus_of, documents_of
 from tests.train.test_documents import write_lines, write_parquet
 from tests.train.test_tokenize import write_tokenizer
 from train.config import DataConfig
-from train.corpus import Corpus
-from train.data import batches, describe, load_text, own_rows, place, shuffled_rows
+from train.data.batches import batches, describe, own_rows, place
+from train.data.corpus import Corpus
+from train.data.text import load_text, shuffled_rows
+from train.data.vocabulary import Vocabulary
 from train.tokenize import Tokenize, tokenize
-from train.vocabulary import Vocabulary
 
 
 def batches_of(corpus: Corpus, *, length: int, batch_size: int, seed: int, own=None):

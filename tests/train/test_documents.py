@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train.documents import in_batches, read_documents, source_files
+from train.data.documents import in_batches, read_documents, source_files
 
 
 def texts(path: Path | None, field: str = "text") -> list[bytes]:

@@ -28,8 +28,8 @@ from tests.train.test_checkpoint import DAMAGE, flip_a_bit, needs_mount
 from tests.train.test_equality import Program, start_four
 from train.build import build
 from train.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig
+from train.data.token_folder import DataGone
 from train.loop import train
-from train.token_folder import DataGone
 from train.tokenize import Tokenize, tokenize
 
 

@@ -12,7 +12,7 @@ from jax.extend import core
 
 from tests.train.runs import small_config
 from train.config import Config, MeshConfig
-from train.flops import step_flops
+from train.log.flops import step_flops
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 

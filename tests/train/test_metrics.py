@@ -13,9 +13,11 @@ import pytest
 from tests.train.runs import never, rows, run_here, small_config
 from train.build import build
 from train.config import EvalConfig, LogConfig, MeshConfig, SampleConfig
-from train.flops import StepFlops
+from train.log.flops import StepFlops
+from train.log.metrics import MetricsFile, rates
+from train.log.progress import Progress
+from train.log.rows import read_rows
 from train.loop import train
-from train.metrics import MetricsFile, Progress, rates, read_rows
 from usp_jax.plan.machines import peak_of_kind
 
 KEYS = (

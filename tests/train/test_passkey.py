@@ -17,9 +17,7 @@ from train.config import (
     MeshConfig,
     PasskeyConfig,
 )
-from train.long_context import Passkey, measure
-from train.loop import train
-from train.passkey import (
+from train.data.passkey import (
     DIGITS,
     QUESTION,
     SHORTEST,
@@ -27,8 +25,10 @@ from train.passkey import (
     document,
     passkey_rows,
 )
+from train.evaluation.retrieval import accuracies, accuracy
+from train.long_context import Passkey, measure
+from train.loop import train
 from train.presets import preset
-from train.retrieval import accuracies, accuracy
 
 KEY = re.compile(rb"key:(\d{5})")
 

@@ -16,6 +16,8 @@ from tests.train.runs import losses, run_here, small_config
 from train.build import build
 from train.cli import parse
 from train.config import Config, MeshConfig
+from train.data.vocabulary import Vocabulary
+from train.published import check_published
 from usp_jax.models import hf
 from usp_jax.models.llama import Llama, NTKScaling
 from usp_jax.models.loss import loss
@@ -161,3 +163,9 @@ def test_what_is_no_such_folder_is_told(config: Config) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_bias": True}))
     with pytest.raises(ValueError, match=r"init_from=.*mlp_bias=True is not supported"):
         parse(["tiny", "--init-from", str(config.init_from)])
+
+
+def test_a_run_that_draws_its_weights_has_no_folder(config: Config) -> None:
+    config = dataclasses.replace(config, init_from=None)
+    with pytest.raises(ValueError, match="init_from=None is no folder to begin with"):
+        check_published(config, Vocabulary())

@@ -15,11 +15,11 @@ import pytest
 import tokenizers
 
 from tests.train.runs import ROOT, write_text
-from train.corpus import Corpus, digest
-from train.documents import read_documents, source_files
-from train.token_folder import DataGone, is_token_folder, open_folder
+from train.data.corpus import Corpus, digest
+from train.data.documents import read_documents, source_files
+from train.data.token_folder import DataGone, is_token_folder, open_folder
+from train.data.vocabulary import Vocabulary
 from train.tokenize import Tokenize, tokenize
-from train.vocabulary import Vocabulary
 
 
 def write_tokenizer(path: Path, last: str = "keys") -> Path:

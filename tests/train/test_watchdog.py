@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.runs import finish, losses, small_config, start_processes
 from train.config import LogConfig, MeshConfig
-from train.watchdog import Beat, stragglers, watch
+from train.log.watchdog import Beat, stragglers, watch
 
 
 def wait_until(happened: Callable[[], bool], log: Path) -> None:

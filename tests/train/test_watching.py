@@ -24,9 +24,10 @@ from train.config import (
     OptimizerConfig,
     ProfileConfig,
 )
-from train.data import place
-from train.loop import GaveUp, train
-from train.spikes import Spikes
+from train.data.batches import place
+from train.log.spikes import Spikes
+from train.log.steps import GaveUp
+from train.loop import train
 from train.state import learning_rate
 from train.step import make_step
 from usp_jax.models.loss import loss

@@ -6,6 +6,7 @@ and SIGINT are passed on as SIGTERM, upon which a run writes a checkpoint and en
 """
 
 import argparse
+import dataclasses
 import os
 import signal
 import socket
@@ -21,6 +22,21 @@ FINAL = (1, 2)
 # Seconds between two looks, and those that the others have when one has failed: they
 # may be about to end by themselves.
 PAUSE, GRACE = 0.1, 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+      devices: of each process; None leaves it all of the host's.
+      run: the options of `python -m train`.
+    """
+
+    processes: int
+    devices: int | None
+    restarts: int
+    run: list[str]
 
 
 def main() -> None:
@@ -51,7 +67,7 @@ class Host:
         self._number, self._devices, self._run = processes, devices, run
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def stop(self, *_) -> None:
+    def stop(self, *_: object) -> None:
         """Passes SIGTERM on."""
         self.stopped = True
         for process in self._processes:
@@ -85,13 +101,13 @@ class Host:
             found.append((command, self._own_devices(index)))
         return found
 
-    def _own_devices(self, index):
+    def _own_devices(self, index: int) -> dict[str, str]:
         if self._devices is None:
             return {}
         ids = range(index * self._devices, (index + 1) * self._devices)
         return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, ids))}
 
-    def _wait(self):
+    def _wait(self) -> int:
         first, deadline = 0, 0.0
         while True:
             statuses = [process.poll() for process in self._processes]
@@ -105,7 +121,7 @@ class Host:
             time.sleep(PAUSE)
 
 
-def _parse(arguments):
+def _parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m train.launch.one_host",
         description="Starts a run on this host, and again when a process dies.",
@@ -120,23 +136,23 @@ def _parse(arguments):
     parser.add_argument(
         "run", nargs=argparse.REMAINDER, help="as for python -m train: PRESET ..."
     )
-    options = parser.parse_args(arguments)
+    options = Options(**vars(parser.parse_args(arguments)))
     if not options.run:
         parser.error("give the run: PRESET [--section.key value ...]")
     return options
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be positive")
     return number
 
 
-def _free_port():
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -8,17 +8,33 @@ has no label. Positions are those in the row: RoPE sees differences only.
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
 PADDING = {"tokens": 0, "labels": -1, "segment_ids": -1}
 
 
+class Row(TypedDict):
+    """What a model learns from: int32 [T]; or several rows together, [B, T]."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    segment_ids: np.ndarray
+
+
+class Facts(TypedDict):
+    """What tells one corpus from another, however it is stored."""
+
+    documents: int
+    tokens: int
+    sha256: str
+
+
 class Tokens(Protocol):
     """An array of token ids, in memory or in a file."""
 
-    def __getitem__(self, where: slice) -> np.ndarray: ...
+    def __getitem__(self, where: slice, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,31 +76,38 @@ class Corpus:
         lengths = np.array([document.size for document in kept], np.int64)
         hashes = np.array([document_hash(document) for document in kept], np.uint64)
         tokens = np.concatenate([np.zeros(0, np.int32), *kept])
-        return cls.joined([tokens], [np.cumsum(lengths) - lengths], [hashes])
+        starts = np.cumsum(lengths) - lengths
+        return cls.joined([tokens], [starts], [hashes], [tokens.size])
 
     @classmethod
     def joined(
         cls,
-        arrays: Sequence[np.ndarray],
+        arrays: Sequence[Tokens],
         starts: Sequence[np.ndarray],
         hashes: Sequence[np.ndarray],
-        sizes: Sequence[int] | None = None,
+        sizes: Sequence[int],
     ) -> "Corpus":
-        """Several arrays, each with its documents' starts and hashes."""
-        sizes = np.array(sizes or [len(array) for array in arrays], np.int64)
-        first = np.cumsum(sizes) - sizes
+        """Several arrays of known sizes, each with its documents' starts and hashes."""
+        first = np.cumsum(sizes, dtype=np.int64) - np.array(sizes, np.int64)
         moved = [at + begin for at, begin in zip(starts, first, strict=True)]
         pieces = Pieces(
             tuple(arrays), first, np.arange(len(arrays)), np.zeros(len(arrays), int)
         )
-        return cls(
-            np.concatenate(moved), int(sizes.sum()), pieces, np.concatenate(hashes)
-        )
+        return cls(np.concatenate(moved), sum(sizes), pieces, np.concatenate(hashes))
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [D], the tokens of each document."""
         return np.diff(self.starts, append=self.size)
+
+    @property
+    def facts(self) -> Facts:
+        """Read from all of the tokens."""
+        return Facts(
+            documents=len(self.starts),
+            tokens=self.size,
+            sha256=digest(self.windows(2**22), self.starts),
+        )
 
     def window(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`, int32; fewer where the corpus ends before."""
@@ -158,24 +181,22 @@ class Rows:
         # The last token of all is only a label.
         return -(-(self.corpus.size - 1) // self.length)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """tokens, labels and segment_ids, each int32 [T]."""
+    def __getitem__(self, index: int) -> Row:
         start = index * self.length
         window = self.corpus.window(start, start + self.length + 1)
         at = start + np.arange(window.size)
         document = np.searchsorted(self.corpus.starts, at, side="right")
         document = (document - document[0]).astype(np.int32)
         follows = document[1:] == document[:-1]
-        row = {
-            "tokens": window[:-1],
-            "labels": np.where(follows, window[1:], -1),
-            "segment_ids": document[:-1],
-        }
-        short = self.length - (window.size - 1)
-        return {
-            name: np.pad(x, (0, short), constant_values=PADDING[name])
-            for name, x in row.items()
-        }
+        labels = np.where(follows, window[1:], PADDING["labels"])
+        return Row(
+            tokens=self._padded("tokens", window[:-1]),
+            labels=self._padded("labels", labels),
+            segment_ids=self._padded("segment_ids", document[:-1]),
+        )
+
+    def _padded(self, name: str, x: np.ndarray) -> np.ndarray:
+        return np.pad(x, (0, self.length - x.size), constant_values=PADDING[name])
 
 
 def digest(arrays: Iterable[np.ndarray], starts: np.ndarray) -> str:

@@ -7,7 +7,6 @@ full; adding more events then waits for it for ever.
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -45,5 +44,5 @@ class Events:
     def close(self) -> None:
         self._writer.close()
 
-    def _add(self, step: int, **what: Any) -> None:
+    def _add(self, step: int, **what: SessionLog | Summary) -> None:
         self._writer.write_event(Event(wall_time=time.time(), step=step, **what))

@@ -4,9 +4,9 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from typing import Any
 
 from train.config import Config
+from train.log.rows import MetricsRow
 
 
 def check_wandb(project: str | None) -> None:
@@ -33,10 +33,10 @@ class WandbRun:
             config=told,
         )
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Adds a row; what is not known is left out."""
         known = {name: value for name, value in row.items() if value is not None}
-        self._run.log(known, step=known["step"])
+        self._run.log(known, step=row["step"])
 
     def close(self) -> None:
         """Waits until all is sent."""

@@ -1,7 +1,5 @@
 """Traces of a few steps, written by jax's profiler into the run directory."""
 
-from typing import Any
-
 import jax
 
 from train.config import Config
@@ -18,7 +16,7 @@ class Profiler:
             self._folder /= str(jax.process_index())
         self._is_on = False
 
-    def before(self, step: int, state: Any) -> None:
+    def before(self, step: int, state: object) -> None:
         """Begins with the first step to trace, once what came before it is done."""
         # A run that goes on may begin among them.
         if step in self._left and not self._is_on:
@@ -26,7 +24,7 @@ class Profiler:
             jax.profiler.start_trace(self._folder)
             self._is_on = True
 
-    def after(self, step: int, state: Any) -> None:
+    def after(self, step: int, state: object) -> None:
         """Ends with the last step to trace, once it is done."""
         if self._is_on and step >= self._left[-1]:
             jax.block_until_ready(state)

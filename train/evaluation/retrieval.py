@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from train.passkey import DIGITS, document
+from train.data.passkey import DIGITS, document
 from usp_jax.models.generate import generate
 from usp_jax.models.llama import Llama
 
@@ -16,7 +16,7 @@ Continue = Callable[[np.ndarray, int], np.ndarray]
 def greedy(model: Llama) -> Continue:
     """Takes the likeliest token each time."""
 
-    def go_on(prompts, number):
+    def go_on(prompts: np.ndarray, number: int) -> np.ndarray:
         found = generate(model, jnp.asarray(prompts), number, temperature=0)
         return np.asarray(found)
 

@@ -8,6 +8,7 @@ stands still: such a process is stopped, or its host is gone.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import sys
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
 import jax
 
@@ -23,7 +24,8 @@ import jax
 LOOKS, LONGEST_PAUSE = 8, 15.0
 
 
-class Beat(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Beat:
     """What a process has written down: its step, and a count that goes on."""
 
     step: int
@@ -83,7 +85,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._path(self._number).unlink(missing_ok=True)
 
-    def _beat(self):
+    def _beat(self) -> None:
         self._count += 1
         new = self._path(self._number).with_suffix(".new")
         # Rows and checkpoints tell of a full disk; this thread goes on.
@@ -92,9 +94,9 @@ class Watchdog:
             new.replace(self._path(self._number))
         # This thread cannot run while another one keeps the interpreter to itself;
         # faulthandler's own needs no interpreter.
-        faulthandler.dump_traceback_later(2 * self._seconds, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(2 * self._seconds, file=_stderr())
 
-    def _tell(self):
+    def _tell(self) -> None:
         before, step = self._beats(), self._step
         # By the others' own clocks: a count that stands still over two of their looks.
         self._stopped.wait(3 * self._pause)
@@ -109,21 +111,26 @@ class Watchdog:
             f"watchdog: process {self._number} of {self._processes}: step {step} "
             f"takes longer than {self._seconds:g} s"
         )
-        print("\n  ".join([head, *lines]), file=sys.__stderr__, flush=True)
+        print("\n  ".join([head, *lines]), file=_stderr(), flush=True)
         if not missing or self._number in missing:
-            faulthandler.dump_traceback(file=sys.__stderr__)
+            faulthandler.dump_traceback(file=_stderr())
 
-    def _path(self, number):
+    def _path(self, number: int) -> Path:
         return self._folder / f"{number}.json"
 
-    def _beats(self):
-        found = {}
+    def _beats(self) -> dict[int, Beat | None]:
+        found: dict[int, Beat | None] = {}
         for number in range(self._processes):
             try:
                 found[number] = Beat(*json.loads(self._path(number).read_text()))
             except FileNotFoundError:
                 found[number] = None
         return found
+
+
+def _stderr() -> TextIO:
+    """The process's own, whatever `sys.stderr` has been made."""
+    return sys.__stderr__ or sys.stderr
 
 
 def stragglers(

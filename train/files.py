@@ -1,5 +1,6 @@
-"""A file that is there whole or not at all."""
+"""Files that are there whole or not at all, and their digests."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -12,3 +13,9 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

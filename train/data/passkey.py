@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from train.config import Config, PasskeyConfig
+from train.data.corpus import Row
 
 DIGITS = 5
 QUESTION = b"key:"
@@ -83,14 +84,14 @@ class PasskeyRows:
     def __len__(self) -> int:
         return ROWS
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """tokens, labels (those of answers only) and segment_ids, each int32 [T]."""
+    def __getitem__(self, index: int) -> Row:
+        """A row whose labels are those of answers only."""
         draw = np.random.default_rng((self.seed, index))
-        row = {
-            "tokens": np.zeros(self.length, np.int32),
-            "labels": np.full(self.length, -1, np.int32),
-            "segment_ids": np.full(self.length, -1, np.int32),
-        }
+        row = Row(
+            tokens=np.zeros(self.length, np.int32),
+            labels=np.full(self.length, -1, np.int32),
+            segment_ids=np.full(self.length, -1, np.int32),
+        )
         start = 0
         for number, length in enumerate(self.lengths(draw, index)):
             text = document(draw, length, draw.uniform())
@@ -116,7 +117,8 @@ class PasskeyRows:
         grown = min(1.0, index / growth) if growth else 1.0
         longest = shortest * (self.length / shortest) ** grown
         least = longest if index % 2 else shortest
-        found, left = [], self.length
+        found: list[int] = []
+        left = self.length
         while left >= shortest:
             # Of lengths with a density of 1 / length^2.
             rarest = 1 - least / longest

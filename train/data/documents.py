@@ -10,17 +10,24 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # Not part of the library, or text that is wrong on purpose.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
+
+# The text of a document, and how many bytes of its file it stands for.
+Document = tuple[bytes, float]
 
 _TOGETHER, _BYTES_TOGETHER = 1024, 2**24
 
 
 def read_documents(
     files: Iterable[Path], text_field: str = "text"
-) -> Iterator[tuple[bytes, float]]:
-    """The documents of files, each with how many bytes of its file it stands for.
+) -> Iterator[Document]:
+    """The documents of files.
 
     Args:
       text_field: what holds the text in a line of JSON, and the column of Parquet.
@@ -72,7 +79,7 @@ def source_files(path: Path | None, option: str = "data.path") -> list[Path]:
     return files
 
 
-def _standard_library():
+def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         file
@@ -87,12 +94,12 @@ def _standard_library():
     return files
 
 
-def _files(root, pattern):
+def _files(root: Path, pattern: str) -> list[Path]:
     found = (file for file in root.rglob(pattern) if file.is_file())
     return sorted(found, key=lambda file: file.relative_to(root).parts)
 
 
-def _documents(file, text_field):
+def _documents(file: Path, text_field: str) -> Iterator[Document]:
     if file.suffix == ".jsonl":
         return _json_lines(file, text_field)
     if file.suffix == ".parquet":
@@ -101,7 +108,7 @@ def _documents(file, text_field):
     return iter([(text, len(text))])
 
 
-def _json_lines(file, text_field):
+def _json_lines(file: Path, text_field: str) -> Iterator[Document]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -119,7 +126,7 @@ def _json_lines(file, text_field):
             yield text.encode(errors="surrogatepass"), len(line)
 
 
-def _parquet_rows(file, text_field):
+def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -145,7 +152,7 @@ def _parquet_rows(file, text_field):
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _check_column(file, schema, text_field):
+def _check_column(file: Path, schema: "pyarrow.Schema", text_field: str) -> None:
     import pyarrow
 
     kinds = {field.name: field.type for field in schema}

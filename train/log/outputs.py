@@ -3,10 +3,12 @@
 import jax
 
 from train.config import Config
-from train.flops import step_flops
-from train.metrics import MetricsFile, Progress, Row, rates, read_rows
-from train.spikes import Spikes
-from train.wandb_run import WandbRun
+from train.log.flops import step_flops
+from train.log.metrics import MetricsFile, rates
+from train.log.progress import Progress
+from train.log.rows import Evaluated, MetricsRow, StepMetrics, read_rows
+from train.log.spikes import Spikes
+from train.log.wandb_run import WandbRun
 from usp_jax.plan.machines import peak_of_kind
 
 
@@ -30,22 +32,23 @@ class Outputs:
             losses=[loss for loss in losses if loss is not None],
         )
 
-    def write(self, row: Row, found: Row, *, seconds: float, skipped: int) -> None:
+    def write(
+        self, given: StepMetrics, found: Evaluated, *, seconds: float, skipped: int
+    ) -> None:
         """Adds what a step has given, and what can be told of it.
 
         Rows come every `log.every` steps, after an evaluation, and when something is
         wrong.
 
         Args:
-          row: step, loss, grad_norm, learning_rate, data_seconds, skipped.
-          found: by an evaluation after the step; empty without one.
+          given, found: by the step, and by an evaluation after it.
           seconds: of the step.
           skipped: as many of the last steps were, one after the other.
         """
         limit = self._spikes.limit()
-        spike = self._spikes.add(row["loss"])
-        row = row | rates(seconds, self._tokens, self._flops, self._peak)
-        row = row | {"spike": spike} | found
+        spike = self._spikes.add(given["loss"])
+        speed = rates(seconds, self._tokens, self._flops, self._peak)
+        row: MetricsRow = {**given, **speed, "spike": spike, **found}
         if skipped:
             self._progress.warn(
                 f"step {row['step']} is skipped, its loss or gradient is not finite: "

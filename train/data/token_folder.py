@@ -12,18 +12,17 @@ finished shards and one that is not.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 import numpy as np
 
-from train.atomic import write_atomically
-from train.corpus import Corpus, digest, document_hash
-from train.vocabulary import Vocabulary
+from train.data.corpus import Corpus, Facts, document_hash
+from train.data.vocabulary import Vocabulary
+from train.files import sha256, write_atomically
 
 BEGUN, DONE = "tokenizing.json", "tokenized.json"
 FORMAT = 1
@@ -50,6 +49,25 @@ class Shard:
     sha256: tuple[str, str]
 
 
+class _ShardRecord(TypedDict):
+    """A `Shard` as JSON has it."""
+
+    tokens: int
+    documents: int
+    read: int
+    sha256: list[str]
+
+
+class _Record(Facts):
+    """What `DONE` says."""
+
+    format: int
+    tokenizer: str
+    vocab_size: int
+    dtype: str
+    shards: list[_ShardRecord]
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
     """Token ids in a .npy file that is mapped to memory.
@@ -63,7 +81,7 @@ class TokenFile:
     bytes: int
 
     @classmethod
-    def open(cls, path: Path, tokens: int, dtype: np.dtype) -> "TokenFile":
+    def open(cls, path: Path, tokens: int, dtype: np.dtype[np.integer]) -> "TokenFile":
         """Raises ValueError for a file that is not as the folder says."""
         array = _mapped(path)
         if array.dtype != dtype or array.shape != (tokens,):
@@ -94,7 +112,7 @@ def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
     )
 
 
-def token_dtype(vocabulary_size: int) -> np.dtype:
+def token_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
     """The smallest that holds every id."""
     return np.min_scalar_type(vocabulary_size - 1).newbyteorder("<")
 
@@ -109,8 +127,8 @@ def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> S
     files = shard_files(folder, number)
     _save(files[0], np.concatenate(kept))
     _save(files[1], table)
-    sha256 = (_sha256(files[0]), _sha256(files[1]))
-    shard = Shard(int(lengths.sum()), len(kept), len(documents), sha256)
+    digests = (sha256(files[0]), sha256(files[1]))
+    shard = Shard(int(lengths.sum()), len(kept), len(documents), digests)
     write_json(files[2], dataclasses.asdict(shard))
     return shard
 
@@ -121,11 +139,11 @@ def finished_shards(folder: Path) -> list[Shard]:
     Raises:
       ValueError: a file of one is gone or damaged.
     """
-    found = []
+    found: list[Shard] = []
     while (files := shard_files(folder, len(found)))[2].exists():
-        shard = Shard(**read_json(files[2]))
+        shard = _shard(_loaded(files[2]))
         for path, expected in zip(files, shard.sha256, strict=False):
-            if not path.exists() or _sha256(path) != expected:
+            if not path.exists() or sha256(path) != expected:
                 raise ValueError(
                     f"{path} is not as it was written: take {files[2]} away, and the "
                     "same command makes this shard and those after it again"
@@ -143,20 +161,18 @@ def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> Non
         "tokenizer": vocabulary.fingerprint,
         "vocab_size": vocabulary.size,
         "dtype": dtype.name,
-        "documents": len(corpus.starts),
-        "tokens": corpus.size,
-        "sha256": digest(corpus.windows(2**22), corpus.starts),
+        **corpus.facts,
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
     write_json(folder / DONE, told)
 
 
-def is_token_folder(path: Path | None) -> bool:
+def is_token_folder(path: Path | None) -> TypeGuard[Path]:
     """Whether a folder was written by the command, to its end or not."""
     return path is not None and ((path / DONE).exists() or (path / BEGUN).exists())
 
 
-def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, dict[str, Any]]:
+def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, Facts]:
     """The documents of a folder, mapped to memory, and their facts.
 
     Raises:
@@ -167,7 +183,7 @@ def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, dict[str,
             f"data.path={folder} is not finished: run the same python -m "
             "train.tokenize again, it goes on where it stopped"
         )
-    told = read_json(folder / DONE)
+    told: _Record = _loaded(folder / DONE)
     if told.get("format") != FORMAT:
         raise ValueError(
             f"data.path={folder} has format {told.get('format')!r}, it must be "
@@ -180,14 +196,20 @@ def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, dict[str,
             f"data.path={folder} was tokenized by {told['tokenizer']}, data.tokenizer "
             f"is {vocabulary.fingerprint}: give {way}"
         )
-    shards = [Shard(**shard) for shard in told["shards"]]
+    shards = [_shard(record) for record in told["shards"]]
     corpus = _joined(folder, shards, np.dtype(told["dtype"]))
-    facts = {name: told[name] for name in ("documents", "tokens", "sha256")}
+    facts = Facts(
+        documents=told["documents"], tokens=told["tokens"], sha256=told["sha256"]
+    )
     return corpus, facts
 
 
-def _joined(folder, shards, dtype):
-    arrays, starts, hashes = [], [], []
+def _joined(
+    folder: Path, shards: Sequence[Shard], dtype: np.dtype[np.integer]
+) -> Corpus:
+    arrays: list[TokenFile] = []
+    starts: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
     for number, shard in enumerate(shards):
         tokens, documents, _ = shard_files(folder, number)
         arrays.append(TokenFile.open(tokens, shard.tokens, dtype))
@@ -198,42 +220,49 @@ def _joined(folder, shards, dtype):
     return Corpus.joined(arrays, starts, hashes, [shard.tokens for shard in shards])
 
 
-def _check_table(path, table, shard):
+def _check_table(path: Path, table: np.ndarray, shard: Shard) -> None:
     fits = table.dtype == DOCUMENT and table.shape == (shard.documents,)
     if fits and shard.documents:
         edges = np.append(table["start"], shard.tokens)
-        fits = edges[0] == 0 and (np.diff(edges) > 0).all()
+        fits = edges[0] == 0 and bool((np.diff(edges) > 0).all())
     if not fits:
         raise ValueError(f"{path} is damaged: {AGAIN}")
 
 
-def _mapped(path):
+def _mapped(path: Path) -> np.memmap:
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}: {AGAIN}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """Raises ValueError for what is no JSON."""
+    return _loaded(path)
+
+
+def _shard(record: _ShardRecord) -> Shard:
+    tokens, documents = record["sha256"]
+    return Shard(
+        record["tokens"], record["documents"], record["read"], (tokens, documents)
+    )
+
+
+def _loaded(path: Path) -> Any:
+    """What is said in JSON, whose type the file's name tells."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}: {AGAIN}") from error
 
 
-def write_json(path: Path, told: dict[str, Any]) -> None:
+def write_json(path: Path, told: Mapping[str, object]) -> None:
     """Writes it whole or not at all."""
     write_atomically(path, json.dumps(told, indent=1) + "\n")
 
 
-def _save(path, array):
+def _save(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

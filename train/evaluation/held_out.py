@@ -10,9 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import Config
-from train.data import Batch, Text, batches, own_rows, place
+from train.data.batches import Batch, batches, own_rows, place
+from train.data.text import Text
+from train.log.rows import Evaluated
 from train.state import Params, on_devices
 from train.step import make_nats
+from usp_jax.models.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +36,11 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, config: Config, mesh: Mesh, text: Text | None, graphdef: nnx.GraphDef
+        cls,
+        config: Config,
+        mesh: Mesh,
+        text: Text | None,
+        graphdef: nnx.GraphDef[Llama],
     ) -> "Evaluation | None":
         """None where no documents are held out."""
         if text is None or not text.held_out:
@@ -46,9 +53,11 @@ class Evaluation:
 
     def due(self, step: int) -> bool:
         """Whether it is time for one after this step."""
-        return step % self.config.eval.every == 0 or step == self.config.steps
+        every = self.config.eval.every
+        is_due = every is not None and step % every == 0
+        return is_due or step == self.config.steps
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, params: Params) -> Evaluated:
         """The mean nats of a held-out label, and its exponential."""
         config = self.config
         params = on_devices(params, config, self.mesh)
@@ -61,4 +70,4 @@ class Evaluation:
         ]
         nats, labels = np.sum(jax.device_get(found), axis=0)
         mean = float(nats / max(labels, 1))
-        return {"eval_loss": mean, "eval_perplexity": float(np.exp(mean))}
+        return Evaluated(eval_loss=mean, eval_perplexity=float(np.exp(mean)))

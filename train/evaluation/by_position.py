@@ -94,7 +94,7 @@ def in_buckets(nats: np.ndarray, bounds: list[int]) -> list[Bucket]:
     ]
 
 
-def _batches(rows, size):
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
+def _batches(rows: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    left = iter(rows)
+    while batch := list(islice(left, size)):
         yield batch

@@ -1,0 +1,143 @@
+"""Batches of rows, and where on the mesh they go.
+
+Every process cuts from each batch the rows that its devices hold, and reads no other;
+the state of its iterator is the number of the next batch, the same in all of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict, cast
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from train.data.corpus import PADDING, Row
+from usp_jax import balance, to_layout
+
+# The axes that split the rows of a batch; of a stage's work too it is some rows.
+ROWS = ("data", "fsdp", "pipe")
+
+
+class Batch(TypedDict):
+    """Rows in stored order, split over a mesh: int32 [B, T].
+
+    Attributes:
+      positions: of balanced rows, each of which has an order of its own.
+    """
+
+    tokens: jax.Array
+    labels: jax.Array
+    segment_ids: jax.Array
+    positions: NotRequired[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of every batch, the same ones of each, one batch after the other.
+
+    Attributes:
+      rows: of all batches, without end.
+      own: which rows of a batch.
+    """
+
+    rows: grain.MapDataset
+    own: tuple[int, ...]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size * len(self.own)
+
+    def __getitem__(self, index: int) -> Row:
+        batch, row = divmod(index, len(self.own))
+        return self.rows[batch * self.batch_size + self.own[row]]
+
+
+def batches(
+    rows: grain.MapDataset, batch_size: int, own: Sequence[int] | None = None
+) -> grain.DatasetIterator:
+    """Batches of rows, int32 [B, T], or of each batch the `own` rows only.
+
+    The iterator's `get_state` and `set_state` go on anywhere.
+    """
+    if own is not None:
+        rows = grain.MapDataset.source(Part(rows, tuple(own), batch_size))
+    # Rows are slices of memory: threads would cost more than they hide.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    size = batch_size if own is None else len(own)
+    return iter(rows.batch(size).to_iter_dataset(options))
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that this process's devices hold."""
+    sharding = NamedSharding(mesh, jax.P(ROWS))
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    every = range(batch_size)
+    return sorted({row for index in held if index for row in every[index[0]]})
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How rows [B, T] are split over a mesh."""
+    return NamedSharding(mesh, jax.P(ROWS, ("ring", "ulysses")))
+
+
+def describe(batch_size: int, length: int, mesh: Mesh, layout: str = "zigzag") -> Batch:
+    """The shapes of a batch, for the compiler."""
+    shape = jax.ShapeDtypeStruct(
+        (batch_size, length), np.int32, sharding=batch_sharding(mesh)
+    )
+    positions = ("positions",) if layout == "balanced" else ()
+    # A shape stands for its array; jax has no type that is both.
+    return cast(Batch, dict.fromkeys((*PADDING, *positions), shape))
+
+
+def place(batch: Row, layout: str, mesh: Mesh) -> Batch:
+    """Rows in natural order to global arrays in stored order, split over a mesh.
+
+    Args:
+      batch: the rows that this process's devices hold, in order.
+    """
+    stored = _stored(batch, layout, mesh)
+    sharding = batch_sharding(mesh)
+    ways = math.prod(mesh.shape[name] for name in ROWS)
+    groups = own_rows(ways, mesh)
+
+    def one(x: np.ndarray) -> jax.Array:
+        rows = len(x) // len(groups)
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            # jax's type has it for other arrays: one without a shard on a device.
+            assert index is not None
+            first, *_ = index[0].indices(rows * ways)
+            here = groups.index(first // rows) * rows
+            return x[here : here + rows, index[1]]
+
+        shape = (rows * ways, x.shape[1])
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return jax.tree.map(one, stored)
+
+
+def _stored(batch: Row, layout: str, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Rows in stored order; those that are balanced come with their positions."""
+    if layout != "balanced":
+        return jax.tree.map(lambda x: to_layout(x, layout, mesh), batch)
+    ids, sizes = batch["segment_ids"], mesh.shape
+    plans = [
+        balance(
+            np.bincount(row[row >= 0]),
+            sizes["ring"],
+            length=ids.shape[1],
+            ulysses=sizes["ulysses"],
+        )
+        for row in ids
+    ]
+
+    def one(x: np.ndarray) -> np.ndarray:
+        rows = [plan.to_stored(row) for plan, row in zip(plans, x, strict=True)]
+        return np.stack(rows)
+
+    positions = np.stack([plan.positions for plan in plans])
+    return {**jax.tree.map(one, batch), "positions": positions}

@@ -1,0 +1,1 @@
+"""What a run says of its steps: files, pictures, the terminal, and a watchdog."""

@@ -1,0 +1,96 @@
+"""Numbers about the steps: what a step's duration says, and the files of them all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from train.files import write_atomically
+from train.log.flops import StepFlops
+from train.log.rows import MetricsRow, Rates, line_of, read_rows
+from train.log.tensorboard import Events
+
+
+def rates(seconds: float, tokens: int, flops: StepFlops, peak: float | None) -> Rates:
+    """What a step's duration says.
+
+    Args:
+      tokens, flops: of the step, over all devices.
+      peak: FLOP/s of one device; None is not known, and then no MFU is.
+    """
+
+    def utilisation(work: float) -> float | None:
+        return None if peak is None else work / (seconds * peak * jax.device_count())
+
+    return Rates(
+        tokens_per_second=tokens / seconds,
+        step_seconds=seconds,
+        mfu_causal=utilisation(flops.causal),
+        mfu_full=utilisation(flops.full),
+        hfu=utilisation(flops.hardware),
+        peak_bytes_in_use=peak_bytes(),
+    )
+
+
+def peak_bytes() -> int | None:
+    """The most memory that one of this process's devices has had in use, if it says."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    known = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(known, default=None)
+
+
+class MetricsFile:
+    """A metrics.jsonl and its TensorBoard events, which go on after a known step."""
+
+    def __init__(self, run_dir: Path, step: int):
+        path = run_dir / "metrics.jsonl"
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(map(line_of, kept)))
+        self._run_dir, self._file = run_dir, path.open("a")
+        self._events = Events(run_dir / "tensorboard", step)
+
+    def write(self, row: MetricsRow) -> None:
+        """Adds a row.
+
+        Raises:
+          OSError: the disk does not take it.
+        """
+        values = {
+            name: float(value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        with _told(self._run_dir):
+            self._file.write(line_of(row))
+            self._file.flush()
+            self._events.write(row["step"], values)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk, as they must be before a checkpoint.
+
+        Raises:
+          OSError: the disk does not take them.
+        """
+        with _told(self._run_dir):
+            os.fsync(self._file.fileno())
+            self._events.sync()
+
+    def close(self) -> None:
+        """Closes both files; what they cannot write then is lost, see `sync`."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+@contextlib.contextmanager
+def _told(run_dir: Path) -> Iterator[None]:
+    """Says of an error where it was and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"run_dir={run_dir} cannot be written to: {error}; the same command goes "
+            "on from the newest checkpoint"
+        ) from error
