@@ -34,6 +34,8 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.sampling import SLICES, slice_of  # noqa: E402
+
 jax.config.update("jax_platforms", _platforms)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -60,6 +62,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the first case only of every parametrised test (make test-smoke)",
     )
+    parser.addoption(
+        "--slice",
+        type=int,
+        choices=range(1, SLICES + 1),
+        help=f"run one of {SLICES} slices of the tests (make test-slice SLICE=1)",
+    )
 
 
 # Last, so that cases which -m or -k leave out are not the ones kept.
@@ -67,12 +75,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    if not config.getoption("--one-case-each"):
-        return
-    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-    kept = set(first.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    kept = items[:]
+    if config.getoption("--one-case-each"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(kept)}
+        cases = set(first.values())
+        kept = [item for item in kept if item in cases]
+    if chosen := config.getoption("--slice"):
+        kept = [item for item in kept if slice_of(item.nodeid) == chosen]
+    wanted = set(kept)
+    if left_out := [item for item in items if item not in wanted]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def _global_jax_state() -> dict[str, object]:

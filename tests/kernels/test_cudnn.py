@@ -13,9 +13,8 @@ import pytest
 
 import usp_jax
 from tests.kernels import emulated_cudnn
-from tests.oracle import Order, expected, normal, results
+from tests.oracle import TOLERANCES, Order, expected, normal, results
 from tests.sampling import thinned
-from tests.test_kernels import TOLERANCES
 from usp_jax import kernels
 from usp_jax.kernels.cudnn import out_for
 from usp_jax.kernels.logits import Logits

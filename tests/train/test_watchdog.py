@@ -4,10 +4,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.train.runs import finish, losses, small_config, start_processes
+from train import watchdog
 from train.config import LogConfig, MeshConfig
 from train.log.watchdog import Beat, stragglers, watch
 
@@ -31,11 +33,12 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     wait_until(lambda: len(losses(config.run_dir)) > 3, first.log)
     second.process.send_signal(signal.SIGSTOP)
     try:
-        wait_until(lambda: "process 1 " in first.log.read_text(), first.log)
+        # A step that is only slow may be told of before.
+        silent = "does not answer: it is stopped, or its host is gone"
+        wait_until(lambda: silent in first.log.read_text(), first.log)
         told = first.log.read_text()
         assert "watchdog: process 0 of 2: step " in told
         assert "takes longer than 3 s\n  process 1 " in told
-        assert "does not answer: it is stopped, or its host is gone" in told
     finally:
         second.process.send_signal(signal.SIGCONT)
     # It was only asleep: the run goes on, and stops when it is told to.
@@ -47,30 +50,59 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     assert not list((config.run_dir / "heartbeats").iterdir())
 
 
-def sleep_at_a_step(begins: Callable[[int], None]) -> None:
+def hang_at_a_step(begins: Callable[[int], None], told: Callable[[], bool]) -> None:
     begins(1)
-    time.sleep(1.5)
+    deadline = time.monotonic() + 120
+    while not told():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_process_tells_where_it_hangs_itself(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    told = ""
+
+    def whole() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err
+        return "in hang_at_a_step" in told and "Thread" in told
+
     with watch(tmp_path, 0.4) as begins:
-        sleep_at_a_step(begins)
+        hang_at_a_step(begins, whole)
         begins(2)
-    told = capfd.readouterr().err
+    told += capfd.readouterr().err
     assert told.count("watchdog: process 0 of 1: step 1 takes longer than 0.4 s") == 1
     assert "all processes have begun it" in told
-    assert "in sleep_at_a_step" in told
 
 
 def test_steps_in_time_are_not_told(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with watch(tmp_path, 1.0) as begins:
+    """Twelve steps of 50 s each, by a clock of the test's own, are under 60 s each."""
+    now, looks = 0.0, 0
+
+    def monotonic() -> float:
+        nonlocal looks
+        looks += 1
+        return now
+
+    def look_twice() -> None:
+        enough, deadline = looks + 2, time.monotonic() + 120
+        while looks < enough:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(watchdog, "LONGEST_PAUSE", 0.001)
+    with watch(tmp_path, 60) as begins:
         for step in range(12):
             begins(step)
-            time.sleep(0.15)
+            look_twice()
+            now += 50
+            look_twice()
     with watch(tmp_path / "none", 0) as begins:
         begins(1)
     assert "watchdog" not in capfd.readouterr().err

@@ -1,0 +1,42 @@
+"""What is tracked is source: no large file, and nothing that `make` itself makes."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MOST_BYTES = 1_000_000
+
+
+def git(*arguments: str) -> list[str]:
+    """The names that git prints; skips, and says so, where there is no git."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        # Said at the end of a run, for pytest's -ra.
+        pytest.skip("no git: what is tracked is NOT tested")
+    command = ["git", "-C", str(ROOT), *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert not told.stderr, told.stderr
+    return [name for name in re.split("[\0\n]", told.stdout) if name]
+
+
+def test_nothing_tracked_is_large() -> None:
+    tracked = git("ls-files", "-z")
+    assert "usp_jax/usp.py" in tracked
+    # What is tracked may just have been deleted from the working tree.
+    paths = [ROOT / name for name in tracked if (ROOT / name).exists()]
+    assert [path for path in paths if path.lstat().st_size > MOST_BYTES] == []
+
+
+def test_what_make_makes_is_ignored_and_not_tracked() -> None:
+    """So that `make docs` and `make clean` leave `git status` as it was."""
+    rule = re.search(r"^clean:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert rule is not None
+    made = [name for name in rule[1].split() if name not in ("rm", "-rf")]
+    assert {".cache", "site", ".venv-*", ".coverage*"} <= set(made)
+    assert git("ls-files", "-z", "--", *[f":(glob){name}" for name in made]) == []
+    assert git("ls-files", "-z", "--", *[f":(glob){name}/**" for name in made]) == []
+    inside = [f"{name.replace('*', 'x')}/x" for name in made]
+    assert git("check-ignore", *inside) == inside
