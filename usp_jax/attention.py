@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Integer
 
-from usp_jax._compat import vary_like
 from usp_jax.layout import check_length, length_multiple
 from usp_jax.masking import Tokens, pad_tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
@@ -17,6 +16,7 @@ from usp_jax.options import checked
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.ulysses import Heads
 from usp_jax.usp import FACTS, two_sided
+from usp_jax.varying import vary_like
 
 Ids = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 Result = Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]

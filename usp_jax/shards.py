@@ -8,8 +8,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from usp_jax._compat import vary_like
 from usp_jax.mesh import MeshAxes, axis_size, check_axes, present
+from usp_jax.varying import vary_like
 
 # What the leading dims of an array are split over. One such tuple stands for all arrays
 # of a pytree; where they differ, a pytree of tuples does.

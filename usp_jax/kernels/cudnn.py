@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from usp_jax import _compat
-from usp_jax._compat import vary_like
 from usp_jax.cases import Case, Cases, static_cases
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
+from usp_jax.varying import vary_like
 
 # Head sizes have to be multiples of this.
 _PIECE = 8

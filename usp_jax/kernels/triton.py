@@ -27,7 +27,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from usp_jax._compat import vary_like, varying_like
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.table import Row, lookup
@@ -41,6 +40,7 @@ from usp_jax.masking import (
     visible,
 )
 from usp_jax.merge import finite
+from usp_jax.varying import vary_like, varying_like
 
 LOG2E = math.log2(math.e)
 

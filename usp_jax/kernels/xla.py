@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from usp_jax._compat import vary_like
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import (
     FULL,
@@ -31,6 +30,7 @@ from usp_jax.masking import (
     visible,
 )
 from usp_jax.merge import finite, normalize
+from usp_jax.varying import vary_like
 
 # A block of scores stays in a CPU's cache; 512 took 1.2 times as long (8K tokens).
 BLOCK = 256
