@@ -20,8 +20,6 @@ CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 LAYERS = (
     {"usp_jax._compat", "usp_jax.compiled", "usp_jax.plugins", "usp_jax.varying"},
     {
-        "usp_jax.cases",
-        "usp_jax.dropout",
         "usp_jax.flags",
         "usp_jax.gathering",
         "usp_jax.layout",

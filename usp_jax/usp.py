@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from usp_jax import kernels
-from usp_jax.dropout import Dropout
+from usp_jax.kernels.dropout import Dropout
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, MaskRule
 from usp_jax.ring import Ring, apart, side_by_side

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from usp_jax import _compat
-from usp_jax.cases import Case, Cases, static_cases
+from usp_jax.kernels.cases import Case, Cases, static_cases
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
 from usp_jax.merge import merge

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from usp_jax.dropout import Dropout
+from usp_jax.kernels.dropout import Dropout
 from usp_jax.masking import Tokens
 
 
