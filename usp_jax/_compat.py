@@ -41,7 +41,9 @@ def gpu_interpret_params() -> Any:
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
-def cudnn_attention(q: Any, k: Any, v: Any, scale: float, is_causal: bool) -> Any:
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, is_causal: bool
+) -> tuple[jax.Array, jax.Array]:
     """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
 
     `jax.nn.dot_product_attention` gives lse in the inputs' dtype and has no backward
@@ -65,8 +67,15 @@ def cudnn_attention(q: Any, k: Any, v: Any, scale: float, is_causal: bool) -> An
 
 
 def cudnn_attention_backward(
-    q: Any, k: Any, v: Any, lse: Any, out: Any, dout: Any, scale: float, is_causal: bool
-) -> Any:
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    out: jax.Array,
+    dout: jax.Array,
+    scale: float,
+    is_causal: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in 16 bits from lse [B, N, T] of more keys than these.
 
     Args:
@@ -75,18 +84,20 @@ def cudnn_attention_backward(
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     none = jnp.zeros(0, q.dtype)
-    return private._dot_product_attention_bwd_p_wrapper.bind(
+    dq, dk, dv = private._dot_product_attention_bwd_p_wrapper.bind(
         *(q, k, v, *[none] * 7, lse, out, dout), **_cudnn_options(scale, is_causal)
     )
+    return dq, dk, dv
 
 
-def _cudnn_options(scale: Any, is_causal: Any) -> Any:
+def _cudnn_options(scale: float, is_causal: bool) -> dict[str, Any]:
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK
     # jax 0.12 has one option more, a function of the logits.
     further = {} if jax.__version_info__ < (0, 12) else {"score_mod": None}
-    return further | {
+    return {
+        **further,
         "scale": scale,
         "seed": 0,
         "dropout_rate": 0.0,
