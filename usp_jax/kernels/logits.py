@@ -1,6 +1,7 @@
 """How a product q·k becomes a logit, and its derivative."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels.dropout import Dropout
 from usp_jax.masking import Leaf, Tokens
+
+# Kernels whose hardware has exp2 hold logits in base 2: exp(x) = exp2(x · LOG2E).
+LOG2E = math.log2(math.e)
 
 
 @jax.tree_util.register_dataclass

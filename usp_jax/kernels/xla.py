@@ -24,13 +24,13 @@ from jaxtyping import Array, Float, Int, Int8
 from usp_jax.kernels.contract import Carry, Grads
 from usp_jax.kernels.dropout import Dropout
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.padding import pad_length, pad_mask
 from usp_jax.masking import (
     FULL,
     Mask,
     Tokens,
     block_kinds,
     block_lists,
-    pad_tokens,
     visible,
 )
 from usp_jax.merge import finite, normalize
@@ -225,13 +225,7 @@ class _Blocks:
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> "_Blocks":
         """Chooses the blocks of a chunk and lists those that `mask` lets it see."""
         block_q, block_kv = _block(q.shape[1]), _block(k.shape[1])
-        pad_q, pad_kv = -q.shape[1] % block_q, -k.shape[1] % block_kv
-        with_ids = bool(pad_q or pad_kv)
-        mask = Mask(
-            mask.rule,
-            pad_tokens(mask.q, pad_q, with_ids=with_ids),
-            pad_tokens(mask.kv, pad_kv, with_ids=with_ids),
-        )
+        mask = pad_mask(mask, block_q, block_kv)
         lists = None if mask.sees_all else _Lists.of(mask, block_q, block_kv)
         sizes = (q.shape[0], k.shape[2], q.shape[1], k.shape[1], block_q, block_kv)
         return cls(*sizes, mask, lists)
@@ -290,18 +284,18 @@ class _Blocks:
 
     def q(self, x: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B·nq, K, G·bq, H]"""
-        x = _pad(x, self.block_q, 0)
+        x = pad_length(x, self.block_q, 0)
         x = x.reshape(self.batch, -1, self.block_q, self.heads, *_split(x, self.heads))
         x = x.transpose(0, 1, 3, 4, 2, 5)
         return x.reshape(-1, self.heads, x.shape[3] * self.block_q, x.shape[-1])
 
     def rows(self, x: jax.Array, fill: float) -> jax.Array:
         """[B, T, N] -> [B·nq, K, G·bq]"""
-        return self.q(_pad(x, self.block_q, fill)[..., None])[..., 0]
+        return self.q(pad_length(x, self.block_q, fill)[..., None])[..., 0]
 
     def kv(self, x: jax.Array) -> jax.Array:
         """[B, S, K, H] -> [B, nk, K, bk, H]"""
-        x = _pad(x, self.block_kv, 0)
+        x = pad_length(x, self.block_kv, 0)
         x = x.reshape(self.batch, -1, self.block_kv, *x.shape[2:])
         return x.swapaxes(2, 3)
 
@@ -330,14 +324,6 @@ def _block(length: int) -> int:
     if length <= BLOCK // 2:
         return max(length, 1)
     return -(-length // (2 * -(-length // (2 * BLOCK))))
-
-
-def _pad(x: jax.Array, block: int, fill: float) -> jax.Array:
-    """Pads the tokens of [B, T, ...] to a multiple of the block."""
-    if not (padding := -x.shape[1] % block):
-        return x
-    widths = [(0, padding if i == 1 else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
 
 
 def _split(x: jax.Array, heads: int) -> tuple[int, int]:
