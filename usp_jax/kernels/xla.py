@@ -119,8 +119,8 @@ def chunk_backward(
     xs = (
         blocks.q(q),
         blocks.q(dout.astype(q.dtype)),
-        blocks.rows(finite(lse), 0),
-        blocks.rows(delta, 0),
+        blocks.rows(finite(lse), 0.0),
+        blocks.rows(delta, 0.0),
     )
 
     # Scores are held as [K, bk, G·bq] and dq as [K, H, G·bq]: no product then has a
@@ -155,7 +155,7 @@ def chunk_backward(
         p *= factors
         if is_masked:
             seen = visible(tokens).T
-            p, ds = _masked(p, seen, 0), _masked(ds, seen, 0)
+            p, ds = _masked(p, seen, 0.0), _masked(ds, seen, 0.0)
         p, ds = p.astype(do.dtype), ds.astype(q.dtype)
         dq += _einsum("KHS,KST->KHT", k.swapaxes(1, 2), ds, dtype)
         dk = dk.at[kv_index].add(_einsum("KST,KTH->KSH", ds, q, dtype))
@@ -284,7 +284,7 @@ class _Blocks:
 
     def q(self, x: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B·nq, K, G·bq, H]"""
-        x = pad_length(x, self.block_q, 0)
+        x = pad_length(x, self.block_q, 0.0)
         x = x.reshape(self.batch, -1, self.block_q, self.heads, *_split(x, self.heads))
         x = x.transpose(0, 1, 3, 4, 2, 5)
         return x.reshape(-1, self.heads, x.shape[3] * self.block_q, x.shape[-1])
@@ -295,7 +295,7 @@ class _Blocks:
 
     def kv(self, x: jax.Array) -> jax.Array:
         """[B, S, K, H] -> [B, nk, K, bk, H]"""
-        x = pad_length(x, self.block_kv, 0)
+        x = pad_length(x, self.block_kv, 0.0)
         x = x.reshape(self.batch, -1, self.block_kv, *x.shape[2:])
         return x.swapaxes(2, 3)
 
