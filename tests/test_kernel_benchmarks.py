@@ -24,7 +24,7 @@ interpreted = pytest.mark.skipif(
 PACKAGES = {
     "mosaic_tpu": "usp_jax.kernels.mosaic_tpu.blocks",
     "mosaic_gpu": "usp_jax.kernels.mosaic_gpu.blocks",
-    "triton": "usp_jax.kernels.triton",
+    "triton": "usp_jax.kernels.triton.blocks",
 }
 
 

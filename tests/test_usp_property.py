@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 
 import usp_jax
 from tests.oracle import Order, assert_equal_to, expected, normal, results
-from usp_jax.dropout import Dropout
+from usp_jax.kernels.dropout import Dropout
 from usp_jax.masking import Tokens
 from usp_jax.ring import SCHEDULES
 

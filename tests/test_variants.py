@@ -11,7 +11,7 @@ import pytest
 import usp_jax
 from tests.oracle import Order, assert_equal_to, expected, normal, packed, results
 from tests.sampling import thinned
-from usp_jax.dropout import Dropout
+from usp_jax.kernels.dropout import Dropout
 from usp_jax.masking import Tokens
 
 B, T, N, K, H = 2, 32, 4, 2, 4

@@ -1,43 +1,14 @@
 """What differs between the jax versions that we support, in one place."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.typing import ArrayLike, DTypeLike
 
-Tree = TypeVar("Tree")
 # A reference to memory inside a Pallas kernel, and the layout in registers of what is
 # loaded from it: neither has a public type.
 Ref = Any
 Layout = Any
-
-
-def varying_axes(x: ArrayLike) -> frozenset[str]:
-    """The manual mesh axes that a value varies over (empty under check_vma=False)."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
-
-
-def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Marks a value as varying over `axes`, beside those it varies over already."""
-    missing = tuple(sorted(axes - varying_axes(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def vary_like(xs: Tree, others: object) -> Tree:
-    """Marks the leaves of `xs` as varying over what any of `others` varies over."""
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
-    return jax.tree.map(lambda x: vary_over(x, axes), xs)
-
-
-def varying_like(
-    x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike
-) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's result that varies over the mesh axes that `x` does."""
-    axes = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def gpu_load(ref: Ref, layout: Layout) -> jax.Array:
@@ -109,7 +80,7 @@ def cudnn_attention_backward(
     dout: jax.Array,
     scale: float,
     is_causal: bool,
-) -> Sequence[jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in 16 bits from lse [B, N, T] of more keys than these.
 
     Args:
@@ -118,18 +89,20 @@ def cudnn_attention_backward(
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     none = jnp.zeros(0, q.dtype)
-    return private._dot_product_attention_bwd_p_wrapper.bind(
+    dq, dk, dv = private._dot_product_attention_bwd_p_wrapper.bind(
         *(q, k, v, *[none] * 7, lse, out, dout), **_cudnn_options(scale, is_causal)
     )
+    return dq, dk, dv
 
 
-def _cudnn_options(scale: float, is_causal: bool) -> dict[str, object]:
+def _cudnn_options(scale: float, is_causal: bool) -> dict[str, Any]:
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK
     # jax 0.12 has one option more, a function of the logits.
     further = {} if jax.__version_info__ < (0, 12) else {"score_mod": None}
-    return further | {
+    return {
+        **further,
         "scale": scale,
         "seed": 0,
         "dropout_rate": 0.0,

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Integer
 
-from usp_jax._compat import vary_like
 from usp_jax.call import FACTS, Call, Facts, two_sided
 from usp_jax.head_groups import usp_in_groups
 from usp_jax.layout import length_multiple
@@ -19,6 +18,7 @@ from usp_jax.options import INSTEAD, Ids, Options, Window, checked, completed
 from usp_jax.ring import Schedule
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.usp import Result, usp
+from usp_jax.varying import vary_like
 
 NO_AXES = MeshAxes(*(None,) * 6)
 

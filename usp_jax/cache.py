@@ -19,12 +19,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments
-from usp_jax._compat import vary_like
 from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
 from usp_jax.masking import PADDING, Tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
 from usp_jax.shards import SEQ, TOKENS, Shards
+from usp_jax.varying import vary_like
 
 # New tokens are whole on every device that shares a sequence.
 NEW = ("batch", None, "tensor")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from usp_jax import kernels
-from usp_jax.dropout import Dropout
+from usp_jax.kernels.dropout import Dropout
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import MaskRule
 from usp_jax.ring import Ring, Schedule, gather_tokens

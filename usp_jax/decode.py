@@ -23,7 +23,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax import arguments, kernels
-from usp_jax._compat import vary_like
 from usp_jax.cache import NEW, NEW_TOKENS, KVCache, Page, place_on, tokens_of
 from usp_jax.checks import check_bool
 from usp_jax.kernels import Carry
@@ -32,6 +31,7 @@ from usp_jax.masking import PADDING, Mask, MaskRule, Tokens
 from usp_jax.merge import finite, normalize
 from usp_jax.options import DEFAULTS, Options, completed
 from usp_jax.shards import BY_HEAD, SEQ, TOKENS, Shards
+from usp_jax.varying import vary_like
 
 Result = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 

@@ -8,11 +8,13 @@ nq and nk are numbers of blocks; the batch axis of positions may be 1 (same for 
 """
 
 import dataclasses
-from typing import Any
+import functools
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int, Int8
 
 PADDING = -1
@@ -62,6 +64,17 @@ class Stretch:
     stop: int
 
 
+# A leaf of a pytree: an array or None, or what stands in its place: its shape, its
+# sharding or a reference to memory.
+Leaf = Any
+
+if TYPE_CHECKING:
+    Stretches = tuple[Stretch, ...]
+else:
+    # Without its items' type: checkers look at random ones, which hypothesis forbids.
+    Stretches = tuple
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -75,20 +88,18 @@ class Tokens:
         before running.
     """
 
-    # A pytree's leaves are whatever jax puts there, so they have no array type.
-    positions: Any
-    segment_ids: Any = None
-    # Without its items' type: checkers look at random ones, which hypothesis forbids.
-    stretches: tuple[Any, ...] | None = dataclasses.field(
+    positions: Leaf
+    segment_ids: Leaf = None
+    stretches: Stretches | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
 
     def cut(self, rows: slice) -> "Tokens":
         """Some of the tokens [B, T], which stand one after the other."""
-        facts: Any = (self.positions, self.segment_ids)
-        facts = jax.tree.map(lambda x: x[:, rows], facts)
+        positions, ids = self.positions[:, rows], self.segment_ids
+        ids = None if ids is None else ids[:, rows]
         if self.stretches is None:
-            return Tokens(*facts)
+            return Tokens(positions, ids)
         start, stop, _ = rows.indices(self.positions.shape[1])
         stretches, before = [], 0
         for one in self.stretches:
@@ -98,16 +109,19 @@ class Tokens:
                 cut = dataclasses.replace(one, start=first, stop=last)
                 stretches.append(cut)
             before += one.stop - one.start
-        return Tokens(*facts, tuple(stretches))  # type: ignore[call-arg]
+        return Tokens(positions, ids, tuple(stretches))
 
 
 def join(*runs: Tokens) -> Tokens:
     """Runs of tokens [B, T], one after the other."""
-    facts: Any = [(run.positions, run.segment_ids) for run in runs]
-    facts = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *facts)
-    if any(run.stretches is None for run in runs):
-        return Tokens(*facts)
-    return Tokens(*facts, sum((run.stretches or () for run in runs), ()))  # type: ignore[call-arg]
+    facts = [(run.positions, run.segment_ids) for run in runs]
+    positions, ids = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *facts)
+    stretches: list[Stretch] = []
+    for run in runs:
+        if run.stretches is None:
+            return Tokens(positions, ids)
+        stretches += run.stretches
+    return Tokens(positions, ids, tuple(stretches))
 
 
 @jax.tree_util.register_dataclass
@@ -148,26 +162,23 @@ def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
 
     Positions are read only if the rule bounds distances.
     """
-    seen = None
+    if rule.after is None and rule.before is None and q.segment_ids is None:
+        shape = jnp.broadcast_shapes(q.positions.shape, kv.positions.shape)
+        return jnp.ones(shape, bool)
+    return functools.reduce(operator.and_, _conditions(rule, q, kv))
+
+
+def _conditions(rule: MaskRule, q: Tokens, kv: Tokens) -> Iterator[jax.Array]:
+    """What has to hold for a query to see a key."""
     if rule.after is not None or rule.before is not None:
         ahead = kv.positions - q.positions
         if rule.after is not None:
-            seen = _both(seen, ahead <= rule.after)
+            yield ahead <= rule.after
         if rule.before is not None:
-            seen = _both(seen, ahead >= -rule.before)
+            yield ahead >= -rule.before
     if q.segment_ids is not None:
-        seen = _both(seen, q.segment_ids == kv.segment_ids)
-        seen = _both(seen, q.segment_ids != PADDING)
-    if seen is None:
-        shape = jnp.broadcast_shapes(q.positions.shape, kv.positions.shape)
-        return jnp.ones(shape, bool)
-    return seen  # type: ignore[return-value]
-
-
-def _both(
-    a: jax.Array | np.ndarray | None, b: jax.Array | np.ndarray
-) -> jax.Array | np.ndarray:
-    return b if a is None else a & b
+        yield q.segment_ids == kv.segment_ids
+        yield q.segment_ids != PADDING
 
 
 def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk"]:
@@ -189,11 +200,12 @@ def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk
     if rule.before is not None:
         some &= most >= -rule.before
         every &= least >= -rule.before
-    if mask.q.segment_ids is not None:
-        overlap = (q.low <= kv.high) & (kv.low <= q.high)  # type: ignore[operator]
-        some = some & overlap & ~q.all_padding & ~kv.all_padding  # type: ignore[operator]
-        one = (q.low == kv.high) & (kv.low == q.high)
-        every = every & one & ~q.any_padding & ~kv.any_padding  # type: ignore[operator]
+    if q.ids is not None and kv.ids is not None:
+        a, b = q.ids, kv.ids
+        overlap = (a.low <= b.high) & (b.low <= a.high)
+        some = some & overlap & ~a.all_padding & ~b.all_padding
+        one = (a.low == b.high) & (b.low == a.high)
+        every = every & one & ~a.any_padding & ~b.any_padding
     return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
 
 
@@ -211,13 +223,23 @@ def pad_tokens(tokens: Tokens, padding: int, *, with_ids: bool) -> Tokens:
     They repeat the last position, so that they do not widen their block's extent.
     """
     ids = tokens.segment_ids
-    if ids is None and with_ids:
+    if ids is None and (with_ids or padding):
         ids = jnp.zeros_like(tokens.positions)
-    if not padding:
+    if ids is None or not padding:
         return Tokens(tokens.positions, ids)
     widths = ((0, 0), (0, padding))
     positions = jnp.pad(tokens.positions, widths, mode="edge")
     return Tokens(positions, jnp.pad(ids, widths, constant_values=PADDING))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ids:
+    """Segment ids of each block, shaped as those of `_Extent`; padding is left out."""
+
+    low: Int[Array, "..."]
+    high: Int[Array, "..."]
+    any_padding: Bool[Array, "..."]
+    all_padding: Bool[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,31 +248,31 @@ class _Extent:
 
     first: Int[Array, "..."]
     last: Int[Array, "..."]
-    low: Int[Array, "..."] | None = None
-    high: Int[Array, "..."] | None = None
-    any_padding: Bool[Array, "..."] | None = None
-    all_padding: Bool[Array, "..."] | None = None
+    ids: _Ids | None
 
 
 def _extent(tokens: Tokens, block: int, axis: int) -> _Extent:
     """The extents of the blocks of a run of tokens; `axis` is where 1 is inserted."""
 
-    def blocks(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    def blocks(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, block)
+
+    def outer(*facts: jax.Array) -> list[jax.Array]:
+        return [jnp.expand_dims(fact, axis) for fact in facts]
 
     positions = blocks(tokens.positions)
     if tokens.segment_ids is None:
-        facts: tuple[Any, ...] = (positions.min(-1), positions.max(-1))
-    else:
-        ids = blocks(tokens.segment_ids)
-        padding = ids == PADDING
-        greatest = jnp.iinfo(jnp.int32).max
-        facts = (
-            positions.min(-1),
-            positions.max(-1),
-            jnp.where(padding, greatest, ids).min(-1),
-            jnp.where(padding, -1, ids).max(-1),
-            padding.any(-1),
-            padding.all(-1),
-        )
-    return _Extent(*(jnp.expand_dims(fact, axis) for fact in facts))
+        first, last = outer(positions.min(-1), positions.max(-1))
+        return _Extent(first, last, None)
+    ids = blocks(tokens.segment_ids)
+    padding = ids == PADDING
+    greatest = jnp.iinfo(jnp.int32).max
+    first, last, *of_ids = outer(
+        positions.min(-1),
+        positions.max(-1),
+        jnp.where(padding, greatest, ids).min(-1),
+        jnp.where(padding, -1, ids).max(-1),
+        padding.any(-1),
+        padding.all(-1),
+    )
+    return _Extent(first, last, _Ids(*of_ids))

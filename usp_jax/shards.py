@@ -9,7 +9,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from usp_jax._compat import vary_like
 from usp_jax.mesh import (
     AxisName,
     MeshAxes,
@@ -18,6 +17,7 @@ from usp_jax.mesh import (
     check_asked_for,
     present,
 )
+from usp_jax.varying import vary_like
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,7 +12,7 @@ import pytest
 import usp_jax
 from usp_jax.kernels import Target, reference, triton
 from usp_jax.kernels.logits import Logits
-from usp_jax.kernels.triton import BlockSizes, Tile
+from usp_jax.kernels.triton import BlockSizes, Tile, lists
 from usp_jax.masking import Mask, MaskRule, Tokens
 
 A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))
@@ -23,7 +23,7 @@ SMALL = BlockSizes(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2))
 @pytest.mark.parametrize("max_list", [1024, 3])
 def test_small_blocks_and_lists_of_several_blocks(max_list, monkeypatch) -> None:
     """Grouped heads in two pieces, packed rows, padding, a soft cap and a carry."""
-    monkeypatch.setattr(triton, "MAX_LIST", max_list)
+    monkeypatch.setattr(lists, "MAX_LIST", max_list)
     t, s, heads, kv_heads, head_size = 90, 128, 4, 2, 48
     rng = np.random.default_rng(7)
     shapes = [(2, n, h, head_size) for n, h in ((t, heads), (s, kv_heads), (t, heads))]
@@ -42,7 +42,7 @@ def test_small_blocks_and_lists_of_several_blocks(max_list, monkeypatch) -> None
         delta = jnp.sum(out * dout, -1)
         return out, lse, *backward(q, k, k, dout, lse, delta, mask, logits)
 
-    assert triton._listed(mask, 32, 16)[1].blocks == (1 if max_list > 8 else 4)
+    assert lists.listed(mask, 32, 16).blocks == (1 if max_list > 8 else 4)
     options = {"target": A100, "blocks": SMALL, "interpret": True}
     actual = jax.jit(
         lambda: run(

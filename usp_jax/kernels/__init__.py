@@ -1,24 +1,10 @@
-"""The chunk contract, and the choice of who implements it.
+"""Attention of queries to one chunk of keys: the implementations, by name.
 
-Every implementation is one file of this folder with the same two functions. G is the
-number of query heads of a key/value head; all results have the accumulation dtype,
-promote_types(q.dtype, float32):
-
-    chunk_forward(q, k, v, mask, carry, logits) -> carry
-    chunk_backward(q, k, v, dout, lse, delta, mask, logits) -> dq, dk, dv
-
-`carry` is (out [B, T, N, V], lse [B, T, N]) of the keys seen so far, or None before the
-first. The backward takes the *global* lse and delta = sum(out · dout, -1), so that the
-parts of all chunks add up (FlashAttention-2, arXiv 2307.08691, Algorithm 2). A row that
-has seen nothing has lse = -inf and out = 0, and its gradient is 0.
+Each is a file or a folder with the two functions of the chunk contract (`contract.py`).
+Which one a call uses is decided in `choice.py`.
 """
 
-import dataclasses
-import importlib
 from functools import partial
-from typing import Protocol, runtime_checkable
-
-from jaxtyping import Array, Float
 
 from usp_jax.kernels import cudnn, reference, xla
 from usp_jax.kernels.choice import (
@@ -27,54 +13,15 @@ from usp_jax.kernels.choice import (
     choose as choose,
     target_of as target_of,
 )
-from usp_jax.kernels.logits import Logits
-from usp_jax.masking import Mask
-
-_PLAIN = {"cudnn": cudnn, "reference": reference, "xla": xla}
-
-Carry = tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
-
-
-@runtime_checkable
-class ChunkForward(Protocol):
-    """Attention of q over one chunk of keys, merged into what was seen before."""
-
-    def __call__(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K V"],
-        mask: Mask,
-        carry: Carry | None,
-        logits: Logits,
-    ) -> Carry: ...
-
-
-@runtime_checkable
-class ChunkBackward(Protocol):
-    """The part of dq, dk and dv that comes from one chunk of keys."""
-
-    def __call__(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K V"],
-        dout: Float[Array, "B T N V"],
-        lse: Float[Array, "B T N"],
-        delta: Float[Array, "B T N"],
-        mask: Mask,
-        logits: Logits,
-    ) -> tuple[
-        Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]
-    ]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """An implementation of the contract."""
-
-    forward: ChunkForward
-    backward: ChunkBackward
+from usp_jax.kernels.contract import (
+    Carry as Carry,
+    Chunk as Chunk,
+    ChunkBackward as ChunkBackward,
+    ChunkForward as ChunkForward,
+    Grads as Grads,
+    PallasBackward,
+    PallasForward,
+)
 
 
 def chunk(implementation: str, target: Target | None = None) -> Chunk:
@@ -82,18 +29,68 @@ def chunk(implementation: str, target: Target | None = None) -> Chunk:
 
     Args:
       target: what block sizes are chosen for; None is the default device.
+
+    Raises:
+      ValueError: `implementation` is not the name of one.
     """
-    if implementation in _PLAIN:
-        module = _PLAIN[implementation]
-        return Chunk(module.chunk_forward, module.chunk_backward)
-    name = implementation.removesuffix("_interpret")
-    # Not all installations of jax have all of Pallas.
-    module = importlib.import_module(f"usp_jax.kernels.{name}")
-    options = {
-        "target": target_of(None) if target is None else target,
-        "interpret": name != implementation,
-    }
+    match implementation:
+        case "reference":
+            return Chunk(reference.chunk_forward, reference.chunk_backward)
+        case "xla":
+            return Chunk(xla.chunk_forward, xla.chunk_backward)
+        case "cudnn":
+            return Chunk(cudnn.chunk_forward, cudnn.chunk_backward)
+        case "mosaic_tpu":
+            return _mosaic_tpu(target)
+        case "mosaic_tpu_interpret":
+            return _mosaic_tpu(target, interpret=True)
+        case "mosaic_gpu":
+            return _mosaic_gpu(target)
+        case "mosaic_gpu_interpret":
+            return _mosaic_gpu(target, interpret=True)
+        case "triton":
+            return _triton(target)
+        case "triton_interpret":
+            return _triton(target, interpret=True)
+        case _:
+            raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+
+
+# Pallas is imported when one of its kernels is used: not all installations of jax have
+# all of it, and its import takes as long as that of the rest.
+
+
+def _mosaic_tpu(target: Target | None, interpret: bool = False) -> Chunk:
+    from usp_jax.kernels import mosaic_tpu
+
+    return _bound(
+        mosaic_tpu.chunk_forward, mosaic_tpu.chunk_backward, target, interpret
+    )
+
+
+def _mosaic_gpu(target: Target | None, interpret: bool = False) -> Chunk:
+    from usp_jax.kernels import mosaic_gpu
+
+    return _bound(
+        mosaic_gpu.chunk_forward, mosaic_gpu.chunk_backward, target, interpret
+    )
+
+
+def _triton(target: Target | None, interpret: bool = False) -> Chunk:
+    from usp_jax.kernels import triton
+
+    return _bound(triton.chunk_forward, triton.chunk_backward, target, interpret)
+
+
+def _bound(
+    forward: PallasForward,
+    backward: PallasBackward,
+    target: Target | None,
+    interpret: bool,
+) -> Chunk:
+    """The two functions for a target."""
+    target = target_of(None) if target is None else target
     return Chunk(
-        partial(module.chunk_forward, **options),
-        partial(module.chunk_backward, **options),
+        partial(forward, target=target, interpret=interpret),
+        partial(backward, target=target, interpret=interpret),
     )

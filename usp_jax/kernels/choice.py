@@ -2,11 +2,12 @@
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 _logger = logging.getLogger(__name__)
 
@@ -21,6 +22,17 @@ _CAPABILITIES = {
     "B200": (10, 0),
     "B300": (10, 3),
 }
+
+
+@runtime_checkable
+class Device(Protocol):
+    """A `jax.Device`, or a `jax.sharding.AbstractDevice`."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +50,8 @@ class Target:
     capability: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, device: Any) -> "Target":
-        """A `jax.Device`, or a `jax.sharding.AbstractDevice`, as a target."""
+    def of(cls, device: Device) -> "Target":
+        """The target that a device is."""
         nvidia_or_amd = device.platform in ("gpu", "cuda", "rocm")
         platform = "gpu" if nvidia_or_amd else device.platform
         kind = device.device_kind
@@ -62,7 +74,7 @@ BIAS_AND_DROPOUT = ("alibi_slopes", "dropout_rate")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class KernelSpec:
     """One implementation, and what it can run.
 
     Attributes:
@@ -92,7 +104,7 @@ class Kernel:
     def refusal(
         self,
         target: Target,
-        dtype: Any,
+        dtype: DTypeLike,
         head_size: int,
         needs: tuple[str, ...] = (),
     ) -> str | None:
@@ -128,9 +140,9 @@ _16_BITS = ("bfloat16", "float16")
 
 # implementation=None takes the first automatic one that can run the call.
 KERNELS = (
-    Kernel("mosaic_tpu", platform="tpu", automatic=True),
+    KernelSpec("mosaic_tpu", platform="tpu", automatic=True),
     # Of the GPU kernels the fastest, see benchmarks/README.md.
-    Kernel(
+    KernelSpec(
         "mosaic_gpu",
         platform="gpu",
         capability=(9, 0),
@@ -139,11 +151,11 @@ KERNELS = (
         dtypes=_16_BITS,
         automatic=True,
     ),
-    Kernel(
+    KernelSpec(
         "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
     ),
     # There is no interpreter for it. Its masks are known before running.
-    Kernel(
+    KernelSpec(
         "cudnn",
         platform="gpu",
         capability=(8, 0),
@@ -158,11 +170,11 @@ KERNELS = (
             "logits_soft_cap",
         ),
     ),
-    Kernel("xla", dtypes=_ALL_DTYPES, bias_and_dropout=True, automatic=True),
-    Kernel("reference", dtypes=_ALL_DTYPES, bias_and_dropout=True),
-    Kernel("triton_interpret", max_head_size=256),
-    Kernel("mosaic_tpu_interpret"),
-    Kernel("mosaic_gpu_interpret", max_head_size=256, dtypes=_16_BITS),
+    KernelSpec("xla", dtypes=_ALL_DTYPES, bias_and_dropout=True, automatic=True),
+    KernelSpec("reference", dtypes=_ALL_DTYPES, bias_and_dropout=True),
+    KernelSpec("triton_interpret", max_head_size=256),
+    KernelSpec("mosaic_tpu_interpret"),
+    KernelSpec("mosaic_gpu_interpret", max_head_size=256, dtypes=_16_BITS),
 )
 
 IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)
@@ -172,7 +184,7 @@ def choose(
     implementation: str | None,
     *,
     target: Target,
-    dtype: Any,
+    dtype: DTypeLike,
     head_size: int,
     needs: tuple[str, ...] = (),
 ) -> str:
@@ -225,7 +237,7 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
     return target
 
 
-def _default_device() -> Any:
+def _default_device() -> jax.Device:
     device = jax.config.jax_default_device
     if device is None:
         return jax.devices()[0]

@@ -10,50 +10,54 @@ that the error is about √2 times that of one rounding at any ring. lse is floa
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from usp_jax import _compat
-from usp_jax._compat import vary_like
-from usp_jax.cases import Case, Cases, static_cases
+from usp_jax.kernels.cases import Case, Cases, static_cases
+from usp_jax.kernels.contract import Carry, Grads
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
+from usp_jax.varying import vary_like
+
+Result = TypeVar("Result")
 
 # Head sizes have to be multiples of this.
 _PIECE = 8
 
 
 def chunk_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
-    carry: tuple[jax.Array, jax.Array] | None,
+    carry: Carry | None,
     logits: Logits,
-) -> tuple[jax.Array, jax.Array]:
+) -> Carry:
     """Attention of q over k, v, merged into `carry`."""
     attend = partial(_attend, logits.scale, v.shape[3])
     arrays = _of_one_size(q, k, v)
-    seen: Any = carry
     for cases in _checked(mask, logits):
-        seen = _switch(cases, attend, *arrays, seen)
-    return seen
+        carry = _switch(cases, attend, *arrays, carry)
+    assert carry is not None, "a mask has at least one stretch of each side"
+    return carry
 
 
 def chunk_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    dout: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    dout: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
     mask: Mask,
     logits: Logits,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Grads:
     """dq, dk, dv of one chunk from the global lse and delta."""
     pull_back = partial(_pull_back, logits.scale)
     out, dout = out_for(delta, dout.astype(q.dtype))
@@ -61,8 +65,9 @@ def chunk_backward(
     every = [
         _switch(cases, pull_back, *arrays, lse) for cases in _checked(mask, logits)
     ]
-    grads = jax.tree.map(lambda *xs: sum(xs), *every)
-    return tuple(dx[..., : x.shape[3]] for dx, x in zip(grads, (q, k, v), strict=True))
+    dq, dk, dv = jax.tree.map(lambda *xs: sum(xs), *every)
+    head_size, value_size = q.shape[3], v.shape[3]
+    return dq[..., :head_size], dk[..., :head_size], dv[..., :value_size]
 
 
 def out_for(delta: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +94,7 @@ def out_for(delta: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out.astype(dtype), dout
 
 
-def _checked(mask: Any, logits: Any) -> tuple[Cases, ...]:
+def _checked(mask: Mask, logits: Logits) -> tuple[Cases, ...]:
     """The mask's cases, or the reason why cuDNN cannot do this call."""
     if logits.soft_cap is not None:
         reason = "logits_soft_cap="
@@ -116,8 +121,8 @@ def _checked(mask: Any, logits: Any) -> tuple[Cases, ...]:
 
 
 def _switch(
-    cases: Cases, run: Callable[..., Any], *arrays: Any
-) -> tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]:
+    cases: Cases, run: Callable[..., Result], *arrays: jax.Array | Carry | None
+) -> Result:
     """`run` of the case that it is."""
     arrays = vary_like(arrays, (arrays, cases.which))
     if len(cases.each) == 1:
@@ -134,8 +139,8 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    carry: tuple[jax.Array, jax.Array] | None,
-) -> tuple[jax.Array, jax.Array]:
+    carry: Carry | None,
+) -> Carry:
     """`carry` with what the queries see in a case."""
     for block in case:
         part = _compat.cudnn_attention(
@@ -147,26 +152,20 @@ def _attend(
 
 
 def _merged(
-    carry: Any,
-    rows: Any,
-    out: jax.Array,
-    lse: jax.Array,
-    q: jax.Array,
-) -> Any:
+    carry: Carry | None, rows: slice, out: jax.Array, lse: jax.Array, q: jax.Array
+) -> Carry:
     """`carry` with what some of the rows have seen."""
-    whole = out.shape[1] == q.shape[1]
-    if whole:
-        return (out, lse) if carry is None else merge(carry[0], carry[1], out, lse)
-    if carry is None:
-        carry = _nothing(q, out.shape[3])
-    seen = merge(*(x[:, rows] for x in carry), out, lse)  # type: ignore[call-arg]
-    return tuple(
-        lax.dynamic_update_slice_in_dim(x, y, rows.start, 1)
-        for x, y in zip(carry, seen, strict=True)
+    if out.shape[1] == q.shape[1]:
+        return (out, lse) if carry is None else merge(*carry, out, lse)
+    out_before, lse_before = carry or _nothing(q, out.shape[3])
+    out, lse = merge(out_before[:, rows], lse_before[:, rows], out, lse)
+    return (
+        lax.dynamic_update_slice_in_dim(out_before, out, rows.start, 1),
+        lax.dynamic_update_slice_in_dim(lse_before, lse, rows.start, 1),
     )
 
 
-def _nothing(q: jax.Array, value_size: int) -> Any:
+def _nothing(q: jax.Array, value_size: int) -> Carry:
     """The carry of rows that have seen nothing."""
     out = jnp.zeros((*q.shape[:3], value_size), jnp.float32)
     return vary_like((out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)), q)
@@ -181,34 +180,34 @@ def _pull_back(
     dout: jax.Array,
     out: jax.Array,
     lse: jax.Array,
-) -> Any:
+) -> Grads:
     """dq, dk, dv of a case in float32."""
-    grads = [jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)]
-    grads = vary_like(grads, q)
+    dq, dk, dv = vary_like([jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)], q)
     for block in case:
-        sides = (block.q, block.kv, block.kv)
-        parts = _compat.cudnn_attention_backward(  # type: ignore[call-arg]
-            *(x[:, rows] for x, rows in zip((q, k, v), sides, strict=True)),  # type: ignore[arg-type]
+        parts = _compat.cudnn_attention_backward(
+            q[:, block.q],
+            k[:, block.kv],
+            v[:, block.kv],
             lse[:, block.q].swapaxes(1, 2),
             out[:, block.q],
             dout[:, block.q],
             scale,
             block.is_causal,
         )
-        grads = [
-            total + _along(part.astype(lse.dtype), rows, total.shape[1])
-            for total, part, rows in zip(grads, parts, sides, strict=True)
-        ]
-    return tuple(grads)
+        dq = _added(dq, parts[0], block.q)
+        dk = _added(dk, parts[1], block.kv)
+        dv = _added(dv, parts[2], block.kv)
+    return dq, dk, dv
 
 
-def _along(part: jax.Array, rows: Any, length: int) -> jax.Array:
-    """[B, t, N, H] at its rows of [B, T, N, H], zeros elsewhere."""
-    start, stop, _ = rows.indices(length)
-    return jnp.pad(part, ((0, 0), (start, length - stop), (0, 0), (0, 0)))
+def _added(total: jax.Array, part: jax.Array, rows: slice) -> jax.Array:
+    """`total` [B, T, N, H] with `part` added to some of its rows."""
+    start, stop, _ = rows.indices(total.shape[1])
+    widths = ((0, 0), (start, total.shape[1] - stop), (0, 0), (0, 0))
+    return total + jnp.pad(part.astype(total.dtype), widths)
 
 
-def _of_one_size(*arrays: Any) -> list[jax.Array]:
+def _of_one_size(*arrays: jax.Array) -> list[jax.Array]:
     """Arrays of one head size that cuDNN takes: zeros are appended."""
     size = max(x.shape[3] for x in arrays)
     size += -size % _PIECE

@@ -1,14 +1,18 @@
 """How a product q·k becomes a logit, and its derivative."""
 
 import dataclasses
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from usp_jax.dropout import Dropout
-from usp_jax.masking import Tokens
+from usp_jax.kernels.dropout import Dropout
+from usp_jax.masking import Leaf, Tokens
+
+# Kernels whose hardware has exp2 hold logits in base 2: exp(x) = exp2(x · LOG2E).
+LOG2E = math.log2(math.e)
 
 
 @jax.tree_util.register_dataclass
@@ -24,23 +28,26 @@ class Logits:
 
     scale: float = dataclasses.field(metadata={"static": True})
     soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
-    slopes: Any = None
+    slopes: Leaf = None
     dropout: Dropout | None = None
 
-    def of(self, products: Any) -> Any:
+    def of(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
         """Logits from the products q·k, before ALiBi."""
         logits = products * self.scale
         if self.soft_cap is None:
             return logits
         return self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
-    def pull_back(self, dlogits: Any, logits: Any) -> Any:
-        """The products' cotangent from the logits' and what `of` gave."""
+    def pull_back(
+        self, dlogits: Float[Array, "..."], logits: Float[Array, "..."] | None
+    ) -> Float[Array, "..."]:
+        """The products' cotangent from the logits' and, with a cap, what `of` gave."""
         if self.soft_cap is not None:
+            assert logits is not None, "a soft cap's derivative needs its result"
             dlogits = dlogits * (1 - (logits / self.soft_cap) ** 2)
         return dlogits * self.scale
 
-    def bias(self, q: Tokens, kv: Tokens, dtype: Any) -> Float[Array, "*B n T S"]:
+    def bias(self, q: Tokens, kv: Tokens, dtype: DTypeLike) -> Float[Array, "*B n T S"]:
         """What ALiBi adds for tokens [*B, T] and [*B, S]."""
         apart = q.positions[..., None, :, None] - kv.positions[..., None, None, :]
         slopes = self.slopes.astype(dtype)[:, None, None]

@@ -1,24 +1,24 @@
 """The chunk contract as its formulas, O(T·S) in memory: what the others must equal."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
+from usp_jax.kernels.contract import Carry, Grads
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, visible
 from usp_jax.merge import finite, merge, normalize
 
 
 def chunk_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
-    carry: tuple[jax.Array, jax.Array] | None,
+    carry: Carry | None,
     logits: Logits,
-) -> tuple[jax.Array, jax.Array]:
+) -> Carry:
     """Attention of q over k, v, merged into `carry`."""
     s = _biased(_scores(q, k, mask, logits), mask, logits)
     m = finite(s.max(-1, initial=-jnp.inf))
@@ -32,15 +32,15 @@ def chunk_forward(
 
 
 def chunk_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    dout: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    dout: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
     mask: Mask,
     logits: Logits,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Grads:
     """dq, dk, dv of one chunk from the global lse and delta."""
     s = _scores(q, k, mask, logits)
     lse, delta = (_from_rows(x, k.shape[2])[..., None] for x in (lse, delta))
@@ -55,7 +55,7 @@ def chunk_backward(
     return dq, _einsum("BKGTS,BTKGH->BSKH", ds, q5), dv
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: Any, logits: Any) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
     """Masked logits [B, K, G, T, S] in the accumulation dtype."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k = _grouped(q, k.shape[2]).astype(dtype), k.astype(dtype)
@@ -63,7 +63,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: Any, logits: Any) -> jax.Array:
     return jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
 
 
-def _biased(s: jax.Array, mask: Any, logits: Any) -> jax.Array:
+def _biased(s: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
     """The logits with ALiBi's bias."""
     if logits.slopes is None:
         return s
@@ -71,7 +71,7 @@ def _biased(s: jax.Array, mask: Any, logits: Any) -> jax.Array:
     return s + bias.reshape(bias.shape[0], *s.shape[1:])
 
 
-def _dropped(weights: jax.Array, mask: Any, logits: Any) -> jax.Array:
+def _dropped(weights: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
     """The weights, or their cotangents, that dropout keeps."""
     if logits.dropout is None:
         return weights
@@ -80,7 +80,7 @@ def _dropped(weights: jax.Array, mask: Any, logits: Any) -> jax.Array:
     return weights * factors.reshape(weights.shape)
 
 
-def _einsum(spec: str, *xs: Any) -> jax.Array:
+def _einsum(spec: str, *xs: jax.Array) -> jax.Array:
     return jnp.einsum(spec, *xs, precision=lax.Precision.HIGHEST)
 
 

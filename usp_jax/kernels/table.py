@@ -6,15 +6,18 @@ stands in front of what was only compiled.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from usp_jax.kernels.choice import Target
 
+Blocks = TypeVar("Blocks")
+
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(Generic[Blocks]):
     """One line of a table.
 
     Attributes:
@@ -26,7 +29,7 @@ class Row:
       source: how the sizes were found.
     """
 
-    blocks: Any
+    blocks: Blocks
     device: str = ""
     capabilities: tuple[tuple[int, int], ...] = ()
     head_size: int | None = None
@@ -43,7 +46,9 @@ class Row:
         )
 
 
-def lookup(table: Sequence[Row], target: Target, head_size: int, dtype: Any) -> Any:
+def lookup(
+    table: Sequence[Row[Blocks]], target: Target, head_size: int, dtype: DTypeLike
+) -> Blocks:
     """The block sizes of the first row that is for a call.
 
     Raises:

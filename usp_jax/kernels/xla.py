@@ -14,36 +14,47 @@ product and their dk, dv sum by itself, and keys [B, nk, K, bk, H].
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int8
 
-from usp_jax._compat import vary_like
+from usp_jax.kernels.contract import Carry, Grads
+from usp_jax.kernels.dropout import Dropout
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.padding import pad_length, pad_mask
 from usp_jax.masking import (
     FULL,
     Mask,
+    Tokens,
     block_kinds,
     block_lists,
-    pad_tokens,
     visible,
 )
 from usp_jax.merge import finite, normalize
+from usp_jax.varying import vary_like
+
+# What is summed up over blocks of keys: m, l, acc forward and dq, dk, dv backward.
+State = tuple[jax.Array, jax.Array, jax.Array]
+Pair = tuple[jax.Array, jax.Array]
+
+# The batch row and the place of a block of keys.
+Index = tuple[jax.Array, jax.Array]
 
 # A block of scores stays in a CPU's cache; 512 took 1.2 times as long (8K tokens).
 BLOCK = 256
 
 
 def chunk_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
-    carry: tuple[jax.Array, jax.Array] | None,
+    carry: Carry | None,
     logits: Logits,
-) -> tuple[jax.Array, jax.Array]:
+) -> Carry:
     """Attention of q over k, v, merged into `carry`."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -62,12 +73,8 @@ def chunk_forward(
         return x.reshape(blocks.heads, -1, x.shape[-1])
 
     def attend(
-        q: Any,
-        state: tuple[jax.Array, jax.Array, jax.Array],
-        kv_index: tuple[jax.Array, jax.Array],
-        tokens: Mask,
-        is_masked: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q: jax.Array, state: State, kv_index: Index, tokens: Mask, is_masked: bool
+    ) -> State:
         m, l, acc = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
         s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
@@ -85,10 +92,9 @@ def chunk_forward(
         pv = _einsum("KTS,KSH->KTH", p.astype(v.dtype), v, dtype)
         return m_next, l, acc * decay[..., None] + pv
 
-    def body(_: Any, x: Any) -> Any:
-        q, *state, index = x
-        state = blocks.walk(index, lambda *a: attend(q, *a), tuple(state))
-        return None, state
+    def body(_: None, x: tuple[jax.Array, ...]) -> tuple[None, State]:
+        q, m, l, acc, index = x
+        return None, blocks.walk(index, partial(attend, q), (m, l, acc))
 
     _, (m, l, acc) = lax.scan(body, None, (q_blocks, m, l, acc, blocks.indices))
     out, lse = normalize(acc, m, l)
@@ -96,15 +102,15 @@ def chunk_forward(
 
 
 def chunk_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    dout: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    dout: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
     mask: Mask,
     logits: Logits,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Grads:
     """dq, dk, dv of one chunk from the global lse and delta."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -113,25 +119,27 @@ def chunk_backward(
     xs = (
         blocks.q(q),
         blocks.q(dout.astype(q.dtype)),
-        blocks.rows(finite(lse), 0),
-        blocks.rows(delta, 0),
+        blocks.rows(finite(lse), 0.0),
+        blocks.rows(delta, 0.0),
     )
 
     # Scores are held as [K, bk, G·bq] and dq as [K, H, G·bq]: no product then has a
     # large transposed operand, which a CPU multiplies at half the speed.
-    def by_key(x: Any) -> Any:
+    def by_key(x: jax.Array) -> jax.Array:
         """[n, bq, bk] as the scores are held: [K, bk, G·bq]"""
         x = x.reshape(blocks.heads, -1, *x.shape[1:]).transpose(0, 3, 1, 2)
         return x.reshape(*x.shape[:2], -1)
 
     def attend(
-        x: Any,
-        state: tuple[jax.Array, jax.Array, jax.Array],
-        kv_index: tuple[jax.Array, jax.Array],
+        q: jax.Array,
+        do: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        state: State,
+        kv_index: Index,
         tokens: Mask,
         is_masked: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, do, lse, delta = x
+    ) -> State:
         dq, dk, dv = state
         k, v = k_blocks[kv_index], v_blocks[kv_index]
         s = logits.of(_einsum("KSH,KTH->KST", k, q, dtype))
@@ -140,47 +148,64 @@ def chunk_backward(
             biased += by_key(logits.bias(tokens.q, tokens.kv, dtype))
         p = jnp.exp(biased - lse[:, None])
         dp = _einsum("KSH,KTH->KST", v, do, dtype)
-        factors = 1
+        factors: jax.Array | int = 1
         if logits.dropout is not None:
             factors = by_key(_factors(logits.dropout, kv_index[0], tokens, dtype))
         ds = logits.pull_back(p * (dp * factors - delta[:, None]), s)
         p *= factors
         if is_masked:
             seen = visible(tokens).T
-            p, ds = _masked(p, seen, 0), _masked(ds, seen, 0)
+            p, ds = _masked(p, seen, 0.0), _masked(ds, seen, 0.0)
         p, ds = p.astype(do.dtype), ds.astype(q.dtype)
         dq += _einsum("KHS,KST->KHT", k.swapaxes(1, 2), ds, dtype)
         dk = dk.at[kv_index].add(_einsum("KST,KTH->KSH", ds, q, dtype))
         dv = dv.at[kv_index].add(_einsum("KST,KTH->KSH", p, do, dtype))
         return dq, dk, dv
 
-    def body(dkv: Any, x: Any) -> Any:
-        *x, index = x
-        state = (jnp.zeros_like(x[0].swapaxes(1, 2), dtype), *dkv)
-        dq, *dkv = blocks.walk(index, lambda *a: attend(x, *a), state)
-        return tuple(dkv), dq.swapaxes(1, 2)
+    def body(dkv: Pair, x: tuple[jax.Array, ...]) -> tuple[Pair, jax.Array]:
+        q, do, lse, delta, index = x
+        dq = jnp.zeros_like(q.swapaxes(1, 2), dtype)
+        own = partial(attend, q, do, lse, delta)
+        dq, dk, dv = blocks.walk(index, own, (dq, *dkv))
+        return (dk, dv), dq.swapaxes(1, 2)
 
-    dkv = tuple(jnp.zeros_like(x, dtype) for x in (k_blocks, v_blocks))
+    dkv = jnp.zeros_like(k_blocks, dtype), jnp.zeros_like(v_blocks, dtype)
     (dk, dv), dq = lax.scan(body, dkv, (*xs, blocks.indices))
     return blocks.from_q(dq), blocks.from_kv(dk), blocks.from_kv(dv)
 
 
-def _factors(dropout: Any, row: jax.Array, tokens: Mask, dtype: Any) -> jax.Array:
+def _factors(
+    dropout: Dropout, row: jax.Array, tokens: Mask, dtype: DTypeLike
+) -> jax.Array:
     """[n, bq, bk] of one block."""
     return dropout.factors(dropout.rows[row], tokens.q, tokens.kv, dtype)
 
 
-def _masked(x: jax.Array, seen: jax.Array, fill: float | int) -> jax.Array:
+def _masked(x: jax.Array, seen: jax.Array, fill: float) -> jax.Array:
     """Fills what is not seen: `x` is `seen` for each head, G times along one axis."""
     (a, b), (_, c, d) = seen.shape, x.shape
     blocks = x.reshape(x.shape[0], c // a, a, d // b, b)
     return jnp.where(seen[None, None, :, None], blocks, fill).reshape(x.shape)
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """A product of what it is given, accumulated in `dtype`."""
     highest = lax.Precision.HIGHEST
     return jnp.einsum(spec, a, b, precision=highest, preferred_element_type=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lists:
+    """The blocks of keys that each block of queries sees, as `block_lists` has them."""
+
+    kinds: Int8[Array, "B nq nk"]
+    counts: Int[Array, "B nq"]
+    order: Int[Array, "B nq nk"]
+
+    @classmethod
+    def of(cls, mask: Mask, block_q: int, block_kv: int) -> "_Lists":
+        kinds = block_kinds(mask, block_q, block_kv)
+        return cls(kinds, *block_lists(kinds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,27 +219,16 @@ class _Blocks:
     block_q: int
     block_kv: int
     mask: Mask
-    counts: jax.Array | None
-    order: jax.Array | None
-    kinds: jax.Array | None
+    lists: _Lists | None
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> "_Blocks":
         """Chooses the blocks of a chunk and lists those that `mask` lets it see."""
         block_q, block_kv = _block(q.shape[1]), _block(k.shape[1])
-        pad_q, pad_kv = -q.shape[1] % block_q, -k.shape[1] % block_kv
-        with_ids = bool(pad_q or pad_kv)
-        mask = Mask(
-            mask.rule,
-            pad_tokens(mask.q, pad_q, with_ids=with_ids),
-            pad_tokens(mask.kv, pad_kv, with_ids=with_ids),
-        )
-        counts = order = kinds = None
-        if not mask.sees_all:
-            kinds = block_kinds(mask, block_q, block_kv)
-            counts, order = block_lists(kinds)
+        mask = pad_mask(mask, block_q, block_kv)
+        lists = None if mask.sees_all else _Lists.of(mask, block_q, block_kv)
         sizes = (q.shape[0], k.shape[2], q.shape[1], k.shape[1], block_q, block_kv)
-        return cls(*sizes, mask, counts, order, kinds)
+        return cls(*sizes, mask, lists)
 
     @property
     def indices(self) -> jax.Array:
@@ -224,9 +238,9 @@ class _Blocks:
     def walk(
         self,
         index: jax.Array,
-        attend: Callable[..., Any],
-        state: Any,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        attend: Callable[[State, Index, Mask, bool], State],
+        state: State,
+    ) -> State:
         """Folds `attend` over the blocks of keys that the block `index` sees.
 
         attend(state, (row, block), the block's mask, whether it hides anything)
@@ -236,30 +250,29 @@ class _Blocks:
         row, i = index // num_q, index % num_q
         state = vary_like(state, (state, self.mask))
 
-        def visit(
-            j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array], is_masked: bool
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def visit(j: jax.Array, state: State, is_masked: bool) -> State:
             return attend(state, (row, j), self._tokens(row, i, j), is_masked)
 
-        if self.mask.sees_all:
+        lists = self.lists
+        if lists is None:
             return lax.fori_loop(0, num_kv, partial(visit, is_masked=False), state)
-        mask_row = row if self.kinds.shape[0] > 1 else 0  # type: ignore[union-attr]
+        mask_row = row if lists.kinds.shape[0] > 1 else 0
 
-        def step(n: jax.Array, state: Any) -> Any:
-            j = self.order[mask_row, i, n]  # type: ignore[index]
+        def step(n: jax.Array, state: State) -> State:
+            j = lists.order[mask_row, i, n]
             return lax.cond(
-                self.kinds[mask_row, i, j] == FULL,  # type: ignore[index]
+                lists.kinds[mask_row, i, j] == FULL,
                 partial(visit, j, is_masked=False),
                 partial(visit, j, is_masked=True),
                 state,
             )
 
-        return lax.fori_loop(0, self.counts[mask_row, i], step, state)  # type: ignore[index]
+        return lax.fori_loop(0, lists.counts[mask_row, i], step, state)
 
     def _tokens(self, row: jax.Array, i: jax.Array, j: jax.Array) -> Mask:
         """The mask of one block."""
 
-        def cut(tokens: Any, block: int, index: jax.Array) -> Any:
+        def cut(tokens: Tokens, block: int, index: jax.Array) -> Tokens:
             def piece(x: jax.Array) -> jax.Array:
                 blocks = x.reshape(x.shape[0], -1, block)
                 return blocks[row if x.shape[0] > 1 else 0, index]
@@ -271,18 +284,18 @@ class _Blocks:
 
     def q(self, x: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B·nq, K, G·bq, H]"""
-        x = _pad(x, self.block_q, 0)
+        x = pad_length(x, self.block_q, 0.0)
         x = x.reshape(self.batch, -1, self.block_q, self.heads, *_split(x, self.heads))
         x = x.transpose(0, 1, 3, 4, 2, 5)
         return x.reshape(-1, self.heads, x.shape[3] * self.block_q, x.shape[-1])
 
-    def rows(self, x: jax.Array, fill: float | int) -> jax.Array:
+    def rows(self, x: jax.Array, fill: float) -> jax.Array:
         """[B, T, N] -> [B·nq, K, G·bq]"""
-        return self.q(_pad(x, self.block_q, fill)[..., None])[..., 0]
+        return self.q(pad_length(x, self.block_q, fill)[..., None])[..., 0]
 
     def kv(self, x: jax.Array) -> jax.Array:
         """[B, S, K, H] -> [B, nk, K, bk, H]"""
-        x = _pad(x, self.block_kv, 0)
+        x = pad_length(x, self.block_kv, 0.0)
         x = x.reshape(self.batch, -1, self.block_kv, *x.shape[2:])
         return x.swapaxes(2, 3)
 
@@ -311,14 +324,6 @@ def _block(length: int) -> int:
     if length <= BLOCK // 2:
         return max(length, 1)
     return -(-length // (2 * -(-length // (2 * BLOCK))))
-
-
-def _pad(x: jax.Array, block: int, fill: float | int) -> jax.Array:
-    """Pads the tokens of [B, T, ...] to a multiple of the block."""
-    if not (padding := -x.shape[1] % block):
-        return x
-    widths = [(0, padding if i == 1 else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
 
 
 def _split(x: jax.Array, heads: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from usp_jax._compat import vary_like
+from usp_jax.varying import vary_like
 
 # What `jax.checkpoint` policies can keep, where there are no tiles.
 INNER_PRODUCTS = ("mlp_gate", "mlp_up")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from usp_jax._compat import vary_like
+from usp_jax.varying import vary_like
 
 
 def with_sum(

@@ -30,8 +30,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from usp_jax._compat import vary_like
 from usp_jax.models.config import LlamaConfig
+from usp_jax.varying import vary_like
 
 
 @dataclasses.dataclass(frozen=True)

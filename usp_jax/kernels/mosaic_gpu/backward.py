@@ -3,14 +3,15 @@
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.contract import Grads
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
@@ -31,19 +32,19 @@ from usp_jax.merge import finite
 
 
 def chunk_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    dout: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    dout: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
     mask: Mask,
     logits: Logits,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Grads:
     """dq, dk, dv of one chunk from the global lse and delta.
 
     Args and raises: those of `chunk_forward`.

@@ -1,7 +1,8 @@
 """Block sizes of the Mosaic GPU kernels, by device kind and head size."""
 
 import dataclasses
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.table import Row, lookup
@@ -40,7 +41,7 @@ class BlockSizes:
     split_dkv: bool = False
 
     @classmethod
-    def of(cls, target: Target, head_size: int, dtype: Any) -> "BlockSizes":
+    def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
         """The default for a device, a head size and the dtype of q, k, v.
 
         Raises:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from usp_jax._compat import gpu_interpret_params, vary_like
+from usp_jax._compat import gpu_interpret_params
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.roles import Block
 from usp_jax.kernels.mosaic_gpu.tiles import COMPUTING, LOG2E, TILE
 from usp_jax.kernels.mosaic_gpu.walk import Walk, walk_table
 from usp_jax.masking import Mask, pad_tokens
+from usp_jax.varying import vary_like
 
 
 @dataclasses.dataclass(frozen=True)

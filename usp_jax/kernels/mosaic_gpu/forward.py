@@ -7,13 +7,14 @@ warpgroups take turns, so that one's products run beside the other's exponential
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.contract import Carry
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
@@ -33,17 +34,17 @@ from usp_jax.merge import finite
 
 
 def chunk_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
-    carry: tuple[jax.Array, jax.Array] | None,
+    carry: Carry | None,
     logits: Logits,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Carry:
     """Attention of q over k, v, merged into `carry`.
 
     Args:

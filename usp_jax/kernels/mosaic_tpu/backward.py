@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.contract import Grads
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
@@ -37,19 +39,19 @@ from usp_jax.merge import finite
 
 
 def chunk_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    dout: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    dout: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
     mask: Mask,
     logits: Logits,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Grads:
     """dq, dk, dv of one chunk from the global lse and delta."""
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)

@@ -1,7 +1,8 @@
 """Block sizes of the TPU kernels, by device kind."""
 
 import dataclasses
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.table import Row, lookup
@@ -45,7 +46,7 @@ class BlockSizes:
     vmem_mib: int = 16
 
     @classmethod
-    def of(cls, target: Target, head_size: int, dtype: Any) -> "BlockSizes":
+    def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
         """The default for a device, a head size and the dtype of q, k, v."""
         return lookup(TABLE, target, head_size, dtype)
 

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.contract import Carry
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
@@ -36,17 +38,17 @@ from usp_jax.merge import finite
 
 
 def chunk_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
-    carry: tuple[jax.Array, jax.Array] | None,
+    carry: Carry | None,
     logits: Logits,
     *,
     target: Target,
     blocks: BlockSizes | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Carry:
     """Attention of q over k, v, merged into `carry`.
 
     Args:

@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from usp_jax._compat import vary_over, varying_axes, varying_like
 from usp_jax.kernels.mosaic_tpu.walk import Walk
+from usp_jax.varying import vary_over, varying_axes, varying_like
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ case, and which one it is, is looked up while running, by its positions.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from usp_jax.layout import shard_runs
-from usp_jax.masking import Mask, Stretch
+from usp_jax.masking import Mask, Stretch, Stretches, Tokens
 
 WHOLE = slice(None)
 
@@ -78,7 +77,7 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
                 tuple(block.moved(q_start, kv_start) for block in case)
                 for case in table.cases
             )
-            which: Any = 0
+            which: Int[Array, ""] | int = 0
             if len(each) > 1:
                 row = _shard_of(mask.q, q_start, table.q_firsts)
                 column = _shard_of(mask.kv, kv_start, table.kv_firsts)
@@ -87,7 +86,7 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
     return tuple(found)
 
 
-def _placed(stretches: tuple[Any, ...]) -> Iterator[Any]:
+def _placed(stretches: Stretches) -> Iterator[tuple[Stretch, int]]:
     """Each stretch, and where it stands."""
     start = 0
     for stretch in stretches:
@@ -95,7 +94,7 @@ def _placed(stretches: tuple[Any, ...]) -> Iterator[Any]:
         start += stretch.stop - stretch.start
 
 
-def _shard_of(tokens: Any, start: int, firsts: np.ndarray) -> jax.Array:
+def _shard_of(tokens: Tokens, start: int, firsts: np.ndarray) -> jax.Array:
     """Which shard's stretch it is that begins at `start`."""
     return jnp.argmax(jnp.asarray(firsts) == tokens.positions[0, start])
 
@@ -166,9 +165,9 @@ def _part(stretch: Stretch, start: int, count: int, first: int, stride: int) -> 
     return _Run(place, count, first + skipped * stride, stride)
 
 
-def _case(q_runs: Any, kv_runs: Any, after: int) -> Case | None:
+def _case(q_runs: list[_Run], kv_runs: list[_Run], after: int) -> Case | None:
     """The blocks that are seen; positions grow, so each query sees the first keys."""
-    stairs: list[Any] = []
+    stairs: list[_Step] = []
     for run in q_runs:
         # Between two of these rows the number of keys seen stays, or grows by one.
         ends_of_rows = {0, run.count}
@@ -207,7 +206,7 @@ class _Step:
         """The row after these and what it sees if it goes on as they do."""
         return self.row + self.count, self.seen + self.count * self.grows
 
-    def blocks(self) -> Iterator[Any]:
+    def blocks(self) -> Iterator[Block]:
         rows = slice(self.row, self.row + self.count)
         every = self.seen - self.grows
         if every:
@@ -216,7 +215,7 @@ class _Step:
             yield Block(rows, slice(every, every + self.count), True)
 
 
-def _add(stairs: list[Any] | list[_Step], step: _Step) -> None:
+def _add(stairs: list[_Step], step: _Step) -> None:
     """Appends a step, or makes the last one longer."""
     before = stairs[-1] if stairs else None
     here = step.grows, (step.row, step.seen)
@@ -227,5 +226,5 @@ def _add(stairs: list[Any] | list[_Step], step: _Step) -> None:
         stairs.append(step)
 
 
-def _moved(part: Any, by: int) -> Any:
+def _moved(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)

@@ -7,14 +7,14 @@ block sizes.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-from usp_jax.masking import Tokens
+from usp_jax.masking import Leaf, Tokens
 
 # An odd number with no pattern in its bits: the golden ratio's fraction.
 _STEP = np.uint32(0x9E3779B9)
@@ -33,12 +33,12 @@ class Dropout:
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
-    seed: Any
-    rows: Any
-    heads: Any
+    seed: Leaf
+    rows: Leaf
+    heads: Leaf
 
     def factors(
-        self, rows: jax.Array | np.ndarray, q: Tokens, kv: Tokens, dtype: Any
+        self, rows: jax.Array, q: Tokens, kv: Tokens, dtype: DTypeLike
     ) -> Float[Array, "*B n T S"]:
         """What the weights are multiplied by: 0, or 1 / (1 - rate).
 
@@ -55,9 +55,7 @@ class Dropout:
         return jnp.where(kept, 1 / (1 - self.rate), 0).astype(dtype)
 
 
-def _mixed(
-    state: UInt32[Array, "..."], word: int | jax.Array | np.ndarray
-) -> UInt32[Array, "..."]:
+def _mixed(state: UInt32[Array, "..."], word: ArrayLike) -> UInt32[Array, "..."]:
     """`state` with one more word in it, every bit of which may change all of its bits.
 
     The rounds are those of the "lowbias32" mixer of a published search for such

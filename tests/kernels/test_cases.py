@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from usp_jax.cases import Block, static_cases
+from usp_jax.kernels.cases import Block, static_cases
 from usp_jax.masking import Mask, MaskRule, Tokens, join, visible
 from usp_jax.ring.tokens import RingTokens
 
