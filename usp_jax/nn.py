@@ -219,7 +219,7 @@ def attention_fn(
     *,
     axes: MeshAxes = MeshAxes(),
     rope: Rope | HasTheta | None = None,
-    alibi_slopes: Sequence[float] | None = None,
+    alibi_slopes: Sequence[float] | Array | None = None,
     **options: Unpack[StaticOptions],
 ) -> AttentionFn:
     """`usp_attention` as the `attention_fn` of flax's attention layers.
@@ -282,7 +282,7 @@ class USPAttention(nnx.Module):
         attention: AttentionFn | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         axes: MeshAxes = MeshAxes(),
-        alibi_slopes: Sequence[float] | None = None,
+        alibi_slopes: Sequence[float] | Array | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,

@@ -1,0 +1,191 @@
+"""Every option of attention at every way in: passed on as it is, or refused by name."""
+
+import inspect
+import typing
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import usp_jax
+from usp_jax import attention, decode
+from usp_jax.nn import SequenceMask, USPAttention, attention_fn
+from usp_jax.options import DEFAULTS, Options, StaticOptions
+from usp_jax.ring import Double
+
+B, T, N, H = 2, 16, 4, 4
+X = jnp.ones((B, T, N, H))
+IDS = jnp.zeros((B, T), jnp.int32)
+SLOPES = (0.5, 0.25, 0.125, 0.0625)
+
+# A value for each option that is not its default.
+VALUES = {
+    "is_causal": True,
+    "scale": 0.25,
+    "local_window_size": (3, 0),
+    "logits_soft_cap": 2.0,
+    "dropout_rate": 0.5,
+    "layout": "zigzag",
+    "implementation": "reference",
+    "return_residual": True,
+    "ring_schedule": Double(2),
+    "ulysses_chunks": 2,
+    "segment_ids": IDS,
+    "positions": IDS,
+    "sinks": jnp.ones(N),
+    "prefix_length": jnp.ones(B, jnp.int32),
+    "alibi_slopes": jnp.asarray(SLOPES),
+    "dropout_seed": 3,
+}
+
+
+class Reached(Exception):
+    """Raised in place of a call, with the options that it was given."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.options = options
+
+
+@pytest.fixture(autouse=True)
+def no_call(monkeypatch):
+    """Stops each call where its options are read."""
+
+    def stop(*args):
+        raise Reached(args[-1])
+
+    monkeypatch.setattr(attention, "checked", stop)
+    monkeypatch.setattr(decode, "_decode", stop)
+
+
+def mesh():
+    return usp_jax.make_mesh(ring=4, ulysses=2)
+
+
+def flax_layer(options):
+    """What changes from call to call goes into the mask, the rest into the layer."""
+    fields = ("segment_ids", "positions", "prefix_length", "sinks")
+    mask = SequenceMask(**{n: x for n, x in options.items() if n in fields})
+    fixed = {n: x for n, x in options.items() if n not in fields}
+    attention_fn(mesh(), **fixed)(X, X, X, mask=mask)
+
+
+def own_layer(options):
+    """As a flax layer; `sinks` are its own parameter."""
+    called = ("segment_ids", "positions", "prefix_length")
+    call = {n: x for n, x in options.items() if n in called}
+    fixed = {n: x for n, x in options.items() if n not in called}
+    if "sinks" in fixed:
+        fixed["sinks"] = True
+    if "positions" in options:
+        # They are the order of tokens where the layout has none.
+        fixed["layout"] = "data"
+    layer = USPAttention(N * H, N, mesh=mesh(), rngs=nnx.Rngs(0), **fixed)
+    if "sinks" in fixed:
+        layer.sink_logits[...] = VALUES["sinks"]
+    layer(jnp.ones((B, T, N * H)), **call)
+
+
+def cached(options):
+    cache = usp_jax.KVCache.of(X, X)
+    usp_jax.decode_attention(X, cache, **{"positions": IDS, **options})
+
+
+# The ways in, and what each refuses.
+NO_DROPOUT = {"dropout_rate", "dropout_seed"}
+DOORS = {
+    "usp_attention": (
+        lambda options: usp_jax.usp_attention(X, X, X, mesh=mesh(), **options),
+        set(),
+    ),
+    "usp_attention_per_shard": (
+        lambda options: usp_jax.usp_attention_per_shard(X, X, X, **options),
+        set(),
+    ),
+    "flash_attention": (
+        lambda options: usp_jax.flash_attention(X, X, X, **options),
+        set(),
+    ),
+    "usp_joint_attention": (
+        lambda options: usp_jax.usp_joint_attention(X, X, X, X, X, X, **options),
+        NO_DROPOUT
+        | {
+            "is_causal",
+            "local_window_size",
+            "positions",
+            "prefix_length",
+            "alibi_slopes",
+            "layout",
+            "return_residual",
+        },
+    ),
+    "decode_attention": (
+        cached,
+        NO_DROPOUT | {"layout", "prefix_length", "ring_schedule", "ulysses_chunks"},
+    ),
+    "attention_fn": (flax_layer, NO_DROPOUT | {"return_residual"}),
+    "USPAttention": (own_layer, NO_DROPOUT | {"return_residual"}),
+}
+
+
+@pytest.mark.parametrize("option", VALUES)
+@pytest.mark.parametrize("door", DOORS)
+def test_every_option_is_passed_on_or_refused(door, option):
+    call, refused = DOORS[door]
+    if option in refused:
+        with pytest.raises(ValueError, match=f"cannot honour {option}="):
+            call({option: VALUES[option]})
+        return
+    with pytest.raises(Reached) as reached:
+        call({option: VALUES[option]})
+    found = reached.value.options
+    assert set(found) == set(DEFAULTS)
+    if door == "usp_joint_attention" and option == "segment_ids":
+        # Those of the joint tokens follow.
+        assert found[option].shape == (B, 2 * T)
+        return
+    np.testing.assert_array_equal(found[option], VALUES[option])
+
+
+def test_every_option_has_a_value_here():
+    assert set(VALUES) == set(DEFAULTS) == set(typing.get_type_hints(Options))
+    assert set(typing.get_type_hints(StaticOptions)) < set(DEFAULTS)
+    for name, value in VALUES.items():
+        assert value is not DEFAULTS[name]
+
+
+def test_the_documented_signature_is_the_list():
+    """Names, defaults and types of `usp_attention` are those of `Options`."""
+    parameters = inspect.signature(usp_jax.usp_attention).parameters.values()
+    options = {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("mesh", "axes")
+    }
+    assert options == DEFAULTS
+    hints = typing.get_type_hints(usp_jax.usp_attention)
+    for name, hint in typing.get_type_hints(Options).items():
+        # jaxtyping makes a new type for each annotation.
+        assert str(hints[name]) == str(hint), name
+    for name in options:
+        assert f"      {name}: " in usp_jax.usp_attention.__doc__
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_an_unknown_option_is_an_error(door):
+    with pytest.raises(TypeError, match="is_casual"):
+        DOORS[door][0]({"is_casual": True})
+
+
+@pytest.mark.parametrize("name", ["mask", "bias", "query_seq_lengths", "ring_inner"])
+@pytest.mark.parametrize("door", ["usp_attention_per_shard", "flash_attention"])
+def test_options_of_others_say_what_to_use(door, name):
+    with pytest.raises(ValueError, match=f"{door} cannot honour {name}=: .*use "):
+        DOORS[door][0]({name: X})
+
+
+def test_mask_and_bias_stand_where_jax_has_them(no_type_checks):
+    for name in ("mask", "bias"):
+        with pytest.raises(ValueError, match=f"cannot honour {name}=: .*use "):
+            usp_jax.usp_attention(X, X, X, **{name: X})
