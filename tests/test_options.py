@@ -169,7 +169,7 @@ def test_the_documented_signature_is_the_list():
         # jaxtyping makes a new type for each annotation.
         assert str(hints[name]) == str(hint), name
     for name in options:
-        assert f"      {name}: " in usp_jax.usp_attention.__doc__
+        assert f"\n  {name}: " in inspect.getdoc(usp_jax.usp_attention)
 
 
 @pytest.mark.parametrize("door", DOORS)
