@@ -65,7 +65,7 @@ def kernel_of(which: str, shape: Shape, blocks: BlockSizes) -> tuple[Kernel, Cut
 
 def changes(spec, grid: tuple[int, ...], lists) -> int:
     """How often a block's index differs from that of the step before."""
-    steps = np.indices(grid).reshape(len(grid), -1)
+    steps = jnp.indices(grid).reshape(len(grid), -1)
     index = spec.index_map(*steps, *lists)
     index = np.stack([np.broadcast_to(np.asarray(x), steps.shape[1:]) for x in index])
     return 1 + int((np.diff(index, axis=1) != 0).any(0).sum())

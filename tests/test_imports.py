@@ -213,6 +213,7 @@ def test_importing_the_core_loads_no_extra_and_starts_no_backend() -> None:
         "extras = {'flax', 'optax', 'orbax', 'grain', 'rich', 'matplotlib', 'train'}\n"
         "extras &= set(sys.modules)\n"
         "assert not extras, extras\n"
+        "assert 'jax.experimental.pallas' not in sys.modules\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"
         "assert jax.device_count() == 3\n"
     )

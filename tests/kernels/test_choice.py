@@ -195,3 +195,10 @@ def test_the_functions_refuse_what_their_devices_cannot_run() -> None:
         mesh = usp_jax.make_mesh(ring=2)
         usp_jax.usp_attention(x, x, x, mesh=mesh, implementation="triton")
     assert set(kernels.IMPLEMENTATIONS) == {kernel.name for kernel in KERNELS}
+
+
+def test_every_implementation_has_the_two_functions_of_the_contract() -> None:
+    for name in kernels.IMPLEMENTATIONS:
+        assert isinstance(kernels.chunk(name), kernels.Chunk)
+    with pytest.raises(ValueError, match="implementation='flash' must be one of"):
+        kernels.chunk("flash")

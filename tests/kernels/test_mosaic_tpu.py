@@ -186,21 +186,16 @@ def walked(kinds, batch, **options):
     """What the calls of a walk visit: (batch row, major, minor, kind), in order."""
     lists_of = walk.Walk.of(jnp.asarray(kinds, jnp.int8), batch, **options)
     visited = []
-    for lists in zip(
-        np.asarray(lists_of.entries), np.asarray(lists_of.sizes), strict=True
-    ):
+    for lists in zip(lists_of.entries, lists_of.sizes, strict=True):
         for b in range(lists_of.batch):
             count = int(lists_of.step(lists, b, 0).count)
-            for t in range(count):
-                step = lists_of.step(lists, b, t)
-                assert step.listed
-                row, major, minor = lists_of.blocks(lists, b, t)
-                visited.append((int(row), int(major), int(minor), int(step.kind)))
-            assert not lists_of.step(lists, b, count).listed
-            assert (
-                lists_of.step(lists, b, 0).first
-                and lists_of.step(lists, b, count - 1).last
-            )
+            t = jnp.arange(count + 1)
+            step = lists_of.step(lists, b, t)
+            assert step.listed[:-1].all() and not step.listed[-1]
+            assert step.first[0] and step.last[-2]
+            row, major, minor = lists_of.blocks(lists, b, t)
+            entries = np.stack([major, minor, step.kind], axis=1)[:-1]
+            visited += [(int(row), *map(int, entry)) for entry in entries]
     return visited
 
 

@@ -57,7 +57,7 @@ def chunk(implementation: str, target: Target | None = None) -> Chunk:
 
 
 # Pallas is imported when one of its kernels is used: not all installations of jax have
-# all of it, and its import takes as long as that of the rest.
+# all of it, and its import takes longer than that of the rest of this package.
 
 
 def _mosaic_tpu(target: Target | None, interpret: bool = False) -> Chunk:

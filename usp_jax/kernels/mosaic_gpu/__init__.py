@@ -1,10 +1,10 @@
 """The chunk contract as Pallas Mosaic GPU kernels for Hopper: TMA, WGMMA, warp roles.
 
-FlashAttention-3 (arXiv 2407.08608, Algorithms 1 and 2) over lists of blocks. A thread
-block has three warpgroups: two compute, and one copies tiles from global to shared
-memory for them (`roles.py`). A computing warpgroup owns 64 rows of a tile of 128 (of
-queries forward and for dq, of keys for dk and dv) and keeps their sums in registers,
-while blocks of the other side stream through a ring of buffers:
+FlashAttention-3 (arXiv 2407.08608, Algorithms 1 and 2) over lists of blocks. A CUDA
+thread block (cta) has three warpgroups: two compute, and one copies tiles from global
+to shared memory for them (`roles.py`). A computing warpgroup owns 64 rows of a tile of
+128 (of queries forward and for dq, of keys for dk and dv) and keeps their sums in
+registers, while blocks of the other side stream through a ring of buffers:
 
     forward   q stays     k, v stream     o += p v, with s = q kᵀ of the next block in
                                           flight; the two warpgroups take turns

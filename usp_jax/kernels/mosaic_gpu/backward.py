@@ -1,8 +1,9 @@
 """The backward of a chunk on Hopper: a kernel of dq, and one or two of dk and dv."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -12,16 +13,17 @@ from jaxtyping import Array, Float
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Grads
-from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
-from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
-from usp_jax.kernels.mosaic_gpu.roles import Kernel
+from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
+from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
+from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
 from usp_jax.kernels.mosaic_gpu.tiles import (
     COLUMN,
-    LOG2E,
     MATRIX,
     ROW,
     ROWS,
+    Ref,
     by_row,
     full,
     slot_of,
@@ -29,6 +31,9 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
 )
 from usp_jax.masking import Mask
 from usp_jax.merge import finite
+
+# The sums that a warpgroup keeps in registers.
+State = list[jax.Array]
 
 
 def chunk_backward(
@@ -49,117 +54,126 @@ def chunk_backward(
 
     Args and raises: those of `chunk_forward`.
     """
-    call = Call.of(q, k, v, mask, logits, target, blocks, interpret)
+    spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
     operands = {"q": q, "k": k, "v": v, "do": dout.astype(q.dtype)}
     operands = {name: padded(x) for name, x in operands.items()}
-    shapes = {f"d{name}": operands[name].shape for name in "qkv"}
-    operands["lse"] = tokens_last(finite(lse) * LOG2E, 0)
-    operands["delta"] = tokens_last(delta, 0)
-    streams: tuple[Any, ...] = ("k",), ("v",)
-    kernels: dict[Any, Kernel] = {
-        ("dq",): Kernel(_dq, ("q", "do"), streams, call.blocks.dq)
-    }
-    streams = ("q", "lse"), ("do", "delta")
-    for names in [("dk",), ("dv",)] if call.blocks.split_dkv else [("dk", "dv")]:
-        body = partial(_dkv, names)
-        kernels[names] = Kernel(body, ("k", "v"), streams, call.blocks.dkv)
-    grads: dict[str, Any] = {}
-    for names, kernel in kernels.items():
-        made = call.launch(kernel, operands, [shapes[name] for name in names])
-        grads |= zip(names, made, strict=True)
-    return tuple(
-        grads[name][:, : x.shape[1], :, : x.shape[3]]
-        for name, x in (("dq", q), ("dk", k), ("dv", v))
+    operands["lse"] = tokens_last(finite(lse) * LOG2E, 0.0)
+    operands["delta"] = tokens_last(delta, 0.0)
+    streams = ("k",), ("v",)
+    kernel = Kernel("dq", _dq, ("q", "do"), streams, spec.blocks.dq)
+    (dq,) = launch(spec, kernel, operands, [operands["q"].shape])
+    dk, dv = _dk_and_dv(spec, operands)
+    return (
+        dq[:, : q.shape[1], :, : q.shape[3]],
+        dk[:, : k.shape[1], :, : k.shape[3]],
+        dv[:, : v.shape[1], :, : v.shape[3]],
     )
 
 
-def _dq(block: Any) -> None:
+def _dk_and_dv(
+    spec: ChunkSpec, operands: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """dk and dv, padded as k and v, in one pass or two."""
+
+    def run(*names: str) -> list[jax.Array]:
+        streams = ("q", "lse"), ("do", "delta")
+        body = partial(_dkv, names)
+        kernel = Kernel("dkv", body, ("k", "v"), streams, spec.blocks.dkv)
+        shapes = [operands[name.removeprefix("d")].shape for name in names]
+        return launch(spec, kernel, operands, shapes)
+
+    dk, dv = [*run("dk"), *run("dv")] if spec.blocks.split_dkv else run("dk", "dv")
+    return dk, dv
+
+
+def _dq(cta: Cta) -> None:
     """One tile of queries and one head of dq, by one warpgroup."""
-    call, walk = block.call, block.walk
-    k_s, v_s = block.scratch["k"], block.scratch["v"]
-    q, do = (block.scratch[name].at[block.warpgroup] for name in ("q", "do"))
+    spec, walk = cta.spec, cta.walk
+    k_s, v_s = cta.scratch["k"], cta.scratch["v"]
+    q, do = (cta.scratch[name].at[cta.warpgroup] for name in ("q", "do"))
     shape = (ROWS, k_s.shape[1])
     lse, delta = (
-        by_row(gpu_load(block.rows_of(block.refs[name]), ROW), shape)
+        by_row(gpu_load(cta.rows_of(cta.refs[name]), ROW), shape)
         for name in ("lse", "delta")
     )
-    pl.when(walk.listed > 0)(block.await_own)
+    pl.when(walk.listed > 0)(cta.await_own)
 
-    def step(n: Any, state: Any, masked: bool) -> Any:
+    def step(n: jax.Array, state: State, masked: bool) -> State:
         slot = slot_of(n, k_s.shape[0])
-        block.await_full("k", slot)
-        block.await_full("v", slot)
+        cta.await_full("k", slot)
+        cta.await_full("v", slot)
 
-        def products(s_ref: Any, dp_ref: Any) -> Any:
+        def products(s_ref: Ref, dp_ref: Ref) -> jax.Array:
             plgpu.wgmma(s_ref, q, transposed(k_s.at[slot]))
             plgpu.wgmma(dp_ref, do, transposed(v_s.at[slot]))
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-            p = call.weights(s, lse, block.seen(n) if masked else None)
+            p = spec.weights(s, lse, cta.seen(n) if masked else None)
             dp = plgpu.wgmma_accumulator_load(dp_ref)
-            return call.pull_back(p * (dp - delta), s)
+            return spec.pull_back(p * (dp - delta), s)
 
-        def body(accumulators: Any) -> None:
+        def body(accumulators: Sequence[Ref]) -> None:
             ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
-            block.free("v", slot)
-            block.multiply(accumulators[0], ds.astype(k_s.dtype), k_s.at[slot])
+            cta.free("v", slot)
+            cta.multiply(accumulators[0], ds.astype(k_s.dtype), k_s.at[slot])
 
-        state, _ = call.in_flight(body, state)
-        block.free("k", slot)
+        state, _ = cta.in_flight(body, state)
+        cta.free("k", slot)
         return state
 
-    (dq,) = walk.fold(step, [full((ROWS, k_s.shape[-1]), 0, MATRIX)])
-    gpu_store(block.rows_of(block.outs[0]), dq * call.late_scale)
+    (dq,) = walk.fold(step, [full((ROWS, k_s.shape[-1]), 0.0, MATRIX)], 0)
+    gpu_store(cta.rows_of(cta.outs[0]), dq * spec.late_scale)
 
 
-def _dkv(names: Any, block: Any) -> None:
+def _dkv(names: tuple[str, ...], cta: Cta) -> None:
     """One tile of keys and one key head of dk, dv or both, by one warpgroup.
 
     Scores are transposed, [keys, queries].
     """
-    call, walk, scratch = block.call, block.walk, block.scratch
-    k, v = (scratch[name].at[block.warpgroup] for name in ("k", "v"))
+    spec, walk, scratch = cta.spec, cta.walk, cta.scratch
+    k, v = (scratch[name].at[cta.warpgroup] for name in ("k", "v"))
     stages, size = scratch["q"].shape[:2]
     shape = (ROWS, size)
-    pl.when(walk.listed > 0)(block.await_own)
+    pl.when(walk.listed > 0)(cta.await_own)
 
-    def step(n: Any, state: Any, masked: bool) -> Any:
+    def step(n: jax.Array, state: State, masked: bool) -> State:
         slot = slot_of(n, stages)
         q, do = scratch["q"].at[slot], scratch["do"].at[slot]
-        block.await_full("q", slot)
-        block.await_full("do", slot)
+        cta.await_full("q", slot)
+        cta.await_full("do", slot)
 
-        def by_column(name: str) -> Any:
+        def by_column(name: str) -> jax.Array:
             x = gpu_load(scratch[name].at[slot], COLUMN)
             return lax.broadcast_in_dim(x, shape, (1,))
 
-        def body(accumulators: Any) -> None:
+        def body(accumulators: Sequence[Ref]) -> None:
             into = dict(zip(names, accumulators, strict=True))
 
-            def products(s_ref: Any, *dp_ref: Any) -> None:
+            def products(s_ref: Ref, *dp_ref: Ref) -> None:
                 plgpu.wgmma(s_ref, k, transposed(q))
                 for ref in dp_ref:
                     plgpu.wgmma(ref, v, transposed(do))
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(dp_ref))
-                seen = block.seen(n) if masked else None
-                p = call.weights(s, by_column("lse"), seen)
+                seen = cta.seen(n) if masked else None
+                p = spec.weights(s, by_column("lse"), seen)
                 if "dv" in names:
-                    block.multiply(into["dv"], p.astype(q.dtype), do)
+                    cta.multiply(into["dv"], p.astype(q.dtype), do)
                 for ref in dp_ref:
                     # The product into dv may still be in flight.
                     dp = plgpu.wgmma_accumulator_load(ref, wait_n=len(names) - 1)
-                    ds = call.pull_back(p * (dp - by_column("delta")), s)
-                    block.multiply(into["dk"], ds.astype(q.dtype), q)
+                    ds = spec.pull_back(p * (dp - by_column("delta")), s)
+                    cta.multiply(into["dk"], ds.astype(q.dtype), q)
 
             how_many = 2 if "dk" in names else 1
             pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * how_many)
 
-        state, _ = call.in_flight(body, state)
-        block.free("q", slot)
-        block.free("do", slot)
+        state, _ = cta.in_flight(body, state)
+        cta.free("q", slot)
+        cta.free("do", slot)
         return state
 
     sizes = {"dk": k.shape[-1], "dv": v.shape[-1]}
-    scales = {"dk": call.late_scale, "dv": 1.0}
-    state = walk.fold(step, [full((ROWS, sizes[name]), 0, MATRIX) for name in names])
-    for name, ref, x in zip(names, block.outs, state, strict=True):
-        gpu_store(block.rows_of(ref), x * scales[name])
+    scales = {"dk": spec.late_scale, "dv": 1.0}
+    zeros = [full((ROWS, sizes[name]), 0.0, MATRIX) for name in names]
+    state = walk.fold(step, zeros, 0)
+    for name, ref, x in zip(names, cta.outs, state, strict=True):
+        gpu_store(cta.rows_of(ref), x * scales[name])

@@ -5,8 +5,9 @@ warpgroups take turns, so that one's products run beside the other's exponential
 (FlashAttention-3, Algorithm 2).
 """
 
-from typing import Any
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,15 +16,16 @@ from jaxtyping import Array, Float
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Carry
-from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
-from usp_jax.kernels.mosaic_gpu.call import Call, padded, tokens_last
-from usp_jax.kernels.mosaic_gpu.roles import Kernel
+from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
+from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
+from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
 from usp_jax.kernels.mosaic_gpu.tiles import (
-    LOG2E,
     MATRIX,
     ROW,
     ROWS,
+    Ref,
     by_row,
     full,
     slot_of,
@@ -31,6 +33,9 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
 )
 from usp_jax.masking import Mask
 from usp_jax.merge import finite
+
+# o, the running maximum and sum, what o decays by, and p of the last block.
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def chunk_forward(
@@ -55,7 +60,7 @@ def chunk_forward(
     Raises:
       NotImplementedError: inputs are not bfloat16 or float16, or heads exceed 256.
     """
-    call = Call.of(q, k, v, mask, logits, target, blocks, interpret)
+    spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
     length, size = q.shape[1], v.shape[-1]
     operands = {name: padded(x) for name, x in (("q", q), ("k", k), ("v", v))}
     if carry is not None:
@@ -63,28 +68,30 @@ def chunk_forward(
         operands["lse"] = tokens_last(carry[1], -jnp.inf)
     batch, rows, heads, _ = operands["q"].shape
     shapes = (batch, rows, heads, operands["v"].shape[-1]), (batch, heads, rows)
-    kernel = Kernel(_forward, ("q",), (("k",), ("v",)), call.blocks.forward)
-    out, lse = call.launch(kernel, operands, shapes)
+    kernel = Kernel("forward", _forward, ("q",), (("k",), ("v",)), spec.blocks.forward)
+    out, lse = launch(spec, kernel, operands, shapes)
     return out[:, :length, :, :size], lse.swapaxes(1, 2)[:, :length]
 
 
-def _forward(block: Any) -> None:
+def _forward(cta: Cta) -> None:
     """One tile of queries and one head of the forward pass, by one warpgroup."""
-    call, walk, warpgroup = block.call, block.walk, block.warpgroup
-    k_s, v_s, turn = block.scratch["k"], block.scratch["v"], block.scratch["turn"]
-    q, stages = block.scratch["q"].at[warpgroup], k_s.shape[0]
+    spec, walk, warpgroup = cta.spec, cta.walk, cta.warpgroup
+    k_s, v_s, turn = cta.scratch["k"], cta.scratch["v"], cta.scratch["turn"]
+    q, stages = cta.scratch["q"].at[warpgroup], k_s.shape[0]
     shape = (ROWS, k_s.shape[1])
-    out_ref, lse_ref = (block.rows_of(ref) for ref in block.outs)
-    if "out" in block.refs:
-        carried = gpu_load(block.rows_of(block.refs["out"]), MATRIX)
-        carried_lse = gpu_load(block.rows_of(block.refs["lse"]), ROW)
+    out_ref, lse_ref = (cta.rows_of(ref) for ref in cta.outs)
+    if "out" in cta.refs:
+        carried = gpu_load(cta.rows_of(cta.refs["out"]), MATRIX)
+        carried_lse = gpu_load(cta.rows_of(cta.refs["lse"]), ROW)
     else:
-        carried = full((ROWS, v_s.shape[-1]), 0, MATRIX)
+        carried = full((ROWS, v_s.shape[-1]), 0.0, MATRIX)
         carried_lse = full((ROWS,), -jnp.inf, ROW)
 
-    def softmax(s: Any, m: Any, l: Any, seen: Any) -> Any:
+    def softmax(
+        s: jax.Array, m: jax.Array, l: jax.Array, seen: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
         """The running maximum and sum (base 2), what o decays by, and p."""
-        s, scale = call.base2(s)
+        s, scale = spec.base2(s)
         if seen is not None:
             s = jnp.where(seen, s, -jnp.inf)
         m_next = jnp.maximum(m, s.max(axis=1) * scale)
@@ -94,55 +101,53 @@ def _forward(block: Any) -> None:
         decay = jnp.exp2(m - safe)
         return m_next, l * decay + p.sum(axis=1), decay, p
 
-    def first() -> Any:
-        def scores(s_ref: Any) -> Any:
+    def first() -> State:
+        def scores(s_ref: Ref) -> jax.Array:
             plgpu.wgmma(s_ref, q, transposed(k_s.at[0]))
             return plgpu.wgmma_accumulator_load(s_ref)
 
-        block.await_own()
-        block.await_full("k", 0)
+        cta.await_own()
+        cta.await_full("k", 0)
         s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-        block.free("k", 0)
+        cta.free("k", 0)
         # A carry is a running row whose sum is 1 at its lse.
         m, l = carried_lse * LOG2E, jnp.where(carried_lse == -jnp.inf, 0.0, 1.0)
-        *state, p = softmax(s, m, l, block.seen(0))
-        return carried, *state, p.astype(k_s.dtype)
+        m, l, decay, p = softmax(s, m, l, cta.seen(0))
+        return carried, m, l, decay, p.astype(k_s.dtype)
 
-    def step(n: Any, state: Any, masked: bool) -> Any:
+    def step(n: jax.Array, state: State, masked: bool) -> State:
         """The scores of block n, while o takes in the block before it."""
         o, m, l, decay, p = state
         now, before = slot_of(n, stages), slot_of(n - 1, stages)
-        block.await_full("k", now)
-        block.await_full("v", before)
+        cta.await_full("k", now)
+        cta.await_full("v", before)
         plgpu.barrier_wait(turn.at[warpgroup])
 
-        def body(
-            accumulators: Any,
-        ) -> Any:
-            def scores(s_ref: Any) -> Any:
+        def body(accumulators: Sequence[Ref]) -> tuple[jax.Array, ...]:
+            def scores(s_ref: Ref) -> jax.Array:
                 plgpu.wgmma(s_ref, q, transposed(k_s.at[now]))
-                block.multiply(accumulators[0], p, v_s.at[before])
+                cta.multiply(accumulators[0], p, v_s.at[before])
                 plgpu.barrier_arrive(turn.at[1 - warpgroup])
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
 
             s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-            block.free("k", now)
-            return softmax(s, m, l, block.seen(n) if masked else None)
+            cta.free("k", now)
+            return softmax(s, m, l, cta.seen(n) if masked else None)
 
-        like = [m, l, decay, full(shape, 0, MATRIX)]
-        (o,), (*made, p) = call.in_flight(body, [o * by_row(decay, o.shape)], like)
-        block.free("v", before)
+        like = [m, l, decay, full(shape, 0.0, MATRIX)]
+        (o,), (m, l, decay, p) = cta.in_flight(body, [o * by_row(decay, o.shape)], like)
+        cta.free("v", before)
         # Rounded no sooner: until here the product was reading the last p.
-        return o, *made, p.astype(k_s.dtype)
+        return o, m, l, decay, p.astype(k_s.dtype)
 
     def attend() -> None:
         # The first turn is warpgroup 0's.
         pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         o, m, l, decay, p = walk.fold(step, first(), start=1)
         last = slot_of(walk.steps - 1, stages)
-        block.await_full("v", last)
-        (o,), _ = call.in_flight(
-            lambda refs: block.multiply(refs[0], p, v_s.at[last]),
+        cta.await_full("v", last)
+        (o,), _ = cta.in_flight(
+            lambda refs: cta.multiply(refs[0], p, v_s.at[last]),
             [o * by_row(decay, o.shape)],
         )
         inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)

@@ -1,10 +1,10 @@
-"""A thread block of the Hopper kernels: what is in its memory, and who does what.
+"""A CUDA thread block (cta) of the Hopper kernels: its memory, and who does what.
 
 Two warpgroups compute, the third copies tiles to shared memory for them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from usp_jax._compat import gpu_load
 from usp_jax.kernels.mosaic_gpu.blocks import Tile
-from usp_jax.kernels.mosaic_gpu.tiles import COLUMN, COMPUTING, ROW, ROWS, TILE, slot_of
-from usp_jax.masking import sees
+from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
+from usp_jax.kernels.mosaic_gpu.tiles import (
+    COLUMN,
+    COMPUTING,
+    ROW,
+    ROWS,
+    TILE,
+    Index,
+    Ref,
+    slot_of,
+)
+from usp_jax.kernels.mosaic_gpu.walk import Walk
+from usp_jax.masking import Tokens, sees
+
+# Shared memory or barriers of a cta.
+Scratch = Any
 
 # Registers a thread, out of the 64K that a multiprocessor has for 3 · 128 threads.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
@@ -28,12 +42,14 @@ class Kernel:
     """What one warpgroup computes, of which tiles.
 
     Attributes:
+      name: what profilers call it, after "usp_".
       own: operands whose tile stays in shared memory.
       streams: operands whose blocks pass through; those of a tuple arrive together.
       tile: the tokens of a streamed block, and the buffers of each stream.
     """
 
-    body: Callable[["Block"], None]
+    name: str
+    body: Callable[["Cta"], None]
     own: tuple[str, ...]
     streams: tuple[tuple[str, ...], ...]
     tile: Tile
@@ -43,7 +59,7 @@ class Kernel:
         """Whether tiles are of keys, and queries stream."""
         return "k" in self.own
 
-    def scratch(self, operands: Any) -> dict[str, Any]:
+    def scratch(self, operands: Mapping[str, jax.Array]) -> dict[str, Scratch]:
         """Shared memory and barriers, by name."""
         streamed = [name for stream in self.streams for name in stream]
         widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]
@@ -55,13 +71,15 @@ class Kernel:
             plgpu.SwizzleTransform(2 * width),  # type: ignore[abstract]
         )
 
-        def buffers(name: str, *lead: Any) -> Any:
+        def buffers(name: str, *lead: int) -> Scratch:
             x = operands[name]
             if x.ndim == 3:
                 return plgpu.SMEM(lead, x.dtype)
             return plgpu.SMEM((*lead, x.shape[-1]), x.dtype, transforms=transforms)
 
-        made = {name: buffers(name, COMPUTING, ROWS) for name in self.own}
+        made: dict[str, Scratch] = {
+            name: buffers(name, COMPUTING, ROWS) for name in self.own
+        }
         made |= {
             name: buffers(name, self.tile.stages, self.tile.tokens) for name in streamed
         }
@@ -80,24 +98,24 @@ class Kernel:
         return made
 
 
-class Block:
-    """A thread block as one of its warpgroups sees it: its tile, head and memory."""
+class Cta:
+    """A cta as one of its warpgroups sees it: its tile, head and memory."""
 
     def __init__(
         self,
-        call: Any,
+        spec: ChunkSpec,
         kernel: Kernel,
-        walk: Any,
-        refs: dict[str, Any],
-        outs: Any,
-        scratch: dict[str, Any],
+        walk: Walk,
+        refs: Mapping[str, Ref],
+        outs: Sequence[Ref],
+        scratch: Mapping[str, Ref],
     ) -> None:
-        self.call, self.kernel, self.walk = call, kernel, walk
+        self.spec, self.kernel, self.walk = spec, kernel, walk
         self.refs, self.outs, self.scratch = refs, outs, scratch
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
         self.warpgroup = lax.axis_index("warpgroup")
 
-    def rows_of(self, ref: Any, index: Any = None) -> Any:
+    def rows_of(self, ref: Ref, index: Index | None = None) -> Ref:
         """A warpgroup's own rows of [B, T, N, H] or [B, N, T]."""
         index = self.warpgroup if index is None else index
         rows = pl.ds(self.walk.tile * TILE + index * ROWS, ROWS)
@@ -121,14 +139,14 @@ class Block:
                     barrier = self.scratch["own_full"].at[i]
                     plgpu.copy_gmem_to_smem(rows, tile.at[i], barrier)
 
-        def step(n: Any, column: Any) -> Any:
+        def step(n: jax.Array, column: Index) -> Index:
             slot = slot_of(n, stages)
             # Read ahead, so that no copy waits for the table.
             ahead = walk.column(jnp.minimum(n + 1, walk.columns * walk.repeats - 1))
             if self.kernel.transposed:
                 head = self.head * walk.repeats + lax.rem(n, jnp.int32(walk.repeats))
             else:
-                head = lax.div(self.head, jnp.int32(self.call.group))
+                head = lax.div(self.head, jnp.int32(self.spec.group))
             rows = pl.ds(column * self.kernel.tile.tokens, self.kernel.tile.tokens)
             for stream in self.kernel.streams:
                 full, free = (
@@ -147,47 +165,77 @@ class Block:
         """Waits for the tiles that stay."""
         plgpu.barrier_wait(self.scratch["own_full"].at[self.warpgroup])
 
-    def await_full(self, name: str, slot: Any) -> None:
+    def await_full(self, name: str, slot: Index) -> None:
         """Waits until a stream's buffer is filled."""
         plgpu.barrier_wait(self.scratch[f"{name}_full"].at[slot])
 
-    def free(self, name: str, slot: Any) -> None:
+    def free(self, name: str, slot: Index) -> None:
         """Says that this warpgroup needs a stream's buffer no more."""
         plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
 
-    def multiply(self, accumulator: Any, a: Any, b: Any) -> None:
+    def multiply(self, accumulator: Ref, a: jax.Array, b: Ref) -> None:
         """accumulator += a · b of registers and a buffer, asynchronously."""
-        if self.call.interpret:
+        if self.spec.interpret:
             staged = self.scratch["staged"].at[self.warpgroup]
             staged[...] = a
             plgpu.commit_smem()
-            a = staged
-        plgpu.wgmma(accumulator, a, b)
+            plgpu.wgmma(accumulator, staged, b)
+        else:
+            plgpu.wgmma(accumulator, a, b)
 
-    def seen(self, n: Any) -> Any:
+    def in_flight(
+        self,
+        body: Callable[[Sequence[Ref]], tuple[jax.Array, ...] | None],
+        accumulators: Sequence[jax.Array],
+        like: Sequence[jax.Array] = (),
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Runs body(accumulator refs), then awaits all its products.
+
+        Returns:
+          The accumulators' values, and what `body` gave: arrays like those of `like`.
+        """
+        if self.spec.interpret:
+            # The interpreter has no accumulator that starts at a value.
+            def scoped(*refs: Ref) -> tuple[list[jax.Array], list[jax.Array]]:
+                made = body(refs)
+                return [ref[...] for ref in refs], list(made or ())
+
+            types = [plgpu.ACC((x.shape[0], x.shape[1]), x.dtype) for x in accumulators]
+            sums, made = pl.run_scoped(scoped, *types)
+            return [x + y for x, y in zip(accumulators, sums, strict=True)], made
+
+        def stateful(refs: tuple[Sequence[Ref], Sequence[Ref]]) -> None:
+            accumulator_refs, made_refs = refs
+            made = body(accumulator_refs) or ()
+            for ref, x in zip(made_refs, made, strict=True):
+                ref[...] = x
+
+        started = [plgpu.ACC.init(x) for x in accumulators]
+        return pl.run_state(stateful)((started, list(like)))
+
+    def seen(self, n: Index) -> jax.Array | None:
         """What is seen of the block of step n, [rows, columns]; None is all."""
         if self.walk.row is None:
             return None
         mask, size = self.refs["mask"], self.kernel.tile.tokens
         rows = pl.ds(self.walk.tile * TILE + self.warpgroup * ROWS, ROWS)
-        own = rows, ROW, 0
-        other = pl.ds(self.walk.column(n) * size, size), COLUMN, 1
+        columns = pl.ds(self.walk.column(n) * size, size)
 
-        def facts(tokens: Any, where: tuple[Any, Any, int]) -> Any:
-            part, layout, dim = where
+        def facts(tokens: Tokens, is_own: bool) -> Tokens:
+            part, layout, dim = (rows, ROW, 0) if is_own else (columns, COLUMN, 1)
 
-            def load(ref: Any) -> Any:
+            def load(ref: Ref) -> jax.Array:
                 row = self.batch if ref.shape[0] > 1 else 0
                 x = gpu_load(ref.at[row, part], layout)
                 return lax.broadcast_in_dim(x, (ROWS, size), (dim,))
 
             return jax.tree.map(load, tokens)
 
-        sides = (other, own) if self.kernel.transposed else (own, other)
-        q, kv = facts(mask.q, sides[0]), facts(mask.kv, sides[1])
-        return sees(self.call.mask.rule, q, kv)
+        transposed = self.kernel.transposed
+        q, kv = facts(mask.q, not transposed), facts(mask.kv, transposed)
+        return sees(self.spec.mask.rule, q, kv)
 
-    def _at(self, ref: Any, rows: Any, head: Any) -> Any:
+    def _at(self, ref: Ref, rows: pl.Slice, head: jax.Array) -> Ref:
         """Rows of one head of [B, T, N, H] or [B, N, T]."""
         if len(ref.shape) == 3:
             return ref.at[self.batch, head, rows]

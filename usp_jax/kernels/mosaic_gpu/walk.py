@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
-from usp_jax.kernels.mosaic_gpu.tiles import TILE
-from usp_jax.masking import EMPTY, FULL, block_kinds
+from usp_jax.kernels.mosaic_gpu.tiles import TILE, Index, Ref
+from usp_jax.masking import EMPTY, FULL, Mask, block_kinds
+
+State = TypeVar("State")
 
 # What comes before the blocks in a row of the table: its tile and two counts.
 HEADER = 3
@@ -23,16 +26,16 @@ class Walk:
     of `walk_table`, None when every block is seen entirely.
     """
 
-    tile: Any
-    full: Any
-    listed: Any
-    row: Any
+    tile: jax.Array
+    full: Index
+    listed: Index
+    row: Ref | None
     columns: int
     repeats: int
 
     @classmethod
-    def of(cls, table: Any, columns: int, repeats: int) -> "Walk":
-        """The walk of this thread block's tile."""
+    def of(cls, table: Ref | None, columns: int, repeats: int) -> "Walk":
+        """The walk of this cta's tile."""
         rank, batch = lax.axis_index("tile"), lax.axis_index("batch")
         if table is None:
             return cls(rank, columns, columns, None, columns, repeats)
@@ -40,29 +43,27 @@ class Walk:
         return cls(row[0], row[1], row[2], row, columns, repeats)
 
     @property
-    def steps(self) -> Any:
+    def steps(self) -> Index:
+        """How many steps there are."""
         return self.listed * self.repeats
 
-    def column(self, step: Any) -> Any:
+    def column(self, step: Index) -> Index:
         """The block that a step is about."""
         entry = lax.div(step, jnp.int32(self.repeats)) if self.repeats > 1 else step
         return entry if self.row is None else self.row[HEADER + entry]
 
     def fold(
-        self,
-        step: Callable[..., Any],
-        state: Any,
-        start: int = 0,
-    ) -> Any:
+        self, step: Callable[[jax.Array, State, bool], State], state: State, start: int
+    ) -> State:
         """Folds step(n, state, masked) over all steps from `start` on."""
         full = jnp.maximum(self.full * self.repeats, start)
-        state = lax.fori_loop(start, full, partial(step, masked=False), state)
+        state = lax.fori_loop(start, full, lambda n, x: step(n, x, False), state)
         if self.row is None:
             return state
-        return lax.fori_loop(full, self.steps, partial(step, masked=True), state)
+        return lax.fori_loop(full, self.steps, lambda n, x: step(n, x, True), state)
 
 
-def walk_table(mask: Any, step: int, transposed: bool) -> Any:
+def walk_table(mask: Mask, step: int, transposed: bool) -> Int[Array, "B tiles row"]:
     """Which blocks each tile walks: int32 [B, tiles, 3 + columns].
 
     A row is (tile, how many blocks are seen entirely, how many are seen at all, the

@@ -8,7 +8,6 @@ written back at each visit.
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,12 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Grads
-from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
 from usp_jax.kernels.mosaic_tpu.in_place import InPlace
-from usp_jax.kernels.mosaic_tpu.launch import Kernel
+from usp_jax.kernels.mosaic_tpu.launch import Interpret, Kernel
 from usp_jax.kernels.mosaic_tpu.tiles import (
-    LOG2_E,
     base2,
     dot,
     load_columns,
@@ -33,8 +31,8 @@ from usp_jax.kernels.mosaic_tpu.tiles import (
     save_columns,
     when_listed,
 )
-from usp_jax.kernels.mosaic_tpu.walk import Walk
-from usp_jax.masking import EMPTY, Mask, sees
+from usp_jax.kernels.mosaic_tpu.walk import Lists, Ref, Walk
+from usp_jax.masking import EMPTY, Mask, MaskRule, sees
 from usp_jax.merge import finite
 
 
@@ -50,7 +48,7 @@ def chunk_backward(
     *,
     target: Target,
     blocks: BlockSizes | None = None,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Interpret = False,
 ) -> Grads:
     """dq, dk, dv of one chunk from the global lse and delta."""
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
@@ -64,23 +62,25 @@ def chunk_backward(
 
 def backward_kernel(
     cut: Cut,
-    q: Any,
-    k: Any,
-    v: Any,
-    dout: Any,
-    lse: Any,
-    delta: Any,
-    logits: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    logits: Logits,
     vmem_mib: int,
-    interpret: Any,
+    interpret: Interpret,
 ) -> Kernel:
     """The kernel of a chunk, and what it takes."""
     walk = Walk.of(cut.kinds.swapaxes(1, 2), cut.batch, visit_all=False)
     num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
 
-    def place(b: Any, h: Any, t: Any, g: Any, *lists: Any) -> Place:
-        b, j, i = walk.blocks(lists, b, t)
-        return Place(b, h * group + g, h, i, j)
+    def place(
+        b: jax.Array, h: jax.Array, t: jax.Array, g: jax.Array, *lists: Ref
+    ) -> Place:
+        row, j, i = walk.blocks((lists[0], lists[1]), b, t)
+        return Place(row, h * group + g, h, i, j)
 
     specs = Specs(cut, place)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -106,7 +106,7 @@ def backward_kernel(
             *(queries, cut.q(dout), keys, values),
             # Rows without a visible key have every score masked, whatever is
             # subtracted.
-            *(cut.row(finite(lse) * LOG2_E, 0), cut.row(delta, 0)),
+            *(cut.row(finite(lse) * LOG2E, 0.0), cut.row(delta, 0.0)),
         ),
         operand_specs=(
             specs.tokens(),
@@ -132,15 +132,15 @@ def backward_kernel(
 
 
 def _backward_kernel(
-    lists: Any,
-    operands: Any,
-    zeros: Any,
-    results: Any,
-    scratch: Any,
+    lists: Lists,
+    operands: tuple[Ref, ...],
+    zeros: tuple[Ref, ...],
+    results: tuple[Ref, ...],
+    scratch: tuple[Ref, ...],
     *,
     walk: Walk,
-    rule: Any,
-    logits: Any,
+    rule: MaskRule,
+    logits: Logits,
     kv_compute: int,
     may_mask: bool,
     group: int,
@@ -171,14 +171,14 @@ def _backward_kernel(
     visited = step.listed & (step.kind != EMPTY)
     pl.when(visited)(dq.begin)
 
-    @pl.when(step.first & (g == 0))  # type: ignore[no-redef]
-    def _() -> None:
+    @pl.when(step.first & (g == 0))
+    def begin() -> None:
         save_columns(columns, kv_tokens)
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
 
-    def attend(masked: Any) -> None:
-        total = None
+    def attend(masked: bool) -> None:
+        total: jax.Array | None = None
         for keys in pieces(k.shape[0], kv_compute):
             s, natural = base2(logits, dot(k[keys], q[...], 1, 1))
             p = jnp.exp2(s - lse[...])
@@ -193,12 +193,13 @@ def _backward_kernel(
             dk[keys] += dot(ds, q[...], 1, 0)
             part = dot(ds, k[keys], 0, 0)
             total = part if total is None else total + part
+        assert total is not None, "a block has at least one piece"
         dq.add(total * logits.scale)
 
     when_listed(step, attend, may_mask=may_mask)
 
     pl.when(visited)(dq.end)
 
-    @pl.when(step.last & (g == group - 1))  # type: ignore[no-redef]
-    def _() -> None:
+    @pl.when(step.last & (g == group - 1))
+    def end() -> None:
         dk[...] *= logits.scale

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Int8
 
-from usp_jax.kernels.mosaic_tpu.blocks import LANES
-from usp_jax.masking import FULL, Mask, Tokens, block_kinds, pad_tokens
+from usp_jax.kernels.mosaic_tpu.blocks import LANES, Tile
+from usp_jax.kernels.mosaic_tpu.walk import Index
+from usp_jax.kernels.padding import pad_length, pad_mask
+from usp_jax.masking import FULL, Mask, Tokens, block_kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +27,11 @@ class Cut:
     mask: Mask
 
     @classmethod
-    def of(cls, q: Any, k: Any, mask: Mask, tile: Any) -> "Cut":
+    def of(cls, q: jax.Array, k: jax.Array, mask: Mask, tile: Tile) -> "Cut":
+        """Cuts a chunk into blocks near the tile's."""
         lengths = q.shape[1], k.shape[1]
         block_q, block_kv = map(_block, lengths, (tile.q, tile.kv))
-        pad_q, pad_kv = -lengths[0] % block_q, -lengths[1] % block_kv
-        with_ids = bool(pad_q or pad_kv)
-        mask = Mask(
-            mask.rule,
-            pad_tokens(mask.q, pad_q, with_ids=with_ids),
-            pad_tokens(mask.kv, pad_kv, with_ids=with_ids),
-        )
+        mask = pad_mask(mask, block_q, block_kv)
         sizes = (block_q, block_kv, min(tile.kv_compute, block_kv))
         return cls(q.shape[0], *lengths, *sizes, mask)
 
@@ -43,7 +40,7 @@ class Cut:
         return self.mask.q.positions.shape[1]
 
     @property
-    def kinds(self) -> Any:
+    def kinds(self) -> Int8[Array, "rows nq nk"]:
         """Each block's kind: [rows of the mask, blocks of queries, blocks of keys]"""
         if not self.mask.sees_all:
             return block_kinds(self.mask, self.block_q, self.block_kv)
@@ -64,7 +61,7 @@ class Cut:
 
         return rows(self.mask.q), rows(self.mask.kv)
 
-    def cost(self, q: Any, k: Any, *, num_products: int) -> Any:
+    def cost(self, q: jax.Array, k: jax.Array, *, num_products: int) -> pl.CostEstimate:
         """What XLA's scheduler is told; of a bounded order, half is seen."""
         rule = self.mask.rule
         seen = 0.5 if rule.before is not None or rule.after is not None else 1
@@ -75,27 +72,27 @@ class Cut:
             bytes_accessed=pairs // self.block_q * 2 * q.shape[3] * q.dtype.itemsize,
         )
 
-    def q(self, x: Any) -> Any:
+    def q(self, x: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B, N, T, H], padded"""
-        return _pad(x, self.block_q, 0).swapaxes(1, 2)
+        return pad_length(x, self.block_q, 0.0).swapaxes(1, 2)
 
-    def kv(self, x: Any) -> Any:
+    def kv(self, x: jax.Array) -> jax.Array:
         """[B, S, K, H] -> [B, K, S, H], padded"""
-        return _pad(x, self.block_kv, 0).swapaxes(1, 2)
+        return pad_length(x, self.block_kv, 0.0).swapaxes(1, 2)
 
-    def row(self, x: Any, fill: float | int) -> Any:
+    def row(self, x: jax.Array, fill: float) -> jax.Array:
         """[B, T, N] -> [B, N, 1, T], padded"""
-        return _pad(x, self.block_q, fill).swapaxes(1, 2)[:, :, None]
+        return pad_length(x, self.block_q, fill).swapaxes(1, 2)[:, :, None]
 
-    def from_q(self, x: Any) -> Any:
+    def from_q(self, x: jax.Array) -> jax.Array:
         """The inverse of `q`."""
         return x.swapaxes(1, 2)[:, : self.q_length]
 
-    def from_kv(self, x: Any) -> Any:
+    def from_kv(self, x: jax.Array) -> jax.Array:
         """The inverse of `kv`."""
         return x.swapaxes(1, 2)[:, : self.kv_length]
 
-    def from_row(self, x: Any) -> Any:
+    def from_row(self, x: jax.Array) -> jax.Array:
         """The inverse of `row`."""
         return x[:, :, 0].swapaxes(1, 2)[:, : self.q_length]
 
@@ -104,11 +101,11 @@ class Cut:
 class Place:
     """Where a step of the grid is: batch row, heads, block of queries and of keys."""
 
-    row: Any
-    head: Any
-    kv_head: Any
-    i: Any
-    j: Any
+    row: jax.Array
+    head: jax.Array
+    kv_head: jax.Array
+    i: jax.Array
+    j: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +115,17 @@ class Specs:
     cut: Cut
     place: Callable[..., Place]
 
-    def q(self, width: int) -> Any:
+    def q(self, width: int) -> pl.BlockSpec:
         """Blocks of [B, N, T, width]."""
         shape = (None, None, self.cut.block_q, width)
         return self._spec(shape, lambda at: (at.row, at.head, at.i, 0))
 
-    def kv(self, width: int) -> Any:
+    def kv(self, width: int) -> pl.BlockSpec:
         """Blocks of [B, K, S, width]."""
         shape = (None, None, self.cut.block_kv, width)
         return self._spec(shape, lambda at: (at.row, at.kv_head, at.j, 0))
 
-    def row(self) -> Any:
+    def row(self) -> pl.BlockSpec:
         """Blocks of [B, N, 1, T]."""
         shape = (None, None, 1, self.cut.block_q)
         return self._spec(shape, lambda at: (at.row, at.head, 0, at.i))
@@ -136,8 +133,10 @@ class Specs:
     def tokens(self) -> tuple[Tokens, Tokens]:
         """Blocks of the cut's tokens."""
 
-        def of(tokens: Tokens, block: int, index: Callable[..., Any]) -> Tokens:
-            def one(x: Any) -> Any:
+        def of(
+            tokens: Tokens, block: int, index: Callable[[Place], jax.Array]
+        ) -> Tokens:
+            def one(x: jax.Array) -> pl.BlockSpec:
                 shape, varies = (None, 1, block), x.shape[0] > 1
                 return self._spec(
                     shape, lambda at: (at.row if varies else 0, 0, index(at))
@@ -153,9 +152,9 @@ class Specs:
 
     def _spec(
         self,
-        shape: tuple[None, None, int, int] | tuple[None, int, int],
-        index: Callable[..., Any],
-    ) -> Any:
+        shape: tuple[int | None, ...],
+        index: Callable[[Place], tuple[Index, ...]],
+    ) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *grid: index(self.place(*grid)))
 
 
@@ -167,11 +166,3 @@ def _block(length: int, size: int) -> int:
     blocks = -(-length // size)
     blocks += blocks % 2 if blocks > 1 else 0
     return -(-length // (blocks * LANES)) * LANES
-
-
-def _pad(x: Any, block: int, fill: float | int) -> Any:
-    """Pads the tokens of [B, T, ...] to a multiple of the block."""
-    if not (padding := -x.shape[1] % block):
-        return x
-    widths = [(0, padding if i == 1 else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)

@@ -5,7 +5,6 @@ itself, initialised from the carry and normalised at the end of each run of the 
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,11 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Carry
-from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
-from usp_jax.kernels.mosaic_tpu.launch import Kernel
+from usp_jax.kernels.mosaic_tpu.launch import Interpret, Kernel
 from usp_jax.kernels.mosaic_tpu.tiles import (
-    LOG2_E,
     as_column,
     base2,
     dot,
@@ -32,8 +30,8 @@ from usp_jax.kernels.mosaic_tpu.tiles import (
     when_listed,
     widened,
 )
-from usp_jax.kernels.mosaic_tpu.walk import Walk
-from usp_jax.masking import Mask, sees
+from usp_jax.kernels.mosaic_tpu.walk import Lists, Ref, Walk
+from usp_jax.masking import Mask, MaskRule, sees
 from usp_jax.merge import finite
 
 
@@ -47,7 +45,7 @@ def chunk_forward(
     *,
     target: Target,
     blocks: BlockSizes | None = None,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Interpret = False,
 ) -> Carry:
     """Attention of q over k, v, merged into `carry`.
 
@@ -64,37 +62,37 @@ def chunk_forward(
 
 def forward_kernel(
     cut: Cut,
-    q: Any,
-    k: Any,
-    v: Any,
-    carry: Any,
-    logits: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    carry: Carry | None,
+    logits: Logits,
     vmem_mib: int,
-    interpret: Any,
+    interpret: Interpret,
 ) -> Kernel:
     """The kernel of a chunk, and what it takes."""
     walk = Walk.of(cut.kinds, cut.batch, visit_all=carry is None)
     num_heads, group = q.shape[2], q.shape[2] // k.shape[2]
 
-    def place(b: Any, n: Any, t: Any, *lists: Any) -> Place:
-        b, i, j = walk.blocks(lists, b, t)
-        return Place(b, n, n // group, i, j)
+    def place(b: jax.Array, n: jax.Array, t: jax.Array, *lists: Ref) -> Place:
+        row, i, j = walk.blocks((lists[0], lists[1]), b, t)
+        return Place(row, n, n // group, i, j)
 
     specs = Specs(cut, place)
     operands = (cut.tokens, cut.q(q), cut.kv(k), cut.kv(v))
+    heads = (cut.batch, num_heads)
     results = (
-        jax.ShapeDtypeStruct((*operands[1].shape[:3], v.shape[-1]), jnp.float32),
-        jax.ShapeDtypeStruct((cut.batch, num_heads, 1, cut.q_padded), jnp.float32),
+        jax.ShapeDtypeStruct((*heads, cut.q_padded, v.shape[-1]), jnp.float32),
+        jax.ShapeDtypeStruct((*heads, 1, cut.q_padded), jnp.float32),
     )
     result_specs = (specs.q(v.shape[-1]), specs.row())
+    state = None
     if carry is not None:
-        carry = cut.q(carry[0]), cut.row(carry[1], -jnp.inf)
+        state = cut.q(carry[0]), cut.row(carry[1], -jnp.inf)
     elif walk.calls > 1:
         # No call visits all blocks: what it leaves alone must be there before.
-        carry = tuple(
-            jnp.full(x.shape, fill)
-            for x, fill in zip(results, (0.0, -jnp.inf), strict=True)
-        )
+        out, lse = results
+        state = jnp.full(out.shape, 0.0), jnp.full(lse.shape, -jnp.inf)
     return Kernel(
         partial(
             _forward_kernel,
@@ -116,7 +114,7 @@ def forward_kernel(
         ),
         results=results,
         result_specs=result_specs,
-        state=carry,
+        state=state,
         state_specs=result_specs,
         scratch=(
             pltpu.VMEM((cut.block_q, LANES), jnp.float32),
@@ -130,15 +128,15 @@ def forward_kernel(
 
 
 def _forward_kernel(
-    lists: Any,
-    operands: Any,
-    carry: Any,
-    results: Any,
-    scratch: Any,
+    lists: Lists,
+    operands: tuple[Ref, ...],
+    carry: tuple[Ref, Ref] | None,
+    results: tuple[Ref, ...],
+    scratch: tuple[Ref, ...],
     *,
     walk: Walk,
-    rule: Any,
-    logits: Any,
+    rule: MaskRule,
+    logits: Logits,
     kv_compute: int,
     may_mask: bool,
 ) -> None:
@@ -147,7 +145,7 @@ def _forward_kernel(
     step = walk.step(lists, pl.program_id(0), pl.program_id(2))
 
     @pl.when(step.first)
-    def _() -> None:
+    def begin() -> None:
         save_columns(columns, q_tokens)
         if carry is None:
             m[...] = jnp.full_like(m, -jnp.inf)
@@ -155,11 +153,11 @@ def _forward_kernel(
             out[...] = jnp.zeros_like(out)
         else:
             # A finished row is a running one whose sum, over lanes, is 1 at its lse.
-            m[...] = as_column(carry[1][...]) * LOG2_E
+            m[...] = as_column(carry[1][...]) * LOG2E
             l[...] = jnp.where(m[...] == -jnp.inf, 0.0, 1 / LANES)
             out[...] = carry[0][...]
 
-    def attend(masked: Any) -> None:
+    def attend(masked: bool) -> None:
         for keys in pieces(k.shape[0], kv_compute):
             s, _ = base2(logits, dot(q[...], k[keys], 1, 1))
             if masked:
@@ -178,10 +176,10 @@ def _forward_kernel(
     when_listed(step, attend, may_mask=may_mask)
 
     @pl.when(step.last)
-    def _() -> None:
+    def end() -> None:
         total = l[...].sum(1, keepdims=True)
         unseen = total == 0
         safe = jnp.where(unseen, 1.0, total)
         out[...] = out[...] / safe
-        natural = jnp.where(unseen, -jnp.inf, m[...] / LOG2_E + jnp.log(safe))
+        natural = jnp.where(unseen, -jnp.inf, m[...] / LOG2E + jnp.log(safe))
         lse[...] = natural.T[:1]

@@ -2,11 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from usp_jax.kernels.mosaic_tpu.walk import Ref
+
+# A copy that is started and waited for.
+Copy = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +26,17 @@ class InPlace:
     itself, after those writes.
     """
 
-    hbm: Any
-    blocks: Any
-    reads: Any
-    writes: Any
-    row: Any
-    head: Any
+    hbm: Ref
+    blocks: Ref
+    reads: Ref
+    writes: Ref
+    row: jax.Array
+    head: jax.Array
     group: int
-    count: Any
-    minor: Any
-    t: Any
-    g: Any
+    count: jax.Array
+    minor: Callable[[jax.Array], jax.Array]
+    t: jax.Array
+    g: jax.Array
 
     def begin(self) -> None:
         """Starts this step's read, if it had to wait, and the next one's."""
@@ -53,7 +60,7 @@ class InPlace:
             self._read(jnp.minimum(t_next, self.count - 1), g_next, n + 1).start
         )
 
-    def add(self, x: Any) -> None:
+    def add(self, x: jax.Array) -> None:
         """Adds this step's part."""
         n = self.t * self.group + self.g
         self._read(self.t, self.g, n).wait()
@@ -69,7 +76,7 @@ class InPlace:
             pl.when((n >= 1) & ~self._again(t))(self._write(n - 1).wait)
             self._write(n).wait()
 
-    def _again(self, t: Any) -> Any:
+    def _again(self, t: jax.Array) -> jax.Array:
         """Whether one of the two steps before those of entry t has the same block."""
         # Steps of different heads have different blocks.
         back = range(1, 2 // self.group + 1)
@@ -79,17 +86,17 @@ class InPlace:
         ]
         return functools.reduce(jnp.logical_or, same, jnp.bool_(False))
 
-    def _block(self, t: Any, g: Any) -> Any:
+    def _block(self, t: jax.Array, g: jax.Array) -> Ref:
         size = self.blocks.shape[1]
         tokens = pl.ds(self.minor(t) * size, size)
         return self.hbm.at[self.row, self.head + g, tokens]
 
-    def _read(self, t: Any, g: Any, n: Any) -> Any:
+    def _read(self, t: jax.Array, g: jax.Array, n: jax.Array) -> Copy:
         slot = n % 3
         block, semaphore = self._block(t, g), self.reads.at[slot]
         return pltpu.make_async_copy(block, self.blocks.at[slot], semaphore)
 
-    def _write(self, n: Any) -> Any:
+    def _write(self, n: jax.Array) -> Copy:
         # Whoever waits asks for the semaphore only, and which block it was is the same.
         slot = jnp.maximum(n, 0) % 3
         block, semaphore = self._block(self.t, self.g), self.writes.at[slot]

@@ -2,15 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from usp_jax.kernels.mosaic_tpu.walk import Walk
+from usp_jax.kernels.mosaic_tpu.walk import Ref, Walk
+from usp_jax.masking import Tokens
 from usp_jax.varying import vary_over, varying_axes, varying_like
+
+# The tokens of the queries and of the keys, or the blocks of both.
+TokensOfBoth = tuple[Tokens, Tokens]
+
+# Whether a kernel is interpreted, and how.
+Interpret = bool | pltpu.InterpretParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +35,18 @@ class Kernel:
     name: str
     walk: Walk
     grid: tuple[int, ...]
-    operands: Any
-    operand_specs: Any
+    operands: tuple[TokensOfBoth | jax.Array, ...]
+    operand_specs: tuple[TokensOfBoth | pl.BlockSpec, ...]
     results: tuple[jax.ShapeDtypeStruct, ...]
     result_specs: tuple[pl.BlockSpec, ...]
     state: tuple[jax.Array, ...] | None
     state_specs: tuple[pl.BlockSpec, ...]
-    scratch: tuple[Any, ...]
+    scratch: tuple[Ref, ...]
     vmem_mib: int
     cost: pl.CostEstimate
-    interpret: Any
+    interpret: Interpret
 
-    def run(
-        self,
-    ) -> Any:
+    def run(self) -> tuple[jax.Array, ...]:
         """The results of all calls of the walk, made one after the other."""
         walk = self.walk
         # All inputs vary over all mesh axes that any of them varies over.
@@ -60,33 +65,40 @@ class Kernel:
             return self._call(entries[0], sizes[0], operands, state)
 
         def body(
-            state: Any,
-            lists: Any,
-        ) -> Any:
-            return self._call(*lists, operands, state), None  # type: ignore[call-arg]
+            state: tuple[jax.Array, ...], lists: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[jax.Array, ...], None]:
+            return self._call(*lists, operands, state), None
 
         return lax.scan(body, state, (entries, sizes))[0]
 
-    def _call(self, entries: Any, sizes: Any, operands: Any, state: Any) -> Any:
+    def _call(
+        self,
+        entries: jax.Array,
+        sizes: jax.Array,
+        operands: tuple[TokensOfBoth | jax.Array, ...],
+        state: tuple[jax.Array, ...] | None,
+    ) -> tuple[jax.Array, ...]:
         leaves, tree = jax.tree.flatten((operands, state))
         num_operands = len(jax.tree.leaves(operands))
         in_specs = jax.tree.leaves(
             (self.operand_specs, self.state_specs if state else ())
         )
 
-        def kernel(*refs: Any) -> None:
+        def kernel(*refs: Ref) -> None:
             ends = (2, 2 + len(leaves), 2 + len(leaves) + len(self.results))
             lists, inputs, results, scratch = _split(refs, ends)
             self.body(lists, *jax.tree.unflatten(tree, inputs), results, scratch)
 
         first, *rest = self.grid
-        steps = sizes[1:].max()
+        grid: tuple[int | jax.Array, ...]
+        grid = self.walk.batch, first, sizes[1:].max(), *rest
+        in_order: list[Literal["arbitrary"]] = ["arbitrary"] * (1 + len(rest))
         return pl.pallas_call(
             kernel,
             name=self.name,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
-                grid=(self.walk.batch, first, steps, *rest),
+                grid=grid,
                 in_specs=in_specs,
                 out_specs=self.result_specs,
                 scratch_shapes=self.scratch,
@@ -98,11 +110,7 @@ class Kernel:
                 2 + i: i - num_operands for i in range(num_operands, len(leaves))
             },
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=(
-                    "parallel",
-                    "parallel",
-                    *("arbitrary",) * (1 + len(rest)),  # type: ignore[arg-type]
-                ),
+                dimension_semantics=("parallel", "parallel", *in_order),
                 vmem_limit_bytes=self.vmem_mib * 2**20,
             ),
             cost_estimate=self.cost,
@@ -110,7 +118,7 @@ class Kernel:
         )(entries, sizes, *leaves)
 
 
-def _split(refs: Any, ends: tuple[int, int, int]) -> list[tuple[Any, ...]]:
+def _split(refs: tuple[Ref, ...], ends: tuple[int, ...]) -> list[tuple[Ref, ...]]:
     """Cuts a sequence at `ends`."""
     starts = (0, *ends)
     return [refs[a:b] for a, b in zip(starts, (*ends, None), strict=True)]

@@ -1,23 +1,20 @@
 """What the TPU kernels do to a block: products, logits of base 2, rows as columns."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_tpu.blocks import LANES
+from usp_jax.kernels.mosaic_tpu.walk import Ref, Step
 from usp_jax.masking import FULL, PARTIAL, Tokens
 
-LOG2_E = math.log2(math.e)
 
-
-def multipliable(
-    *arrays: Any,
-) -> Any:
+def multipliable(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Arrays in a dtype that the matrix unit takes: float16 becomes float32."""
     dtype = arrays[0].dtype
     if dtype == jnp.float64:
@@ -30,22 +27,22 @@ def multipliable(
     return arrays
 
 
-def when_listed(step: Any, attend: Callable[..., Any], *, may_mask: bool) -> None:
+def when_listed(step: Step, attend: Callable[[bool], None], *, may_mask: bool) -> None:
     """Runs `attend(masked)` as the step's kind demands."""
     if may_mask:
         pl.when(step.listed & (step.kind == PARTIAL))(partial(attend, True))
     pl.when(step.listed & (step.kind == FULL))(partial(attend, False))
 
 
-def base2(logits: Any, products: Any) -> Any:
+def base2(logits: Logits, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Logits in base 2, and natural ones where a soft cap's derivative needs them."""
     if logits.soft_cap is None:
-        return products * (logits.scale * LOG2_E), None
+        return products * (logits.scale * LOG2E), None
     natural = logits.of(products)
-    return natural * LOG2_E, natural
+    return natural * LOG2E, natural
 
 
-def dot(a: Any, b: Any, axis_a: int, axis_b: int) -> Any:
+def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     """A product of what it is given, accumulated in float32."""
     exact = a.dtype == jnp.float32
     return lax.dot_general(
@@ -57,27 +54,27 @@ def dot(a: Any, b: Any, axis_a: int, axis_b: int) -> Any:
     )
 
 
-def pieces(length: int, size: int) -> list[Any]:
+def pieces(length: int, size: int) -> list[slice]:
     """Slices of at most `size` that cut a length."""
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def as_column(row: Any) -> Any:
+def as_column(row: jax.Array) -> jax.Array:
     """[1, n] -> [n, LANES], each number along its lanes"""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def widened(column: Any, width: int) -> Any:
+def widened(column: jax.Array, width: int) -> jax.Array:
     """[n, LANES] -> [n, width], of numbers that are the same along lanes"""
     return jnp.concatenate([column] * -(-width // LANES), axis=1)[:, :width]
 
 
-def sum_to_lanes(x: Any) -> Any:
+def sum_to_lanes(x: jax.Array) -> jax.Array:
     """[n, width] -> [n, LANES], whose sum along lanes is that of x"""
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+    return jnp.asarray(sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)))
 
 
-def save_columns(columns: Any, tokens: Any) -> None:
+def save_columns(columns: Ref, tokens: Tokens) -> None:
     """Keeps positions and ids, [1, n] each, as columns."""
     for i, x in enumerate((tokens.positions, tokens.segment_ids)):
         if x is not None:
@@ -85,13 +82,11 @@ def save_columns(columns: Any, tokens: Any) -> None:
 
 
 def load_columns(
-    columns: Any, tokens: Any, width: int, rows: Any = slice(None)
+    columns: Ref, tokens: Tokens, width: int, rows: slice = slice(None)
 ) -> Tokens:
     """Some rows of what was saved of `tokens`, `width` numbers along."""
-    parts = (tokens.positions, tokens.segment_ids)
-    return Tokens(
-        *(
-            None if x is None else widened(columns[i, rows], width)
-            for i, x in enumerate(parts)
-        )
-    )
+    positions = tokens.positions
+    if positions is not None:
+        positions = widened(columns[0, rows], width)
+    ids = tokens.segment_ids
+    return Tokens(positions, None if ids is None else widened(columns[1, rows], width))

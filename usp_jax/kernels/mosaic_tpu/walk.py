@@ -7,11 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int8
 
 from usp_jax.masking import EMPTY
 
 # Entries of a list in one call: 128 KiB of the 1 MiB of scalar memory.
 MAX_ENTRIES = 2**15
+
+# What Pallas puts in the place of memory inside a kernel.
+Ref = Any
+
+# The list of one call and its sizes, in scalar memory.
+Lists = tuple[Ref, Ref]
+
+# The program's place in the grid, or a number.
+Index = jax.Array | int
 
 # An entry is major << 16 | minor << 2 | kind.
 INDEX_BITS = 14
@@ -21,11 +31,11 @@ INDEX_BITS = 14
 class Step:
     """What the list says of one step of the grid."""
 
-    count: Any
-    listed: Any
-    first: Any
-    last: Any
-    kind: Any
+    count: jax.Array
+    listed: jax.Array
+    first: jax.Array
+    last: jax.Array
+    kind: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +57,9 @@ class Walk:
     batch: int
 
     @classmethod
-    def of(cls, kinds: Any, batch: int, *, visit_all: bool) -> "Walk":
+    def of(
+        cls, kinds: Int8[Array, "rows major minor"], batch: int, *, visit_all: bool
+    ) -> "Walk":
         """Lists the blocks of `kinds` [rows, major, minor] that are not EMPTY.
 
         Args:
@@ -92,7 +104,9 @@ class Walk:
         """How many calls there are."""
         return self.entries.shape[0]
 
-    def entry(self, lists: Any, b: Any, t: Any) -> Any:
+    def entry(
+        self, lists: Lists, b: Index, t: Index
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(major, minor, kind) of entry t of batch row b; the last one beyond it."""
         entries, sizes = lists
         rows = self.sizes.shape[1] - 1
@@ -103,20 +117,13 @@ class Walk:
         return code >> (INDEX_BITS + 2), code >> 2 & index, code & 3
 
     def blocks(
-        self,
-        lists: Any,
-        b: Any,
-        t: Any,
-    ) -> Any:
+        self, lists: Lists, b: Index, t: Index
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(batch row, major, minor) of entry t."""
-        return lists[1][0] + b, *self.entry(lists, b, t)[:2]
+        major, minor, _ = self.entry(lists, b, t)
+        return lists[1][0] + b, major, minor
 
-    def step(
-        self,
-        lists: Any,
-        b: Any,
-        t: Any,
-    ) -> Step:
+    def step(self, lists: Lists, b: Index, t: Index) -> Step:
         """What to do at entry t."""
         count = lists[1][1 + (b if self.sizes.shape[1] > 2 else 0)]
         major, _, kind = self.entry(lists, b, t)

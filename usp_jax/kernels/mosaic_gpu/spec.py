@@ -1,0 +1,82 @@
+"""What all Hopper kernels of one chunk share: its mask, its logits, its blocks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from usp_jax.kernels.choice import Target
+from usp_jax.kernels.logits import LOG2E, Logits
+from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
+from usp_jax.kernels.mosaic_gpu.tiles import TILE
+from usp_jax.kernels.padding import pad_mask
+from usp_jax.masking import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSpec:
+    """The static facts of a chunk, and its mask.
+
+    Attributes:
+      mask: padded to whole tiles.
+      group: how many query heads each key head has.
+    """
+
+    mask: Mask
+    logits: Logits
+    blocks: BlockSizes
+    group: int
+    interpret: bool
+
+    @classmethod
+    def of(
+        cls,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        logits: Logits,
+        target: Target,
+        blocks: BlockSizes | None,
+        interpret: bool,
+    ) -> "ChunkSpec":
+        """Checks what these kernels can do, and pads the mask's tokens."""
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(
+                f"{q.dtype=}: mosaic_gpu takes bfloat16 and float16; use "
+                "implementation='xla'"
+            )
+        size = max(q.shape[-1], v.shape[-1])
+        if size > 256:
+            raise NotImplementedError(
+                f"mosaic_gpu takes heads of at most 256, not {size}; use "
+                "implementation='xla'"
+            )
+        blocks = blocks or BlockSizes.of(target, size, q.dtype)
+        mask = pad_mask(mask, TILE, TILE)
+        return cls(mask, logits, blocks, q.shape[2] // k.shape[2], interpret)
+
+    def base2(self, products: jax.Array) -> tuple[jax.Array, float]:
+        """(x, c) such that c · x, c > 0, are the logits times log2(e)."""
+        if self.logits.soft_cap is None and self.logits.scale > 0:
+            return products, self.logits.scale * LOG2E
+        return self.logits.of(products), LOG2E
+
+    def weights(
+        self, products: jax.Array, lse: jax.Array, seen: jax.Array | None
+    ) -> jax.Array:
+        """p from the products q·k and the base 2 lse."""
+        s, scale = self.base2(products)
+        p = jnp.exp2(s * scale - lse)
+        return p if seen is None else jnp.where(seen, p, 0.0)
+
+    def pull_back(self, dlogits: jax.Array, products: jax.Array) -> jax.Array:
+        """The products' cotangent, but for `late_scale`."""
+        if self.logits.soft_cap is None:
+            return dlogits
+        return self.logits.pull_back(dlogits, self.logits.of(products))
+
+    @property
+    def late_scale(self) -> float:
+        """What sums of `pull_back` are still to be multiplied with."""
+        return self.logits.scale if self.logits.soft_cap is None else 1.0
