@@ -18,7 +18,7 @@ CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 # A module may import what stands in its own row or in one above it. A new module fails
 # the test until it is given its place here.
 LAYERS = (
-    {"usp_jax._compat", "usp_jax.compiled", "usp_jax.plugins"},
+    {"usp_jax._compat", "usp_jax.compiled", "usp_jax.plugins", "usp_jax.units"},
     {
         "usp_jax.cases",
         "usp_jax.dropout",
@@ -55,6 +55,9 @@ EXTRA_PACKAGES = {
     "usp_jax.nn": {"flax"},
     "usp_jax.models": {"flax"},
     "usp_jax.models.hf": {"flax", "safetensors"},
+    # The training step, which the planner compiles.
+    "usp_jax.models.optimizer": {"optax"},
+    "usp_jax.models.training": {"flax", "optax"},
     # Its command line: tables, pictures, and the step that the compiler checks.
     "usp_jax.plan": {"flax", "matplotlib", "rich"},
 }

@@ -28,7 +28,7 @@ def step_of(
       ValueError: a run that cannot be.
     """
     check(config)
-    mesh = usp_jax.make_mesh(devices=devices, **config.mesh.axes)
+    mesh = usp_jax.make_mesh(devices=devices, **config.mesh.sizes)
     graphdef, state = abstract_state(config, mesh)
     batch = describe(config.batch_size, config.sequence_length, mesh, config.layout)
     return jit_step(make_step(config, graphdef), state), (state, batch)

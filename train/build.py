@@ -85,7 +85,7 @@ def build(config: Config) -> Run:
 
 
 def _make_mesh(config):
-    sizes = config.mesh.axes
+    sizes = config.mesh.sizes
     count = config.mesh.devices
     if count > jax.device_count():
         raise ValueError(

@@ -2,9 +2,19 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
-from train.config import DTYPES, STORED_LAYOUTS, Config, flatten
-from usp_jax.layout import length_multiple
+from train.config import (
+    STORED_LAYOUTS,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    flatten,
+)
+from usp_jax.models.execution import DTYPES
+from usp_jax.models.optimizer import check_adamw
+from usp_jax.models.sharding import row_multiple
 
 
 def check(config: Config) -> None:
@@ -30,13 +40,10 @@ def check(config: Config) -> None:
     _check_traced(config)
 
 
-def _check_length(config):
+def _check_length(config: Config) -> None:
     mesh = config.mesh
     tensor = mesh.tensor if config.model.tensor_sequence else 1
-    multiple = math.lcm(
-        length_multiple(config.layout, mesh.ring, mesh.ulysses),
-        mesh.ring * mesh.ulysses * tensor,
-    )
+    multiple = row_multiple(config.layout, mesh.ring, mesh.ulysses, tensor)
     if config.sequence_length % multiple:
         also = f", mesh.tensor={tensor}" if tensor > 1 else ""
         raise ValueError(
@@ -46,16 +53,15 @@ def _check_length(config):
         )
 
 
-def _check_numbers(config):
+def _check_numbers(config: Config) -> None:
     flat = flatten(dataclasses.asdict(config))
     positive = (
-        "steps sequence_length batch_size accumulate optimizer.learning_rate "
-        "optimizer.eps "
-        "optimizer.clip_norm optimizer.max_skipped checkpoint.every checkpoint.keep "
+        "steps sequence_length batch_size accumulate "
+        "optimizer.max_skipped checkpoint.every checkpoint.keep "
         "log.every log.print_every log.spike_factor log.spike_window eval.batches"
     )
     counts = (
-        "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
+        "seed sample.length "
         "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
     )
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
@@ -76,23 +82,14 @@ def _check_numbers(config):
             f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
             "exit status, at most 255"
         )
-    for name in ("b1", "b2"):
-        if not 0 <= flat[f"optimizer.{name}"] < 1:
-            raise ValueError(
-                f"optimizer.{name}={flat[f'optimizer.{name}']} must be in [0, 1)"
-            )
-    if not 0 <= config.optimizer.final_fraction <= 1:
-        raise ValueError(
-            f"optimizer.final_fraction={config.optimizer.final_fraction} must be "
-            "between 0 and 1"
-        )
+    check_adamw(config.optimizer, "optimizer.")
     if config.sample.length and not config.sample.prompt:
         raise ValueError(
             "sample.prompt='' must have at least one character, or sample.length be 0"
         )
 
 
-def _check_data(data, evaluation):
+def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if data.mixture and data.path is not None:
         raise ValueError(
             f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
@@ -112,11 +109,11 @@ def _check_data(data, evaluation):
         )
 
 
-def _told(mixture):
+def _told(mixture: tuple[tuple[Path, float], ...]) -> str:
     return " ".join(f"{path} {weight}" for path, weight in mixture)
 
 
-def _check_traced(config):
+def _check_traced(config: Config) -> None:
     traced = config.profile.traced
     if traced and traced[-1] > config.steps:
         raise ValueError(
@@ -125,8 +122,9 @@ def _check_traced(config):
         )
 
 
-def _check_distributed(config):
-    given = (config.num_processes is not None, config.process_id is not None)
+def _check_distributed(config: DistributedConfig) -> None:
+    number, own = config.num_processes, config.process_id
+    given = (number is not None, own is not None)
     explicit = config.coordinator not in (None, "auto")
     if explicit != all(given) or any(given) != all(given):
         raise ValueError(
@@ -134,8 +132,8 @@ def _check_distributed(config):
             f"num_processes={config.num_processes}, process_id={config.process_id}: "
             "give all three, with host:port; or coordinator=auto alone; or none"
         )
-    if explicit and not 0 <= config.process_id < config.num_processes:
+    if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(
-            f"distributed.process_id={config.process_id} must be at least 0 and less "
-            f"than num_processes={config.num_processes}"
+            f"distributed.process_id={own} must be at least 0 and less than "
+            f"num_processes={number}"
         )

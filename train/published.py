@@ -17,24 +17,15 @@ from train.config import Config
 from train.trained import read_config, read_run
 from train.vocabulary import Vocabulary
 from usp_jax.models import hf
-from usp_jax.models.llama import LlamaConfig
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Decoder
 
-# What the weights mean, by `ModelConfig`'s names. RoPE may be told to be another one,
-# which is how a model is trained on for longer contexts.
-_OF_WEIGHTS = (
-    "vocab_size",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_size",
-    "d_ff",
-    "rms_norm_eps",
-    "tie_embeddings",
-    "qkv_bias",
-    "qk_norm",
-)
+# RoPE may be another one than the weights', which is how a model is trained on for
+# longer contexts. The rest of the description is what the weights mean.
 _ROPE = ("rope_theta", "rope_scaling")
+_OF_WEIGHTS = tuple(
+    field.name for field in dataclasses.fields(Decoder) if field.name not in _ROPE
+)
 
 
 def with_published_model(config: Config, options: Sequence[str]) -> Config:
@@ -63,6 +54,7 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
 def check_published(config: Config, vocabulary: Vocabulary) -> None:
     """Raises ValueError for a folder of another model or tokenizer than the run's."""
     folder, wanted = config.init_from, config.llama
+    assert folder is not None
     found = _folder_config(folder)
     differing = [
         f"model.{name}={getattr(wanted, name)!r}, there it is {getattr(found, name)!r}"
@@ -93,6 +85,7 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
       ValueError: no such weights, or a mesh that cannot split them.
     """
     folder, wanted = config.init_from, config.llama
+    assert folder is not None
     found = _folder_config(folder)
     try:
         model = hf.load(folder, mesh=mesh, **vars(wanted))

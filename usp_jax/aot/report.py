@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from usp_jax import compiled
 from usp_jax.aot.devices import Device, of_kind
 from usp_jax.aot.topologies import Topology
+from usp_jax.units import GIB
 
 Options = Mapping[str, bool | int | float | str]
 
@@ -78,7 +79,7 @@ class Report:
 
     def table(self) -> str:
         """The report as lines of text."""
-        size = f"{self.device.hbm_bytes / 2**30:.2f} GiB"
+        size = f"{self.device.hbm_bytes / GIB:.2f} GiB"
         lines = [
             f"{self.num_devices} x {self.device.kind}, {size} each; compiled in "
             f"{self.compile_seconds:.1f} s"

@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from usp_jax.models.pipeline import deal_tables
+from usp_jax.models.ring_schedule import name_and_inner
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.flops import layer_weights
@@ -67,7 +68,7 @@ def call_of(job: Job, choice: Choice) -> attention.Call:
         ring=choice.ring,
         ulysses=choice.ulysses,
         itemsize=job.itemsize,
-        ring_schedule=choice.ring_schedule,
+        ring_schedule=name_and_inner(choice.ring_schedule)[0],
         chunks=choice.ulysses_chunks,
     )
 
