@@ -15,7 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GIB = 2**30
+from usp_jax.units import GIB
+
 Lines = Sequence[dict[str, Any]]
 
 

@@ -13,7 +13,6 @@ not fit says so. Needs `pip install '.[train]'`.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
@@ -48,8 +47,7 @@ def config_of(
     Args:
       options: of the model; `num_layers` is one of them.
     """
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    model = {name: x for name, x in PRESETS[preset].items() if name in names}
+    model = vars(PRESETS[preset])
     share = options["num_layers"] / model["num_layers"]
     vocab_size = -(-int(model["vocab_size"] * share) // 128) * 128
     return Config(
@@ -75,7 +73,7 @@ def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
     """The figures of a step, after two that are not timed."""
-    mesh = usp_jax.make_mesh(devices=jax.devices()[:1], **config.mesh.axes)
+    mesh = usp_jax.make_mesh(devices=jax.devices()[:1], **config.mesh.sizes)
     graphdef, state = first_state(config, mesh)
     batch = random_batch(config, mesh)
     began = time.perf_counter()

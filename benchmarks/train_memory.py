@@ -26,8 +26,9 @@ from train.ahead import compile_for
 from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from usp_jax import aot
 from usp_jax.models.presets import PRESETS
+from usp_jax.units import GIB
 
-K, GIB = 1024, 2**30
+K = 1024
 MODEL = "llama3-8b"
 V5P, A100, H100, H200 = "v5p:4x4x4", "a100:2x8", "h100:1x8", "h200:1x1"
 
@@ -51,11 +52,9 @@ class Case:
     @property
     def config(self) -> Config:
         """The run that has this step."""
-        names = {field.name for field in dataclasses.fields(ModelConfig)}
-        preset = {n: x for n, x in PRESETS[MODEL].items() if n in names}
         options = {n: x for n, x in self.options.items() if n != "offload"}
         return Config(
-            model=ModelConfig(**preset, **options),
+            model=ModelConfig(**vars(PRESETS[MODEL]), **options),
             steps=1000,
             sequence_length=self.tokens,
             batch_size=1,

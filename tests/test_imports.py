@@ -23,6 +23,7 @@ LAYERS = (
         "usp_jax.checks",
         "usp_jax.compiled",
         "usp_jax.plugins",
+        "usp_jax.units",
         "usp_jax.varying",
     },
     {
@@ -49,7 +50,7 @@ LAYERS = (
     {"usp_jax.plan"},
     {"train.config", "train.files"},
     {"train.data", "train.log"},
-    {"train.state", "train.step", "train.update"},
+    {"train.state", "train.step"},
     {"train.evaluation"},
     {"train"},
 )
@@ -58,6 +59,9 @@ EXTRA_PACKAGES = {
     "usp_jax.nn": {"flax"},
     "usp_jax.models": {"flax"},
     "usp_jax.models.hf": {"flax", "safetensors"},
+    # The training step, which the planner compiles.
+    "usp_jax.models.optimizer": {"optax"},
+    "usp_jax.models.training": {"flax", "optax"},
     # Its command line: tables, pictures, and the step that the compiler checks.
     "usp_jax.plan": {"flax", "matplotlib", "rich"},
 }

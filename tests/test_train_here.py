@@ -19,7 +19,7 @@ def test_a_step_is_timed_and_what_cannot_be_says_so(capsys) -> None:
 
 
 def test_the_vocabulary_has_its_share_of_the_work() -> None:
-    whole = PRESETS["llama3-8b"]
+    whole = vars(PRESETS["llama3-8b"])
     config = train_here.config_of("llama3-8b", 2**15, {"num_layers": 8}, False)
     assert config.model.num_layers / whole["num_layers"] == 0.25
     assert config.model.vocab_size == pytest.approx(whole["vocab_size"] / 4, rel=0.005)

@@ -3,10 +3,11 @@
     python -m train tiny --auto-mesh          # for the devices that are here
     python -m train tiny --auto-mesh v5p      # for as many of another machine
 
-Beside the mesh and its ZeRO level the planner chooses a pipeline's micro-batches and
-rounds, what the backward pass computes again, whether the feed-forward network is taken
-in tiles and the sequence split over tensor too, and in how many parts a step takes its
-rows. With `--optimizer.offload` it may use the host's memory.
+The planner also chooses the ZeRO level, a pipeline's micro-batches and rounds, what the
+backward pass recomputes, whether the feed-forward network is taken in tiles, whether
+the sequence is split over tensor too, and in how many parts a step takes its rows. The
+ring schedule and head groups are those of the run. With `--optimizer.offload` it may
+use the host's memory.
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ import dataclasses
 import jax
 
 from train.check import check
-from train.config import HERE, Config, MeshConfig
+from train.config import HERE, Config
 from usp_jax import plan
 from usp_jax.aot.devices import of_kind
+from usp_jax.models.execution import MeshSizes, Staging, Tuning, with_fields_of
 from usp_jax.plan.command import describe
+from usp_jax.units import GIB
 
 STAND_IN = "v5e"
 """The machine whose links and memory are assumed for CPU devices."""
@@ -49,7 +52,7 @@ def planned(config: Config) -> Config:
         print(
             f"auto-mesh: {describe(row.choice)}: the fastest on {row.job.devices} x "
             f"{name}{why}, as planned {seconds.total:.3g} s a step and "
-            f"{memory.peak / 2**30:.3g} GiB a device",
+            f"{memory.peak / GIB:.3g} GiB a device",
             flush=True,
         )
     choice = row.choice
@@ -57,18 +60,8 @@ def planned(config: Config) -> Config:
         config,
         auto_mesh=None,
         accumulate=choice.accumulate,
-        mesh=MeshConfig(
-            **choice.sizes,
-            zero=choice.zero,
-            microbatches=choice.microbatches,
-            interleave=choice.interleave,
-        ),
-        model=dataclasses.replace(
-            config.model,
-            remat=choice.remat,
-            mlp_tile=choice.mlp_tile,
-            tensor_sequence=choice.tensor_sequence,
-        ),
+        mesh=with_fields_of(config.mesh, choice, MeshSizes, Staging),
+        model=with_fields_of(config.model, choice, Tuning),
         optimizer=dataclasses.replace(config.optimizer, offload=choice.offload),
     )
     check(config)

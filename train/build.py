@@ -88,7 +88,7 @@ def build(config: Config) -> Run:
 
 
 def _mesh(config: Config) -> Mesh:
-    sizes, count = config.mesh.axes, config.mesh.devices
+    sizes, count = config.mesh.sizes, config.mesh.devices
     if count > jax.device_count():
         raise ValueError(
             f"mesh={sizes} needs {count} devices, there are {jax.device_count()}; "

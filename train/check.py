@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from train.config import (
-    DTYPES,
     STORED_LAYOUTS,
     Config,
     DataConfig,
@@ -16,6 +15,8 @@ from train.config import (
     flatten,
 )
 from usp_jax.layout import length_multiple
+from usp_jax.models.execution import DTYPES
+from usp_jax.models.optimizer import check_adamw
 
 
 def check(config: Config) -> None:
@@ -57,13 +58,12 @@ def _check_length(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     flat: dict[str, Any] = flatten(dataclasses.asdict(config))
     positive = (
-        "steps sequence_length batch_size accumulate optimizer.learning_rate "
-        "optimizer.eps "
-        "optimizer.clip_norm optimizer.max_skipped checkpoint.every checkpoint.keep "
+        "steps sequence_length batch_size accumulate "
+        "optimizer.max_skipped checkpoint.every checkpoint.keep "
         "log.every log.print_every log.spike_factor log.spike_window eval.batches"
     )
     counts = (
-        "seed optimizer.warmup_steps optimizer.weight_decay sample.length "
+        "seed sample.length "
         "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
     )
     for name in positive.split() + [name for name in flat if name.startswith("mesh.")]:
@@ -84,16 +84,7 @@ def _check_numbers(config: Config) -> None:
             f"checkpoint.stopped_status={flat['checkpoint.stopped_status']} must be an "
             "exit status, at most 255"
         )
-    for name in ("b1", "b2"):
-        if not 0 <= flat[f"optimizer.{name}"] < 1:
-            raise ValueError(
-                f"optimizer.{name}={flat[f'optimizer.{name}']} must be in [0, 1)"
-            )
-    if not 0 <= config.optimizer.final_fraction <= 1:
-        raise ValueError(
-            f"optimizer.final_fraction={config.optimizer.final_fraction} must be "
-            "between 0 and 1"
-        )
+    check_adamw(config.optimizer, "optimizer.")
     if config.sample.length and not config.sample.prompt:
         raise ValueError(
             "sample.prompt='' must have at least one character, or sample.length be 0"
@@ -134,7 +125,8 @@ def _check_traced(config: Config) -> None:
 
 
 def _check_distributed(config: DistributedConfig) -> None:
-    given = (config.num_processes is not None, config.process_id is not None)
+    number, own = config.num_processes, config.process_id
+    given = (number is not None, own is not None)
     explicit = config.coordinator not in (None, "auto")
     if explicit != all(given) or any(given) != all(given):
         raise ValueError(
@@ -142,9 +134,8 @@ def _check_distributed(config: DistributedConfig) -> None:
             f"num_processes={config.num_processes}, process_id={config.process_id}: "
             "give all three, with host:port; or coordinator=auto alone; or none"
         )
-    process, count = config.process_id, config.num_processes
-    if process is not None and count is not None and not 0 <= process < count:
+    if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(
-            f"distributed.process_id={config.process_id} must be at least 0 and less "
-            f"than num_processes={config.num_processes}"
+            f"distributed.process_id={own} must be at least 0 and less than "
+            f"num_processes={number}"
         )

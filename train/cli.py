@@ -9,6 +9,7 @@ from train.check import check
 from train.config import HERE, Config, MeshConfig
 from train.presets import PRESETS, preset
 from train.published import with_published_model
+from usp_jax.models.execution import Tuning
 
 USAGE = "python -m train PRESET [--section.key value ...]"
 
@@ -61,18 +62,17 @@ def _with_machine(options: Sequence[str]) -> list[str]:
 
 def _check_nothing_told(options: Sequence[str]) -> None:
     """Raises ValueError for what the planner is to choose."""
-    chosen = (
-        "--mesh.",
-        "--model.remat",
-        "--model.mlp-tile",
-        "--model.tensor-sequence",
-        "--model.no-tensor-sequence",
-        "--accumulate",
-    )
+    names = [
+        field.name.replace("_", "-")
+        for field in dataclasses.fields(Tuning)
+        # The plan is made for these, as the run has them.
+        if field.name not in ("ring_schedule", "ulysses_chunks")
+    ]
+    tuning = (f"--model.{no}{name}" for name in names for no in ("", "no-"))
+    chosen = ("--mesh.", "--accumulate", *tuning)
     told = [word for word in options if word.replace("_", "-").startswith(chosen)]
     if told:
         raise ValueError(
-            f"{told[0]} beside --auto-mesh: the planner chooses the mesh, accumulate, "
-            "model.remat, model.mlp_tile and model.tensor_sequence; leave one of the "
-            "two out"
+            f"{told[0]} beside --auto-mesh: the planner chooses mesh.*, accumulate "
+            f"and, of model.*, {', '.join(names)}; leave one of the two out"
         )

@@ -5,101 +5,31 @@ fields of it, and `check.py` says what is wrong with one.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from usp_jax.layout import LAYOUTS
-from usp_jax.mesh import ROLES
-from usp_jax.models.llama import LlamaConfig, RopeScaling
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Decoder
+from usp_jax.models.execution import Computation, MeshSizes, Staging, with_fields_of
+from usp_jax.models.optimizer import AdamW
 from usp_jax.models.pipeline import Pipeline
+from usp_jax.models.training import Training
 
 # "balanced" is the op's "data": each row has an order of its own.
 STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUTS)
-DTYPES = ("float32", "bfloat16")
 HERE = "here"
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh, outermost first.
-
-    Attributes:
-      pipe: splits the layers into stages, which work on micro-batches of the rows one
-        behind the other.
-      data: splits the batch; optimizer state is split too (ZeRO-1).
-      fsdp: splits the batch, parameters, gradients and optimizer state (ZeRO-3).
-      ring: splits the sequence, by ring attention.
-      ulysses: splits the sequence, by all-to-all.
-      tensor: splits heads and the feed-forward network.
-      zero: the ZeRO level over fsdp, ring and ulysses: 3 splits parameters and
-        gradients too, 1 optimizer state only.
-      microbatches: in how many parts a device's rows go through the stages; None is
-        one for each stage, more leave the stages less idle.
-      interleave: groups of layers that a stage has; more leave it less idle too.
-    """
-
-    pipe: int = 1
-    data: int = 1
-    fsdp: int = 1
-    ring: int = 1
-    ulysses: int = 1
-    tensor: int = 1
-    zero: int = 3
-    microbatches: int | None = None
-    interleave: int = 1
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """The size of each axis."""
-        return {name: getattr(self, name) for name in ROLES}
-
-    @property
-    def devices(self) -> int:
-        """How many devices the mesh has."""
-        return math.prod(self.axes.values())
+class MeshConfig(Staging, MeshSizes):
+    """Devices along each axis of the mesh, outermost first, and how they are used."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Sizes and choices of the LLaMA, as `usp_jax.models.llama.LlamaConfig` has them.
-
-    Attributes:
-      rope_scaling: a stretching of RoPE for longer contexts; the command line takes it
-        last: `model.rope-scaling:linear-scaling --model.rope-scaling.factor 4`.
-      remat: what the backward pass computes again: none, full, attention (attention's
-        output is kept), attention_qkv (its inputs too) or dots (what all other matrix
-        products give, too); full_offload, attention_offload, attention_qkv_offload and
-        dots_offload keep it all in the host's memory.
-      mlp_tile: how many of a device's tokens have the feed-forward network's hidden
-        activations in memory at once; None: all.
-      loss_chunk: how many of a device's tokens, and
-      loss_block: how many of the vocabulary's entries have logits in memory at once.
-      tensor_sequence: with mesh.tensor, splits over it by tokens what is not split by
-        heads or features (TP-sp).
-      implementation: of attention; None is the platform's own.
-    """
-
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    d_ff: int
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    remat: str = "full"
-    mlp_tile: int | None = None
-    loss_chunk: int = 1024
-    loss_block: int = 8192
-    tensor_sequence: bool = True
-    implementation: str | None = None
+class ModelConfig(Computation, Decoder):
+    """Sizes of the LLaMA, and how a device computes its part of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,29 +84,14 @@ class PasskeyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(AdamW):
     """AdamW, warm-up and cosine.
 
     Attributes:
-      learning_rate: the highest, reached after `warmup_steps`.
-      final_fraction: of it, reached with the last step.
-      weight_decay: of everything but norms and biases.
-      clip_norm: the longest that the gradient of all parameters may be.
-      offload: the float32 parameters and the optimizer's memory live in the host's
-        pinned memory, and pass through the device a layer at a time.
       max_skipped: a step whose loss or gradient is not finite changes nothing; after
         this many in a row the run gives up.
     """
 
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    offload: bool = False
     max_skipped: int = 10
 
 
@@ -302,9 +217,10 @@ class Config:
         begins with; None draws them. The model's sizes are then the folder's.
       fake_devices: this many CPU devices in each process, instead of what there is.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for that of the devices; the
-        planner then chooses mesh.*, model.remat, model.mlp_tile,
-        model.tensor_sequence and accumulate.
-      dtype: of the computation; parameters are float32.
+        planner then chooses mesh.*, accumulate and, of model.*, the fields of
+        `usp_jax.models.execution.Tuning`.
+      dtype: dtype of the computation: float32, bfloat16 or float64 (which needs
+        JAX_ENABLE_X64=1); model.param_dtype is that of the stored parameters.
     """
 
     model: ModelConfig
@@ -338,13 +254,13 @@ class Config:
     @property
     def llama(self) -> LlamaConfig:
         """The model's configuration; raises ValueError for sizes it cannot have."""
-        return LlamaConfig(
-            **vars(self.model),
-            dtype=self.dtype,
-            zero=self.mesh.zero,
-            microbatches=self.mesh.microbatches,
-            interleave=self.mesh.interleave,
-        )
+        config = LlamaConfig(**vars(self.model), dtype=self.dtype)
+        return with_fields_of(config, self.mesh, Staging)
+
+    @property
+    def training(self) -> Training:
+        """What a step of the run is, beside its model and mesh."""
+        return Training(self.optimizer, self.steps, self.accumulate, self.stored_layout)
 
     @property
     def pipeline(self) -> Pipeline:

@@ -11,6 +11,7 @@ from train.config import (
     PasskeyConfig,
     SampleConfig,
 )
+from usp_jax.models.presets import PRESETS as MODELS
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 
@@ -18,16 +19,7 @@ RUNS = Path(__file__).resolve().parent.parent / "runs"
 def tiny() -> Config:
     """A model of 0.9 million parameters on 8 fake CPU devices, trained in minutes."""
     return Config(
-        model=ModelConfig(
-            vocab_size=256,
-            d_model=128,
-            num_layers=4,
-            num_heads=8,
-            num_kv_heads=4,
-            head_size=16,
-            d_ff=384,
-            remat="attention_qkv",
-        ),
+        model=ModelConfig(**vars(MODELS["tiny"]), remat="attention_qkv"),
         steps=300,
         sequence_length=1024,
         batch_size=4,

@@ -17,24 +17,15 @@ from train.config import Config
 from train.data.vocabulary import Vocabulary
 from train.trained import read_config, read_run
 from usp_jax.models import hf
-from usp_jax.models.llama import LlamaConfig
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Decoder
 
-# What the weights mean, by `ModelConfig`'s names. RoPE may be told to be another one,
-# which is how a model is trained on for longer contexts.
-_OF_WEIGHTS = (
-    "vocab_size",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_size",
-    "d_ff",
-    "rms_norm_eps",
-    "tie_embeddings",
-    "qkv_bias",
-    "qk_norm",
-)
+# RoPE may be another one than the weights', which is how a model is trained on for
+# longer contexts. The rest of the description is what the weights mean.
 _ROPE = ("rope_theta", "rope_scaling")
+_OF_WEIGHTS = tuple(
+    field.name for field in dataclasses.fields(Decoder) if field.name not in _ROPE
+)
 
 
 def with_published_model(config: Config, options: Sequence[str]) -> Config:

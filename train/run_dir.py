@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from train.config import Config, ModelConfig, flatten
+from usp_jax.models.execution import Computation
 
 # What may differ when a run goes on: where and how fast it is computed, what is told of
 # it, and how far it goes (the learning rate then follows the new number of steps). All
@@ -20,12 +21,11 @@ FREE_ON_RESUME = (
     "layout",
     "log",
     "mesh",
-    "model.implementation",
-    "model.loss_block",
-    "model.loss_chunk",
-    "model.mlp_tile",
-    "model.remat",
-    "model.tensor_sequence",
+    *(
+        f"model.{field.name}"
+        for field in dataclasses.fields(Computation)
+        if field.name != "param_dtype"
+    ),
     "optimizer.offload",
     "optimizer.max_skipped",
     "profile",

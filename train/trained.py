@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -25,9 +24,9 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
       ValueError: no run or no such checkpoint there, or a mesh that cannot have it.
     """
     config = read_config(run_dir)
-    shardings = parameter_shardings(config, mesh)
+    shardings, dtype = parameter_shardings(config, mesh), config.stored_dtype
     wanted = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[name])
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
         for name, shape in parameter_shapes(config).items()
     }
     step, params = _restore(run_dir, step, wanted)
@@ -46,6 +45,9 @@ def read_config(run_dir: Path) -> LlamaConfig:
     if scaling is not None:
         kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
         model["rope_scaling"] = kinds[scaling.pop("type")](**scaling)
+    # These suit the run's mesh, which is not the caller's.
+    for name in ("ring_schedule", "ulysses_chunks"):
+        model.pop(name, None)
     return LlamaConfig(**model, dtype=told["dtype"])
 
 

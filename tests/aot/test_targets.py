@@ -182,7 +182,7 @@ def test_the_command_line(capsys):
         ("moon:1x8", "topology 'moon:1x8' is not known"),
         ("h100:1x1 --option xla_nonsense=true", "No such compile option"),
         ("h100:1x1 --option xla_nonsense", "invalid _option value"),
-        ("h100:1x1 --length 12Q", "invalid _length value"),
+        ("h100:1x1 --length 12Q", "length='12Q' must be a number like 4096, 64K or 1M"),
     ],
 )
 def test_mistakes_on_the_command_line(command, message, capsys):

@@ -4,22 +4,16 @@ import dataclasses
 from pathlib import Path
 
 from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from usp_jax.models.execution import MeshSizes, Staging, with_fields_of
 from usp_jax.plan.choice import Choice, Job
 
 
 def config_of(job: Job, choice: Choice) -> Config:
     """The run that trains a job in the way of a choice."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    model = {n: x for n, x in vars(job.model).items() if n in names}
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    model = job.model_of(choice)
     return Config(
-        model=ModelConfig(
-            **{
-                **model,
-                "remat": choice.remat,
-                "tensor_sequence": choice.tensor_sequence,
-                "mlp_tile": choice.mlp_tile,
-            }
-        ),
+        model=ModelConfig(**{name: getattr(model, name) for name in names}),
         steps=10,
         sequence_length=job.sequence,
         batch_size=job.batch,
@@ -27,11 +21,6 @@ def config_of(job: Job, choice: Choice) -> Config:
         layout=job.layout,
         accumulate=choice.accumulate,
         dtype=job.model.dtype,
-        mesh=MeshConfig(
-            **choice.sizes,
-            zero=choice.zero,
-            microbatches=choice.microbatches,
-            interleave=choice.interleave,
-        ),
+        mesh=with_fields_of(MeshConfig(), choice, MeshSizes, Staging),
         optimizer=OptimizerConfig(offload=choice.offload),
     )

@@ -1,6 +1,5 @@
 """The planner's times against this library's own on a GPU."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 from usp_jax import plan
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.presets import PRESETS
 from usp_jax.plan.efficiency import CALIBRATED, HOPPER
 from usp_jax.plan.seconds import step_seconds
 
@@ -45,11 +43,9 @@ STEPS = [
 @pytest.mark.parametrize("line", STEPS, ids=lambda line: str(line["tokens"]))
 def test_a_training_step_on_an_h100_takes_what_is_planned(line):
     """The first is what `matmul` is from."""
-    names = {field.name for field in dataclasses.fields(LlamaConfig)}
-    preset = {k: x for k, x in PRESETS["llama3-8b"].items() if k in names}
     layers = {name: line[name] for name in ("num_layers", "vocab_size")}
     job = plan.Job(
-        LlamaConfig(**preset | layers),
+        LlamaConfig.preset("llama3-8b", **layers),
         plan.machine("h100"),
         devices=1,
         sequence=line["tokens"],

@@ -16,6 +16,7 @@ from train.cli import parse
 from train.presets import preset
 from usp_jax import plan
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.execution import MeshSizes, Staging, Tuning, with_fields_of
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
     LinearScaling,
@@ -23,7 +24,7 @@ from usp_jax.models.rope_scaling import (
     YarnScaling,
 )
 from usp_jax.plan.__main__ import main
-from usp_jax.plan.choice import lacks, obstacle
+from usp_jax.plan.choice import obstacle
 from usp_jax.plan.memory import host_bytes
 from usp_jax.plan.seconds import own_share
 
@@ -57,7 +58,7 @@ def test_the_fastest_that_fits_and_trains_comes_first(rows):
 
 def test_every_row_says_why(rows):
     for row in rows:
-        refused = not row.fits or lacks(row.choice)
+        refused = not row.can_train
         assert bool(row.reason) == bool(refused)
         assert (row.memory is None) == (obstacle(row.job, row.choice) is not None)
     kinds = {row.reason.partition(":")[0] for row in rows}
@@ -148,13 +149,31 @@ def test_mistakes_are_told(model, machine, options, message):
         plan.best(model, machine, **{"sequence": 4096, **options})
 
 
+def test_a_dtype_without_a_known_speed_is_told():
+    model = LlamaConfig.preset("tiny", dtype="float64")
+    with pytest.raises(ValueError, match="dtype='float64' must be one of"):
+        plan.best(model, "v5p", sequence=4096)
+
+
+def test_parameters_in_bfloat16_take_two_bytes_less():
+    model = LlamaConfig.preset("llama3-8b")
+    stored = dataclasses.replace(model, param_dtype="bfloat16")
+    choice = plan.Choice(data=8, zero=1)
+    state = [
+        plan.evaluate(plan.job_of(m, "h100", sequence=8192, batch=8), choice).memory
+        for m in (model, stored)
+    ]
+    less = state[0].state - state[1].state
+    assert less == pytest.approx(2 * model.num_parameters / 8, rel=1e-3)
+
+
 def test_the_command_trains_what_was_planned():
     row = plan.best("llama3-8b", "v5p", sequence=2**18, devices=64)
     words = shlex.split(plan.train_command(row.job, row.choice))
     assert words[:3] == ["python", "-m", "train"]
     config = parse(words[3:])
     assert config.llama == row.job.model_of(row.choice)
-    assert config.mesh.axes == row.choice.sizes
+    assert config.mesh.sizes == row.choice.sizes
     assert config.mesh.zero == row.choice.zero
     assert (config.sequence_length, config.batch_size) == (2**18, 1)
     assert config.fake_devices is None and config.layout == "zigzag"
@@ -253,20 +272,20 @@ def test_head_chunks_hide_exchanges_when_asked_for():
     asked = plan.plan(job, chunks=(1, 3))
     assert {row.choice.ulysses_chunks for row in asked} <= {1, 3}
     only = plan.plan(job, chunks=(4,))
-    assert not any(row.can_train for row in only)
+    assert any(row.can_train for row in only)
     assert any("in 4 chunks" in row.reason for row in only)
     with pytest.raises(ValueError, match="ulysses_chunks=0 must be a positive int"):
         plan.plan(job, chunks=(0,))
 
 
-def test_what_the_trainer_lacks_has_no_command():
+def test_another_program_has_no_command():
     job = plan.job_of("tiny", "a800", sequence=4096)
-    choice = plan.Choice(ring=8, ring_schedule="bidirectional")
-    with pytest.raises(ValueError, match="it lacks .*ring_schedule=bidirectional"):
+    choice = plan.Choice(ring=8, program="megatron")
+    with pytest.raises(ValueError, match="program='megatron' is planned for compari"):
         plan.train_command(job, choice)
     row = plan.evaluate(job, choice)
     assert row.fits and not row.can_train
-    assert row.reason == "not in the trainer yet: ring_schedule=bidirectional"
+    assert row.reason == "program: megatron is not the trainer's"
 
 
 @pytest.mark.parametrize(
@@ -276,6 +295,8 @@ def test_what_the_trainer_lacks_has_no_command():
         plan.Choice(pipe=2, tensor=4, zero=1, remat="attention"),
         plan.Choice(tensor=2, ulysses=4, tensor_sequence=False, accumulate=2),
         plan.Choice(data=2, ring=4, remat="full_offload", offload=True),
+        plan.Choice(ring=8, ring_schedule="double:4", ulysses_chunks=2),
+        plan.Choice(ring=4, ulysses=2, ring_schedule="pass_q"),
     ],
     ids=str,
 )
@@ -285,15 +306,9 @@ def test_every_choice_of_the_trainer_has_its_options(choice):
     row = plan.evaluate(job, choice)
     assert row.seconds.total > 0
     config = parse(shlex.split(plan.train_command(job, choice))[3:])
-    names = ("microbatches", "interleave", "zero")
-    assert [getattr(config.mesh, n) for n in names] == [
-        getattr(choice, n) for n in names
-    ]
-    assert config.mesh.axes == choice.sizes
-    names = ("remat", "mlp_tile", "tensor_sequence")
-    assert [getattr(config.model, n) for n in names] == [
-        getattr(choice, n) for n in names
-    ]
+    assert config.mesh == with_fields_of(config.mesh, choice, MeshSizes, Staging)
+    assert config.model == with_fields_of(config.model, choice, Tuning)
+    assert config.llama == job.model_of(choice)
     assert config.optimizer.offload == choice.offload
     assert config.accumulate == choice.accumulate
 
@@ -365,10 +380,11 @@ def test_a_choice_that_cannot_be_is_not_evaluated():
         plan.evaluate(job, plan.Choice(ring=4))
     with pytest.raises(ValueError, match="zero=2 must be one of"):
         plan.Choice(zero=2)
-    for inner, named in ((None, "double"), (3, "double:3")):
-        double = plan.Choice(ring=8, ring_schedule="double", ring_inner=inner)
-        with pytest.raises(ValueError, match=f"ring: ring_schedule='{named}'"):
-            plan.evaluate(job, double)
+    with pytest.raises(ValueError, match="ring_schedule='double' must be one of"):
+        plan.Choice(ring=8, ring_schedule="double")
+    double = plan.Choice(ring=8, ring_schedule="double:3")
+    with pytest.raises(ValueError, match="cannot be: ring: ring_schedule='double:3'"):
+        plan.evaluate(job, double)
 
 
 def test_other_ways_round_the_ring_are_chosen_when_asked():
@@ -376,10 +392,21 @@ def test_other_ways_round_the_ring_are_chosen_when_asked():
     asked = plan.plan(job, schedules=("unidirectional", "bidirectional", "all_gather"))
     names = {row.choice.ring_schedule for row in asked}
     assert len(names) > 1
-    for row in asked:
-        if row.fits and row.choice.ring_schedule != "unidirectional":
-            assert not row.can_train
-    assert asked[0].can_train
+    assert all(row.can_train == row.fits for row in asked)
+    model = dataclasses.replace(job.model, ring_schedule="bidirectional")
+    own = plan.plan(dataclasses.replace(job, model=model))
+    rings = {row.choice.ring_schedule for row in own if row.choice.ring > 1}
+    assert "bidirectional" in rings
+
+
+def test_the_inner_rings_of_a_double_ring_are_a_nodes():
+    job = plan.job_of("llama3-8b", "a800", sequence=2**16, devices=32)
+    rows = plan.plan(job, schedules=("double",))
+    able = [row.choice for row in rows if row.can_train and row.choice.ring > 1]
+    assert able
+    for choice in able:
+        inner = min(choice.ring, max(1, 8 // (choice.ulysses * choice.tensor)))
+        assert choice.ring_schedule == f"double:{inner}"
 
 
 def told(capsys, *arguments):

@@ -22,7 +22,7 @@ def config(machine=HERE, **fields):
 def test_the_planners_best_is_taken(capsys):
     found = planned(config("h100"))
     row = plan.best(preset("tiny").llama, "h100", sequence=1024, batch=4, devices=8)
-    assert found.mesh.axes == row.choice.sizes
+    assert found.mesh.sizes == row.choice.sizes
     assert (found.mesh.zero, found.model.remat) == (row.choice.zero, row.choice.remat)
     assert (found.accumulate, found.auto_mesh) == (row.choice.accumulate, None)
     assert "the fastest on 8 x h100, as planned" in capsys.readouterr().out

@@ -14,11 +14,14 @@ from train.config import (
     DataConfig,
     DistributedConfig,
     MeshConfig,
+    ModelConfig,
     flatten,
 )
 from train.presets import PRESETS, preset
 from train.run_dir import check_same_run, record
-from usp_jax.models.llama import LinearScaling
+from usp_jax.models.execution import Tuning
+from usp_jax.models.llama import LinearScaling, LlamaConfig
+from usp_jax.plan import Choice
 
 WRONG = {
     "steps 0": (["--steps", "0"], "steps=0 must be positive"),
@@ -72,7 +75,7 @@ WRONG = {
     ),
     "dtype": (
         ["--dtype", "int8"],
-        r"dtype='int8' must be one of \('float32', 'bfloat16'\)",
+        r"dtype='int8' must be one of \('float32', 'bfloat16', 'float64'\)",
     ),
     "remat": (["--model.remat", "some"], "remat='some' must be one of"),
     "heads": (["--model.num-kv-heads", "3"], "must be a multiple of num_kv_heads=3"),
@@ -184,6 +187,18 @@ def test_help_lists_every_option(
         # What has fields of its own is a command: model.rope-scaling:none.
         assert any(way in told for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
     assert ("presets:\n  tiny: " in told) == (arguments != ["tiny", "--help"])
+
+
+def test_every_option_of_a_model_is_one_of_the_trainer() -> None:
+    """And what the planner chooses of them is what a choice has, too."""
+    model, mesh, llama, choice = (
+        {field.name for field in dataclasses.fields(kind)}
+        for kind in (ModelConfig, MeshConfig, LlamaConfig, Choice)
+    )
+    assert model | mesh >= llama - {"dtype"}
+    tuning = {field.name for field in dataclasses.fields(Tuning)}
+    assert choice >= tuning | mesh
+    assert choice - tuning - mesh == {"accumulate", "offload", "program"}
 
 
 def test_rope_can_be_stretched(tmp_path: Path) -> None:

@@ -10,16 +10,15 @@ import pytest
 
 import usp_jax
 from tests.train.runs import small_config
-from train.config import OptimizerConfig
-from train.state import first_state, learning_rate, make_optimizer
+from train.state import first_state
+from usp_jax.models.optimizer import AdamW, Optimizer
 
 
 @pytest.mark.parametrize("warmup", [0, 4, 50])
 def test_the_learning_rate_goes_up_straight_and_down_a_cosine(warmup: int) -> None:
-    config = OptimizerConfig(
-        learning_rate=2.0, warmup_steps=warmup, final_fraction=0.25
-    )
-    rates = np.array([learning_rate(config, 20)(count) for count in range(20)])
+    config = AdamW(learning_rate=2.0, warmup_steps=warmup, final_fraction=0.25)
+    optimizer = Optimizer(config, 20)
+    rates = np.array([optimizer.learning_rate(count) for count in range(20)])
     risen = min(warmup, 19)
     np.testing.assert_allclose(
         rates[:risen], 2 * np.arange(1, risen + 1) / max(risen, 1), rtol=1e-6
@@ -48,11 +47,11 @@ def test_everything_is_sharded_as_the_parameters(tmp_path: Path) -> None:
 def test_weights_decay_but_norms_do_not(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     mesh = usp_jax.make_mesh()
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = config.training.optimizer
     _, state = first_state(config, mesh)
     zero = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = optimizer.update(zero, state.optimizer, state.params)
-    rate = learning_rate(config.optimizer, config.steps)(0)
+    updates, _ = optimizer.whole.update(zero, state.optimizer, state.params)
+    rate = optimizer.learning_rate(0)
     for name, update in updates.items():
         expected = 0 if name.endswith("norm") else -0.1 * rate * state.params[name]
         chex.assert_trees_all_close(
@@ -62,10 +61,10 @@ def test_weights_decay_but_norms_do_not(tmp_path: Path) -> None:
 
 def test_long_gradients_are_clipped(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = config.training.optimizer
     _, state = first_state(config, usp_jax.make_mesh())
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 100.0), state.params)
-    _, memory = optimizer.update(gradient, state.optimizer, state.params)
+    _, memory = optimizer.whole.update(gradient, state.optimizer, state.params)
     # The first moment is 1 - b1 of the clipped gradient, whose norm is 1.
     norm = jnp.sqrt(sum(jnp.sum(mu**2) for mu in memory[1][0].mu.values()))
     assert float(norm) == pytest.approx(0.1, rel=1e-5)

@@ -28,7 +28,6 @@ from train.data.batches import place
 from train.log.spikes import Spikes
 from train.log.steps import GaveUp
 from train.loop import train
-from train.state import learning_rate
 from train.step import make_step
 from usp_jax.models.loss import loss
 
@@ -43,7 +42,7 @@ def not_finite_where_bad(model, tokens, labels, **options):
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.step.loss", not_finite_where_bad)
+    monkeypatch.setattr("usp_jax.models.training.loss", not_finite_where_bad)
 
 
 def small(tmp_path: Path, **changes: Any) -> Config:
@@ -76,7 +75,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     # The optimizer has not counted it, so the rate is that of its next update.
     rate = step(after, good)[1]["learning_rate"]
     assert rate == pytest.approx(
-        float(learning_rate(config.optimizer, config.steps)(1)), rel=1e-5
+        float(config.training.optimizer.learning_rate(1)), rel=1e-5
     )
 
 
@@ -119,7 +118,7 @@ def test_many_bad_steps_end_the_run_with_1(
         checkpoint=CheckpointConfig(every=1, keep=5),
     )
     train(build(config), lambda step: step >= 4)
-    monkeypatch.setattr("train.step.loss", always_bad)
+    monkeypatch.setattr("usp_jax.models.training.loss", always_bad)
     monkeypatch.setattr(sys, "argv", ["train", "tiny", *options(config)])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -136,7 +135,7 @@ def test_many_bad_steps_end_the_run_with_1(
 def test_without_a_good_checkpoint_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.step.loss", always_bad)
+    monkeypatch.setattr("usp_jax.models.training.loss", always_bad)
     config = small(tmp_path, optimizer=OptimizerConfig(max_skipped=2))
     with pytest.raises(GaveUp, match="steps 1 to 2 .* there is no checkpoint from"):
         train(build(config), never)

@@ -7,7 +7,7 @@ the state of its iterator is the number of the next batch, the same in all of th
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict, cast
+from typing import cast
 
 import grain
 import jax
@@ -16,22 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from train.data.corpus import PADDING, Row
 from usp_jax import balance, to_layout
+from usp_jax.models.training import Batch as Batch
 
 # The axes that split the rows of a batch; of a stage's work too it is some rows.
 ROWS = ("data", "fsdp", "pipe")
-
-
-class Batch(TypedDict):
-    """Rows in stored order, split over a mesh: int32 [B, T].
-
-    Attributes:
-      positions: of balanced rows, each of which has an order of its own.
-    """
-
-    tokens: jax.Array
-    labels: jax.Array
-    segment_ids: jax.Array
-    positions: NotRequired[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import usp_jax
 from usp_jax import aot
 from usp_jax.flags import Option
 from usp_jax.mesh import ROLES
+from usp_jax.units import tokens_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
+    length = tokens_of("length", args.length)
     topology = aot.topology(args.topology)
     sizes = {role: getattr(args, role) for role in ROLES}
     mesh = usp_jax.make_mesh(devices=topology.devices, **sizes)
@@ -46,7 +48,7 @@ def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
     sharding = NamedSharding(mesh, spec)
 
     def struct(heads: int) -> jax.ShapeDtypeStruct:
-        shape = (args.batch, args.length, heads, args.head_size)
+        shape = (args.batch, length, heads, args.head_size)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype), sharding=sharding)
 
     def attention(
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("topology", help="such as v5p:4x4x4 or h100:2x8")
     for role in ROLES:
         parser.add_argument(f"--{role}", type=int, default=1, metavar="N")
-    parser.add_argument("--length", type=_length, default="64K", help="of the sequence")
+    parser.add_argument("--length", default="64K", help="of the sequence")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
@@ -110,13 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _length(text: str) -> int:
-    """A number of tokens: "4096", "64K", "1M"."""
-    units = {"K": 2**10, "M": 2**20}
-    unit = units.get(text[-1:].upper(), 1)
-    return int(text if unit == 1 else text[:-1]) * unit
 
 
 def _option(text: str) -> tuple[str, Option]:

@@ -6,7 +6,7 @@ guide; the memory of TPUs is what libtpu says it can give to a program.
 
 import dataclasses
 
-GIB = 2**30
+from usp_jax.units import GIB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import dataclasses
 
 from usp_jax import compiled
-from usp_jax.aot.devices import GIB, Device
+from usp_jax.aot.devices import Device
+from usp_jax.units import GIB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,26 @@
 """Gradient accumulation: the rows of a batch in parts, one after the other."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from usp_jax.models.execution import wide
 
-def summed(pull: Callable[[Any, Any], Any], parts: int, params: Any, batch: Any) -> Any:
-    """The sums of what `pull(params, part)` gives over the parts of a batch.
+# Pytrees of arrays.
+Params = TypeVar("Params")
+Batch = TypeVar("Batch")
+Sums = TypeVar("Sums")
 
-    Memory for activations is that of one part.
+
+def summed(
+    pull: Callable[[Params, Batch], Sums], parts: int, params: Params, batch: Batch
+) -> Sums:
+    """The sums of `pull(params, part)` over the parts of a batch.
+
+    Memory for activations is that of one part; floats are added up in float32 at least.
 
     Args:
       batch: arrays [B, ...], B a multiple of `parts`.
@@ -23,11 +32,15 @@ def summed(pull: Callable[[Any, Any], Any], parts: int, params: Any, batch: Any)
         lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
     part = jax.tree.map(lambda x: x[0], batch)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pull, params, part)
-    )
+    zeros = jax.tree.map(_zeros, jax.eval_shape(pull, params, part))
 
-    def add(total: Any, part: Any) -> Any:
+    def add(total: Sums, part: Batch) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, pull(params, part)), None
 
     return lax.scan(add, zeros, batch)[0]
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Where a sum begins: in float32 at least, but for integers."""
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros(x.shape, wide(x.dtype) if is_float else x.dtype)

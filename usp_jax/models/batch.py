@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +57,18 @@ class Order:
                 )
         return cls(mesh, layout, stored, length, padding)
 
-    def store(self, x: jax.Array, pad_value: int) -> Any:
+    def store(self, x: jax.Array, pad_value: int) -> jax.Array:
         """[B, T] as the caller's -> [B, T + padding] as it is stored."""
         if self.padding:
             x = jnp.pad(x, ((0, 0), (0, self.padding)), constant_values=pad_value)
-        return to_layout(x, self.stored, self.mesh) if self.given == "natural" else x
+        if self.given == "natural":
+            x = jnp.asarray(to_layout(x, self.stored, self.mesh))
+        return x
 
-    def restore(self, x: Any) -> jax.Array:
+    def restore(self, x: jax.Array) -> jax.Array:
         """[B, T + padding, ...] as it is stored -> [B, T, ...] as the caller's."""
         if self.given == "natural":
-            x = from_layout(x, self.stored, self.mesh)
+            x = jnp.asarray(from_layout(x, self.stored, self.mesh))
         return x[:, : self.length]
 
 

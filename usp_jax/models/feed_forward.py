@@ -3,7 +3,7 @@
 Whole, the hidden activations [T, F] of all of a device's tokens are there at once, and
 several such arrays in the backward pass. In tiles there are those of one tile, forward
 and backward: the backward computes each tile's again, and adds the gradients of the
-matrices up in float32.
+matrices up in float32 at least.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from usp_jax.models.execution import wide
 from usp_jax.varying import vary_like
 
 # What `jax.checkpoint` policies can keep, where there are no tiles.
@@ -80,8 +81,7 @@ def _tiled_bwd(
     zero, dout = lax.optimization_barrier((zero, dout))
 
     def zeros(matrix: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(matrix.dtype, jnp.float32)
-        return jnp.broadcast_to(zero.astype(dtype), matrix.shape)
+        return jnp.broadcast_to(zero.astype(wide(matrix.dtype)), matrix.shape)
 
     total, dx = lax.scan(body, jax.tree.map(zeros, matrices), (tiles, dout))
     return dx, jax.tree.map(lambda a, b: a.astype(b.dtype), total, matrices)

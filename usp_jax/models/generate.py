@@ -17,7 +17,8 @@ from usp_jax import KVCache
 from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import Split
-from usp_jax.models.transformer import Transformer, Weights
+from usp_jax.models.transformer import Transformer
+from usp_jax.models.weights import Weights
 
 
 def generate(
@@ -69,7 +70,7 @@ def generate(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Llama],
     num_tokens: int,
     top_k: int | None,
     params: Any,

@@ -1,7 +1,8 @@
-"""Gradients of weights that are used many times, summed in float32.
+"""Gradients of weights that are used many times, summed in float32 at least.
 
 The gradient of a bfloat16 weight is bfloat16 to jax, and so is the sum over all uses in
-a loop. Here each use's gradient goes to a float32 array beside the weight.
+a loop. Here each use's gradient goes to a float32 array beside the weight (float64 for
+a float64 weight).
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from usp_jax.models.execution import wide
 from usp_jax.varying import vary_like
 
 
@@ -27,7 +29,7 @@ def with_sum(
       copy_of: a linear function.
 
     Returns:
-      (copy_of(x), float32 zeros of its shape).
+      (copy_of(x), zeros of its shape).
     """
     copy = lax.stop_gradient(copy_of(x))
     return copy, _total(copy_of, x, copy)
@@ -41,7 +43,7 @@ def _total(copy_of: Callable[[Array], Array], x: Array, copy: Array) -> Array:
 def _total_fwd(
     copy_of: Callable[[Array], Array], x: Array, copy: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return vary_like(jnp.zeros(copy.shape, jnp.float32), copy), (x, copy)
+    return vary_like(jnp.zeros(copy.shape, wide(copy.dtype)), copy), (x, copy)
 
 
 def _total_bwd(
@@ -57,7 +59,7 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 @jax.custom_vjp
 def add_to(total: Float[Array, "..."], weight: Float[Array, "..."]) -> Array:
-    """The weight, whose gradient is added to a float32 total."""
+    """The weight, whose gradient is added to a total from `with_sum`."""
     return _add_to_fwd(total, weight)[0]
 
 
@@ -68,7 +70,7 @@ def _add_to_fwd(total: Array, weight: Array) -> tuple[Array, None]:
 
 def _add_to_bwd(saved: None, dweight: Array) -> tuple[Array, None]:
     del saved
-    return dweight.astype(jnp.float32), None
+    return dweight.astype(wide(dweight.dtype)), None
 
 
 add_to.defvjp(_add_to_fwd, _add_to_bwd)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +37,20 @@ from usp_jax.models.sharding import (
     parameter_shapes,
     parameter_shardings,
 )
-from usp_jax.models.transformer import Transformer, Weights
+from usp_jax.models.transformer import Transformer
+from usp_jax.models.weights import Weights, working_copy
 
 Ids = Int[Array, "B T"]
+Result = TypeVar("Result")
+# A pytree of arrays, and how each of them is split.
+Placed = tuple[object, object]
 
 
 class Llama(nnx.Module):
     """A LLaMA language model.
 
-    Its only state are float32 `nnx.Param`s, one for each name in `sharding.TABLE`,
-    those of all layers stacked.
+    Its only state are `nnx.Param`s, one for each name in `sharding.TABLE`, those of all
+    layers stacked; their dtype is the configuration's `stored_dtype`.
     """
 
     def __init__(
@@ -63,11 +67,13 @@ class Llama(nnx.Module):
           mesh: from `make_mesh`, with Auto axes; None is one device.
 
         Raises:
-          ValueError: no such preset, or sizes that the mesh does not divide.
+          ValueError: no such preset, sizes that the mesh does not divide, or float64
+            while jax has only 32 bits.
         """
         if isinstance(config, str):
             config = LlamaConfig.preset(config)
         check_mesh(config, mesh)
+        _check_has_dtypes(config)
         self.config = config
         self.mesh = mesh
         shardings = None if mesh is None else parameter_shardings(config, mesh)
@@ -95,7 +101,9 @@ class Llama(nnx.Module):
         positions: Ids | None = None,
         layout: str = "natural",
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token, float32 [B, T, V], in the order of `tokens`.
+        """Logits of the next token, [B, T, V], in the order of `tokens`.
+
+        They are float32, or float64 where the computation is.
 
         Args:
           tokens: int32 [B, T]; B a multiple of data · fsdp.
@@ -148,8 +156,12 @@ class Llama(nnx.Module):
         return Split.of(self.mesh, self.config.zero, self.config.tensor_sequence)
 
     def run(
-        self, f: Callable[..., Any], batch: Batch, out_specs: Any, *extra: Any
-    ) -> Any:
+        self,
+        f: Callable[..., Result],
+        batch: Batch,
+        out_specs: object,
+        *extra: Placed,
+    ) -> Result:
         """Runs a function of one device's shards on all of them, compiled.
 
         Args:
@@ -173,7 +185,9 @@ class Llama(nnx.Module):
         transformer = Transformer(config, split, batch.order.stored)
         return self._run_on(f, transformer, out_specs, *own, *extra)
 
-    def run_on(self, f: Callable[..., Any], out_specs: Any, *arrays: Any) -> Any:
+    def run_on(
+        self, f: Callable[..., Result], out_specs: object, *arrays: Placed
+    ) -> Result:
         """`run` for arrays, (array, partition spec) pairs, that are not a batch.
 
         Args:
@@ -187,35 +201,32 @@ class Llama(nnx.Module):
 
     def _run_on(
         self,
-        f: Callable[..., Any],
+        f: Callable[..., Result],
         transformer: Transformer,
-        out_specs: Any,
-        *arrays: Any,
-    ) -> Any:
-        params = {name: getattr(self, name)[...] for name in self._names}
-        specs = tuple(spec for _, spec in arrays)
-        arrays = tuple(array for array, _ in arrays)
+        out_specs: object,
+        *placed: Placed,
+    ) -> Result:
+        names = parameter_shapes(self.config)
+        params = {name: getattr(self, name)[...] for name in names}
+        specs = tuple(spec for _, spec in placed)
+        arrays = tuple(array for array, _ in placed)
         return _run(f, transformer, specs, out_specs, params, *arrays)
-
-    @property
-    def _names(self) -> dict[str, tuple[int, ...]]:
-        return parameter_shapes(self.config)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
-    f: Callable[..., Any],
+    f: Callable[..., Result],
     transformer: Transformer,
-    specs: tuple[Any, ...],
-    out_specs: Any,
+    specs: tuple[object, ...],
+    out_specs: object,
     params: dict[str, jax.Array],
-    *arrays: Any,
-) -> Any:
-    split = transformer.split
+    *arrays: object,
+) -> Result:
+    config, split = transformer.config, transformer.split
     in_specs = ({name: split.parameter(name) for name in params}, *specs)
 
-    def shards(params: dict[str, jax.Array], *arrays: Any) -> Any:
-        return f(transformer, transformer.working_copy(params), *arrays)
+    def shards(params: dict[str, jax.Array], *arrays: object) -> Result:
+        return f(transformer, working_copy(config, split, params), *arrays)
 
     return split.run(shards, in_specs, out_specs)(params, *arrays)
 
@@ -229,6 +240,16 @@ def _logits(
 ) -> jax.Array:
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     return transformer.logits(weights, transformer.split.enter(x))
+
+
+def _check_has_dtypes(config: LlamaConfig) -> None:
+    """Raises ValueError where jax would make float32 of float64."""
+    for name, dtype in (("dtype", config.dtype), ("param_dtype", config.stored_dtype)):
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"{name}={dtype!r} needs 64 bits: set JAX_ENABLE_X64=1, or "
+                'jax.config.update("jax_enable_x64", True) first'
+            )
 
 
 def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
@@ -248,15 +269,17 @@ def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
         "up": config.d_model,
         "down": config.d_ff * residual,
     }
-    values = {}
+    values, dtype = {}, config.stored_dtype
     for number, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("norm"):
-            values[name] = jnp.ones(shape, jnp.float32)
+            values[name] = jnp.ones(shape, dtype)
             continue
         if name.endswith("bias"):
-            values[name] = jnp.zeros(shape, jnp.float32)
+            values[name] = jnp.zeros(shape, dtype)
             continue
         scale = 1 / math.sqrt(inputs[name]) if name in inputs else 0.02
         own = jax.random.fold_in(key, number)
-        values[name] = scale * jax.random.normal(own, shape, jnp.float32)
+        # In float32 whatever the dtype, so that all begin with the same numbers.
+        drawn = scale * jax.random.normal(own, shape, jnp.float32)
+        values[name] = drawn.astype(dtype)
     return values

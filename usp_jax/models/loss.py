@@ -7,7 +7,6 @@ and its gradient one block at a time is whole.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.models.batch import Batch
+from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import Split
-from usp_jax.models.transformer import Transformer, Weights
+from usp_jax.models.transformer import Transformer
+from usp_jax.models.weights import Weights
 
 Ids = Int[Array, "B T"]
 NO_LABEL = -1
@@ -32,10 +33,11 @@ def loss(
     positions: Ids | None = None,
     layout: str = "natural",
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Negative log-likelihood of the labels: (sum of nats float32, number of labels).
+    """Negative log-likelihood of the labels: (sum of nats, number of labels).
 
-    Divide the one by the other, each first summed over whatever else there is to sum
-    over, and the mean depends on real tokens only.
+    Nats have float32, or float64 of a model in float64. Divide the one by the other,
+    each first summed over whatever else there is to sum over, and the mean depends on
+    real tokens only.
 
     Args:
       model: on any mesh.
@@ -59,7 +61,7 @@ def token_nats(
     positions: Ids | None = None,
     layout: str = "natural",
 ) -> Float[Array, "B T"]:
-    """Negative log-likelihood of each label, float32; 0 where there is none.
+    """Negative log-likelihood of each label, at least float32; 0 where there is none.
 
     In the order of `tokens`; arguments and errors are those of `loss`, whose sum this
     is made of.
@@ -100,22 +102,37 @@ def _batch(
     return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
 
 
-def _loss(*batch: Any) -> tuple[jax.Array, jax.Array]:
+def _loss(
+    transformer: Transformer,
+    weights: Weights,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    labels: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """(nats, number of labels) of all devices."""
-    split, *_, labels = given = _given(*batch)
-    nats = split.sum(_nats(*given), split.batch + split.sequence)
+    terms = _terms(transformer, weights, tokens, positions, segment_ids, labels)
+    split = terms[0]
+    nats = split.sum(_nats(*terms), split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
     return nats, split.sum(count, split.batch + split.sequence)
 
 
-def _token_nats(*batch: Any) -> jax.Array:
+def _token_nats(
+    transformer: Transformer,
+    weights: Weights,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    labels: jax.Array,
+) -> jax.Array:
     """The nats of each of this device's labels."""
-    *_, labels = given = _given(*batch)
-    nats, _ = _nats_and_lse(*given)
+    terms = _terms(transformer, weights, tokens, positions, segment_ids, labels)
+    nats, _ = _nats_and_lse(*terms)
     return nats.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
-def _given(
+def _terms(
     transformer: Transformer,
     weights: Weights,
     tokens: jax.Array,
@@ -123,10 +140,10 @@ def _given(
     segment_ids: jax.Array | None,
     labels: jax.Array,
 ) -> tuple[Split, int, jax.Array, jax.Array, jax.Array]:
-    """What `_nats` takes, of a device's part of a batch."""
+    """The arguments of `_nats`, of a device's part of a batch."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     split, config = transformer.split.ends, transformer.config
-    blocks = _blocks(weights["lm_head"], config.loss_block)
+    blocks = _blocks(weights.lm_head, config.loss_block)
     return split, config.loss_chunk, x, blocks, labels
 
 
@@ -191,11 +208,11 @@ def _nats_bwd(
             dx += _matmul("TV,VD->TD", dlogits, matrix)
             return dmatrix + _matmul("TV,TD->VD", dlogits, x), dx
 
-        zeros = split.vary(jnp.zeros(matrix.shape, jnp.float32))
+        zeros = split.vary(jnp.zeros(matrix.shape, lse.dtype))
         dmatrix, dx = lax.scan(tile, zeros, (x, labels, lse, weight, dx))
         return dx, split.scatter(dmatrix.astype(matrix.dtype), "lm_head", split.each)
 
-    zeros = split.vary(jnp.zeros(x.shape, jnp.float32))
+    zeros = split.vary(jnp.zeros(x.shape, lse.dtype))
     dx, dblocks = lax.scan(body, zeros, _numbered(blocks))
     dx = dx.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape)
     return split.leave(dx).astype(x.dtype), dblocks, None
@@ -228,7 +245,7 @@ def _nats_and_lse(
 
         return lax.scan(tile, None, (x, labels, *carry))[1], None
 
-    zeros = split.vary(jnp.zeros(labels.shape, jnp.float32))
+    zeros = split.vary(jnp.zeros(labels.shape, wide(x.dtype)))
     carry = (zeros - jnp.inf, zeros, zeros)
     (top, total, hit), _ = lax.scan(body, carry, _numbered(blocks))
     highest = lax.pmax(top, split.tensor) if split.tensor else top
@@ -256,4 +273,4 @@ def _tile(
 
 
 def _matmul(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(dims, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(dims, x, y, preferred_element_type=wide(x.dtype))

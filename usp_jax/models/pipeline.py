@@ -22,7 +22,7 @@ of the one that begins. So no device ever holds all micro-batches.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ from jaxtyping import Array, Float
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.varying import vary_like
+
+# A pytree of small arrays [b, ...].
+Facts = TypeVar("Facts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,10 @@ class Pipeline:
         return (self.stages - 1) / self.ticks
 
     def run(
-        self, stage: Callable[..., Any], x: Float[Array, "b t D"], facts: Any
+        self,
+        stage: Callable[[Array, Array, Facts], Array],
+        x: Float[Array, "b t D"],
+        facts: Facts,
     ) -> Float[Array, "b t D"]:
         """What has gone through all stages, in the place of what has not.
 
@@ -153,7 +159,7 @@ class Pipeline:
         to = [(place, (place + step) % self.stages) for place in places]
         return lax.ppermute(x, self.axis, to)
 
-    def _facts_of(self, facts: Any, rows: int) -> Callable[[Array, Array], Any]:
+    def _facts_of(self, facts: Facts, rows: int) -> Callable[[Array, Array], Facts]:
         """(device, number among its micro-batches) -> the facts of a micro-batch."""
         shares = self.microbatches // self.stages
 
@@ -167,7 +173,7 @@ class Pipeline:
         every = jax.tree.map(gather, facts)
         whole = jax.tree.map(lambda x: x.shape[0] != rows, facts)
 
-        def facts_of(device: Array, number: Array) -> Any:
+        def facts_of(device: Array, number: Array) -> Facts:
             return jax.tree.map(
                 lambda same, x: x if same else x[device, number], whole, every
             )

@@ -44,22 +44,25 @@ def at_length(scaling: RopeScaling | None, length: int) -> RopeScaling | None:
 
 
 def rope_angles(
-    positions: Int[Array, "B T"], frequencies: np.ndarray, amplitude: float = 1.0
+    positions: Int[Array, "B T"],
+    frequencies: np.ndarray,
+    amplitude: float = 1.0,
+    dtype: str = "float32",
 ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-    """Cosine and sine of position · frequency, times amplitude: float32 [B, T, H/2].
+    """Cosine and sine of position · frequency, times amplitude: [B, T, H/2].
 
-    Exact to float32 at any int32 position. The float32 product that is usual instead is
-    off by 0.06 radians at a million tokens.
+    Exact to `dtype`, float32 or float64, at any int32 position. The float32 product
+    that is usual instead is off by 0.06 radians at a million tokens.
     """
     # Turns in units of 2^-32, so that integers drop whole turns by overflowing; what
     # rounding leaves of each frequency is too small to need that.
     units = frequencies / (2 * math.pi) * 2.0**32
     whole = np.round(units)
-    rest = jnp.asarray(units - whole, jnp.float32)[None, None]
+    rest = jnp.asarray(units - whole, dtype)[None, None]
     positions = positions[..., None]
     turned = positions.astype(jnp.uint32) * jnp.asarray(whole, jnp.uint32)[None, None]
-    part = turned.astype(jnp.int32).astype(jnp.float32)
-    angles = (part + positions.astype(jnp.float32) * rest) * (2 * math.pi / 2.0**32)
+    part = turned.astype(jnp.int32).astype(dtype)
+    angles = (part + positions.astype(dtype) * rest) * (2 * math.pi / 2.0**32)
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
@@ -68,8 +71,8 @@ def rotate(
     cos: Float[Array, "#B T h"],
     sin: Float[Array, "#B T h"],
 ) -> Float[Array, "B T N H"]:
-    """Applies RoPE to the heads of q or k; float32 inside, x's dtype outside."""
+    """Applies RoPE to the heads of q or k: the angles' dtype inside, x's outside."""
     cos, sin = cos[..., None, :], sin[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -8,7 +8,6 @@ the same here. A larger base alone needs none of them: it is `rope_theta`.
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
@@ -134,7 +133,7 @@ class YarnScaling:
         """Between the plain ones and those divided by the factor."""
         plain = plain_frequencies(head_size, theta)
 
-        def pair(turns: Any) -> Any:
+        def pair(turns: float) -> float:
             """The pair, a real number, that turns so often in the original length."""
             per_radian = self.original_length / (turns * 2 * math.pi)
             return head_size * math.log(per_radian) / (2 * math.log(theta))

@@ -1,7 +1,7 @@
 """How a LLaMA's parameters and activations are split over a mesh.
 
-Parameters (and with them optimizer state) are float32 and split over all ZeRO axes; the
-forward pass casts them to the computation's dtype and gathers them over some axes once
+Parameters (and with them optimizer state) are split over all ZeRO axes; the forward
+pass casts them to the computation's dtype and gathers them over some axes once
 (ZeRO-1), and over the others one layer at a time, just before use (ZeRO-3). Over `data`
 that is once always; over `fsdp` and the axes of the sequence, which is to ZeRO what the
 batch is, the configuration's `zero` says. Gradients take the same way back: the
@@ -13,7 +13,7 @@ collectives it calls, which do nothing where there is nothing to split.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax import lax
@@ -23,8 +23,12 @@ from usp_jax.gathering import Turns, gathered, groups_in_turn, scattered
 from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Decoder
 from usp_jax.models.pipeline import Pipeline
+from usp_jax.ring import schedule_of
 from usp_jax.varying import vary_over
+
+Result = TypeVar("Result")
 
 # Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
@@ -54,6 +58,10 @@ TABLE: dict[str, tuple[str, str | None, str | None]] = {
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The axes of a mesh that split something, that is, whose size is not 1.
+
+    `usp_jax.shards.Shards` says how one call of attention is split, whatever the names
+    of the axes; a model has more to split (parameters over ZeRO axes, layers over
+    stages), does so under fixed names, and asks for collectives that no call has.
 
     Attributes:
       level: 3 gathers weights over `fsdp` and the sequence's axes layer by layer, 1
@@ -166,7 +174,8 @@ class Split:
     def scatter(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
         """The sum over devices of what `gather` gives, split again."""
         dims, _, zero = TABLE[name]
-        dim = x.ndim - len(dims) + dims.index(zero)  # type: ignore[arg-type]
+        assert zero is not None, name
+        dim = x.ndim - len(dims) + dims.index(zero)
         return scattered(x, self.turns(axes), dim)
 
     def turns(self, axes: tuple[str, ...]) -> Turns:
@@ -223,15 +232,15 @@ class Split:
         return lax.axis_index(axes) if axes else 0
 
     def run(
-        self, f: Callable[..., Any], in_specs: Any, out_specs: Any
-    ) -> Callable[..., Any]:
+        self, f: Callable[..., Result], in_specs: object, out_specs: object
+    ) -> Callable[..., Result]:
         """`f`, a function of one device's shards, on all of them."""
         if self.mesh is None:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Decoder) -> dict[str, tuple[int, ...]]:
     """The global shape of each parameter."""
     sizes = {
         "L": config.num_layers,
@@ -255,7 +264,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_shardings(
-    config: LlamaConfig, mesh: Mesh | AbstractMesh
+    config: Decoder, mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
     """Where each parameter, and what an optimizer keeps for it, lives."""
     split = Split.of(mesh)
@@ -267,6 +276,7 @@ def parameter_shardings(
 
 def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
     """Raises ValueError when the model cannot be split over a mesh."""
+    schedule_of(config.ring_schedule, axis_size(mesh, "ring"))
     if mesh is None:
         Pipeline.of(config, 1)
         return

@@ -19,6 +19,7 @@ from usp_jax.models.presets import PRESETS
 from usp_jax.plan.machines import MACHINES
 from usp_jax.plan.search import Row, job_of, longest, plan
 from usp_jax.ring import SCHEDULES
+from usp_jax.units import tokens_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,20 +43,22 @@ def _rows(args: argparse.Namespace) -> list[Row]:
         shortest = job_of(model, args.machine, sequence=1, **_asked(args))
         job = longest(shortest, offload=args.offload)
     else:
-        sequence = _length("sequence", args.sequence)
+        sequence = tokens_of("sequence", args.sequence)
         job = job_of(model, args.machine, sequence=sequence, **_asked(args))
     if job is None:
         return []
     return plan(
         job,
         offload=args.offload,
-        schedules=args.schedule or ("unidirectional",),
-        chunks=args.chunks or (1,),
+        schedules=args.schedule,
+        chunks=args.chunks,
     )
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    documents = None if args.documents is None else _length("documents", args.documents)
+    documents = (
+        None if args.documents is None else tokens_of("documents", args.documents)
+    )
     return {
         "batch": args.batch,
         "devices": args.devices,
@@ -105,15 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--schedule",
         action="append",
-        choices=SCHEDULES,
-        help="a way round the ring to consider; may be given again",
+        help=f"a ring schedule to consider, of {', '.join(SCHEDULES)} (of a node's "
+        "devices) and double:N; may be given again",
     )
     parser.add_argument(
         "--chunks",
         action="append",
         type=int,
         metavar="N",
-        help="a number of head chunks to consider; may be given again",
+        help="a number of head groups to consider; may be given again",
     )
     parser.add_argument(
         "--documents",
@@ -141,16 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="an image to draw")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
-
-
-def _length(name: str, text: str) -> int:
-    """A number of tokens: "4096", "64K", "1M"."""
-    units = {"K": 2**10, "M": 2**20}
-    unit = units.get(text[-1:].upper(), 1)
-    number = text if unit == 1 else text[:-1]
-    if not number.isdecimal():
-        raise ValueError(f"{name}={text!r} must be a number like 4096, 64K or 1M")
-    return int(number) * unit
 
 
 if __name__ == "__main__":

@@ -2,14 +2,23 @@
 
 import dataclasses
 import functools
-import math
+
+import jax.numpy as jnp
 
 from usp_jax.checks import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
-from usp_jax.models.config import OFFLOAD, REMAT, ZERO, LlamaConfig
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.execution import (
+    MeshSizes,
+    Staging,
+    Tuning,
+    check_staging,
+    check_tuning,
+    with_fields_of,
+)
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.plan.machines import Machine
-from usp_jax.ring import SCHEDULES, schedule_of
+from usp_jax.ring import schedule_of
 
 PROGRAMS = ("train", "megatron")
 
@@ -45,6 +54,8 @@ class Job:
         if self.layout not in stored:
             raise ValueError(f"layout={self.layout!r} must be one of {stored}")
         machine = self.machine
+        # Raises for a dtype whose speed is unknown.
+        machine.peak(self.model.dtype)
         if not machine.torus_dims and self.devices > machine.node:
             if self.devices % machine.node:
                 raise ValueError(
@@ -54,14 +65,22 @@ class Job:
 
     def model_of(self, choice: "Choice") -> LlamaConfig:
         """The model as a choice has it."""
-        names = "remat zero mlp_tile tensor_sequence microbatches interleave".split()
-        chosen = {name: getattr(choice, name) for name in names}
-        return dataclasses.replace(self.model, **chosen)
+        return with_fields_of(self.model, choice, Staging, Tuning)
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element of the computation."""
-        return {"bfloat16": 2, "float32": 4}[self.model.dtype]
+        return jnp.dtype(self.model.dtype).itemsize
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of a stored parameter."""
+        return jnp.dtype(self.model.stored_dtype).itemsize
+
+    @property
+    def state_itemsize(self) -> int:
+        """Bytes of a stored parameter and its two moments."""
+        return self.stored_itemsize + 2 * max(4, self.stored_itemsize)
 
     @property
     def visible(self) -> float:
@@ -72,74 +91,27 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """A way to split the step, outermost axis first, and what it keeps.
+class Choice(Tuning, Staging, MeshSizes):
+    """A way to split and compute the step: mesh, stages, and what trades memory.
 
     Attributes:
-      zero: 3 splits the 16-bit parameters and gradients over fsdp, ring and ulysses, 1
-        does not; the float32 ones and the optimizer's memory are always split over
-        these and data.
-      remat: as in `LlamaConfig`.
-      accumulate: in how many parts, one after the other, the rows are taken.
-      microbatches, interleave, mlp_tile, tensor_sequence: as in `LlamaConfig`.
-      offload: the float32 parameters and the optimizer's memory live in the host's.
-      ring_schedule, ring_inner, ulysses_chunks: as in `usp_attention`.
+      accumulate: number of parts in which the rows are taken, one after the other.
+      offload: whether the float32 parameters and the optimizer's memory live in the
+        host's memory.
       program: "train" is this checkout's; "megatron" is Megatron-LM as in the USP
         paper: norms and gates fused, whole float32 logits, gradients in float32.
     """
 
-    pipe: int = 1
-    data: int = 1
-    fsdp: int = 1
-    ring: int = 1
-    ulysses: int = 1
-    tensor: int = 1
-    zero: int = 3
-    remat: str = "full"
     accumulate: int = 1
-    microbatches: int | None = None
-    interleave: int = 1
-    mlp_tile: int | None = None
-    tensor_sequence: bool = True
     offload: bool = False
-    ring_schedule: str = "unidirectional"
-    ring_inner: int | None = None
-    ulysses_chunks: int = 1
     program: str = "train"
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "interleave", "ulysses_chunks"):
-            check_positive_int(name, getattr(self, name))
-        for name in ("microbatches", "mlp_tile"):
-            if getattr(self, name) is not None:
-                check_positive_int(name, getattr(self, name))
-        for name, values in (
-            ("zero", ZERO),
-            ("remat", REMAT + OFFLOAD),
-            ("ring_schedule", SCHEDULES),
-            ("program", PROGRAMS),
-        ):
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {values}"
-                )
-
-    @functools.cached_property
-    def sizes(self) -> dict[str, int]:
-        """The mesh: the size of each axis, outermost first."""
-        return {
-            "pipe": self.pipe,
-            "data": self.data,
-            "fsdp": self.fsdp,
-            "ring": self.ring,
-            "ulysses": self.ulysses,
-            "tensor": self.tensor,
-        }
-
-    @property
-    def devices(self) -> int:
-        """How many the mesh has."""
-        return math.prod(self.sizes.values())
+        check_tuning(self)
+        check_staging(self)
+        check_positive_int("accumulate", self.accumulate)
+        if self.program not in PROGRAMS:
+            raise ValueError(f"program={self.program!r} must be one of {PROGRAMS}")
 
     @property
     def sequence_shards(self) -> int:
@@ -162,6 +134,11 @@ class Choice:
         return Pipeline(self.pipe, self.interleave, self.microbatches or self.pipe)
 
     @property
+    def is_trained_here(self) -> bool:
+        """Whether `python -m train` is the program, which has all other choices."""
+        return self.program == "train"
+
+    @property
     def rows(self) -> int:
         """How many parts the rows of a step are cut into, over devices and time."""
         parts = self.accumulate * self.pipeline.microbatches
@@ -173,19 +150,17 @@ class Choice:
         return self.tensor if self.tensor_sequence else 1
 
 
-def lacks(choice: Choice) -> tuple[str, ...]:
-    """What of a choice the training program of this checkout does not have.
+def check_is_trained_here(choice: Choice) -> None:
+    """Checks that the program of a choice is the trainer.
 
-    The one place that says so: what is struck out here is proposed from then on.
+    Raises:
+      ValueError: it is Megatron-LM, which is there for comparison only.
     """
-    lacking = []
-    if choice.ring_schedule != "unidirectional":
-        lacking.append(f"ring_schedule={choice.ring_schedule}")
-    if choice.ulysses_chunks > 1:
-        lacking.append("ulysses_chunks")
-    if choice.program != "train":
-        lacking.append(f"program={choice.program}")
-    return tuple(lacking)
+    if not choice.is_trained_here:
+        raise ValueError(
+            f"program={choice.program!r} is planned for comparison only; the trainer "
+            'is program="train"'
+        )
 
 
 def obstacle(job: Job, choice: Choice) -> str | None:
@@ -212,8 +187,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
     try:
-        inner = "" if choice.ring_inner is None else f":{choice.ring_inner}"
-        schedule_of(choice.ring_schedule + inner, choice.ring)
+        schedule_of(choice.ring_schedule, choice.ring)
     except ValueError as error:
         return f"ring: {error}"
     multiple = length_multiple(

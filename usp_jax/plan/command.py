@@ -1,24 +1,13 @@
 """The command line of the training program for a choice."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
-from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Decoder
+from usp_jax.models.execution import Computation, MeshSizes, Options, Staging
 from usp_jax.models.rope_scaling import RopeScaling
-from usp_jax.plan.choice import Choice, Job, lacks
-
-# Of `LlamaConfig`, what `train` has options for.
-_MODEL = (
-    "vocab_size",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_size",
-    "d_ff",
-    "rope_theta",
-    "rms_norm_eps",
-)
+from usp_jax.plan.choice import Choice, Job, check_is_trained_here
 
 
 def train_command(job: Job, choice: Choice) -> str:
@@ -27,41 +16,32 @@ def train_command(job: Job, choice: Choice) -> str:
     A preset's name comes first; what this gives replaces all its sizes.
 
     Raises:
-      ValueError: the training program does not have the choice.
+      ValueError: the choice is another program's.
     """
-    if lacking := lacks(choice):
-        raise ValueError(f"{choice} is not in the trainer: it lacks {lacking}")
-    model: LlamaConfig = job.model
-    options = {f"model.{name}": getattr(model, name) for name in _MODEL}
-    options |= {
-        "model.remat": choice.remat,
-        "model.mlp_tile": choice.mlp_tile,
-        "model.loss_chunk": model.loss_chunk,
-        "model.loss_block": model.loss_block,
+    check_is_trained_here(choice)
+    model = job.model_of(choice)
+    options = {
+        **_options("model", model, Decoder, Computation),
         "dtype": model.dtype,
         "sequence_length": job.sequence,
         "batch_size": job.batch,
         "layout": job.layout,
         "accumulate": choice.accumulate,
         "fake_devices": None,
-    }
-    options |= {f"mesh.{name}": size for name, size in choice.sizes.items()}
-    options |= {
-        "mesh.zero": choice.zero,
-        "mesh.microbatches": choice.microbatches,
-        "mesh.interleave": choice.interleave,
+        **_options("mesh", choice, MeshSizes, Staging),
         "optimizer.offload": choice.offload,
     }
-    options["model.tie_embeddings"] = model.tie_embeddings
-    for name in ("qkv_bias", "qk_norm"):
-        # Else as the preset has it.
-        if getattr(model, name):
-            options[f"model.{name}"] = True
-    options["model.tensor_sequence"] = choice.tensor_sequence
+    del options["model.rope_scaling"]
     words = [_option(name, value) for name, value in options.items()]
     # The kind of scaling is chosen by a word of its own, which has to come last.
     words.extend(_rope_scaling(model.rope_scaling))
     return " ".join(["python -m train tiny", *words])
+
+
+def _options(section: str, values: Options, *kinds: type) -> dict[str, object]:
+    """A section's options: the fields of some lists."""
+    names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    return {f"{section}.{name}": getattr(values, name) for name in names}
 
 
 def _rope_scaling(scaling: RopeScaling | None) -> Iterator[str]:
@@ -82,20 +62,15 @@ def _option(name: str, value: object) -> str:
 
 
 def describe(choice: Choice) -> str:
-    """A choice in a few words, without the axes that split nothing."""
-    sizes = [f"{name}={size}" for name, size in choice.sizes.items() if size > 1]
-    words = [*(sizes or ["one device"]), f"zero={choice.zero}", f"remat={choice.remat}"]
+    """A choice in a few words, without the axes that split nothing and defaults."""
+    usual, sizes = Choice(), choice.sizes
+    words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    told: dict[str, object] = {"zero": choice.zero, "remat": choice.remat}
     if choice.pipe > 1:
-        words.append(f"microbatches={choice.pipeline.microbatches}")
-    for name, usual in (("interleave", 1), ("accumulate", 1), ("mlp_tile", None)):
-        if getattr(choice, name) != usual:
-            words.append(f"{name}={getattr(choice, name)}")
-    if choice.tensor > 1 and not choice.tensor_sequence:
-        words.append("tensor_sequence=False")
-    if choice.offload:
-        words.append("offload")
-    if choice.ring_schedule != "unidirectional":
-        words.append(choice.ring_schedule)
-    if choice.ulysses_chunks > 1:
-        words.append(f"chunks={choice.ulysses_chunks}")
-    return " ".join(words)
+        told["microbatches"] = choice.pipeline.microbatches
+    for field in dataclasses.fields(choice):
+        value = getattr(choice, field.name)
+        if field.name not in sizes and value != getattr(usual, field.name):
+            told.setdefault(field.name, value)
+    words = words or ["one device"]
+    return " ".join([*words, *(f"{name}={value}" for name, value in told.items())])

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from usp_jax.models.config import OFFLOAD, REMAT
+from usp_jax.models.execution import OFFLOAD, REMAT, MeshSizes, with_fields_of
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.traffic import microbatch_of
 
@@ -18,8 +18,9 @@ TILE = 4096
 
 def meshes(job: Job) -> Iterator[Choice]:
     """Every mesh of all the devices."""
-    for sizes in _factors(job.devices, 6):
-        yield Choice(*sizes)  # type: ignore[arg-type]
+    usual = Choice()
+    for sizes in _factors(job.devices, len(usual.sizes)):
+        yield with_fields_of(usual, MeshSizes(*sizes), MeshSizes)
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -73,13 +74,16 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
 
 
 def on_the_way(job: Job, choice: Choice, name: str, chunks: int) -> Choice:
-    """A choice with a way round its ring, and a number of head chunks."""
+    """A choice with a ring schedule and a number of head groups.
+
+    "double" has inner rings of the devices of a node.
+    """
     fields: dict[str, Any] = {}
     if choice.ring > 1 and name != "unidirectional":
         fields["ring_schedule"] = name
-    if choice.ring > 1 and name == "double":
-        near = job.machine.node // (choice.ulysses * choice.tensor)
-        fields["ring_inner"] = max(1, min(choice.ring, near))
+        if name == "double":
+            near = job.machine.node // (choice.ulysses * choice.tensor)
+            fields["ring_schedule"] = f"double:{max(1, min(choice.ring, near))}"
     if chunks != 1:
         fields["ulysses_chunks"] = chunks
     return dataclasses.replace(choice, **fields) if fields else choice

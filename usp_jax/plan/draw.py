@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from usp_jax.plan.choice import obstacle
 from usp_jax.plan.command import describe
 from usp_jax.plan.memory import Memory
-from usp_jax.plan.search import GIB, Row, evaluate
+from usp_jax.plan.search import Row, evaluate
+from usp_jax.units import GIB
 
 SPLITS = 6
 """How many of the best are drawn."""

@@ -22,6 +22,7 @@ computed is less by it, where `visible` says so.
 import dataclasses
 
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def step_work(
     )
 
 
-def layer_weights(model: LlamaConfig) -> int:
+def layer_weights(model: Decoder) -> int:
     """How many weights of a layer a token is multiplied with."""
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     return model.d_model * (heads * model.head_size + 3 * model.d_ff)

@@ -15,6 +15,7 @@ import dataclasses
 
 from usp_jax.aot.devices import GPUS, TPUS, of_kind
 from usp_jax.plan.efficiency import CALIBRATED, HOPPER, Efficiency
+from usp_jax.units import GIB
 
 GB = 1e9
 TERA = 1e12
@@ -188,7 +189,7 @@ MACHINES = (
     Machine(
         name="l20",
         devices=8,
-        memory_bytes=48 * 2**30,
+        memory_bytes=48 * GIB,
         memory_bandwidth=864 * GB,
         peak_bfloat16=119.5 * TERA,
         peak_float32=59.8 * TERA,
@@ -228,10 +229,11 @@ _OLDER_PEAKS = {"TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12}
 def peak_of_kind(kind: str, dtype: str) -> float | None:
     """FLOP/s of a device, by the name that jax gives its kind; None: not known.
 
-    Raises:
-      ValueError: another dtype than bfloat16 and float32.
+    Nor is that of any device in float64.
     """
     device = of_kind(kind)
     name = _SAME_PEAK.get(kind, device and device.name)
     found = next((one for one in MACHINES if one.name == name), None)
+    if dtype == "float64":
+        return None
     return _OLDER_PEAKS.get(kind) if found is None else found.peak(dtype)

@@ -1,6 +1,6 @@
 """What a step keeps in a device's memory, by part, at its fullest.
 
-Of the program that `train` compiles: the float32 parameters and two moments; their copy
+Of the program that `train` compiles: the stored parameters and two moments; their copy
 in the computation's dtype and its gradients; what layers keep for the backward pass;
 and what is needed beside them for a while. That is one layer's backward, the loss, the
 embedding's gradient, or the update: the fullest of these moments counts. How much one
@@ -61,7 +61,7 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-      state: float32 parameters and two moments, and the batch.
+      state: stored parameters and two float32 moments, and the batch.
       weights: the parameters in the computation's dtype.
       gradients: of these.
       activations: what all layers keep for the backward pass.
@@ -95,7 +95,8 @@ def host_bytes(job: Job, choice: Choice) -> int | float:
     """What of a device's is in the host's memory."""
     kept_there = choice.remat.endswith("_offload")
     activations = runs_of(job, choice) * kept(job, choice) * kept_there
-    return activations + 12 * _Sizes.of(job, choice).numbers * choice.offload
+    numbers = _Sizes.of(job, choice).numbers
+    return activations + job.state_itemsize * numbers * choice.offload
 
 
 def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
@@ -121,8 +122,8 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     update = 4 * sizes.numbers
     if choice.offload:
         # A layer comes while another is changed and one goes.
-        update += 3 * 12 * sizes.numbers / layers_of(job, choice)
-        yield Memory(state, whole, 0, 0, 4 * sizes.numbers)
+        update += 3 * job.state_itemsize * sizes.numbers / layers_of(job, choice)
+        yield Memory(state, whole, 0, 0, job.stored_itemsize * sizes.numbers)
     yield Memory(state, 0, 0, 0, update)
 
 
@@ -131,7 +132,7 @@ class _Sizes:
     """Of a device's parameters.
 
     Attributes:
-      numbers: float32 parameters.
+      numbers: parameters.
       layers_copy, output_copy: bytes in the computation's dtype.
       layers_gradient, output_gradient: bytes of their gradients.
     """
@@ -156,8 +157,9 @@ class _Sizes:
             copies, shared = choice.split, choice.pipe
         layers, output = layers / copies, output / (copies * shared)
         gradient = gradient_itemsize(job, choice)
-        # In float32 parameters are their own copy, unless it is gathered over data.
-        own = size == 4 and choice.everyone == copies
+        # Parameters in the computation's dtype are their own copy, unless it is
+        # gathered over data.
+        own = model.dtype == model.stored_dtype and choice.everyone == copies
         return cls(
             numbers,
             0 if own and choice.pipe == 1 else size * layers,
@@ -173,7 +175,7 @@ def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
     tokens = choice.accumulate * end_tokens_of(job, choice)
     # The gradients of a step's parts are added up in float32.
     parts = 4 * (choice.accumulate > 1) * sizes.numbers
-    state = 0 if choice.offload else 12 * sizes.numbers
+    state = 0 if choice.offload else job.state_itemsize * sizes.numbers
     return state + parts + 3 * 4 * tokens
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.plan.choice import Choice, Job, lacks, obstacle
+from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.considered import (
     details,
     least,
@@ -20,8 +20,7 @@ from usp_jax.plan.machines import Machine, machine as machine_of
 from usp_jax.plan.memory import Memory, step_memory
 from usp_jax.plan.seconds import Seconds, step_seconds, work_of
 from usp_jax.plan.traffic import Transfer, transfers
-
-GIB = 2**30
+from usp_jax.units import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Row:
 
     Attributes:
       fits: it can be, and its peak is within the device's memory.
-      reason: why it does not fit; or what of it the training program does not have; or
+      reason: why it does not fit, or that it is another program than the trainer; or
         nothing.
     """
 
@@ -62,8 +61,8 @@ class Row:
 
     @property
     def can_train(self) -> bool:
-        """It fits, and `python -m train` has all of it."""
-        return self.fits and not lacks(self.choice)
+        """Whether it fits and `python -m train` is its program."""
+        return self.fits and self.choice.is_trained_here
 
     @property
     def sent(self) -> int | float:
@@ -136,8 +135,8 @@ def plan(
     job: Job,
     *,
     offload: bool = False,
-    schedules: Sequence[str] = ("unidirectional",),
-    chunks: Sequence[int] = (1,),
+    schedules: Sequence[str] | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> list[Row]:
     """Every choice for a job, ranked: those that fit and can be trained by their time,
     then those that would fit, then the others.
@@ -149,10 +148,13 @@ def plan(
     Args:
       offload: considers what is kept in the host's memory too: a layer's activations,
         as remat policies of their own, and the optimizer's.
-      schedules: the ways round the ring, and
-      chunks: the numbers of head chunks to choose of too.
+      schedules: the ring schedules to choose from; "double" has inner rings of a node.
+        None is the model's.
+      chunks: the numbers of head groups to choose from; None is the model's.
     """
     rows = []
+    schedules = schedules or (job.model.ring_schedule,)
+    chunks = chunks or (job.model.ulysses_chunks,)
     ways = [(way, n) for way in schedules for n in chunks]
     for mesh in meshes(job):
         open_choices = details(job, mesh, offload)
@@ -266,15 +268,14 @@ def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
     found = transfers(job, choice)
     memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
-    lacking = lacks(choice)
     reason = ""
     if not fits:
         reason = (
             f"memory: {memory.peak / GIB:.1f} GiB of "
             f"{job.machine.memory_bytes / GIB:.1f} GiB"
         )
-    elif lacking:
-        reason = f"not in the trainer yet: {', '.join(lacking)}"
+    elif not choice.is_trained_here:
+        reason = f"program: {choice.program} is not the trainer's"
     seconds = step_seconds(job, choice, found)
     return Row(job, choice, fits, reason, memory, seconds, found)
 

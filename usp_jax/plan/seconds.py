@@ -36,6 +36,7 @@ from usp_jax.plan.traffic import (
     tokens_of,
     transfers,
 )
+from usp_jax.ring import AllGather, Bidirectional, Double, schedule_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
     numbers = job.model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     # Parameters come for the forward pass; they and two moments come and go for the
     # update.
-    waited = (4 + 12) * numbers * choice.offload
+    each = job.stored_itemsize + job.state_itemsize
+    waited = each * numbers * choice.offload
     beside = 0.0
     if choice.remat.endswith("_offload"):
         beside = 2 * choice.accumulate * runs_of(job, choice) * kept(job, choice)
@@ -204,20 +206,20 @@ def _seen(
     choice: Choice, group: Group, computed: float, own: float, hop: int | float
 ) -> float:
     """What of a turn's R - 1 hops is not hidden by what is computed beside them."""
-    size, way = choice.ring, choice.ring_schedule
+    size, schedule = choice.ring, schedule_of(choice.ring_schedule)
     if size == 1:
         return 0.0
-    if way == "all_gather":
+    if isinstance(schedule, AllGather):
         return group.seconds("all-gather", (size - 1) * hop)
     chunk = (1 - own) * computed / (size - 1)
-    if way == "double" and choice.ring_inner is not None:
-        inner, outer = choice.ring_inner, size // choice.ring_inner
+    if isinstance(schedule, Double):
+        inner, outer = schedule.inner, size // schedule.inner
         near = dataclasses.replace(group, size=inner)
         seen = _beyond(inner, near.seconds(PERMUTE, hop), chunk)
         # An inner turn is beside each hop of the outer ring.
         outside = group.seconds(PERMUTE, hop)
         return outer * seen + _beyond(outer, outside, inner * chunk + seen)
-    both_ways = way == "bidirectional" and bool(group.shape)
+    both_ways = isinstance(schedule, Bidirectional) and bool(group.shape)
     return _beyond(size, group.seconds(PERMUTE, hop, both_ways=both_ways), chunk)
 
 
@@ -255,6 +257,6 @@ def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
     # Parameters and two moments, read and written, and gradients; these are added up.
     parameters = model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
-    state = (28 + 8 * (parts - 1)) * parameters
+    state = (2 * job.state_itemsize + 4 + 8 * (parts - 1)) * parameters
     bandwidth = job.machine.memory_bandwidth * MEMORY
     return layers_of(job, choice) * layer / bandwidth, (logits + state) / bandwidth

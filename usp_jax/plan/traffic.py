@@ -67,7 +67,7 @@ def call_of(job: Job, choice: Choice) -> attention.Call:
         ring=choice.ring,
         ulysses=choice.ulysses,
         itemsize=job.itemsize,
-        ring_schedule=choice.ring_schedule,
+        ring_schedule=choice.ring_schedule.partition(":")[0],
         chunks=choice.ulysses_chunks,
     )
 

@@ -68,8 +68,13 @@ def schedule_backward(
             return ring_backward(ring, schedule.turns(ring.devices), *saved)
 
 
-def schedule_of(ring_schedule: str | Schedule, ring_size: int) -> Schedule:
+def schedule_of(
+    ring_schedule: str | Schedule, ring_size: int | None = None
+) -> Schedule:
     """A checked schedule, from an object or from the string that names it.
+
+    Args:
+      ring_size: the devices of the ring; None where it is not known yet.
 
     Raises:
       ValueError: an unknown name, or inner rings that do not divide the ring.
@@ -86,7 +91,7 @@ def schedule_of(ring_schedule: str | Schedule, ring_size: int) -> Schedule:
             f"{ring_schedule=} must be one of {SCHEDULES}, double with the size of its "
             'inner rings ("double:4"), or an object from usp_jax.ring'
         )
-    if isinstance(schedule, Double) and ring_size % schedule.inner:
+    if isinstance(schedule, Double) and (ring_size or 0) % schedule.inner:
         raise ValueError(
             f"{ring_schedule=}: inner rings of {schedule.inner} devices must divide "
             f"the ring axis, {ring_size}"

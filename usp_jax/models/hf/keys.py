@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from usp_jax.models.config import DTYPES, LlamaConfig
+from usp_jax.models.config import LlamaConfig
+from usp_jax.models.execution import DTYPES
 from usp_jax.models.hf.files import Json, number, positive_int
 from usp_jax.models.hf.rope import read_rope, write_rope
 

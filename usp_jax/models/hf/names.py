@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from usp_jax.models.config import LlamaConfig
@@ -80,11 +81,12 @@ def read_parameter(
     read: Callable[[str, Index], np.ndarray],
     index: Index,
 ) -> np.ndarray:
-    """A slice of a parameter: float32.
+    """A slice of a parameter, in the dtype in which the model stores it.
 
     Args:
       read: gives a slice of a tensor, by the tensor's name.
     """
+    dtype = jnp.dtype(config.stored_dtype)
     template, dims = _TENSORS[name]
     letters = TABLE[name][0]
     sizes = dict(zip(letters, parameter_shapes(config)[name], strict=True))
@@ -102,8 +104,8 @@ def read_parameter(
         return read(tensor, parts).reshape(split).transpose(order)
 
     if inner == letters:
-        return np.ascontiguousarray(one(template), np.float32)
-    out = np.empty([len(ranges[letter]) for letter in letters], np.float32)
+        return np.ascontiguousarray(one(template), dtype)
+    out = np.empty([len(ranges[letter]) for letter in letters], dtype)
     for place, layer in enumerate(ranges["L"]):
         out[place] = one(template.format(layer))
     return out

@@ -37,8 +37,8 @@ def load(
     Args:
       path: of the folder.
       mesh: from `make_mesh`, with Auto axes; None is one device.
-      dtype: of the computation, float32 or bfloat16; None is what config.json says.
-        Parameters are float32, whatever the files have.
+      dtype: of the computation, float32, bfloat16 or float64; None is what config.json
+        says. Parameters are stored as `param_dtype` says, whatever the files have.
       overrides: of `LlamaConfig`'s fields, such as `remat`, or `rope_theta` and
         `rope_scaling` for longer contexts than the model was trained on.
 
@@ -107,16 +107,17 @@ def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> Non
         _check_tied(folder, files)
         extra.remove(LM_HEAD)
     _tell(folder, "has tensors that the model does not use:", extra)
+    floats = (*_FLOATS, "F64") if config.stored_dtype == "float64" else _FLOATS
     for name, tensor in expected.items():
         if files.shape(name) != tensor.shape:
             raise ValueError(
                 f"{folder}: {name} is {list(files.shape(name))}, by {CONFIG} it must "
                 f"be {list(tensor.shape)}"
             )
-        if files.dtype(name) not in _FLOATS:
+        if files.dtype(name) not in floats:
             raise ValueError(
                 f"{folder}: {name} has the dtype {files.dtype(name)}, it must be one "
-                f"of {', '.join(_FLOATS)}: quantized weights are not supported"
+                f"of {', '.join(floats)}: quantized weights are not supported"
             )
 
 

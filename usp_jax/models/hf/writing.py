@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from usp_jax.models.config import DTYPES
+from usp_jax.models.execution import DTYPES
 from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
 from usp_jax.models.hf.keys import write_config
 from usp_jax.models.hf.names import Tensor, tensors, to_tensor
@@ -35,7 +35,7 @@ def save(
     model: Llama,
     path: str | os.PathLike[str],
     *,
-    dtype: DTypeLike = "float32",
+    dtype: DTypeLike | None = None,
     file_bytes: int = 5 * 10**9,
     like: str | os.PathLike[str] | None = None,
 ) -> None:
@@ -48,8 +48,8 @@ def save(
     Args:
       model: on any mesh.
       path: of the folder, which is made.
-      dtype: of the tensors: "float32" is the parameters bit by bit, "bfloat16" rounds
-        them, which changes nothing where they were loaded from bfloat16.
+      dtype: of the tensors. None is that of the parameters, bit by bit; "bfloat16"
+        rounds them, which changes nothing where they were loaded from bfloat16.
       file_bytes: the most that a file has, unless one tensor has more.
       like: a checkpoint whose tokenizer's files are copied, and whose config.json's
         notes (longest length, ids of tokens) are kept.
@@ -57,7 +57,8 @@ def save(
     Raises:
       ValueError: the folder has a checkpoint already, or another dtype.
     """
-    folder, dtype = Path(path), jnp.dtype(dtype)
+    stored = model.config.stored_dtype
+    folder, dtype = Path(path), jnp.dtype(stored if dtype is None else dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
     if file_bytes < 1:

@@ -1,0 +1,83 @@
+"""The training step of the library, of parameters in every dtype."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import usp_jax
+from usp_jax.models.llama import LlamaConfig
+from usp_jax.models.loss import shift_labels
+from usp_jax.models.optimizer import AdamW
+from usp_jax.models.training import Training, first_state, jit_step, make_step
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    d_ff=24,
+    dtype="float32",
+)
+
+
+def trained(config: LlamaConfig, steps: int = 2, **options):
+    """Metrics of some steps, and the state after them."""
+    training = Training(AdamW(learning_rate=0.01, warmup_steps=0), 10, **options)
+    graphdef, state = first_state(config, usp_jax.make_mesh(), training.optimizer)
+    tokens = jax.random.randint(jax.random.key(0), (4, 16), 0, 64, jnp.int32)
+    ids = jnp.zeros_like(tokens)
+    batch = {"tokens": tokens, "labels": shift_labels(tokens), "segment_ids": ids}
+    step, metrics = jit_step(make_step(graphdef, training), state), []
+    for _ in range(steps):
+        state, told = step(state, batch)
+        metrics.append(jax.device_get(told))
+    return metrics, state
+
+
+def test_bfloat16_parameters_are_the_rounded_results_of_float32():
+    exact, expected = trained(CONFIG, steps=1)
+    config = dataclasses.replace(CONFIG, param_dtype="bfloat16")
+    metrics, state = trained(config, steps=1, accumulate=2)
+    assert metrics[0]["loss"] == pytest.approx(exact[0]["loss"], rel=2e-3)
+    assert metrics[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.02)
+    assert metrics[0]["grad_norm"].dtype == np.float32
+    moments = state.optimizer[1][0]
+    for name, x in state.params.items():
+        assert x.dtype == jnp.bfloat16
+        assert moments.mu[name].dtype == moments.nu[name].dtype == jnp.float32
+        near = np.asarray(expected.params[name])
+        # A step of Adam has the size of the learning rate, whichever way it goes.
+        np.testing.assert_allclose(x.astype(np.float32), near, rtol=2**-7, atol=0.021)
+
+
+def test_float64_parameters_are_updated_in_float64():
+    with jax.enable_x64(True):
+        config = dataclasses.replace(CONFIG, dtype="float64")
+        metrics, state = trained(config, accumulate=2)
+        leaves = jax.tree.leaves((state.params, state.optimizer[1][0].mu))
+        assert {x.dtype for x in leaves} == {np.dtype("float64")}
+        assert metrics[0]["loss"].dtype == np.float64
+        assert metrics[1]["loss"] < metrics[0]["loss"]
+        assert metrics[0]["grad_norm"].dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adamw": AdamW(b2=1.0)}, "b2=1.0 must be in [0, 1)"),
+        ({"adamw": AdamW(weight_decay=-1.0)}, "weight_decay=-1.0 must not be negative"),
+        ({"adamw": AdamW(clip_norm=0.0)}, "clip_norm=0.0 must be positive"),
+        ({"steps": 0}, "steps=0 must be a positive int"),
+        ({"accumulate": 0}, "accumulate=0 must be a positive int"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_told(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Training(**{"adamw": AdamW(), "steps": 1, **options})

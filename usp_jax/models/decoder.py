@@ -1,0 +1,88 @@
+"""What a decoder is, apart from how it is computed: what a config.json maps to."""
+
+import dataclasses
+
+from usp_jax.checks import check_bool, check_positive_int
+from usp_jax.models.rope_scaling import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Sizes of a decoder-only language model and the kinds of its parts.
+
+    A list of fields for the configurations that inherit it; `check_decoder` checks them
+    where a model is configured.
+
+    Attributes:
+      vocab_size: number of tokens in the vocabulary.
+      d_model: size of the vector that layers pass on for each token.
+      num_layers: number of transformer layers.
+      num_heads: number of query heads.
+      num_kv_heads: number of key/value heads, which divides `num_heads` (GQA).
+      head_size: size of each head, even for RoPE.
+      d_ff: hidden size of the feed-forward network.
+      rope_theta: base of RoPE's frequencies; a larger one suits longer contexts.
+      rope_scaling: a stretching of RoPE for longer contexts, from `rope_scaling.py`. On
+        the trainer's command line it comes last: `model.rope-scaling:linear-scaling
+        --model.rope-scaling.factor 4`.
+      rms_norm_eps: number that norms add to the mean square.
+      tie_embeddings: whether the output matrix is the embedding's table.
+      qkv_bias: whether q, k and v have a bias (Qwen2).
+      qk_norm: whether each head of q and k has a norm before RoPE (Qwen3).
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    d_ff: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained numbers."""
+        d, heads = self.d_model, 2 * self.num_heads + 2 * self.num_kv_heads
+        layer = d * heads * self.head_size + 3 * d * self.d_ff + 2 * d
+        if self.qkv_bias:
+            layer += (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        if self.qk_norm:
+            layer += 2 * self.head_size
+        tables = 1 if self.tie_embeddings else 2
+        return self.num_layers * layer + tables * self.vocab_size * d + d
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """Checks each field of a description.
+
+    Raises:
+      ValueError: names the field, its value and what it must be.
+    """
+    for name in (
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_size",
+        "d_ff",
+    ):
+        check_positive_int(name, getattr(decoder, name))
+    if decoder.num_heads % decoder.num_kv_heads:
+        raise ValueError(
+            f"num_heads={decoder.num_heads} must be a multiple of "
+            f"num_kv_heads={decoder.num_kv_heads}"
+        )
+    if decoder.head_size % 2:
+        raise ValueError(f"head_size={decoder.head_size} must be even, for RoPE")
+    for name in ("rope_theta", "rms_norm_eps"):
+        if not getattr(decoder, name) > 0:
+            raise ValueError(f"{name}={getattr(decoder, name)!r} must be positive")
+    for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+        check_bool(name, getattr(decoder, name))

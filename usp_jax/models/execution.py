@@ -1,0 +1,224 @@
+"""How a model is computed: options that change memory, time and rounding only.
+
+Each option stands in one of the lists below, with its default, its documentation and,
+in `check_tuning` and the like, its check. `LlamaConfig`, the trainer's sections and the
+planner's `Choice` inherit the lists that they need. An option more is a field here and
+the place that uses it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import TypeVar
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from usp_jax.checks import check_bool, check_positive_int
+from usp_jax.kernels import IMPLEMENTATIONS
+from usp_jax.ring import schedule_of
+
+DTYPES = ("float32", "bfloat16", "float64")
+ZERO = (1, 3)
+REMAT = ("none", "full", "attention", "attention_qkv", "dots")
+OFFLOAD = tuple(f"{name}_offload" for name in REMAT[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Devices along each axis of the mesh, outermost first.
+
+    Attributes:
+      pipe: splits the layers into stages, which work on micro-batches of the rows one
+        behind the other.
+      data: splits the batch; optimizer state is split too (ZeRO-1).
+      fsdp: splits the batch, parameters, gradients and optimizer state (ZeRO-3).
+      ring: splits the sequence, by ring attention.
+      ulysses: splits the sequence, by all-to-all.
+      tensor: splits heads and the feed-forward network.
+    """
+
+    pipe: int = 1
+    data: int = 1
+    fsdp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis, outermost first."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(MeshSizes)
+        }
+
+    @property
+    def devices(self) -> int:
+        """Number of devices in the mesh."""
+        return math.prod(self.sizes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Staging:
+    """How parameters and layers are split over the axes of a mesh.
+
+    Attributes:
+      zero: the ZeRO level over fsdp, ring and ulysses: 3 splits parameters and
+        gradients and gathers a layer's weights just before each use; 1 splits optimizer
+        state only, gathers all weights once a step and keeps whole gradients until
+        then, which takes 2 x 2 bytes a parameter more and sends less.
+      microbatches: number of parts in which a device's rows go through the stages of
+        the `pipe` axis; None is one for each stage, more leave the stages less idle.
+      interleave: number of groups of layers in a stage, far from each other; more leave
+        it less idle and send more.
+    """
+
+    zero: int = 3
+    microbatches: int | None = None
+    interleave: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What trades memory for time or traffic, and is chosen for a machine.
+
+    Attributes:
+      remat: what the backward pass recomputes. "none": only gathered weights; "full":
+        everything inside a layer; "attention": as "full", but attention's output and
+        log-sum-exp are kept, so that the ring runs once; "attention_qkv": also q, k, v
+        and the output on both sides of the all-to-alls are kept, so that no collective
+        of attention runs twice; "dots": also what lies between attention and the
+        feed-forward network, and its two inner products, so that no matrix product runs
+        twice but q · k. "full_offload", "attention_offload", "attention_qkv_offload"
+        and "dots_offload" keep the same, and the layer's input, in the host's pinned
+        memory.
+      mlp_tile: number of a device's tokens whose hidden activations of the feed-forward
+        network are in memory at once; the backward pass recomputes them. None: all.
+      tensor_sequence: on a mesh with a `tensor` axis, splits over it by tokens what is
+        not split by heads or features (TP-sp): a 1/tensor of the memory for the same
+        bytes sent. A device's part of the sequence must be a multiple of tensor.
+      ring_schedule: order of the hops round the ring, which changes no result:
+        "unidirectional", "bidirectional", "double:4" (inner rings of 4 devices),
+        "all_gather" or "pass_q", as in `usp_attention`.
+      ulysses_chunks: number of head groups that attention takes one after the other, so
+        that the exchange of one runs beside the attention of another.
+    """
+
+    remat: str = "full"
+    mlp_tile: int | None = None
+    tensor_sequence: bool = True
+    ring_schedule: str = "unidirectional"
+    ulysses_chunks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation(Tuning):
+    """How one device computes its part.
+
+    Attributes:
+      param_dtype: dtype in which parameters are stored, float32, bfloat16 or float64;
+        None is float32, or float64 where the computation is in float64. Updates of
+        bfloat16 parameters are computed in float32 and rounded.
+      loss_chunk: number of a device's tokens whose logits are in memory at once.
+      loss_block: number of the vocabulary's entries in these logits.
+      implementation: the attention kernel, as in `usp_attention`; None is the
+        platform's own.
+    """
+
+    param_dtype: str | None = None
+    loss_chunk: int = 1024
+    loss_block: int = 8192
+    implementation: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution(Staging, Computation):
+    """Everything about how a model is computed.
+
+    `check_execution` checks the fields where a model is configured.
+
+    Attributes:
+      dtype: dtype of the computation, bfloat16, float32 or float64. Norms, angles,
+        logits, the loss and sums of gradients have at least float32.
+    """
+
+    dtype: str = "bfloat16"
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype in which parameters are stored."""
+        return self.param_dtype or wide(self.dtype)
+
+
+Options = MeshSizes | Staging | Tuning
+T = TypeVar("T", bound=Options)
+
+
+def with_fields_of(options: T, source: Options, *kinds: type[Options]) -> T:
+    """The options, but for the fields of some lists, which are the source's.
+
+    Args:
+      options: is of all these kinds, and so is `source`.
+      kinds: `Staging` and `Tuning`, for instance.
+    """
+    names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    return dataclasses.replace(
+        options, **{name: getattr(source, name) for name in names}
+    )
+
+
+def wide(dtype: DTypeLike) -> str:
+    """The name of the dtype that norms, sums and the like have: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32).name
+
+
+def check_execution(execution: Execution) -> None:
+    """Checks each field.
+
+    Raises:
+      ValueError: names the field, its value and what it must be.
+    """
+    check_tuning(execution)
+    check_staging(execution)
+    _check_one_of("dtype", execution.dtype, DTYPES)
+    if execution.param_dtype is not None:
+        _check_one_of("param_dtype", execution.param_dtype, (None, *DTYPES))
+    for name in ("loss_chunk", "loss_block"):
+        check_positive_int(name, getattr(execution, name))
+    if execution.implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation={execution.implementation!r} must be None or one of "
+            f"{IMPLEMENTATIONS}"
+        )
+
+
+def check_tuning(tuning: Tuning) -> None:
+    """Checks each field.
+
+    Raises:
+      ValueError: names the field, its value and what it must be.
+    """
+    _check_one_of("remat", tuning.remat, REMAT + OFFLOAD)
+    if tuning.mlp_tile is not None:
+        check_positive_int("mlp_tile", tuning.mlp_tile)
+    check_bool("tensor_sequence", tuning.tensor_sequence)
+    schedule_of(tuning.ring_schedule)
+    check_positive_int("ulysses_chunks", tuning.ulysses_chunks)
+
+
+def check_staging(staging: Staging) -> None:
+    """Checks each field.
+
+    Raises:
+      ValueError: names the field, its value and what it must be.
+    """
+    _check_one_of("zero", staging.zero, ZERO)
+    if staging.microbatches is not None:
+        check_positive_int("microbatches", staging.microbatches)
+    check_positive_int("interleave", staging.interleave)
+
+
+def _check_one_of(name: str, value: object, values: tuple[object, ...]) -> None:
+    if value not in values:
+        raise ValueError(f"{name}={value!r} must be one of {values}")

@@ -1,0 +1,42 @@
+"""What a layer keeps for its backward pass, and where: `Execution.remat`."""
+
+from collections.abc import Callable
+
+import jax
+from jax.extend.core import Primitive
+
+from usp_jax import SAVED_NAMES
+from usp_jax.models.feed_forward import INNER_PRODUCTS
+
+# Names of a layer's arrays, beside those of attention and of the feed-forward network.
+INPUT, MIDDLE, HEADS = "layer_input", "layer_middle", "layer_heads"
+
+_KEPT = {
+    "full": (),
+    "attention": ("usp_out", "usp_lse"),
+    "attention_qkv": SAVED_NAMES,
+    "dots": (*SAVED_NAMES, HEADS, MIDDLE, *INNER_PRODUCTS),
+}
+
+
+def policy(remat: str) -> Callable[..., bool]:
+    """The `jax.checkpoint` policy of a value of `Execution.remat`.
+
+    A layer's input is always kept.
+    """
+    if remat == "none":
+        return _all_but_gathered
+    names = _KEPT[remat.removesuffix("_offload")]
+    if not remat.endswith("_offload"):
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT, *names],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
+    """Keeps everything but gathered weights: kept, they would be the whole model."""
+    return primitive.name not in ("all_gather", "linear_call")
