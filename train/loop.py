@@ -11,6 +11,7 @@ from train.build import Run
 from train.data.batches import Batch, describe, place
 from train.data.token_folder import DataGone
 from train.evaluation.sample import sample
+from train.log.banner import alive, banner
 from train.log.draw import draw_loss
 from train.log.profiler import Profiler
 from train.log.rows import read_rows
@@ -31,6 +32,7 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
       CheckpointError, OSError: the run directory cannot be written to.
     """
     config, checkpoints = run.config, run.checkpoints
+    tell(banner(config, run.mesh))
     state, step = checkpoints.restore_newest(run.state, run.data)
     if step:
         tell(f"going on after step {step}")
@@ -125,9 +127,11 @@ def tell(message: str) -> None:
 def _compile(run: Run, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
     config, begun = run.config, time.monotonic()
     batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
-    compiled = compile_step(make_step(config, run.graphdef), state, batch)
     if config.mesh.pipe > 1:
         tell(_describe(config.pipeline))
+    first = jax.process_index() == 0
+    with alive("compiling the step") if first else contextlib.nullcontext():
+        compiled = compile_step(make_step(config, run.graphdef), state, batch)
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")
     return compiled
 

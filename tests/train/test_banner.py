@@ -1,0 +1,35 @@
+"""What a run prints before its first step."""
+
+import dataclasses
+import re
+import time
+
+import usp_jax
+from train.log.banner import alive, banner
+from train.presets import preset
+
+
+def test_a_run_says_what_it_is():
+    config = preset("tiny")
+    lines = banner(config, usp_jax.make_mesh(**config.mesh.sizes)).splitlines()
+    assert lines[0] == (
+        "model: 853 thousand parameters, 4 layers, float32; 8 x cpu as ring=4 x "
+        "ulysses=2, ZeRO-3"
+    )
+    assert "4 rows of 1,024 tokens = 4,096 tokens a step, stored zigzag" in lines[1]
+    assert "Python's standard library" in lines[1]
+    assert lines[2] == f"run: 300 steps, in {config.run_dir}"
+    config = dataclasses.replace(config, passkey=preset("passkey").passkey)
+    assert "data: passkeys;" in banner(config, usp_jax.make_mesh())
+    assert "1 x cpu as one device" in banner(config, usp_jax.make_mesh())
+
+
+def test_something_long_shows_that_it_is_alive(capsys):
+    with alive("compiling the step", every=0.01):
+        lines = ""
+        while lines.count("\n") < 3:
+            time.sleep(0.01)
+            lines += capsys.readouterr().out
+    first, second, *_ = lines.splitlines()
+    assert first == "compiling the step ..."
+    assert re.fullmatch(r"compiling the step: \d+ s so far", second)
