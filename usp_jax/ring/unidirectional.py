@@ -7,7 +7,7 @@ from usp_jax.ring.ring import Turn
 
 @dataclasses.dataclass(frozen=True)
 class Unidirectional:
-    """k, v go round the ring; hops that layout and mask make empty do not exist."""
+    """Keys and values go round the ring; hops known to be empty do not exist."""
 
     def turns(self, devices: int) -> tuple[Turn, ...]:
         """Device r holds shard r - s at step s."""
