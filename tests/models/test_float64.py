@@ -1,7 +1,7 @@
 """A model in float64 has one device's loss and gradients on any mesh, to 1e-10.
 
-So has a ring schedule and a number of head groups, of which one each is tried by default
-and all schedules with the long tests; and one device's are the plain model's.
+So has a ring schedule and a number of head groups, of which one each is tried by
+default and all schedules with the long tests; one device's are the plain model's.
 """
 
 import dataclasses
