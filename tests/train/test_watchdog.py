@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.train.runs import finish, losses, small_config, start_processes
-from train import watchdog
 from train.config import LogConfig, MeshConfig
+from train.log import watchdog
 from train.log.watchdog import Beat, stragglers, watch
 
 

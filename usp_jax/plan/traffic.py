@@ -25,6 +25,7 @@ from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.flops import layer_weights
+from usp_jax.ring import Double, PassQ, schedule_of
 
 ZERO_AXES = ("fsdp", "ring", "ulysses")
 ALL_AXES = ("data", *ZERO_AXES)
@@ -318,12 +319,12 @@ def _first_hops(choice: Choice) -> int:
 
     In a double ring those are the first of the inner rings and of the outer one.
     """
-    name, inner = name_and_inner(choice.ring_schedule)
-    if choice.ring == 1 or name == "pass_q":
+    schedule = schedule_of(choice.ring_schedule)
+    if choice.ring == 1 or isinstance(schedule, PassQ):
         return 0
-    if inner is None:
+    if not isinstance(schedule, Double):
         return 1
-    return (inner > 1) + (choice.ring > inner)
+    return (schedule.inner > 1) + (choice.ring > schedule.inner)
 
 
 def _exchanges_again(call: attention.Call, choice: Choice) -> tuple[int, ...]:
