@@ -18,9 +18,18 @@ import pytest
 from tests.oracle import assert_within_tolerances, expected, normal, packed
 from tests.sampling import thinned
 from usp_jax import kernels
+from usp_jax.kernels import xla
 from usp_jax.kernels.choice import KERNELS, target_of
 from usp_jax.kernels.logits import Logits
-from usp_jax.masking import Mask, MaskRule, Tokens
+from usp_jax.masking import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Mask,
+    MaskRule,
+    Tokens,
+    block_kinds,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +215,18 @@ def test_cases(implementation, name):
 )
 def test_other_dtypes(implementation, dtype, name):
     check(implementation, CASES[name], dtype)
+
+
+def test_every_row_walks_its_own_blocks(monkeypatch):
+    """In blocks so small that each row's documents make others of them EMPTY."""
+    monkeypatch.setattr(xla, "BLOCK", 16)
+    case = dataclasses.replace(CASES["packed"], q_length=96, kv_length=96)
+    _, positions, ids = inputs(case, "float32")
+    tokens = Tokens(positions[0], ids)
+    kinds = block_kinds(Mask(MaskRule(True), tokens, tokens), 16, 16)
+    assert ((kinds[0] == EMPTY) & (kinds[1] != EMPTY)).any()
+    assert ((kinds[0] == FULL) & (kinds[1] == PARTIAL)).any()
+    check("xla", case, "float32")
 
 
 @pytest.mark.parametrize("implementation", HERE)
