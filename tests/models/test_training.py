@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import usp_jax
+from usp_jax.models.accumulate import summed
 from usp_jax.models.llama import LlamaConfig
 from usp_jax.models.loss import shift_labels
 from usp_jax.models.optimizer import AdamW
@@ -54,6 +55,18 @@ def test_bfloat16_parameters_are_the_rounded_results_of_float32():
         near = np.asarray(expected.params[name])
         # A step of Adam has the size of the learning rate, whichever way it goes.
         np.testing.assert_allclose(x.astype(np.float32), near, rtol=2**-7, atol=0.021)
+
+
+def test_parts_of_a_batch_are_summed_in_float32():
+    """In bfloat16 a sum of ones would stand still at 256."""
+
+    def pull(weight: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.int32(rows.shape[0]), weight * jnp.sum(rows)
+
+    rows = jnp.ones((1024, 1), jnp.bfloat16)
+    count, total = summed(pull, 512, jnp.ones((3,), jnp.bfloat16), rows)
+    assert count == 1024 and count.dtype == jnp.int32
+    assert total.dtype == jnp.float32 and total.tolist() == [1024.0] * 3
 
 
 def test_float64_parameters_are_updated_in_float64():
