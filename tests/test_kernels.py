@@ -4,10 +4,14 @@ An implementation joins by its row in `KERNELS`, where the tests' device can run
 interpreted here, and as it is with `make test-gpu`. Every case is compared with the
 float32 oracle on the same rounded inputs (float64 for float64), which a CPU computes,
 forward and backward, and run twice, which must give the same bits.
+
+`make test` runs, of each implementation, a few cases that have every feature between
+them; those of one feature each are `make test-all`'s.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -16,20 +20,14 @@ import numpy as np
 import pytest
 
 from tests.oracle import assert_within_tolerances, expected, normal, packed
-from tests.sampling import thinned
+from tests.sampling import in_the_default_run
 from usp_jax import kernels
-from usp_jax.kernels import xla
 from usp_jax.kernels.choice import KERNELS, target_of
 from usp_jax.kernels.logits import Logits
-from usp_jax.masking import (
-    EMPTY,
-    FULL,
-    PARTIAL,
-    Mask,
-    MaskRule,
-    Tokens,
-    block_kinds,
-)
+from usp_jax.masking import Mask, MaskRule, Tokens
+
+# One worker compiles the oracle of each case.
+pytestmark = pytest.mark.xdist_group("kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,40 @@ class Case:
     chunks: int = 1
 
 
-CASES = {
+# Several features each: what `make test` runs.
+MIXED = {
+    "long-carry-window-gqa": Case(
+        700, 1400, batch=2, chunks=2, window=(900, 5), heads=(4, 2)
+    ),
+    "packed-soft-cap-mqa": Case(
+        700,
+        700,
+        batch=2,
+        heads=(4, 1),
+        head_size=80,
+        is_causal=True,
+        documents=True,
+        soft_cap=3.0,
+    ),
+    "reversed-values-smaller": Case(
+        200, 200, head_size=192, value_size=128, is_causal=True, order="reversed"
+    ),
+    "one-query-values-larger": Case(1, 600, head_size=8, value_size=24),
+    "one-key-head-size-256": Case(600, 1, head_size=256),
+    "carry-of-dead-rows": Case(96, 96, chunks=2, head_size=128, window=(8, 0)),
+    "packed-carry": Case(
+        90,
+        90,
+        batch=2,
+        chunks=2,
+        heads=(4, 2),
+        is_causal=True,
+        window=(40, None),
+        documents=True,
+    ),
+}
+
+CASES = MIXED | {
     "one-block": Case(),
     "several-blocks": Case(1024, 1024),
     "no-multiple-of-a-block": Case(700, 1100),
@@ -81,8 +112,35 @@ CASES = {
     "values-smaller": Case(60, 60, head_size=24, value_size=16, is_causal=True),
     "values-larger": Case(60, 60, head_size=16, value_size=24, heads=(4, 2)),
     "carry": Case(90, 90, chunks=3, is_causal=True),
-    "carry-packed": Case(700, 1400, batch=2, chunks=2, window=(900, 5), heads=(4, 2)),
-    "carry-of-dead-rows": Case(96, 96, chunks=2, window=(8, 0)),
+}
+
+# What an implementation may get wrong by itself. That nothing is visible has a test of
+# its own below.
+FEATURES = {
+    "several blocks": lambda case: min(case.q_length, case.kv_length) >= 700,
+    "a rest of a block": lambda case: case.q_length % 128 and case.kv_length % 128,
+    "more keys than queries": lambda case: 1 < case.q_length < case.kv_length,
+    "one query": lambda case: case.q_length == 1,
+    "one key": lambda case: case.kv_length == 1,
+    "a batch": lambda case: case.batch > 1,
+    "grouped heads": lambda case: 1 < case.heads[1] < case.heads[0],
+    "one key head": lambda case: case.heads[1] == 1 < case.heads[0],
+    "no causal mask": lambda case: not case.is_causal,
+    "causal": lambda case: case.is_causal,
+    "reversed": lambda case: case.order == "reversed",
+    "a window": lambda case: None not in case.window and not case.is_causal,
+    "a causal window": lambda case: case.is_causal and case.window[0] is not None,
+    "a soft cap": lambda case: case.soft_cap is not None,
+    "documents": lambda case: case.documents and case.chunks == 1,
+    "values of a smaller head": lambda case: (case.value_size or 999) < case.head_size,
+    "values of a larger head": lambda case: (case.value_size or 0) > case.head_size,
+    "a carry": lambda case: case.chunks > 1,
+    "a carry of documents": lambda case: case.documents and case.chunks > 1,
+    "a carry of dead rows": lambda case: case.chunks > 1 and case.window == (8, 0),
+    **{
+        f"head size {size}": lambda case, size=size: case.head_size == size
+        for size in (8, 16, 80, 128, 192, 256)
+    },
 }
 
 TARGET = target_of(None)
@@ -187,8 +245,6 @@ def run(chunk, case, arrays, positions, ids):
 
 
 def check(implementation, case, dtype):
-    if implementation in HERE and dtype not in HERE[implementation].dtypes:
-        pytest.skip(f"{implementation} has no {dtype}")
     chunk = kernels.chunk(implementation)
     with jax.enable_x64(dtype == "float64"):
         program = jax.jit(functools.partial(run, chunk, case))
@@ -199,34 +255,54 @@ def check(implementation, case, dtype):
         assert_within_tolerances(oracle(case, dtype), actual, dtype)
 
 
-@pytest.mark.parametrize(("implementation", "name"), thinned(HERE, CASES, keep=5))
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        pytest.param(*cell, marks=() if cell[1] in MIXED else pytest.mark.long)
+        for cell in itertools.product(HERE, CASES)
+    ],
+)
 def test_cases(implementation, name):
     check(implementation, CASES[name], DTYPES_HERE[implementation])
 
 
 @pytest.mark.parametrize(
     ("implementation", "dtype", "name"),
-    thinned(
-        HERE,
-        ["bfloat16", "float16", "float64"],
-        ["no-multiple-of-a-block", "gqa", "packed", "soft-cap", "carry"],
-        keep=4,
-    ),
+    [
+        pytest.param(
+            implementation,
+            dtype,
+            name,
+            marks=() if name == "packed-carry" else pytest.mark.long,
+        )
+        for implementation, kernel in HERE.items()
+        for dtype in kernel.dtypes
+        if dtype != DTYPES_HERE[implementation]
+        for name in (
+            "packed-carry",
+            "packed-soft-cap-mqa",
+            "no-multiple-of-a-block",
+            "gqa",
+            "soft-cap",
+        )
+    ],
 )
 def test_other_dtypes(implementation, dtype, name):
     check(implementation, CASES[name], dtype)
 
 
-def test_every_row_walks_its_own_blocks(monkeypatch):
-    """In blocks so small that each row's documents make others of them EMPTY."""
-    monkeypatch.setattr(xla, "BLOCK", 16)
-    case = dataclasses.replace(CASES["packed"], q_length=96, kv_length=96)
-    _, positions, ids = inputs(case, "float32")
-    tokens = Tokens(positions[0], ids)
-    kinds = block_kinds(Mask(MaskRule(True), tokens, tokens), 16, 16)
-    assert ((kinds[0] == EMPTY) & (kinds[1] != EMPTY)).any()
-    assert ((kinds[0] == FULL) & (kinds[1] == PARTIAL)).any()
-    check("xla", case, "float32")
+def test_the_default_run_has_every_feature_of_every_implementation():
+    run = in_the_default_run(test_cases)
+    missing = [
+        (implementation, feature)
+        for implementation, (feature, has) in itertools.product(HERE, FEATURES.items())
+        if not any(has(CASES[name]) for where, name in run if where == implementation)
+    ]
+    assert missing == []
+    dtypes = {cell[:2] for cell in in_the_default_run(test_other_dtypes)}
+    dtypes |= set(DTYPES_HERE.items())
+    wanted = {(name, dtype) for name, kernel in HERE.items() for dtype in kernel.dtypes}
+    assert dtypes == wanted
 
 
 @pytest.mark.parametrize("implementation", HERE)

@@ -71,7 +71,17 @@ def test_notebooks_are_found() -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# They train, for most of a minute: `make test-all` runs them.
+LONG = ("04_long_flax_model", "06_train_kill_resume")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in LONG else ())
+        for name in NAMES
+    ],
+)
 def test_runs_from_top_to_bottom(name: str) -> None:
     result = run(FOLDER / f"{name}.py")
     assert result.returncode == 0, result.stderr

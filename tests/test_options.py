@@ -10,6 +10,7 @@ from flax import nnx
 
 import usp_jax
 from usp_jax import attention, decode
+from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.nn import SequenceMask, USPAttention, attention_fn
 from usp_jax.options import DEFAULTS, Options, StaticOptions
 from usp_jax.ring import Double
@@ -189,3 +190,17 @@ def test_mask_and_bias_stand_where_jax_has_them(no_type_checks):
     for name in ("mask", "bias"):
         with pytest.raises(ValueError, match=f"cannot honour {name}=: .*use "):
             usp_jax.usp_attention(X, X, X, **{name: X})
+
+
+def test_a_model_passes_on_what_changes_no_result():
+    """The options that a model's execution has, from its configuration to the call."""
+    names = ("implementation", "ring_schedule", "ulysses_chunks")
+    chosen = {"implementation": "xla", "ring_schedule": "double:2", "ulysses_chunks": 2}
+    config = LlamaConfig.preset("tiny", num_layers=1, **chosen)
+    model = Llama(config, mesh=mesh(), rngs=nnx.Rngs(0))
+    with pytest.raises(Reached) as reached:
+        model(jnp.zeros((1, 16), jnp.int32))
+    found = reached.value.options
+    assert {name: found[name] for name in names} == chosen
+    changed = {name for name in DEFAULTS if found[name] is not DEFAULTS[name]}
+    assert changed == {*names, "is_causal", "layout"}

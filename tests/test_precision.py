@@ -11,6 +11,9 @@ import usp_jax
 from tests.oracle import expected, normal, results
 from tests.sampling import thinned
 
+# One worker compiles what the tests share.
+pytestmark = pytest.mark.xdist_group("precision")
+
 B, T, N, K, H = 1, 512, 8, 8, 16
 # What is rounded to 16 bits; lse never is.
 ROUNDED = ("out", "dq", "dk", "dv")

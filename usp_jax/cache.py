@@ -9,7 +9,7 @@ nothing.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,11 @@ from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
 from usp_jax.masking import PADDING, Tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
-from usp_jax.shards import SEQ, TOKENS, Shards
+from usp_jax.shards import SEQ, TOKENS, Dims, Shards
 from usp_jax.varying import vary_like
 
+T = TypeVar("T")
+Pair = tuple[jax.Array, jax.Array]
 # New tokens are whole on every device that shares a sequence.
 NEW = ("batch", None, "tensor")
 NEW_TOKENS = ("batch",)
@@ -47,7 +49,7 @@ class Page:
     tokens: Tokens
 
     @property
-    def parts(self) -> tuple[tuple[jax.Array, jax.Array], Tokens]:
+    def parts(self) -> tuple[Pair, Tokens]:
         """((key, value), tokens): what is split alike."""
         return (self.key, self.value), self.tokens
 
@@ -148,7 +150,7 @@ class KVCache:
         key: jax.Array,
         value: jax.Array,
         positions: jax.Array,
-        segment_ids: Any,
+        segment_ids: jax.Array | None,
         page_tokens: int,
         shards: Shards,
         parts: int,
@@ -156,10 +158,8 @@ class KVCache:
         check_positive_int("page_tokens", page_tokens)
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = tokens_of(positions, segment_ids, key.shape)
-        page = Page(  # type: ignore[call-arg]
-            *_laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ),
-            _laid(shards, tokens, TOKENS),
-        )
+        k, v = _laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ)
+        page = Page(k, v, _laid(shards, tokens, TOKENS))
         # A prefill's page is never written to: it counts as full. A numpy number, so
         # that `append` can read it under jit too.
         used = np.int32(_whole_length(shards, key.shape[1]))
@@ -224,7 +224,7 @@ class KVCache:
         """How many places the last page has, over all devices."""
         return _whole_length(self.shards, self.pages[-1].key.shape[1])
 
-    def _written(self, new: Any) -> "KVCache":
+    def _written(self, new: Page) -> "KVCache":
         page = _write_page(self.shards, self.pages[-1], new, self.used)
         used = self.used + np.int32(new.key.shape[1])
         return dataclasses.replace(self, pages=(*self.pages[:-1], page), used=used)
@@ -241,12 +241,12 @@ def _write_page(shards: Shards, page: Page, new: Page, used: jax.Array) -> Page:
 
 def _write(
     shards: Shards,
-    kv: tuple[jax.Array, jax.Array],
+    kv: Pair,
     tokens: Tokens,
-    new_kv: tuple[jax.Array, jax.Array],
+    new_kv: Pair,
     new_tokens: Tokens,
     used: jax.Array,
-) -> Any:
+) -> tuple[Pair, Tokens]:
     """Writes the new tokens that are this device's into its part of a page."""
     index, parts = place_on(shards)
     length, count = tokens.positions.shape[1], new_tokens.positions.shape[1]
@@ -259,20 +259,20 @@ def _write(
     places = jnp.minimum(places, last)
     mine = jnp.where(places % parts == index, places // parts, length)
 
-    def write(
-        old: Any,
-        new: Any,
-    ) -> tuple[jax.Array, jax.Array] | Tokens:
+    def write(old: T, new: T) -> T:
         # Apart for both: ids do not vary over the axis of heads.
         old = vary_like(old, (old, new, mine))
-        return jax.tree.map(lambda x, y: x.at[:, mine].set(y, mode="drop"), old, new)
+        written: T = jax.tree.map(
+            lambda x, y: x.at[:, mine].set(y, mode="drop"), old, new
+        )
+        return written
 
     return write(kv, new_kv), write(tokens, new_tokens)
 
 
 @partial(jax.jit, static_argnames=("shards", "page_tokens"))
 def _empty_page(shards: Shards, page_tokens: int, like: Page) -> Page:
-    def empty(kv: Any, tokens: Tokens) -> Any:
+    def empty(kv: Pair, tokens: Tokens) -> tuple[Pair, Tokens]:
         length = page_tokens // place_on(shards)[1]
         x, ids = kv[0], tokens.positions
         zeros = jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
@@ -299,11 +299,7 @@ def _whole_length(shards: Shards, length: int) -> int:
     return length if shards.mesh is not None else length * place_on(shards)[1]
 
 
-def _laid(
-    shards: Shards,
-    xs: tuple[jax.Array, jax.Array] | Tokens,
-    dims: tuple[str, str] | tuple[str, str, str],
-) -> Any:
+def _laid(shards: Shards, xs: T, dims: Dims) -> T:
     """Arrays where a page's parts belong; what lies there already does not move."""
     mesh = shards.mesh
 
@@ -314,7 +310,8 @@ def _laid(
                 return x
         return shards.constrain(x, dims)
 
-    return jax.tree.map(lay, xs)
+    laid: T = jax.tree.map(lay, xs)
+    return laid
 
 
 def tokens_of(positions: object, segment_ids: object, shape: tuple[int, ...]) -> Tokens:

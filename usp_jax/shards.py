@@ -43,6 +43,9 @@ class Shards:
     Without one they are called as they are: inside the caller's shard_map, or on one
     device.
 
+    `usp_jax.models.sharding.Split` is no `Shards`: a model also splits parameters and
+    layers, over axes of fixed names, inside one shard_map that jax differentiates.
+
     Attributes:
       ring, ulysses: the axes that split the sequence; None where that has size 1.
     """

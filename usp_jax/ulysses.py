@@ -9,15 +9,17 @@ tables below say which. Lower case letters are this device's share.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from usp_jax.kernels import Chunk
+from usp_jax.kernels import Carry, Chunk
+from usp_jax.kernels.logits import Logits
+from usp_jax.masking import Mask
 from usp_jax.mesh import AxisName
 
 
@@ -156,7 +158,10 @@ def kv_to_heads(
 
 
 def kv_to_seq(
-    dkv: Float[Array, "B S m D"], heads: Heads, axis_name: AxisName | None, dtype: Any
+    dkv: Float[Array, "B S m D"],
+    heads: Heads,
+    axis_name: AxisName | None,
+    dtype: DTypeLike,
 ) -> Float[Array, "B s K D"]:
     """The transpose of `kv_to_heads`, in `dtype`.
 
@@ -183,17 +188,35 @@ def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chun
         return chunk
     table = jnp.asarray(groups)[index]
 
-    def forward(q: Any, k: Any, v: Any, mask: Any, carry: Any, logits: Any) -> Any:
-        k, v = (jnp.take(x, table, axis=2) for x in (k, v))
-        return chunk.forward(q, k, v, mask, carry, logits)
+    def repeated(x: jax.Array) -> jax.Array:
+        return jnp.take(x, table, axis=2)
 
-    def backward(q: Any, k: Any, v: Any, *args: Any) -> Any:
-        expanded = (jnp.take(x, table, axis=2) for x in (k, v))
-        dq, *dkv = chunk.backward(q, *expanded, *args)  # type: ignore[arg-type]
-        dk, dv = (
-            jnp.zeros_like(dx, shape=x.shape).at[:, :, table].add(dx)
-            for x, dx in zip((k, v), dkv, strict=True)
+    def summed(dx: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.zeros_like(dx, shape=x.shape).at[:, :, table].add(dx)
+
+    def forward(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        carry: Carry | None,
+        logits: Logits,
+    ) -> Carry:
+        return chunk.forward(q, repeated(k), repeated(v), mask, carry, logits)
+
+    def backward(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        dout: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        mask: Mask,
+        logits: Logits,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dq, dk, dv = chunk.backward(
+            q, repeated(k), repeated(v), dout, lse, delta, mask, logits
         )
-        return dq, dk, dv
+        return dq, summed(dk, k), summed(dv, v)
 
-    return Chunk(forward, backward)  # type: ignore[arg-type]
+    return Chunk(forward, backward)

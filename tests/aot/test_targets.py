@@ -1,7 +1,8 @@
 """Compiles attention for machines that are not here and reads what came of it.
 
-Needs the compilers, `pip install 'usp_jax[aot]'`; without them it is skipped, and the
-summary says so.
+`make test` compiles the ring for one TPU, and for a GPU of each kernel; the ring on the
+other machines is `make test-all`'s. Needs the compilers, `pip install 'usp_jax[aot]'`;
+without them it is skipped, and the summary says so.
 """
 
 import functools
@@ -54,15 +55,15 @@ def attention(name, ring, ulysses, length, **options):
     ("name", "ring", "ulysses", "length"),
     [
         ("v5e:2x4", 4, 2, 2**14),
-        ("v5p:2x2x2", 4, 2, LONG),
-        ("v6e:2x4", 2, 4, 2**14),
+        pytest.param("v5p:2x2x2", 4, 2, LONG, marks=pytest.mark.long),
+        pytest.param("v6e:2x4", 2, 4, 2**14, marks=pytest.mark.long),
         # libtpu 0.0.50 fails an assertion of its own at some longer ones.
-        ("tpu7x:2x2x2", 8, 2, 2**13),
+        pytest.param("tpu7x:2x2x2", 8, 2, 2**13, marks=pytest.mark.long),
         ("a100:2x4", 4, 2, LONG),
         ("h100:1x8", 2, 4, LONG),
         # Another name for what the H100's compiler makes.
         pytest.param("h200:1x8", 4, 2, LONG, marks=pytest.mark.long),
-        ("b200:1x8", 4, 2, LONG),
+        pytest.param("b200:1x8", 4, 2, LONG, marks=pytest.mark.long),
     ],
 )
 def test_the_ring_on_each_target(name, ring, ulysses, length):

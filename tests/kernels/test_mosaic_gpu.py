@@ -28,25 +28,50 @@ interpreted = pytest.mark.skipif(
 )
 
 
+# Several features each, between them all that the kernels have.
+MIXED = {
+    # Three tiles and five blocks: entirely seen, in part, and not.
+    "causal-gqa-soft-cap": (
+        Case(300, 300, heads=(2, 1), head_size=64, is_causal=True, soft_cap=3.0),
+        "bfloat16",
+    ),
+    "packed-carry-window": (
+        Case(
+            130,
+            130,
+            batch=2,
+            chunks=2,
+            window=(70, 5),
+            documents=True,
+            head_size=80,
+        ),
+        "float16",
+    ),
+    "dk-and-dv-apart": (Case(64, 64, head_size=160, is_causal=True), "bfloat16"),
+}
+SINGLE = {
+    "causal-gqa": (
+        Case(300, 300, heads=(2, 1), head_size=64, is_causal=True),
+        "bfloat16",
+    ),
+    "packed": (Case(130, 130, batch=2, documents=True, head_size=80), "float16"),
+    "carry-window-soft-cap": (
+        Case(100, 200, chunks=2, window=(70, 5), soft_cap=3.0),
+        "bfloat16",
+    ),
+}
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        # Three tiles and five blocks: entirely seen, in part, and not.
-        (Case(300, 300, heads=(2, 1), head_size=64, is_causal=True), "bfloat16"),
-        (Case(130, 130, batch=2, documents=True, head_size=80), "float16"),
-        pytest.param(
-            Case(100, 200, chunks=2, window=(70, 5), soft_cap=3.0),
-            "bfloat16",
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            Case(64, 64, head_size=160, is_causal=True),
-            "bfloat16",
-            marks=pytest.mark.long,
+        *(pytest.param(*cell, id=name) for name, cell in MIXED.items()),
+        *(
+            pytest.param(*cell, id=name, marks=pytest.mark.long)
+            for name, cell in SINGLE.items()
         ),
     ],
-    ids=["causal-gqa", "packed", "carry-window-soft-cap", "dk-and-dv-apart"],
 )
 def test_interpreted(case, dtype) -> None:
     check("mosaic_gpu_interpret", case, dtype)

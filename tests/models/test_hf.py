@@ -127,6 +127,25 @@ def test_a_round_trip_keeps_every_bit(tmp_path, case, mesh, dtype):
     chex.assert_trees_all_equal(parameters(again), parameters(model))
 
 
+def test_float64_is_kept_where_parameters_are_stored_in_it(tmp_path):
+    tensors = {
+        name: x.astype(np.float64) * (1 + 2.0**-40)
+        for name, x in hf_cases.weights(CONFIGS["plain"]).items()
+    }
+    config = {**CONFIGS["plain"], "torch_dtype": "float64"}
+    first = write(tmp_path / "first", config, tensors)
+    with jax.enable_x64(True):
+        model = load(first, {})
+        assert model.config.dtype == "float64"
+        hf.save(model, tmp_path / "second")
+    for name, x in folder_tensors(tmp_path / "second").items():
+        np.testing.assert_array_equal(x, tensors[name], strict=True)
+    with pytest.raises(ValueError, match="dtype='float64' needs 64 bits"):
+        load(first, {})
+    with pytest.raises(ValueError, match="has the dtype F64, it must be one of F32"):
+        load(first, {}, dtype="float32")
+
+
 def test_float16_is_read_exactly(tmp_path):
     tensors = {
         name: x.astype(np.float16)

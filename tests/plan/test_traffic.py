@@ -92,6 +92,24 @@ def test_stages_tensors_and_tiles(choice):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "attention_qkv"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"ring_schedule": "bidirectional"},
+        {"ring_schedule": "double:2"},
+        {"ring_schedule": "all_gather"},
+        {"ring_schedule": "pass_q"},
+        {"ulysses_chunks": 2},
+        {"ulysses_chunks": 2, "ring_schedule": "pass_q"},
+    ],
+    ids=str,
+)
+def test_every_schedule_and_head_groups(way, remat):
+    check(Choice(ring=4, ulysses=2, remat=remat, **way))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sizes",
     [{"data": 2, "ring": 2, "ulysses": 2}, {"fsdp": 2, "ring": 2, "tensor": 2}],

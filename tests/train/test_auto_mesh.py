@@ -14,6 +14,9 @@ from train.config import HERE
 from train.presets import preset
 from usp_jax import plan
 
+# As the planner's own tests are.
+pytestmark = pytest.mark.usefixtures("no_type_checks")
+
 
 def config(machine=HERE, **fields):
     return dataclasses.replace(preset("tiny"), auto_mesh=machine, **fields)

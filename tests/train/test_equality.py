@@ -23,13 +23,17 @@ from train.build import build
 from train.config import Config, EvalConfig, MeshConfig, SampleConfig
 from train.loop import train
 
+# A run in groups of the tests that share `plain`: one worker makes it, once.
+pytestmark = pytest.mark.xdist_group("equality")
+
+RING_AND_ULYSSES = MeshConfig(ring=4, ulysses=2)
 MESHES = {
-    "ring4-ulysses2": MeshConfig(ring=4, ulysses=2),
+    "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
+    "fsdp2-ring4-zero1": MeshConfig(fsdp=2, ring=4, zero=1),
+    # As it is, but for its parts, in test_losses_are_the_same_in_parts.
+    "data2-ring2-ulysses2": MeshConfig(data=2, ring=2, ulysses=2),
     "ring8": MeshConfig(ring=8),
     "ulysses8": MeshConfig(ulysses=8),
-    "data2-ring2-ulysses2": MeshConfig(data=2, ring=2, ulysses=2),
-    "fsdp2-ring4-zero1": MeshConfig(fsdp=2, ring=4, zero=1),
-    "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
 }
 
 
@@ -75,6 +79,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
+@pytest.fixture(scope="module")
+def one_process(plain: Config) -> Config:
+    """The same run over a ring and Ulysses, in this process."""
+    run_dir = plain.run_dir.with_name("one")
+    config = dataclasses.replace(plain, mesh=RING_AND_ULYSSES, run_dir=run_dir)
+    run_here(config)
+    return config
+
+
 def test_losses_fall(plain: Config) -> None:
     found = losses(plain.run_dir)
     assert [step for step, _ in found] == list(range(1, 21))
@@ -83,8 +96,12 @@ def test_losses_fall(plain: Config) -> None:
 
 
 def check_losses(plain: Config, run_dir: Path, mesh: MeshConfig) -> None:
-    config = dataclasses.replace(plain, mesh=mesh, run_dir=run_dir)
-    actual, expected = run_here(config), rows(plain.run_dir)
+    run_here(dataclasses.replace(plain, mesh=mesh, run_dir=run_dir))
+    check_rows(plain, run_dir)
+
+
+def check_rows(plain: Config, run_dir: Path) -> None:
+    actual, expected = rows(run_dir), rows(plain.run_dir)
     for column in ("loss", "grad_norm"):
         np.testing.assert_allclose(
             [row[column] for row in actual],
@@ -94,7 +111,13 @@ def check_losses(plain: Config, run_dir: Path, mesh: MeshConfig) -> None:
         )
 
 
-@pytest.mark.parametrize("name", thinned(MESHES, keep=3))
+def test_losses_are_the_same_over_a_ring_and_ulysses(
+    plain: Config, one_process: Config
+) -> None:
+    check_rows(plain, one_process.run_dir)
+
+
+@pytest.mark.parametrize("name", thinned(MESHES, keep=5))
 def test_losses_are_the_same_on_every_mesh(
     plain: Config, name: str, tmp_path: Path
 ) -> None:
@@ -186,19 +209,22 @@ def start_four(config: Config, cache: Path) -> list[Program]:
     return start_processes(config, 4, devices=2, cache=cache)
 
 
-def test_four_processes_have_the_losses_of_one(plain: Config, tmp_path: Path) -> None:
-    mesh = MESHES["ring4-ulysses2"]
-    one = dataclasses.replace(plain, mesh=mesh, run_dir=tmp_path / "one")
-    run_here(one)
-    four = dataclasses.replace(
-        one, run_dir=tmp_path / "four", sample=SampleConfig(length=4)
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_processes_have_the_losses_of_one(
+    one_process: Config, number: int, tmp_path: Path
+) -> None:
+    several = dataclasses.replace(
+        one_process, run_dir=tmp_path / "several", sample=SampleConfig(length=4)
     )
-    programs = start_four(four, tmp_path / "cache")
+    programs = start_processes(
+        several, number, devices=8 // number, cache=tmp_path / "cache"
+    )
     for program in programs:
         finish(program.process, program.log)
-    np.testing.assert_allclose(losses(four.run_dir), losses(one.run_dir), rtol=1e-6)
+    expected = losses(one_process.run_dir)
+    np.testing.assert_allclose(losses(several.run_dir), expected, rtol=1e-6)
     told = [program.log.read_text().count("a sample of") for program in programs]
-    assert told == [1, 0, 0, 0]
+    assert told == [1] + (number - 1) * [0]
 
 
 @pytest.mark.long
@@ -230,7 +256,7 @@ def test_sigterm_to_one_of_four_processes_stops_all(
 ) -> None:
     config = dataclasses.replace(
         plain,
-        mesh=MESHES["ring4-ulysses2"],
+        mesh=RING_AND_ULYSSES,
         run_dir=tmp_path / "four",
         steps=60,
     )

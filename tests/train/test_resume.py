@@ -37,6 +37,10 @@ class Program:
         return dataclasses.replace(self, config=config)
 
 
+# One worker makes the run that all compare with.
+pytestmark = pytest.mark.xdist_group("resume")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """A run that was never killed; what it compiled serves all that follow."""

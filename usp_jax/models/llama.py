@@ -73,7 +73,7 @@ class Llama(nnx.Module):
         if isinstance(config, str):
             config = LlamaConfig.preset(config)
         check_mesh(config, mesh)
-        _check_has_dtypes(config)
+        check_dtypes(config)
         self.config = config
         self.mesh = mesh
         shardings = None if mesh is None else parameter_shardings(config, mesh)
@@ -242,7 +242,7 @@ def _logits(
     return transformer.logits(weights, transformer.split.enter(x))
 
 
-def _check_has_dtypes(config: LlamaConfig) -> None:
+def check_dtypes(config: LlamaConfig) -> None:
     """Raises ValueError where jax would make float32 of float64."""
     for name, dtype in (("dtype", config.dtype), ("param_dtype", config.stored_dtype)):
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:

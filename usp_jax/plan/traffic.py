@@ -292,32 +292,45 @@ def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
     hops = call.turns * (choice.ring - 1)
     read, follows = attention.forward_hop(call)
     back_read, back_follows = attention.backward_hop(call)
+    # Head groups that have k, v of their own send these one after the other.
+    parts = 1 if choice.ring_schedule == "pass_q" else call.heads.kv_parts
+    # The compiler sees that the repeated forward begins with the backward's hops.
+    shared = again.ring * _first_hops(choice)
     if choice.ring_schedule == "all_gather":
         gather, scatter = "all-gather", "reduce-scatter"
+        times = layers * (call.turns * parts * (2 + again.ring) - shared)
         yield Transfer(
-            "attention", gather, ("ring",), layers * (2 + again.ring), hops * read
+            "attention", gather, ("ring",), times, (choice.ring - 1) * read / parts
         )
         yield Transfer("attention", scatter, ("ring",), layers, hops * back_follows)
         return
     forward = layers * hops * (1 + again.ring)
     backward = layers * hops
-    shared = choice.ring_schedule == "unidirectional" and choice.ulysses_chunks == 1
-    if again.ring and shared and hops:
-        # The compiler sees that both passes' first hop sends the same k, v.
-        forward -= layers
-    permute = "collective-permute"
-    yield Transfer("attention", permute, ("ring",), forward, read)
+    permute, times = "collective-permute", forward * parts - layers * shared
+    yield Transfer("attention", permute, ("ring",), times, read / parts)
     yield Transfer("attention", permute, ("ring",), forward, follows)
     yield Transfer("attention", permute, ("ring",), backward, back_read)
     yield Transfer("attention", permute, ("ring",), backward, back_follows)
 
 
+def _first_hops(choice: Choice) -> int:
+    """Hops of a pass that send k, v as they are; an all-gather counts as one.
+
+    In a double ring those are the first of the inner rings and of the outer one.
+    """
+    name, inner = name_and_inner(choice.ring_schedule)
+    if choice.ring == 1 or name == "pass_q":
+        return 0
+    if inner is None:
+        return 1
+    return (inner > 1) + (choice.ring > inner)
+
+
 def _exchanges_again(call: attention.Call, choice: Choice) -> tuple[int, ...]:
     """Of the forward's, those that the backward repeats for the remat policy."""
     exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
-    # In chunks q, k, v are kept as they came: only out is missing.
-    kept = call.chunks > 1 and kept_of(choice) == "attention"
-    return exchanges[2:] if kept else exchanges
+    # In head groups the backward sends q, k, v again in any case: only out is missing.
+    return exchanges[2:] if call.chunks > 1 else exchanges
 
 
 @dataclasses.dataclass(frozen=True)

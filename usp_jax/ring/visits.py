@@ -9,7 +9,6 @@ from the layout's runs of positions; the two functions below make those visits.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,31 +140,35 @@ def visits_backward(
         k, v = apart(kv[:, visit.rows], q.shape[-1])
         return ring.send(side_by_side(v, k), visit.pairs)
 
-    arriving: Any = send(kv, visits[0])
+    arriving: jax.Array | None = send(kv, visits[0])
     kv, arriving, dq_own, home = together(
         kv, arriving, *ring.held_backward(kv, first, *ours)
     )
-    dq, part, visit = jnp.zeros_like(dq_own, shape=q.shape), None, None
-    for n, this in enumerate(visits):
+    dq = jnp.zeros_like(dq_own, shape=q.shape)
+    part: jax.Array | None = None
+    for n, visit in enumerate(visits):
+        assert arriving is not None
         arrived, arriving = arriving, None
         if n + 1 < len(visits):
             arriving = send(kv, visits[n + 1])
         if part is not None:
-            home = _brought_home(ring, visit, part, home)
+            home = _brought_home(ring, visits[n - 1], part, home)
         v, k = apart(arrived, arrived.shape[-1] - q.shape[-1])
         dq_part, part = ring.chunk_backward(
-            _mask(ring, this), q, side_by_side(k, v), dout, lse, delta
+            _mask(ring, visit), q, side_by_side(k, v), dout, lse, delta
         )
-        visit = this
         kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
-    home = _brought_home(ring, visit, part, home)
+    assert part is not None
+    home = _brought_home(ring, visits[-1], part, home)
     for rows in rest:
         dq_rest, more = ring.held_backward(kv, rows, *ours)
         dq_own, home = jnp.concatenate([dq_own, dq_rest], 1), home + more
     return together(dq + dq_own, home)
 
 
-def _brought_home(ring: Ring, visit: Any, part: Any, home: jax.Array) -> jax.Array:
+def _brought_home(
+    ring: Ring, visit: Visit, part: jax.Array, home: jax.Array
+) -> jax.Array:
     """dk, dv of the tokens that a visit sent, added where they came from."""
     back = [(i, j) for j, i in visit.pairs]
     return home.at[:, visit.rows].add(ring.send(part, back))

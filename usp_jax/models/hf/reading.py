@@ -15,7 +15,7 @@ from usp_jax.models.config import LlamaConfig
 from usp_jax.models.hf.files import CONFIG, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
 from usp_jax.models.hf.names import EMBED, LM_HEAD, Index, read_parameter, tensors
-from usp_jax.models.llama import Llama
+from usp_jax.models.llama import Llama, check_dtypes
 from usp_jax.models.sharding import check_mesh, parameter_shapes, parameter_shardings
 
 # Those that float32 has all the numbers of.
@@ -49,6 +49,7 @@ def load(
     folder = Path(path)
     config = load_config(folder, dtype=dtype, **overrides)
     check_mesh(config, mesh)
+    check_dtypes(config)
     shardings = {} if mesh is None else parameter_shardings(config, mesh)
     with TensorFiles.open(folder) as files:
         _check_tensors(folder, files, config)
