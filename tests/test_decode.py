@@ -20,8 +20,8 @@ B, N, K, H = 2, 4, 2, 4
 PREFILL, STEPS = 16, (4, 1, 5, 3)
 LENGTH = PREFILL + sum(STEPS)
 MASKS = {
-    "causal": {},
     "window": {"local_window_size": (6, 0)},
+    "causal": {},
     "softcap": {"logits_soft_cap": 1.5},
     "full": {"is_causal": False},
     "sinks": {},
@@ -142,6 +142,23 @@ def test_masks(mask, ring):
 
 def test_batch_and_heads_are_split_too():
     check(usp_jax.make_mesh(data=2, ring=2, tensor=2), "zigzag", "sinks")
+
+
+def test_alibi_is_that_of_the_whole_sequence():
+    """Each device of `tensor` takes the slopes of its own heads."""
+    q, k, v, _ = inputs("float32")
+    slopes = jnp.asarray([0.5, 0.25, 0.125, 0.7])
+    mesh = usp_jax.make_mesh(ring=2, tensor=2)
+    old, new = slice(0, PREFILL), slice(PREFILL, PREFILL + 2)
+    order = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (B, LENGTH))
+    cache = usp_jax.KVCache.of(k[:, old], v[:, old], mesh=mesh, page_tokens=8)
+    cache = cache.append(k[:, new], v[:, new], positions=order[:, new])
+    actual = usp_jax.decode_attention(
+        q[:, new], cache, positions=order[:, new], alibi_slopes=slopes
+    )
+    whole = (x[:, : new.stop] for x in (q, k, v))
+    wanted = usp_jax.flash_attention(*whole, is_causal=True, alibi_slopes=slopes)
+    np.testing.assert_allclose(actual, wanted[:, new], atol=2e-6)
 
 
 def test_the_mesh_of_the_context():

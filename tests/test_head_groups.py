@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 import usp_jax
 from tests import programs
+from tests.oracle import normal
 from tests.sampling import thinned
 from tests.test_variants import check
 from usp_jax.compiled import by_kind
@@ -38,6 +39,23 @@ def test_equals_the_oracle(case, explicit):
         segments=True,
         heads=heads,
     )
+
+
+def test_gradients_of_shared_keys_are_rounded_once():
+    """Four groups see the same keys: their parts are added up in float32."""
+    mesh = usp_jax.make_mesh(ulysses=2)
+    q, kv = (1, 64, 8, 4), (1, 64, 2, 4)
+    *arrays, dout = normal(0, q, kv, kv, q, dtype=jnp.bfloat16)
+
+    def gradients(chunks):
+        attend = functools.partial(
+            usp_jax.usp_attention, mesh=mesh, ulysses_chunks=chunks
+        )
+        return jax.vjp(attend, *arrays)[1](dout)
+
+    whole, groups = (jax.jit(functools.partial(gradients, n))() for n in (1, 4))
+    for one, other in zip(whole, groups, strict=True):
+        assert jnp.mean(one != other) < 0.01
 
 
 @pytest.mark.parametrize("chunks", [2, 4])

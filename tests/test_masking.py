@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from usp_jax.kernels.padding import pad_mask
 from usp_jax.kernels.xla import _block
 from usp_jax.layout import shard_positions
 from usp_jax.masking import (
@@ -134,6 +135,15 @@ def test_padded_tokens_see_nothing_and_widen_no_block():
     assert seen.sum() == 9 and not seen[3:].any() and not seen[:, 3:].any()
     assert pad_tokens(tokens, 0, with_ids=False) is not None
     assert pad_tokens(tokens, 0, with_ids=False).segment_ids is None
+
+
+def test_padding_of_one_side_hides_nothing_of_the_other():
+    short, even = (Tokens(jnp.arange(n, dtype=jnp.int32)[None]) for n in (5, 8))
+    for q, kv in ((short, even), (even, short)):
+        seen = visible(pad_mask(Mask(MaskRule(), q, kv), 4, 4))[0]
+        t, s = q.positions.shape[1], kv.positions.shape[1]
+        assert seen.shape == (8, 8)
+        assert seen[:t, :s].all() and seen.sum() == t * s
 
 
 def visits(layout, ring_size, shard, block):

@@ -13,7 +13,7 @@ from tests.sampling import thinned
 from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
-from usp_jax.ring import Ring, apart
+from usp_jax.ring import Bidirectional, Ring, Unidirectional, apart
 from usp_jax.ring.ring import Turn
 from usp_jax.ring.steps import ring_backward, ring_forward
 from usp_jax.ring.tokens import RingTokens
@@ -45,9 +45,7 @@ def joined(x, axis):
     return jnp.concatenate(list(x), axis)
 
 
-@pytest.mark.parametrize(("size", "rule"), thinned([1, 2, 3, 5], RULES, keep=5))
-def test_equals_one_chunk(size, rule):
-    rule = RULES[rule]
+def check(size, rule, schedule):
     q, kv, dout, delta = normal(
         0,
         (size, B, T, N, H),
@@ -58,7 +56,7 @@ def test_equals_one_chunk(size, rule):
 
     def shard(q, kv, dout, delta):
         ring = ring_of(size, rule)
-        turns = (ring.whole_turn,)
+        turns = schedule.turns(size)
         out, lse = ring_forward(ring, turns, q, kv)
         return out, lse, *ring_backward(ring, turns, q, kv, dout, lse, delta)
 
@@ -75,6 +73,16 @@ def test_equals_one_chunk(size, rule):
     expected = chunk.backward(q, k, v, dout, expected[1], delta, mask, Logits(0.5))
     actual = joined(dq, 1), *apart(joined(dkv, 1), H)
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "rule"), thinned([1, 2, 3, 5], RULES, keep=5))
+def test_equals_one_chunk(size, rule):
+    check(size, RULES[rule], Unidirectional())
+
+
+def test_halves_of_an_odd_shard_travel_each_way():
+    assert T % 2
+    check(3, RULES["causal"], Bidirectional())
 
 
 def test_what_was_seen_before_the_ring_counts():

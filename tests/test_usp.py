@@ -152,6 +152,18 @@ def test_is_a_linear_function_of_the_values(degrees):
     chex.assert_trees_all_close(attend(jnp.ones_like(v)), jnp.ones_like(q), atol=1e-6)
 
 
+@pytest.mark.parametrize("degrees", [(1, 1), (4, 2)], ids=str)
+def test_equal_values_leave_queries_and_keys_no_gradient(degrees):
+    """Whatever is looked at gives the same; in 16 bits, too, as far as float32 goes."""
+    (q, k, v), (dout, dlse) = inputs(jnp.bfloat16)
+    v = jnp.broadcast_to(v[:, :1], v.shape)
+    attend = attend_on(*degrees, is_causal=True)
+    actual = run(attend, (q, k, v), (dout, jnp.zeros_like(dlse)))
+    for name in ("dq", "dk"):
+        assert jnp.max(jnp.abs(actual[name])) < 1e-5, name
+    assert jnp.max(jnp.abs(actual["dv"])) > 1
+
+
 def test_lse_does_not_depend_on_how_the_keys_are_split():
     (q, k, v), _ = inputs()
     lse = [np.asarray(jax.jit(attend_on(*d))(q, k, v)[1]) for d in DEGREES]

@@ -14,9 +14,15 @@ import usp_jax
 from tests.models import oracle
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind, collectives
+from usp_jax.models.layer import rms_norm
 from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
-from usp_jax.models.loss import loss, shift_labels
-from usp_jax.models.sharding import TABLE, parameter_shapes, parameter_shardings
+from usp_jax.models.loss import _nats_and_lse, loss, shift_labels
+from usp_jax.models.sharding import (
+    TABLE,
+    Split,
+    parameter_shapes,
+    parameter_shardings,
+)
 
 MESHES = (
     {"data": 8},
@@ -389,6 +395,34 @@ def test_bfloat16_computes_on_float32_parameters():
     for name, expected in exact_gradients.items():
         error = np.linalg.norm(gradients[name] - expected) / np.linalg.norm(expected)
         assert error < 0.03, (name, error)
+
+
+def test_norms_of_16_bits_are_rounded_once():
+    x, weight = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in enumerate(((64, 96), (96,)))
+    )
+    x = x.astype(jnp.bfloat16)
+    exact = rms_norm(x.astype(jnp.float32), weight, 1e-5)
+    actual = rms_norm(x, weight, 1e-5)
+    chex.assert_trees_all_equal(actual, exact.astype(jnp.bfloat16))
+
+
+def test_the_loss_of_16_bits_has_logits_of_float32():
+    """Exact for the rounded inputs, over tiles of tokens and of the vocabulary."""
+    x, matrix = (
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        for seed, shape in enumerate(((2, 10, 16), (48, 16)))
+    )
+    labels = jax.random.randint(jax.random.key(2), (2, 10), -1, 48, jnp.int32)
+    blocks = matrix.reshape(3, 16, 16)
+    nats, lse = _nats_and_lse(Split.of(None), 8, x, blocks, labels)
+    logits = np.asarray(x, np.float64).reshape(20, 16) @ np.asarray(matrix, "float64").T
+    expected = np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(lse.reshape(-1)[:20], expected, rtol=1e-5)
+    places = np.asarray(labels).reshape(-1)
+    expected = np.where(places < 0, 0, expected - logits[np.arange(20), places])
+    np.testing.assert_allclose(nats.reshape(-1)[:20], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -3,14 +3,16 @@
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import usp_jax
+from usp_jax.models.accumulate import summed
 from usp_jax.models.llama import LlamaConfig
-from usp_jax.models.loss import shift_labels
+from usp_jax.models.loss import loss, shift_labels
 from usp_jax.models.optimizer import AdamW
 from usp_jax.models.training import Training, first_state, jit_step, make_step
 
@@ -54,6 +56,42 @@ def test_bfloat16_parameters_are_the_rounded_results_of_float32():
         near = np.asarray(expected.params[name])
         # A step of Adam has the size of the learning rate, whichever way it goes.
         np.testing.assert_allclose(x.astype(np.float32), near, rtol=2**-7, atol=0.021)
+
+
+def test_parts_of_a_batch_are_summed_in_float32():
+    """In bfloat16 a sum of ones would stand still at 256."""
+
+    def pull(weight: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.int32(rows.shape[0]), weight * jnp.sum(rows)
+
+    rows = jnp.ones((1024, 1), jnp.bfloat16)
+    count, total = summed(pull, 512, jnp.ones((3,), jnp.bfloat16), rows)
+    assert count == 1024 and count.dtype == jnp.int32
+    assert total.dtype == jnp.float32 and total.tolist() == [1024.0] * 3
+
+
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
+    """Each without the other: a slope without bound, and then a value."""
+
+    def broken(model, tokens, labels, **options):
+        nats, count = loss(model, tokens, labels, **options)
+        steep = tokens[0, 0] == 0
+        root = jnp.sqrt(jnp.where(steep, nats - jax.lax.stop_gradient(nats), 1))
+        return nats + root + jnp.where(steep, 0, jnp.inf), count
+
+    monkeypatch.setattr("usp_jax.models.training.loss", broken)
+    training = Training(AdamW(learning_rate=0.01, warmup_steps=0), 10)
+    graphdef, state = first_state(CONFIG, usp_jax.make_mesh(), training.optimizer)
+    step, before = jax.jit(make_step(graphdef, training)), state
+    for token, is_finite in ((0, (True, False)), (1, (False, True))):
+        tokens = jnp.full((2, 8), token, jnp.int32)
+        ids = jnp.zeros_like(tokens)
+        batch = {"tokens": tokens, "labels": shift_labels(tokens), "segment_ids": ids}
+        state, told = step(state, batch)
+        assert (np.isfinite(told["loss"]), np.isfinite(told["grad_norm"])) == is_finite
+        assert told["skipped"]
+        chex.assert_trees_all_equal(state.params, before.params)
+    assert state.step == 2
 
 
 def test_float64_parameters_are_updated_in_float64():
