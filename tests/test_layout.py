@@ -105,8 +105,10 @@ def test_axes_name_the_ring():
     stored = usp_jax.to_layout(x, "zigzag", mesh, axis=0, axes=axes)
     expected = usp_jax.to_layout(x, "zigzag", mesh_of(4), axis=0)
     np.testing.assert_array_equal(stored, expected)
-    # Without them the mesh has no ring.
-    np.testing.assert_array_equal(usp_jax.to_layout(x, "zigzag", mesh, axis=0), x)
+    with pytest.raises(
+        ValueError, match="the mesh axis 'r' of 4 devices plays no role"
+    ):
+        usp_jax.to_layout(x, "zigzag", mesh, axis=0)
 
 
 X = np.zeros((2, 12))

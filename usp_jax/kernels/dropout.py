@@ -38,7 +38,7 @@ class Dropout:
     heads: Leaf
 
     def factors(
-        self, rows: jax.Array, q: Tokens, kv: Tokens, dtype: DTypeLike
+        self, rows: jax.Array | np.ndarray, q: Tokens, kv: Tokens, dtype: DTypeLike
     ) -> Float[Array, "*B n T S"]:
         """What the weights are multiplied by: 0, or 1 / (1 - rate).
 
