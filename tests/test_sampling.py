@@ -1,6 +1,5 @@
 """The slices of the long tests are all of them, and the same everywhere."""
 
-import re
 from pathlib import Path
 
 from tests.sampling import SLICES, slice_of
@@ -16,10 +15,3 @@ def test_a_test_is_in_one_slice_of_seven_whatever_runs_it():
     many = [slice_of(f"test[{n}]") for n in range(700)]
     counts = [many.count(k) for k in range(1, SLICES + 1)]
     assert sum(counts) == 700 and min(counts) > 70
-
-
-def test_ci_runs_a_slice_that_there_is():
-    text = (ROOT / ".ci" / "run").read_text()
-    (slices,) = re.findall(r"slice=\$\(\(16#\$\{commit:0:7\} % (\d+) \+ 1\)\)", text)
-    assert int(slices) == SLICES
-    assert 'make test-slice SLICE="$slice"' in text
