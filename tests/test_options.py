@@ -173,6 +173,13 @@ def test_the_documented_signature_is_the_list():
         assert f"\n  {name}: " in inspect.getdoc(usp_jax.usp_attention)
 
 
+def test_a_refused_option_may_have_its_default():
+    rate = float("0")
+    assert rate is not DEFAULTS["dropout_rate"]
+    with pytest.raises(Reached):
+        cached({"dropout_rate": rate, "layout": "contiguous", "prefix_length": None})
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_an_unknown_option_is_an_error(door):
     with pytest.raises(TypeError, match="is_casual"):

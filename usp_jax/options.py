@@ -114,9 +114,15 @@ def completed(
             raise TypeError(
                 f"{function}() has no option {name!r}; it has {tuple(DEFAULTS)}"
             )
-        if name in refused and value is not DEFAULTS.get(name):
+        if name in refused and not _is_default(name, value):
             raise ValueError(f"{function} cannot honour {name}=: {refused[name]}")
     return defaults | options
+
+
+def _is_default(name: str, value: object) -> bool:
+    """Whether an option has its default; an array never does, whatever its values."""
+    default = DEFAULTS.get(name)
+    return value is default or (type(value) in (str, int, float) and value == default)
 
 
 def checked(
