@@ -18,7 +18,6 @@ from usp_jax.ring import (
     Double,
     PassQ,
     Unidirectional,
-    schedule_name,
     schedule_of,
 )
 
@@ -238,14 +237,20 @@ def test_wrong_options(options, message, no_type_checks):
         usp_jax.usp_attention(x, x, x, mesh=mesh, **options)
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [Unidirectional(), Bidirectional(), Double(1), Double(4), AllGather(), PassQ()],
-    ids=str,
-)
-def test_a_string_names_each_schedule(schedule):
-    assert schedule_of(schedule, 8) is schedule
-    assert schedule_of(schedule_name(schedule), 8) == schedule
+NAMES = {
+    "unidirectional": Unidirectional(),
+    "bidirectional": Bidirectional(),
+    "double:1": Double(1),
+    "double:4": Double(4),
+    "all_gather": AllGather(),
+    "pass_q": PassQ(),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_string_names_each_schedule(name):
+    assert schedule_of(NAMES[name], 8) is NAMES[name]
+    assert schedule_of(name, 8) == NAMES[name]
 
 
 def test_inner_rings_have_devices():

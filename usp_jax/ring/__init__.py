@@ -20,7 +20,6 @@ from usp_jax.ring.schedule import (
     Schedule as Schedule,
     schedule_backward as schedule_backward,
     schedule_forward as schedule_forward,
-    schedule_name as schedule_name,
     schedule_of as schedule_of,
 )
 from usp_jax.ring.steps import together as together

@@ -97,10 +97,3 @@ def schedule_of(
             f"the ring axis, {ring_size}"
         )
     return schedule
-
-
-def schedule_name(schedule: Schedule) -> str:
-    """The string that names a schedule, which `schedule_of` takes."""
-    if isinstance(schedule, Double):
-        return f"double:{schedule.inner}"
-    return next(name for name, named in _NAMED.items() if named == schedule)
