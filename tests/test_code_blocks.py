@@ -54,7 +54,7 @@ def commands() -> list[str]:
 
 def test_every_block_says_what_it_is() -> None:
     for page in PAGES:
-        assert {language for language, _ in blocks(page)} <= {"text", "python"}, page
+        assert {language for language, _ in blocks(page)} <= {"text", "python", "diff"}, page
 
 
 PYTHON = [page for page in PAGES if "python" in dict(blocks(page))]
@@ -115,7 +115,7 @@ def is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> bool:
             return {word for word in targets if "=" not in word} <= set(known)
         case ["pip", "install", *what]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-            ours = re.findall(r"\.\[(.*?)\]", " ".join(what))
+            ours = re.findall(r"(?:\.|usp_jax)\[(.*?)\]", " ".join(what))
             extras = {name for names in ours for name in names.split(",")}
             return extras <= set(project["optional-dependencies"])
         case ["python", "-m", module]:
