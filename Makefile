@@ -80,8 +80,11 @@ benchmark: $(VENV)/.installed-benchmark
 types: $(VENV)/.installed-test
 	$(PY) -m mypy
 
+# The link to the repository on each page of the site.
+REPOSITORY_URL ?= $(filter https://%,$(shell git config --get remote.origin.url))
+
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	REPOSITORY_URL=$(REPOSITORY_URL) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv-* .cache .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -247,7 +247,7 @@ def attention_fn(
       >>> layer = nnx.MultiHeadAttention(
       ...     8, 512, attention_fn=attend, decode=False, rngs=rngs)
     """
-    completed("attention_fn", cast(Options, options), refused=_REFUSED)
+    completed("attention_fn", cast(Options, options), refused=REFUSED)
     if rope is not None and not isinstance(rope, Rope):
         rope = Rope(float(rope.theta))
     slopes = None if alibi_slopes is None else tuple(map(float, alibi_slopes))
@@ -257,7 +257,7 @@ def attention_fn(
 
 
 _LAYER = "it changes from call to call: give the layer mask=SequenceMask(...)"
-_REFUSED = {
+REFUSED = {
     "segment_ids": _LAYER,
     "positions": _LAYER,
     "prefix_length": _LAYER,
