@@ -97,7 +97,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for each scheme, MiB of forward / backward."""
     columns = sorted({line["num_kv_heads"] for line in results})
     names = " | ".join(f"{n} key/value heads" for n in columns)
-    lines = [f"| MiB, forward / backward | {names} |", f"|---|{'---|' * len(columns)}"]
+    lines = [f"| MiB, forward/backward | {names} |", f"|---|{'---|' * len(columns)}"]
     for scheme in dict.fromkeys(line["scheme"] for line in results):
         own = {x["num_kv_heads"]: x for x in results if x["scheme"] == scheme}
         cells = []
@@ -106,7 +106,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 sum(total["bytes"] for total in own[column][name].values())
                 for name in PASSES
             ]
-            cells.append(" / ".join(f"{size / 2**20:.0f}" for size in sums))
+            cells.append("/".join(f"{size / 2**20:.0f}" for size in sums))
         lines.append(f"| {scheme} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The documentation names tests that are there, and counts bytes as programs do."""
 
 import ast
+import json
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ from benchmarks import bytes_per_layer
 ROOT = pathlib.Path(__file__).parent.parent
 NAMED = re.compile(r"tests/[\w/]+\.py(?:::\w+)+")
 FEATURES = ROOT / "docs" / "features.md"
+PEERS = ROOT / "docs" / "peers.jsonl"
 
 
 def named_tests() -> set[str]:
@@ -44,22 +46,38 @@ def test_a_missing_test_is_told(name):
 
 
 def test_every_row_of_features_names_a_test():
-    _, table, *_ = FEATURES.read_text().split("\n## ")
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    table = [line for line in FEATURES.read_text().splitlines() if "|" in line]
+    rows = [line.split("|") for line in table[2:]]
     assert len(rows) >= 20
-    assert [row for row in rows if not NAMED.search(row.split("|")[2])] == []
+    assert [row for row in rows if not NAMED.search(row[3])] == []
 
 
-def test_notes_of_features_are_all_there_and_all_used():
-    text = FEATURES.read_text()
-    defined = re.findall(r"^- \*\*([A-Z]\d+)\*\*", text, re.MULTILINE)
-    used = {
-        name
-        for names in re.findall(r"\[([A-Z]\d+(?:, [A-Z]\d+)*)\]", text)
-        for name in names.split(", ")
-    }
+def test_every_feature_is_compared_with_the_peers():
+    _, *lines = map(json.loads, PEERS.read_text().splitlines())
+    table = PEERS.with_suffix(".md").read_text()
+    features = [line["feature"] for line in lines if "feature" in line]
+    assert len(features) >= 20
+    for name in features:
+        assert f"| {name} |" in FEATURES.read_text() and f"| {name} |" in table
+
+
+def test_notes_on_the_peers_are_all_there_and_all_used():
+    first, *lines = map(json.loads, PEERS.read_text().splitlines())
+    defined = [line["note"] for line in lines if "note" in line]
+    answers = [
+        answer
+        for line in lines
+        if "feature" in line
+        for name, answer in line["answers"].items()
+        if name in first["peers"]
+    ]
+    used = {note for answer in answers for note in answer.get("notes", ())}
+    extra = {note for notes in first["does_more"].values() for note in notes}
     assert len(defined) == len(set(defined))
-    assert used == set(defined)
+    assert used | extra == set(defined)
+    # An answer is from somewhere, unless nothing was found or asked.
+    unsourced = {x["answer"] for x in answers if not x.get("notes")}
+    assert unsourced <= {"not found", "n/a"}
 
 
 @pytest.mark.parametrize("choice", ["pass_q", "window, zigzag"])

@@ -15,4 +15,4 @@ KEPT = [
 
 def test_all_schemes_are_kept_and_drawn() -> None:
     assert {line["scheme"] for line in KEPT} == set(SCHEMES)
-    assert table(KEPT) in (ROOT / "docs" / "features.md").read_text()
+    assert table(KEPT) in (ROOT / "docs" / "results.md").read_text()
