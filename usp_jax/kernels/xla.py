@@ -36,7 +36,7 @@ from usp_jax.masking import (
 from usp_jax.merge import finite, normalize
 from usp_jax.varying import vary_like
 
-# Sums over the blocks of keys: (m, l, acc) in the forward, (dq, dk, dv) in the backward.
+# Sums over blocks of keys: (m, l, acc) in the forward and (dq, dk, dv) in the backward.
 State = tuple[jax.Array, jax.Array, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
 

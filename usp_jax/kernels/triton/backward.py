@@ -1,4 +1,4 @@
-"""The backward of a chunk: a kernel of dq, and one of dk and dv."""
+"""The backward of a chunk: one kernel for dq, and one for dk and dv."""
 
 from functools import partial
 
@@ -54,11 +54,14 @@ def chunk_backward(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta."""
+    """Computes dq, dk, dv of one chunk from the global lse and delta.
+
+    Args: as for `chunk_forward`.
+    """
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     head_size, value_size = q.shape[3], v.shape[3]
     q, k, v, dout = map(whole_pieces, (q, k, v, dout.astype(q.dtype)))
-    # Rows without a visible key have every score masked, whatever is subtracted.
+    # All scores of a row without a visible key are masked, so any finite lse will do.
     operands = (q, k, v, dout, finite(lse) * LOG2E, delta)
     operands, mask = vary_like((operands, mask), (operands, mask))
     dq = _dq(*operands, mask, logits, blocks.dq, interpret)
@@ -193,7 +196,7 @@ def _dkv_kernel(
     logits: Logits,
     scale: float,
 ) -> None:
-    # Scores are held transposed, [block_kv, block_q], and so is the mask.
+    # The scores and the mask are transposed: [block_kv, block_q].
     j = pl.program_id(0)
     k, v = (load(ref, j, tile.block_kv) for ref in (k_ref, v_ref))
 
