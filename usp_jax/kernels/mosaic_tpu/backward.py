@@ -52,7 +52,7 @@ def chunk_backward(
 ) -> Grads:
     """Computes dq, dk, dv of one chunk from the global lse and delta.
 
-    Args and raises: as for `chunk_forward`.
+    See `chunk_forward` for the keyword arguments and the errors.
     """
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)

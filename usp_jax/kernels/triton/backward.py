@@ -56,7 +56,7 @@ def chunk_backward(
 ) -> Grads:
     """Computes dq, dk, dv of one chunk from the global lse and delta.
 
-    Args: as for `chunk_forward`.
+    See `chunk_forward` for the keyword arguments.
     """
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     head_size, value_size = q.shape[3], v.shape[3]
