@@ -58,7 +58,7 @@ class Kernel:
 
     @property
     def transposed(self) -> bool:
-        """Whether the tiles are keys and the queries stream."""
+        """True if the tiles are keys and the queries stream."""
         return "k" in self.own
 
     def scratch(self, operands: Mapping[str, jax.Array]) -> dict[str, Scratch]:
