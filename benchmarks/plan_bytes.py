@@ -1,13 +1,13 @@
-"""Bytes that the planner predicts for a training step, beside the compiler's.
+"""Compare the bytes that the planner predicts for a training step with the compiler's.
 
     python -m benchmarks.plan_bytes              # all cases, about a minute each
-    python -m benchmarks.plan_bytes 0 8          # those of these numbers
-    python -m benchmarks.plan_bytes --gpu        # those for GPUs, or --tpu
-    python -m benchmarks.plan_bytes --into FILE  # those that FILE has not, appended
-    python -m benchmarks.plan_bytes --kept FILE  # compilers' bytes of lines kept before
+    python -m benchmarks.plan_bytes 0 8          # the cases with these numbers
+    python -m benchmarks.plan_bytes --gpu        # the cases for GPUs, or --tpu
+    python -m benchmarks.plan_bytes --into FILE  # append the cases missing from FILE
+    python -m benchmarks.plan_bytes --kept FILE  # compare saved lines, compile nothing
 
-Prints a JSON line a case. Compiling needs `pip install '.[plan,aot]'` and no
-accelerator; comparing kept lines only the planner.
+Prints one JSON line per case. Compiling needs `pip install '.[plan,aot]'` and no
+accelerator; comparing saved lines needs only the planner.
 """
 
 import argparse
@@ -28,7 +28,7 @@ K = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to compile."""
+    """A training step to compile."""
 
     model: str
     machine: str
@@ -39,7 +39,7 @@ class Case:
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Case":
-        """The case of a kept line."""
+        """Returns the case of a saved line."""
         return cls(
             line["model"],
             line["machine"],
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def job(self) -> plan.Job:
-        """What is trained."""
+        """The training job."""
         return plan.job_of(
             self.model,
             self.machine,
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What of the choice is not the default."""
+        """Fields of the choice that differ from their default."""
         fields = dataclasses.fields(self.choice)
         given = {field.name: getattr(self.choice, field.name) for field in fields}
         return {f.name: given[f.name] for f in fields if given[f.name] != f.default}
@@ -75,7 +75,7 @@ class Case:
         )
 
 
-# (model, machine, devices, sequence, batch) and the ways to split it.
+# (model, machine, devices, sequence, batch) and the choices to compile it with.
 STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], ...] = (
     (
         ("llama3.2-1b", "v5e", 8, 32 * K, 8),
@@ -218,7 +218,7 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
 
 
 def cases() -> Iterator[Case]:
-    """Each step in all its ways."""
+    """Yields each training step with each of its choices."""
     for step, ways in STEPS:
         for options in ways:
             case = Case(*step, plan.Choice(**options))
@@ -228,8 +228,8 @@ def cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """What the compiler says of a case, with all that it takes to predict it."""
-    # Only comparing kept lines needs no compiler.
+    """Compiles a case; the line also has what the planner needs to predict it."""
+    # Imported here because comparing saved lines needs no compiler.
     from usp_jax.plan.verify import compile_step
 
     report = compile_step(case.job, case.choice)
@@ -250,7 +250,7 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 def compare(line: dict[str, Any]) -> dict[str, Any]:
-    """The planner's bytes beside a line's; ratios are predicted over compiled."""
+    """Adds the planner's bytes and the ratios of predicted to compiled bytes."""
     case = Case.of(line)
     row = plan.evaluate(case.job, case.choice)
     told = {"predicted_fits": row.fits, "predicted_peak_bytes": round(row.memory.peak)}
@@ -265,7 +265,7 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Compiles what is asked for; or reads kept lines."""
+    """Compiles the selected cases, or compares saved lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_bytes")
     parser.add_argument("numbers", nargs="*", type=int, help="of cases")
     parser.add_argument("--gpu", action="store_true")
@@ -295,7 +295,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file."""
+    """Reads the lines of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

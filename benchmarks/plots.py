@@ -1,8 +1,8 @@
-"""Draws kept results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
+"""Plot saved results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
 
-What is drawn follows from what the lines hold: times of attention beside
-ringattention's, TFLOP/s of kernels side by side, or a training step's memory on
-machines that it was compiled for. Needs `pip install '.[plan]'`.
+The content of the lines determines the plot: attention times relative to ringattention,
+TFLOP/s of kernels, or the memory of a training step on the machines that it was
+compiled for. Needs `pip install '.[plan]'`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ Lines = Sequence[dict[str, Any]]
 
 
 def draw(lines: Lines, picture: Path) -> None:
-    """One picture of what a benchmark printed.
+    """Plots the lines that a benchmark printed.
 
     Raises:
-      ValueError: lines of no benchmark that has a picture.
+      ValueError: no line comes from a benchmark that has a plot.
     """
     kinds = {
         "ratio_to_ringattention": draw_attention,
@@ -42,7 +42,7 @@ def draw(lines: Lines, picture: Path) -> None:
 
 
 def draw_attention(axes: Axes, lines: Lines) -> None:
-    """Times as parts of ringattention's, forward and with the backward pass."""
+    """Plots times relative to ringattention, forward and with the backward pass."""
     names = [line["contender"] for line in lines]
     _bars(axes, lines, names, "ratio_to_ringattention", "%.2f")
     axes.axvline(1, color="0.5", linewidth=1)
@@ -50,7 +50,7 @@ def draw_attention(axes: Axes, lines: Lines) -> None:
 
 
 def draw_kernels(axes: Axes, lines: Lines) -> None:
-    """TFLOP/s of visible work, forward and with the backward pass."""
+    """Plots TFLOP/s of visible work, forward and with the backward pass."""
     names = [
         "{contender}, {mask}, {k}K, heads of {head_size}".format(
             **line, k=line["length"] // 1024
@@ -62,7 +62,7 @@ def draw_kernels(axes: Axes, lines: Lines) -> None:
 
 
 def _bars(axes: Axes, lines: Lines, names: list[str], value: str, form: str) -> None:
-    """A bar a line; those of one name lie beside each other, one a pass."""
+    """Draws one bar per line, grouped by name with one bar per pass."""
     rows = list(dict.fromkeys(names))
     passes = list(dict.fromkeys(line["pass"] for line in lines))
     thick = 0.8 / len(passes)
@@ -83,7 +83,7 @@ def _bars(axes: Axes, lines: Lines, names: list[str], value: str, form: str) -> 
 
 
 def draw_memory(axes: Axes, lines: Lines) -> None:
-    """Peak bytes of a device, as its compiler tells them."""
+    """Plots the peak memory of a device that the compiler reports."""
     names = [_step(line) for line in lines]
     peaks = [line["peak_bytes"] / GIB for line in lines]
     axes.bar_label(axes.barh(names, peaks), fmt="%.1f", padding=3)
@@ -101,7 +101,7 @@ def _step(line: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Exits with 2 when there is nothing to draw."""
+    """Exits with status 2 if there is nothing to plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="JSON lines that were kept")
     parser.add_argument("picture", type=Path, help="its ending says the format")
