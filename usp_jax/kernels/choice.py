@@ -111,7 +111,7 @@ class KernelSpec:
     ) -> str | None:
         """Returns the reason why it cannot run a call, or None if it can."""
         if self.platform not in (None, target.platform):
-            return f"runs on a {self.platform}, the call is for a {target}"
+            return f"runs on a {self.platform}, but the call is for a {target}"
         if self.capability is not None:
             found = target.capability or (0, 0)
             later = self.same_major and found[0] > self.capability[0]
@@ -119,17 +119,17 @@ class KernelSpec:
                 needed = "{}.{}".format(*self.capability)
                 last = f" to {self.capability[0]}.x" if self.same_major else ""
                 return (
-                    f"needs compute capability {needed}{last}, the call is for a "
+                    f"needs compute capability {needed}{last}, but the call is for a "
                     f"{target}"
                 )
         if jnp.dtype(dtype).name not in self.dtypes:
-            return f"has no {jnp.dtype(dtype).name}"
+            return f"does not support {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
-            return f"has heads up to {self.max_head_size}, not {head_size=}"
+            return f"supports head sizes up to {self.max_head_size}, not {head_size=}"
         before_hopper = (target.capability or (0, 0)) < (9, 0)
         older = self.older_head_size if before_hopper else None
         if older is not None and head_size > older:
-            return f"has heads up to {older} before Hopper, not {head_size=}"
+            return f"supports head sizes up to {older} before Hopper, not {head_size=}"
         refused = self.refuses + (() if self.bias_and_dropout else BIAS_AND_DROPOUT)
         if unable := [name for name in needs if name in refused]:
             return f"cannot honour {unable[0]}="

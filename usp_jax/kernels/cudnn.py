@@ -121,7 +121,7 @@ def _checked(mask: Mask, logits: Logits) -> tuple[Cases, ...]:
         reason = "alibi_slopes= or dropout_rate="
     elif mask.q.segment_ids is not None:
         reason = (
-            "segment_ids=, which also stand for the padding of a length that "
+            "segment_ids=, which also mark the padding of a length that "
             "ring·ulysses does not divide"
         )
     elif mask.rule.before is not None:
@@ -131,11 +131,11 @@ def _checked(mask: Mask, logits: Logits) -> tuple[Cases, ...]:
     else:
         reason = (
             "a causal mask whose positions are not those of one layout for queries and "
-            "keys (positions=, prefix_length=, a pair of layouts)"
+            "keys (from positions=, prefix_length= or a pair of layouts)"
         )
     raise ValueError(
-        f"implementation='cudnn' cannot honour {reason}: its masks are full and causal "
-        "blocks; use implementation=None"
+        f"implementation='cudnn' cannot honour {reason}: it supports only full and "
+        "causal blocks; use implementation=None"
     )
 
 

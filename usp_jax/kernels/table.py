@@ -66,6 +66,6 @@ def lookup(
             return row.blocks
     sizes = [row.head_size or 0 for row in table if row.itemsize in (None, itemsize)]
     raise ValueError(
-        f"{head_size=} must be at most {max(sizes, default=0)} with numbers of "
+        f"{head_size=} must be at most {max(sizes, default=0)} for elements of "
         f'{itemsize} bytes on a {target}; use implementation="xla"'
     )

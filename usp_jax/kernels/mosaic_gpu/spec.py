@@ -48,13 +48,13 @@ class ChunkSpec:
         """
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
-                f"{q.dtype=}: mosaic_gpu takes bfloat16 and float16; use "
+                f"{q.dtype=}: mosaic_gpu supports only bfloat16 and float16; use "
                 "implementation='xla'"
             )
         size = max(q.shape[-1], v.shape[-1])
         if size > 256:
             raise NotImplementedError(
-                f"mosaic_gpu takes heads of at most 256, not {size}; use "
+                f"mosaic_gpu supports head sizes up to 256, not {size}; use "
                 "implementation='xla'"
             )
         blocks = blocks or BlockSizes.of(target, size, q.dtype)

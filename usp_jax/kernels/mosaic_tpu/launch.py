@@ -63,9 +63,9 @@ class Kernel:
         )
         if axes and self.interpret:
             raise NotImplementedError(
-                "mosaic_tpu_interpret cannot run where jax checks over which axes "
-                f"values vary ({', '.join(sorted(axes))}): pass check_vma=False to "
-                "jax.shard_map"
+                "mosaic_tpu_interpret cannot run where jax checks which mesh axes "
+                f"values vary over ({', '.join(sorted(axes))}): pass check_vma=False "
+                "to jax.shard_map"
             )
         if walk.calls == 1:
             return self._call(entries[0], sizes[0], operands, state)

@@ -23,7 +23,7 @@ def multipliable(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     dtype = arrays[0].dtype
     if dtype == jnp.float64:
         raise ValueError(
-            f"mosaic_tpu accumulates in float32 and cannot take {dtype}: use "
+            f"mosaic_tpu accumulates in float32 and does not support {dtype}: use "
             'implementation="xla"'
         )
     if dtype == jnp.float16:

@@ -82,8 +82,9 @@ class Walk:
         num_rows, major, minor = kinds.shape
         if max(major, minor) > 2**INDEX_BITS:
             raise ValueError(
-                f"{max(major, minor)} blocks of tokens in one shard, mosaic_tpu takes "
-                f"at most {2**INDEX_BITS}: choose larger BlockSizes or a larger ring"
+                f"{max(major, minor)} blocks of tokens in one shard are more than the "
+                f"{2**INDEX_BITS} that mosaic_tpu supports: choose larger BlockSizes "
+                "or a larger ring"
             )
         rows = num_rows if num_rows * minor <= MAX_ENTRIES else 1
         stripe = min(major, MAX_ENTRIES // (rows * minor))
