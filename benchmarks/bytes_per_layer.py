@@ -164,8 +164,8 @@ def _window_tokens(layer: Layer) -> int:
     chunk = shard // 2
     if before > chunk:
         raise ValueError(
-            f"tokens={layer.tokens} makes zigzag chunks of {chunk}, and the formula "
-            f"is that of a window of at most one chunk, not of {layer.window}"
+            f"tokens={layer.tokens} makes zigzag chunks of {chunk}, but the formula "
+            f"needs a window of at most one chunk, not {layer.window}"
         )
     # The end of the first chunk goes to the next device, that of the second to the
     # previous one. With two devices these are the same, and one hop carries everything
@@ -258,7 +258,7 @@ def _mean(full, window):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8, help="a power of two")
-    parser.add_argument("--tokens", type=int, default=8192, help="of each device")
+    parser.add_argument("--tokens", type=int, default=8192, help="per device")
     parser.add_argument(
         "--heads", type=int, nargs=2, default=(32, 8), help="query, key/value heads"
     )
@@ -291,8 +291,8 @@ def main() -> int:
         print(f"compiled and formula differ: {json.dumps(x)}", file=sys.stderr)
     seconds = sum(x["compile_seconds"] for x in results)
     print(
-        f"{len(results)} layers, {len(wrong)} of them not as the formula says; "
-        f"{seconds:.0f} s of compiling",
+        f"{len(results)} layers, {len(wrong)} of them differ from the formula; "
+        f"compiled in {seconds:.0f} s",
         file=sys.stderr,
     )
     return bool(wrong)

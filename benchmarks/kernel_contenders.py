@@ -80,7 +80,7 @@ def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Calla
             return _program(attention, which)(*arrays)
 
         if shape.mask == "packed":
-            raise NotImplementedError("the virtual ring has no documents")
+            raise NotImplementedError("the virtual ring does not support documents")
         return jax.jit(jax.vmap(per_shard, axis_name="ring", axis_size=size))
 
     return program
@@ -115,9 +115,9 @@ def _ours(implementation, shape):
 
 def _jax_nn(implementation, shape):
     if shape.mask == "packed":
-        raise NotImplementedError("jax.nn has no documents of a row")
+        raise NotImplementedError("jax.nn does not support packed documents")
     if implementation == "xla" and shape.length > 4096:
-        raise NotImplementedError("its scores, T x T, do not fit")
+        raise NotImplementedError("its T x T scores do not fit")
     return partial(
         jax.nn.dot_product_attention,
         is_causal=shape.is_causal,
@@ -134,7 +134,7 @@ def _jax_mosaic(shape):
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     if shape.mask == "packed":
-        raise NotImplementedError("it has no documents of a row")
+        raise NotImplementedError("it does not support packed documents")
     config = attention_mgpu.TuningConfig(
         block_q=64,
         block_kv=128,
@@ -175,7 +175,7 @@ def _tokamax(shape):
     import tokamax
 
     if shape.mask == "packed":
-        raise NotImplementedError("its mask of documents would be T x T")
+        raise NotImplementedError("its document mask would be T x T")
     return partial(tokamax.dot_product_attention, is_causal=shape.is_causal)
 
 
@@ -186,7 +186,7 @@ def _of_torch(backend):
 
     def program(shape, which):
         if shape.mask == "packed":
-            raise NotImplementedError("it has no documents of a row")
+            raise NotImplementedError("it does not support packed documents")
 
         def run(q, k, v, dout):
             with sdpa_kernel([getattr(SDPBackend, backend)]):

@@ -154,12 +154,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--ring", type=int, default=8, help="virtual devices")
-    parser.add_argument("--repeats", type=int, default=10, help="samples of each")
-    parser.add_argument("--sets", type=int, default=4, help="of inputs, used in turn")
+    parser.add_argument("--ring", type=int, default=8, help="devices of a ring")
+    parser.add_argument("--repeats", type=int, default=10, help="timed samples")
+    parser.add_argument("--sets", type=int, default=4, help="input sets to cycle")
     cores = os.cpu_count() or 1
-    parser.add_argument("--compilers", type=int, default=cores, help="at a time")
-    parser.add_argument("--contenders", nargs="+", help="by name; all by default")
+    parser.add_argument("--compilers", type=int, default=cores, help="in parallel")
+    parser.add_argument("--contenders", nargs="+", help="names (default: all)")
     parser.add_argument("--toy", action="store_true", help="one tiny shape")
     options = parser.parse_args(arguments)
     if options.toy:

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 1 << 20])
     parser.add_argument("--rings", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--documents", type=int, nargs="+", default=[8, 32, 256])
-    parser.add_argument("--rows", type=int, default=6, help="random rows of each")
+    parser.add_argument("--rows", type=int, default=6, help="random rows per case")
     parser.add_argument("--table", action="store_true", help="print Markdown instead")
     options = parser.parse_args()
     for length in options.lengths:

@@ -223,7 +223,7 @@ def cases() -> Iterator[Case]:
         for options in ways:
             case = Case(*step, plan.Choice(**options))
             if (why := obstacle(case.job, case.choice)) is not None:
-                raise ValueError(f"{case} cannot be: {why}")
+                raise ValueError(f"{case} is not possible: {why}")
             yield case
 
 
@@ -267,7 +267,7 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
 def main(words: Sequence[str] | None = None) -> None:
     """Compiles the selected cases, or compares saved lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_bytes")
-    parser.add_argument("numbers", nargs="*", type=int, help="of cases")
+    parser.add_argument("numbers", nargs="*", type=int, help="numbers of cases")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--into", type=Path, metavar="FILE")

@@ -38,7 +38,7 @@ def draw(lines: Lines, picture: Path) -> None:
             draw_kind(figure.add_subplot(), own)
             figure.savefig(picture, dpi=120)
             return
-    raise ValueError(f"no line has one of {', '.join(kinds)}: nothing to draw")
+    raise ValueError(f"no line has one of {', '.join(kinds)}: nothing to plot")
 
 
 def draw_attention(axes: Axes, lines: Lines) -> None:
@@ -46,7 +46,7 @@ def draw_attention(axes: Axes, lines: Lines) -> None:
     names = [line["contender"] for line in lines]
     _bars(axes, lines, names, "ratio_to_ringattention", "%.2f")
     axes.axvline(1, color="0.5", linewidth=1)
-    axes.set(xlabel="time in times of ringattention's")
+    axes.set(xlabel="time relative to ringattention")
 
 
 def draw_kernels(axes: Axes, lines: Lines) -> None:
@@ -87,7 +87,7 @@ def draw_memory(axes: Axes, lines: Lines) -> None:
     names = [_step(line) for line in lines]
     peaks = [line["peak_bytes"] / GIB for line in lines]
     axes.bar_label(axes.barh(names, peaks), fmt="%.1f", padding=3)
-    axes.set(xlabel="peak of a device, GiB")
+    axes.set(xlabel="peak memory per device, GiB")
     axes.margins(x=0.1)
     axes.invert_yaxis()
 
@@ -103,8 +103,8 @@ def _step(line: dict[str, Any]) -> str:
 def main() -> None:
     """Exits with status 2 if there is nothing to plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON lines that were kept")
-    parser.add_argument("picture", type=Path, help="its ending says the format")
+    parser.add_argument("results", type=Path, help="saved JSON lines")
+    parser.add_argument("picture", type=Path, help="its suffix sets the format")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.results.read_text().splitlines()]
     try:

@@ -181,7 +181,7 @@ def figures(which: str, shape: Shape, blocks: BlockSizes) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="TPU v5", help="gives the block sizes")
+    parser.add_argument("--device", default="TPU v5", help="sets the block sizes")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["causal"])

@@ -124,8 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remat", nargs="+", default=["attention"])
     parser.add_argument("--implementations", nargs="+", default=[None])
     parser.add_argument("--mlp-tile", type=int)
-    parser.add_argument("--offload", action="store_true", help="the optimizer's memory")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones")
+    parser.add_argument("--offload", action="store_true", help="the optimizer state")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--toy", action="store_true", help="a tiny model, 256 tokens")
     options = parser.parse_args(arguments)
     if options.toy:

@@ -300,9 +300,9 @@ _TABLES = {
 def main(arguments: list[str]) -> None:
     """Compiles the named cases, or prints tables of saved lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_memory")
-    parser.add_argument("names", nargs="*", help="of cases, or of groups")
+    parser.add_argument("names", nargs="*", help="names of cases or groups")
     parser.add_argument("--longest", action="store_true", help="double while it fits")
-    parser.add_argument("--table", type=Path, help="kept lines")
+    parser.add_argument("--table", type=Path, help="a file of saved lines")
     options = parser.parse_args(arguments)
     if options.table:
         lines = options.table.read_text().splitlines()
@@ -313,7 +313,7 @@ def main(arguments: list[str]) -> None:
     groups = {case.group for case in known.values()}
     for name in options.names:
         if name not in known and name not in groups:
-            parser.error(f"{name!r} is neither a case nor one of {sorted(groups)}")
+            parser.error(f"{name!r} is neither a case nor a group of {sorted(groups)}")
     if not options.names:
         print("\n".join(f"{case.group:10}{name}" for name, case in known.items()))
     for case in known.values():

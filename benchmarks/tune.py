@@ -321,22 +321,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5, help="samples of each")
-    parser.add_argument("--sets", type=int, default=3, help="of inputs, used in turn")
+    parser.add_argument("--repeats", type=int, default=5, help="timed samples")
+    parser.add_argument("--sets", type=int, default=3, help="input sets to cycle")
     cores = os.cpu_count() or 1
-    parser.add_argument("--compilers", type=int, default=cores, help="at a time")
+    parser.add_argument("--compilers", type=int, default=cores, help="in parallel")
     parser.add_argument(
-        "--write", action="store_true", help="into the tables that ship"
+        "--write", action="store_true", help="update the tables that ship"
     )
     parser.add_argument(
-        "--compile-only", nargs="+", metavar="MACHINE", help="such as h200:1x1"
+        "--compile-only", nargs="+", metavar="MACHINE", help="for example h200:1x1"
     )
-    parser.add_argument("--toy", action="store_true", help="a tiny one, interpreted")
+    parser.add_argument("--toy", action="store_true", help="tiny and interpreted")
     options = parser.parse_args(arguments)
     if options.write and (options.toy or options.compile_only):
-        parser.error("--write needs times of the hardware: no --toy, no --compile-only")
+        parser.error("--write needs measured times: drop --toy and --compile-only")
     if options.toy and options.compile_only:
-        parser.error("--toy runs here, --compile-only nowhere: choose one")
+        parser.error("--toy runs kernels and --compile-only does not: choose one")
     if options.toy:
         options.length, options.head_sizes = 128, [16]
         options.heads, options.kv_heads, options.repeats, options.sets = 2, 1, 1, 1
