@@ -121,13 +121,13 @@ def formulas(layer: Layer) -> dict[str, dict[str, int]]:
         }
     if ring == 1:
         rotated = {name: {} for name in PASSES}
-    found = {
+    totals = {
         name: {ALL_TO_ALL: exchanged[name] * (ulysses - 1) // ulysses, **rotated[name]}
         for name in PASSES
     }
     return {
         name: {kind: x for kind, x in kinds.items() if x}
-        for name, kinds in found.items()
+        for name, kinds in totals.items()
     }
 
 

@@ -58,7 +58,7 @@ def contenders(length: int) -> dict[str, Contender]:
     """
     shard = length // 8
     blocks = ((256, 256), (512, 512), (1024, 256))
-    every = [
+    implementations = [
         _one_device(
             "xla one device", partial(jax.nn.dot_product_attention, is_causal=True)
         ),
@@ -68,7 +68,7 @@ def contenders(length: int) -> dict[str, Contender]:
         *(_usp(ring, ulysses) for ring, ulysses in ((8, 1), (4, 2), (2, 4))),
         *(_ringattention(min(q, shard), min(kv, shard)) for q, kv in blocks),
     ]
-    return {contender.name: contender for contender in every}
+    return {contender.name: contender for contender in implementations}
 
 
 def _one_device(name: str, attention: Callable[..., jax.Array]) -> Contender:

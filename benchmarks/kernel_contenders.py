@@ -42,23 +42,25 @@ class Contender:
 def contenders() -> dict[str, Contender]:
     """Returns the contenders by name: usp_jax first, then others that are installed."""
     platform = jax.default_backend()
-    found = {
+    available = {
         f"usp_jax {kernel.name}": _of_jax(partial(_ours, kernel.name))
         for kernel in KERNELS
         if _runs_on(kernel, platform)
     }
-    found["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
+    available["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
     if platform == "gpu":
-        found["jax.nn cudnn"] = _of_jax(partial(_jax_nn, "cudnn"))
-        found["jax mosaic"] = dataclasses.replace(_of_jax(_jax_mosaic), place=_halves)
-        found["jax triton"] = _of_jax(_jax_triton)
+        available["jax.nn cudnn"] = _of_jax(partial(_jax_nn, "cudnn"))
+        available["jax mosaic"] = dataclasses.replace(
+            _of_jax(_jax_mosaic), place=_halves
+        )
+        available["jax triton"] = _of_jax(_jax_triton)
         if importlib.util.find_spec("tokamax"):
-            found["tokamax"] = _of_jax(_tokamax)
+            available["tokamax"] = _of_jax(_tokamax)
         if importlib.util.find_spec("torch"):
             for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
                 name = f"torch {backend.removesuffix('_ATTENTION').lower()}"
-                found[name] = _of_torch(backend)
-    return found
+                available[name] = _of_torch(backend)
+    return available
 
 
 def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Callable]:

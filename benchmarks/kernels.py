@@ -102,17 +102,17 @@ def ring_contender(implementation: str, ring: int) -> Contender:
 
 def chosen(shape: Shape, options) -> dict[str, Contender]:
     """Returns the contenders to compare, those of usp_jax with their virtual rings."""
-    found = {}
+    selected = {}
     for name, contender in contenders().items():
         if options.contenders and name not in options.contenders:
             continue
-        found[name] = contender
+        selected[name] = contender
         ours = name.removeprefix("usp_jax ")
         causal = shape.mask == "causal" and shape.length % (2 * options.ring) == 0
         if ours != name and causal:
             ring = f"{name}, virtual ring of {options.ring}"
-            found[ring] = ring_contender(ours, options.ring)
-    return found
+            selected[ring] = ring_contender(ours, options.ring)
+    return selected
 
 
 def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
@@ -124,7 +124,7 @@ def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
     ]
     # A compiler keeps one core busy. Timing starts when all have finished.
     with ThreadPoolExecutor(options.compilers) as pool:
-        runs = list(pool.map(lambda one: ready(one[3], *one[:2]), each))
+        runs = list(pool.map(lambda job: ready(job[3], *job[:2]), each))
     expected: dict[tuple[Shape, str], list[np.ndarray]] = {}
     for (shape, which, name, contender), run in zip(each, runs, strict=True):
         head = {

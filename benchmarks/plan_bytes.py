@@ -64,8 +64,8 @@ class Case:
     def options(self) -> dict[str, Any]:
         """Fields of the choice that differ from their default."""
         fields = dataclasses.fields(self.choice)
-        given = {field.name: getattr(self.choice, field.name) for field in fields}
-        return {f.name: given[f.name] for f in fields if given[f.name] != f.default}
+        values = {field.name: getattr(self.choice, field.name) for field in fields}
+        return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
 
     def __str__(self) -> str:
         words = [f"{name}={value}" for name, value in self.options.items()]
@@ -219,8 +219,8 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
 
 def cases() -> Iterator[Case]:
     """Yields each training step with each of its choices."""
-    for step, ways in STEPS:
-        for options in ways:
+    for step, choices in STEPS:
+        for options in choices:
             case = Case(*step, plan.Choice(**options))
             if (why := obstacle(case.job, case.choice)) is not None:
                 raise ValueError(f"{case} is not possible: {why}")
@@ -234,9 +234,9 @@ def compile_case(case: Case) -> dict[str, Any]:
 
     report = compile_step(case.job, case.choice)
     line = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    told = {"choice": case.options, "jax": jax.__version__, "fits": report.fits}
+    result = {"choice": case.options, "jax": jax.__version__, "fits": report.fits}
     if report.error is None:
-        told |= {
+        result |= {
             "argument_bytes": report.argument_bytes,
             "peak_bytes": report.peak_bytes,
             "host_bytes": report.host_bytes,
@@ -246,22 +246,25 @@ def compile_case(case: Case) -> dict[str, Any]:
                 for kind, total in by_kind(report.collectives).items()
             },
         }
-    return {**line, **told}
+    return {**line, **result}
 
 
 def compare(line: dict[str, Any]) -> dict[str, Any]:
     """Adds the planner's bytes and the ratios of predicted to compiled bytes."""
     case = Case.of(line)
     row = plan.evaluate(case.job, case.choice)
-    told = {"predicted_fits": row.fits, "predicted_peak_bytes": round(row.memory.peak)}
+    predicted = {
+        "predicted_fits": row.fits,
+        "predicted_peak_bytes": round(row.memory.peak),
+    }
     if "peak_bytes" in line:
         sent = row.sent
-        told |= {
+        predicted |= {
             "predicted_sent_bytes": round(sent),
             "peak_ratio": round(row.memory.peak / line["peak_bytes"], 3),
             "sent_ratio": round(sent / line["sent_bytes"], 4),
         }
-    return {**line, **told}
+    return {**line, **predicted}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -272,25 +275,25 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--into", type=Path, metavar="FILE")
     parser.add_argument("--kept", type=Path, metavar="FILE")
-    asked = parser.parse_args(words)
-    if asked.kept is not None:
-        for line in kept(asked.kept):
+    options = parser.parse_args(words)
+    if options.kept is not None:
+        for line in kept(options.kept):
             print(json.dumps(compare(line)))
         return
     jax.config.update("jax_platforms", "cpu")
-    there = []
-    if asked.into is not None and asked.into.exists():
-        there = [Case.of(line) for line in kept(asked.into)]
+    saved = []
+    if options.into is not None and options.into.exists():
+        saved = [Case.of(line) for line in kept(options.into)]
     for number, case in enumerate(cases()):
         is_tpu = case.job.machine.torus_dims > 0
-        wanted = not asked.numbers or number in asked.numbers
-        wanted &= (asked.tpu if is_tpu else asked.gpu) or asked.tpu == asked.gpu
-        if not wanted or case in there:
+        wanted = not options.numbers or number in options.numbers
+        wanted &= (options.tpu if is_tpu else options.gpu) or options.tpu == options.gpu
+        if not wanted or case in saved:
             continue
         line = compile_case(case)
         print(json.dumps(compare(line)), flush=True)
-        if asked.into is not None:
-            with asked.into.open("a") as file:
+        if options.into is not None:
+            with options.into.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 

@@ -57,11 +57,11 @@ def kernel_of(which: str, shape: Shape, blocks: BlockSizes) -> tuple[Kernel, Cut
     logits = Logits(shape.head_size**-0.5)
     cut = Cut.of(q, k, shape.mask_data(), getattr(blocks, which))
     if which == "forward":
-        given = cut, q, k, v, None, logits
-        return forward_kernel(*given, blocks.vmem_mib, interpret=True), cut
+        arguments = cut, q, k, v, None, logits
+        return forward_kernel(*arguments, blocks.vmem_mib, interpret=True), cut
     rows = jnp.zeros(q.shape[:3], jnp.float32)
-    given = cut, q, k, v, dout, rows, rows, logits
-    return backward_kernel(*given, blocks.vmem_mib, interpret=True), cut
+    arguments = cut, q, k, v, dout, rows, rows, logits
+    return backward_kernel(*arguments, blocks.vmem_mib, interpret=True), cut
 
 
 def changes(spec, grid: tuple[int, ...], lists) -> int:

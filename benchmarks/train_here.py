@@ -90,8 +90,8 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     peak = peak_of_kind(jax.devices()[0].device_kind, config.dtype)
     median = statistics.median(seconds[2:])
-    told = rates(median, config.sequence_length, step_flops(config), peak)
-    return {"compile_seconds": compiled, "steps": seconds, "loss": loss} | told
+    figures = rates(median, config.sequence_length, step_flops(config), peak)
+    return {"compile_seconds": compiled, "steps": seconds, "loss": loss} | figures
 
 
 def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -170,13 +170,13 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case) -> dict[str, Any]:
     """Compiles a case and returns the compiler's report as JSON values."""
     report = compile_for(case.config, case.machine)
-    told = {**dataclasses.asdict(case), "model": MODEL, **_versions()}
-    told |= {"fits": report.fits, "compile_seconds": round(report.compile_seconds, 1)}
+    result = {**dataclasses.asdict(case), "model": MODEL, **_versions()}
+    result |= {"fits": report.fits, "compile_seconds": round(report.compile_seconds, 1)}
     if report.error is not None:
-        return told | {"error": report.error[:300]}
+        return result | {"error": report.error[:300]}
     names = ("peak", "argument", "output", "aliased", "temporary", "host")
-    told |= {f"{name}_bytes": getattr(report, f"{name}_bytes") for name in names}
-    return told | {"collectives": _collectives(report)}
+    result |= {f"{name}_bytes": getattr(report, f"{name}_bytes") for name in names}
+    return result | {"collectives": _collectives(report)}
 
 
 def _versions():
@@ -186,16 +186,16 @@ def _versions():
 
 def _collectives(report: aot.Report) -> dict[str, dict[str, float | int | None]]:
     """Sums the collectives of one device by kind, counting each trip of a loop."""
-    found: dict[str, dict[str, float | int | None]] = {}
-    for kind in dict.fromkeys(one.kind for one in report.collectives):
-        own = [one for one in report.collectives if one.kind == kind]
-        found[kind] = {
-            "executions": sum(one.executions for one in own),
-            "result_bytes": sum(one.executions * one.result_bytes for one in own),
-            "sent_bytes": sum(one.total_wire_bytes for one in own),
+    sums: dict[str, dict[str, float | int | None]] = {}
+    for kind in dict.fromkeys(x.kind for x in report.collectives):
+        own = [x for x in report.collectives if x.kind == kind]
+        sums[kind] = {
+            "executions": sum(x.executions for x in own),
+            "result_bytes": sum(x.executions * x.result_bytes for x in own),
+            "sent_bytes": sum(x.total_wire_bytes for x in own),
             "in_flight": report.in_flight(kind),
         }
-    return found
+    return sums
 
 
 def longest(case: Case) -> Iterator[dict[str, Any]]:
@@ -231,7 +231,7 @@ def _words(row):
     if "error" in row:
         return step, "no", *["-"] * 4
     sizes = (row[f"{name}_bytes"] for name in ("peak", "argument", "host"))
-    sent = sum(one["sent_bytes"] for one in row["collectives"].values())
+    sent = sum(collective["sent_bytes"] for collective in row["collectives"].values())
     fits = "yes" if row["fits"] else "no"
     return step, fits, *(f"{size / GIB:.2f}" for size in (*sizes, sent))
 
@@ -239,19 +239,19 @@ def _words(row):
 def _paper_table(rows):
     """Formats peaks by split; those that do not fit are in parentheses."""
     policies = list(dict.fromkeys(row["options"]["remat"] for row in rows))
-    found: dict[tuple[int, str], dict[str, str]] = {}
+    peaks: dict[tuple[int, str], dict[str, str]] = {}
     for row in rows:
         sizes = ", ".join(str(row["mesh"][n]) for n in ("tensor", "ulysses", "ring"))
-        told = "no"
+        text = "no"
         if "error" not in row:
             peak = f"{row['peak_bytes'] / GIB:.1f}"
-            told = peak if row["fits"] else f"({peak})"
-        own = found.setdefault((row["tokens"] // K, f"({sizes})"), {})
-        own[row["options"]["remat"]] = told
+            text = peak if row["fits"] else f"({peak})"
+        own = peaks.setdefault((row["tokens"] // K, f"({sizes})"), {})
+        own[row["options"]["remat"]] = text
     head = "tokens", "(TP, Ulysses, ring)", *(f"`{name}`" for name in policies)
     lines = (
         (f"{tokens}K", split, *(own.get(name, "-") for name in policies))
-        for (tokens, split), own in sorted(found.items())
+        for (tokens, split), own in sorted(peaks.items())
     )
     return _markdown(head, lines)
 

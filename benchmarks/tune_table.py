@@ -26,16 +26,16 @@ def merged(table: Sequence[Row], rows: Sequence[Row]) -> tuple[Row, ...]:
         return tuple(getattr(row, name) for name in names)
 
     new = {calls(row) for row in rows}
-    made = [row for row in table if calls(row) not in new]
+    result = [row for row in table if calls(row) not in new]
     for row in rows:
         after = (
             i
-            for i, other in enumerate(made)
+            for i, other in enumerate(result)
             if other.itemsize in (None, row.itemsize)
             and (other.head_size is None or other.head_size >= row.head_size)
         )
-        made.insert(next(after, len(made)), row)
-    return tuple(made)
+        result.insert(next(after, len(result)), row)
+    return tuple(result)
 
 
 def replaced(source: str, table: Sequence[Row]) -> str:

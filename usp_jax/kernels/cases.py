@@ -75,7 +75,7 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
         return None
     if mask.q.stretches is None or mask.kv.stretches is None:
         return None
-    found = []
+    cases = []
     for q, q_start in _placed(mask.q.stretches):
         for kv, kv_start in _placed(mask.kv.stretches):
             table = _table(q, kv, mask.rule.after)
@@ -90,8 +90,8 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
                 row = _shard_of(mask.q, q_start, table.q_firsts)
                 column = _shard_of(mask.kv, kv_start, table.kv_firsts)
                 which = jnp.asarray(table.index)[row, column]
-            found.append(Cases(each, which))
-    return tuple(found)
+            cases.append(Cases(each, which))
+    return tuple(cases)
 
 
 def _placed(stretches: Stretches) -> Iterator[tuple[Stretch, int]]:
@@ -227,18 +227,18 @@ class _Step:
 
     def blocks(self) -> Iterator[Block]:
         rows = slice(self.row, self.row + self.count)
-        every = self.seen - self.grows
-        if every:
-            yield Block(rows, slice(0, every), False)
+        prefix = self.seen - self.grows
+        if prefix:
+            yield Block(rows, slice(0, prefix), False)
         if self.grows:
-            yield Block(rows, slice(every, every + self.count), True)
+            yield Block(rows, slice(prefix, prefix + self.count), True)
 
 
 def _add(stairs: list[_Step], step: _Step) -> None:
     """Appends a step, or extends the last one."""
     before = stairs[-1] if stairs else None
-    here = step.grows, (step.row, step.seen)
-    if before is not None and (before.grows, before.next) == here:
+    start = step.grows, (step.row, step.seen)
+    if before is not None and (before.grows, before.next) == start:
         count = before.count + step.count
         stairs[-1] = dataclasses.replace(before, count=count)
     else:

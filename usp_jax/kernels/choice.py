@@ -55,10 +55,10 @@ class Target:
         nvidia_or_amd = device.platform in ("gpu", "cuda", "rocm")
         platform = "gpu" if nvidia_or_amd else device.platform
         kind = device.device_kind
-        written = getattr(device, "compute_capability", None)
+        version = getattr(device, "compute_capability", None)
         # On an AMD GPU, `compute_capability` is the name of the architecture.
-        if isinstance(written, str) and written.replace(".", "").isdigit():
-            major, _, minor = written.partition(".")
+        if isinstance(version, str) and version.replace(".", "").isdigit():
+            major, _, minor = version.partition(".")
             return cls(platform, kind, (int(major), int(minor or 0)))
         known = [value for name, value in _CAPABILITIES.items() if name in kind]
         return cls(platform, kind, known[0] if known and nvidia_or_amd else None)
@@ -113,13 +113,13 @@ class KernelSpec:
         if self.platform not in (None, target.platform):
             return f"runs on a {self.platform}, but the call is for a {target}"
         if self.capability is not None:
-            found = target.capability or (0, 0)
-            later = self.same_major and found[0] > self.capability[0]
-            if found < self.capability or later:
-                needed = "{}.{}".format(*self.capability)
+            capability = target.capability or (0, 0)
+            later = self.same_major and capability[0] > self.capability[0]
+            if capability < self.capability or later:
+                required = "{}.{}".format(*self.capability)
                 last = f" to {self.capability[0]}.x" if self.same_major else ""
                 return (
-                    f"needs compute capability {needed}{last}, but the call is for a "
+                    f"needs compute capability {required}{last}, but the call is for a "
                     f"{target}"
                 )
         if jnp.dtype(dtype).name not in self.dtypes:
@@ -238,8 +238,8 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
     device = abstract.abstract_device
     target = Target.of(device)
     if target.platform == "gpu" and target.capability is None:
-        here = _default_device()
-        return Target.of(here) if here.device_kind == device.device_kind else target
+        local = _default_device()
+        return Target.of(local) if local.device_kind == device.device_kind else target
     return target
 
 

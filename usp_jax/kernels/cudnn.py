@@ -73,10 +73,10 @@ def chunk_backward(
     pull_back = partial(_pull_back, logits.scale)
     out, dout = out_for(delta, dout.astype(q.dtype))
     arrays = _of_one_size(q, k, v, dout, out)
-    every = [
+    parts = [
         _switch(cases, pull_back, *arrays, lse) for cases in _checked(mask, logits)
     ]
-    dq, dk, dv = jax.tree.map(lambda *xs: sum(xs), *every)
+    dq, dk, dv = jax.tree.map(lambda *xs: sum(xs), *parts)
     head_size, value_size = q.shape[3], v.shape[3]
     return dq[..., :head_size], dk[..., :head_size], dv[..., :value_size]
 

@@ -163,8 +163,8 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
                     ds = spec.pull_back(p * (dp - by_column("delta")), s)
                     cta.multiply(into["dk"], ds.astype(q.dtype), q)
 
-            how_many = 2 if "dk" in names else 1
-            pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * how_many)
+            num_products = 2 if "dk" in names else 1
+            pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * num_products)
 
         state, _ = cta.in_flight(body, state)
         cta.free("q", slot)

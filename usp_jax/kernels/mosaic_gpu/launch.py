@@ -52,7 +52,7 @@ def launch(
         pl.when(cta.warpgroup < COMPUTING)(cta.compute)
         pl.when(cta.warpgroup == COMPUTING)(cta.copy)
 
-    made = plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         scratch_types=scratch,
@@ -68,7 +68,7 @@ def launch(
         ),
         interpret=gpu_interpret_params() if spec.interpret else None,
     )(*leaves)
-    return vary_like(list(made), leaves)
+    return vary_like(list(results), leaves)
 
 
 def padded(x: jax.Array) -> jax.Array:

@@ -79,25 +79,25 @@ class Kernel:
                 return plgpu.SMEM(lead, x.dtype)
             return plgpu.SMEM((*lead, x.shape[-1]), x.dtype, transforms=transforms)
 
-        made: dict[str, Scratch] = {
+        memory: dict[str, Scratch] = {
             name: buffers(name, COMPUTING, ROWS) for name in self.own
         }
-        made |= {
+        memory |= {
             name: buffers(name, self.tile.stages, self.tile.tokens) for name in streamed
         }
-        made["own_full"] = plgpu.Barrier(
+        memory["own_full"] = plgpu.Barrier(
             num_arrivals=len(self.own), num_barriers=COMPUTING
         )
-        made["turn"] = plgpu.Barrier(num_barriers=COMPUTING)
+        memory["turn"] = plgpu.Barrier(num_barriers=COMPUTING)
         for stream in self.streams:
             for what, arrivals in (("full", len(stream)), ("free", COMPUTING)):
-                made[f"{stream[0]}_{what}"] = plgpu.Barrier(
+                memory[f"{stream[0]}_{what}"] = plgpu.Barrier(
                     num_arrivals=arrivals, num_barriers=self.tile.stages
                 )
         # The interpreter's wgmma does not take operands from registers.
         staged = (COMPUTING, ROWS, self.tile.tokens)
-        made["staged"] = plgpu.SMEM(staged, operands["q"].dtype)
-        return made
+        memory["staged"] = plgpu.SMEM(staged, operands["q"].dtype)
+        return memory
 
 
 class Cta:
@@ -208,17 +208,17 @@ class Cta:
         if self.spec.interpret:
             # The interpreter cannot start an accumulator at a value.
             def scoped(*refs: Ref) -> tuple[list[jax.Array], list[jax.Array]]:
-                made = body(refs)
-                return [ref[...] for ref in refs], list(made or ())
+                returned = body(refs)
+                return [ref[...] for ref in refs], list(returned or ())
 
             types = [plgpu.ACC((x.shape[0], x.shape[1]), x.dtype) for x in accumulators]
-            sums, made = pl.run_scoped(scoped, *types)
-            return [x + y for x, y in zip(accumulators, sums, strict=True)], made
+            sums, returned = pl.run_scoped(scoped, *types)
+            return [x + y for x, y in zip(accumulators, sums, strict=True)], returned
 
         def stateful(refs: tuple[Sequence[Ref], Sequence[Ref]]) -> None:
-            accumulator_refs, made_refs = refs
-            made = body(accumulator_refs) or ()
-            for ref, x in zip(made_refs, made, strict=True):
+            accumulator_refs, returned_refs = refs
+            returned = body(accumulator_refs) or ()
+            for ref, x in zip(returned_refs, returned, strict=True):
                 ref[...] = x
 
         started = [plgpu.ACC.init(x) for x in accumulators]

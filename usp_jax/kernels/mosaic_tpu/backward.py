@@ -57,8 +57,8 @@ def chunk_backward(
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     cut = Cut.of(q, k, mask, blocks.backward)
-    given = q, k, v, dout, lse, delta
-    kernel = backward_kernel(cut, *given, logits, blocks.vmem_mib, interpret)
+    arrays = q, k, v, dout, lse, delta
+    kernel = backward_kernel(cut, *arrays, logits, blocks.vmem_mib, interpret)
     dq, dk, dv = kernel.run()
     return cut.from_q(dq), cut.from_kv(dk), cut.from_kv(dv)
 

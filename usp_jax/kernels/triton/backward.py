@@ -132,8 +132,8 @@ def _dq_kernel(
         dp = dot_nt(do, v)
         ds = unscaled(logits).pull_back(p * (dp - delta[:, None]), s)
         if is_partial:
-            there = seen(lists, i, tile.block_q, j, tile.block_kv)
-            ds = jnp.where(there, ds, 0.0)
+            visible = seen(lists, i, tile.block_q, j, tile.block_kv)
+            ds = jnp.where(visible, ds, 0.0)
         return add(dq, dot_nn(ds, k))
 
     num_kv = pl.cdiv(k_ref.shape[0], tile.block_kv)
@@ -209,8 +209,8 @@ def _dkv_kernel(
         dp = dot_nt(v, do)
         ds = unscaled(logits).pull_back(p * (dp - delta_ref[head, rows][None, :]), s)
         if is_partial:
-            there = seen(lists, j, tile.block_kv, i, tile.block_q)
-            p, ds = jnp.where(there, p, 0.0), jnp.where(there, ds, 0.0)
+            visible = seen(lists, j, tile.block_kv, i, tile.block_q)
+            p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
         return add(dk, dot_nn(ds, q)), add(dv, dot_nn(p, do))
 
     def group(head: jax.Array, state: State) -> State:

@@ -123,8 +123,8 @@ def _forward_kernel(
         k = load(k_ref, j, tile.block_kv)
         s = logits.of(dot_nt(q, k))
         if is_partial:
-            there = seen(lists, i, tile.block_q, j, tile.block_kv)
-            s = jnp.where(there, s, -jnp.inf)
+            visible = seen(lists, i, tile.block_q, j, tile.block_kv)
+            s = jnp.where(visible, s, -jnp.inf)
         m_next = jnp.maximum(m, s.max(1))
         safe = finite(m_next)
         p = jnp.exp2(s - safe[:, None])
