@@ -1,1 +1,1 @@
-"""Side-by-side measurements; each runs alone and prints JSON lines."""
+"""Benchmark programs, each of which runs on its own and prints JSON lines."""

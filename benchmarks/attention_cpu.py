@@ -1,13 +1,15 @@
-"""Attention on 8 fake CPU devices: usp_jax, ringattention and one-device XLA.
+"""Compare usp_jax, ringattention and one-device XLA attention on 8 fake CPU devices.
 
     python -m benchmarks.attention_cpu --length 8192
 
-Causal, float32, batch 1, 4 heads of 64. Prints JSON lines: what was run on what, then
-one line a contender and pass (forward; forward and backward). All contenders are timed
-in one process, in turn, so that a busy moment of the machine hits them alike; ratios
-compare medians with the fastest ringattention's, in elapsed time and in processor time,
-which other programs on the machine disturb less. Peak memory is measured in a process
-of its own for each. A contender that does not compute the same as XLA stops the run.
+Causal, float32, batch 1, 4 heads of 64. Prints JSON lines: first the machine, then one
+line per contender and pass (forward; forward and backward).
+
+All contenders are timed in one process, in turn, so that a busy moment of the machine
+affects them alike. Ratios compare medians with the fastest ringattention, in elapsed
+time and in processor time, which other programs on the machine disturb less. Peak
+memory is measured in a separate process for each contender and pass. A contender whose
+results differ from XLA's stops the run.
 """
 
 import argparse
@@ -33,19 +35,23 @@ from benchmarks.contenders import Contender, contenders
 
 HEADS, HEAD_SIZE = 4, 64
 PASSES = ("forward", "forward_backward")
-# Float32 sums of 8192 terms in different orders.
+# For float32 sums of 8192 terms in different orders.
 TOLERANCE = 1e-4
 
 
 def inputs(length: int) -> tuple[np.ndarray, ...]:
-    """q, k, v and the cotangent of out, in natural order."""
+    """Returns q, k, v and the cotangent of out, in natural order."""
     generator = np.random.default_rng(0)
     shape = (4, 1, length, HEADS, HEAD_SIZE)
     return tuple(generator.standard_normal(shape, dtype=np.float32))
 
 
 def check(contender: Contender, results: tuple, expected: list[np.ndarray]) -> float:
-    """The largest error of any result; raises when it is too large to compare times."""
+    """Returns the largest error of the results.
+
+    Raises:
+      AssertionError: the error is over TOLERANCE.
+    """
     errors = [
         float(np.abs(contender.restore(x) - want).max())
         for x, want in zip(results, expected, strict=False)
@@ -56,14 +62,14 @@ def check(contender: Contender, results: tuple, expected: list[np.ndarray]) -> f
 
 
 def seconds(run: Callable, arrays: tuple) -> tuple[float, float]:
-    """Elapsed and processor time of one run."""
+    """Measures the elapsed and the processor time of one run, in seconds."""
     start, start_cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run(*arrays))
     return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def measure_times(length: int, repeats: int) -> list[dict]:
-    """The times of each contender and pass, and their errors."""
+    """Measures the times and errors of each contender and pass."""
     natural = inputs(length)
     expected: list[np.ndarray] = []
     errors, runs = {}, {}
@@ -99,7 +105,7 @@ def measure_times(length: int, repeats: int) -> list[dict]:
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """Adds each median's ratio to the fastest ringattention's of the same pass."""
+    """Adds the ratio of each median to that of the fastest ringattention."""
 
     def ratio(row, key):
         peers = [x for x in rows if x["contender"].startswith("ringattention")]
@@ -116,10 +122,10 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had resident at once."""
+    """Returns the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Unlike getrusage's, this maximum does not start at the parent process's.
+        # Unlike that of getrusage, this peak does not include the parent process's.
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -127,7 +133,7 @@ def peak_resident_bytes() -> int:
 
 
 def measure_memory(name: str, which: str, length: int) -> dict:
-    """Peak memory of one contender, for a process that runs nothing else."""
+    """Measures the peak memory of one contender in a process that runs nothing else."""
     contender = contenders(length)[name]
     arrays = tuple(contender.place(x) for x in inputs(length))
     compiled = getattr(contender, which).lower(*arrays).compile()
@@ -150,7 +156,7 @@ def memory_in_own_process(row: dict, length: int) -> dict:
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Describes the machine that the figures are measured on."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,17 +1,19 @@
-"""What each device sends for the attention of one layer, by communication choice.
+"""Compare the bytes that a device sends for one attention layer with the formulas.
 
-    python -m benchmarks.bytes_per_layer                    # a JSON line a program
-    python -m benchmarks.bytes_per_layer --table            # the same as Markdown, MiB
+    python -m benchmarks.bytes_per_layer                    # one JSON line per layer
+    python -m benchmarks.bytes_per_layer --table            # Markdown instead, in MiB
     python -m benchmarks.bytes_per_layer --devices 16
 
 Compiles the forward and the backward of one attention call on fake CPU devices, for
-every (ulysses, ring) of powers of two, and runs neither. The bytes are read from the
-compiled programs and stand beside closed formulas; where the two differ the command
-says so and ends with status 1. Attention of LLaMA3-8B (32 query and 8 key/value heads
-of 128), one row of 8192 tokens a device, causal. All in float32, since XLA's CPU
-backend widens bfloat16: with 16-bit inputs everything but dk, dv (and the lse that
-pass_q sends) is half of it. What a device sends is the busiest device's where not all
-send the same (windows).
+each (ulysses, ring) of powers of two and each communication choice, and runs neither.
+The bytes in the compiled programs are compared with closed formulas; if they differ,
+the command reports it and exits with status 1.
+
+The attention is that of LLaMA3-8B (32 query and 8 key/value heads of 128), causal, with
+one row of 8192 tokens per device. It is in float32, because XLA's CPU backend widens
+bfloat16; with 16-bit inputs everything but dk, dv (and the lse that pass_q sends) is
+half as large. Where devices send different amounts (windows), the figure is that of the
+busiest device.
 """
 
 import argparse
@@ -50,11 +52,12 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One attention call: the shape of its heads, and how it is split.
+    """One attention call and its sharding.
 
     Attributes:
-      tokens: of each device.
-      window: the tokens that a query of a window layer sees, its own with them.
+      choice: a key of `CHOICES`.
+      tokens: tokens per device.
+      window: the tokens that a query of a window layer sees, including its own.
     """
 
     ulysses: int
@@ -68,7 +71,7 @@ class Layer:
 
     @property
     def options(self) -> dict:
-        """The arguments of `usp_attention`; a ring of odd size has inner rings of 1."""
+        """The arguments of `usp_attention`; rings of odd size have inner rings of 1."""
         options = {"is_causal": True, "layout": "zigzag", **CHOICES[self.choice]}
         if self.choice.startswith("window"):
             options["local_window_size"] = (self.window - 1, 0)
@@ -83,7 +86,10 @@ class Layer:
 
     @property
     def is_possible(self) -> bool:
-        """Whether a device's heads come in so many chunks, and there is a ring."""
+        """True if the heads of a device split into head groups, and there is a ring.
+
+        Choices other than "unidirectional" and "ulysses_chunks=2" need a ring.
+        """
         own = self.heads.padded // self.ulysses
         is_of_ring = self.choice not in ("unidirectional", "ulysses_chunks=2")
         return own % self.heads.parts == 0 and (self.ring > 1 or not is_of_ring)
@@ -94,11 +100,11 @@ class Layer:
 
 
 def formulas(layer: Layer) -> dict[str, dict[str, int]]:
-    """The bytes that a device sends, by pass and kind of collective; zeros left out.
+    """Computes the bytes that a device sends, by pass and kind of collective.
 
-    In units of one head of a device's tokens: Q query heads, those that pad them to a
-    multiple of the Ulysses axis with them, and M received key/value heads, those that
-    several devices receive counted for each.
+    The formulas count heads of one device's tokens: the query heads, including those
+    that pad them to a multiple of the Ulysses axis, and the received key/value heads,
+    counted once for each device that receives them. Zeros are left out.
     """
     heads, ring, ulysses = layer.heads, layer.ring, layer.ulysses
     head = FLOAT_BYTES * layer.tokens * layer.head_size
@@ -106,7 +112,7 @@ def formulas(layer: Layer) -> dict[str, dict[str, int]]:
     exchanged = {"forward": 2 * q + kv, "backward": 2 * q + kv}
     rotated = _rotated(layer, q, kv, q // layer.head_size)
     if heads.parts > 1:
-        # Queries, keys and values are sent again; keys round the ring for each chunk.
+        # Queries, keys and values are sent again; keys rotate once per head group.
         exchanged["backward"] = 3 * q + 2 * kv
         turns = heads.parts // heads.kv_parts
         rotated = {
@@ -115,18 +121,24 @@ def formulas(layer: Layer) -> dict[str, dict[str, int]]:
         }
     if ring == 1:
         rotated = {name: {} for name in PASSES}
-    found = {
+    totals = {
         name: {ALL_TO_ALL: exchanged[name] * (ulysses - 1) // ulysses, **rotated[name]}
         for name in PASSES
     }
     return {
         name: {kind: x for kind, x in kinds.items() if x}
-        for name, kinds in found.items()
+        for name, kinds in totals.items()
     }
 
 
 def _rotated(layer, q, kv, lse):
-    """What goes round the ring once: bytes of a shard's q, its kv, its lse."""
+    """Computes the bytes that one rotation sends.
+
+    Args:
+      q: bytes of the queries of a shard.
+      kv: bytes of its keys and values.
+      lse: bytes of its lse.
+    """
     hops = layer.ring - 1
     if layer.choice == "all_gather":
         return {
@@ -145,23 +157,24 @@ def _rotated(layer, q, kv, lse):
 
 
 def _window_tokens(layer: Layer) -> int:
-    """The tokens of keys that a device sends where its neighbours see a window."""
+    """Returns the tokens of keys that a device sends if its neighbours see a window."""
     before, shard = layer.window - 1, layer.length // layer.ring
     if layer.options["layout"] == "contiguous":
         return min(before, layer.length - shard)
     chunk = shard // 2
     if before > chunk:
         raise ValueError(
-            f"tokens={layer.tokens} makes zigzag chunks of {chunk}, and the formula "
-            f"is that of a window of at most one chunk, not of {layer.window}"
+            f"tokens={layer.tokens} makes zigzag chunks of {chunk}, but the formula "
+            f"needs a window of at most one chunk, not {layer.window}"
         )
-    # The end of the first chunk to the next device, of the second to the one before;
-    # two devices are both to each other, and one hop carries all between the ends.
+    # The end of the first chunk goes to the next device, that of the second to the
+    # previous one. With two devices these are the same, and one hop carries everything
+    # between the ends.
     return chunk + before if layer.ring == 2 else 2 * before
 
 
 def compiled_bytes(layer: Layer) -> dict[str, dict[str, int]]:
-    """The bytes that a device sends, of the two compiled programs."""
+    """Returns the bytes that a device sends in the two compiled programs."""
     mesh = usp_jax.make_mesh(ring=layer.ring, ulysses=layer.ulysses)
     sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
     n, k = layer.num_heads, layer.num_kv_heads
@@ -172,7 +185,7 @@ def compiled_bytes(layer: Layer) -> dict[str, dict[str, int]]:
         for heads in (n, k, k)
     ]
     attend = functools.partial(usp_jax.usp_attention, mesh=mesh, **layer.options)
-    # Two programs, as in a model: in one, XLA shares what both passes send.
+    # Two programs, as in a model: in a single one, XLA shares what both passes send.
     forward = jax.jit(functools.partial(jax.vjp, attend)).lower(*shapes).compile()
     result, pull_back = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -191,7 +204,7 @@ def compiled_bytes(layer: Layer) -> dict[str, dict[str, int]]:
 
 
 def measure(layer: Layer) -> dict:
-    """One result: the layer, its bytes as compiled and by formula, in both passes."""
+    """Returns a layer with its compiled and its formula bytes in both passes."""
     start = time.perf_counter()
     compiled, formula = compiled_bytes(layer), formulas(layer)
     return {
@@ -204,13 +217,13 @@ def measure(layer: Layer) -> dict:
 
 
 def degrees(devices: int) -> list[tuple[int, int]]:
-    """Every (ulysses, ring) of powers of two."""
+    """Returns the (ulysses, ring) of powers of two for a number of devices."""
     sizes = [2**n for n in range(devices.bit_length())]
     return [(u, devices // u) for u in reversed(sizes) if devices % u == 0]
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a row for each choice, MiB of forward / backward for each split."""
+    """Formats a Markdown table: MiB of forward / backward by choice and split."""
     splits = list(dict.fromkeys((x["ulysses"], x["ring"]) for x in results))
     names = " | ".join(f"U={u}, R={r}" for u, r in splits)
     lines = [
@@ -236,7 +249,7 @@ def _mebibytes(result):
 
 
 def _mean(full, window):
-    """A layer's bytes in a model of five window layers to a full one."""
+    """Averages the bytes of one full and five window layers."""
     if window is None:
         return None
     return tuple((f + 5 * w) / 6 for f, w in zip(full, window, strict=True))
@@ -245,7 +258,7 @@ def _mean(full, window):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8, help="a power of two")
-    parser.add_argument("--tokens", type=int, default=8192, help="of each device")
+    parser.add_argument("--tokens", type=int, default=8192, help="per device")
     parser.add_argument(
         "--heads", type=int, nargs=2, default=(32, 8), help="query, key/value heads"
     )
@@ -254,8 +267,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.devices < 1 or options.devices & (options.devices - 1):
         parser.error(f"--devices {options.devices} must be a power of two")
-    # Read when the first device is asked for. LLVM's optimiser, and evaluating masks of
-    # a long sequence while compiling, take minutes and change no collective.
+    # Read when jax first lists the devices. LLVM's optimiser, and folding the masks of
+    # a long sequence at compile time, take minutes and change no collective.
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=constant_folding"
     )
@@ -278,8 +291,8 @@ def main() -> int:
         print(f"compiled and formula differ: {json.dumps(x)}", file=sys.stderr)
     seconds = sum(x["compile_seconds"] for x in results)
     print(
-        f"{len(results)} layers, {len(wrong)} of them not as the formula says; "
-        f"{seconds:.0f} s of compiling",
+        f"{len(results)} layers, {len(wrong)} of them differ from the formula; "
+        f"compiled in {seconds:.0f} s",
         file=sys.stderr,
     )
     return bool(wrong)

@@ -1,8 +1,8 @@
-"""The attention implementations that attention_cpu.py sets side by side.
+"""The attention implementations that attention_cpu.py compares.
 
-All compute causal attention of float32 [B, T, N, H] arrays. What an implementation
-wants its inputs to look like (device, sharding, order of tokens) is prepared outside
-the timed functions, because a training step prepares it once, for its token ids.
+All compute causal attention of float32 [B, T, N, H] arrays. The device, sharding and
+token order that an implementation expects are prepared outside the timed functions,
+because a training step prepares them only once, for its token ids.
 """
 
 import dataclasses
@@ -23,8 +23,10 @@ class Contender:
     """One implementation.
 
     Attributes:
-      place: a natural-order numpy array -> the array that `attention` takes.
-      restore: an array that `attention` gave -> a natural-order numpy array.
+      name: the name in the results.
+      attention: (q, k, v) -> out.
+      place: converts a numpy array in natural order to an input of `attention`.
+      restore: converts a result of `attention` to a numpy array in natural order.
     """
 
     name: str
@@ -49,14 +51,14 @@ class Contender:
 
 
 def contenders(length: int) -> dict[str, Contender]:
-    """All implementations by name; XLA on one device, the yardstick, first.
+    """Returns all implementations by name, first XLA on one device, the reference.
 
-    ringattention gets several block sizes, none larger than a device's shard: of the
-    sizes 128 to 1024, each of these was the fastest at something.
+    ringattention is measured with several block sizes, limited to the shard of a
+    device. Of the sizes from 128 to 1024, each of these was the fastest for some case.
     """
     shard = length // 8
     blocks = ((256, 256), (512, 512), (1024, 256))
-    every = [
+    implementations = [
         _one_device(
             "xla one device", partial(jax.nn.dot_product_attention, is_causal=True)
         ),
@@ -66,7 +68,7 @@ def contenders(length: int) -> dict[str, Contender]:
         *(_usp(ring, ulysses) for ring, ulysses in ((8, 1), (4, 2), (2, 4))),
         *(_ringattention(min(q, shard), min(kv, shard)) for q, kv in blocks),
     ]
-    return {contender.name: contender for contender in every}
+    return {contender.name: contender for contender in implementations}
 
 
 def _one_device(name: str, attention: Callable[..., jax.Array]) -> Contender:
@@ -103,13 +105,19 @@ def _ringattention(query_block: int, key_block: int) -> Contender:
 def ringattention_over(
     mesh: jax.sharding.Mesh, query_block: int, key_block: int, dtype: Any = np.float32
 ) -> Callable[..., jax.Array]:
-    """ringattention 0.1.2 along a mesh's one axis: (q, k, v) -> out, all [B, T, N, H].
+    """Builds ringattention 0.1.2 for a mesh with one axis.
 
     Args:
-      dtype: of q, k and v.
+      mesh: a mesh with a single axis, over which the sequence is sharded.
+      query_block: its `query_chunk_size`.
+      key_block: its `key_chunk_size`.
+      dtype: the dtype of q, k and v.
+
+    Returns:
+      (q, k, v) -> out, all [B, T, N, H].
     """
-    # It asks jax.lib for the platform when it is imported; jax keeps that in jax.extend
-    # since 0.8.
+    # When imported, it reads the platform from jax.lib; since jax 0.8 that function is
+    # in jax.extend.
     if not hasattr(jax.lib, "xla_bridge"):
         jax.lib.xla_bridge = types.SimpleNamespace(
             get_backend=jax.extend.backend.get_backend
@@ -151,6 +159,6 @@ def ringattention_over(
         mesh=mesh,
         in_specs=(spec, spec, spec),
         out_specs=spec,
-        # It was written before jax tracked which values vary over a mesh axis.
+        # It predates jax's tracking of which values vary over a mesh axis.
         check_vma=False,
     )

@@ -1,7 +1,7 @@
-"""The attention kernels that benchmarks/kernels.py sets side by side on one device.
+"""The attention kernels that benchmarks/kernels.py compares on one device.
 
-All take q [B, T, N, H] and k, v [B, T, K, H]. A contender that cannot do a shape
-raises, and its row says so.
+All take q [B, T, N, H] and k, v [B, T, K, H]. A contender that cannot run a shape
+raises, and its line reports the reason.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class Contender:
 
     Attributes:
       program: (shape, "forward" or "forward_backward") -> run(q, k, v, dout), which
-        gives (out,) or (out, dq, dk, dv).
-      place: the arrays that `run` takes, from jax's.
-      is_compiled: by XLA, before it runs.
-      wait: returns when results are there.
-      as_numpy: a result as float32 [B, T, N, H].
+        returns (out,) or (out, dq, dk, dv).
+      place: converts jax arrays to the inputs of `run`.
+      is_compiled: whether XLA compiles it before it runs.
+      wait: blocks until results are ready, and returns them.
+      as_numpy: converts a result to float32 [B, T, N, H].
     """
 
     program: Callable[[Shape, str], Callable]
@@ -40,31 +40,33 @@ class Contender:
 
 
 def contenders() -> dict[str, Contender]:
-    """By name; ours first, and of the others those that can be imported here."""
+    """Returns the contenders by name: usp_jax first, then others that are installed."""
     platform = jax.default_backend()
-    found = {
+    available = {
         f"usp_jax {kernel.name}": _of_jax(partial(_ours, kernel.name))
         for kernel in KERNELS
         if _runs_on(kernel, platform)
     }
-    found["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
+    available["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
     if platform == "gpu":
-        found["jax.nn cudnn"] = _of_jax(partial(_jax_nn, "cudnn"))
-        found["jax mosaic"] = dataclasses.replace(_of_jax(_jax_mosaic), place=_halves)
-        found["jax triton"] = _of_jax(_jax_triton)
+        available["jax.nn cudnn"] = _of_jax(partial(_jax_nn, "cudnn"))
+        available["jax mosaic"] = dataclasses.replace(
+            _of_jax(_jax_mosaic), place=_halves
+        )
+        available["jax triton"] = _of_jax(_jax_triton)
         if importlib.util.find_spec("tokamax"):
-            found["tokamax"] = _of_jax(_tokamax)
+            available["tokamax"] = _of_jax(_tokamax)
         if importlib.util.find_spec("torch"):
             for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
                 name = f"torch {backend.removesuffix('_ATTENTION').lower()}"
-                found[name] = _of_torch(backend)
-    return found
+                available[name] = _of_torch(backend)
+    return available
 
 
 def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Callable]:
-    """Our op as `size` devices of a ring would run it, all of them on this one.
+    """Builds usp_jax's op as `size` devices of a ring run it, all on this device.
 
-    Takes what the devices hold, in zigzag order: [size, B, T / size, N, H].
+    The program takes the shards in zigzag order: [size, B, T / size, N, H].
     """
 
     def program(shape, which):
@@ -80,14 +82,14 @@ def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Calla
             return _program(attention, which)(*arrays)
 
         if shape.mask == "packed":
-            raise NotImplementedError("the virtual ring has no documents")
+            raise NotImplementedError("the virtual ring does not support documents")
         return jax.jit(jax.vmap(per_shard, axis_name="ring", axis_size=size))
 
     return program
 
 
 def _runs_on(kernel, platform):
-    """Whether an implementation of ours is to be compared on a platform."""
+    """Returns whether to compare an implementation of usp_jax on a platform."""
     if kernel.name.endswith("_interpret"):
         return platform == "cpu"
     return kernel.name == "xla" or kernel.platform == platform
@@ -100,7 +102,7 @@ def _program(attention, which):
 
 
 def _of_jax(build):
-    """A contender whose build(shape) is attention(q, k, v) on jax arrays."""
+    """Builds a contender from build(shape) -> attention(q, k, v) on jax arrays."""
     return Contender(lambda shape, which: jax.jit(_program(build(shape), which)))
 
 
@@ -115,9 +117,9 @@ def _ours(implementation, shape):
 
 def _jax_nn(implementation, shape):
     if shape.mask == "packed":
-        raise NotImplementedError("jax.nn has no documents of a row")
+        raise NotImplementedError("jax.nn does not support packed documents")
     if implementation == "xla" and shape.length > 4096:
-        raise NotImplementedError("its scores, T x T, do not fit")
+        raise NotImplementedError("its T x T scores do not fit")
     return partial(
         jax.nn.dot_product_attention,
         is_causal=shape.is_causal,
@@ -126,7 +128,7 @@ def _jax_nn(implementation, shape):
 
 
 def _halves(arrays):
-    """In float16, the only numbers that jax's Mosaic op has room for."""
+    """Converts to float16, the only dtype that fits jax's Mosaic op."""
     return tuple(jax.block_until_ready(x.astype(jnp.float16)) for x in arrays)
 
 
@@ -134,7 +136,7 @@ def _jax_mosaic(shape):
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     if shape.mask == "packed":
-        raise NotImplementedError("it has no documents of a row")
+        raise NotImplementedError("it does not support packed documents")
     config = attention_mgpu.TuningConfig(
         block_q=64,
         block_kv=128,
@@ -147,7 +149,7 @@ def _jax_mosaic(shape):
         block_kv_dq=64,
     )
     scale = shape.head_size**-0.5
-    # It scales nothing.
+    # This op does not scale the logits.
     return lambda q, k, v: attention_mgpu.attention(q * scale, k, v, config)
 
 
@@ -157,7 +159,7 @@ def _jax_triton(shape):
     group = shape.heads // shape.kv_heads
 
     def run(q, k, v):
-        # It has no groups of query heads.
+        # This op does not support grouped query heads.
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
         return attention.mha(
             q,
@@ -175,18 +177,18 @@ def _tokamax(shape):
     import tokamax
 
     if shape.mask == "packed":
-        raise NotImplementedError("its mask of documents would be T x T")
+        raise NotImplementedError("its document mask would be T x T")
     return partial(tokamax.dot_product_attention, is_causal=shape.is_causal)
 
 
 def _of_torch(backend):
-    """torch's scaled_dot_product_attention with one of its backends."""
+    """Builds torch's scaled_dot_product_attention with one of its backends."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def program(shape, which):
         if shape.mask == "packed":
-            raise NotImplementedError("it has no documents of a row")
+            raise NotImplementedError("it does not support packed documents")
 
         def run(q, k, v, dout):
             with sdpa_kernel([getattr(SDPBackend, backend)]):

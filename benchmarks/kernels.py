@@ -1,17 +1,18 @@
-"""Attention kernels on one device, side by side, in visible work.
+"""Compare attention kernels on one device by time and TFLOP/s of visible work.
 
     python -m benchmarks.kernels                 # on a GPU: 2K to 128K, hours
     python -m benchmarks.kernels --lengths 16384 32768 --masks causal
-    python -m benchmarks.kernels --toy           # anywhere: what can be interpreted
+    python -m benchmarks.kernels --toy           # anywhere: interpreted kernels
 
-Prints JSON lines: what was run on what, then one line for each shape, pass and
-contender with the median time of a call and TFLOP/s that count visible pairs only. All
-run in this one process, compiled before anything is timed, on random data that changes
-from call to call. `difference` is
-how far a contender's results are from the first one's, |x - y| / |y|, the worst of
-them; a contender that cannot do a shape says why. The lines "virtual ring of 8" are our
-op cut over 8 devices that are all this one, to be compared with one uncut call
-(`--ring` makes it another number).
+Prints JSON lines: first the machine, then one line per shape, pass and contender with
+the median time of a call and its TFLOP/s, which count visible pairs only. All
+contenders run in this process, compiled before anything is timed, on random data that
+changes from call to call.
+
+`difference` is the largest |x - y| / |y| between the results of a contender and those
+of the first one. A contender that cannot run a shape reports why. The lines "virtual
+ring of 8" run usp_jax on a ring of 8 shards that are all on this device, for comparison
+with a single call; `--ring` changes the number.
 """
 
 import argparse
@@ -34,14 +35,14 @@ COMPARED_LENGTH = 16384
 
 
 def ready(contender: Contender, shape: Shape, which: str) -> Callable | str:
-    """What is timed, compiled; or why there is none."""
+    """Returns the compiled function to time, or the reason why there is none."""
     try:
         run = contender.program(shape, which)
         if not contender.is_compiled:
             return run
         placed = jax.eval_shape(lambda *x: contender.place(x), *shape.structs())
         return run.lower(*placed).compile()
-    # Whatever goes wrong with one of many contenders, the others are still of use.
+    # One contender that fails must not stop the others.
     except Exception as error:
         return reason(error)
 
@@ -54,9 +55,10 @@ def reason(error: Exception) -> str:
 def measure(
     contender: Contender, run: Callable, shape: Shape, which: str, options, expected
 ) -> tuple[dict, list[np.ndarray] | None]:
-    """The figures of one line, and the results of the first set of inputs.
+    """Returns the figures of one line, and the results for the first set of inputs.
 
-    Results are kept, and compared with those `expected`, where everybody still fits.
+    Results are returned, and compared with `expected`, only up to COMPARED_LENGTH,
+    where all contenders still fit.
     """
     try:
         sets = [contender.place(shape.inputs(seed)) for seed in range(options.sets)]
@@ -75,7 +77,7 @@ def measure(
 
 
 def cut(arrays: tuple, ring: int) -> tuple:
-    """What the devices of the ring hold: [B, T, N, H] -> [ring, B, T / ring, N, H]."""
+    """Cuts arrays into shards of a ring: [B, T, N, H] -> [ring, B, T / ring, N, H]."""
     mesh = jax.sharding.AbstractMesh((ring, 1), ("ring", "ulysses"))
     cut = []
     for x in arrays:
@@ -86,43 +88,43 @@ def cut(arrays: tuple, ring: int) -> tuple:
 
 
 def uncut(x: jax.Array) -> np.ndarray:
-    """The inverse of `cut`, of one array."""
+    """Inverse of `cut` for one array."""
     mesh = jax.sharding.AbstractMesh((len(x), 1), ("ring", "ulysses"))
     x = x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
     return np.asarray(from_layout(x, "zigzag", mesh), np.float32)
 
 
 def ring_contender(implementation: str, ring: int) -> Contender:
-    """Our op on a virtual ring, which takes and gives what its devices hold."""
+    """Returns usp_jax on a virtual ring, whose inputs and results are shards."""
     program = virtual_ring(implementation, ring)
     return Contender(program, partial(cut, ring=ring), as_numpy=uncut)
 
 
 def chosen(shape: Shape, options) -> dict[str, Contender]:
-    """Those to be compared, each of ours followed by its virtual ring."""
-    found = {}
+    """Returns the contenders to compare, those of usp_jax with their virtual rings."""
+    selected = {}
     for name, contender in contenders().items():
         if options.contenders and name not in options.contenders:
             continue
-        found[name] = contender
+        selected[name] = contender
         ours = name.removeprefix("usp_jax ")
         causal = shape.mask == "causal" and shape.length % (2 * options.ring) == 0
         if ours != name and causal:
             ring = f"{name}, virtual ring of {options.ring}"
-            found[ring] = ring_contender(ours, options.ring)
-    return found
+            selected[ring] = ring_contender(ours, options.ring)
+    return selected
 
 
 def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
-    """The lines of some shapes and passes."""
+    """Yields the result lines of some shapes and passes."""
     each = [
         (shape, which, name, contender)
         for shape, which in todo
         for name, contender in chosen(shape, options).items()
     ]
-    # A compiler keeps one core busy. Nothing is timed until all are done.
+    # A compiler keeps one core busy. Timing starts when all have finished.
     with ThreadPoolExecutor(options.compilers) as pool:
-        runs = list(pool.map(lambda one: ready(one[3], *one[:2]), each))
+        runs = list(pool.map(lambda job: ready(job[3], *job[:2]), each))
     expected: dict[tuple[Shape, str], list[np.ndarray]] = {}
     for (shape, which, name, contender), run in zip(each, runs, strict=True):
         head = {
@@ -152,12 +154,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--ring", type=int, default=8, help="virtual devices")
-    parser.add_argument("--repeats", type=int, default=10, help="samples of each")
-    parser.add_argument("--sets", type=int, default=4, help="of inputs, used in turn")
+    parser.add_argument("--ring", type=int, default=8, help="devices of a ring")
+    parser.add_argument("--repeats", type=int, default=10, help="timed samples")
+    parser.add_argument("--sets", type=int, default=4, help="input sets to cycle")
     cores = os.cpu_count() or 1
-    parser.add_argument("--compilers", type=int, default=cores, help="at a time")
-    parser.add_argument("--contenders", nargs="+", help="by name; all by default")
+    parser.add_argument("--compilers", type=int, default=cores, help="in parallel")
+    parser.add_argument("--contenders", nargs="+", help="names (default: all)")
     parser.add_argument("--toy", action="store_true", help="one tiny shape")
     options = parser.parse_args(arguments)
     if options.toy:

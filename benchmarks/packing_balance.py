@@ -1,17 +1,20 @@
-"""How evenly each order of packed documents loads the ring, and what it takes to make.
+"""Measure how evenly each order of packed documents loads the ring.
 
-    python -m benchmarks.packing_balance                    # a JSON line a figure
-    python -m benchmarks.packing_balance --table            # the same as Markdown
+    python -m benchmarks.packing_balance                    # one JSON line per order
+    python -m benchmarks.packing_balance --table            # a Markdown table instead
     python -m benchmarks.packing_balance --lengths 65536 --rings 8 --documents 8 256
 
-Rows of random documents with heavy-tailed lengths (Pareto 1.1 and log-normal 1.5, in
-turn) fill at least 99 % of T tokens. `totals` is the most visible causal work of a
-ring shard over the mean; `path` the sum over the ring's steps of the slowest shard's,
-over the mean of a shard. Both are counted from positions and segment ids, for every
-order in the same way; given are the mean and the worst of the rows. `visited` is what
-kernels compute, whole blocks of 128 x 128 that hold anything visible, over the visible
-pairs, the mean of the rows (up to 131072 tokens): striped is even by tokens, but its
-blocks are wide. `milliseconds` is the median time of `usp_jax.balance`.
+Rows of random documents with heavy-tailed lengths (Pareto 1.1 and log-normal 1.5,
+alternating) fill at least 99 % of T tokens. The figures are:
+
+* `totals`: the largest visible causal work of a ring shard, over the mean.
+* `path`: the sum over ring steps of the work of the slowest shard, over the mean of a
+  shard. Both are counted from positions and segment ids in the same way for each order;
+  the mean and the worst of the rows are reported.
+* `visited`: the pairs that kernels compute (whole blocks of 128 x 128 with anything
+  visible) over the visible pairs, as the mean of the rows, up to 131072 tokens. Striped
+  is even by tokens, but each of its blocks spans a wide range.
+* `milliseconds`: the median time of `usp_jax.balance`.
 """
 
 import argparse
@@ -26,13 +29,13 @@ import usp_jax
 from usp_jax.masking import EMPTY, Mask, MaskRule, Tokens, block_kinds
 
 BLOCK = 128
-# Beyond, the array of all blocks is too large for a quick look.
+# For longer rows, the array of all blocks is too large for a quick check.
 VISITED_LENGTH = 131072
 ORDERS = ("contiguous", "zigzag", "striped", "balanced")
 
 
 def document_lengths(seed: int, documents: int, length: int) -> np.ndarray:
-    """Lengths of the documents of one row."""
+    """Draws the lengths of the documents of one row."""
     rng = np.random.default_rng(seed)
     x = (rng.pareto(1.1, documents) + 1, rng.lognormal(0, 1.5, documents))[seed % 2]
     lengths = np.maximum(1, (x / x.sum() * 0.995 * length).astype(int))
@@ -41,7 +44,7 @@ def document_lengths(seed: int, documents: int, length: int) -> np.ndarray:
 
 
 def stored(order: str, lengths: np.ndarray, ring: int, length: int):
-    """(positions, segment ids, milliseconds or None) of one row in one order."""
+    """Returns (positions, segment ids, milliseconds or None) of a row in one order."""
     if order == "balanced":
         start = time.perf_counter()
         plan = usp_jax.balance(lengths, ring, length=length)
@@ -56,7 +59,7 @@ def stored(order: str, lengths: np.ndarray, ring: int, length: int):
 
 
 def visited(positions: np.ndarray, ids: np.ndarray) -> int:
-    """The pairs in all blocks that a kernel visits."""
+    """Returns the number of pairs in the blocks that a kernel visits."""
     tokens = Tokens(positions[None], ids[None])
     kinds = jax.jit(block_kinds, static_argnums=(1, 2))(
         Mask(MaskRule(is_causal=True), tokens, tokens), BLOCK, BLOCK
@@ -65,7 +68,7 @@ def visited(positions: np.ndarray, ids: np.ndarray) -> int:
 
 
 def measure(order: str, documents: int, ring: int, length: int, rows: int) -> dict:
-    """The figures of one order over some random rows."""
+    """Measures one order over some random rows."""
     figures, times, visits = [], [], []
     for seed in range(rows):
         lengths = document_lengths(seed, documents, length)
@@ -95,7 +98,7 @@ def measure(order: str, documents: int, ring: int, length: int, rows: int) -> di
 
 
 def table_row(results: list[dict]) -> str:
-    """One Markdown row: the setting, then each figure of each order, mean (worst)."""
+    """Formats a Markdown row: the setting, then mean (worst) by figure and order."""
     first = results[0]
     cells = [str(first[key]) for key in ("length", "ring", "documents")]
     for figure in ("totals", "path"):
@@ -122,7 +125,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 1 << 20])
     parser.add_argument("--rings", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--documents", type=int, nargs="+", default=[8, 32, 256])
-    parser.add_argument("--rows", type=int, default=6, help="random rows of each")
+    parser.add_argument("--rows", type=int, default=6, help="random rows per case")
     parser.add_argument("--table", action="store_true", help="print Markdown instead")
     options = parser.parse_args()
     for length in options.lengths:

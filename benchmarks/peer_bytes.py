@@ -1,17 +1,17 @@
-"""What each device sends for one layer's attention: this op beside the peers' schemes.
+"""Compare the bytes that a device sends for one attention layer with other schemes.
 
-    python -m benchmarks.peer_bytes                  # a JSON line a scheme
-    python -m benchmarks.peer_bytes --table          # the same as Markdown, MiB
+    python -m benchmarks.peer_bytes                  # one JSON line per scheme
+    python -m benchmarks.peer_bytes --table          # Markdown instead, in MiB
 
 Compiles the forward and the backward of one causal call for 8 v5e chips that are not
-here, in bfloat16, 8192 tokens a chip: attention of LLaMA3-8B (32 query and 8 key/value
-heads of 128), and the same with 32 key/value heads. The bytes are the compiler's; no
-scheme is played by a formula. Needs `pip install '.[aot,benchmark]'`.
+attached, in bfloat16 with 8192 tokens per chip: the attention of LLaMA3-8B (32 query
+and 8 key/value heads of 128), and the same with 32 key/value heads. The bytes are those
+that the compiler reports, not from formulas. Needs `pip install '.[aot,benchmark]'`.
 
-The schemes are this op's ring, hybrids and all-gather of k, v; its ring with arrays
-that are float32 already, for those who widen before they send; and ringattention 0.1.2,
-which makes one rotation for each device of the ring. It wants as many key/value heads
-as query heads, so they are repeated for it, as its users do.
+The schemes are usp_jax's ring, hybrids and all-gather of k, v; its ring with float32
+arrays, in place of schemes that widen before they send; and ringattention 0.1.2, which
+makes one rotation for each device of the ring. ringattention needs as many key/value
+heads as query heads, so they are repeated for it, as its users do.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def program(scheme: str, num_kv_heads: int) -> tuple[Callable[..., Any], list[Any]]:
-    """The attention of a scheme, and the shapes that it takes."""
+    """Returns the attention of a scheme and the shapes that it takes."""
     options = dict(SCHEMES[scheme])
     dtype = options.pop("dtype", jnp.bfloat16)
     devices = aot.topology(TARGET).devices
@@ -77,7 +77,7 @@ def program(scheme: str, num_kv_heads: int) -> tuple[Callable[..., Any], list[An
 
 
 def measure(scheme: str, num_kv_heads: int) -> dict[str, Any]:
-    """A scheme's collectives in both passes: how many, and the bytes a device sends."""
+    """Returns the count and bytes of a scheme's collectives per device and pass."""
     attend, shapes = program(scheme, num_kv_heads)
     reports = aot.compile_vjp(attend, *shapes)
     return {
@@ -94,7 +94,7 @@ def measure(scheme: str, num_kv_heads: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each scheme, MiB of forward / backward."""
+    """Formats a Markdown table: a row per scheme, MiB of forward / backward."""
     columns = sorted({line["num_kv_heads"] for line in results})
     names = " | ".join(f"{n} key/value heads" for n in columns)
     lines = [f"| MiB, forward/backward | {names} |", f"|---|{'---|' * len(columns)}"]

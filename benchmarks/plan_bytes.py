@@ -1,13 +1,13 @@
-"""Bytes that the planner predicts for a training step, beside the compiler's.
+"""Compare the bytes that the planner predicts for a training step with the compiler's.
 
     python -m benchmarks.plan_bytes              # all cases, about a minute each
-    python -m benchmarks.plan_bytes 0 8          # those of these numbers
-    python -m benchmarks.plan_bytes --gpu        # those for GPUs, or --tpu
-    python -m benchmarks.plan_bytes --into FILE  # those that FILE has not, appended
-    python -m benchmarks.plan_bytes --kept FILE  # compilers' bytes of lines kept before
+    python -m benchmarks.plan_bytes 0 8          # the cases with these numbers
+    python -m benchmarks.plan_bytes --gpu        # the cases for GPUs, or --tpu
+    python -m benchmarks.plan_bytes --into FILE  # append the cases missing from FILE
+    python -m benchmarks.plan_bytes --kept FILE  # compare saved lines, compile nothing
 
-Prints a JSON line a case. Compiling needs `pip install '.[plan,aot]'` and no
-accelerator; comparing kept lines only the planner.
+Prints one JSON line per case. Compiling needs `pip install '.[plan,aot]'` and no
+accelerator; comparing saved lines needs only the planner.
 """
 
 import argparse
@@ -28,7 +28,7 @@ K = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to compile."""
+    """A training step to compile."""
 
     model: str
     machine: str
@@ -39,7 +39,7 @@ class Case:
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Case":
-        """The case of a kept line."""
+        """Returns the case of a saved line."""
         return cls(
             line["model"],
             line["machine"],
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def job(self) -> plan.Job:
-        """What is trained."""
+        """The training job."""
         return plan.job_of(
             self.model,
             self.machine,
@@ -62,10 +62,10 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What of the choice is not the default."""
+        """Fields of the choice that differ from their default."""
         fields = dataclasses.fields(self.choice)
-        given = {field.name: getattr(self.choice, field.name) for field in fields}
-        return {f.name: given[f.name] for f in fields if given[f.name] != f.default}
+        values = {field.name: getattr(self.choice, field.name) for field in fields}
+        return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
 
     def __str__(self) -> str:
         words = [f"{name}={value}" for name, value in self.options.items()]
@@ -75,7 +75,7 @@ class Case:
         )
 
 
-# (model, machine, devices, sequence, batch) and the ways to split it.
+# (model, machine, devices, sequence, batch) and the choices to compile it with.
 STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], ...] = (
     (
         ("llama3.2-1b", "v5e", 8, 32 * K, 8),
@@ -218,25 +218,25 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
 
 
 def cases() -> Iterator[Case]:
-    """Each step in all its ways."""
-    for step, ways in STEPS:
-        for options in ways:
+    """Yields each training step with each of its choices."""
+    for step, choices in STEPS:
+        for options in choices:
             case = Case(*step, plan.Choice(**options))
             if (why := obstacle(case.job, case.choice)) is not None:
-                raise ValueError(f"{case} cannot be: {why}")
+                raise ValueError(f"{case} is not possible: {why}")
             yield case
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """What the compiler says of a case, with all that it takes to predict it."""
-    # Only comparing kept lines needs no compiler.
+    """Compiles a case; the line also has what the planner needs to predict it."""
+    # Imported here because comparing saved lines needs no compiler.
     from usp_jax.plan.verify import compile_step
 
     report = compile_step(case.job, case.choice)
     line = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    told = {"choice": case.options, "jax": jax.__version__, "fits": report.fits}
+    result = {"choice": case.options, "jax": jax.__version__, "fits": report.fits}
     if report.error is None:
-        told |= {
+        result |= {
             "argument_bytes": report.argument_bytes,
             "peak_bytes": report.peak_bytes,
             "host_bytes": report.host_bytes,
@@ -246,56 +246,59 @@ def compile_case(case: Case) -> dict[str, Any]:
                 for kind, total in by_kind(report.collectives).items()
             },
         }
-    return {**line, **told}
+    return {**line, **result}
 
 
 def compare(line: dict[str, Any]) -> dict[str, Any]:
-    """The planner's bytes beside a line's; ratios are predicted over compiled."""
+    """Adds the planner's bytes and the ratios of predicted to compiled bytes."""
     case = Case.of(line)
     row = plan.evaluate(case.job, case.choice)
-    told = {"predicted_fits": row.fits, "predicted_peak_bytes": round(row.memory.peak)}
+    predicted = {
+        "predicted_fits": row.fits,
+        "predicted_peak_bytes": round(row.memory.peak),
+    }
     if "peak_bytes" in line:
         sent = row.sent
-        told |= {
+        predicted |= {
             "predicted_sent_bytes": round(sent),
             "peak_ratio": round(row.memory.peak / line["peak_bytes"], 3),
             "sent_ratio": round(sent / line["sent_bytes"], 4),
         }
-    return {**line, **told}
+    return {**line, **predicted}
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Compiles what is asked for; or reads kept lines."""
+    """Compiles the selected cases, or compares saved lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_bytes")
-    parser.add_argument("numbers", nargs="*", type=int, help="of cases")
+    parser.add_argument("numbers", nargs="*", type=int, help="numbers of cases")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--into", type=Path, metavar="FILE")
     parser.add_argument("--kept", type=Path, metavar="FILE")
-    asked = parser.parse_args(words)
-    if asked.kept is not None:
-        for line in kept(asked.kept):
+    options = parser.parse_args(words)
+    if options.kept is not None:
+        for line in kept(options.kept):
             print(json.dumps(compare(line)))
         return
     jax.config.update("jax_platforms", "cpu")
-    there = []
-    if asked.into is not None and asked.into.exists():
-        there = [Case.of(line) for line in kept(asked.into)]
+    saved = []
+    if options.into is not None and options.into.exists():
+        saved = [Case.of(line) for line in kept(options.into)]
     for number, case in enumerate(cases()):
         is_tpu = case.job.machine.torus_dims > 0
-        wanted = not asked.numbers or number in asked.numbers
-        wanted &= (asked.tpu if is_tpu else asked.gpu) or asked.tpu == asked.gpu
-        if not wanted or case in there:
+        wanted = not options.numbers or number in options.numbers
+        wanted &= (options.tpu if is_tpu else options.gpu) or options.tpu == options.gpu
+        if not wanted or case in saved:
             continue
         line = compile_case(case)
         print(json.dumps(compare(line)), flush=True)
-        if asked.into is not None:
-            with asked.into.open("a") as file:
+        if options.into is not None:
+            with options.into.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file."""
+    """Reads the lines of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -1,8 +1,8 @@
-"""Draws kept results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
+"""Plot saved results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
 
-What is drawn follows from what the lines hold: times of attention beside
-ringattention's, TFLOP/s of kernels side by side, or a training step's memory on
-machines that it was compiled for. Needs `pip install '.[plan]'`.
+The content of the lines determines the plot: attention times relative to ringattention,
+TFLOP/s of kernels, or the memory of a training step on the machines that it was
+compiled for. Needs `pip install '.[plan]'`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ Lines = Sequence[dict[str, Any]]
 
 
 def draw(lines: Lines, picture: Path) -> None:
-    """One picture of what a benchmark printed.
+    """Plots the lines that a benchmark printed.
 
     Raises:
-      ValueError: lines of no benchmark that has a picture.
+      ValueError: no line comes from a benchmark that has a plot.
     """
     kinds = {
         "ratio_to_ringattention": draw_attention,
@@ -38,19 +38,19 @@ def draw(lines: Lines, picture: Path) -> None:
             draw_kind(figure.add_subplot(), own)
             figure.savefig(picture, dpi=120)
             return
-    raise ValueError(f"no line has one of {', '.join(kinds)}: nothing to draw")
+    raise ValueError(f"no line has one of {', '.join(kinds)}: nothing to plot")
 
 
 def draw_attention(axes: Axes, lines: Lines) -> None:
-    """Times as parts of ringattention's, forward and with the backward pass."""
+    """Plots times relative to ringattention, forward and with the backward pass."""
     names = [line["contender"] for line in lines]
     _bars(axes, lines, names, "ratio_to_ringattention", "%.2f")
     axes.axvline(1, color="0.5", linewidth=1)
-    axes.set(xlabel="time in times of ringattention's")
+    axes.set(xlabel="time relative to ringattention")
 
 
 def draw_kernels(axes: Axes, lines: Lines) -> None:
-    """TFLOP/s of visible work, forward and with the backward pass."""
+    """Plots TFLOP/s of visible work, forward and with the backward pass."""
     names = [
         "{contender}, {mask}, {k}K, heads of {head_size}".format(
             **line, k=line["length"] // 1024
@@ -62,7 +62,7 @@ def draw_kernels(axes: Axes, lines: Lines) -> None:
 
 
 def _bars(axes: Axes, lines: Lines, names: list[str], value: str, form: str) -> None:
-    """A bar a line; those of one name lie beside each other, one a pass."""
+    """Draws one bar per line, grouped by name with one bar per pass."""
     rows = list(dict.fromkeys(names))
     passes = list(dict.fromkeys(line["pass"] for line in lines))
     thick = 0.8 / len(passes)
@@ -83,11 +83,11 @@ def _bars(axes: Axes, lines: Lines, names: list[str], value: str, form: str) -> 
 
 
 def draw_memory(axes: Axes, lines: Lines) -> None:
-    """Peak bytes of a device, as its compiler tells them."""
+    """Plots the peak memory of a device that the compiler reports."""
     names = [_step(line) for line in lines]
     peaks = [line["peak_bytes"] / GIB for line in lines]
     axes.bar_label(axes.barh(names, peaks), fmt="%.1f", padding=3)
-    axes.set(xlabel="peak of a device, GiB")
+    axes.set(xlabel="peak memory per device, GiB")
     axes.margins(x=0.1)
     axes.invert_yaxis()
 
@@ -101,10 +101,10 @@ def _step(line: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Exits with 2 when there is nothing to draw."""
+    """Exits with status 2 if there is nothing to plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON lines that were kept")
-    parser.add_argument("picture", type=Path, help="its ending says the format")
+    parser.add_argument("results", type=Path, help="saved JSON lines")
+    parser.add_argument("picture", type=Path, help="its suffix sets the format")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.results.read_text().splitlines()]
     try:

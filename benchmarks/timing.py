@@ -1,4 +1,4 @@
-"""What measurements of attention on one device share: inputs, times, visible work."""
+"""Inputs, timing and operation counts of attention benchmarks on one device."""
 
 import dataclasses
 import datetime
@@ -13,8 +13,8 @@ import numpy as np
 
 from usp_jax.masking import Mask, MaskRule, Tokens
 
-# Floating-point operations of the backward, in units of the forward's (two products
-# against five), as FlashAttention-2 and -3 count them.
+# FLOPs of the backward over those of the forward (five products to two), as counted by
+# FlashAttention-2 and -3.
 BACKWARD_OVER_FORWARD = 2.5
 DOCUMENTS = 8
 MASKS = ("full", "causal", "packed")
@@ -22,7 +22,7 @@ MASKS = ("full", "causal", "packed")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One call of attention: its sizes, and which of its pairs are visible.
+    """The sizes and the mask of one attention call.
 
     Attributes:
       mask: "full", "causal", or "packed": causal within each of 8 documents.
@@ -41,7 +41,7 @@ class Shape:
         return self.mask != "full"
 
     def document_lengths(self) -> list[int]:
-        """The lengths of a row's documents: one, or 8 that are cut at random."""
+        """Returns the document lengths of a row: one document, or 8 cut at random."""
         if self.mask != "packed":
             return [self.length]
         generator = np.random.default_rng(self.length)
@@ -49,7 +49,7 @@ class Shape:
         return np.diff([0, *np.sort(cuts), self.length]).tolist()
 
     def segment_ids(self) -> jax.Array | None:
-        """int32 [B, T], or None for rows of one document."""
+        """Returns segment ids, int32 [B, T], or None for rows of one document."""
         if self.mask != "packed":
             return None
         lengths = self.document_lengths()
@@ -57,25 +57,25 @@ class Shape:
         return jnp.asarray(np.broadcast_to(ids, (self.batch, self.length)))
 
     def mask_data(self) -> Mask:
-        """The same as the kernels take it."""
+        """Returns the mask in the form that the kernels take."""
         positions = jnp.arange(self.length, dtype=jnp.int32)[None]
         tokens = Tokens(positions, self.segment_ids())
         return Mask(MaskRule(self.is_causal), tokens, tokens)
 
     def pairs(self) -> int:
-        """How many pairs of tokens of a row are visible."""
+        """Returns the number of visible pairs of tokens in a row."""
         if self.is_causal:
             return sum(n * (n + 1) // 2 for n in self.document_lengths())
         return self.length**2
 
     def flops(self, which: str) -> float:
-        """Operations on visible pairs only, of a "forward" or "forward_backward"."""
+        """Returns the FLOPs on visible pairs of "forward" or "forward_backward"."""
         forward = 4.0 * self.batch * self.heads * self.head_size * self.pairs()
         factor = 1.0 if which == "forward" else 1.0 + BACKWARD_OVER_FORWARD
         return forward * factor
 
     def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The types of `inputs`."""
+        """Returns the shapes and dtypes of `inputs`."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         return tuple(
             jax.ShapeDtypeStruct(
@@ -85,7 +85,7 @@ class Shape:
         )
 
     def inputs(self, seed: int) -> tuple[jax.Array, ...]:
-        """q, k, v and the cotangent of out, normally distributed."""
+        """Returns q, k, v and the cotangent of out, normally distributed."""
         keys = jax.random.split(jax.random.key(seed), 4)
         return tuple(
             jax.random.normal(key, x.shape).astype(x.dtype).block_until_ready()
@@ -94,7 +94,7 @@ class Shape:
 
 
 def with_gradients(attention: Callable) -> Callable:
-    """(q, k, v, dout) -> (out, dq, dk, dv) of attention(q, k, v)."""
+    """Returns (q, k, v, dout) -> (out, dq, dk, dv) for attention(q, k, v) -> out."""
 
     def run(q, k, v, dout):
         out, pull_back = jax.vjp(attention, q, k, v)
@@ -109,10 +109,14 @@ def seconds_a_call(
     repeats: int,
     wait: Callable = jax.block_until_ready,
 ) -> dict[str, float]:
-    """Times of run(*set), the sets in turn so that none is found in a cache.
+    """Measures the seconds per call of run(*set), cycling through the sets.
 
-    Every sample is of as many calls in a row as there are sets, which hides what it
-    takes to launch them. `run` must have been called before.
+    Cycling keeps inputs from being found in a cache. Each sample makes as many
+    consecutive calls as there are sets, which hides the launch overhead. `run` must
+    have been called before.
+
+    Returns:
+      `seconds_median` and `seconds_min` over the samples.
     """
     samples = []
     for _ in range(repeats):
@@ -123,7 +127,7 @@ def seconds_a_call(
 
 
 def relative_distance(actual, expected) -> float:
-    """|x - y| / |y| of pairs of arrays, the largest of them."""
+    """Returns the largest |x - y| / |y| over pairs of arrays."""
 
     def of_pair(x, y):
         x, y = (np.asarray(z, np.float32) for z in (x, y))
@@ -136,7 +140,7 @@ def relative_distance(actual, expected) -> float:
 
 
 def machine() -> dict:
-    """What the figures are measured on."""
+    """Describes the machine that the figures are measured on."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,

@@ -1,19 +1,20 @@
-"""HBM traffic and arithmetic of the TPU kernels, counted from their lists of blocks.
+"""Count the HBM traffic and arithmetic of the TPU kernels from their lists of blocks.
 
     python -m benchmarks.tpu_traffic           # causal 8K and 32K, head size 128
     python -m benchmarks.tpu_traffic --masks packed --device "TPU v6 lite"
 
-Runs anywhere and times nothing. XLA knows of a Pallas kernel only what its own cost
-estimate says; here the kernels' index maps are evaluated at every step of their grids,
-and a block is fetched, or written back, where its index changes from one step to the
-next, as Pallas's pipeline does. What a kernel copies itself (dq) is counted by visits.
+Runs anywhere and times nothing. For a Pallas kernel, XLA reports only the kernel's own
+cost estimate. This program instead evaluates the index maps of the kernels at each step
+of their grids, and counts a fetch or a write of a block where its index changes from
+one step to the next, as Pallas's pipeline does. Copies that a kernel makes itself (dq)
+are counted by visits.
 
-Prints a JSON line for each pass. The ideal reads and writes what stays (q, out and lse
-in the forward; k, v, dk and dv in the backward) once, and what streams past it once for
-each block that stays and for each query head, and only what is visible of it; it
-multiplies visible pairs only. `traffic_ratio` and `arithmetic_ratio` are what the
-kernels do over that, `minimal_ratio` the traffic over reading and writing every array
-just once. A ratio of less than 1 says that a block which streams served two visits.
+Prints one JSON line per pass. Ideally, the arrays that stay (q, out and lse in the
+forward; k, v, dk and dv in the backward) are read or written once; the visible part of
+the arrays that stream is moved once per block that stays and per query head; and only
+visible pairs are multiplied. `traffic_ratio` and `arithmetic_ratio` are relative to
+that ideal; `minimal_ratio` is the traffic relative to reading or writing each array
+once. A ratio below 1 means that a streamed block served two visits.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PRODUCTS = {"forward": 2, "backward": 5}
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes between HBM and vector memory, by what is read and written."""
+    """Bytes moved between HBM and vector memory, by array."""
 
     read: dict[str, int]
     written: dict[str, int]
@@ -51,20 +52,20 @@ class Traffic:
 
 
 def kernel_of(which: str, shape: Shape, blocks: BlockSizes) -> tuple[Kernel, Cut]:
-    """The kernel of a pass on arrays of zeros, and how it is cut."""
+    """Builds the kernel of a pass on arrays of zeros, and returns its `Cut` too."""
     q, k, v, dout = (jnp.zeros(x.shape, x.dtype) for x in shape.structs())
     logits = Logits(shape.head_size**-0.5)
     cut = Cut.of(q, k, shape.mask_data(), getattr(blocks, which))
     if which == "forward":
-        given = cut, q, k, v, None, logits
-        return forward_kernel(*given, blocks.vmem_mib, interpret=True), cut
+        arguments = cut, q, k, v, None, logits
+        return forward_kernel(*arguments, blocks.vmem_mib, interpret=True), cut
     rows = jnp.zeros(q.shape[:3], jnp.float32)
-    given = cut, q, k, v, dout, rows, rows, logits
-    return backward_kernel(*given, blocks.vmem_mib, interpret=True), cut
+    arguments = cut, q, k, v, dout, rows, rows, logits
+    return backward_kernel(*arguments, blocks.vmem_mib, interpret=True), cut
 
 
 def changes(spec, grid: tuple[int, ...], lists) -> int:
-    """How often a block's index differs from that of the step before."""
+    """Counts the copies of a block: one, plus one per change of its index."""
     steps = jnp.indices(grid).reshape(len(grid), -1)
     index = spec.index_map(*steps, *lists)
     index = np.stack([np.broadcast_to(np.asarray(x), steps.shape[1:]) for x in index])
@@ -72,12 +73,12 @@ def changes(spec, grid: tuple[int, ...], lists) -> int:
 
 
 def block_bytes(spec, dtype) -> int:
-    """Bytes of one block."""
+    """Returns the bytes of one block."""
     return math.prod(n for n in spec.block_shape if n) * jnp.dtype(dtype).itemsize
 
 
 def traffic(which: str, kernel: Kernel, cut: Cut) -> Traffic:
-    """What a kernel reads and writes in all calls of its walk."""
+    """Counts the bytes that a kernel reads and writes in all calls of its walk."""
     names = {
         "forward": (("q", "k", "v"), ("out", "lse")),
         "backward": (("q", "dout", "k", "v", "lse", "delta"), ("dq", "dk", "dv")),
@@ -105,7 +106,7 @@ def traffic(which: str, kernel: Kernel, cut: Cut) -> Traffic:
                 size = changes(spec, grid, lists) * block_bytes(spec, x.dtype)
                 counted[name] = counted.get(name, 0) + size
     if which == "backward":
-        # Its copies, to and fro, are the kernel's own.
+        # The kernel itself copies dq in both directions.
         dq = kernel.results[0]
         visits = visited(cut) * dq.shape[1]
         size = visits * cut.block_q * dq.shape[3] * dq.dtype.itemsize
@@ -118,13 +119,13 @@ def _pairs(tree, specs):
 
 
 def visited(cut: Cut) -> int:
-    """Blocks of (queries, keys) that hold anything visible, in all batch rows."""
+    """Counts the blocks of (queries, keys) with anything visible in all batch rows."""
     kinds = np.asarray(cut.kinds)
     return int((kinds != EMPTY).sum()) * (cut.batch // len(kinds))
 
 
 def ideal(which: str, shape: Shape, cut: Cut) -> float:
-    """Bytes of reading and writing what is needed once for each use."""
+    """Computes the bytes of reading and writing needed data once per use."""
     q, k, v, _ = shape.structs()
     number = q.dtype.itemsize
     pairs = shape.pairs() * shape.batch
@@ -141,7 +142,7 @@ def ideal(which: str, shape: Shape, cut: Cut) -> float:
 
 
 def minimal(which: str, shape: Shape) -> int:
-    """Bytes of reading and writing every array once."""
+    """Computes the bytes of reading or writing each array once."""
     q, k, v, dout = shape.structs()
     number = q.dtype.itemsize
     row = 4 * q.size // shape.head_size
@@ -152,7 +153,7 @@ def minimal(which: str, shape: Shape) -> int:
 
 
 def figures(which: str, shape: Shape, blocks: BlockSizes) -> dict:
-    """The line of one pass."""
+    """Returns the result line of one pass."""
     kernel, cut = kernel_of(which, shape, blocks)
     moved = traffic(which, kernel, cut)
     pair = 2 * PRODUCTS[which] * shape.heads * shape.head_size
@@ -180,7 +181,7 @@ def figures(which: str, shape: Shape, blocks: BlockSizes) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="TPU v5", help="gives the block sizes")
+    parser.add_argument("--device", default="TPU v5", help="sets the block sizes")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["causal"])

@@ -1,15 +1,15 @@
-"""The trainer's step of LLaMA3-8B-shaped layers on the one device that is here: MFU.
+"""Measure the MFU of a training step with LLaMA3-8B-shaped layers on one device.
 
     python -m benchmarks.train_here                          # on a GPU or a TPU
     python -m benchmarks.train_here --lengths 65536 --remat attention --layers 8
     python -m benchmarks.train_here --toy                    # anywhere: a tiny model
 
-Prints JSON lines: what it ran on, then one line for each length, remat policy and
-implementation of attention: the median time of a step, the three MFUs of
-`usp_jax.plan.flops`, tokens a second, the most memory in use. There are as many layers
-as --layers says, and the vocabulary is cut with them, so that it has the share in the
-work that it has in the whole model. Tokens are random, one sequence a step. What does
-not fit says so. Needs `pip install '.[train]'`.
+Prints JSON lines: first the machine, then one line per length, remat policy and
+attention implementation with the median time of a training step, the three MFUs of
+`usp_jax.plan.flops`, tokens per second and the peak memory. `--layers` sets the number
+of layers. The vocabulary shrinks with it and so keeps its share of the work of the
+whole model. Tokens are random, one sequence per training step. A case that does not fit
+reports so. Needs `pip install '.[train]'`.
 """
 
 import argparse
@@ -36,16 +36,19 @@ from train.step import compile_step, make_step
 from usp_jax.models.presets import PRESETS
 from usp_jax.plan.machines import peak_of_kind
 
-STEPS = 1000  # Of the run that the step is one of: the learning rate's schedule.
+STEPS = 1000  # The length of the run, for the schedule of the learning rate.
 
 
 def config_of(
     preset: str, tokens: int, options: dict[str, Any], offload: bool
 ) -> Config:
-    """A run of some of a preset's layers and the same share of its vocabulary.
+    """Returns a run of some layers of a preset and the same share of its vocabulary.
 
     Args:
-      options: of the model; `num_layers` is one of them.
+      preset: a name of `PRESETS`.
+      tokens: the sequence length.
+      options: fields of `ModelConfig`, including `num_layers`.
+      offload: whether to keep the optimizer state in host memory.
     """
     model = vars(PRESETS[preset])
     share = options["num_layers"] / model["num_layers"]
@@ -62,7 +65,7 @@ def config_of(
 
 
 def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """One document of random tokens a row."""
+    """Returns a batch with one document of random tokens per row."""
     shape = config.batch_size, config.sequence_length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
     rows = {name: np.zeros(shape, np.int32) for name in PADDING}
@@ -72,7 +75,7 @@ def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
-    """The figures of a step, after two that are not timed."""
+    """Times `steps` training steps after two that do not count."""
     mesh = usp_jax.make_mesh(devices=jax.devices()[:1], **config.mesh.sizes)
     graphdef, state = first_state(config, mesh)
     batch = random_batch(config, mesh)
@@ -87,12 +90,12 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     peak = peak_of_kind(jax.devices()[0].device_kind, config.dtype)
     median = statistics.median(seconds[2:])
-    told = rates(median, config.sequence_length, step_flops(config), peak)
-    return {"compile_seconds": compiled, "steps": seconds, "loss": loss} | told
+    figures = rates(median, config.sequence_length, step_flops(config), peak)
+    return {"compile_seconds": compiled, "steps": seconds, "loss": loss} | figures
 
 
 def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One for each case."""
+    """Yields one line per case."""
     for tokens, remat, implementation in itertools.product(
         options.lengths, options.remat, options.implementations
     ):
@@ -105,7 +108,7 @@ def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         config = config_of(options.preset, tokens, model, options.offload)
         head = {"tokens": tokens, "vocab_size": config.model.vocab_size} | model
         head["offload"] = options.offload
-        # What does not fit one case may fit the next.
+        # A case that does not fit must not stop the next one.
         try:
             yield head | measure(config, options.steps)
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
@@ -121,8 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remat", nargs="+", default=["attention"])
     parser.add_argument("--implementations", nargs="+", default=[None])
     parser.add_argument("--mlp-tile", type=int)
-    parser.add_argument("--offload", action="store_true", help="the optimizer's memory")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones")
+    parser.add_argument("--offload", action="store_true", help="the optimizer state")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--toy", action="store_true", help="a tiny model, 256 tokens")
     options = parser.parse_args(arguments)
     if options.toy:

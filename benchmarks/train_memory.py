@@ -1,14 +1,15 @@
-"""What the compilers say of LLaMA3-8B's training step: bytes, collectives, overlap.
+"""Compile the training step of LLaMA3-8B and report memory, collectives and overlap.
 
-    python -m benchmarks.train_memory                    # the names of the cases
-    python -m benchmarks.train_memory options            # a group: a JSON line each
-    python -m benchmarks.train_memory h200-1200K         # or some cases
+    python -m benchmarks.train_memory                    # list the names of the cases
+    python -m benchmarks.train_memory options            # a group, one JSON line each
+    python -m benchmarks.train_memory h200-1200K         # or single cases
     python -m benchmarks.train_memory h200-1200K --longest      # double until it fails
     python -m benchmarks.train_memory --table benchmarks/results/*-train-memory.jsonl
 
-Compiles the trainer's own step (`train.ahead`), all 32 layers, one sequence a step,
-bfloat16, AdamW on float32, for machines that are not here, and runs nothing. One to
-several minutes each on one core. Needs `pip install '.[train,aot]'`.
+Compiles the trainer's own step (`train.ahead`) with all 32 layers, one sequence per
+training step, bfloat16 and AdamW on float32, for machines that are not attached, and
+runs nothing. A case takes one to several minutes on one core. Needs
+`pip install '.[train,aot]'`.
 """
 
 import argparse
@@ -35,11 +36,14 @@ V5P, A100, H100, H200 = "v5p:4x4x4", "a100:2x8", "h100:1x8", "h200:1x1"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to compile.
+    """A training step to compile.
 
     Attributes:
-      mesh: the sizes of axes, and `zero`.
-      options: of the model, and `offload` of the optimizer.
+      group: a name that selects several cases.
+      machine: a topology such as "h200:1x1".
+      tokens: the sequence length.
+      mesh: the sizes of the mesh axes, and `zero`.
+      options: options of the model, and `offload` of the optimizer.
     """
 
     name: str
@@ -51,7 +55,7 @@ class Case:
 
     @property
     def config(self) -> Config:
-        """The run that has this step."""
+        """The configuration of a run with this training step."""
         options = {n: x for n, x in self.options.items() if n != "offload"}
         return Config(
             model=ModelConfig(**vars(PRESETS[MODEL]), **options),
@@ -64,12 +68,12 @@ class Case:
         )
 
     def at(self, tokens: int) -> "Case":
-        """The same with another length."""
+        """Returns the case with another length."""
         stem = self.name.rpartition("-")[0]
         return dataclasses.replace(self, name=f"{stem}-{tokens // K}K", tokens=tokens)
 
 
-# Each by itself, and together.
+# Options that save memory: each on its own, then all together.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "mlp_tile": {"mlp_tile": 4096},
@@ -88,7 +92,11 @@ SPLITS = {"ring64": (64, 1), "usp16x4": (16, 4), "usp8x8": (8, 8)}
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """MaxText's figures for one split: GiB a chip, and GiB of results x trips."""
+    """MaxText's figures for one split.
+
+    Attributes:
+      peak: GiB per chip. The others are GiB of collective results times loop trips.
+    """
 
     peak: float
     permutes: float
@@ -97,8 +105,8 @@ class Published:
     reduces: float
 
 
-# Its HEAD of August 2026, tokamax splash, load-balanced, its default remat, compiled
-# for 64 v5p chips; 4M: tiled loss, and dq reduced in 3 steps.
+# MaxText at its HEAD of August 2026: tokamax splash, load-balanced, its default remat,
+# compiled for 64 v5p chips; 4M: tiled loss, and dq reduced in 3 steps.
 MAXTEXT = {
     (64, "ring64"): Published(3.15, 40, 0, 27, 14),
     (64, "usp16x4"): Published(3.17, 9.9, 1.9, 29, 14),
@@ -113,7 +121,7 @@ MAXTEXT = {
     (4096, "usp8x8"): None,
 }
 # LLaMA3-8B on two nodes of 8 A800, as the USP paper (section 5) trained it: ZeRO-1.
-# Length in K -> (TP, Ulysses, ring); 120K with TP=1 ran out of memory there.
+# Length in K -> (TP, Ulysses, ring); there, 120K with TP=1 ran out of memory.
 PAPER = {
     208: [(8, 1, 2)],
     120: [(4, 2, 2), (4, 1, 4), (8, 1, 2), (2, 4, 2), (1, 8, 2)],
@@ -126,7 +134,7 @@ KINDS = ("collective-permute", "all-to-all", "all-gather", "all-reduce")
 
 
 def cases() -> Iterator[Case]:
-    """All of them, those that others are compared with first."""
+    """Yields all cases, first those compared with MaxText."""
     for (length, split), _ in MAXTEXT.items():
         ring, ulysses = SPLITS[split]
         mesh = {"ring": ring, "ulysses": ulysses}
@@ -160,15 +168,15 @@ def cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """What the compiler says, as what JSON can hold."""
+    """Compiles a case and returns the compiler's report as JSON values."""
     report = compile_for(case.config, case.machine)
-    told = {**dataclasses.asdict(case), "model": MODEL, **_versions()}
-    told |= {"fits": report.fits, "compile_seconds": round(report.compile_seconds, 1)}
+    result = {**dataclasses.asdict(case), "model": MODEL, **_versions()}
+    result |= {"fits": report.fits, "compile_seconds": round(report.compile_seconds, 1)}
     if report.error is not None:
-        return told | {"error": report.error[:300]}
+        return result | {"error": report.error[:300]}
     names = ("peak", "argument", "output", "aliased", "temporary", "host")
-    told |= {f"{name}_bytes": getattr(report, f"{name}_bytes") for name in names}
-    return told | {"collectives": _collectives(report)}
+    result |= {f"{name}_bytes": getattr(report, f"{name}_bytes") for name in names}
+    return result | {"collectives": _collectives(report)}
 
 
 def _versions():
@@ -177,21 +185,21 @@ def _versions():
 
 
 def _collectives(report: aot.Report) -> dict[str, dict[str, float | int | None]]:
-    """By kind, of one device, loops counted by their trips."""
-    found: dict[str, dict[str, float | int | None]] = {}
-    for kind in dict.fromkeys(one.kind for one in report.collectives):
-        own = [one for one in report.collectives if one.kind == kind]
-        found[kind] = {
-            "executions": sum(one.executions for one in own),
-            "result_bytes": sum(one.executions * one.result_bytes for one in own),
-            "sent_bytes": sum(one.total_wire_bytes for one in own),
+    """Sums the collectives of one device by kind, counting each trip of a loop."""
+    sums: dict[str, dict[str, float | int | None]] = {}
+    for kind in dict.fromkeys(x.kind for x in report.collectives):
+        own = [x for x in report.collectives if x.kind == kind]
+        sums[kind] = {
+            "executions": sum(x.executions for x in own),
+            "result_bytes": sum(x.executions * x.result_bytes for x in own),
+            "sent_bytes": sum(x.total_wire_bytes for x in own),
             "in_flight": report.in_flight(kind),
         }
-    return found
+    return sums
 
 
 def longest(case: Case) -> Iterator[dict[str, Any]]:
-    """The case, twice its length until that does not fit, then halfway, and again."""
+    """Yields a case at doubled lengths until one does not fit, then bisects twice."""
     fits = 0
     while True:
         row = compile_case(case)
@@ -207,7 +215,7 @@ def longest(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def tables(rows: Iterable[dict[str, Any]]) -> str:
-    """Kept lines as Markdown."""
+    """Formats saved lines as Markdown tables."""
     rows = list(rows)
     of = {name: [r for r in rows if r["group"] == name] for name in _TABLES}
     return "\n\n".join(_TABLES[name](of[name]) for name in of if of[name])
@@ -223,27 +231,27 @@ def _words(row):
     if "error" in row:
         return step, "no", *["-"] * 4
     sizes = (row[f"{name}_bytes"] for name in ("peak", "argument", "host"))
-    sent = sum(one["sent_bytes"] for one in row["collectives"].values())
+    sent = sum(collective["sent_bytes"] for collective in row["collectives"].values())
     fits = "yes" if row["fits"] else "no"
     return step, fits, *(f"{size / GIB:.2f}" for size in (*sizes, sent))
 
 
 def _paper_table(rows):
-    """Peaks by split, those that do not fit in brackets."""
+    """Formats peaks by split; those that do not fit are in parentheses."""
     policies = list(dict.fromkeys(row["options"]["remat"] for row in rows))
-    found: dict[tuple[int, str], dict[str, str]] = {}
+    peaks: dict[tuple[int, str], dict[str, str]] = {}
     for row in rows:
         sizes = ", ".join(str(row["mesh"][n]) for n in ("tensor", "ulysses", "ring"))
-        told = "no"
+        text = "no"
         if "error" not in row:
             peak = f"{row['peak_bytes'] / GIB:.1f}"
-            told = peak if row["fits"] else f"({peak})"
-        own = found.setdefault((row["tokens"] // K, f"({sizes})"), {})
-        own[row["options"]["remat"]] = told
+            text = peak if row["fits"] else f"({peak})"
+        own = peaks.setdefault((row["tokens"] // K, f"({sizes})"), {})
+        own[row["options"]["remat"]] = text
     head = "tokens", "(TP, Ulysses, ring)", *(f"`{name}`" for name in policies)
     lines = (
         (f"{tokens}K", split, *(own.get(name, "-") for name in policies))
-        for (tokens, split), own in sorted(found.items())
+        for (tokens, split), own in sorted(peaks.items())
     )
     return _markdown(head, lines)
 
@@ -255,7 +263,7 @@ def _maxtext_table(rows):
 
 
 def _compared(row):
-    """A line of results x trips in GiB, and the ratios to MaxText's."""
+    """Formats GiB of collective results times trips, and the ratios to MaxText."""
     if "error" in row:
         return f"`{row['name']}`", "does not fit", *["-"] * 7
     kinds = *KINDS, "reduce-scatter"
@@ -290,11 +298,11 @@ _TABLES = {
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles what is asked for, or draws the tables of what was compiled."""
+    """Compiles the named cases, or prints tables of saved lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_memory")
-    parser.add_argument("names", nargs="*", help="of cases, or of groups")
+    parser.add_argument("names", nargs="*", help="names of cases or groups")
     parser.add_argument("--longest", action="store_true", help="double while it fits")
-    parser.add_argument("--table", type=Path, help="kept lines")
+    parser.add_argument("--table", type=Path, help="a file of saved lines")
     options = parser.parse_args(arguments)
     if options.table:
         lines = options.table.read_text().splitlines()
@@ -305,7 +313,7 @@ def main(arguments: list[str]) -> None:
     groups = {case.group for case in known.values()}
     for name in options.names:
         if name not in known and name not in groups:
-            parser.error(f"{name!r} is neither a case nor one of {sorted(groups)}")
+            parser.error(f"{name!r} is neither a case nor a group of {sorted(groups)}")
     if not options.names:
         print("\n".join(f"{case.group:10}{name}" for name, case in known.items()))
     for case in known.values():

@@ -1,19 +1,19 @@
-"""Searches the block sizes of our kernels and writes the tables that ship.
+"""Search the block sizes of usp_jax's kernels and write the tables that ship.
 
     python -m benchmarks.tune --write                  # on a TPU or GPU
     python -m benchmarks.tune --compile-only v5p:2x2x1 h200:1x1       # anywhere
     python -m benchmarks.tune --toy                    # anywhere, interpreted
 
-Prints JSON lines: what was run on what, then one line for each candidate, then the best
-of each search as the row of a table. Kernels are searched one after the other, each
-with the best sizes found for those before it. A candidate that cannot be compiled or
-run says why ("failed"); one whose results are off says by how much ("wrong"); neither
-is ever chosen. `--write` puts the rows into the kernels' `TABLE`s, in front of those
-for more devices; look at the difference before you commit it.
+Prints JSON lines: first the machine, then one line per candidate, then the best sizes
+of each search as a table row. Kernels are searched one after another, each with the
+best sizes found for the ones before it. A candidate that fails to compile or run
+reports why ("failed"), and one with inexact results reports by how much ("wrong");
+neither is chosen. `--write` puts the rows into the `TABLE`s of the kernels, before the
+rows that match more devices; review the diff before you commit it.
 
-`--compile-only` runs nothing: of each candidate it tells whether the compiler of that
-machine takes it, and what it says of memory (on TPUs also of vector memory) and, on
-GPUs, of spilled registers.
+`--compile-only` runs nothing. For each candidate it reports whether the compiler of
+that machine accepts it, the memory it needs (on TPUs also the vector memory) and, on
+GPUs, whether registers spill.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.table import Row
 
 TUNED = ("mosaic_tpu", "mosaic_gpu", "triton")
-# |x - y| / |y|, for 16 bits. Rounding alone gives a tenth of it.
+# Largest |x - y| / |y| for 16 bits. Rounding alone gives a tenth of it.
 TOLERANCE = 0.03
 SPILLING = "xla_gpu_fail_ptx_compilation_on_register_spilling"
 
@@ -55,7 +55,7 @@ class Call:
     interpret: bool = False
 
     def program(self, which: str, blocks) -> Callable:
-        """The "forward" or "backward" of the chunk contract with some block sizes."""
+        """Returns the "forward" or "backward" of the chunk contract with `blocks`."""
         module = importlib.import_module(f"usp_jax.kernels.{self.implementation}")
         how = {"target": self.target, "blocks": blocks, "interpret": self.interpret}
         return _program(
@@ -68,18 +68,18 @@ class Call:
         )
 
     def oracle(self, which: str) -> Callable:
-        """XLA's `program`."""
+        """Returns the XLA implementation of `program`."""
         return _program(kernels.chunk("xla"), which, self.shape)
 
     def exact(self, which: str, *inputs) -> tuple:
-        """What `program` has to give for some inputs."""
-        # To choose among XLA's products would take longer than the search.
+        """Computes the results that `program` should give for some inputs."""
+        # Autotuning XLA's products would take longer than the search.
         quick = {"xla_gpu_autotune_level": 0} if self.target.platform == "gpu" else {}
         oracle = jax.jit(self.oracle(which)).lower(*inputs).compile(quick)
         return oracle(*inputs)
 
     def inputs(self, which: str, seed: int) -> tuple:
-        """What `program` takes; the mask comes last."""
+        """Returns inputs of `program`; the mask comes last."""
         q, k, v, dout = self.shape.inputs(seed)
         mask = self.shape.mask_data()
         if which == "forward":
@@ -88,7 +88,7 @@ class Call:
         return q, k, v, dout, lse, jnp.sum(out * dout.astype(out.dtype), -1), mask
 
     def shapes(self, which: str) -> tuple:
-        """The types of `inputs`."""
+        """Returns the shapes and dtypes of `inputs`."""
         q, k, v, dout = self.shape.structs()
         mask = jax.eval_shape(self.shape.mask_data)
         if which == "forward":
@@ -98,13 +98,13 @@ class Call:
 
     @property
     def default(self):
-        """The block sizes that a user gets today."""
+        """The block sizes that the current table gives."""
         module = importlib.import_module(f"usp_jax.kernels.{self.implementation}")
         shape = self.shape
         return module.BlockSizes.of(self.target, shape.head_size, shape.dtype)
 
     def flops(self, which: str) -> float:
-        """On visible pairs only."""
+        """Returns the FLOPs of a pass on visible pairs."""
         forward = self.shape.flops("forward")
         both = self.shape.flops("forward_backward")
         return forward if which == "forward" else both - forward
@@ -124,7 +124,7 @@ def _program(chunk, which, shape):
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """Runs candidates of one call."""
+    """Compiles and times candidates of one call."""
 
     call: Call
     repeats: int
@@ -132,7 +132,11 @@ class Timed:
     compilers: int
 
     def ready(self, which: str) -> Callable:
-        """Makes the inputs of a pass; gives what compiles and then times with them."""
+        """Makes the inputs of a pass.
+
+        Returns:
+          blocks -> measure, which compiles a candidate; measure() -> figures times it.
+        """
         sets = [self.call.inputs(which, seed) for seed in range(self.sets)]
         expected = self.call.exact(which, *sets[0])
 
@@ -152,14 +156,18 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Compiles candidates of one call for a machine that is not here."""
+    """Compiles candidates of one call for a machine that is not attached."""
 
     call: Call
     topology: aot.Topology
     compilers: int
 
     def ready(self, which: str) -> Callable:
-        """Gives what compiles a pass with some block sizes, and then tells of it."""
+        """Prepares a pass.
+
+        Returns:
+          blocks -> report, which compiles a candidate; report() -> figures.
+        """
         shapes = self.call.shapes(which)
 
         def compiled(blocks) -> Callable[[], dict]:
@@ -194,20 +202,20 @@ class Compiled:
 def search(
     part: Part, blocks, runner: Timed | Compiled
 ) -> Iterator[tuple[dict, object | None]]:
-    """The line of each candidate of a part, with its block sizes if it is usable."""
+    """Yields the line of each candidate of a part, and its block sizes if usable."""
     compiled = runner.ready(part.which)
     today = {name: getattr(blocks, name) for name in part.candidates[0]}
     others = (fields for fields in part.candidates if fields != today)
     candidates = [
         (fields, dataclasses.replace(blocks, **fields)) for fields in (today, *others)
     ]
-    # A compiler keeps one core busy; nothing is timed until all are done.
+    # A compiler keeps one core busy. Timing starts when all have finished.
     with ThreadPoolExecutor(runner.compilers) as pool:
         jobs = [pool.submit(compiled, candidate) for _, candidate in candidates]
     for (fields, candidate), job in zip(candidates, jobs, strict=True):
         plain = {name: _plain(x) for name, x in fields.items()}
         head = {"part": part.name, "candidate": plain}
-        # Whatever is wrong with one of many candidates, the others are still of use.
+        # One candidate that fails must not stop the others.
         try:
             figures = job.result()()
         except Exception as error:
@@ -220,7 +228,7 @@ def search(
 def tune(
     call: Call, runner: Timed | Compiled, *, toy: bool = False
 ) -> Iterator[tuple[dict, Row | None]]:
-    """The lines of a call's searches; the last has the row that they lead to."""
+    """Yields the lines of the searches of a call; the last has the resulting row."""
     shape = call.shape
     head = {
         "implementation": call.implementation,
@@ -255,7 +263,7 @@ def _plain(x):
 
 
 def write(implementation: str, rows: list[Row]) -> Path:
-    """Puts rows into an implementation's own table; the file that has it."""
+    """Writes rows into the table of an implementation and returns the file's path."""
     module = importlib.import_module(f"usp_jax.kernels.{implementation}")
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{module.__name__}.blocks")
@@ -265,13 +273,13 @@ def write(implementation: str, rows: list[Row]) -> Path:
 
 
 def runs_on(implementation: str, shape: Shape, target: Target) -> str | None:
-    """Why an implementation cannot run a shape there; None when it can."""
+    """Returns why an implementation cannot run a shape on a target, or None."""
     (kernel,) = (kernel for kernel in KERNELS if kernel.name == implementation)
     return kernel.refusal(target, shape.dtype, shape.head_size)
 
 
 def lines(options) -> Iterator[dict]:
-    """All lines; writes the tables if it is told to."""
+    """Yields all lines; writes the tables with `--write`."""
     for name in options.compile_only or [None]:
         topology = aot.topology(name) if name else None
         target = Target.of(topology.devices[0]) if topology else target_of(None)
@@ -313,26 +321,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5, help="samples of each")
-    parser.add_argument("--sets", type=int, default=3, help="of inputs, used in turn")
+    parser.add_argument("--repeats", type=int, default=5, help="timed samples")
+    parser.add_argument("--sets", type=int, default=3, help="input sets to cycle")
     cores = os.cpu_count() or 1
-    parser.add_argument("--compilers", type=int, default=cores, help="at a time")
+    parser.add_argument("--compilers", type=int, default=cores, help="in parallel")
     parser.add_argument(
-        "--write", action="store_true", help="into the tables that ship"
+        "--write", action="store_true", help="update the tables that ship"
     )
     parser.add_argument(
-        "--compile-only", nargs="+", metavar="MACHINE", help="such as h200:1x1"
+        "--compile-only", nargs="+", metavar="MACHINE", help="for example h200:1x1"
     )
-    parser.add_argument("--toy", action="store_true", help="a tiny one, interpreted")
+    parser.add_argument("--toy", action="store_true", help="tiny and interpreted")
     options = parser.parse_args(arguments)
     if options.write and (options.toy or options.compile_only):
-        parser.error("--write needs times of the hardware: no --toy, no --compile-only")
+        parser.error("--write needs measured times: drop --toy and --compile-only")
     if options.toy and options.compile_only:
-        parser.error("--toy runs here, --compile-only nowhere: choose one")
+        parser.error("--toy runs kernels and --compile-only does not: choose one")
     if options.toy:
         options.length, options.head_sizes = 128, [16]
         options.heads, options.kv_heads, options.repeats, options.sets = 2, 1, 1, 1
-    # Nothing runs: whatever accelerator is here stays free for others.
+    # Nothing runs, so leave the accelerator free for others.
     if options.compile_only and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     for line in lines(options):

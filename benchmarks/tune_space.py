@@ -1,4 +1,4 @@
-"""Which block sizes benchmarks/tune.py tries, kernel by kernel."""
+"""The block sizes that benchmarks/tune.py tries for each kernel."""
 
 import dataclasses
 import itertools
@@ -11,11 +11,12 @@ from usp_jax.kernels.mosaic_tpu import blocks as mosaic_tpu
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is varied at a time, while the other kernels' sizes stay as they are.
+    """One search: sizes that vary while those of the other kernels stay fixed.
 
     Attributes:
-      which: "forward" or "backward": the function of the chunk contract that uses it.
-      candidates: fields of the implementation's BlockSizes, by name.
+      name: the name of the kernel.
+      which: "forward" or "backward", the function of the chunk contract that uses it.
+      candidates: fields of the implementation's `BlockSizes`, by name.
     """
 
     name: str
@@ -24,10 +25,10 @@ class Part:
 
 
 def parts(implementation: str, *, toy: bool = False) -> tuple[Part, ...]:
-    """The searches of an implementation, one after the other.
+    """Returns the searches of an implementation in order.
 
     Args:
-      toy: one candidate each, such as an interpreter runs in seconds.
+      toy: whether to try one small candidate each, for an interpreter.
 
     Raises:
       ValueError: the implementation has no block sizes.
@@ -69,7 +70,7 @@ def _mosaic_gpu(toy):
 
 
 def _triton(toy):
-    # Not with the others: the folder is to go when jax drops Triton.
+    # Imported here because the folder will be removed when jax drops Triton.
     from usp_jax.kernels.triton import blocks as triton
 
     sizes = (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)

@@ -1,4 +1,4 @@
-"""Reads and writes the tables of block sizes that ship, as the source that they are."""
+"""Rewriting the source code of the block size tables that ship."""
 
 import ast
 import dataclasses
@@ -15,10 +15,10 @@ NAME = "TABLE"
 
 
 def merged(table: Sequence[Row], rows: Sequence[Row]) -> tuple[Row, ...]:
-    """A table with new rows, which replace those for the very same calls.
+    """Inserts rows into a table, replacing those that match the same calls.
 
-    Each stands in front of all rows for heads that are as large, so that it is found
-    before those that are for more devices.
+    Each new row goes before the rows for heads that are as large, so that it is found
+    before rows that match more devices.
     """
     names = ("device", "capabilities", "head_size", "itemsize")
 
@@ -26,23 +26,24 @@ def merged(table: Sequence[Row], rows: Sequence[Row]) -> tuple[Row, ...]:
         return tuple(getattr(row, name) for name in names)
 
     new = {calls(row) for row in rows}
-    made = [row for row in table if calls(row) not in new]
+    result = [row for row in table if calls(row) not in new]
     for row in rows:
         after = (
             i
-            for i, other in enumerate(made)
+            for i, other in enumerate(result)
             if other.itemsize in (None, row.itemsize)
             and (other.head_size is None or other.head_size >= row.head_size)
         )
-        made.insert(next(after, len(made)), row)
-    return tuple(made)
+        result.insert(next(after, len(result)), row)
+    return tuple(result)
 
 
 def replaced(source: str, table: Sequence[Row]) -> str:
-    """A module's source with this table as its `TABLE`, formatted by ruff.
+    """Returns the source of a module with its `TABLE` replaced, formatted by ruff.
 
     Raises:
       ValueError: the module has no `TABLE = ...`.
+      RuntimeError: ruff fails.
     """
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == NAME:
@@ -54,7 +55,7 @@ def replaced(source: str, table: Sequence[Row]) -> str:
 
 
 def written(x: Any) -> str:
-    """The expression that makes a value; fields with their default are left out."""
+    """Returns the expression for a value, without fields that have their default."""
     if not dataclasses.is_dataclass(x):
         return repr(x)
     arguments = []

@@ -77,7 +77,7 @@ def test_a_name_is_taken_where_it_runs_and_refused_elsewhere(kernel) -> None:
             CPU,
             "float32",
             128,
-            r"runs on a gpu, the call is for a cpu \(cpu\); use None or",
+            r"runs on a gpu, but the call is for a cpu \(cpu\); use None or",
         ),
         (TPU, "float32", 128, r"'triton' runs on a gpu.* tpu \(TPU v5\).*'xla'"),
         (V100, "float32", 128, r"needs compute capability 8\.0, .*V100.* 7\.0\)"),
@@ -86,9 +86,9 @@ def test_a_name_is_taken_where_it_runs_and_refused_elsewhere(kernel) -> None:
             A100,
             "float64",
             128,
-            r"has no float64; use None or one of \('xla', 'reference'",
+            r"not support float64; use None or one of \('xla', 'reference'",
         ),
-        (A100, "float16", 300, r"heads up to 256, not head_size=300; .*'xla'"),
+        (A100, "float16", 300, r"sizes up to 256, not head_size=300; .*'xla'"),
     ],
 )
 def test_refusals_name_what_does_not_fit_and_what_runs_there(
@@ -101,9 +101,9 @@ def test_refusals_name_what_does_not_fit_and_what_runs_there(
 @pytest.mark.parametrize(
     ("target", "head_size", "dtype", "match"),
     [
-        (A100, 136, "bfloat16", "heads up to 128 before Hopper, not head_size=136"),
-        (H100, 264, "bfloat16", "heads up to 256, not head_size=264"),
-        (H100, 128, "float32", "has no float32"),
+        (A100, 136, "bfloat16", "sizes up to 128 before Hopper, not head_size=136"),
+        (H100, 264, "bfloat16", "head sizes up to 256, not head_size=264"),
+        (H100, 128, "float32", "does not support float32"),
         (V100, 64, "float16", r"needs compute capability 8\.0"),
         (AMD, 64, "float16", r"needs compute capability 8\.0"),
     ],
@@ -142,8 +142,8 @@ def test_hopper_kernels_are_refused_elsewhere_also_on_what_is_newer(target) -> N
     # WGMMA is of capability 9.0 alone: the compiler would fail, late and unclearly.
     call = {"target": target, "dtype": "bfloat16", "head_size": 128}
     message = re.escape(
-        "implementation='mosaic_gpu' needs compute capability 9.0 to 9.x, the call is "
-        f"for a {target}; use None or one of ("
+        "implementation='mosaic_gpu' needs compute capability 9.0 to 9.x, but the call "
+        f"is for a {target}; use None or one of ("
     )
     with pytest.raises(ValueError, match=message):
         choose("mosaic_gpu", **call)

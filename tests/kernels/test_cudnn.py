@@ -345,6 +345,6 @@ def test_a_cache_is_refused(emulated) -> None:
 def test_without_a_gpu_it_is_refused() -> None:
     x = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     with pytest.raises(
-        ValueError, match="'cudnn' runs on a gpu, the call is for a cpu"
+        ValueError, match="'cudnn' runs on a gpu, but the call is for a cpu"
     ):
         usp_jax.flash_attention(x, x, x, implementation="cudnn")

@@ -162,7 +162,7 @@ def test_what_it_cannot_do_is_told() -> None:
 
     with pytest.raises(NotImplementedError, match="float32.*bfloat16 and float16"):
         forward("float32", 64)
-    with pytest.raises(NotImplementedError, match="heads of at most 256, not 320"):
+    with pytest.raises(NotImplementedError, match="head sizes up to 256, not 320"):
         forward("bfloat16", 320)
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         forward("bfloat16", 64)

@@ -1,7 +1,7 @@
-"""Attention of queries to one chunk of keys: the implementations, by name.
+"""Implementations of attention to one chunk of keys, by name.
 
 Each is a file or a folder with the two functions of the chunk contract (`contract.py`).
-Which one a call uses is decided in `choice.py`.
+`choice.py` decides which implementation a call uses.
 """
 
 from functools import partial
@@ -25,13 +25,15 @@ from usp_jax.kernels.contract import (
 
 
 def chunk(implementation: str, target: Target | None = None) -> Chunk:
-    """The functions of a chosen implementation.
+    """Returns the forward and backward functions of an implementation.
 
     Args:
-      target: what block sizes are chosen for; None is the default device.
+      implementation: one of `IMPLEMENTATIONS`.
+      target: the device that the Pallas kernels choose block sizes for; None means the
+        default device.
 
     Raises:
-      ValueError: `implementation` is not the name of one.
+      ValueError: `implementation` is unknown.
     """
     match implementation:
         case "reference":
@@ -56,8 +58,8 @@ def chunk(implementation: str, target: Target | None = None) -> Chunk:
             raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
 
 
-# Pallas is imported when one of its kernels is used: not all installations of jax have
-# all of it, and its import takes longer than that of the rest of this package.
+# Pallas is imported only when one of its kernels is used: some jax installations lack
+# parts of it, and it takes longer to import than the rest of this package.
 
 
 def _mosaic_tpu(target: Target | None, interpret: bool = False) -> Chunk:
@@ -88,7 +90,7 @@ def _bound(
     target: Target | None,
     interpret: bool,
 ) -> Chunk:
-    """The two functions for a target."""
+    """Binds both functions to a target."""
     target = target_of(None) if target is None else target
     return Chunk(
         partial(forward, target=target, interpret=interpret),

@@ -1,11 +1,13 @@
-"""What a mask can turn out to be, where its layout tells that before running.
+"""The static cases of a mask whose layout is known at trace time.
 
-Some kernels know two masks only: every query sees every key, or row i of a square sees
-keys 0 to i. The positions of a ring shard are a few runs, in order; so what its queries
-see of another shard is a staircase of a few such blocks. Zigzag's are one each: the
-own shard causally; half of an earlier shard's keys; half of the queries a later one's.
-Of which two shards a mask is, differs by device and step: each pair of them has its
-case, and which one it is, is looked up while running, by its positions.
+Some kernels support only two masks: every query sees every key, or row i of a square
+sees keys 0 to i. The positions of a ring shard form a few increasing runs, so what its
+queries see of another shard is a staircase of a few such blocks. With zigzag it is one
+block: a shard sees itself causally; it sees half of the keys of an earlier shard; and
+half of its queries see a later shard.
+
+The two shards of a mask depend on the device and the ring step. Each pair of shards has
+a case, which is looked up at run time by the first positions of the mask.
 """
 
 import dataclasses
@@ -25,10 +27,13 @@ WHOLE = slice(None)
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Some of the queries that see some of the keys.
+    """A range of queries that sees a range of keys.
 
     Attributes:
-      is_causal: row i sees keys 0 to i, of as many keys as queries; else all.
+      q: the range of queries.
+      kv: the range of keys.
+      is_causal: whether row i sees keys 0 to i (with as many keys as queries); if not,
+        all queries see all keys.
     """
 
     q: slice
@@ -36,7 +41,7 @@ class Block:
     is_causal: bool
 
     def moved(self, q: int, kv: int) -> "Block":
-        """The block of queries and keys that stand further on."""
+        """Returns the block shifted by `q` queries and `kv` keys."""
         return Block(_moved(self.q, q), _moved(self.kv, kv), self.is_causal)
 
 
@@ -45,10 +50,11 @@ Case = tuple[Block, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Cases:
-    """The cases of one stretch of queries and one of keys; a case may have no block.
+    """The possible cases of one stretch of queries and one of keys.
 
     Attributes:
-      which: the place in `each` of the case that it is.
+      each: the cases; one may have no block.
+      which: the index in `each` of the case that applies.
     """
 
     each: tuple[Case, ...]
@@ -56,10 +62,12 @@ class Cases:
 
 
 def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
-    """The cases of a mask, whose blocks together are all that is seen, each once.
+    """Returns the cases of a mask; their blocks cover each visible pair once.
 
-    None where it is not known before running what they are: segment ids, a window's
-    left bound, positions that are no layout's, or layouts with unlike strides.
+    Returns:
+      One `Cases` for each pair of stretches, or None where the cases are not static:
+        segment ids, the left bound of a window, positions that do not come from a
+        layout, or layouts with different strides.
     """
     if mask.sees_all:
         return (Cases(((Block(WHOLE, WHOLE, False),),), 0),)
@@ -67,7 +75,7 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
         return None
     if mask.q.stretches is None or mask.kv.stretches is None:
         return None
-    found = []
+    cases = []
     for q, q_start in _placed(mask.q.stretches):
         for kv, kv_start in _placed(mask.kv.stretches):
             table = _table(q, kv, mask.rule.after)
@@ -82,12 +90,12 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
                 row = _shard_of(mask.q, q_start, table.q_firsts)
                 column = _shard_of(mask.kv, kv_start, table.kv_firsts)
                 which = jnp.asarray(table.index)[row, column]
-            found.append(Cases(each, which))
-    return tuple(found)
+            cases.append(Cases(each, which))
+    return tuple(cases)
 
 
 def _placed(stretches: Stretches) -> Iterator[tuple[Stretch, int]]:
-    """Each stretch, and where it stands."""
+    """Yields each stretch and the index of its first token."""
     start = 0
     for stretch in stretches:
         yield stretch, start
@@ -95,17 +103,20 @@ def _placed(stretches: Stretches) -> Iterator[tuple[Stretch, int]]:
 
 
 def _shard_of(tokens: Tokens, start: int, firsts: np.ndarray) -> jax.Array:
-    """Which shard's stretch it is that begins at `start`."""
+    """Finds the shard whose stretch begins at token `start`."""
     return jnp.argmax(jnp.asarray(firsts) == tokens.positions[0, start])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """The cases of two stretches of any shards.
+    """The cases of two stretches for each pair of shards.
 
     Attributes:
-      index: [R, R], the case of queries of one shard and keys of another.
-      q_firsts, kv_firsts: [R], the first position of the stretch in each shard.
+      cases: the distinct cases.
+      index: [R, R], the index of the case for the queries of one shard and the keys of
+        another.
+      q_firsts: [R], the first position of the stretch of queries in each shard.
+      kv_firsts: [R], the first position of the stretch of keys in each shard.
     """
 
     cases: tuple[Case, ...]
@@ -135,7 +146,7 @@ def _table(q: Stretch, kv: Stretch, after: int) -> _Table | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """Tokens in a row of a stretch, whose positions grow by `stride`."""
+    """Consecutive tokens of a stretch whose positions grow by `stride`."""
 
     start: int
     count: int
@@ -148,7 +159,7 @@ class _Run:
 
 
 def _runs(stretch: Stretch) -> list[list[_Run]]:
-    """The runs of the stretch in each shard, one after the other."""
+    """Returns the runs of a stretch in each shard, in order."""
     shards = shard_runs(stretch.layout, stretch.ring_size, stretch.length)
     return [
         [run for run in (_part(stretch, *map(int, x)) for x in runs) if run.count > 0]
@@ -157,7 +168,7 @@ def _runs(stretch: Stretch) -> list[list[_Run]]:
 
 
 def _part(stretch: Stretch, start: int, count: int, first: int, stride: int) -> _Run:
-    """What a stretch has of a run of the shard."""
+    """Returns the part of a shard's run that lies within a stretch."""
     skipped = max(stretch.start - start, 0)
     stop = min(stretch.stop, start + count)
     count = stop - start - skipped
@@ -166,10 +177,13 @@ def _part(stretch: Stretch, start: int, count: int, first: int, stride: int) -> 
 
 
 def _case(q_runs: list[_Run], kv_runs: list[_Run], after: int) -> Case | None:
-    """The blocks that are seen; positions grow, so each query sees the first keys."""
+    """Returns the visible blocks: positions grow, so a query sees a prefix of the keys.
+
+    Returns None if the number of keys seen grows somewhere, but not by one per row.
+    """
     stairs: list[_Step] = []
     for run in q_runs:
-        # Between two of these rows the number of keys seen stays, or grows by one.
+        # Between two of these rows the number of keys seen is constant or grows by one.
         ends_of_rows = {0, run.count}
         for kv in kv_runs:
             starts = -(-(kv.first - after - run.first) // run.stride)
@@ -186,7 +200,7 @@ def _case(q_runs: list[_Run], kv_runs: list[_Run], after: int) -> Case | None:
 
 
 def _seen(run: _Run, row: int, kv_runs: list[_Run], after: int) -> int:
-    """How many keys a query sees."""
+    """Returns the number of keys that a query sees."""
     ahead = run.first + row * run.stride + after
     counts = ((ahead - kv.first) // kv.stride + 1 for kv in kv_runs)
     return sum(min(max(n, 0), kv.count) for n, kv in zip(counts, kv_runs, strict=True))
@@ -194,7 +208,12 @@ def _seen(run: _Run, row: int, kv_runs: list[_Run], after: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """Rows of queries; the first sees `seen` keys, each further one as many or more."""
+    """Consecutive rows of queries that form one step of the staircase.
+
+    Attributes:
+      seen: the number of keys that the first row sees.
+      grows: whether each further row sees one key more than the row before it.
+    """
 
     row: int
     count: int
@@ -203,23 +222,23 @@ class _Step:
 
     @property
     def next(self) -> tuple[int, int]:
-        """The row after these and what it sees if it goes on as they do."""
+        """The row after these, and the keys it sees if it continues the step."""
         return self.row + self.count, self.seen + self.count * self.grows
 
     def blocks(self) -> Iterator[Block]:
         rows = slice(self.row, self.row + self.count)
-        every = self.seen - self.grows
-        if every:
-            yield Block(rows, slice(0, every), False)
+        prefix = self.seen - self.grows
+        if prefix:
+            yield Block(rows, slice(0, prefix), False)
         if self.grows:
-            yield Block(rows, slice(every, every + self.count), True)
+            yield Block(rows, slice(prefix, prefix + self.count), True)
 
 
 def _add(stairs: list[_Step], step: _Step) -> None:
-    """Appends a step, or makes the last one longer."""
+    """Appends a step, or extends the last one."""
     before = stairs[-1] if stairs else None
-    here = step.grows, (step.row, step.seen)
-    if before is not None and (before.grows, before.next) == here:
+    start = step.grows, (step.row, step.seen)
+    if before is not None and (before.grows, before.next) == start:
         count = before.count + step.count
         stairs[-1] = dataclasses.replace(before, count=count)
     else:

@@ -1,4 +1,4 @@
-"""Which implementation a call uses: a table of where each runs, read from the top."""
+"""Choosing the implementation of a call from a table that is read top to bottom."""
 
 import dataclasses
 import logging
@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 _logger = logging.getLogger(__name__)
 
-# Compute capabilities of the GPUs that an abstract mesh may name. GH200 and GB200 hold
-# an H200 and a B200.
+# Compute capabilities of the GPUs that an abstract mesh may name. "GH200" and "GB200"
+# match "H200" and "B200".
 _CAPABILITIES = {
     "A100": (8, 0),
     "A800": (8, 0),
@@ -26,7 +26,7 @@ _CAPABILITIES = {
 
 @runtime_checkable
 class Device(Protocol):
-    """A `jax.Device`, or a `jax.sharding.AbstractDevice`."""
+    """A `jax.Device` or a `jax.sharding.AbstractDevice`."""
 
     @property
     def platform(self) -> str: ...
@@ -37,12 +37,12 @@ class Device(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a call will run on.
+    """The kind of device that a call will run on.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      kind: the device's own name, "NVIDIA A100-SXM4-80GB" for instance.
-      capability: the compute capability of an NVIDIA GPU, (8, 0) for instance.
+      kind: the device kind, for example "NVIDIA A100-SXM4-80GB".
+      capability: the compute capability of an NVIDIA GPU, for example (8, 0).
     """
 
     platform: str
@@ -51,14 +51,14 @@ class Target:
 
     @classmethod
     def of(cls, device: Device) -> "Target":
-        """The target that a device is."""
+        """Returns the target that describes a device."""
         nvidia_or_amd = device.platform in ("gpu", "cuda", "rocm")
         platform = "gpu" if nvidia_or_amd else device.platform
         kind = device.device_kind
-        written = getattr(device, "compute_capability", None)
-        # An AMD GPU's is the name of its architecture.
-        if isinstance(written, str) and written.replace(".", "").isdigit():
-            major, _, minor = written.partition(".")
+        version = getattr(device, "compute_capability", None)
+        # On an AMD GPU, `compute_capability` is the name of the architecture.
+        if isinstance(version, str) and version.replace(".", "").isdigit():
+            major, _, minor = version.partition(".")
             return cls(platform, kind, (int(major), int(minor or 0)))
         known = [value for name, value in _CAPABILITIES.items() if name in kind]
         return cls(platform, kind, known[0] if known and nvidia_or_amd else None)
@@ -75,19 +75,20 @@ BIAS_AND_DROPOUT = ("alibi_slopes", "dropout_rate")
 
 @dataclasses.dataclass(frozen=True)
 class KernelSpec:
-    """One implementation, and what it can run.
+    """One implementation and the calls that it can run.
 
     Attributes:
-      platform: the only one that it runs on; None is any.
-      capability: the least compute capability of the GPU.
-      same_major: whether it runs on GPUs of that major only: its instructions are
-        not those of later ones.
-      max_head_size: the largest head; None is no bound.
-      older_head_size: the largest on GPUs before Hopper, where that is another.
-      dtypes: of the inputs that it takes.
-      bias_and_dropout: whether it has ALiBi and the dropout of weights.
-      refuses: the names of other arguments that it cannot honour.
-      automatic: whether implementation=None may take it.
+      name: the value of `implementation` that selects it.
+      platform: the only platform that it runs on; None means any.
+      capability: the lowest compute capability of the GPU.
+      same_major: whether it runs only on GPUs of that major compute capability, because
+        later ones have different instructions.
+      max_head_size: the largest head size; None means no limit.
+      older_head_size: the largest head size on GPUs before Hopper, if it is different.
+      dtypes: the dtypes of q, k and v that it accepts.
+      bias_and_dropout: whether it supports ALiBi and dropout of the weights.
+      refuses: the names of other arguments that it does not support.
+      automatic: whether implementation=None may choose it.
     """
 
     name: str
@@ -108,27 +109,27 @@ class KernelSpec:
         head_size: int,
         needs: tuple[str, ...] = (),
     ) -> str | None:
-        """Why it cannot run a call; None when it can."""
+        """Returns the reason why it cannot run a call, or None if it can."""
         if self.platform not in (None, target.platform):
-            return f"runs on a {self.platform}, the call is for a {target}"
+            return f"runs on a {self.platform}, but the call is for a {target}"
         if self.capability is not None:
-            found = target.capability or (0, 0)
-            later = self.same_major and found[0] > self.capability[0]
-            if found < self.capability or later:
-                needed = "{}.{}".format(*self.capability)
+            capability = target.capability or (0, 0)
+            later = self.same_major and capability[0] > self.capability[0]
+            if capability < self.capability or later:
+                required = "{}.{}".format(*self.capability)
                 last = f" to {self.capability[0]}.x" if self.same_major else ""
                 return (
-                    f"needs compute capability {needed}{last}, the call is for a "
+                    f"needs compute capability {required}{last}, but the call is for a "
                     f"{target}"
                 )
         if jnp.dtype(dtype).name not in self.dtypes:
-            return f"has no {jnp.dtype(dtype).name}"
+            return f"does not support {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
-            return f"has heads up to {self.max_head_size}, not {head_size=}"
+            return f"supports head sizes up to {self.max_head_size}, not {head_size=}"
         before_hopper = (target.capability or (0, 0)) < (9, 0)
         older = self.older_head_size if before_hopper else None
         if older is not None and head_size > older:
-            return f"has heads up to {older} before Hopper, not {head_size=}"
+            return f"supports head sizes up to {older} before Hopper, not {head_size=}"
         refused = self.refuses + (() if self.bias_and_dropout else BIAS_AND_DROPOUT)
         if unable := [name for name in needs if name in refused]:
             return f"cannot honour {unable[0]}="
@@ -138,10 +139,10 @@ class KernelSpec:
 _ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _16_BITS = ("bfloat16", "float16")
 
-# implementation=None takes the first automatic one that can run the call.
+# implementation=None chooses the first automatic one that can run the call.
 KERNELS = (
     KernelSpec("mosaic_tpu", platform="tpu", automatic=True),
-    # Of the GPU kernels the fastest, see benchmarks/README.md.
+    # The fastest of the GPU kernels; see benchmarks/README.md.
     KernelSpec(
         "mosaic_gpu",
         platform="gpu",
@@ -154,7 +155,7 @@ KERNELS = (
     KernelSpec(
         "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
     ),
-    # There is no interpreter for it. Its masks are known before running.
+    # It has no interpreter, and its masks must be static.
     KernelSpec(
         "cudnn",
         platform="gpu",
@@ -188,17 +189,21 @@ def choose(
     head_size: int,
     needs: tuple[str, ...] = (),
 ) -> str:
-    """The implementation to use: the one asked for, or the target's best.
+    """Returns the implementation to use: the requested one, or the default of a target.
 
-    What None took is logged at debug level.
+    With None, the choice is logged at debug level.
 
     Args:
-      head_size: the larger one of keys and values.
-      needs: the names of arguments whose work not every kernel does.
+      implementation: one of `IMPLEMENTATIONS`, or None to choose the first automatic
+        one that can run the call.
+      target: the device that the call will run on.
+      dtype: the dtype of q, k and v.
+      head_size: the larger of the head sizes of keys and values.
+      needs: the names of the arguments in use that some kernels do not support.
 
     Raises:
-      ValueError: `implementation` is not the name of one, or it cannot run on the
-        target, with the dtype, with heads of that size or what the call needs.
+      ValueError: `implementation` is unknown, or it does not support the target, the
+        dtype, the head size or an argument in `needs`.
     """
     call = target, jnp.dtype(dtype), head_size, needs
     able = [kernel for kernel in KERNELS if kernel.refusal(*call) is None]
@@ -219,10 +224,11 @@ def choose(
 
 
 def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
-    """What a call on a mesh runs on.
+    """Returns the target of a call on a mesh.
 
-    Those are the mesh's devices (also such as are compiled for without being here),
-    those of the context's mesh, or else the default device.
+    Args:
+      mesh: the mesh of the call; its devices need not be attached to this process. With
+        None, the mesh of the context is used, or the default device if there is none.
     """
     if isinstance(mesh, Mesh):
         return Target.of(mesh.devices.flat[0])
@@ -232,8 +238,8 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
     device = abstract.abstract_device
     target = Target.of(device)
     if target.platform == "gpu" and target.capability is None:
-        here = _default_device()
-        return Target.of(here) if here.device_kind == device.device_kind else target
+        local = _default_device()
+        return Target.of(local) if local.device_kind == device.device_kind else target
     return target
 
 

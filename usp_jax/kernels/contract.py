@@ -1,15 +1,15 @@
-"""The chunk contract: two functions that every implementation of attention has.
-
-G is the number of query heads of a key/value head; all results have the accumulation
-dtype, promote_types(q.dtype, float32):
+"""The chunk contract: the two functions that every implementation provides.
 
     chunk_forward(q, k, v, mask, carry, logits) -> carry
     chunk_backward(q, k, v, dout, lse, delta, mask, logits) -> dq, dk, dv
 
-`carry` is (out [B, T, N, V], lse [B, T, N]) of the keys seen so far, or None before the
-first. The backward takes the *global* lse and delta = sum(out · dout, -1), so that the
-parts of all chunks add up (FlashAttention-2, arXiv 2307.08691, Algorithm 2). A row that
-has seen nothing has lse = -inf and out = 0, and its gradient is 0.
+All results are in the accumulation dtype, promote_types(q.dtype, float32). In the
+implementations, G is the number of query heads per key/value head.
+
+`carry` is (out [B, T, N, V], lse [B, T, N]) over the keys seen so far, or None before
+the first chunk. The backward takes the *global* lse and delta = sum(out · dout, -1), so
+that the gradients of all chunks add up (FlashAttention-2, arXiv 2307.08691,
+Algorithm 2). A row that has seen nothing has lse = -inf, out = 0 and a gradient of 0.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Grads = tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B 
 
 @runtime_checkable
 class ChunkForward(Protocol):
-    """Attention of q over one chunk of keys, merged into what was seen before."""
+    """Attention of q over one chunk of keys, merged into the carry."""
 
     def __call__(
         self,
@@ -44,7 +44,7 @@ class ChunkForward(Protocol):
 
 @runtime_checkable
 class ChunkBackward(Protocol):
-    """The part of dq, dk and dv that comes from one chunk of keys."""
+    """The contribution of one chunk of keys to dq, dk and dv."""
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class ChunkBackward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """An implementation of the contract."""
+    """An implementation of the chunk contract."""
 
     forward: ChunkForward
     backward: ChunkBackward
@@ -71,7 +71,7 @@ class Chunk:
 class PallasForward(Protocol):
     """A `ChunkForward` whose block sizes are chosen for a device.
 
-    `interpret` runs it on any device, in one of jax's interpreters.
+    With `interpret`, it runs on any device in one of jax's interpreters.
     """
 
     def __call__(

@@ -1,11 +1,14 @@
-"""The chunk contract by cuDNN's fused attention, through jax: NVIDIA from Ampere on.
+"""The chunk contract with cuDNN's fused attention, through jax: NVIDIA Ampere or later.
 
-cuDNN has no mask that is data: a chunk is one of the few cases that the layout offers,
-chosen while running, and each block of a case is one plain call on slices. What that
-costs beside the other kernels: cuDNN gives its results in the inputs' 16 bits, so every
-block's part of out, dq, dk, dv is rounded once before it is merged or added in float32.
-Each rounding is relative to its part and parts get smaller as the ring gets longer, so
-that the error is about √2 times that of one rounding at any ring. lse is float32.
+cuDNN does not take a mask as data. Instead, the layout allows only a few cases for a
+chunk (`cases.py`), one of which is selected at run time, and each block of a case is
+one plain cuDNN call on slices.
+
+This is less exact than the other kernels. cuDNN returns its results in the inputs'
+16 bits, so the contribution of each block to out, dq, dk, dv is rounded once before it
+is merged or added in float32. Each rounding is relative to its contribution, and the
+contributions get smaller as the ring gets longer, so the error is about √2 times that
+of one rounding for any ring size. lse is float32.
 """
 
 from collections.abc import Callable
@@ -27,7 +30,7 @@ from usp_jax.varying import vary_like
 
 Result = TypeVar("Result")
 
-# Head sizes have to be multiples of this.
+# Head sizes must be multiples of this.
 _PIECE = 8
 
 
@@ -39,7 +42,11 @@ def chunk_forward(
     carry: Carry | None,
     logits: Logits,
 ) -> Carry:
-    """Attention of q over k, v, merged into `carry`."""
+    """Computes the attention of q over k, v and merges it into `carry`.
+
+    Raises:
+      ValueError: cuDNN does not support the mask or the logits.
+    """
     attend = partial(_attend, logits.scale, v.shape[3])
     arrays = _of_one_size(q, k, v)
     for cases in _checked(mask, logits):
@@ -58,30 +65,42 @@ def chunk_backward(
     mask: Mask,
     logits: Logits,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta."""
+    """Computes dq, dk, dv of one chunk from the global lse and delta.
+
+    Raises:
+      ValueError: cuDNN does not support the mask or the logits.
+    """
     pull_back = partial(_pull_back, logits.scale)
     out, dout = out_for(delta, dout.astype(q.dtype))
     arrays = _of_one_size(q, k, v, dout, out)
-    every = [
+    parts = [
         _switch(cases, pull_back, *arrays, lse) for cases in _checked(mask, logits)
     ]
-    dq, dk, dv = jax.tree.map(lambda *xs: sum(xs), *every)
+    dq, dk, dv = jax.tree.map(lambda *xs: sum(xs), *parts)
     head_size, value_size = q.shape[3], v.shape[3]
     return dq[..., :head_size], dk[..., :head_size], dv[..., :value_size]
 
 
 def out_for(delta: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An out with sum(out · dout, -1) = delta, and its dout.
+    """Returns (out, dout) such that sum(out · dout, -1) = delta.
 
-    cuDNN takes out and forms that sum itself, where the contract has delta, which is
-    another one when lse has a cotangent. Of all such outs dout · delta / |dout|² is the
-    shortest, so that rounding it to 16 bits changes the sum less than rounding the
-    forward's out does. Where dout is nothing beside delta (only lse has a cotangent) a
-    tiny one takes its place; dv is off by no more than that.
+    cuDNN takes out and computes this sum itself, while the contract gives delta, which
+    differs from the sum of the forward's out if lse has a cotangent. The shortest such
+    out is dout · delta / |dout|²; rounding it to 16 bits changes the sum less than
+    rounding the forward's out does. Where dout is negligible compared with delta (only
+    lse has a cotangent), a tiny dout replaces it; the error in dv is no larger than
+    that.
+
+    Args:
+      delta: [B, T, N].
+      dout: [B, T, N, V].
+
+    Returns:
+      Two arrays of the shape and dtype of `dout`.
     """
     dtype, wide, delta = dout.dtype, dout.astype(delta.dtype), delta[..., None]
     size = jnp.max(jnp.abs(wide), -1, keepdims=True)
-    # How much greater than dout the dtype's range lets out be.
+    # The largest ratio of out to dout that the range of the dtype allows.
     most = 2.0 ** (15 if dtype == jnp.float16 else 40)
     smallest = float(jnp.finfo(dtype).smallest_subnormal)
     least = jnp.maximum(jnp.abs(delta) / most, smallest)
@@ -95,14 +114,14 @@ def out_for(delta: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _checked(mask: Mask, logits: Logits) -> tuple[Cases, ...]:
-    """The mask's cases, or the reason why cuDNN cannot do this call."""
+    """Returns the cases of a mask; raises if cuDNN does not support the call."""
     if logits.soft_cap is not None:
         reason = "logits_soft_cap="
     elif logits.slopes is not None or logits.dropout is not None:
         reason = "alibi_slopes= or dropout_rate="
     elif mask.q.segment_ids is not None:
         reason = (
-            "segment_ids=, which also stand for the padding of a length that "
+            "segment_ids=, which also mark the padding of a length that "
             "ring·ulysses does not divide"
         )
     elif mask.rule.before is not None:
@@ -112,18 +131,18 @@ def _checked(mask: Mask, logits: Logits) -> tuple[Cases, ...]:
     else:
         reason = (
             "a causal mask whose positions are not those of one layout for queries and "
-            "keys (positions=, prefix_length=, a pair of layouts)"
+            "keys (from positions=, prefix_length= or a pair of layouts)"
         )
     raise ValueError(
-        f"implementation='cudnn' cannot honour {reason}: its masks are full and causal "
-        "blocks; use implementation=None"
+        f"implementation='cudnn' cannot honour {reason}: it supports only full and "
+        "causal blocks; use implementation=None"
     )
 
 
 def _switch(
     cases: Cases, run: Callable[..., Result], *arrays: jax.Array | Carry | None
 ) -> Result:
-    """`run` of the case that it is."""
+    """Calls `run` on the case that applies."""
     arrays = vary_like(arrays, (arrays, cases.which))
     if len(cases.each) == 1:
         return run(cases.each[0], *arrays)
@@ -141,7 +160,7 @@ def _attend(
     v: jax.Array,
     carry: Carry | None,
 ) -> Carry:
-    """`carry` with what the queries see in a case."""
+    """Merges the blocks of one case into `carry`."""
     for block in case:
         part = _compat.cudnn_attention(
             q[:, block.q], k[:, block.kv], v[:, block.kv], scale, block.is_causal
@@ -154,7 +173,7 @@ def _attend(
 def _merged(
     carry: Carry | None, rows: slice, out: jax.Array, lse: jax.Array, q: jax.Array
 ) -> Carry:
-    """`carry` with what some of the rows have seen."""
+    """Merges out and lse of some rows into `carry`."""
     if out.shape[1] == q.shape[1]:
         return (out, lse) if carry is None else merge(*carry, out, lse)
     out_before, lse_before = carry or _nothing(q, out.shape[3])
@@ -166,7 +185,7 @@ def _merged(
 
 
 def _nothing(q: jax.Array, value_size: int) -> Carry:
-    """The carry of rows that have seen nothing."""
+    """Returns the carry of rows that have seen nothing."""
     out = jnp.zeros((*q.shape[:3], value_size), jnp.float32)
     return vary_like((out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)), q)
 
@@ -181,7 +200,7 @@ def _pull_back(
     out: jax.Array,
     lse: jax.Array,
 ) -> Grads:
-    """dq, dk, dv of a case in float32."""
+    """Computes dq, dk, dv of one case in float32."""
     dq, dk, dv = vary_like([jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)], q)
     for block in case:
         parts = _compat.cudnn_attention_backward(
@@ -201,14 +220,14 @@ def _pull_back(
 
 
 def _added(total: jax.Array, part: jax.Array, rows: slice) -> jax.Array:
-    """`total` [B, T, N, H] with `part` added to some of its rows."""
+    """Adds `part` to some rows of `total` [B, T, N, H]."""
     start, stop, _ = rows.indices(total.shape[1])
     widths = ((0, 0), (start, total.shape[1] - stop), (0, 0), (0, 0))
     return total + jnp.pad(part.astype(total.dtype), widths)
 
 
 def _of_one_size(*arrays: jax.Array) -> list[jax.Array]:
-    """Arrays of one head size that cuDNN takes: zeros are appended."""
+    """Pads heads with zeros to one size that cuDNN accepts."""
     size = max(x.shape[3] for x in arrays)
     size += -size % _PIECE
     return [

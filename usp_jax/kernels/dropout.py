@@ -1,9 +1,9 @@
-"""Dropout of attention's weights, as a function of what the tokens are.
+"""Dropout of the attention weights by a hash of the tokens.
 
-Whether a weight is kept is a hash of (seed, batch row, head, segment, query position,
-key position), all of them global. So the forward and the backward agree without storing
-a mask, and the result does not depend on the mesh, the layout, the schedule or the
-block sizes.
+A hash of (seed, batch row, head, segment, query position, key position), all global,
+decides whether a weight is kept. The forward and the backward agree without storing a
+mask, and which weights are kept does not depend on the mesh, the layout, the schedule
+or the block sizes.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ _STEP = np.uint32(0x9E3779B9)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Which weights are dropped.
+    """Settings of the dropout of the attention weights.
 
     Attributes:
-      rate: the share of the weights that is dropped, below 1.
+      rate: the fraction of the weights that is dropped, below 1.
       seed: uint32 [].
-      rows: int32 [B], the number of each batch row in the whole batch.
-      heads: int32 [n], the number of each query head among all.
+      rows: int32 [B], the index of each batch row in the global batch.
+      heads: int32 [n], the global index of each query head.
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
@@ -40,11 +40,13 @@ class Dropout:
     def factors(
         self, rows: jax.Array | np.ndarray, q: Tokens, kv: Tokens, dtype: DTypeLike
     ) -> Float[Array, "*B n T S"]:
-        """What the weights are multiplied by: 0, or 1 / (1 - rate).
+        """Computes the factors of the weights: 0, or 1 / (1 - rate).
 
         Args:
-          rows: numbers of batch rows [*B].
-          q, kv: [*B, T] and [*B, S].
+          rows: integers [*B], global indices of batch rows.
+          q: tokens [*B, T].
+          kv: tokens [*B, S].
+          dtype: the dtype of the result.
         """
         state = _mixed(self.seed, rows[..., None, None])
         state = _mixed(state, self.heads[:, None])
@@ -56,10 +58,10 @@ class Dropout:
 
 
 def _mixed(state: UInt32[Array, "..."], word: ArrayLike) -> UInt32[Array, "..."]:
-    """`state` with one more word in it, every bit of which may change all of its bits.
+    """Mixes one more word into `state`.
 
-    The rounds are those of the "lowbias32" mixer of a published search for such
-    functions (C. Wellons, "Prospecting for Hash Functions", 2018).
+    The rounds are those of the "lowbias32" mixer (C. Wellons, "Prospecting for Hash
+    Functions", 2018).
     """
     state, word = jnp.broadcast_arrays(state, jnp.asarray(word).astype(jnp.uint32))
     x = (state ^ word) + _STEP

@@ -1,4 +1,4 @@
-"""Chunks padded to whole blocks, with tokens that nothing sees."""
+"""Padding of chunks to whole blocks with tokens that nothing sees."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from usp_jax.masking import Mask, pad_tokens
 
 
 def pad_mask(mask: Mask, block_q: int, block_kv: int) -> Mask:
-    """The mask of lengths that are the next multiples of the blocks."""
+    """Pads the tokens of a mask to multiples of the block sizes."""
     pad_q = -mask.q.positions.shape[1] % block_q
     pad_kv = -mask.kv.positions.shape[1] % block_kv
     with_ids = bool(pad_q or pad_kv)
@@ -20,7 +20,7 @@ def pad_mask(mask: Mask, block_q: int, block_kv: int) -> Mask:
 
 
 def pad_length(x: Shaped[Array, "B T ..."], block: int, fill: float) -> jax.Array:
-    """Pads the tokens of [B, T, ...] to a multiple of the block."""
+    """Pads axis T of [B, T, ...] with `fill` to a multiple of `block`."""
     if not (padding := -x.shape[1] % block):
         return x
     widths = [(0, padding if i == 1 else 0) for i in range(x.ndim)]

@@ -1,4 +1,7 @@
-"""The chunk contract as its formulas, O(T·S) in memory: what the others must equal."""
+"""The chunk contract written as its formulas: the reference for the other kernels.
+
+It stores all scores, so memory grows as O(T·S).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ def chunk_forward(
     carry: Carry | None,
     logits: Logits,
 ) -> Carry:
-    """Attention of q over k, v, merged into `carry`."""
+    """Computes the attention of q over k, v and merges it into `carry`."""
     s = _biased(_scores(q, k, mask, logits), mask, logits)
     m = finite(s.max(-1, initial=-jnp.inf))
     p = jnp.exp(s - m[..., None])
@@ -41,7 +44,7 @@ def chunk_backward(
     mask: Mask,
     logits: Logits,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta."""
+    """Computes dq, dk, dv of one chunk from the global lse and delta."""
     s = _scores(q, k, mask, logits)
     lse, delta = (_from_rows(x, k.shape[2])[..., None] for x in (lse, delta))
     p = jnp.exp(_biased(s, mask, logits) - finite(lse))
@@ -56,7 +59,7 @@ def chunk_backward(
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
-    """Masked logits [B, K, G, T, S] in the accumulation dtype."""
+    """Computes the masked logits [B, K, G, T, S] in the accumulation dtype."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k = _grouped(q, k.shape[2]).astype(dtype), k.astype(dtype)
     s = logits.of(_einsum("BTKGH,BSKH->BKGTS", q, k))
@@ -64,7 +67,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: Mask, logits: Logits) -> jax.Array
 
 
 def _biased(s: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
-    """The logits with ALiBi's bias."""
+    """Adds the ALiBi bias to the logits."""
     if logits.slopes is None:
         return s
     bias = logits.bias(mask.q, mask.kv, s.dtype)
@@ -72,7 +75,7 @@ def _biased(s: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
 
 
 def _dropped(weights: jax.Array, mask: Mask, logits: Logits) -> jax.Array:
-    """The weights, or their cotangents, that dropout keeps."""
+    """Applies dropout to the weights or to their cotangents."""
     if logits.dropout is None:
         return weights
     rows = logits.dropout.rows

@@ -1,7 +1,7 @@
-"""Tables of block sizes: what a kernel uses on a device, by head size and dtype.
+"""Tables of a kernel's block sizes by device, head size and dtype.
 
-Each kernel has one, `TABLE`, of its own block sizes. What `benchmarks/tune.py` measures
-stands in front of what was only compiled.
+Each kernel with block sizes has its own `TABLE`. Rows measured by `benchmarks/tune.py`
+come before rows that were only compiled.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ Blocks = TypeVar("Blocks")
 
 @dataclasses.dataclass(frozen=True)
 class Row(Generic[Blocks]):
-    """One line of a table.
+    """One row of a table.
 
     Attributes:
-      blocks: the kernel's own block sizes.
-      device: what the device kind starts with; "" is any.
-      capabilities: the compute capabilities of the GPUs that it is for; () are all.
-      head_size: the largest head that it is for; None is any.
-      itemsize: bytes of a number of q, k and v; None is any.
-      source: how the sizes were found.
+      blocks: the kernel's `BlockSizes`.
+      device: a prefix of the device kind; "" matches any.
+      capabilities: the compute capabilities that it matches; () matches any.
+      head_size: the largest head size that it matches; None matches any.
+      itemsize: the bytes of one element of q, k and v; None matches any.
+      source: where the sizes come from.
     """
 
     blocks: Blocks
@@ -37,7 +37,7 @@ class Row(Generic[Blocks]):
     source: str = "compiled, not timed"
 
     def is_for(self, target: Target, head_size: int, itemsize: int) -> bool:
-        """Whether a call may use these sizes."""
+        """Returns whether the row matches a call."""
         return (
             target.kind.startswith(self.device)
             and (not self.capabilities or target.capability in self.capabilities)
@@ -49,10 +49,16 @@ class Row(Generic[Blocks]):
 def lookup(
     table: Sequence[Row[Blocks]], target: Target, head_size: int, dtype: DTypeLike
 ) -> Blocks:
-    """The block sizes of the first row that is for a call.
+    """Returns the block sizes of the first row that matches a call.
+
+    Args:
+      table: the kernel's `TABLE`.
+      target: the device.
+      head_size: the larger of the head sizes of keys and values.
+      dtype: the dtype of q, k and v.
 
     Raises:
-      ValueError: no row is for heads of that size.
+      ValueError: no row matches.
     """
     itemsize = jnp.dtype(dtype).itemsize
     for row in table:
@@ -60,6 +66,6 @@ def lookup(
             return row.blocks
     sizes = [row.head_size or 0 for row in table if row.itemsize in (None, itemsize)]
     raise ValueError(
-        f"{head_size=} must be at most {max(sizes, default=0)} with numbers of "
+        f"{head_size=} must be at most {max(sizes, default=0)} for elements of "
         f'{itemsize} bytes on a {target}; use implementation="xla"'
     )

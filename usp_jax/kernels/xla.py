@@ -1,14 +1,14 @@
-"""The chunk contract in plain XLA: blockwise, O(T) in memory, on any platform.
+"""The chunk contract in plain XLA: blockwise, O(T) memory, any platform.
 
-Blocks of queries are taken one after the other; each walks the list of the key blocks
-that it sees anything of, with no mask arithmetic where it sees all of a block, and
-keeps a running maximum and sum (FlashAttention-2, arXiv 2307.08691, Algorithms 1 and
-2). The backward makes one such walk: dq belongs to the block of queries, dk and dv are
-added in place.
+A scan runs over the blocks of queries. Each block of queries visits the blocks of keys
+that it can see, and keeps a running maximum and sum (FlashAttention-2, arXiv
+2307.08691, Algorithms 1 and 2). A block of keys that is fully visible needs no mask
+arithmetic. The backward is a single pass of this kind: dq belongs to the block of
+queries, and dk and dv are accumulated in place.
 
-Arrays are held block by block with heads in front of tokens: queries
-[B, nq, K, G·bq, H], so that the G query heads of a key head are rows of one matrix
-product and their dk, dv sum by itself, and keys [B, nk, K, bk, H].
+Arrays are stored block by block with heads before tokens: queries as
+[B, nq, K, G·bq, H] and keys as [B, nk, K, bk, H]. The G query heads of a key head are
+then rows of one matrix product, which also sums their dk and dv.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ from usp_jax.masking import (
 from usp_jax.merge import finite, normalize
 from usp_jax.varying import vary_like
 
-# What is summed up over blocks of keys: m, l, acc forward and dq, dk, dv backward.
+# Sums over blocks of keys: (m, l, acc) in the forward and (dq, dk, dv) in the backward.
 State = tuple[jax.Array, jax.Array, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
 
-# The batch row and the place of a block of keys.
+# The batch row and the index of a block of keys.
 Index = tuple[jax.Array, jax.Array]
 
-# A block of scores stays in a CPU's cache; 512 took 1.2 times as long (8K tokens).
+# A block of scores fits in a CPU's cache; 512 took 1.2 times as long (8K tokens).
 BLOCK = 256
 
 
@@ -55,7 +55,7 @@ def chunk_forward(
     carry: Carry | None,
     logits: Logits,
 ) -> Carry:
-    """Attention of q over k, v, merged into `carry`."""
+    """Computes the attention of q over k, v and merges it into `carry`."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q_blocks, k_blocks, v_blocks = blocks.q(q), blocks.kv(k), blocks.kv(v)
@@ -64,12 +64,12 @@ def chunk_forward(
         acc = jnp.zeros_like(q_blocks, dtype, shape=(*m.shape, v.shape[-1]))
         l = jnp.zeros_like(m)
     else:
-        # A finished row is a running one whose sum is 1 at its lse.
+        # A finished row resumes with its lse as the maximum and a sum of 1.
         acc, m = blocks.q(carry[0]), blocks.rows(carry[1], -jnp.inf)
         l = jnp.where(m == -jnp.inf, 0, 1).astype(dtype)
 
     def by_row(x: jax.Array) -> jax.Array:
-        """[n, bq, bk] as the scores are held: [K, G·bq, bk]"""
+        """[n, bq, bk] -> [K, G·bq, bk], the layout of the scores"""
         return x.reshape(blocks.heads, -1, x.shape[-1])
 
     def attend(
@@ -111,11 +111,11 @@ def chunk_backward(
     mask: Mask,
     logits: Logits,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta."""
+    """Computes dq, dk, dv of one chunk from the global lse and delta."""
     blocks = _Blocks.of(q, k, v, mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     k_blocks, v_blocks = blocks.kv(k), blocks.kv(v)
-    # Rows without a visible key have every score masked, whatever is subtracted.
+    # All scores of a row without a visible key are masked, so any finite lse will do.
     xs = (
         blocks.q(q),
         blocks.q(dout.astype(q.dtype)),
@@ -123,10 +123,10 @@ def chunk_backward(
         blocks.rows(delta, 0.0),
     )
 
-    # Scores are held as [K, bk, G·bq] and dq as [K, H, G·bq]: no product then has a
-    # large transposed operand, which a CPU multiplies at half the speed.
+    # Scores are [K, bk, G·bq] and dq is [K, H, G·bq], so that no product has a large
+    # transposed operand: those run at half the speed on a CPU.
     def by_key(x: jax.Array) -> jax.Array:
-        """[n, bq, bk] as the scores are held: [K, bk, G·bq]"""
+        """[n, bq, bk] -> [K, bk, G·bq], the layout of the scores"""
         x = x.reshape(blocks.heads, -1, *x.shape[1:]).transpose(0, 3, 1, 2)
         return x.reshape(*x.shape[:2], -1)
 
@@ -177,26 +177,29 @@ def chunk_backward(
 def _factors(
     dropout: Dropout, row: jax.Array, tokens: Mask, dtype: DTypeLike
 ) -> jax.Array:
-    """[n, bq, bk] of one block."""
+    """Computes the dropout factors [n, bq, bk] of one block."""
     return dropout.factors(dropout.rows[row], tokens.q, tokens.kv, dtype)
 
 
 def _masked(x: jax.Array, seen: jax.Array, fill: float) -> jax.Array:
-    """Fills what is not seen: `x` is `seen` for each head, G times along one axis."""
+    """Fills the scores `x` that are not visible.
+
+    `x` has the axes of `seen` after its heads, one of them repeated G times.
+    """
     (a, b), (_, c, d) = seen.shape, x.shape
     blocks = x.reshape(x.shape[0], c // a, a, d // b, b)
     return jnp.where(seen[None, None, :, None], blocks, fill).reshape(x.shape)
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """A product of what it is given, accumulated in `dtype`."""
+    """Multiplies in the dtype of the inputs and accumulates in `dtype`."""
     highest = lax.Precision.HIGHEST
     return jnp.einsum(spec, a, b, precision=highest, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Lists:
-    """The blocks of keys that each block of queries sees, as `block_lists` has them."""
+    """The blocks of keys that each block of queries sees, from `block_lists`."""
 
     kinds: Int8[Array, "B nq nk"]
     counts: Int[Array, "B nq"]
@@ -210,7 +213,7 @@ class _Lists:
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """How one chunk is cut into blocks, and which of them are walked."""
+    """The blocks of one chunk, and the lists of those to visit."""
 
     batch: int
     heads: int
@@ -223,7 +226,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> "_Blocks":
-        """Chooses the blocks of a chunk and lists those that `mask` lets it see."""
+        """Chooses the block sizes of a chunk and lists the visible blocks of `mask`."""
         block_q, block_kv = _block(q.shape[1]), _block(k.shape[1])
         mask = pad_mask(mask, block_q, block_kv)
         lists = None if mask.sees_all else _Lists.of(mask, block_q, block_kv)
@@ -232,7 +235,7 @@ class _Blocks:
 
     @property
     def indices(self) -> jax.Array:
-        """The number of each block of queries, over all batch rows."""
+        """Indices of the blocks of queries over all batch rows."""
         return lax.iota(jnp.int32, self.batch * -(-self.q_length // self.block_q))
 
     def walk(
@@ -241,9 +244,13 @@ class _Blocks:
         attend: Callable[[State, Index, Mask, bool], State],
         state: State,
     ) -> State:
-        """Folds `attend` over the blocks of keys that the block `index` sees.
+        """Folds `attend` over the blocks of keys that query block `index` sees.
 
-        attend(state, (row, block), the block's mask, whether it hides anything)
+        Args:
+          index: an entry of `indices`.
+          attend: (state, (batch row, block of keys), mask of the block, whether that
+            mask hides anything) -> state.
+          state: the initial state.
         """
         num_q = -(-self.q_length // self.block_q)
         num_kv = -(-self.kv_length // self.block_kv)
@@ -270,7 +277,7 @@ class _Blocks:
         return lax.fori_loop(0, lists.counts[mask_row, i], step, state)
 
     def _tokens(self, row: jax.Array, i: jax.Array, j: jax.Array) -> Mask:
-        """The mask of one block."""
+        """Returns the mask of one block."""
 
         def cut(tokens: Tokens, block: int, index: jax.Array) -> Tokens:
             def piece(x: jax.Array) -> jax.Array:
@@ -300,26 +307,27 @@ class _Blocks:
         return x.swapaxes(2, 3)
 
     def from_q(self, x: jax.Array) -> jax.Array:
-        """The inverse of `q`."""
+        """Inverse of `q`."""
         shape = (self.batch, -1, self.heads, x.shape[2] // self.block_q, self.block_q)
         x = x.reshape(*shape, x.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
         x = x.reshape(self.batch, -1, x.shape[3] * x.shape[4], x.shape[5])
         return x[:, : self.q_length]
 
     def from_rows(self, x: jax.Array) -> jax.Array:
-        """The inverse of `rows`."""
+        """Inverse of `rows`."""
         return self.from_q(x[..., None])[..., 0]
 
     def from_kv(self, x: jax.Array) -> jax.Array:
-        """The inverse of `kv`."""
+        """Inverse of `kv`."""
         x = x.swapaxes(2, 3)
         return x.reshape(self.batch, -1, *x.shape[3:])[:, : self.kv_length]
 
 
 def _block(length: int) -> int:
-    """A block size that cuts a length evenly: as many halves as keep it in BLOCK.
+    """Returns a block size of at most BLOCK that cuts a length evenly.
 
-    An even number of blocks lets none straddle the two chunks of a zigzag shard.
+    A length of at most BLOCK // 2 is one block. Longer ones have an even number of
+    blocks, so that none straddles the two chunks of a zigzag shard.
     """
     if length <= BLOCK // 2:
         return max(length, 1)
@@ -327,5 +335,5 @@ def _block(length: int) -> int:
 
 
 def _split(x: jax.Array, heads: int) -> tuple[int, int]:
-    """The sizes (G, H) that the heads of [B, T, N, H] are seen as."""
+    """Returns (G, H) of an array [B, T, N, H]."""
     return x.shape[2] // heads, x.shape[3]

@@ -1,4 +1,4 @@
-"""The backward of a chunk on Hopper: a kernel of dq, and one or two of dk and dv."""
+"""The backward of a chunk on Hopper: one kernel for dq, one or two for dk and dv."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -50,9 +50,9 @@ def chunk_backward(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta.
+    """Computes dq, dk, dv of one chunk from the global lse and delta.
 
-    Args and raises: those of `chunk_forward`.
+    See `chunk_forward` for the keyword arguments and the errors.
     """
     spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
     operands = {"q": q, "k": k, "v": v, "do": dout.astype(q.dtype)}
@@ -73,7 +73,7 @@ def chunk_backward(
 def _dk_and_dv(
     spec: ChunkSpec, operands: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """dk and dv, padded as k and v, in one pass or two."""
+    """Computes dk and dv, padded like k and v, in one pass or two."""
 
     def run(*names: str) -> list[jax.Array]:
         streams = ("q", "lse"), ("do", "delta")
@@ -87,7 +87,7 @@ def _dk_and_dv(
 
 
 def _dq(cta: Cta) -> None:
-    """One tile of queries and one head of dq, by one warpgroup."""
+    """Computes dq of one tile of queries and one head, in one warpgroup."""
     spec, walk = cta.spec, cta.walk
     k_s, v_s = cta.scratch["k"], cta.scratch["v"]
     q, do = (cta.scratch[name].at[cta.warpgroup] for name in ("q", "do"))
@@ -125,9 +125,9 @@ def _dq(cta: Cta) -> None:
 
 
 def _dkv(names: tuple[str, ...], cta: Cta) -> None:
-    """One tile of keys and one key head of dk, dv or both, by one warpgroup.
+    """Computes dk, dv or both of one tile of keys and one key head, in one warpgroup.
 
-    Scores are transposed, [keys, queries].
+    Scores are transposed: [keys, queries].
     """
     spec, walk, scratch = cta.spec, cta.walk, cta.scratch
     k, v = (scratch[name].at[cta.warpgroup] for name in ("k", "v"))
@@ -163,8 +163,8 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
                     ds = spec.pull_back(p * (dp - by_column("delta")), s)
                     cta.multiply(into["dk"], ds.astype(q.dtype), q)
 
-            how_many = 2 if "dk" in names else 1
-            pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * how_many)
+            num_products = 2 if "dk" in names else 1
+            pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * num_products)
 
         state, _ = cta.in_flight(body, state)
         cta.free("q", slot)

@@ -10,11 +10,11 @@ from usp_jax.kernels.table import Row, lookup
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What streams through one kernel.
+    """The blocks that stream through one kernel.
 
     Attributes:
-      tokens: of a block: keys of the forward and of dq, queries of dk and dv.
-      stages: how many blocks there are buffers for.
+      tokens: tokens per block: keys for the forward and dq, queries for dk and dv.
+      stages: the number of blocks that have a buffer.
     """
 
     tokens: int
@@ -29,10 +29,11 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """The tiles of the kernels.
+    """The tiles of the three kernels.
 
     Attributes:
-      split_dkv: makes dk and dv in two passes, where registers hold only one of them.
+      split_dkv: whether to compute dk and dv in two passes, for heads where registers
+        hold only one of them.
     """
 
     forward: Tile
@@ -42,17 +43,17 @@ class BlockSizes:
 
     @classmethod
     def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
-        """The default for a device, a head size and the dtype of q, k, v.
+        """Returns the default for a device, a head size and the dtype of q, k, v.
 
         Raises:
-          ValueError: no default is for heads of that size.
+          ValueError: there is no default for this head size.
         """
         return lookup(TABLE, target, head_size, dtype)
 
 
-# Chosen to fit registers and shared memory of compute capability 9.0, whose
-# multiprocessors have 227 KiB and 64K registers; those with a source are the fastest of
-# what benchmarks/tune.py tries.
+# Chosen to fit the 64K registers and 227 KiB of shared memory that a multiprocessor of
+# compute capability 9.0 has. Rows with a source are the fastest that benchmarks/tune.py
+# found.
 TABLE = (
     Row(BlockSizes(Tile(128), Tile(128), Tile(128)), head_size=64),
     Row(

@@ -1,8 +1,8 @@
 """The forward of a chunk on Hopper.
 
 While o += p v of one block runs, s = q kᵀ of the next is in flight. The two computing
-warpgroups take turns, so that one's products run beside the other's exponentials
-(FlashAttention-3, Algorithm 2).
+warpgroups take turns, so that the products of one overlap with the exponentials of the
+other (FlashAttention-3, Algorithm 2).
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
 from usp_jax.masking import Mask
 from usp_jax.merge import finite
 
-# o, the running maximum and sum, what o decays by, and p of the last block.
+# o, the running maximum and sum, the decay of o, and p of the last block.
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -50,15 +50,16 @@ def chunk_forward(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Carry:
-    """Attention of q over k, v, merged into `carry`.
+    """Computes the attention of q over k, v and merges it into `carry`.
 
     Args:
-      target: the device; with the head size it gives the block sizes.
-      blocks: a `BlockSizes` to use instead.
-      interpret: runs on any platform, in jax's interpreter of Mosaic GPU kernels.
+      target: the device, which with the head size determines the block sizes.
+      blocks: block sizes to use instead.
+      interpret: whether to run on any platform, in jax's interpreter of Mosaic GPU
+        kernels.
 
     Raises:
-      NotImplementedError: inputs are not bfloat16 or float16, or heads exceed 256.
+      NotImplementedError: q is not bfloat16 or float16, or the head size is over 256.
     """
     spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
     length, size = q.shape[1], v.shape[-1]
@@ -74,7 +75,7 @@ def chunk_forward(
 
 
 def _forward(cta: Cta) -> None:
-    """One tile of queries and one head of the forward pass, by one warpgroup."""
+    """Computes out and lse of one tile of queries and one head, in one warpgroup."""
     spec, walk, warpgroup = cta.spec, cta.walk, cta.warpgroup
     k_s, v_s, turn = cta.scratch["k"], cta.scratch["v"], cta.scratch["turn"]
     q, stages = cta.scratch["q"].at[warpgroup], k_s.shape[0]
@@ -90,12 +91,12 @@ def _forward(cta: Cta) -> None:
     def softmax(
         s: jax.Array, m: jax.Array, l: jax.Array, seen: jax.Array | None
     ) -> tuple[jax.Array, ...]:
-        """The running maximum and sum (base 2), what o decays by, and p."""
+        """Returns the running maximum and sum (base 2), the decay of o, and p."""
         s, scale = spec.base2(s)
         if seen is not None:
             s = jnp.where(seen, s, -jnp.inf)
         m_next = jnp.maximum(m, s.max(axis=1) * scale)
-        # A row that has seen nothing yet: exp2(-inf - 0) is 0, and no NaN.
+        # For a row that has seen nothing yet, exp2(-inf - 0) is 0 and not NaN.
         safe = m_next if seen is None else finite(m_next)
         p = jnp.exp2(s * scale - by_row(safe, shape))
         decay = jnp.exp2(m - safe)
@@ -110,13 +111,13 @@ def _forward(cta: Cta) -> None:
         cta.await_full("k", 0)
         s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
         cta.free("k", 0)
-        # A carry is a running row whose sum is 1 at its lse.
+        # A carried row resumes with its lse as the maximum and a sum of 1.
         m, l = carried_lse * LOG2E, jnp.where(carried_lse == -jnp.inf, 0.0, 1.0)
         m, l, decay, p = softmax(s, m, l, cta.seen(0))
         return carried, m, l, decay, p.astype(k_s.dtype)
 
     def step(n: jax.Array, state: State, masked: bool) -> State:
-        """The scores of block n, while o takes in the block before it."""
+        """Computes the scores of block n while o += p v of the block before runs."""
         o, m, l, decay, p = state
         now, before = slot_of(n, stages), slot_of(n - 1, stages)
         cta.await_full("k", now)
@@ -137,11 +138,11 @@ def _forward(cta: Cta) -> None:
         like = [m, l, decay, full(shape, 0.0, MATRIX)]
         (o,), (m, l, decay, p) = cta.in_flight(body, [o * by_row(decay, o.shape)], like)
         cta.free("v", before)
-        # Rounded no sooner: until here the product was reading the last p.
+        # Round p only now: until here the product was reading the last one.
         return o, m, l, decay, p.astype(k_s.dtype)
 
     def attend() -> None:
-        # The first turn is warpgroup 0's.
+        # Warpgroup 0 has the first turn.
         pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         o, m, l, decay, p = walk.fold(step, first(), start=1)
         last = slot_of(walk.steps - 1, stages)

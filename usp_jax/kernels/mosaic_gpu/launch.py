@@ -1,4 +1,4 @@
-"""The launch of a Hopper kernel: padded operands in, results of all tiles out."""
+"""Launching a Hopper kernel on padded operands."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +22,15 @@ def launch(
     operands: Mapping[str, jax.Array],
     shapes: Sequence[tuple[int, ...]],
 ) -> list[jax.Array]:
-    """Runs a kernel over all tiles and heads; float32 arrays of `shapes`."""
+    """Runs a kernel over all tiles and heads.
+
+    Args:
+      operands: padded arrays by name.
+      shapes: the shapes of the results.
+
+    Returns:
+      Float32 arrays of `shapes`.
+    """
     tile_side, other_side = "kq" if kernel.transposed else "qk"
     batch, length, heads, _ = operands[tile_side].shape
     columns = operands[other_side].shape[1] // kernel.tile.tokens
@@ -44,7 +52,7 @@ def launch(
         pl.when(cta.warpgroup < COMPUTING)(cta.compute)
         pl.when(cta.warpgroup == COMPUTING)(cta.copy)
 
-    made = plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         scratch_types=scratch,
@@ -54,22 +62,25 @@ def launch(
         thread_name="warpgroup",
         kernel_name=f"usp_{kernel.name}",
         compiler_params=plgpu.CompilerParams(
-            # The hardware's tanh has 11 bits, too few for capped logits.
+            # The tanh of the hardware has 11 bits, too few for capped logits.
             approx_math=spec.logits.soft_cap is None,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=gpu_interpret_params() if spec.interpret else None,
     )(*leaves)
-    return vary_like(list(made), leaves)
+    return vary_like(list(results), leaves)
 
 
 def padded(x: jax.Array) -> jax.Array:
-    """[B, T, N, H] with T a multiple of the tile and H of the narrowest swizzle."""
+    """Pads T of [B, T, N, H] to a multiple of 128, and H to one of 16.
+
+    These are the tokens of a tile and the width of the narrowest swizzle.
+    """
     widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, -x.shape[3] % 16)
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
 def tokens_last(x: jax.Array, fill: float) -> jax.Array:
-    """[B, T, N] -> [B, N, T], T padded to a multiple of the tile."""
+    """[B, T, N] -> [B, N, T], padded with `fill` to a multiple of 128"""
     widths = (0, 0), (0, 0), (0, -x.shape[1] % TILE)
     return jnp.pad(x.swapaxes(1, 2), widths, constant_values=fill)

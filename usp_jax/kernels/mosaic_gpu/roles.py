@@ -1,6 +1,6 @@
-"""A CUDA thread block (cta) of the Hopper kernels: its memory, and who does what.
+"""A CUDA thread block (cta) of the Hopper kernels: its memory and warpgroup roles.
 
-Two warpgroups compute, the third copies tiles to shared memory for them.
+Two warpgroups compute; the third copies tiles to shared memory for them.
 """
 
 import dataclasses
@@ -33,18 +33,20 @@ from usp_jax.masking import Tokens, sees
 # Shared memory or barriers of a cta.
 Scratch = Any
 
-# Registers a thread, out of the 64K that a multiprocessor has for 3 · 128 threads.
+# Registers per thread, out of the 64K that a multiprocessor has for 3 · 128 threads.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What one warpgroup computes, of which tiles.
+    """A kernel: the program of a computing warpgroup and the operands it reads.
 
     Attributes:
-      name: what profilers call it, after "usp_".
-      own: operands whose tile stays in shared memory.
-      streams: operands whose blocks pass through; those of a tuple arrive together.
+      name: the name in profiles, after "usp_".
+      body: the program of a computing warpgroup.
+      own: the operands whose tile stays in shared memory.
+      streams: the operands whose blocks stream through; those in a tuple arrive
+        together.
       tile: the tokens of a streamed block, and the buffers of each stream.
     """
 
@@ -56,14 +58,14 @@ class Kernel:
 
     @property
     def transposed(self) -> bool:
-        """Whether tiles are of keys, and queries stream."""
+        """True if the tiles are keys and the queries stream."""
         return "k" in self.own
 
     def scratch(self, operands: Mapping[str, jax.Array]) -> dict[str, Scratch]:
-        """Shared memory and barriers, by name."""
+        """Returns the shared memory and the barriers by name."""
         streamed = [name for stream in self.streams for name in stream]
         widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]
-        # The widest swizzle that cuts the streamed block and all head sizes.
+        # The widest swizzle that divides the streamed block and all head sizes.
         sizes = self.tile.tokens, *widths
         width = next(w for w in (64, 32, 16) if not any(size % w for size in sizes))
         transforms = (
@@ -77,29 +79,29 @@ class Kernel:
                 return plgpu.SMEM(lead, x.dtype)
             return plgpu.SMEM((*lead, x.shape[-1]), x.dtype, transforms=transforms)
 
-        made: dict[str, Scratch] = {
+        memory: dict[str, Scratch] = {
             name: buffers(name, COMPUTING, ROWS) for name in self.own
         }
-        made |= {
+        memory |= {
             name: buffers(name, self.tile.stages, self.tile.tokens) for name in streamed
         }
-        made["own_full"] = plgpu.Barrier(
+        memory["own_full"] = plgpu.Barrier(
             num_arrivals=len(self.own), num_barriers=COMPUTING
         )
-        made["turn"] = plgpu.Barrier(num_barriers=COMPUTING)
+        memory["turn"] = plgpu.Barrier(num_barriers=COMPUTING)
         for stream in self.streams:
             for what, arrivals in (("full", len(stream)), ("free", COMPUTING)):
-                made[f"{stream[0]}_{what}"] = plgpu.Barrier(
+                memory[f"{stream[0]}_{what}"] = plgpu.Barrier(
                     num_arrivals=arrivals, num_barriers=self.tile.stages
                 )
-        # The interpreter's wgmma takes no operand from registers.
+        # The interpreter's wgmma does not take operands from registers.
         staged = (COMPUTING, ROWS, self.tile.tokens)
-        made["staged"] = plgpu.SMEM(staged, operands["q"].dtype)
-        return made
+        memory["staged"] = plgpu.SMEM(staged, operands["q"].dtype)
+        return memory
 
 
 class Cta:
-    """A cta as one of its warpgroups sees it: its tile, head and memory."""
+    """A cta from the view of one of its warpgroups: tile, head and memory."""
 
     def __init__(
         self,
@@ -116,18 +118,22 @@ class Cta:
         self.warpgroup = lax.axis_index("warpgroup")
 
     def rows_of(self, ref: Ref, index: Index | None = None) -> Ref:
-        """A warpgroup's own rows of [B, T, N, H] or [B, N, T]."""
+        """Returns the rows of a warpgroup of [B, T, N, H] or [B, N, T].
+
+        Args:
+          index: the warpgroup; None means this one.
+        """
         index = self.warpgroup if index is None else index
         rows = pl.ds(self.walk.tile * TILE + index * ROWS, ROWS)
         return self._at(ref, rows, self.head)
 
     def compute(self) -> None:
-        """What the first two warpgroups do."""
+        """Runs the program of the first two warpgroups."""
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         self.kernel.body(self)
 
     def copy(self) -> None:
-        """What the last warpgroup does: every tile's copy, as its buffer comes free."""
+        """Runs the program of the last warpgroup: copies tiles into free buffers."""
         plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
         walk, stages = self.walk, self.kernel.tile.stages
 
@@ -141,7 +147,7 @@ class Cta:
 
         def step(n: jax.Array, column: Index) -> Index:
             slot = slot_of(n, stages)
-            # Read ahead, so that no copy waits for the table.
+            # Read the next entry early, so that no copy waits for the table.
             ahead = walk.column(jnp.minimum(n + 1, walk.columns * walk.repeats - 1))
             if self.kernel.transposed:
                 head = self.head * walk.repeats + lax.rem(n, jnp.int32(walk.repeats))
@@ -162,19 +168,19 @@ class Cta:
         lax.fori_loop(0, walk.steps, step, walk.column(jnp.int32(0)))
 
     def await_own(self) -> None:
-        """Waits for the tiles that stay."""
+        """Waits for the tiles of the operands in `own`."""
         plgpu.barrier_wait(self.scratch["own_full"].at[self.warpgroup])
 
     def await_full(self, name: str, slot: Index) -> None:
-        """Waits until a stream's buffer is filled."""
+        """Waits until a buffer of a stream is full."""
         plgpu.barrier_wait(self.scratch[f"{name}_full"].at[slot])
 
     def free(self, name: str, slot: Index) -> None:
-        """Says that this warpgroup needs a stream's buffer no more."""
+        """Signals that this warpgroup no longer needs a buffer of a stream."""
         plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
 
     def multiply(self, accumulator: Ref, a: jax.Array, b: Ref) -> None:
-        """accumulator += a · b of registers and a buffer, asynchronously."""
+        """Starts accumulator += a · b, with `a` in registers and `b` in a buffer."""
         if self.spec.interpret:
             staged = self.scratch["staged"].at[self.warpgroup]
             staged[...] = a
@@ -189,32 +195,37 @@ class Cta:
         accumulators: Sequence[jax.Array],
         like: Sequence[jax.Array] = (),
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Runs body(accumulator refs), then awaits all its products.
+        """Runs body(accumulator refs), then waits for all its products.
+
+        Args:
+          body: returns arrays like those of `like`, or None.
+          accumulators: the initial values.
+          like: arrays of the shapes and dtypes that `body` returns.
 
         Returns:
-          The accumulators' values, and what `body` gave: arrays like those of `like`.
+          The final accumulators and the arrays that `body` returned.
         """
         if self.spec.interpret:
-            # The interpreter has no accumulator that starts at a value.
+            # The interpreter cannot start an accumulator at a value.
             def scoped(*refs: Ref) -> tuple[list[jax.Array], list[jax.Array]]:
-                made = body(refs)
-                return [ref[...] for ref in refs], list(made or ())
+                returned = body(refs)
+                return [ref[...] for ref in refs], list(returned or ())
 
             types = [plgpu.ACC((x.shape[0], x.shape[1]), x.dtype) for x in accumulators]
-            sums, made = pl.run_scoped(scoped, *types)
-            return [x + y for x, y in zip(accumulators, sums, strict=True)], made
+            sums, returned = pl.run_scoped(scoped, *types)
+            return [x + y for x, y in zip(accumulators, sums, strict=True)], returned
 
         def stateful(refs: tuple[Sequence[Ref], Sequence[Ref]]) -> None:
-            accumulator_refs, made_refs = refs
-            made = body(accumulator_refs) or ()
-            for ref, x in zip(made_refs, made, strict=True):
+            accumulator_refs, returned_refs = refs
+            returned = body(accumulator_refs) or ()
+            for ref, x in zip(returned_refs, returned, strict=True):
                 ref[...] = x
 
         started = [plgpu.ACC.init(x) for x in accumulators]
         return pl.run_state(stateful)((started, list(like)))
 
     def seen(self, n: Index) -> jax.Array | None:
-        """What is seen of the block of step n, [rows, columns]; None is all."""
+        """Computes the mask [rows, columns] of step n; None if no block is masked."""
         if self.walk.row is None:
             return None
         mask, size = self.refs["mask"], self.kernel.tile.tokens
@@ -236,7 +247,7 @@ class Cta:
         return sees(self.spec.mask.rule, q, kv)
 
     def _at(self, ref: Ref, rows: pl.Slice, head: jax.Array) -> Ref:
-        """Rows of one head of [B, T, N, H] or [B, N, T]."""
+        """Returns rows of one head of [B, T, N, H] or [B, N, T]."""
         if len(ref.shape) == 3:
             return ref.at[self.batch, head, rows]
         return ref.at[self.batch, rows, head]

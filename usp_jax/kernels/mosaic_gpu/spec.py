@@ -1,4 +1,4 @@
-"""What all Hopper kernels of one chunk share: its mask, its logits, its blocks."""
+"""The mask, logits and block sizes that the Hopper kernels of a chunk share."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ from usp_jax.masking import Mask
 
 @dataclasses.dataclass(frozen=True)
 class ChunkSpec:
-    """The static facts of a chunk, and its mask.
+    """The static settings of a chunk, and its mask.
 
     Attributes:
-      mask: padded to whole tiles.
-      group: how many query heads each key head has.
+      mask: the mask, padded to whole tiles.
+      group: the number of query heads per key head.
     """
 
     mask: Mask
@@ -40,16 +40,21 @@ class ChunkSpec:
         blocks: BlockSizes | None,
         interpret: bool,
     ) -> "ChunkSpec":
-        """Checks what these kernels can do, and pads the mask's tokens."""
+        """Checks that these kernels support a chunk, and pads its mask.
+
+        Raises:
+          NotImplementedError: q is not bfloat16 or float16, or the head size is over
+            256.
+        """
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
-                f"{q.dtype=}: mosaic_gpu takes bfloat16 and float16; use "
+                f"{q.dtype=}: mosaic_gpu supports only bfloat16 and float16; use "
                 "implementation='xla'"
             )
         size = max(q.shape[-1], v.shape[-1])
         if size > 256:
             raise NotImplementedError(
-                f"mosaic_gpu takes heads of at most 256, not {size}; use "
+                f"mosaic_gpu supports head sizes up to 256, not {size}; use "
                 "implementation='xla'"
             )
         blocks = blocks or BlockSizes.of(target, size, q.dtype)
@@ -57,7 +62,7 @@ class ChunkSpec:
         return cls(mask, logits, blocks, q.shape[2] // k.shape[2], interpret)
 
     def base2(self, products: jax.Array) -> tuple[jax.Array, float]:
-        """(x, c) such that c · x, c > 0, are the logits times log2(e)."""
+        """Returns (x, c) with c > 0 such that c · x are the logits in base 2."""
         if self.logits.soft_cap is None and self.logits.scale > 0:
             return products, self.logits.scale * LOG2E
         return self.logits.of(products), LOG2E
@@ -65,18 +70,18 @@ class ChunkSpec:
     def weights(
         self, products: jax.Array, lse: jax.Array, seen: jax.Array | None
     ) -> jax.Array:
-        """p from the products q·k and the base 2 lse."""
+        """Computes p from the products q·k and the base-2 lse."""
         s, scale = self.base2(products)
         p = jnp.exp2(s * scale - lse)
         return p if seen is None else jnp.where(seen, p, 0.0)
 
     def pull_back(self, dlogits: jax.Array, products: jax.Array) -> jax.Array:
-        """The products' cotangent, but for `late_scale`."""
+        """Returns the cotangent of the products q·k, without `late_scale`."""
         if self.logits.soft_cap is None:
             return dlogits
         return self.logits.pull_back(dlogits, self.logits.of(products))
 
     @property
     def late_scale(self) -> float:
-        """What sums of `pull_back` are still to be multiplied with."""
+        """The factor still to be applied to sums of `pull_back`."""
         return self.logits.scale if self.logits.soft_cap is None else 1.0

@@ -1,4 +1,4 @@
-"""The blocks that each tile of the Hopper kernels walks, as a table in HBM."""
+"""The table, in HBM, of the blocks that each tile of the Hopper kernels walks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,16 +14,21 @@ from usp_jax.masking import EMPTY, FULL, Mask, block_kinds
 
 State = TypeVar("State")
 
-# What comes before the blocks in a row of the table: its tile and two counts.
+# The entries before the blocks in a row of the table: the tile and two counts.
 HEADER = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The steps that one tile takes: those of blocks seen entirely, then the others.
+    """The steps of one tile: first fully visible blocks, then partly visible ones.
 
-    Each block is walked `repeats` times in a row. `row` is the tile's part of the table
-    of `walk_table`, None when every block is seen entirely.
+    Attributes:
+      tile: the index of the tile.
+      full: the number of fully visible blocks.
+      listed: the number of blocks to visit.
+      row: the tile's row of `walk_table`; None if all blocks are fully visible.
+      columns: the number of blocks of the other side.
+      repeats: the number of consecutive steps on each block.
     """
 
     tile: jax.Array
@@ -35,7 +40,7 @@ class Walk:
 
     @classmethod
     def of(cls, table: Ref | None, columns: int, repeats: int) -> "Walk":
-        """The walk of this cta's tile."""
+        """Returns the walk of this cta's tile."""
         rank, batch = lax.axis_index("tile"), lax.axis_index("batch")
         if table is None:
             return cls(rank, columns, columns, None, columns, repeats)
@@ -44,18 +49,18 @@ class Walk:
 
     @property
     def steps(self) -> Index:
-        """How many steps there are."""
+        """Number of steps."""
         return self.listed * self.repeats
 
     def column(self, step: Index) -> Index:
-        """The block that a step is about."""
+        """Returns the block of a step."""
         entry = lax.div(step, jnp.int32(self.repeats)) if self.repeats > 1 else step
         return entry if self.row is None else self.row[HEADER + entry]
 
     def fold(
         self, step: Callable[[jax.Array, State, bool], State], state: State, start: int
     ) -> State:
-        """Folds step(n, state, masked) over all steps from `start` on."""
+        """Folds step(n, state, masked) over all steps starting at `start`."""
         full = jnp.maximum(self.full * self.repeats, start)
         state = lax.fori_loop(start, full, lambda n, x: step(n, x, False), state)
         if self.row is None:
@@ -64,10 +69,17 @@ class Walk:
 
 
 def walk_table(mask: Mask, step: int, transposed: bool) -> Int[Array, "B tiles row"]:
-    """Which blocks each tile walks: int32 [B, tiles, 3 + columns].
+    """Lists the blocks that each tile walks.
 
-    A row is (tile, how many blocks are seen entirely, how many are seen at all, the
-    blocks in that order). Rows are sorted by work, so that no heavy tile starts last.
+    Args:
+      mask: the mask, padded to whole tiles.
+      step: tokens per streamed block.
+      transposed: whether the tiles are keys and the queries stream.
+
+    Returns:
+      int32 [B, tiles, 3 + columns]. A row is the tile, the number of fully visible
+        blocks, the number of blocks that are at least partly visible, then the blocks
+        in that order. Rows are sorted by work, so that no heavy tile starts last.
     """
     if transposed:
         kinds = block_kinds(mask, step, TILE).swapaxes(1, 2)

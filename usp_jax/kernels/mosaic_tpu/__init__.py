@@ -1,17 +1,17 @@
 """The chunk contract in Pallas for TPU (FlashAttention-2, arXiv 2307.08691).
 
-Both kernels (`forward.py`, `backward.py`) walk a list of the blocks of (queries, keys)
-that the mask lets see each other (`walk.py`). The list is scalar-prefetched, so that
-index maps read it: a block that is not listed is neither fetched nor a step of the
-grid, whose length is the list's. Listed blocks carry their kind; only PARTIAL ones
-evaluate the mask. One core makes all visits of a block of results, in order, so every
-sum is the same each time.
+Both kernels (`forward.py`, `backward.py`) walk a list of the visible blocks of
+(queries, keys) (`walk.py`). The list is scalar-prefetched, so that index maps can read
+it, and the grid has as many steps as the list has entries: a block that is not listed
+is neither fetched nor visited. Each entry has the kind of its block; only PARTIAL
+blocks evaluate the mask. One core makes all visits to a block of results, in order, so
+the sums are reproducible.
 
-Arrays have heads in front of tokens, [B, N, T, H] (`cut.py`). What is one number per
-token (lse, delta, positions, ids) is a row [B, N or 1, 1, T] of HBM; the forward, which
-has queries along sublanes, turns it into a column once per run, and the backward has
-keys along sublanes for the same reason (`tiles.py`). Logits have base 2: exp2 is what
-the hardware has.
+Arrays have heads before tokens, [B, N, T, H] (`cut.py`). Values with one number per
+token (lse, delta, positions, ids) are rows [B, N or 1, 1, T] in HBM. The forward has
+queries along sublanes and turns their rows into columns once per run; the backward has
+keys along sublanes, so that lse and delta can stay rows (`tiles.py`). Logits are in
+base 2, because the hardware has exp2.
 """
 
 from usp_jax.kernels.mosaic_tpu.backward import chunk_backward as chunk_backward

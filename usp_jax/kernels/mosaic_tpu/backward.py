@@ -1,9 +1,9 @@
 """The backward of a chunk on a TPU: dq, dk and dv in one walk.
 
-Five matrix products a block (FlashAttention-2, Algorithm 2). The list of visible blocks
-is sorted by block of keys: dk and dv accumulate in their result blocks over a run and
-over the query heads of the key head; a block of dq is read from HBM, added to and
-written back at each visit.
+Each block takes five matrix products (FlashAttention-2, Algorithm 2). The list of
+visible blocks is sorted by block of keys. dk and dv accumulate in their result blocks
+over a run of the list and over the query heads of the key head. A block of dq is read
+from HBM, added to and written back at each visit.
 """
 
 import dataclasses
@@ -50,12 +50,15 @@ def chunk_backward(
     blocks: BlockSizes | None = None,
     interpret: Interpret = False,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta."""
+    """Computes dq, dk, dv of one chunk from the global lse and delta.
+
+    See `chunk_forward` for the keyword arguments and the errors.
+    """
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     cut = Cut.of(q, k, mask, blocks.backward)
-    given = q, k, v, dout, lse, delta
-    kernel = backward_kernel(cut, *given, logits, blocks.vmem_mib, interpret)
+    arrays = q, k, v, dout, lse, delta
+    kernel = backward_kernel(cut, *arrays, logits, blocks.vmem_mib, interpret)
     dq, dk, dv = kernel.run()
     return cut.from_q(dq), cut.from_kv(dk), cut.from_kv(dv)
 
@@ -72,7 +75,7 @@ def backward_kernel(
     vmem_mib: int,
     interpret: Interpret,
 ) -> Kernel:
-    """The kernel of a chunk, and what it takes."""
+    """Builds the kernel of a chunk with its operands."""
     walk = Walk.of(cut.kinds.swapaxes(1, 2), cut.batch, visit_all=False)
     num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
 
@@ -104,8 +107,8 @@ def backward_kernel(
         operands=(
             cut.tokens,
             *(queries, cut.q(dout), keys, values),
-            # Rows without a visible key have every score masked, whatever is
-            # subtracted.
+            # All scores of a row without a visible key are masked, so any finite lse
+            # will do.
             *(cut.row(finite(lse) * LOG2E, 0.0), cut.row(delta, 0.0)),
         ),
         operand_specs=(
@@ -116,7 +119,7 @@ def backward_kernel(
         ),
         results=results,
         result_specs=(in_hbm, specs.kv(k.shape[-1]), specs.kv(v.shape[-1])),
-        # What no step visits is 0.
+        # A block that no step visits is 0.
         state=tuple(jnp.zeros(x.shape, x.dtype) for x in results),
         state_specs=(in_hbm,) * 3,
         scratch=(
@@ -167,7 +170,7 @@ def _backward_kernel(
         g=g,
     )
 
-    # An EMPTY entry stands alone in its list: no copy waits for one that is not made.
+    # An EMPTY entry is alone in its list, so no copy waits for one that never starts.
     visited = step.listed & (step.kind != EMPTY)
     pl.when(visited)(dq.begin)
 
@@ -187,7 +190,7 @@ def _backward_kernel(
                 tokens_q = jax.tree.map(lambda x: x[...], q_tokens)
                 p = jnp.where(sees(rule, tokens_q, tokens_kv), p, 0.0)
             dp = dot(v[keys], do[...], 1, 1)
-            # The scale is left to the sums, which are smaller.
+            # The scale is applied to the sums, which are smaller arrays.
             ds = unscaled.pull_back(p * (dp - delta[...]), natural).astype(q.dtype)
             dv[keys] += dot(p.astype(do.dtype), do[...], 1, 0)
             dk[keys] += dot(ds, q[...], 1, 0)

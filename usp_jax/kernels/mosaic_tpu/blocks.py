@@ -12,12 +12,12 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The blocks of one kernel.
+    """The block sizes of one kernel; all are multiples of 128.
 
     Attributes:
-      q: queries of a block.
-      kv: keys of a block.
-      kv_compute: keys multiplied at a time; bounds the scores that exist at once.
+      q: queries per block.
+      kv: keys per block.
+      kv_compute: keys multiplied at a time, which bounds the scores held at once.
     """
 
     q: int
@@ -39,7 +39,11 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """The tiles of both kernels, and the vector memory that they may use, in MiB."""
+    """The tiles of both kernels.
+
+    Attributes:
+      vmem_mib: the limit of vector memory in MiB.
+    """
 
     forward: Tile
     backward: Tile
@@ -47,12 +51,12 @@ class BlockSizes:
 
     @classmethod
     def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
-        """The default for a device, a head size and the dtype of q, k, v."""
+        """Returns the default for a device, a head size and the dtype of q, k, v."""
         return lookup(TABLE, target, head_size, dtype)
 
 
 # Chosen by compiling, not by timing. v5e and v6e have 128 MiB of vector memory, v5p and
-# later 64 MiB a core, earlier ones 16 MiB.
+# later 64 MiB per core, earlier ones 16 MiB.
 TABLE = (
     Row(
         BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),

@@ -1,4 +1,4 @@
-"""How the TPU kernels cut a chunk into whole blocks, and which they see at a step."""
+"""Cutting a chunk into whole blocks, and the blocks that a step of the grid sees."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from usp_jax.masking import FULL, Mask, Tokens, block_kinds
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How one chunk is padded to whole blocks."""
+    """The blocks of one chunk, padded to whole blocks."""
 
     batch: int
     q_length: int
@@ -28,7 +28,7 @@ class Cut:
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, mask: Mask, tile: Tile) -> "Cut":
-        """Cuts a chunk into blocks near the tile's."""
+        """Cuts a chunk into blocks of about the sizes of `tile`."""
         lengths = q.shape[1], k.shape[1]
         block_q, block_kv = map(_block, lengths, (tile.q, tile.kv))
         mask = pad_mask(mask, block_q, block_kv)
@@ -41,7 +41,7 @@ class Cut:
 
     @property
     def kinds(self) -> Int8[Array, "rows nq nk"]:
-        """Each block's kind: [rows of the mask, blocks of queries, blocks of keys]"""
+        """Kinds of the blocks: [mask rows, blocks of queries, blocks of keys]"""
         if not self.mask.sees_all:
             return block_kinds(self.mask, self.block_q, self.block_kv)
         kv_padded = self.mask.kv.positions.shape[1]
@@ -50,7 +50,7 @@ class Cut:
 
     @property
     def tokens(self) -> tuple[Tokens, Tokens]:
-        """What kernels read of the mask, as rows: int32 [B or 1, 1, T]"""
+        """Tokens that the kernels need for the mask, as rows: int32 [B or 1, 1, T]"""
         rule = self.mask.rule
         ordered = rule.before is not None or rule.after is not None
 
@@ -62,7 +62,11 @@ class Cut:
         return rows(self.mask.q), rows(self.mask.kv)
 
     def cost(self, q: jax.Array, k: jax.Array, *, num_products: int) -> pl.CostEstimate:
-        """What XLA's scheduler is told; of a bounded order, half is seen."""
+        """Estimates the cost for XLA's scheduler; a bounded mask counts half the pairs.
+
+        Args:
+          num_products: matrix products per block.
+        """
         rule = self.mask.rule
         seen = 0.5 if rule.before is not None or rule.after is not None else 1
         pairs = int(seen * q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1])
@@ -85,21 +89,21 @@ class Cut:
         return pad_length(x, self.block_q, fill).swapaxes(1, 2)[:, :, None]
 
     def from_q(self, x: jax.Array) -> jax.Array:
-        """The inverse of `q`."""
+        """Inverse of `q`."""
         return x.swapaxes(1, 2)[:, : self.q_length]
 
     def from_kv(self, x: jax.Array) -> jax.Array:
-        """The inverse of `kv`."""
+        """Inverse of `kv`."""
         return x.swapaxes(1, 2)[:, : self.kv_length]
 
     def from_row(self, x: jax.Array) -> jax.Array:
-        """The inverse of `row`."""
+        """Inverse of `row`."""
         return x[:, :, 0].swapaxes(1, 2)[:, : self.q_length]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a step of the grid is: batch row, heads, block of queries and of keys."""
+    """The batch row, heads and blocks (i of queries, j of keys) of a grid step."""
 
     row: jax.Array
     head: jax.Array
@@ -110,7 +114,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Specs:
-    """Which blocks a kernel sees; `place` maps the grid's indices to a Place."""
+    """The block specs of a kernel; `place` maps the indices of the grid to a Place."""
 
     cut: Cut
     place: Callable[..., Place]
@@ -159,9 +163,9 @@ class Specs:
 
 
 def _block(length: int, size: int) -> int:
-    """The block size, near `size` at most, that cuts a length evenly.
+    """Returns a block size of at most about `size` that cuts a length evenly.
 
-    An even number of blocks lets none straddle the two chunks of a zigzag shard.
+    With an even number of blocks, none straddles the two chunks of a zigzag shard.
     """
     blocks = -(-length // size)
     blocks += blocks % 2 if blocks > 1 else 0

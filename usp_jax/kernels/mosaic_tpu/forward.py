@@ -1,4 +1,4 @@
-"""The forward of a chunk on a TPU: out and lse of one block of queries a run.
+"""The forward of a chunk on a TPU: each run computes out and lse of a block of queries.
 
 The list of visible blocks is sorted by block of queries. The accumulator is the result
 itself, initialised from the carry and normalised at the end of each run of the list.
@@ -47,10 +47,15 @@ def chunk_forward(
     blocks: BlockSizes | None = None,
     interpret: Interpret = False,
 ) -> Carry:
-    """Attention of q over k, v, merged into `carry`.
+    """Computes the attention of q over k, v and merges it into `carry`.
 
     Args:
-      target: the device, which gives the block sizes where there are no `blocks`.
+      target: the device, which with the head size determines the block sizes.
+      blocks: block sizes to use instead.
+      interpret: whether, and how, to run in jax's interpreter of TPU kernels.
+
+    Raises:
+      ValueError: q is float64, or a shard has too many blocks.
     """
     q, k, v = multipliable(q, k, v)
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
@@ -70,7 +75,7 @@ def forward_kernel(
     vmem_mib: int,
     interpret: Interpret,
 ) -> Kernel:
-    """The kernel of a chunk, and what it takes."""
+    """Builds the kernel of a chunk with its operands."""
     walk = Walk.of(cut.kinds, cut.batch, visit_all=carry is None)
     num_heads, group = q.shape[2], q.shape[2] // k.shape[2]
 
@@ -90,7 +95,7 @@ def forward_kernel(
     if carry is not None:
         state = cut.q(carry[0]), cut.row(carry[1], -jnp.inf)
     elif walk.calls > 1:
-        # No call visits all blocks: what it leaves alone must be there before.
+        # No single call visits all blocks, so all must be initialised beforehand.
         out, lse = results
         state = jnp.full(out.shape, 0.0), jnp.full(lse.shape, -jnp.inf)
     return Kernel(
@@ -152,7 +157,8 @@ def _forward_kernel(
             l[...] = jnp.zeros_like(l)
             out[...] = jnp.zeros_like(out)
         else:
-            # A finished row is a running one whose sum, over lanes, is 1 at its lse.
+            # A finished row resumes with its lse as the maximum and a sum over lanes
+            # of 1.
             m[...] = as_column(carry[1][...]) * LOG2E
             l[...] = jnp.where(m[...] == -jnp.inf, 0.0, 1 / LANES)
             out[...] = carry[0][...]

@@ -1,4 +1,4 @@
-"""Sums in HBM that a TPU kernel adds to, in the background of its products."""
+"""Accumulation into HBM, overlapped with the products of a TPU kernel."""
 
 import dataclasses
 import functools
@@ -12,18 +12,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from usp_jax.kernels.mosaic_tpu.walk import Ref
 
-# A copy that is started and waited for.
+# An asynchronous copy.
 Copy = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class InPlace:
-    """Adds to blocks of an array in HBM, one a step, behind the computation.
+    """Adds to one block of an array in HBM per step, overlapped with the computation.
 
-    Step n = t * group + g adds to block `minor(t)` of head `head + g`. Its block is
-    read during step n - 1 and written during step n + 1, in the (n mod 3)th of three
-    buffers. Only if steps n - 1 or n - 2 write the very same block is it read in step n
-    itself, after those writes.
+    Step n = t * group + g adds to block `minor(t)` of head `head + g`. The block is
+    read during step n - 1 and written during step n + 1, with buffer n mod 3 of three.
+    If step n - 1 or n - 2 writes the same block, it is instead read in step n itself,
+    after those writes.
     """
 
     hbm: Ref
@@ -39,11 +39,11 @@ class InPlace:
     g: jax.Array
 
     def begin(self) -> None:
-        """Starts this step's read, if it had to wait, and the next one's."""
+        """Starts the read of the next step, and of this one if it had to wait."""
         t, g, n = self.t, self.g, self.t * self.group + self.g
         again = self._again(t)
 
-        # Where the step before had to wait for this write, it has done so.
+        # If the previous step had to wait for this write, it has already done so.
         before = jnp.where(g == 0, t - 1, t)
         pl.when((n >= 2) & ~self._again(before))(self._write(n - 2).wait)
 
@@ -61,13 +61,13 @@ class InPlace:
         )
 
     def add(self, x: jax.Array) -> None:
-        """Adds this step's part."""
+        """Adds `x` to the block of this step."""
         n = self.t * self.group + self.g
         self._read(self.t, self.g, n).wait()
         self.blocks[n % 3] += x
 
     def end(self) -> None:
-        """Starts this step's write; the last step waits for all."""
+        """Starts the write of this step; the last step waits for all writes."""
         t, n = self.t, self.t * self.group + self.g
         self._write(n).start()
 
@@ -77,7 +77,7 @@ class InPlace:
             self._write(n).wait()
 
     def _again(self, t: jax.Array) -> jax.Array:
-        """Whether one of the two steps before those of entry t has the same block."""
+        """Returns whether a step within the last two before entry t uses its block."""
         # Steps of different heads have different blocks.
         back = range(1, 2 // self.group + 1)
         same = [
@@ -97,7 +97,7 @@ class InPlace:
         return pltpu.make_async_copy(block, self.blocks.at[slot], semaphore)
 
     def _write(self, n: jax.Array) -> Copy:
-        # Whoever waits asks for the semaphore only, and which block it was is the same.
+        # Waiting needs only the semaphore, so this step's block does as well.
         slot = jnp.maximum(n, 0) % 3
         block, semaphore = self._block(self.t, self.g), self.writes.at[slot]
         return pltpu.make_async_copy(self.blocks.at[slot], block, semaphore)

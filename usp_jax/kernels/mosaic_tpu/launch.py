@@ -1,4 +1,4 @@
-"""A TPU kernel and its run over the lists of visible blocks."""
+"""Running a TPU kernel over the lists of visible blocks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,22 +13,23 @@ from usp_jax.kernels.mosaic_tpu.walk import Ref, Walk
 from usp_jax.masking import Tokens
 from usp_jax.varying import vary_over, varying_axes, varying_like
 
-# The tokens of the queries and of the keys, or the blocks of both.
+# The tokens of the queries and of the keys, or their block specs.
 TokensOfBoth = tuple[Tokens, Tokens]
 
-# Whether a kernel is interpreted, and how.
+# Whether, and how, a kernel is interpreted.
 Interpret = bool | pltpu.InterpretParams
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel, what it takes and how that is cut, run on each of a walk's lists.
-
-    The body takes (lists, operands, state, results, scratch).
+    """A kernel with its operands and block specs, run on each list of a walk.
 
     Attributes:
-      grid: the axes after the batch; the steps of the list come after the first.
-      state: None, or arrays that become the results, one each.
+      body: (lists, operands, state, results, scratch) -> None.
+      grid: the grid without its batch axis (in front) and without its axis of list
+        steps (after the first axis given here).
+      state: None, or the initial value of each result, which is updated in place.
+      vmem_mib: the limit of vector memory in MiB.
     """
 
     body: Callable[..., None]
@@ -47,9 +48,14 @@ class Kernel:
     interpret: Interpret
 
     def run(self) -> tuple[jax.Array, ...]:
-        """The results of all calls of the walk, made one after the other."""
+        """Runs all calls of the walk one after another and returns the results.
+
+        Raises:
+          NotImplementedError: the kernel is interpreted inside a `jax.shard_map` that
+            checks which values vary.
+        """
         walk = self.walk
-        # All inputs vary over all mesh axes that any of them varies over.
+        # Make all inputs vary over each mesh axis that any of them varies over.
         inputs = (walk.entries, walk.sizes, self.operands, self.state)
         axes = frozenset().union(*map(varying_axes, jax.tree.leaves(inputs)))
         entries, sizes, operands, state = jax.tree.map(
@@ -57,9 +63,9 @@ class Kernel:
         )
         if axes and self.interpret:
             raise NotImplementedError(
-                "mosaic_tpu_interpret cannot run where jax checks over which axes "
-                f"values vary ({', '.join(sorted(axes))}): pass check_vma=False to "
-                "jax.shard_map"
+                "mosaic_tpu_interpret cannot run where jax checks which mesh axes "
+                f"values vary over ({', '.join(sorted(axes))}): pass check_vma=False "
+                "to jax.shard_map"
             )
         if walk.calls == 1:
             return self._call(entries[0], sizes[0], operands, state)

@@ -1,4 +1,4 @@
-"""What the TPU kernels do to a block: products, logits of base 2, rows as columns."""
+"""Block operations of the TPU kernels: products, base-2 logits, rows to columns."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +15,15 @@ from usp_jax.masking import FULL, PARTIAL, Tokens
 
 
 def multipliable(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays in a dtype that the matrix unit takes: float16 becomes float32."""
+    """Converts arrays to a dtype that the matrix unit accepts: float16 to float32.
+
+    Raises:
+      ValueError: the first array is float64.
+    """
     dtype = arrays[0].dtype
     if dtype == jnp.float64:
         raise ValueError(
-            f"mosaic_tpu accumulates in float32 and cannot take {dtype}: use "
+            f"mosaic_tpu accumulates in float32 and does not support {dtype}: use "
             'implementation="xla"'
         )
     if dtype == jnp.float16:
@@ -28,14 +32,14 @@ def multipliable(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def when_listed(step: Step, attend: Callable[[bool], None], *, may_mask: bool) -> None:
-    """Runs `attend(masked)` as the step's kind demands."""
+    """Runs `attend(masked)` according to the kind of the step's block."""
     if may_mask:
         pl.when(step.listed & (step.kind == PARTIAL))(partial(attend, True))
     pl.when(step.listed & (step.kind == FULL))(partial(attend, False))
 
 
 def base2(logits: Logits, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Logits in base 2, and natural ones where a soft cap's derivative needs them."""
+    """Computes base-2 logits, and with a soft cap also the natural ones (else None)."""
     if logits.soft_cap is None:
         return products * (logits.scale * LOG2E), None
     natural = logits.of(products)
@@ -43,7 +47,7 @@ def base2(logits: Logits, products: jax.Array) -> tuple[jax.Array, jax.Array | N
 
 
 def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """A product of what it is given, accumulated in float32."""
+    """Multiplies in the dtype of the inputs and accumulates in float32."""
     exact = a.dtype == jnp.float32
     return lax.dot_general(
         a,
@@ -55,27 +59,27 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def pieces(length: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cut a length."""
+    """Returns slices of at most `size` that cover a length."""
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def as_column(row: jax.Array) -> jax.Array:
-    """[1, n] -> [n, LANES], each number along its lanes"""
+    """[1, n] -> [n, LANES], each number repeated along lanes"""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def widened(column: jax.Array, width: int) -> jax.Array:
-    """[n, LANES] -> [n, width], of numbers that are the same along lanes"""
+    """[n, LANES] -> [n, width], for numbers that are equal along lanes"""
     return jnp.concatenate([column] * -(-width // LANES), axis=1)[:, :width]
 
 
 def sum_to_lanes(x: jax.Array) -> jax.Array:
-    """[n, width] -> [n, LANES], whose sum along lanes is that of x"""
+    """[n, width] -> [n, LANES] with the same sum along each row"""
     return jnp.asarray(sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)))
 
 
 def save_columns(columns: Ref, tokens: Tokens) -> None:
-    """Keeps positions and ids, [1, n] each, as columns."""
+    """Saves positions and ids, [1, n] each, as columns."""
     for i, x in enumerate((tokens.positions, tokens.segment_ids)):
         if x is not None:
             columns[i] = as_column(x[...])
@@ -84,7 +88,7 @@ def save_columns(columns: Ref, tokens: Tokens) -> None:
 def load_columns(
     columns: Ref, tokens: Tokens, width: int, rows: slice = slice(None)
 ) -> Tokens:
-    """Some rows of what was saved of `tokens`, `width` numbers along."""
+    """Loads some rows of the saved columns of `tokens`, repeated to `width`."""
     positions = tokens.positions
     if positions is not None:
         positions = widened(columns[0, rows], width)

@@ -1,4 +1,4 @@
-"""The lists of visible blocks that the TPU kernels walk, cut to fit scalar memory."""
+"""Lists of the visible blocks that the TPU kernels walk, cut to fit scalar memory."""
 
 import dataclasses
 from functools import partial
@@ -11,16 +11,16 @@ from jaxtyping import Array, Int8
 
 from usp_jax.masking import EMPTY
 
-# Entries of a list in one call: 128 KiB of the 1 MiB of scalar memory.
+# The most entries of one call: 128 KiB of the 1 MiB of scalar memory.
 MAX_ENTRIES = 2**15
 
-# What Pallas puts in the place of memory inside a kernel.
+# A Pallas reference to memory, inside a kernel.
 Ref = Any
 
-# The list of one call and its sizes, in scalar memory.
+# The entries and the sizes of one call, in scalar memory.
 Lists = tuple[Ref, Ref]
 
-# The program's place in the grid, or a number.
+# An index of the grid, or a number.
 Index = jax.Array | int
 
 # An entry is major << 16 | minor << 2 | kind.
@@ -29,7 +29,15 @@ INDEX_BITS = 14
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the list says of one step of the grid."""
+    """One step of the grid, as given by the list.
+
+    Attributes:
+      count: the number of entries of the list.
+      listed: whether the step has an entry.
+      first: whether the step is the first of its run (of one major block).
+      last: whether the step is the last of its run.
+      kind: the kind of the block.
+    """
 
     count: jax.Array
     listed: jax.Array
@@ -42,14 +50,15 @@ class Step:
 class Walk:
     """The lists of visible blocks, cut into calls that fit scalar memory.
 
-    A call takes `rows` of the mask's rows and a stripe of major blocks; calls are made
-    one after the other on the same results.
+    A call takes `rows` rows of the mask and a stripe of major blocks. Calls run one
+    after another on the same results.
 
     Attributes:
-      entries: int32 [calls, rows * length], each row's list, the last entries unused.
-      sizes: int32 [calls, 1 + rows]: the first batch row, and how many entries each
-        row has, at least one.
-      batch: how many batch rows a call takes.
+      entries: int32 [calls, rows * length], the list of each row; entries at its end
+        may be unused.
+      sizes: int32 [calls, 1 + rows], the first batch row, then the number of entries of
+        each row (at least one).
+      batch: the number of batch rows per call.
     """
 
     entries: jax.Array
@@ -60,17 +69,22 @@ class Walk:
     def of(
         cls, kinds: Int8[Array, "rows major minor"], batch: int, *, visit_all: bool
     ) -> "Walk":
-        """Lists the blocks of `kinds` [rows, major, minor] that are not EMPTY.
+        """Lists the blocks that are not EMPTY.
 
         Args:
-          batch: the number of batch rows; the mask's rows are as many, or one for all.
-          visit_all: also lists one EMPTY block where a major block has no other.
+          kinds: int8 [rows, major, minor].
+          batch: the number of batch rows; `rows` is the same, or 1 for all of them.
+          visit_all: whether to list one EMPTY block for a major block with no other.
+
+        Raises:
+          ValueError: there are more than 2**14 blocks of queries or of keys.
         """
         num_rows, major, minor = kinds.shape
         if max(major, minor) > 2**INDEX_BITS:
             raise ValueError(
-                f"{max(major, minor)} blocks of tokens in one shard, mosaic_tpu takes "
-                f"at most {2**INDEX_BITS}: choose larger BlockSizes or a larger ring"
+                f"{max(major, minor)} blocks of tokens in one shard are more than the "
+                f"{2**INDEX_BITS} that mosaic_tpu supports: choose larger BlockSizes "
+                "or a larger ring"
             )
         rows = num_rows if num_rows * minor <= MAX_ENTRIES else 1
         stripe = min(major, MAX_ENTRIES // (rows * minor))
@@ -85,11 +99,11 @@ class Walk:
         codes = jnp.where(listed, codes, unused)
         widths = ((0, 0), (0, stripes * stripe - major), (0, 0))
         codes = jnp.pad(codes, widths, constant_values=unused)
-        # Sorting packs a list, and its order is that of major, then minor blocks.
+        # Sorting packs each list and orders it by major, then by minor block.
         codes = codes.reshape(num_rows // rows, rows, stripes, stripe * minor)
         codes = lax.sort(codes.swapaxes(1, 2), dimension=3)
         counts = jnp.sum(codes != unused, axis=3, dtype=jnp.int32)
-        # A grid has at least one step: an EMPTY one of the stripe changes nothing.
+        # A grid needs at least one step: an EMPTY block of the stripe is harmless.
         start = lax.broadcasted_iota(jnp.int32, codes.shape, 1) * stripe
         codes = jnp.where(codes == unused, start << (INDEX_BITS + 2), codes)
         calls = stripes * (num_rows // rows)
@@ -101,13 +115,13 @@ class Walk:
 
     @property
     def calls(self) -> int:
-        """How many calls there are."""
+        """Number of calls."""
         return self.entries.shape[0]
 
     def entry(
         self, lists: Lists, b: Index, t: Index
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(major, minor, kind) of entry t of batch row b; the last one beyond it."""
+        """Returns (major, minor, kind) of entry t, or of the last entry, of row b."""
         entries, sizes = lists
         rows = self.sizes.shape[1] - 1
         row = b if rows > 1 else 0
@@ -119,12 +133,12 @@ class Walk:
     def blocks(
         self, lists: Lists, b: Index, t: Index
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(batch row, major, minor) of entry t."""
+        """Returns (batch row, major, minor) of entry t."""
         major, minor, _ = self.entry(lists, b, t)
         return lists[1][0] + b, major, minor
 
     def step(self, lists: Lists, b: Index, t: Index) -> Step:
-        """What to do at entry t."""
+        """Returns the step at entry t."""
         count = lists[1][1 + (b if self.sizes.shape[1] > 2 else 0)]
         major, _, kind = self.entry(lists, b, t)
         before, _, _ = self.entry(lists, b, jnp.maximum(t - 1, 0))

@@ -1,16 +1,18 @@
-"""The chunk contract as Pallas Triton kernels: NVIDIA GPUs from Ampere on.
+"""The chunk contract as Pallas Triton kernels for NVIDIA GPUs, Ampere or later.
 
-FlashAttention-2 (arXiv 2307.08691), one program for each block of rows: the forward and
-dq take a block of queries and walk its list of key blocks; dk, dv take a block of keys
-and walk the list of query blocks that see it, for all query heads of its key head. No
-result has two writers, so nothing is atomic and every sum has one order.
+FlashAttention-2 (arXiv 2307.08691) with one program per block of rows. The forward and
+dq take a block of queries and walk the list of key blocks that it sees; dk and dv take
+a block of keys and walk the list of query blocks that see it, for all query heads of
+its key head. Each result has a single writer, so no atomics are needed and the order of
+each sum is fixed.
 
-Lists are read from global memory (`lists.py`). In each the FULL blocks come first, so
-that a program runs one loop without mask arithmetic and then one with it.
+The lists are in global memory (`lists.py`). In each list the FULL blocks come first: a
+program runs one loop without mask arithmetic, then one with it.
 
-Arrays stay [B, T, N, H] (`launch.py`). A head is taken in pieces whose sizes are powers
-of two, as Triton wants them (80 = 64 + 16), so heads of 80, 96 or 192 have no padded
-work (`tiles.py`). Exponentials are base 2 inside; lse is the natural log outside.
+Arrays keep their layout [B, T, N, H] (`launch.py`). Triton needs powers of two, so a
+head is split into pieces of such sizes (80 = 64 + 16) and heads of 80, 96 or 192 need
+no padding (`tiles.py`). Exponentials are base 2 inside the kernels; lse is natural
+outside them.
 
 JAX has deprecated Pallas Triton; only the choice of kernels depends on this folder.
 """

@@ -1,4 +1,4 @@
-"""The backward of a chunk: a kernel of dq, and one of dk and dv."""
+"""The backward of a chunk: one kernel for dq, and one for dk and dv."""
 
 from functools import partial
 
@@ -54,11 +54,14 @@ def chunk_backward(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Grads:
-    """dq, dk, dv of one chunk from the global lse and delta."""
+    """Computes dq, dk, dv of one chunk from the global lse and delta.
+
+    See `chunk_forward` for the keyword arguments.
+    """
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     head_size, value_size = q.shape[3], v.shape[3]
     q, k, v, dout = map(whole_pieces, (q, k, v, dout.astype(q.dtype)))
-    # Rows without a visible key have every score masked, whatever is subtracted.
+    # All scores of a row without a visible key are masked, so any finite lse will do.
     operands = (q, k, v, dout, finite(lse) * LOG2E, delta)
     operands, mask = vary_like((operands, mask), (operands, mask))
     dq = _dq(*operands, mask, logits, blocks.dq, interpret)
@@ -129,8 +132,8 @@ def _dq_kernel(
         dp = dot_nt(do, v)
         ds = unscaled(logits).pull_back(p * (dp - delta[:, None]), s)
         if is_partial:
-            there = seen(lists, i, tile.block_q, j, tile.block_kv)
-            ds = jnp.where(there, ds, 0.0)
+            visible = seen(lists, i, tile.block_q, j, tile.block_kv)
+            ds = jnp.where(visible, ds, 0.0)
         return add(dq, dot_nn(ds, k))
 
     num_kv = pl.cdiv(k_ref.shape[0], tile.block_kv)
@@ -193,7 +196,7 @@ def _dkv_kernel(
     logits: Logits,
     scale: float,
 ) -> None:
-    # Scores are held transposed, [block_kv, block_q], and so is the mask.
+    # The scores and the mask are transposed: [block_kv, block_q].
     j = pl.program_id(0)
     k, v = (load(ref, j, tile.block_kv) for ref in (k_ref, v_ref))
 
@@ -206,8 +209,8 @@ def _dkv_kernel(
         dp = dot_nt(v, do)
         ds = unscaled(logits).pull_back(p * (dp - delta_ref[head, rows][None, :]), s)
         if is_partial:
-            there = seen(lists, j, tile.block_kv, i, tile.block_q)
-            p, ds = jnp.where(there, p, 0.0), jnp.where(there, ds, 0.0)
+            visible = seen(lists, j, tile.block_kv, i, tile.block_q)
+            p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
         return add(dk, dot_nn(ds, q)), add(dv, dot_nn(p, do))
 
     def group(head: jax.Array, state: State) -> State:

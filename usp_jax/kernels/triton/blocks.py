@@ -13,7 +13,7 @@ from usp_jax.kernels.table import Row, lookup
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The blocks of one kernel, and how Triton compiles it."""
+    """The block sizes of one kernel, in tokens, and its Triton compiler options."""
 
     block_q: int
     block_kv: int
@@ -31,14 +31,14 @@ class Tile:
             raise ValueError(f"num_stages={self.num_stages} must be >= 1")
 
     def within(self, q: jax.Array, k: jax.Array) -> "Tile":
-        """The same, with no block longer than what it cuts."""
+        """Returns the tile with blocks no longer than the arrays need."""
         block_q = min(self.block_q, max(16, pl.next_power_of_2(q.shape[1])))
         block_kv = min(self.block_kv, max(16, pl.next_power_of_2(k.shape[1])))
         return dataclasses.replace(self, block_q=block_q, block_kv=block_kv)
 
     @property
     def params(self) -> plgpu.CompilerParams:
-        """What Pallas is told, which also says that this is a Triton kernel."""
+        """The compiler parameters, which also make Pallas choose its Triton backend."""
         return plgpu.CompilerParams(self.num_warps, self.num_stages)
 
 
@@ -52,10 +52,10 @@ class BlockSizes:
 
     @classmethod
     def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
-        """The default for a device, a head size and the dtype of q, k, v.
+        """Returns the default for a device, a head size and the dtype of q, k, v.
 
         Raises:
-          ValueError: no default is for heads of that size.
+          ValueError: there is no default for this head size.
         """
         return lookup(TABLE, target, head_size, dtype)
 

@@ -1,4 +1,4 @@
-"""The forward of a chunk: out and lse of one block of queries a program."""
+"""The forward of a chunk: each program computes out and lse of one block of queries."""
 
 from functools import partial
 
@@ -51,12 +51,12 @@ def chunk_forward(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Carry:
-    """Attention of q over k, v, merged into `carry`.
+    """Computes the attention of q over k, v and merges it into `carry`.
 
     Args:
-      target: the device; with the head size it gives the block sizes.
-      blocks: other block sizes.
-      interpret: runs on any device, block by block in XLA.
+      target: the device, which with the head size determines the block sizes.
+      blocks: block sizes to use instead.
+      interpret: whether to run on any device, block by block in XLA.
     """
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
     arrays = (q, k, v, mask, carry)
@@ -105,7 +105,7 @@ def _forward_kernel(
     tile: Tile,
     logits: Logits,
 ) -> None:
-    # The last blocks see most under a causal mask: they start first.
+    # The last blocks start first, because they see most under a causal mask.
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = pl.ds(i * tile.block_q, tile.block_q)
     q = load(q_ref, i, tile.block_q)
@@ -114,8 +114,8 @@ def _forward_kernel(
         acc = zeros(v_ref, tile.block_q)
     else:
         acc, m = load(carry[0], i, tile.block_q), carry[1][rows] * LOG2E
-    # A finished row is a running one whose sum is 1 at its lse. That of a row that has
-    # seen nothing, at -inf, is forgotten with the first block.
+    # A finished row resumes with its lse as the maximum and a sum of 1. If it has seen
+    # nothing (lse = -inf), the first block that it sees discards that 1.
     l = jnp.ones((tile.block_q,), jnp.float32)
 
     def attend(j: jax.Array, is_partial: bool, state: State) -> State:
@@ -123,8 +123,8 @@ def _forward_kernel(
         k = load(k_ref, j, tile.block_kv)
         s = logits.of(dot_nt(q, k))
         if is_partial:
-            there = seen(lists, i, tile.block_q, j, tile.block_kv)
-            s = jnp.where(there, s, -jnp.inf)
+            visible = seen(lists, i, tile.block_q, j, tile.block_kv)
+            s = jnp.where(visible, s, -jnp.inf)
         m_next = jnp.maximum(m, s.max(1))
         safe = finite(m_next)
         p = jnp.exp2(s - safe[:, None])
@@ -135,7 +135,7 @@ def _forward_kernel(
 
     num_kv = pl.cdiv(k_ref.shape[0], tile.block_kv)
     m, l, acc = walk(lists, i, num_kv, attend, (m, l, acc))
-    # And 0 if it saw nothing in the blocks that it was shown.
+    # The sum is 0 if nothing was visible in the blocks of the list.
     l = jnp.where(l == 0.0, 1.0, l)
     store(out_ref, i, tile.block_q, tuple(x / l[:, None] for x in acc))
     lse_ref[rows] = m / LOG2E + jnp.log(l)

@@ -1,4 +1,4 @@
-"""How the Triton kernels' arrays are laid out, and what each program sees of them."""
+"""Layouts of the Triton kernels' arrays, and block specs for what each program sees."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,12 @@ from jax.experimental import pallas as pl
 
 from usp_jax.kernels.triton.lists import Lists
 
-# What has the shape of an operand or of a result.
+# An operand or a result.
 ShapedArray = jax.Array | jax.ShapeDtypeStruct
 
 
 def whole_pieces(x: jax.Array) -> jax.Array:
-    """Heads padded with zeros to a multiple of 16, the least that Triton multiplies."""
+    """Pads heads with zeros to a multiple of 16, Triton's smallest matrix size."""
     if not (padding := -x.shape[3] % 16):
         return x
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding)))
@@ -20,21 +20,21 @@ def whole_pieces(x: jax.Array) -> jax.Array:
 def heads_spec(
     x: ShapedArray, *, group: int | None = None, share: int = 1
 ) -> pl.BlockSpec:
-    """The whole length of one head of [B, T, N, H], or of a group of heads.
+    """Specifies the whole length of one head, or of a group of heads, of [B, T, N, H].
 
-    `share` programs' heads have one head of `x`.
+    `share` heads of the grid use the same head of `x`.
     """
     shape = (None, x.shape[1], group, x.shape[3])
     return pl.BlockSpec(shape, lambda _, n, b: (b, 0, n // share, 0))
 
 
 def rows_spec(x: ShapedArray, *, group: int | None = None) -> pl.BlockSpec:
-    """One head's rows of [B, N, T], or those of a group of heads."""
+    """Specifies the rows of one head, or of a group of heads, of [B, N, T]."""
     return pl.BlockSpec((None, group, x.shape[2]), lambda _, n, b: (b, n, 0))
 
 
 def batch_specs(lists: Lists | None) -> Lists | None:
-    """All of one batch row's; an array with one batch row serves all."""
+    """Specifies the lists of one batch row; arrays with one batch row serve all."""
 
     def spec(x: jax.Array) -> pl.BlockSpec:
         shape, rest = (None, *x.shape[1:]), (0,) * (x.ndim - 1)
@@ -44,7 +44,7 @@ def batch_specs(lists: Lists | None) -> Lists | None:
 
 
 def to_rows(x: jax.Array, block: int, fill: float) -> jax.Array:
-    """[B, T, N] -> [B, N, T'], T' the next multiple of the block"""
+    """[B, T, N] -> [B, N, T'], padded with `fill` to a multiple T' of `block`"""
     x = x.swapaxes(1, 2)
     if not (padding := -x.shape[2] % block):
         return x

@@ -1,4 +1,4 @@
-"""The blocks that each program of the Triton kernels walks: lists in global memory."""
+"""Lists, in global memory, of the blocks that each Triton program walks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,22 +25,22 @@ from usp_jax.masking import (
 
 State = TypeVar("State")
 
-# Lists are sorted, and as long as rows times columns: for very long sequences an entry
-# is several blocks.
+# The longest list of a row. Sorting takes rows times columns, so for very long
+# sequences an entry covers several blocks.
 MAX_LIST = 1024
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """For each block of rows the spans of columns it sees, FULL ones first.
+    """The spans of columns that each block of rows sees, FULL ones first.
 
     Attributes:
       mask: the mask, padded to whole blocks.
-      num_full, num_some: int32 [B, rows], how many spans are seen entirely and how many
-        at all; B may be 1.
-      order: int32 [B, rows, spans].
-      blocks: how many blocks of columns a span is.
+      num_full: int32 [B, rows], the number of spans that are fully visible; B may be 1.
+      num_some: int32 [B, rows], the number of spans that are not EMPTY.
+      order: int32 [B, rows, spans], the spans in the order of the walk.
+      blocks: the number of blocks of columns in a span.
     """
 
     mask: Mask
@@ -51,7 +51,7 @@ class Lists:
 
 
 def listed(mask: Mask, block_rows: int, block_columns: int) -> Lists | None:
-    """Lists the blocks of a mask; None if every query sees every key."""
+    """Lists the visible blocks of a mask; None if every query sees every key."""
     mask = pad_mask(mask, block_rows, block_columns)
     if mask.sees_all:
         return None
@@ -66,7 +66,7 @@ def listed(mask: Mask, block_rows: int, block_columns: int) -> Lists | None:
 
 
 def transposed(mask: Mask) -> Mask:
-    """The mask as keys see queries."""
+    """Swaps queries and keys of a mask."""
     rule = MaskRule(left=mask.rule.after, right=mask.rule.before)
     return Mask(rule, mask.kv, mask.q)
 
@@ -96,7 +96,7 @@ def walk(
 def seen(
     lists: Lists | None, i: jax.Array, block_rows: int, j: jax.Array, block_columns: int
 ) -> Bool[Array, "rows columns"]:
-    """The mask of one block."""
+    """Computes the mask of one block."""
     assert lists is not None, "where all is seen no block is partial"
     mask = lists.mask
 

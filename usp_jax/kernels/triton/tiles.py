@@ -1,4 +1,4 @@
-"""Blocks of a head in registers: loads, stores and products, piece by piece."""
+"""Loads, stores and products of the blocks of a head in registers, piece by piece."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from usp_jax.kernels.logits import LOG2E, Logits
 
-# What Pallas puts in the place of an array inside a kernel.
+# A Pallas reference to an array, inside a kernel.
 Ref = Any
 
-# The columns of a block of one head, cut into powers of two.
+# A block of one head whose columns are cut into powers of two.
 Pieces = tuple[jax.Array, ...]
 
 
 def _cut(head_size: int) -> list[tuple[int, int]]:
-    """(start, size) of the powers of two that add up to a head."""
+    """Returns the (start, size) of the powers of two that add up to a head size."""
     pieces, start, rest = [], 0, head_size
     while rest:
         size = 1 << (rest.bit_length() - 1)
@@ -30,7 +30,7 @@ def _cut(head_size: int) -> list[tuple[int, int]]:
 
 
 def zeros(ref: Ref, block: int) -> Pieces:
-    """An accumulator for a block of the heads in `ref`."""
+    """Returns an accumulator for a block of `ref`'s head size."""
     sizes = [size for _, size in _cut(ref.shape[-1])]
     return tuple(jnp.zeros((block, size), jnp.float32) for size in sizes)
 
@@ -38,7 +38,7 @@ def zeros(ref: Ref, block: int) -> Pieces:
 def load(
     ref: Ref, index: jax.Array, block: int, head: jax.Array | None = None
 ) -> Pieces:
-    """A block of rows of [T, H] or of one of [T, G, H], in pieces; 0 past the end."""
+    """Loads a block of rows of [T, H], or of one head of [T, G, H]; 0 past the end."""
     inside = _inside(ref, index, block)
     return tuple(
         plgpu.load(view, mask=inside, other=None if inside is None else 0.0)
@@ -47,7 +47,7 @@ def load(
 
 
 def store(ref: Ref, index: jax.Array, block: int, pieces: Pieces) -> None:
-    """Writes what `load` reads."""
+    """Stores a block of rows of [T, H], except rows past the end."""
     inside = _inside(ref, index, block)
     for view, x in zip(_views(ref, index, block), pieces, strict=True):
         plgpu.store(view, x, mask=inside)
@@ -56,7 +56,7 @@ def store(ref: Ref, index: jax.Array, block: int, pieces: Pieces) -> None:
 def _views(
     ref: Ref, index: jax.Array, block: int, head: jax.Array | None = None
 ) -> Iterator[Ref]:
-    """The pieces of a block."""
+    """Yields references to the pieces of a block."""
     rows = pl.ds(index * block, block)
     for start, size in _cut(ref.shape[-1]):
         columns = pl.ds(start, size)
@@ -64,7 +64,7 @@ def _views(
 
 
 def _inside(ref: Ref, index: jax.Array, block: int) -> jax.Array | None:
-    """Which rows of a block there are; None if all, always."""
+    """Returns which rows of a block exist; None if no block can pass the end."""
     length = ref.shape[0]
     if not length % block:
         return None
@@ -82,7 +82,7 @@ def dot_nn(a: jax.Array, b: Pieces) -> Pieces:
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """A product over the last axis of `a` and one of `b`, accumulated in float32."""
+    """Contracts the last axis of `a` and `axis` of `b`, accumulating in float32."""
     return lax.dot_general(
         a,
         b,
@@ -93,16 +93,16 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def add(a: Pieces, b: Pieces) -> Pieces:
-    """The sum of two blocks."""
+    """Adds two blocks."""
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def base2(logits: Logits) -> Logits:
-    """Logits in units of log 2, so that exp2 takes the place of exp."""
+    """Returns logits in base 2, for exp2 instead of exp."""
     cap = None if logits.soft_cap is None else logits.soft_cap * LOG2E
     return Logits(logits.scale * LOG2E, cap)
 
 
 def unscaled(logits: Logits) -> Logits:
-    """Logits whose derivative leaves the scale to whoever sums up."""
+    """Returns logits whose derivative leaves out the scale, which the sums apply."""
     return dataclasses.replace(logits, scale=1.0)
