@@ -1,13 +1,13 @@
-"""The mesh that the planner thinks fastest, in place of one that is told.
+"""Chooses a run's mesh with the planner, instead of from the command line.
 
-    python -m train tiny --auto-mesh          # for the devices that are here
-    python -m train tiny --auto-mesh v5p      # for as many of another machine
+    python -m train tiny --auto-mesh          # for the devices of this machine
+    python -m train tiny --auto-mesh v5p      # for as many devices of another machine
 
 The planner also chooses the ZeRO level, a pipeline's micro-batches and rounds, what the
-backward pass recomputes, whether the feed-forward network is taken in tiles, whether
-the sequence is split over tensor too, and in how many parts a step takes its rows. The
-ring schedule and head groups are those of the run. With `--optimizer.offload` it may
-use the host's memory.
+backward pass recomputes, whether the feed-forward network is computed in tiles, whether
+the sequence is also split over `tensor`, and the number of gradient accumulation parts.
+The ring schedule and head groups are those of the run. With `--optimizer.offload` the
+planner may use the host's memory.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ STAND_IN = "v5e"
 
 
 def planned(config: Config) -> Config:
-    """The run with the mesh that is planned for it; itself when none is asked for.
+    """Returns the run with its planned mesh, or unchanged if `auto_mesh` is None.
 
-    Says which machine it planned for. There must be jax devices already.
+    Prints the machine that was planned for. jax must already have its devices.
 
     Raises:
-      ValueError: an unknown machine, or nothing fits; as `usp_jax.plan.best`.
+      ValueError: the machine is unknown, or no plan fits (see `usp_jax.plan.best`).
     """
     if config.auto_mesh is None:
         return config
@@ -43,7 +43,7 @@ def planned(config: Config) -> Config:
         sequence=config.sequence_length,
         batch=config.batch_size,
         devices=jax.device_count(),
-        # Of the same lengths, and as even.
+        # "striped" needs the same lengths and is as well balanced.
         layout="striped" if config.layout == "balanced" else config.layout,
         offload=config.optimizer.offload,
     )
@@ -69,7 +69,7 @@ def planned(config: Config) -> Config:
 
 
 def _machine(asked: str) -> tuple[str, str]:
-    """(name, why it stands for the devices that are here)."""
+    """Returns (machine name, reason it was used for this machine's devices)."""
     if asked != HERE:
         return asked, ""
     here = jax.devices()[0]

@@ -1,4 +1,4 @@
-"""What is wrong with a `Config`, as far as that shows without a device or a file."""
+"""Checks of a `Config` that need no device and no file."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from usp_jax.models.optimizer import check_adamw
 
 
 def check(config: Config) -> None:
-    """Raises ValueError, with the option and the remedy, for what cannot be trained."""
+    """Raises ValueError, naming the option and the remedy, for an invalid config."""
     _check_numbers(config)
     for name, values in (("layout", STORED_LAYOUTS), ("dtype", DTYPES)):
         if getattr(config, name) not in values:
