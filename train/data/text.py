@@ -1,7 +1,7 @@
-"""The text of a run, and its rows in the order in which they are learnt.
+"""The text of a run, and its rows in training order.
 
-The order depends on the seed and on the text alone, never on the mesh or on how many
-processes there are.
+The order depends only on the seed and the text, not on the mesh or the number of
+processes.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ from train.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """What a run reads.
+    """The corpora that a run reads.
 
     Attributes:
-      corpora: what is learnt from; rows are drawn from them by `weights`.
-      held_out: of each corpus the documents that are only evaluated on; () for none.
-      facts: what tells one text from another, for config.json.
+      corpora: the corpora to train on.
+      weights: the weight with which rows are drawn from each corpus.
+      held_out: the held-out documents of each corpus; () if none are held out.
+      facts: facts that identify the text, for config.json.
     """
 
     corpora: tuple[Corpus, ...]
@@ -34,11 +35,11 @@ class Text:
     facts: dict[str, object]
 
     def rows(self, length: int, seed: int) -> grain.MapDataset:
-        """Rows to learn from, without end."""
+        """Endless training rows."""
         return shuffled_rows(self.corpora, self.weights, length, seed)
 
     def held_out_rows(self, length: int, seed: int) -> grain.MapDataset:
-        """Held-out rows, without end."""
+        """Endless held-out rows."""
         return shuffled_rows(self.held_out, self.weights, length, seed)
 
 
@@ -46,7 +47,7 @@ def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
     """Encodes text files, and opens folders of tokens.
 
     Raises:
-      ValueError: there is no file, or nothing in it to learn, or to hold out.
+      ValueError: there is no file, or no text to train on or to hold out.
     """
     mixture = config.mixture or ((config.path, 1.0),)
     paths, weights = zip(*mixture, strict=True)
@@ -106,9 +107,9 @@ def _encoded(
 def shuffled_rows(
     corpora: Sequence[Corpus], weights: Sequence[float], length: int, seed: int
 ) -> grain.MapDataset:
-    """Rows without end, of several corpora by their weights.
+    """Endless rows of several corpora, mixed by their weights.
 
-    Each epoch of a corpus has an order of its own.
+    Each epoch of a corpus is shuffled differently.
     """
     endless = [
         grain.MapDataset.source(Rows(corpus, length)).seed(seed + i).shuffle().repeat()

@@ -1,14 +1,14 @@
-"""A folder of token ids: `python -m train.tokenize` writes it, a run maps it to memory.
+"""A folder of token ids: written by `python -m train.tokenize`, memory-mapped by runs.
 
-    tokenizing.json         what is tokenized, written first
-    00000-tokens.npy        token ids of whole documents, of the smallest dtype
-    00000-documents.npy     where each begins and its hash (`DOCUMENT`)
-    00000.json              the shard is finished: its facts and its files' digests
-    tokenizer.json          a copy, unless tokens are bytes
-    tokenized.json          all shards are finished: the facts of all, written last
+    tokenizing.json         the source and options, written first
+    00000-tokens.npy        token ids of whole documents, in the smallest dtype
+    00000-documents.npy     the start and hash of each document (`DOCUMENT`)
+    00000.json              marks a finished shard: its facts and its files' digests
+    tokenizer.json          a copy of the tokenizer, unless tokens are bytes
+    tokenized.json          marks the finished folder: facts of all shards, written last
 
-Every JSON file is written whole or not at all, so what a killed command leaves is
-finished shards and one that is not.
+JSON files are written atomically, so a killed command leaves finished shards and at
+most one unfinished shard.
 """
 
 import dataclasses
@@ -31,16 +31,18 @@ AGAIN = "take the folder away and run python -m train.tokenize again"
 
 
 class DataGone(Exception):
-    """A file that was there when a run began is not, or is another one."""
+    """Raised when a file has disappeared or changed since the run began."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some documents of a folder.
+    """The facts of one shard of a folder.
 
     Attributes:
-      read: how many documents of the source it holds, empty ones counted.
-      sha256: of the two arrays' files.
+      tokens: number of tokens in the shard.
+      documents: number of documents in the shard.
+      read: number of source documents that it covers, including empty ones.
+      sha256: digests of the files of its two arrays.
     """
 
     tokens: int
@@ -50,7 +52,7 @@ class Shard:
 
 
 class _ShardRecord(TypedDict):
-    """A `Shard` as JSON has it."""
+    """A `Shard` in JSON."""
 
     tokens: int
     documents: int
@@ -59,7 +61,7 @@ class _ShardRecord(TypedDict):
 
 
 class _Record(Facts):
-    """What `DONE` says."""
+    """The contents of `DONE`."""
 
     format: int
     tokenizer: str
@@ -70,10 +72,10 @@ class _Record(Facts):
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """Token ids in a .npy file that is mapped to memory.
+    """Token ids in a memory-mapped .npy file.
 
-    A mapped file that somebody has cut short kills whoever reads it, so each time its
-    size is looked at first.
+    Reading a mapped file that was truncated would kill the process, so its size is
+    checked before each read.
     """
 
     path: Path
@@ -82,7 +84,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path, tokens: int, dtype: np.dtype[np.integer]) -> "TokenFile":
-        """Raises ValueError for a file that is not as the folder says."""
+        """Maps a file; raises ValueError if its dtype or size is unexpected."""
         array = _mapped(path)
         if array.dtype != dtype or array.shape != (tokens,):
             raise ValueError(
@@ -92,7 +94,7 @@ class TokenFile:
         return cls(path, array, path.stat().st_size)
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Raises DataGone when the file has gone or has another size."""
+        """Reads tokens; raises DataGone if the file is missing or changed size."""
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != self.bytes:
             raise DataGone(
@@ -103,7 +105,7 @@ class TokenFile:
 
 
 def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
-    """The two arrays of a shard, and what says that they are finished."""
+    """Paths of a shard's two arrays, and of the file that marks it finished."""
     name = f"{number:05}"
     return (
         folder / f"{name}-tokens.npy",
@@ -113,12 +115,12 @@ def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
-    """The smallest that holds every id."""
+    """The smallest dtype that holds all token ids."""
     return np.min_scalar_type(vocabulary_size - 1).newbyteorder("<")
 
 
 def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> Shard:
-    """Writes documents, of `token_dtype` each, and then that they are finished."""
+    """Writes documents of dtype `token_dtype`, then marks the shard as finished."""
     kept = [document for document in documents if document.size]
     lengths = np.array([document.size for document in kept], np.int64)
     table = np.empty(len(kept), DOCUMENT)
@@ -134,10 +136,10 @@ def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> S
 
 
 def finished_shards(folder: Path) -> list[Shard]:
-    """The shards that are finished, in order, each checked against its digests.
+    """Returns the finished shards, in order, each checked against its digests.
 
     Raises:
-      ValueError: a file of one is gone or damaged.
+      ValueError: a file of a shard is missing or damaged.
     """
     found: list[Shard] = []
     while (files := shard_files(folder, len(found)))[2].exists():
@@ -153,7 +155,7 @@ def finished_shards(folder: Path) -> list[Shard]:
 
 
 def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> None:
-    """Writes what a run reads first."""
+    """Marks the folder as finished, by writing the facts of all shards."""
     dtype = token_dtype(vocabulary.size)
     corpus = _joined(folder, shards, dtype)
     told = {
@@ -168,15 +170,15 @@ def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> Non
 
 
 def is_token_folder(path: Path | None) -> TypeGuard[Path]:
-    """Whether a folder was written by the command, to its end or not."""
+    """Returns True for a folder of `train.tokenize`, finished or not."""
     return path is not None and ((path / DONE).exists() or (path / BEGUN).exists())
 
 
 def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, Facts]:
-    """The documents of a folder, mapped to memory, and their facts.
+    """Opens the memory-mapped documents of a folder, and their facts.
 
     Raises:
-      ValueError: it is not finished, damaged, or of another tokenizer.
+      ValueError: the folder is unfinished, damaged, or of another tokenizer.
     """
     if not (folder / DONE).exists():
         raise ValueError(
@@ -237,7 +239,7 @@ def _mapped(path: Path) -> np.memmap:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Raises ValueError for what is no JSON."""
+    """Reads a JSON file; raises ValueError if it is damaged."""
     return _loaded(path)
 
 
@@ -249,7 +251,7 @@ def _shard(record: _ShardRecord) -> Shard:
 
 
 def _loaded(path: Path) -> Any:
-    """What is said in JSON, whose type the file's name tells."""
+    """Reads a JSON file; the type depends on the file."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -257,7 +259,7 @@ def _loaded(path: Path) -> Any:
 
 
 def write_json(path: Path, told: Mapping[str, object]) -> None:
-    """Writes it whole or not at all."""
+    """Writes a JSON file atomically."""
     write_atomically(path, json.dumps(told, indent=1) + "\n")
 
 
