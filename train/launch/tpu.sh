@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU slices, by queued resources:
+# A run on Cloud TPU slices, as queued resources:
 #
 #     train/launch/tpu.sh create NAME ZONE TYPE RUNTIME [SLICES] [gcloud options ...]
 #     train/launch/tpu.sh run NAME ZONE PRESET [--section.key value ...]
@@ -40,7 +40,7 @@ run() {
     local name=$1 zone=$2 source arguments
     shift 2
     source=${REPOSITORY:-$(git -C "$(dirname "$0")" remote get-url origin)}
-    # Quoted once more, for the shell over there.
+    # Quoted once more, for the remote shell.
     printf -v source '%q' "$source"
     printf -v arguments '%q ' "$@"
     "${tpus[@]}" ssh "$name" --zone="$zone" --node=all --worker=all --command="

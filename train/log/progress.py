@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal."""
+"""Progress of a run on the terminal."""
 
 import time
 
@@ -10,7 +10,7 @@ from train.log.rows import MetricsRow
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a line every `print_every` steps."""
+    """A live line on a terminal; otherwise a line every `print_every` steps."""
 
     def __init__(self, config: LogConfig, *, step: int, steps: int):
         self._every, self._steps = config.print_every, steps
@@ -29,7 +29,7 @@ class Progress:
         self._bar.start()
 
     def tell(self, row: MetricsRow) -> None:
-        """Shows a row."""
+        """Shows the metrics of a row."""
         step = row["step"]
         told = (
             f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
@@ -50,7 +50,7 @@ class Progress:
             )
 
     def warn(self, message: str) -> None:
-        """Prints a line that stays."""
+        """Prints a warning that stays on the terminal."""
         self._console.print(f"warning: {message}")
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""Says which process hangs when a step takes too long.
+"""Reports which process hangs when a training step takes too long.
 
-All processes of a run wait for each other in every step, so one that hangs stops all.
-Each has a thread that writes down, in a file that the others can read, the step that it
-has begun and a count that goes on. When a step takes longer than the limit, every
-process that still can tells of those that have not begun it and of those whose count
-stands still: such a process is stopped, or its host is gone.
+All processes of a run wait for each other in every step, so one that hangs stops all of
+them. In each process a thread writes a heartbeat to a file that the others can read:
+the step that the process has begun, and a counter. When a step takes longer than the
+limit, each process that still can reports the processes that have not begun the step,
+and those whose counter has stopped: such a process is stopped, or its host is gone.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from typing import TextIO
 
 import jax
 
-# Looks a limit, and the longest pause between two.
+# Heartbeats per limit, and the maximum number of seconds between two.
 LOOKS, LONGEST_PAUSE = 8, 15.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """What a process has written down: its step, and a count that goes on."""
+    """A heartbeat of a process: its training step, and a counter."""
 
     step: int
     count: int
@@ -34,11 +34,11 @@ class Beat:
 
 @contextlib.contextmanager
 def watch(folder: Path, seconds: float) -> Iterator[Callable[[int], None]]:
-    """Gives `begins(step)`, to be called before each step.
+    """Runs a watchdog; yields `begins(step)`, to be called before each step.
 
     Args:
-      folder: where the processes write, the same for all of them.
-      seconds: the longest that a step may take; 0 watches nothing.
+      folder: folder of the heartbeats, shared by all processes.
+      seconds: time limit of a training step; 0 disables the watchdog.
     """
     if not seconds:
         yield lambda step: None
@@ -54,7 +54,7 @@ def watch(folder: Path, seconds: float) -> Iterator[Callable[[int], None]]:
 
 
 class Watchdog:
-    """The thread of one process."""
+    """The watchdog thread of one process."""
 
     def __init__(self, folder: Path, seconds: float):
         self._folder, self._seconds = folder, seconds
@@ -64,7 +64,7 @@ class Watchdog:
         self._step, self._count = 0, 0
 
     def begins(self, step: int) -> None:
-        """Says that this process has all that the step needs."""
+        """Records that this process has everything that the step needs."""
         self._step = step
 
     def stop(self) -> None:
@@ -72,7 +72,7 @@ class Watchdog:
         self._stopped.set()
 
     def run(self) -> None:
-        """Looks after the steps until `stop`."""
+        """Writes heartbeats and checks the time of steps, until `stop`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         seen, since, told = self._step, time.monotonic(), False
         while not self._stopped.wait(self._pause):
@@ -88,17 +88,17 @@ class Watchdog:
     def _beat(self) -> None:
         self._count += 1
         new = self._path(self._number).with_suffix(".new")
-        # Rows and checkpoints tell of a full disk; this thread goes on.
+        # A full disk is reported by rows and checkpoints; this thread continues.
         with contextlib.suppress(OSError):
             new.write_text(json.dumps([self._step, self._count]))
             new.replace(self._path(self._number))
-        # This thread cannot run while another one keeps the interpreter to itself;
-        # faulthandler's own needs no interpreter.
+        # This thread cannot run while another one holds the GIL; the thread of
+        # faulthandler does not need it.
         faulthandler.dump_traceback_later(2 * self._seconds, file=_stderr())
 
     def _tell(self) -> None:
         before, step = self._beats(), self._step
-        # By the others' own clocks: a count that stands still over two of their looks.
+        # Long enough for a running process to write at least two heartbeats.
         self._stopped.wait(3 * self._pause)
         if self._step != step or self._stopped.is_set():
             return
@@ -129,18 +129,22 @@ class Watchdog:
 
 
 def _stderr() -> TextIO:
-    """The process's own, whatever `sys.stderr` has been made."""
+    """The process's original stderr, even if `sys.stderr` was replaced."""
     return sys.__stderr__ or sys.stderr
 
 
 def stragglers(
     before: dict[int, Beat | None], now: dict[int, Beat | None], reader: int
 ) -> dict[int, str]:
-    """The processes that the others wait for, and what is known of each.
+    """Finds the processes that the others wait for.
 
     Args:
-      before, now: what each had written down at two times; None is nothing.
-      reader: the process that has read them, which runs if any does.
+      before: the heartbeat of each process at an earlier time; None if it had none.
+      now: the heartbeat of each process now; None if it has none.
+      reader: the process that has read them, and is therefore running.
+
+    Returns:
+      For each such process, a description of what is known about it.
     """
     newest = max(beat.step for beat in now.values() if beat)
     found = {}
