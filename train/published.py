@@ -1,7 +1,7 @@
-"""A run that begins with published weights: `--init-from FOLDER`.
+"""Initializes a run from published weights: `--init-from FOLDER`.
 
-The folder, in the Hugging Face format, says what the model is, and its tokenizer must
-be the run's. It is read until the run has its first checkpoint, and then no more.
+The folder is in the Hugging Face format. It defines the model, and its tokenizer must
+be the run's. It is read only until the run has its first checkpoint.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
 
-# RoPE may be another one than the weights', which is how a model is trained on for
-# longer contexts. The rest of the description is what the weights mean.
+# RoPE may differ from that of the weights, as when training continues on longer
+# contexts. All other fields must match the weights.
 _ROPE = ("rope_theta", "rope_scaling")
 _OF_WEIGHTS = tuple(
     field.name for field in dataclasses.fields(Decoder) if field.name not in _ROPE
@@ -29,9 +29,10 @@ _OF_WEIGHTS = tuple(
 
 
 def with_published_model(config: Config, options: Sequence[str]) -> Config:
-    """The run with the folder's model, but for what the command line tells.
+    """Returns the run with the folder's model, except for fields on the command line.
 
     Args:
+      config: the run.
       options: the words of the command line.
 
     Raises:
@@ -52,7 +53,7 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
 
 
 def check_published(config: Config, vocabulary: Vocabulary) -> None:
-    """Raises ValueError for a folder of another model or tokenizer than the run's."""
+    """Raises ValueError if the folder's model or tokenizer differs from the run's."""
     folder, wanted = _folder(config), config.llama
     found = _folder_config(folder)
     differing = [
@@ -76,12 +77,12 @@ def check_published(config: Config, vocabulary: Vocabulary) -> None:
 
 
 def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
-    """The parameters that the run begins with, straight in their shards.
+    """Loads the initial parameters of a run, directly in their shards.
 
-    Says where they are from, and how RoPE is told to be another one.
+    Prints the folder, and how the run's RoPE differs from the folder's.
 
     Raises:
-      ValueError: no such weights, or a mesh that cannot split them.
+      ValueError: the folder has no such weights, or the mesh cannot split them.
     """
     folder, wanted = _folder(config), config.llama
     found = _folder_config(folder)
@@ -107,14 +108,14 @@ def _folder(config: Config) -> Path:
 
 def _folder_config(folder: Path) -> LlamaConfig:
     try:
-        # In which dtype the folder's model is computed is no matter.
+        # The computation dtype does not matter here.
         return hf.load_config(folder, dtype="float32")
     except ValueError as error:
         raise ValueError(f"init_from={folder}: {error}") from error
 
 
 def _begun(config: Config) -> LlamaConfig | None:
-    """The model of the run, if it is there and has begun with the same folder."""
+    """The model of the existing run, if it was initialized from the same folder."""
     if not (config.run_dir / "config.json").exists():
         return None
     if read_run(config.run_dir).get("init_from") != str(config.init_from):
@@ -123,7 +124,7 @@ def _begun(config: Config) -> LlamaConfig | None:
 
 
 def _told(options: Sequence[str]) -> set[str]:
-    """The fields of the model that the command line has."""
+    """Names of the model's fields that the command line sets."""
     found = (
         re.match(r"(?:--)?model\.(?:no-)?([\w-]+)", word.replace("_", "-"))
         for word in options
