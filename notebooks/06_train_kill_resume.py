@@ -154,7 +154,7 @@ assert process.returncode == -9 and max(killed) < STEPS
 # %%
 told = finish(start("killed", 4, data=2, ring=2, ulysses=1))
 resumed = losses("killed")
-message = next(line for line in told.splitlines() if "going on" in line)
+message = next(line for line in told.splitlines() if "resuming" in line)
 restored = int(message.split()[-1])
 print(message)
 assert 0 < restored <= max(killed) and restored % 10 == 0
@@ -207,7 +207,7 @@ draw_losses()
 # A run ends with a sample of what the model writes. The prompt was `2 + 2 =`.
 
 # %%
-sample = told.partition("a sample of what it has learnt:\n")[2].strip()
+sample = told.partition("a sample from the trained model:\n")[2].strip()
 print(sample)
 assert sample.startswith("2 + 2 =")
 

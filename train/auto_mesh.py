@@ -50,9 +50,9 @@ def planned(config: Config) -> Config:
     memory, seconds = row.known
     if jax.process_index() == 0:
         print(
-            f"auto-mesh: {describe(row.choice)}: the fastest on {row.job.devices} x "
-            f"{name}{why}, as planned {seconds.total:.3g} s a step and "
-            f"{memory.peak / GIB:.3g} GiB a device",
+            f"auto-mesh: {describe(row.choice)}: the fastest plan on "
+            f"{row.job.devices} x {name}{why}, with {seconds.total:.3g} s per step and "
+            f"{memory.peak / GIB:.3g} GiB per device",
             flush=True,
         )
     choice = row.choice
@@ -74,12 +74,12 @@ def _machine(asked: str) -> tuple[str, str]:
         return asked, ""
     here = jax.devices()[0]
     if here.platform == "cpu":
-        return STAND_IN, " (which these CPU devices stand for)"
+        return STAND_IN, " (assumed for these CPU devices)"
     device = of_kind(here.device_kind)
     names = [machine.name for machine in plan.MACHINES]
     if device is None or device.name not in names:
         raise ValueError(
-            f"auto_mesh={asked!r}: nothing is known of {here.device_kind!r} devices; "
-            f"name the nearest machine, one of: {', '.join(names)}"
+            f"auto_mesh={asked!r}: {here.device_kind!r} devices are unknown to the "
+            f"planner; name the most similar machine, one of: {', '.join(names)}"
         )
     return device.name, ""

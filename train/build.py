@@ -96,8 +96,8 @@ def _mesh(config: Config) -> Mesh:
     sizes, count = config.mesh.sizes, config.mesh.devices
     if count > jax.device_count():
         raise ValueError(
-            f"mesh={sizes} needs {count} devices, there are {jax.device_count()}; "
-            f"--fake-devices {count} makes as many on a CPU"
+            f"mesh={sizes} needs {count} devices, but there are {jax.device_count()}; "
+            f"--fake-devices {count} creates them on a CPU"
         )
     return make_mesh(config.mesh)
 
@@ -127,8 +127,8 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
     done = checkpoints.newest() or 0
     if done > config.steps:
         raise ValueError(
-            f"run_dir={config.run_dir} has done {done} steps already, "
-            f"steps={config.steps} is fewer: give more, or another --run-dir"
+            f"run_dir={config.run_dir} has already done {done} steps, more than "
+            f"steps={config.steps}: give a larger --steps, or another --run-dir"
         )
     # Every process has compared before process 0 overwrites the file.
     multihost_utils.sync_global_devices("run directory is compared")
@@ -142,6 +142,6 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
 
 def _unwritable(config: Config, error: OSError) -> ValueError:
     return ValueError(
-        f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it was "
+        f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it has "
         "changed: make it writable, or give another --run-dir"
     )

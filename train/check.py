@@ -87,15 +87,15 @@ def _check_numbers(config: Config) -> None:
     check_adamw(config.optimizer, "optimizer.")
     if config.sample.length and not config.sample.prompt:
         raise ValueError(
-            "sample.prompt='' must have at least one character, or sample.length be 0"
+            "sample.prompt='' must have at least one character, unless sample.length=0"
         )
 
 
 def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if data.mixture and data.path is not None:
         raise ValueError(
-            f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
-            "texts: give one of them"
+            f"data.path={data.path} and data.mixture={_told(data.mixture)} cannot be "
+            "combined: give one of them"
         )
     for path, weight in data.mixture:
         if not 0 < weight < math.inf:
@@ -107,7 +107,7 @@ def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if bool(data.eval_fraction) != (evaluation.every is not None):
         raise ValueError(
             f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
-            "give both, the part that is held out and the steps between evaluations"
+            "give both, the fraction to hold out and the steps between evaluations"
         )
 
 
@@ -120,7 +120,7 @@ def _check_traced(config: Config) -> None:
     if traced and traced[-1] > config.steps:
         raise ValueError(
             f"profile.steps={config.profile.steps!r} must end at {config.steps + 1} or "
-            f"before, as steps={config.steps}"
+            f"earlier, because steps={config.steps}"
         )
 
 
@@ -132,7 +132,8 @@ def _check_distributed(config: DistributedConfig) -> None:
         raise ValueError(
             f"distributed.coordinator={config.coordinator!r}, "
             f"num_processes={config.num_processes}, process_id={config.process_id}: "
-            "give all three, with host:port; or coordinator=auto alone; or none"
+            "give all three, with coordinator=host:port; or only coordinator=auto; or "
+            "none of them"
         )
     if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(

@@ -145,8 +145,8 @@ class Checkpoints:
                 told = f"error: the checkpoint of step {step} is damaged: {wrong}"
                 print(told, file=sys.stderr, flush=True)
         raise CheckpointError(
-            f"none of the checkpoints {steps} in {self._folder} is whole: take the "
-            "folder away to begin anew, or give another --run-dir"
+            f"all checkpoints {steps} in {self._folder} are damaged: remove the folder "
+            "to start over, or give another --run-dir"
         )
 
     def _restored(
@@ -183,7 +183,10 @@ class Checkpoints:
             for step in damaged:
                 aside = _free(self._folder / f"damaged-{step}")
                 (self._folder / str(step)).rename(aside)
-                print(f"it is kept as {aside}; the one before is used", file=sys.stderr)
+                print(
+                    f"it is kept as {aside}; the previous checkpoint is used",
+                    file=sys.stderr,
+                )
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
@@ -205,7 +208,7 @@ class Checkpoints:
             whole = sorted(int(name) for name in names if name.isdigit())
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self._folder}: {_line(error)}; "
-                f"those of steps {whole} are whole, and the same command goes on from "
+                f"those of steps {whole} are intact, and the same command resumes from "
                 "the last of them"
             ) from error
 

@@ -29,17 +29,17 @@ def parse(arguments: Sequence[str]) -> Config:
             for key, make in PRESETS.items()
         ]
         print("\n".join([f"{USAGE}\n\npresets:", *told]))
-        print(f"\noptions, with the values of {name}:\n")
+        print(f"\noptions, with the defaults of {name}:\n")
     elif name.startswith("-"):
         raise ValueError(
-            f"the first argument is {name!r}, it must be a preset: {', '.join(PRESETS)}"
+            f"the first argument {name!r} must be a preset: {', '.join(PRESETS)}"
         )
     config = tyro.cli(
         Config,
         default=preset(name),
         args=_with_machine(options),
         prog=f"python -m train {name}",
-        description="Trains a LLaMA whose sequence is split over devices.",
+        description="Trains a LLaMA with its sequence split over devices.",
     )
     config = with_published_model(config, options)
     if config.auto_mesh is not None:
@@ -73,6 +73,7 @@ def _check_nothing_told(options: Sequence[str]) -> None:
     told = [word for word in options if word.replace("_", "-").startswith(chosen)]
     if told:
         raise ValueError(
-            f"{told[0]} beside --auto-mesh: the planner chooses mesh.*, accumulate "
-            f"and, of model.*, {', '.join(names)}; leave one of the two out"
+            f"{told[0]} cannot be combined with --auto-mesh: the planner chooses "
+            f"mesh.*, accumulate and, of model.*, {', '.join(names)}; leave out one of "
+            "the two"
         )

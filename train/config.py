@@ -167,7 +167,7 @@ class ProfileConfig:
         if not found or found[0] < 1:
             raise ValueError(
                 f"profile.steps={self.steps!r} must be FIRST:END with 1 <= FIRST < "
-                "END, as 10:13 for steps 10, 11 and 12"
+                "END, such as 10:13 for steps 10, 11 and 12"
             )
         return found
 

@@ -47,7 +47,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     try:
         expected = json.loads((folder / NAME).read_bytes())
     except ValueError:
-        return f"{NAME} is no JSON"
+        return f"{NAME} is not JSON"
     files = _files(folder)
     if missing := sorted(expected.keys() - files.keys()):
         return f"{missing[0]} is missing"
@@ -56,7 +56,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         found = pool.map(sha256, [files[name] for name in own])
         for name, digest in zip(own, found, strict=True):
             if digest != expected[name]:
-                return f"{name} is not as it was written"
+                return f"{name} has changed since it was written"
     return None
 
 

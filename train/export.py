@@ -63,7 +63,7 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"step {step} of {options.run_dir} is in {options.out}")
+    print(f"exported step {step} of {options.run_dir} to {options.out}")
 
 
 if __name__ == "__main__":

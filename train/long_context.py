@@ -118,7 +118,7 @@ def by_position(
     text = options.text or _path(data["path"])
     if text is None and data.get("mixture"):
         raise ValueError(
-            f"run_dir={options.run_dir} learnt from a mixture: give --text"
+            f"run_dir={options.run_dir} was trained on a mixture: give --text"
         )
     (corpus,) = load_text(DataConfig(text), vocabulary).corpora
     rows = islice(windows(corpus.documents(), length), options.rows)

@@ -44,7 +44,7 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     tell(banner(config, run.mesh))
     state, step = checkpoints.restore_newest(run.state, run.data)
     if step:
-        tell(f"going on after step {step}")
+        tell(f"resuming from step {step}")
     try:
         step, state = _steps(run, state, step, should_stop)
     except GaveUp as error:
@@ -59,7 +59,7 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
         raise
     checkpoints.close()
     if step < config.steps:
-        tell(f"stopped after step {step}; the same command goes on from there")
+        tell(f"stopped after step {step}; the same command resumes from there")
         return False
     _report(run, state)
     return True
@@ -121,7 +121,7 @@ def _last_good(run: Run, first: int) -> str:
     # fails may be the cause.
     good = [step for step in run.checkpoints.steps() if step < first - 1]
     if not good:
-        return "; there is no checkpoint from which a step went well"
+        return "; no checkpoint is known to be good"
     folder = run.config.run_dir / "checkpoints"
     newer = [step for step in run.checkpoints.steps() if step > good[-1]]
     told = f"; the last good checkpoint is {folder / str(good[-1])}"
@@ -166,4 +166,4 @@ def _report(run: Run, state: State) -> None:
         params = on_devices(state.params, config, run.mesh)
         model = with_params(run.graphdef, params)
         text = sample(model, run.vocabulary, config.sample, config.seed)
-        tell(f"a sample of what it has learnt:\n{text}")
+        tell(f"a sample from the trained model:\n{text}")

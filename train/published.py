@@ -57,14 +57,14 @@ def check_published(config: Config, vocabulary: Vocabulary) -> None:
     folder, wanted = _folder(config), config.llama
     found = _folder_config(folder)
     differing = [
-        f"model.{name}={getattr(wanted, name)!r}, there it is {getattr(found, name)!r}"
+        f"model.{name}={getattr(wanted, name)!r} here, {getattr(found, name)!r} there"
         for name in _OF_WEIGHTS
         if getattr(wanted, name) != getattr(found, name)
     ]
     if differing:
         raise ValueError(
-            f"init_from={folder} has another model: {'; '.join(differing)}; leave "
-            "these options out, and they are taken from there"
+            f"init_from={folder} has another model: {'; '.join(differing)}; leave out "
+            "these options to take them from the folder"
         )
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -92,17 +92,17 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
         raise ValueError(f"init_from={folder}: {error}") from error
     if jax.process_index() == 0:
         rope = "".join(
-            f"; {name} {getattr(found, name)} there, {getattr(wanted, name)} now"
+            f"; {name} is {getattr(found, name)} there, {getattr(wanted, name)} here"
             for name in _ROPE
             if getattr(wanted, name) != getattr(found, name)
         )
-        print(f"beginning with the weights of {folder}{rope}", flush=True)
+        print(f"starting from the weights of {folder}{rope}", flush=True)
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def _folder(config: Config) -> Path:
     if config.init_from is None:
-        raise ValueError("init_from=None is no folder to begin with: give --init-from")
+        raise ValueError("init_from=None is not a folder: give --init-from")
     return config.init_from
 
 

@@ -98,7 +98,7 @@ def check_same_run(path: Path, wanted: dict[str, object]) -> None:
     if differing:
         raise ValueError(
             "\n".join([f"run_dir={path.parent} holds another run:", *differing])
-            + "\ngive these values to go on with it, or another --run-dir to begin anew"
+            + "\ngive its values to resume it, or another --run-dir to start over"
         )
 
 
@@ -108,8 +108,8 @@ def read_record(path: Path) -> RunRecord:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: {error}; take it away if its checkpoints are of the "
-            "run that you ask for, or give another --run-dir"
+            f"{path} is damaged: {error}; remove it if the checkpoints next to it "
+            "belong to this run, or give another --run-dir"
         ) from error
 
 

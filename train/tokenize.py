@@ -109,21 +109,21 @@ def _claim(options: Tokenize, job: dict[str, object]) -> None:
     """Writes the job; raises ValueError if the folder holds another one."""
     out, begun = options.out, options.out / BEGUN
     if is_token_folder(options.source):
-        raise ValueError(f"source={options.source} is tokens already, it must be text")
+        raise ValueError(
+            f"source={options.source} is already tokenized, it must be text"
+        )
     if out.resolve().is_relative_to(options.source.resolve()):
         raise ValueError(f"out={out} must not be inside source={options.source}")
     if out.exists() and not begun.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"out={out} holds something else: give a folder that is not there"
-        )
+        raise ValueError(f"out={out} holds something else: give a new folder")
     if begun.exists():
         old = read_json(begun)
         differing = [name for name in job if old.get(name) != job[name]]
         if differing:
             told = [f"{n}: {old.get(n)!r} there, {job[n]!r} now" for n in differing]
             raise ValueError(
-                f"out={out} was begun otherwise ({'; '.join(told)}): go on with what "
-                "was given then, or give another --out"
+                f"out={out} was begun differently ({'; '.join(told)}): give the same "
+                "source and options to resume it, or another --out"
             )
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
     print(
         f"{options.out} has {told['shards']} shards, {told['new']} of them new; "
-        "those that were there are as they were written"
+        "the others have not changed since they were written"
     )
 
 

@@ -68,7 +68,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """
     path = run_dir / "config.json"
     if not path.exists():
-        raise ValueError(f"run_dir={run_dir} holds no run: it has no {path.name}")
+        raise ValueError(f"run_dir={run_dir} is not a run: it has no {path.name}")
     return read_record(path)
 
 
@@ -86,7 +86,7 @@ def _restore(
         step = step if step is not None else max(steps, default=None)
         if step is None or step not in steps:
             raise ValueError(
-                f"run_dir={run_dir} has no checkpoint of step {step}, it has {steps}"
+                f"run_dir={run_dir} has no checkpoint of step {step}; it has {steps}"
             )
         tree = {"params": wanted}
         state = ocp.args.PyTreeRestore(

@@ -70,8 +70,8 @@ def source_files(path: Path | None, option: str = "data.path") -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(
-            f"{option}={path} is not there; it must be a text file, .jsonl and "
-            ".parquet too, or a folder of them"
+            f"{option}={path} does not exist; it must be a text, .jsonl or .parquet "
+            "file, or a folder of them"
         )
     files = [
         file
@@ -125,7 +125,8 @@ def _json_lines(file: Path, text_field: str) -> Iterator[Document]:
             if not isinstance(text, str):
                 there = sorted(record) if isinstance(record, dict) else record
                 raise ValueError(
-                    f"{file}:{number} has no text in text_field={text_field!r}: {there}"
+                    f"{file}:{number} has no text in text_field={text_field!r}, only "
+                    f"{there}"
                 )
             yield text.encode(errors="surrogatepass"), len(line)
 
@@ -136,7 +137,7 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            f"{file} is Parquet, for which pyarrow is missing: pip install "
+            f"{file} is a Parquet file, which needs pyarrow: pip install "
             "'usp_jax[parquet]'"
         ) from error
     try:
@@ -168,5 +169,5 @@ def _check_column(file: Path, schema: "pyarrow.Schema", text_field: str) -> None
     ):
         told = {name: str(kind) for name, kind in kinds.items()}
         raise ValueError(
-            f"{file} has no column of strings text_field={text_field!r}: {told}"
+            f"{file} has no string column text_field={text_field!r}; it has {told}"
         )

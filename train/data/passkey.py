@@ -44,7 +44,7 @@ def passkey_rows(config: Config) -> grain.MapDataset:
         if getattr(config.data, name):
             raise ValueError(
                 f"data.{name}={getattr(config.data, name)} is not used with "
-                "passkey.enabled: leave out one of them"
+                "passkey.enabled: leave out one of the two"
             )
     rows = PasskeyRows(config.passkey, length, config.seed)
     return grain.MapDataset.source(rows)

@@ -72,11 +72,12 @@ def _divided(
     corpus: Corpus, fraction: float, path: Path | None
 ) -> tuple[Corpus, Corpus]:
     parts = corpus.divided(fraction)
-    for part, purpose in zip(parts, ("to learn from", "to hold out"), strict=True):
+    for part, purpose in zip(parts, ("to train on", "to hold out"), strict=True):
         if part.lengths.max(initial=0) < 2:
             raise ValueError(
                 f"data.eval_fraction={fraction} leaves nothing {purpose} of the "
-                f"{len(corpus.starts)} documents of {path}: give another, or more text"
+                f"{len(corpus.starts)} documents of {path}: give another fraction, or "
+                "more text"
             )
     return parts
 

@@ -27,7 +27,7 @@ from train.files import sha256, write_atomically
 BEGUN, DONE = "tokenizing.json", "tokenized.json"
 FORMAT = 1
 DOCUMENT = np.dtype([("start", "<i8"), ("hash", "<u8")])
-AGAIN = "take the folder away and run python -m train.tokenize again"
+AGAIN = "remove the folder and run python -m train.tokenize again"
 
 
 class DataGone(Exception):
@@ -88,7 +88,7 @@ class TokenFile:
         array = _mapped(path)
         if array.dtype != dtype or array.shape != (tokens,):
             raise ValueError(
-                f"{path} is {array.dtype}{list(array.shape)}, it must be "
+                f"{path} is {array.dtype}{list(array.shape)} but must be "
                 f"{dtype}[{tokens}]: {AGAIN}"
             )
         return cls(path, array, path.stat().st_size)
@@ -99,7 +99,7 @@ class TokenFile:
         if size != self.bytes:
             raise DataGone(
                 f"{self.path} had {self.bytes} bytes when the run began and has {size} "
-                "now: put it back, and the same command goes on"
+                "now: restore it and run the same command to resume"
             )
         return self.array[where]
 
@@ -147,8 +147,8 @@ def finished_shards(folder: Path) -> list[Shard]:
         for path, expected in zip(files, shard.sha256, strict=False):
             if not path.exists() or sha256(path) != expected:
                 raise ValueError(
-                    f"{path} is not as it was written: take {files[2]} away, and the "
-                    "same command makes this shard and those after it again"
+                    f"{path} has changed since it was written: remove {files[2]}, and "
+                    "the same command writes this shard and those after it again"
                 )
         found.append(shard)
     return found
@@ -183,20 +183,20 @@ def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, Facts]:
     if not (folder / DONE).exists():
         raise ValueError(
             f"data.path={folder} is not finished: run the same python -m "
-            "train.tokenize again, it goes on where it stopped"
+            "train.tokenize command again to resume it"
         )
     told: _Record = _loaded(folder / DONE)
     if told.get("format") != FORMAT:
         raise ValueError(
-            f"data.path={folder} has format {told.get('format')!r}, it must be "
+            f"data.path={folder} has format {told.get('format')!r} but must have "
             f"{FORMAT}: {AGAIN}"
         )
     if told["tokenizer"] != vocabulary.fingerprint:
         own = folder / "tokenizer.json"
         way = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
         raise ValueError(
-            f"data.path={folder} was tokenized by {told['tokenizer']}, data.tokenizer "
-            f"is {vocabulary.fingerprint}: give {way}"
+            f"data.path={folder} was tokenized with {told['tokenizer']}, but "
+            f"data.tokenizer is {vocabulary.fingerprint}: give {way}"
         )
     shards = [_shard(record) for record in told["shards"]]
     corpus = _joined(folder, shards, np.dtype(told["dtype"]))

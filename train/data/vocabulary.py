@@ -40,7 +40,7 @@ class Vocabulary:
             return cls()
         if not path.is_file():
             raise ValueError(
-                f"{option}={path} is not there; it must be a tokenizer.json"
+                f"{option}={path} does not exist; it must be a tokenizer.json"
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))

@@ -53,7 +53,10 @@ def main() -> None:
         if status == 0 or status in FINAL or host.stopped:
             break
         left = options.restarts - restart
-        print(f"a process ended with {status}; {left} restarts left", file=sys.stderr)
+        print(
+            f"a process exited with status {status}; {left} restarts left",
+            file=sys.stderr,
+        )
     # A signal's status, as shells report it.
     sys.exit(128 - status if status < 0 else status)
 
@@ -127,17 +130,17 @@ class Host:
 def _parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m train.launch.one_host",
-        description="Starts a run on this host, and again when a process dies.",
+        description="Starts a run on this host, and restarts it when a process dies.",
     )
     parser.add_argument("-n", "--processes", type=_positive, default=1)
     parser.add_argument(
         "--devices",
         type=_positive,
-        help="GPUs of each process; without it each sees all of the host's",
+        help="GPUs per process; by default each process sees all GPUs of the host",
     )
     parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument(
-        "run", nargs=argparse.REMAINDER, help="as for python -m train: PRESET ..."
+        "run", nargs=argparse.REMAINDER, help="options of python -m train: PRESET ..."
     )
     options = Options(**vars(parser.parse_args(arguments)))
     if not options.run:

@@ -42,7 +42,7 @@ case $status in
     1 | 2) echo "the run has failed" ;;
     *)
         if [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; then
-            echo "status $status: the run goes on from its last checkpoint"
+            echo "status $status: the run will resume from its last checkpoint"
             scontrol requeue "$SLURM_JOB_ID"
         fi
         ;;

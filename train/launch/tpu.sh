@@ -5,12 +5,12 @@
 #     train/launch/tpu.sh run NAME ZONE PRESET [--section.key value ...]
 #     train/launch/tpu.sh delete NAME ZONE
 #
-# For instance TYPE v5p-128, RUNTIME v2-alpha-tpuv5, and --spot. `create` waits for
-# nothing: `gcloud compute tpus queued-resources list` says when the slices are ACTIVE.
-# `run` clones REPOSITORY (default: this checkout's origin) on every host, starts one
-# process on each, and tells what all of them say. The run directory has to lie where all
-# hosts see it, on a mounted file system. Stopped by maintenance or preemption, `run` ends
-# with another status than 0; the same command goes on.
+# For instance TYPE v5p-128, RUNTIME v2-alpha-tpuv5, and --spot. `create` does not wait:
+# `gcloud compute tpus queued-resources list` shows when the slices are ACTIVE. `run`
+# clones REPOSITORY (default: this checkout's origin) on every host, starts one process on
+# each, and prints their output. The run directory must be on a mounted file system that
+# all hosts can see. When stopped by maintenance or preemption, `run` exits with a nonzero
+# status; the same command resumes the run.
 set -euo pipefail
 tpus=(gcloud compute tpus queued-resources)
 

@@ -25,7 +25,7 @@ def banner(config: Config, mesh: Mesh) -> str:
         f"{config.dtype}; {mesh.devices.size} x {device.device_kind} as "
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
         f"data: {data}; {config.batch_size} rows of {config.sequence_length:,} tokens "
-        f"= {tokens:,} tokens a step, stored {config.layout}\n"
+        f"= {tokens:,} tokens per step, stored {config.layout}\n"
         f"run: {config.steps} steps, in {config.run_dir}"
     )
 

@@ -93,6 +93,6 @@ def _told(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"run_dir={run_dir} cannot be written to: {error}; the same command goes "
-            "on from the newest checkpoint"
+            f"run_dir={run_dir} cannot be written to: {error}; the same command "
+            "resumes from the newest checkpoint"
         ) from error

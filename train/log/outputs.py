@@ -21,7 +21,9 @@ class Outputs:
         kind = jax.devices()[0].device_kind
         self._peak = peak_of_kind(kind, config.dtype)
         if self._peak is None:
-            print(f"no MFU is told: the peak of a {kind!r} device is not known")
+            print(
+                f"MFU is not reported: the peak FLOP/s of a {kind!r} device is unknown"
+            )
         self._file = MetricsFile(config.run_dir, step)
         self._progress = Progress(config.log, step=step, steps=config.steps)
         self._wandb = None if config.log.wandb is None else WandbRun(config)
@@ -52,9 +54,9 @@ class Outputs:
         row: MetricsRow = {**given, **speed, "spike": spike, **found}
         if skipped:
             self._progress.warn(
-                f"step {row['step']} is skipped, its loss or gradient is not finite: "
-                f"{skipped} of optimizer.max_skipped="
-                f"{self._config.optimizer.max_skipped} in a row"
+                f"skipped step {row['step']}: its loss or gradient is not finite "
+                f"({skipped} in a row, optimizer.max_skipped="
+                f"{self._config.optimizer.max_skipped})"
             )
         if spike:
             self._progress.warn(

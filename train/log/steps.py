@@ -20,7 +20,7 @@ class GaveUp(RuntimeError):
 
     def __init__(self, first: int, last: int, remedy: str = ""):
         super().__init__(
-            f"steps {first} to {last} had no finite loss and gradient, and "
+            f"steps {first} to {last} had no finite loss and gradient, which reaches "
             f"optimizer.max_skipped={last - first + 1}{remedy}"
         )
         self.first, self.last = first, last

@@ -105,11 +105,11 @@ class Watchdog:
         self._beat()
         missing = stragglers(before, self._beats(), self._number)
         lines = [f"process {number} {why}" for number, why in missing.items()] or [
-            "all processes have begun it: their devices hang, or the step is slow"
+            "all processes have started it: their devices hang, or the step is slow"
         ]
         head = (
             f"watchdog: process {self._number} of {self._processes}: step {step} "
-            f"takes longer than {self._seconds:g} s"
+            f"has taken longer than {self._seconds:g} s"
         )
         print("\n  ".join([head, *lines]), file=_stderr(), flush=True)
         if not missing or self._number in missing:
@@ -150,13 +150,13 @@ def stragglers(
     found = {}
     for number, beat in now.items():
         if beat is None:
-            found[number] = "has not begun, or has ended"
+            found[number] = "has not started, or has exited"
             continue
         why = []
         if beat.step < newest:
-            why.append(f"has not begun step {newest}, it is at step {beat.step}")
+            why.append(f"has not started step {newest} (it is at step {beat.step})")
         if beat == before[number] and number != reader:
-            why.append("does not answer: it is stopped, or its host is gone")
+            why.append("is not responding: it is stopped, or its host is gone")
         if why:
             found[number] = ", and ".join(why)
     return found
