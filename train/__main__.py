@@ -47,12 +47,12 @@ def main() -> None:
 def _quiet_orbax() -> None:
     """Silences the logs of errors that orbax and its writers also raise."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    tell = sys.unraisablehook
+    original = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         # Raised once for each array that fails to be written after the first one.
         if str(unraisable.exc_value) != "Event loop is closed":
-            tell(unraisable)
+            original(unraisable)
 
     sys.unraisablehook = hook
 

@@ -68,10 +68,10 @@ def planned(config: Config) -> Config:
     return config
 
 
-def _machine(asked: str) -> tuple[str, str]:
+def _machine(requested: str) -> tuple[str, str]:
     """Returns (machine name, reason it was used for this machine's devices)."""
-    if asked != HERE:
-        return asked, ""
+    if requested != HERE:
+        return requested, ""
     here = jax.devices()[0]
     if here.platform == "cpu":
         return STAND_IN, " (assumed for these CPU devices)"
@@ -79,7 +79,7 @@ def _machine(asked: str) -> tuple[str, str]:
     names = [machine.name for machine in plan.MACHINES]
     if device is None or device.name not in names:
         raise ValueError(
-            f"auto_mesh={asked!r}: {here.device_kind!r} devices are unknown to the "
+            f"auto_mesh={requested!r}: {here.device_kind!r} devices are unknown to the "
             f"planner; name the most similar machine, one of: {', '.join(names)}"
         )
     return device.name, ""

@@ -126,9 +126,9 @@ def _check_traced(config: Config) -> None:
 
 def _check_distributed(config: DistributedConfig) -> None:
     number, own = config.num_processes, config.process_id
-    given = (number is not None, own is not None)
+    present = (number is not None, own is not None)
     explicit = config.coordinator not in (None, "auto")
-    if explicit != all(given) or any(given) != all(given):
+    if explicit != all(present) or any(present) != all(present):
         raise ValueError(
             f"distributed.coordinator={config.coordinator!r}, "
             f"num_processes={config.num_processes}, process_id={config.process_id}: "

@@ -136,14 +136,14 @@ class Checkpoints:
         wanted = jax.tree.map(describe, _tree(state))
         jax.tree.map(lambda x: x.delete(), state)
         for number, step in enumerate(reversed(steps)):
-            found, wrong = self._restored(step, wanted)
-            if found is not None:
+            saved, wrong = self._restored(step, wanted)
+            if saved is not None:
                 self._set_aside(steps[len(steps) - number :])
-                data.set_state(found.data)
-                return State(**found.state), step
+                data.set_state(saved.data)
+                return State(**saved.state), step
             if wrong is not None:
-                told = f"error: the checkpoint of step {step} is damaged: {wrong}"
-                print(told, file=sys.stderr, flush=True)
+                message = f"error: the checkpoint of step {step} is damaged: {wrong}"
+                print(message, file=sys.stderr, flush=True)
         raise CheckpointError(
             f"all checkpoints {steps} in {self._folder} are damaged: remove the folder "
             "to start over, or give another --run-dir"
@@ -169,11 +169,11 @@ class Checkpoints:
         if has_digests(folder):
             return self._manager.restore(step, args=items), None
         try:
-            found, wrong = self._manager.restore(step, args=items), None
+            saved, wrong = self._manager.restore(step, args=items), None
         # An old checkpoint without digests: its readers may raise anything.
         except Exception as error:
-            found, wrong = None, f"{type(error).__name__}: {_line(error)}"
-        return (None, wrong) if _anywhere(found is None) else (found, None)
+            saved, wrong = None, f"{type(error).__name__}: {_line(error)}"
+        return (None, wrong) if _anywhere(saved is None) else (saved, None)
 
     def _set_aside(self, damaged: Sequence[int]) -> None:
         """Renames damaged checkpoints, because their steps will be saved again."""
@@ -230,10 +230,10 @@ def _anywhere(here: bool) -> bool:
 
 def _free(path: Path) -> Path:
     """Returns `path`, or the path with a number added if it exists."""
-    number, found = 1, path
-    while found.exists():
-        number, found = number + 1, path.with_name(f"{path.name}-{number}")
-    return found
+    number, free = 1, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _line(error: Exception) -> str:

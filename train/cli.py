@@ -24,11 +24,11 @@ def parse(arguments: Sequence[str]) -> Config:
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
         name, options = next(iter(PRESETS)), ["--help"]
-        told = [
+        lines = [
             f"  {key}: {str(make.__doc__).splitlines()[0]}"
             for key, make in PRESETS.items()
         ]
-        print("\n".join([f"{USAGE}\n\npresets:", *told]))
+        print("\n".join([f"{USAGE}\n\npresets:", *lines]))
         print(f"\noptions, with the defaults of {name}:\n")
     elif name.startswith("-"):
         raise ValueError(
@@ -70,10 +70,10 @@ def _check_nothing_told(options: Sequence[str]) -> None:
     ]
     tuning = (f"--model.{no}{name}" for name in names for no in ("", "no-"))
     chosen = ("--mesh.", "--accumulate", *tuning)
-    told = [word for word in options if word.replace("_", "-").startswith(chosen)]
-    if told:
+    conflicts = [word for word in options if word.replace("_", "-").startswith(chosen)]
+    if conflicts:
         raise ValueError(
-            f"{told[0]} cannot be combined with --auto-mesh: the planner chooses "
+            f"{conflicts[0]} cannot be combined with --auto-mesh: the planner chooses "
             f"mesh.*, accumulate and, of model.*, {', '.join(names)}; leave out one of "
             "the two"
         )

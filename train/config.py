@@ -163,13 +163,13 @@ class ProfileConfig:
         if self.steps is None:
             return range(0)
         match = re.fullmatch(r"(\d+):(\d+)", self.steps)
-        found = range(*map(int, match.groups())) if match else range(0)
-        if not found or found[0] < 1:
+        steps = range(*map(int, match.groups())) if match else range(0)
+        if not steps or steps[0] < 1:
             raise ValueError(
                 f"profile.steps={self.steps!r} must be FIRST:END with 1 <= FIRST < "
                 "END, such as 10:13 for steps 10, 11 and 12"
             )
-        return found
+        return steps
 
 
 @dataclasses.dataclass(frozen=True)

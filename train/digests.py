@@ -22,8 +22,8 @@ def write_digests(folder: Path) -> None:
     """Adds a file of digests by file name to a folder that has been written."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(files, pool.map(sha256, files.values()), strict=True))
-    (folder / NAME).write_text(json.dumps(found, indent=1) + "\n")
+        digests = dict(zip(files, pool.map(sha256, files.values()), strict=True))
+    (folder / NAME).write_text(json.dumps(digests, indent=1) + "\n")
 
 
 def has_digests(folder: Path) -> bool:
@@ -53,8 +53,8 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{missing[0]} is missing"
     own = sorted(expected)[part::parts]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(sha256, [files[name] for name in own])
-        for name, digest in zip(own, found, strict=True):
+        digests = pool.map(sha256, [files[name] for name in own])
+        for name, digest in zip(own, digests, strict=True):
             if digest != expected[name]:
                 return f"{name} has changed since it was written"
     return None

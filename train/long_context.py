@@ -101,10 +101,10 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
         name, (table, values) = "by_position", by_position(options, run, model)
     else:
         name, (table, values) = "passkey", passkey(options, run, model)
-    found = {"step": step, **values}
-    write_atomically(options.run_dir / f"{name}.json", json.dumps(found) + "\n")
+    results = {"step": step, **values}
+    write_atomically(options.run_dir / f"{name}.json", json.dumps(results) + "\n")
     rich.console.Console().print(table)
-    return found
+    return results
 
 
 def by_position(
@@ -143,7 +143,7 @@ def passkey(
 ) -> tuple[rich.table.Table, dict[str, object]]:
     """Measures passkey retrieval; returns a table and its values."""
     longest = run["sequence_length"]
-    found = accuracies(
+    results = accuracies(
         greedy(model),
         lengths=options.lengths or [longest // part for part in (8, 4, 2, 1)],
         depths=options.depths,
@@ -152,11 +152,11 @@ def passkey(
     )
     heads = [f"depth {depth:g}" for depth in options.depths]
     table = rich.table.Table("tokens", *heads, title="passkeys found")
-    for length, row in found.items():
+    for length, row in results.items():
         table.add_row(str(length), *(f"{right:.0%}" for right in row.values()))
     rows = [
         {"length": length, "depth": depth, "accuracy": right}
-        for length, row in found.items()
+        for length, row in results.items()
         for depth, right in row.items()
     ]
     mean = sum(row["accuracy"] for row in rows) / len(rows)

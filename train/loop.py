@@ -124,8 +124,8 @@ def _last_good(run: Run, first: int) -> str:
         return "; no checkpoint is known to be good"
     folder = run.config.run_dir / "checkpoints"
     newer = [step for step in run.checkpoints.steps() if step > good[-1]]
-    told = f"; the last good checkpoint is {folder / str(good[-1])}"
-    return told + "".join(f"; remove {folder / str(step)}" for step in newer)
+    message = f"; the last good checkpoint is {folder / str(good[-1])}"
+    return message + "".join(f"; remove {folder / str(step)}" for step in newer)
 
 
 def tell(message: str) -> None:
@@ -160,8 +160,8 @@ def _report(run: Run, state: State) -> None:
         rows = read_rows(config.run_dir / "metrics.jsonl")
         draw_loss(rows, config.run_dir / "loss.png")
         loss = rows[-1]["loss"]
-        told = "not finite" if loss is None else f"{loss:.4f}"
-        tell(f"step {config.steps}: loss {told}; {config.run_dir}")
+        shown = "not finite" if loss is None else f"{loss:.4f}"
+        tell(f"step {config.steps}: loss {shown}; {config.run_dir}")
     if config.sample.length:
         params = on_devices(state.params, config, run.mesh)
         model = with_params(run.graphdef, params)

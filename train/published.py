@@ -41,11 +41,11 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
     if config.init_from is None:
         return config
     model = _begun(config) or _folder_config(config.init_from)
-    told = _told(options)
+    overridden = _told(options)
     fields = {
         name: getattr(model, name)
         for name in (*_OF_WEIGHTS, *_ROPE)
-        if name not in told
+        if name not in overridden
     }
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, **fields)
@@ -55,11 +55,11 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
 def check_published(config: Config, vocabulary: Vocabulary) -> None:
     """Raises ValueError if the folder's model or tokenizer differs from the run's."""
     folder, wanted = _folder(config), config.llama
-    found = _folder_config(folder)
+    source = _folder_config(folder)
     differing = [
-        f"model.{name}={getattr(wanted, name)!r} here, {getattr(found, name)!r} there"
+        f"model.{name}={getattr(wanted, name)!r} here, {getattr(source, name)!r} there"
         for name in _OF_WEIGHTS
-        if getattr(wanted, name) != getattr(found, name)
+        if getattr(wanted, name) != getattr(source, name)
     ]
     if differing:
         raise ValueError(
@@ -85,16 +85,16 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
       ValueError: the folder has no such weights, or the mesh cannot split them.
     """
     folder, wanted = _folder(config), config.llama
-    found = _folder_config(folder)
+    source = _folder_config(folder)
     try:
         model = hf.load(folder, mesh=mesh, **vars(wanted))
     except ValueError as error:
         raise ValueError(f"init_from={folder}: {error}") from error
     if jax.process_index() == 0:
         rope = "".join(
-            f"; {name} is {getattr(found, name)} there, {getattr(wanted, name)} here"
+            f"; {name} is {getattr(source, name)} there, {getattr(wanted, name)} here"
             for name in _ROPE
-            if getattr(wanted, name) != getattr(found, name)
+            if getattr(wanted, name) != getattr(source, name)
         )
         print(f"starting from the weights of {folder}{rope}", flush=True)
     return nnx.to_pure_dict(nnx.state(model))
@@ -125,8 +125,8 @@ def _begun(config: Config) -> LlamaConfig | None:
 
 def _told(options: Sequence[str]) -> set[str]:
     """Names of the model's fields that the command line sets."""
-    found = (
+    matches = (
         re.match(r"(?:--)?model\.(?:no-)?([\w-]+)", word.replace("_", "-"))
         for word in options
     )
-    return {match[1].replace("-", "_") for match in found if match}
+    return {match[1].replace("-", "_") for match in matches if match}

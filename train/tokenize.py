@@ -120,9 +120,9 @@ def _claim(options: Tokenize, job: dict[str, object]) -> None:
         old = read_json(begun)
         differing = [name for name in job if old.get(name) != job[name]]
         if differing:
-            told = [f"{n}: {old.get(n)!r} there, {job[n]!r} now" for n in differing]
+            diffs = [f"{n}: {old.get(n)!r} there, {job[n]!r} now" for n in differing]
             raise ValueError(
-                f"out={out} was begun differently ({'; '.join(told)}): give the same "
+                f"out={out} was begun differently ({'; '.join(diffs)}): give the same "
                 "source and options to resume it, or another --out"
             )
     else:
@@ -172,11 +172,11 @@ class _Progress:
             rich.progress.DownloadColumn(),
             rich.progress.TransferSpeedColumn(),
             rich.progress.TimeRemainingColumn(),
-            "{task.fields[told]}",
+            "{task.fields[status]}",
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=bytes_, told="")
+        self._task = self._bar.add_task("", total=bytes_, status="")
         self._documents = self._tokens = 0
 
     def __enter__(self) -> "_Progress":
@@ -193,10 +193,10 @@ class _Progress:
         """Reports a shard that has been written."""
         self._documents += shard.documents
         self._tokens += shard.tokens
-        told = f"{self._documents:,} documents, {self._tokens:,} tokens"
-        self._bar.update(self._task, told=told)
+        status = f"{self._documents:,} documents, {self._tokens:,} tokens"
+        self._bar.update(self._task, status=status)
         if not self._console.is_terminal:
-            self._console.print(f"wrote {told}")
+            self._console.print(f"wrote {status}")
 
 
 def _progress(files: Sequence[Path]) -> _Progress:
@@ -210,12 +210,12 @@ def main() -> None:
         # The tokenizers library reads this when it first encodes.
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     try:
-        told = tokenize(options)
+        counts = tokenize(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     print(
-        f"{options.out} has {told['shards']} shards, {told['new']} of them new; "
+        f"{options.out} has {counts['shards']} shards, {counts['new']} of them new; "
         "the others have not changed since they were written"
     )
 

@@ -48,8 +48,8 @@ def read_config(run_dir: Path) -> LlamaConfig:
     Raises:
       ValueError: there is no run.
     """
-    told = read_run(run_dir)
-    model = told["model"]
+    record = read_run(run_dir)
+    model = record["model"]
     scaling = model.get("rope_scaling")
     if scaling is not None:
         kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
@@ -57,7 +57,7 @@ def read_config(run_dir: Path) -> LlamaConfig:
     # These are chosen for the run's mesh, not the caller's.
     for name in ("ring_schedule", "ulysses_chunks"):
         model.pop(name, None)
-    return LlamaConfig(**model, dtype=told["dtype"])
+    return LlamaConfig(**model, dtype=record["dtype"])
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -94,5 +94,5 @@ def _restore(
             restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
             partial_restore=True,
         )
-        found = manager.restore(step, args=ocp.args.Composite(state=state))
-    return step, found.state["params"]
+        restored = manager.restore(step, args=ocp.args.Composite(state=state))
+    return step, restored.state["params"]

@@ -107,7 +107,7 @@ def place(batch: Row, layout: str, mesh: Mesh) -> Batch:
     ways = math.prod(mesh.shape[name] for name in ROWS)
     groups = own_rows(ways, mesh)
 
-    def one(x: np.ndarray) -> jax.Array:
+    def distribute(x: np.ndarray) -> jax.Array:
         rows = len(x) // len(groups)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -120,7 +120,7 @@ def place(batch: Row, layout: str, mesh: Mesh) -> Batch:
         shape = (rows * ways, x.shape[1])
         return jax.make_array_from_callback(shape, sharding, shard)
 
-    return jax.tree.map(one, stored)
+    return jax.tree.map(distribute, stored)
 
 
 def _stored(batch: Row, layout: str, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -138,9 +138,9 @@ def _stored(batch: Row, layout: str, mesh: Mesh) -> dict[str, np.ndarray]:
         for row in ids
     ]
 
-    def one(x: np.ndarray) -> np.ndarray:
+    def reorder(x: np.ndarray) -> np.ndarray:
         rows = [plan.to_stored(row) for plan, row in zip(plans, x, strict=True)]
         return np.stack(rows)
 
     positions = np.stack([plan.positions for plan in plans])
-    return {**jax.tree.map(one, batch), "positions": positions}
+    return {**jax.tree.map(reorder, batch), "positions": positions}

@@ -120,7 +120,7 @@ class Corpus:
     def window(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`, int32; fewer if the corpus ends earlier."""
         stop = min(stop, self.size)
-        pieces, found = self.pieces, np.empty(stop - start, np.int32)
+        pieces, tokens = self.pieces, np.empty(stop - start, np.int32)
         number = int(np.searchsorted(pieces.first, start, side="right")) - 1
         at = start
         while at < stop:
@@ -128,9 +128,9 @@ class Corpus:
             end = min(stop, self.size if last else int(pieces.first[number + 1]))
             begin = int(pieces.offset[number]) + at - int(pieces.first[number])
             array = pieces.arrays[pieces.array[number]]
-            found[at - start : end - start] = array[begin : begin + end - at]
+            tokens[at - start : end - start] = array[begin : begin + end - at]
             at, number = end, number + 1
-        return found
+        return tokens
 
     def documents(self) -> Iterator[np.ndarray]:
         """Iterates over documents, int32 tokens each."""
@@ -215,8 +215,8 @@ def digest(arrays: Iterable[np.ndarray], starts: np.ndarray) -> str:
       arrays: all tokens, in order.
       starts: the index at which each document begins.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for array in arrays:
-        found.update(array.astype("<i4").tobytes())
-    found.update(starts.astype("<i8").tobytes())
-    return found.hexdigest()[:16]
+        hasher.update(array.astype("<i4").tobytes())
+    hasher.update(starts.astype("<i8").tobytes())
+    return hasher.hexdigest()[:16]

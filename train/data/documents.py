@@ -99,8 +99,8 @@ def _standard_library() -> list[Path]:
 
 
 def _files(root: Path, pattern: str) -> list[Path]:
-    found = (file for file in root.rglob(pattern) if file.is_file())
-    return sorted(found, key=lambda file: file.relative_to(root).parts)
+    files = (file for file in root.rglob(pattern) if file.is_file())
+    return sorted(files, key=lambda file: file.relative_to(root).parts)
 
 
 def _documents(file: Path, text_field: str) -> Iterator[Document]:
@@ -167,7 +167,7 @@ def _check_column(file: Path, schema: "pyarrow.Schema", text_field: str) -> None
         or pyarrow.types.is_large_string(kind)
         or pyarrow.types.is_string_view(kind)
     ):
-        told = {name: str(kind) for name, kind in kinds.items()}
+        columns = {name: str(kind) for name, kind in kinds.items()}
         raise ValueError(
-            f"{file} has no string column text_field={text_field!r}; it has {told}"
+            f"{file} has no string column text_field={text_field!r}; it has {columns}"
         )

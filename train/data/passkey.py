@@ -121,12 +121,12 @@ class PasskeyRows:
         grown = min(1.0, index / growth) if growth else 1.0
         longest = shortest * (self.length / shortest) ** grown
         least = longest if index % 2 else shortest
-        found: list[int] = []
+        lengths: list[int] = []
         left = self.length
         while left >= shortest:
             # Lengths have a density of 1 / length^2.
             rarest = 1 - least / longest
             length = round(least / (1 - draw.uniform(high=rarest)))
-            found.append(min(length, left))
-            left -= found[-1]
-        return found
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+        return lengths

@@ -51,21 +51,21 @@ def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
     """
     mixture = config.mixture or ((config.path, 1.0),)
     paths, weights = zip(*mixture, strict=True)
-    found = [_load(path, config.text_field, vocabulary) for path in paths]
-    corpora, facts = zip(*found, strict=True)
-    told: dict[str, object] = dict(facts[0])
+    loaded = [_load(path, config.text_field, vocabulary) for path in paths]
+    corpora, facts = zip(*loaded, strict=True)
+    record: dict[str, object] = dict(facts[0])
     if config.mixture:
-        told = {name: [one[name] for one in facts] for name in told}
-        told["weights"] = list(weights)
-    told["tokenizer_fingerprint"] = vocabulary.fingerprint
+        record = {name: [each[name] for each in facts] for name in record}
+        record["weights"] = list(weights)
+    record["tokenizer_fingerprint"] = vocabulary.fingerprint
     if not config.eval_fraction:
-        return Text(corpora, weights, (), told)
+        return Text(corpora, weights, (), record)
     parts = [
         _divided(corpus, config.eval_fraction, path)
         for corpus, path in zip(corpora, paths, strict=True)
     ]
     learnt, held_out = zip(*parts, strict=True)
-    return Text(learnt, weights, held_out, told)
+    return Text(learnt, weights, held_out, record)
 
 
 def _divided(

@@ -141,8 +141,8 @@ def finished_shards(folder: Path) -> list[Shard]:
     Raises:
       ValueError: a file of a shard is missing or damaged.
     """
-    found: list[Shard] = []
-    while (files := shard_files(folder, len(found)))[2].exists():
+    shards: list[Shard] = []
+    while (files := shard_files(folder, len(shards)))[2].exists():
         shard = _shard(_loaded(files[2]))
         for path, expected in zip(files, shard.sha256, strict=False):
             if not path.exists() or sha256(path) != expected:
@@ -150,15 +150,15 @@ def finished_shards(folder: Path) -> list[Shard]:
                     f"{path} has changed since it was written: remove {files[2]}, and "
                     "the same command writes this shard and those after it again"
                 )
-        found.append(shard)
-    return found
+        shards.append(shard)
+    return shards
 
 
 def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> None:
     """Marks the folder as finished, by writing the facts of all shards."""
     dtype = token_dtype(vocabulary.size)
     corpus = _joined(folder, shards, dtype)
-    told = {
+    record = {
         "format": FORMAT,
         "tokenizer": vocabulary.fingerprint,
         "vocab_size": vocabulary.size,
@@ -166,7 +166,7 @@ def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> Non
         **corpus.facts,
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
-    write_json(folder / DONE, told)
+    write_json(folder / DONE, record)
 
 
 def is_token_folder(path: Path | None) -> TypeGuard[Path]:
@@ -185,23 +185,23 @@ def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, Facts]:
             f"data.path={folder} is not finished: run the same python -m "
             "train.tokenize command again to resume it"
         )
-    told: _Record = _loaded(folder / DONE)
-    if told.get("format") != FORMAT:
+    record: _Record = _loaded(folder / DONE)
+    if record.get("format") != FORMAT:
         raise ValueError(
-            f"data.path={folder} has format {told.get('format')!r} but must have "
+            f"data.path={folder} has format {record.get('format')!r} but must have "
             f"{FORMAT}: {AGAIN}"
         )
-    if told["tokenizer"] != vocabulary.fingerprint:
+    if record["tokenizer"] != vocabulary.fingerprint:
         own = folder / "tokenizer.json"
-        way = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
+        option = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
         raise ValueError(
-            f"data.path={folder} was tokenized with {told['tokenizer']}, but "
-            f"data.tokenizer is {vocabulary.fingerprint}: give {way}"
+            f"data.path={folder} was tokenized with {record['tokenizer']}, but "
+            f"data.tokenizer is {vocabulary.fingerprint}: give {option}"
         )
-    shards = [_shard(record) for record in told["shards"]]
-    corpus = _joined(folder, shards, np.dtype(told["dtype"]))
+    shards = [_shard(shard) for shard in record["shards"]]
+    corpus = _joined(folder, shards, np.dtype(record["dtype"]))
     facts = Facts(
-        documents=told["documents"], tokens=told["tokens"], sha256=told["sha256"]
+        documents=record["documents"], tokens=record["tokens"], sha256=record["sha256"]
     )
     return corpus, facts
 

@@ -49,8 +49,8 @@ class Vocabulary:
             raise ValueError(
                 f"{option}={path} is not a tokenizer.json: {error}"
             ) from error
-        told = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
-        return cls(tokenizer, hashlib.sha256(told.encode()).hexdigest()[:16])
+        content = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
+        return cls(tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16])
 
     @property
     def size(self) -> int:
@@ -71,8 +71,10 @@ class Vocabulary:
         if self.tokenizer is None:
             return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
         decoded = [text.decode(errors="replace") for text in texts]
-        found = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=special)
-        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+        encodings = self.tokenizer.encode_batch_fast(
+            decoded, add_special_tokens=special
+        )
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> str:
         """Decodes token ids to text."""

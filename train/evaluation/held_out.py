@@ -66,10 +66,10 @@ class Evaluation:
         own = own_rows(config.batch_size, self.mesh)
         rows = self.text.held_out_rows(config.sequence_length, config.seed)
         data = batches(rows, config.batch_size, own)
-        found = [
+        results = [
             self.nats(params, place(batch, config.layout, self.mesh))
             for batch in islice(data, self.count)
         ]
-        nats, labels = np.sum(jax.device_get(found), axis=0)
+        nats, labels = np.sum(jax.device_get(results), axis=0)
         mean = float(nats / max(labels, 1))
         return Evaluated(eval_loss=mean, eval_perplexity=float(np.exp(mean)))

@@ -17,8 +17,8 @@ def greedy(model: Llama) -> Continue:
     """Returns a function that continues prompts with the most likely tokens."""
 
     def go_on(prompts: np.ndarray, number: int) -> np.ndarray:
-        found = generate(model, jnp.asarray(prompts), number, temperature=0)
-        return np.asarray(found)
+        tokens = generate(model, jnp.asarray(prompts), number, temperature=0)
+        return np.asarray(tokens)
 
     return go_on
 
@@ -39,8 +39,8 @@ def accuracy(
     texts = [document(draw, length, depth) for _ in range(examples)]
     tokens = np.stack([np.frombuffer(text, np.uint8) for text in texts])
     tokens = tokens.astype(np.int32)
-    told = go_on(tokens[:, :-DIGITS], DIGITS)
-    return float((told == tokens).all(1).mean())
+    continued = go_on(tokens[:, :-DIGITS], DIGITS)
+    return float((continued == tokens).all(1).mean())
 
 
 def accuracies(

@@ -97,15 +97,15 @@ class Host:
 
     def commands(self, port: int) -> list[tuple[list[str], dict[str, str]]]:
         """The command of each process, and its additional environment variables."""
-        found = []
+        commands = []
         for index in range(self._number):
             command = [sys.executable, "-m", "train", *self._run]
             if self._number > 1:
                 command += f"--distributed.coordinator localhost:{port}".split()
                 command += f"--distributed.num-processes {self._number}".split()
                 command += f"--distributed.process-id {index}".split()
-            found.append((command, self._own_devices(index)))
-        return found
+            commands.append((command, self._own_devices(index)))
+        return commands
 
     def _own_devices(self, index: int) -> dict[str, str]:
         if self._devices is None:

@@ -74,9 +74,9 @@ class Log:
         seconds, self._last = now - self._last, now
         waited, self._waited = self._waited, 0.0
         self.skipped = self.skipped + 1 if values["skipped"] else 0
-        found = find()
+        evaluation = find()
         if self._outputs is not None:
-            given = StepMetrics(
+            step_metrics = StepMetrics(
                 step=step,
                 loss=values["loss"],
                 grad_norm=values["grad_norm"],
@@ -84,7 +84,9 @@ class Log:
                 skipped=values["skipped"],
                 data_seconds=waited,
             )
-            self._outputs.write(given, found, seconds=seconds, skipped=self.skipped)
+            self._outputs.write(
+                step_metrics, evaluation, seconds=seconds, skipped=self.skipped
+            )
         # The metrics are the same on all processes, so all of them give up.
         if self.skipped == self._most:
             raise GaveUp(step - self._most + 1, step)

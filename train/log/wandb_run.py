@@ -23,14 +23,14 @@ class WandbRun:
     def __init__(self, config: Config):
         path = config.run_dir.resolve()
         digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-        told = json.loads((path / "config.json").read_text())
+        record = json.loads((path / "config.json").read_text())
         self._run = importlib.import_module("wandb").init(
             project=config.log.wandb,
             id=f"{path.name}-{digest}",
             name=path.name,
             dir=str(path),
             resume="allow",
-            config=told,
+            config=record,
         )
 
     def write(self, row: MetricsRow) -> None:

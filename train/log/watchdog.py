@@ -74,13 +74,13 @@ class Watchdog:
     def run(self) -> None:
         """Writes heartbeats and checks the time of steps, until `stop`."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        seen, since, told = self._step, time.monotonic(), False
+        seen, since, reported = self._step, time.monotonic(), False
         while not self._stopped.wait(self._pause):
             self._beat()
             if self._step != seen:
-                seen, since, told = self._step, time.monotonic(), False
-            elif not told and time.monotonic() - since >= self._seconds:
-                told = True
+                seen, since, reported = self._step, time.monotonic(), False
+            elif not reported and time.monotonic() - since >= self._seconds:
+                reported = True
                 self._tell()
         faulthandler.cancel_dump_traceback_later()
         self._path(self._number).unlink(missing_ok=True)
@@ -119,13 +119,13 @@ class Watchdog:
         return self._folder / f"{number}.json"
 
     def _beats(self) -> dict[int, Beat | None]:
-        found: dict[int, Beat | None] = {}
+        beats: dict[int, Beat | None] = {}
         for number in range(self._processes):
             try:
-                found[number] = Beat(*json.loads(self._path(number).read_text()))
+                beats[number] = Beat(*json.loads(self._path(number).read_text()))
             except FileNotFoundError:
-                found[number] = None
-        return found
+                beats[number] = None
+        return beats
 
 
 def _stderr() -> TextIO:
@@ -147,10 +147,10 @@ def stragglers(
       For each such process, a description of what is known about it.
     """
     newest = max(beat.step for beat in now.values() if beat)
-    found = {}
+    late = {}
     for number, beat in now.items():
         if beat is None:
-            found[number] = "has not started, or has exited"
+            late[number] = "has not started, or has exited"
             continue
         why = []
         if beat.step < newest:
@@ -158,5 +158,5 @@ def stragglers(
         if beat == before[number] and number != reader:
             why.append("is not responding: it is stopped, or its host is gone")
         if why:
-            found[number] = ", and ".join(why)
-    return found
+            late[number] = ", and ".join(why)
+    return late
