@@ -2,11 +2,11 @@
 # # 1. The online softmax: why chunks can be merged
 #
 # A long sequence does not fit on one device. So each device holds a *chunk* of the
-# keys and values, and a query has to meet all of them, one chunk after the other.
+# keys and values, and each query has to visit all chunks, one after the other.
 #
 # At first sight that cannot work: the softmax divides by a sum over **all** keys, and
-# a device that sees one chunk does not know that sum. This notebook shows the one
-# identity that makes it work. Everything else in `usp_jax` rests on it.
+# a device that sees one chunk does not know that sum. This notebook shows the
+# identity that makes it work, and on which everything else in `usp_jax` rests.
 
 # %%
 import jax
@@ -32,7 +32,7 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True})
 #
 # $$ p_j = \frac{e^{x_j}}{\sum_i e^{x_i}}, \qquad \text{out} = \sum_j p_j \, v_j . $$
 #
-# Let us take one query and 32 keys, and cut the keys into four chunks of eight.
+# Let us take one query and 32 keys, and split the keys into four chunks of eight.
 
 # %%
 CHUNKS, SIZE, HEAD = 4, 8, 16
@@ -71,8 +71,8 @@ draw_chunks(
 
 # %% [markdown]
 # Look at the last two rows. Within a chunk the bars have **the same shape**. Only
-# their height differs, by one factor a chunk. That factor is what a chunk lacks when
-# it is alone, and it is a single number.
+# their height differs, by one factor per chunk. This single number is all that a chunk
+# lacks on its own.
 #
 # ## What a chunk has to remember
 #
@@ -82,8 +82,8 @@ draw_chunks(
 # $$ p_j = \underbrace{\frac{e^{x_j}}{e^{L_c}}}_{\text{softmax within chunk } c}
 #    \cdot \underbrace{\frac{e^{L_c}}{\sum_d e^{L_d}}}_{w_c} . $$
 #
-# The factor $w_c$ is a softmax again, over the chunks this time. So the pair (out,
-# lse) is all that has to be kept of a chunk, however many keys it had.
+# The factor $w_c$ is a softmax again, this time over the chunks. So the pair (out,
+# lse) is all that has to be kept of a chunk, whatever its number of keys.
 
 # %%
 lse = jax.nn.logsumexp(logits, axis=1)  # [CHUNKS]
@@ -104,8 +104,8 @@ for c in range(CHUNKS):
 #    \text{out} = e^{L_a - L}\, a + e^{L_b - L}\, b . $$
 #
 # In `usp_jax` this is one function, `usp_jax.merge.merge`. The library's attention on
-# one device, `flash_attention`, gives both parts of the pair when it is asked to
-# (`return_residual=True`). Here are whole heads: 64 queries, 4 heads.
+# one device, `flash_attention`, returns both parts of the pair with
+# `return_residual=True`. Here it computes 4 heads with 64 queries each.
 
 # %%
 B, T, N, H = 1, 64, 4, 16
@@ -113,7 +113,7 @@ q, k, v = jax.random.normal(jax.random.key(1), (3, B, T, N, H))
 
 
 def attend(keys):
-    """(out, lse) of all queries over some of the keys."""
+    """Attention of all queries to some of the keys: (out, lse)."""
     return usp_jax.flash_attention(q, k[:, keys], v[:, keys], return_residual=True)
 
 
@@ -122,7 +122,7 @@ expected = jax.nn.dot_product_attention(q, k, v)
 
 
 def merge_all(order):
-    """Merges the four parts in some order."""
+    """Merges the four parts in the given order."""
     out, lse = parts[order[0]]
     for c in order[1:]:
         out, lse = merge(out, lse, *parts[c])
@@ -136,10 +136,10 @@ for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
     print(f"merged in the order {order}: largest error {error:.0e}")
 
 # %% [markdown]
-# Any order will do, and so will any grouping: merging 0 with 1, and 2 with 3, and
-# then the two results, is the same. A chunk in which a query sees nothing (a mask may
-# hide all of it) has out = 0 and lse = -∞, and changes nothing. In the language of
-# algebra: the merge is associative, commutative, and has a neutral element.
+# Any order works, and so does any grouping: merging 0 with 1, 2 with 3, and then the
+# two results, gives the same. A chunk in which a query sees nothing (a mask may hide
+# all of it) has out = 0 and lse = -∞, and changes nothing. In algebraic terms: the
+# merge is associative, commutative, and has a neutral element.
 
 # %%
 left, right = merge(*parts[0], *parts[1]), merge(*parts[2], *parts[3])
@@ -153,9 +153,9 @@ for a, b in ((parts[0], nothing), (nothing, parts[0])):
 # ## Step by step
 #
 # A device does not keep all the parts: it *carries* one pair and merges each chunk
-# into it as it arrives. Below, queries meet 16 chunks of four keys. The lse only ever
-# grows, and the output wanders to its final value. Before the last chunk it is an
-# exact attention, but to the keys seen so far.
+# into it as it arrives. Below, queries visit 16 chunks of four keys. The lse never
+# decreases, and the output moves to its final value. Before the last chunk, the output
+# is exact attention to the keys seen so far.
 
 # %%
 steps = []
@@ -186,9 +186,9 @@ draw_carry((5, 20, 40))
 # %% [markdown]
 # ## Two traps
 #
-# **Overflow.** $e^{x}$ is more than float32 can hold from $x = 89$ on. So sums of
-# exponentials are never stored: the lse is, and before any exponential the larger of
-# the two is subtracted. What is left is at most $e^0 = 1$.
+# **Overflow.** $e^{x}$ overflows float32 from $x = 89$ on. So the lse is stored instead
+# of the sum of exponentials, and before taking exponentials the larger of the two is
+# subtracted. What is left is at most $e^0 = 1$.
 
 # %%
 large = 100 * logits
@@ -199,9 +199,9 @@ assert np.isinf(naive) and np.isfinite(stable)
 
 # %% [markdown]
 # **Rounding.** Models compute in bfloat16, which keeps 8 bits. If the carried pair
-# were rounded to it after each chunk, every merge would add an error, and the more
-# devices the longer the sum of errors. `usp_jax` carries both in float32 and rounds
-# once, at the end. The next picture compares the two.
+# were rounded to bfloat16 after each chunk, every merge would add an error, and with
+# more devices there would be more errors. `usp_jax` carries both in float32 and rounds
+# once, at the end. The next plot compares the two.
 
 
 # %%
@@ -236,13 +236,13 @@ def draw_errors():
 draw_errors()
 
 # %% [markdown]
-# ## Gradients merge, too
+# ## Gradients merge too
 #
 # Training needs the gradients of q, k and v. Once the **final** lse is known, a chunk
 # can compute its own weights without the others, $p_j = e^{x_j - L}$. With
 # $\delta = \text{dout} \cdot \text{out}$ the gradient of a logit is
-# $p_j (\text{dout} \cdot v_j - \delta)$, and dq is the sum of what the chunks give.
-# No chunk needs another one's keys.
+# $p_j (\text{dout} \cdot v_j - \delta)$, and dq is the sum of the chunks'
+# contributions. No chunk needs the keys of another.
 
 # %%
 dout = jax.random.normal(jax.random.key(2), (B, T, N, H))
@@ -268,9 +268,9 @@ assert np.allclose(dq, jax.grad(loss)(q), atol=1e-5)
 # %% [markdown]
 # ## On eight devices
 #
-# Now it is a small step to *ring attention*. Each of eight devices keeps its eighth
-# of the queries and passes its keys and values on to the next device; after eight
-# steps every query has met every key. This is the whole algorithm.
+# From here it is a small step to *ring attention*. Each of eight devices keeps its
+# eighth of the queries and passes its keys and values on to the next device; after
+# eight steps every query has met every key. This is the whole algorithm.
 
 # %%
 mesh = jax.make_mesh((8,), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -291,7 +291,7 @@ assert np.allclose(ring_attention(q, k, v), expected, atol=1e-6)
 print("eight devices, each with one eighth of the keys, agree with one device")
 
 # %% [markdown]
-# The library's ring (`usp_jax/ring/`) is this loop with masks, a gradient of its
-# own, and each hop sent off before the chunk that hides it is computed. The next
-# notebook draws who holds what at each step, and joins the ring with a second way to
+# The library's ring (`usp_jax/ring/`) is this loop with masks, its own gradient, and
+# each hop started before the chunk that hides it is computed. The next notebook draws
+# which device holds what at each step, and combines the ring with a second way to
 # split attention.

@@ -2,13 +2,13 @@
 # # 2. Ulysses, Ring, and both on one mesh
 #
 # Attention is a table: each query (a row) meets each key (a column), and there is one
-# such table for each head. There are two ways to share that work when every device
-# starts with one piece of the sequence:
+# such table for each head. There are two ways to share this work when each device
+# starts with one shard of the sequence:
 #
 # * **Ulysses** trades tokens for heads: afterwards a device has *all tokens of some
-#   heads*, and no one else is needed.
-# * **Ring** keeps *all heads of some tokens* where they are, and sends keys and
-#   values round.
+#   heads*, and needs no other device.
+# * **Ring** leaves *all heads of some tokens* where they are, and sends keys and
+#   values around the ring.
 #
 # USP puts the devices on a grid and does both. This notebook follows every token and
 # head with the library's own functions, and draws which device has it.
@@ -36,10 +36,10 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True})
 # %% [markdown]
 # ## Tokens that know their names
 #
-# We take 8 tokens and 8 heads for 8 devices. Instead of numbers to compute with, the
-# array holds a name in each place: (token, head). Then we do what USP does on each
+# We take 8 tokens and 8 heads for 8 devices. Instead of numbers to compute with, each
+# element of the array is a name: (token, head). Then we do what USP does on each
 # device, and look at which names it has. A mesh is a grid of `ring` × `ulysses`
-# devices: device `d` stands in row `d // ulysses` and column `d % ulysses`.
+# devices: device `d` is in row `d // ulysses` and column `d % ulysses`.
 
 # %%
 TOKENS = HEADS = DEVICES = 8
@@ -76,7 +76,7 @@ journeys = {name: journey(mesh) for name, mesh in meshes.items()}
 
 # %%
 def owners(held):
-    """Which device holds each (token, head): int [T, N]."""
+    """The device that holds each (token, head), int [T, N]."""
     grid = np.full((TOKENS, HEADS), -1)
     for device, its in enumerate(held):
         for token, head in its.reshape(-1, 2):
@@ -92,7 +92,7 @@ INK = np.where(COLORS @ (0.3, 0.6, 0.1) > 0.55, "black", "white")
 
 
 def label_devices(axes, grid):
-    """Writes each device's number into the middle of what it holds."""
+    """Writes each device's number in the middle of what it holds."""
     for device in range(DEVICES):
         y, x = np.argwhere(grid == device).mean(0)
         style = {"color": INK[device], "weight": "bold", "ha": "center", "va": "center"}
@@ -116,9 +116,8 @@ def draw_owners(panels, width):
 #
 # Each colour and number is a device. At first a device has one token of all heads (a
 # row). One *all-to-all* later it has all tokens of one head (a column). A head's
-# attention needs nothing but its own queries, keys and values, so each device
-# computes its head as if it were alone. A second all-to-all brings the output back to
-# rows.
+# attention needs only its own queries, keys and values, so each device computes its
+# head on its own. A second all-to-all brings the output back to rows.
 
 # %%
 stored, queries, keys = journeys["Ulysses"]
@@ -133,7 +132,7 @@ assert (owners(queries) == np.arange(HEADS)[None, :]).all()
 #
 # ## Ring: `make_mesh(ring=8)`
 #
-# Queries never move. Keys and values move on to the next device at each step: look at
+# Queries never move. Keys and values move to the next device at each step: look at
 # where token 0 is (the top row). After eight steps each device has seen all keys. The
 # partial results are merged as [notebook 1](01_online_softmax.ipynb) shows.
 
@@ -149,15 +148,15 @@ assert (owners(queries) == np.arange(TOKENS)[:, None]).all()
 assert len(keys) == 8  # eight steps, so seven hops
 
 # %% [markdown]
-# There may be as many devices as there are tokens. The price is seven hops in place
-# of one exchange.
+# There may be as many devices as there are tokens. The price is seven hops instead of
+# one exchange.
 #
 # ## Both: `make_mesh(ring=4, ulysses=2)`
 #
-# Now pairs of devices (0 and 1, 2 and 3, …) make a small all-to-all: each then has
-# two tokens of four heads. Along the other direction of the grid there are two rings
-# of four devices: 0 → 2 → 4 → 6 for the heads on the left, and 1 → 3 → 5 → 7 for
-# those on the right. Three hops are enough.
+# Now pairs of devices (0 and 1, 2 and 3, …) do a small all-to-all: each then has two
+# tokens of four heads. Along the other direction of the grid there are two rings of
+# four devices: 0 → 2 → 4 → 6 for the heads on the left, and 1 → 3 → 5 → 7 for those on
+# the right. Three hops are enough.
 
 # %%
 stored, queries, keys = journeys["both"]
@@ -171,13 +170,13 @@ draw_owners(
 # ## Every query meets every key exactly once
 #
 # At each step a device computes the part of each head's table that belongs to its
-# queries and to the keys it holds. We mark these parts with the device and the step,
-# and check that nothing is left out or done twice.
+# queries and the keys it holds. We mark these parts with the device and the step, and
+# check that nothing is left out or computed twice.
 
 
 # %%
 def work(queries, keys):
-    """The device and the step that compute each pair: two int [N, T, S]."""
+    """The device and the step that compute each pair, int [N, T, S] each."""
     device_of = np.full((HEADS, TOKENS, TOKENS), -1)
     step_of = device_of.copy()
     for step, held in enumerate(keys):
@@ -216,15 +215,15 @@ draw_work((0, 7))
 # %% [markdown]
 # The colour is the device, the number is the step. Ulysses gives a whole table to one
 # device, in one step. In the ring all heads look the same: a device has a row, and
-# walks along it, starting at its own key. Both together: half of the heads, a quarter
-# of the rows, four steps.
+# moves along it, starting at its own key. With both, a device has half of the heads
+# and a quarter of the rows, and takes four steps.
 #
 # ## The real thing
 #
-# `usp_attention` is one function for all of these; only the mesh differs. It gives
-# what attention on one device gives, and its compiled program has just the
-# collectives that the pictures show: *all-to-alls* for Ulysses (of q, of k and v side
-# by side, and of the output) and one *permute* for each hop of the ring.
+# `usp_attention` is one function for all of these; only the mesh differs. It returns
+# the same as attention on one device, and its compiled program has only the collectives
+# in the pictures: *all-to-alls* for Ulysses (one for q, one for k and v together, one
+# for the output) and one *permute* for each hop of the ring.
 
 # %%
 B, T, N, H = 1, 256, 8, 16
@@ -252,15 +251,16 @@ for name, mesh in meshes.items():
 assert exchanges == [[3, 0], [0, 7], [3, 3]]
 
 # %% [markdown]
-# Ulysses sends least, but has an end when the heads do. The ring has none, and sends
-# more. The grid takes a middle way, and its two directions fit machines with two
-# kinds of links: the talkative all-to-all inside a node, the ring between nodes.
+# Ulysses sends least, but cannot use more devices than there are heads. The ring has no
+# such limit, and sends more. The grid is a compromise, and its two directions suit
+# machines with two kinds of links: the all-to-all inside a node, the ring between
+# nodes.
 #
 # ## Fewer key and value heads
 #
-# Most models today have fewer heads for keys and values than for queries (GQA). They
-# are sent as few as they are. If there are fewer than devices in the all-to-all, each
-# device gets those that its queries need, and no more:
+# Most models today have fewer heads for keys and values than for queries (GQA). Only
+# these few heads are sent. If there are fewer of them than devices in the all-to-all,
+# each device receives only those that its queries need:
 
 # %%
 heads = Heads(num_heads=8, num_kv_heads=2, ulysses_size=4)
@@ -278,6 +278,6 @@ q, k, v = arrays[0], arrays[1, :, :, :2], arrays[2, :, :, :2]
 assert np.allclose(attend(q, k, v), jax.nn.dot_product_attention(q, k, v), atol=1e-5)
 
 # %% [markdown]
-# So far every query saw every key. With a causal mask half of the table is empty, and
-# some devices would wait for others. [Notebook 3](03_layouts_and_balance.ipynb) is
+# So far every query has seen every key. With a causal mask half of the table is empty,
+# and some devices would wait for others. [Notebook 3](03_layouts_and_balance.ipynb) is
 # about that.

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 3. Layouts, masks and balance: nobody should wait
+# # 3. Layouts, masks and balance: no device should wait
 #
-# With a mask, most pairs of a query and a key need not be computed. That is a gift
-# only if **every device** gets its share of it: a ring moves on when its slowest
-# device is done. Which device has which tokens decides who works how long. This
-# notebook counts the work, draws it, and balances it.
+# With a mask, many pairs of a query and a key need not be computed. This saves time
+# only if **every device** gets its share of the savings: a step of the ring ends when
+# its slowest device is done. How long a device works depends on which tokens it has.
+# This notebook counts the work, draws it, and balances it.
 
 # %%
 import functools
@@ -30,15 +30,15 @@ mesh = usp_jax.make_mesh(ring=RING)
 # %% [markdown]
 # ## Three orders of the same tokens
 #
-# A *layout* says in which order the tokens are stored. The stored row is then cut
-# into equal pieces, one for each device of the ring.
+# A *layout* is the order in which the tokens are stored. The stored row is then cut
+# into equal shards, one for each device of the ring.
 #
 # * `contiguous`: device 0 has the first tokens, device 7 the last.
 # * `zigzag`: the row is cut into 16 chunks; device $r$ has chunk $r$ from the front
 #   and chunk $r$ from the back.
 # * `striped`: device $r$ has every eighth token.
 #
-# `layout_positions` tells the position of each stored token. Here are 64 tokens,
+# `layout_positions` returns the position of each stored token. Here are 64 tokens,
 # coloured by the device that has them.
 
 # %%
@@ -65,14 +65,13 @@ draw_layouts(64)
 # ## What a device sees
 #
 # With a causal mask a query sees the keys up to its own position. Below is the table
-# of queries and keys *in stored order*; black lines separate the devices. A block of
-# rows is what one device computes; in the ring it meets one block of columns at each
-# step.
+# of queries and keys *in stored order*; black lines separate the devices. A device
+# computes one band of rows; in the ring it visits one band of columns at each step.
 
 
 # %%
 def seen(positions, segment_ids=None):
-    """Which stored query sees which stored key, causal: bool [T, T]."""
+    """The causal mask of stored queries (rows) and stored keys, bool [T, T]."""
     tokens = Tokens(jnp.asarray(positions), segment_ids)
     return np.asarray(visible(Mask(MaskRule(is_causal=True), tokens, tokens)))
 
@@ -100,13 +99,14 @@ draw_masks(
 #
 # `usp_jax.ring_balance` counts the visible pairs of every two shards. At step $i$
 # device $r$ has the keys of device $r - i$. In each map a row is a device, a column
-# is a step, and the number is its work, where 1 (grey) is what everybody would have
-# if all work were even. Red works while blue waits. Two figures sum it up:
+# is a step, and the number is its work, where 1 (grey) is an even share. Red devices
+# work while blue ones wait. Two numbers summarize a map:
 #
-# * **totals**: the work of the busiest device over the mean. What a device would take
-#   if nobody waited.
-# * **path**: at each step all wait for the slowest, so add up the largest number of
-#   each column, over the mean. How long the ring takes. **1 is perfect.**
+# * **totals**: the work of the busiest device, divided by the mean. This would be the
+#   relative time of the ring if no device waited at each step.
+# * **path**: at each step all devices wait for the slowest, so this is the sum of the
+#   largest number of each column, divided by the mean. It is the relative time of the
+#   ring. **1 is perfect.**
 
 
 # %%
@@ -140,10 +140,10 @@ causal = {
 draw_work(causal)
 
 # %% [markdown]
-# In the contiguous layout device 0 has work in its first step only, and device 7 in
-# all. At every step *someone* has a full block, so the ring takes as long as without
-# a mask: half of the time is spent waiting. Zigzag and striped bring it to the ideal.
-# They do the same work: what is visible does not depend on the order.
+# In the contiguous layout device 0 has work only in its first step, and device 7 in
+# all steps. At every step *some device* has a full block, so the ring takes as long as
+# without a mask: half of the time is spent waiting. Zigzag and striped reach the ideal.
+# The total work is the same: which pairs are visible does not depend on the order.
 
 # %%
 ideal = LENGTH * (LENGTH + 1) // 2
@@ -155,12 +155,12 @@ for layout in ("zigzag", "striped"):
 # %% [markdown]
 # ## Packed documents
 #
-# Real batches pack several documents into one row, and a token sees its own document
-# only. Then zigzag is no longer even: a device whose two chunks lie in a long
-# document works much longer than one with the short ones. `usp_jax.balance` looks at
-# the lengths of the documents, cuts the row into chunks, and gives each device the
-# same number of chunks and nearly the same number of visible pairs. Its result is
-# data: an order, the positions, the documents' numbers.
+# Real batches pack several documents into one row, and a token sees only its own
+# document. Then zigzag is no longer even: a device whose two chunks are in a long
+# document works much longer than one with short documents. `usp_jax.balance` takes the
+# lengths of the documents, cuts the row into chunks, and gives each device the same
+# number of chunks and nearly the same number of visible pairs. Its result is data: an
+# order, positions, and segment ids.
 
 # %%
 documents = [2900, 180, 90, 1500, 60, 240, 700, 1100, 130, 410, 882]
@@ -176,8 +176,8 @@ packed["balanced"] = usp_jax.ring_balance(plan.positions, plan.segment_ids, RING
 draw_work(packed)
 
 # %% [markdown]
-# Numbers above 2 are drawn in the same red. Again the sum of the work is the same,
-# and again it is the path that counts.
+# Numbers above 2 are drawn in the same red. Again the total work is the same, and the
+# path determines the time.
 
 # %%
 assert len({work.pairs.sum() for work in packed.values()}) == 1
@@ -215,14 +215,14 @@ draw_owners()
 
 # %% [markdown]
 # Each device (a colour) has a part of each long document: a zigzag of many turns.
-# Here it is drawn with chunks of 128 tokens, so that they can be seen; smaller ones
-# are evener.
+# Here it is drawn with chunks of 128 tokens, so that they can be seen; smaller chunks
+# balance better.
 #
 # ## The result is the same
 #
-# An order that the data loader chose is `layout="data"`: the positions and the
-# documents go in with the call. We compare with plain attention on one device in
-# natural order, with the whole 1024 × 1024 mask, in all three ways.
+# For an order chosen by the data loader, use `layout="data"`, and pass positions and
+# segment ids with the call. We compare all three layouts with plain attention on one
+# device, in natural order and with the whole 1024 × 1024 mask.
 
 # %%
 small = [n // 8 for n in (2900, 180, 90, 1500, 60, 240, 700, 1100, 130, 410)]
@@ -266,9 +266,9 @@ check(
 # %% [markdown]
 # ## Windows: when contiguous wins
 #
-# With a sliding window a query sees the last tokens only. In the contiguous layout
-# these lie on its own device and on the one before. All other steps see nothing, and
-# `usp_attention` leaves such hops out of the compiled program altogether.
+# With a sliding window a query sees only the last tokens. In the contiguous layout
+# these are on its own device and the previous one. In all other steps nothing is
+# visible, and `usp_attention` leaves these hops out of the compiled program.
 
 # %%
 WINDOW = (127, 0)  # a query sees 127 tokens before it, and itself
@@ -296,7 +296,7 @@ assert hops["contiguous"] == 1 and hops["striped"] == RING - 1
 assert hops["zigzag"] < RING - 1
 
 # %% [markdown]
-# ## Which one to take
+# ## Which one to choose
 #
 # | your rows | layout |
 # |---|---|

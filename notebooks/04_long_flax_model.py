@@ -3,7 +3,7 @@
 #
 # You have a Flax model, and its sequences no longer fit on one device. This notebook
 # changes one argument of its attention layer, for NNX and for Linen, and checks that
-# the outputs and all gradients stay what they were.
+# the outputs and all gradients stay the same.
 #
 # ```diff
 #   layer = nnx.MultiHeadAttention(
@@ -30,9 +30,9 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True})
 # %% [markdown]
 # ## Before
 #
-# A language model in as few lines as can be: embeddings of tokens and positions, one
-# attention layer, and logits. `attend` is the only thing that we shall change; by
-# default it is Flax's own attention, which wants a causal mask of T × T entries.
+# A minimal language model: embeddings of tokens and positions, one attention layer,
+# and logits. We shall change only `attend`; by default it is Flax's own attention,
+# which needs a causal mask of T × T entries.
 
 # %%
 VOCABULARY, FEATURES, HEADS, LONGEST = 64, 64, 8, 4096
@@ -76,12 +76,12 @@ print(f"loss {loss_before:.6f}, with a mask of {mask.size:,} entries")
 #
 # 1. **A mesh.** Eight devices as `ring=4` × `ulysses=2` (see
 #    [notebook 2](02_ulysses_and_ring.ipynb)).
-# 2. **The attention.** `attention_fn(mesh, is_causal=True, layout="zigzag")` takes
-#    the place of Flax's function. The mask is an option now, and no array.
-# 3. **The order.** Permute what comes *into* the model, once: tokens, targets,
-#    positions. Everything else in a transformer looks at one token at a time and does
-#    not care. Shift the targets first, as above: in the new order a token's neighbour
-#    is not the next one of the text.
+# 2. **The attention.** `attention_fn(mesh, is_causal=True, layout="zigzag")` replaces
+#    Flax's function. The mask is now an option, not an array.
+# 3. **The order.** Permute the *inputs* of the model, once: tokens, targets,
+#    positions. Everything else in a transformer works on one token at a time and is
+#    not affected. Shift the targets first, as above: in the new order a token's
+#    neighbour is not the next token of the text.
 
 # %%
 mesh = usp_jax.make_mesh(ring=4, ulysses=2)
@@ -101,8 +101,8 @@ print(f"loss {loss_after:.6f}, with the sequence split over {mesh.size} devices"
 assert np.isclose(loss_before, loss_after, rtol=1e-6)
 
 # %% [markdown]
-# The parameters are the same and have the same names, so a checkpoint of one is a
-# checkpoint of the other. The gradients agree in every one of them.
+# The parameters are the same and have the same names, so a checkpoint of one model
+# works for the other. The gradients of all parameters agree.
 
 
 # %%
@@ -117,8 +117,8 @@ def largest_differences(expected, actual):
         name: float(abs(a - b).max() / abs(a).max())
         for name, (a, b) in zip(names, pairs, strict=True)
     }
-    # The keys' bias has no gradient: it moves all logits of a query alike, which a
-    # softmax ignores. What is computed for it is rounding.
+    # The keys' bias has no gradient: it shifts all logits of a query alike, which a
+    # softmax ignores. Its computed gradient is only rounding error.
     return {name: x for name, x in found.items() if not name.endswith("key.bias")}
 
 
@@ -136,19 +136,19 @@ def check_gradients(expected, actual):
 check_gradients(nnx.to_pure_dict(grads_before), nnx.to_pure_dict(grads_after))
 
 # %% [markdown]
-# ## What it bought
+# ## What it saves
 #
-# We do not have to believe that it needs less memory: the compiler says so. We
-# compile the gradient at several lengths, run nothing, and read how many bytes of
-# temporary memory **one device** needs.
+# The compiler reports how much memory each model needs. We compile the gradient at
+# several lengths, without running it, and read how many bytes of temporary memory
+# **one device** needs.
 
 
 # %%
 def temporary_bytes(model, length, sharding=None):
-    """Bytes that one device needs beside the parameters, to compute the gradients."""
+    """Bytes that one device needs for the gradients, in addition to the parameters."""
     graphdef, params = nnx.split(model)
     row = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)
-    # Flax's own attention is given a mask, ours is told is_causal.
+    # Flax's own attention takes a mask; ours has is_causal=True.
     masks = [jax.ShapeDtypeStruct((1, 1, length, length), jnp.float32)]
     masks = masks if sharding is None else []
 
@@ -180,8 +180,8 @@ def draw_memory():
 draw_memory()
 
 # %% [markdown]
-# Flax's attention writes the table of all pairs down, so twice the tokens need four
-# times the memory. Ours grows no faster than the length, and eight devices share it.
+# Flax's attention stores the table of all pairs, so twice the tokens need four times
+# the memory. Ours grows no faster than the length, and eight devices share it.
 
 # %%
 growth = {name: values[-1] / values[-2] for name, values in needed.items()}
@@ -193,8 +193,8 @@ assert plain > 3.5 and ours < 2.1
 # %% [markdown]
 # ## Packed documents
 #
-# Where you gave the layer a dense mask for documents or padding, give it a
-# `SequenceMask`: one number for each token, its document, and -1 for padding.
+# Where you passed the layer a dense mask for documents or padding, pass a
+# `SequenceMask`: the number of each token's document, or -1 for padding.
 
 # %%
 documents = np.repeat([[0, 1, 2, -1]], [200, 150, 130, 32], axis=1)
@@ -214,8 +214,8 @@ print("three documents and some padding: equal")
 # %% [markdown]
 # ## What it refuses
 #
-# An option that attention over a split sequence cannot honour is never dropped in
-# silence. The error says what to do instead.
+# An option that attention over a split sequence cannot honour raises an error, which
+# says what to do instead.
 
 # %%
 try:
@@ -226,9 +226,8 @@ else:
     raise AssertionError("a dense mask was taken")
 
 # %% [markdown]
-# And this is what happens if you forget step 3: nothing fails, but the model sees the
-# tokens in a wrong order, and the loss is another one. When you change a model, make
-# this comparison.
+# If you forget step 3, nothing fails, but the model sees the tokens in the wrong order,
+# and the loss is different. When you change a model, make this comparison.
 
 # %%
 wrong = nnx.jit(loss)(after, tokens, targets, positions)
@@ -238,8 +237,8 @@ print(f"loss {wrong:.6f} in the wrong order, {loss_before:.6f} is right")
 # %% [markdown]
 # ## The same in Linen
 #
-# `flax.linen.MultiHeadDotProductAttention` takes the same function. Here for the
-# layer alone, its output and all gradients.
+# `flax.linen.MultiHeadDotProductAttention` takes the same function. Here we compare the
+# output and all gradients of the layer alone.
 
 # %%
 x = jax.random.normal(jax.random.key(1), (2, T, FEATURES))
@@ -269,6 +268,6 @@ assert np.allclose(out_before, out_after, atol=1e-5)
 check_gradients(grads_before, grads_after)
 
 # %% [markdown]
-# For a new model, `usp_jax.nn.USPAttention` is a layer with grouped heads and RoPE
-# whose positions follow the layout, and `usp_jax.models.llama` is a whole model.
+# For a new model, `usp_jax.nn.USPAttention` is a layer with grouped heads, and with
+# RoPE whose positions follow the layout; `usp_jax.models.llama` is a whole model.
 # [Notebook 5](05_choose_a_mesh.ipynb) chooses the mesh.

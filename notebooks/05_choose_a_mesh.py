@@ -31,8 +31,8 @@ K, GIB = 1024, 2**30
 # %% [markdown]
 # ## The question
 #
-# Train LLaMA3-8B on 32 H100: four nodes of eight. Inside a node links are fast,
-# between nodes they are slow. One sequence of 64K tokens a step.
+# Train LLaMA3-8B on 32 H100: four nodes of eight. Links are fast inside a node, and
+# slow between nodes. Each step takes one sequence of 64K tokens.
 
 # %%
 job = plan.job_of("llama3-8b", "h100", sequence=64 * K, devices=32)
@@ -45,7 +45,7 @@ print(
 
 # %% [markdown]
 # `plan.plan` tries every mesh, ZeRO level and policy of recomputing (`remat`), and
-# ranks what fits by the time of a step. What cannot be has a reason.
+# ranks the choices that fit by the time of a step. The others come with a reason.
 
 # %%
 rows = plan.plan(job)
@@ -68,9 +68,9 @@ for reason, count in reasons.most_common():
 # %% [markdown]
 # ## Ring against Ulysses
 #
-# Now only the split of the sequence: `ring` × `ulysses` = 32, everything else alike.
-# For lengths from 16K to 2M tokens we ask for the time of a step, and draw how much
-# slower each split is than the best one at that length.
+# Now we vary only the split of the sequence: `ring` × `ulysses` = 32. For lengths from
+# 16K to 2M tokens we ask for the time of a step, and draw how much slower each split is
+# than the best one at that length.
 
 # %%
 DEGREES = (1, 2, 4, 8, 16, 32)
@@ -108,11 +108,11 @@ def draw_times():
 draw_times()
 
 # %% [markdown]
-# At each of these lengths the best split fills a node with Ulysses and sends the ring
-# over the slow links between nodes. A ring alone loses most where sequences are
-# short: a chunk of 2K tokens, as was measured on an H100, reaches a third of the rate
-# of one of 16K. Long sequences forgive nearly anything, because work grows with the
-# square of the length and traffic does not.
+# At each of these lengths the best split fills a node with Ulysses and runs the ring
+# over the slow links between nodes. A ring alone loses most with short sequences: a
+# chunk of 2K tokens, measured on an H100, reaches a third of the rate of a chunk of
+# 16K. With long sequences the split matters less, because work grows with the square
+# of the length and traffic does not.
 
 # %%
 assert all(DEGREES[i] == machine.node for i in seconds.argmin(0))
@@ -123,14 +123,14 @@ print(f"a ring alone: {alone[0]:.1f} times the best at 16K, {alone[-1]:.2f} at 2
 # %% [markdown]
 # ## Where the time goes
 #
-# The parts of a step at 64K tokens. What is hidden behind work is not counted, so
-# `ring` is the time that devices stand and wait for a hop, and `exchanges` are the
-# all-to-alls.
+# Here are the parts of a step at 64K tokens. Communication that is hidden behind work
+# is not counted, so `ring` is the time that devices wait for a hop, and `exchanges` is
+# the time of the all-to-alls.
 
 
 # %%
 def draw_bars(axes, rows, names, attribute, unit):
-    """One stacked bar for each row, by the parts of its time or memory."""
+    """Draws a stacked bar for each row, with the parts of its time or memory."""
     left = np.zeros(len(rows))
     parts = [field.name for field in dataclasses.fields(getattr(rows[0], attribute))]
     sizes = {
@@ -156,15 +156,15 @@ attention = {u: row.seconds.attention for u, row in zip(DEGREES, splits, strict=
 exchanges = {u: row.seconds.exchanges for u, row in zip(DEGREES, splits, strict=True)}
 assert attention[1] > 2 * attention[8]
 assert exchanges[32] > exchanges[16] > 2 * exchanges[8]
-# Every hop is hidden behind the chunk beside it.
+# Every hop is hidden behind the chunk that is computed meanwhile.
 assert all(row.seconds.ring == 0 for row in splits)
 
 # %% [markdown]
 # ## What fits
 #
-# Memory is the other half of the question. The same mesh at 512K tokens, by what the
-# backward pass computes again instead of keeping. The black line is what a device
-# has.
+# Memory is the other half of the question. Here is the same mesh at 512K tokens, for
+# each policy of what the backward pass recomputes. The black line is the memory of a
+# device.
 
 # %%
 POLICIES = ("none", "dots", "attention_qkv", "attention", "full")
@@ -181,7 +181,7 @@ for remat, row in zip(POLICIES, kept, strict=True):
     print(f"{remat:<14} {row.seconds.total:6.2f} s a step, {fits}")
 
 # %% [markdown]
-# And the longest sequence that fits in any way at all, by the number of devices:
+# And the longest sequence for which any choice fits, by the number of devices:
 
 # %%
 counts = (8, 16, 32, 64)
@@ -196,11 +196,10 @@ assert all(b > 1.5 * a for a, b in zip(longest, longest[1:], strict=False))
 # %% [markdown]
 # ## Is it true?
 #
-# Seconds and memory are models, and say so: one machine was timed. What is *sent*,
-# though, is a formula, and a compiled program either sends so many bytes or does not.
-# We compile attention for our eight fake devices, forward and backward, for each
-# split, with 8 query heads and 2 heads for keys and values, and read every
-# collective.
+# Seconds and memory are estimates: only one machine was timed. The number of bytes
+# *sent*, though, is a formula, which a compiled program can confirm. We compile
+# attention for our eight fake devices, forward and backward, for each split, with 8
+# query heads and 2 heads for keys and values, and read every collective.
 
 # %%
 B, T, HEADS, KV_HEADS, HEAD_SIZE = 1, 1024, 8, 2, 16
@@ -208,14 +207,14 @@ SPLITS = ((8, 1), (4, 2), (2, 4), (1, 8))
 
 
 def sent(program):
-    """Bytes that a device sends: (in all-to-alls, round the ring)."""
+    """Bytes that a device sends: (in all-to-alls, around the ring)."""
     totals = {kind: x.wire_bytes for kind, x in by_kind(collectives(program)).items()}
     exchanged = totals.pop("all-to-all", 0)
     return np.array([exchanged, sum(totals.values())])
 
 
 def compiled_bytes(ring, ulysses):
-    """Of the forward and the backward program: [2, 2]."""
+    """Bytes sent by the forward and the backward program, [2, 2]."""
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
     attend = functools.partial(
         usp_jax.usp_attention, is_causal=True, layout="zigzag", mesh=mesh
@@ -272,16 +271,16 @@ def draw_bytes():
 draw_bytes()
 
 # %% [markdown]
-# The backward pass of a ring sends the gradients of keys and values in float32 beside
-# the keys and values themselves; that is why it sends more.
+# The backward pass of a ring sends the gradients of keys and values in float32, in
+# addition to the keys and values themselves; that is why it sends more.
 #
-# On Linux, `pip install 'usp_jax[aot]'` brings the compilers of real machines, and
-# `python -m usp_jax.plan … --verify` puts their figures beside the plan's in the same
+# On Linux, `pip install 'usp_jax[aot]'` installs the compilers of real machines, and
+# `python -m usp_jax.plan … --verify` compares their figures with the plan's in the same
 # way: bytes sent and memory of the whole training step.
 #
 # ## The command
 #
-# The plan ends with what to type. It also says which of the seven tips of the
+# The plan ends with the command to type. It also reports which of the seven tips of the
 # [USP paper](https://arxiv.org/abs/2405.07719) a choice goes against, if any.
 
 # %%

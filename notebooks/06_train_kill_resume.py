@@ -2,12 +2,12 @@
 # # 6. Train, kill, resume on another mesh, generate
 #
 # Long runs get interrupted: a machine fails, a job is preempted, next week there are
-# fewer devices. A training run here is its folder. Start the same command again and
-# it goes on where its newest checkpoint stands, **on whatever mesh it is given**, as
-# if nothing had happened.
+# fewer devices. A training run here is a folder. Run the same command again and it
+# resumes from its newest checkpoint, **on whatever mesh you give it**, as if nothing
+# had happened.
 #
-# We train a very small LLaMA three times: once without a break, once until we kill
-# it, and then on from there on another mesh. The losses must be the same.
+# We train a very small LLaMA three times: once without interruption, once until we
+# kill it, and once resuming that run on another mesh. The losses must be the same.
 
 # %%
 import json
@@ -34,7 +34,7 @@ FOLDER = Path(folder.name)
 # %% [markdown]
 # ## The text
 #
-# Something that a very small model can learn in a minute: sums.
+# Here is something that a very small model can learn in a minute: sums.
 
 # %%
 draw = random.Random(0)
@@ -49,9 +49,9 @@ print(text[:40], "...")
 # %% [markdown]
 # ## The command
 #
-# `python -m train PRESET` trains; options replace what the preset says. We take the
-# preset `tiny` and make everything smaller. `--fake-devices 8` makes eight CPU
-# devices in that process; on a real machine it is left out.
+# `python -m train PRESET` trains a preset; options replace its values. We take the
+# preset `tiny` and make everything smaller. `--fake-devices 8` creates eight CPU
+# devices in that process; on a real machine give `--fake-devices None`.
 
 # %%
 STEPS = 60
@@ -83,7 +83,7 @@ def command(run, devices, **mesh):
 
 
 def start(run, devices, **mesh):
-    # Programs are compiled once and found again by the next run.
+    # Programs are compiled once and cached for the next run.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(FOLDER / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -106,7 +106,7 @@ def finish(process):
 
 
 def losses(run):
-    """The loss after each step that the run has told of."""
+    """The loss after each step that the run has logged."""
     path = FOLDER / run / "metrics.jsonl"
     if not path.exists():
         return {}
@@ -115,7 +115,7 @@ def losses(run):
 
 
 # %% [markdown]
-# ## A run without a break
+# ## A run without interruption
 #
 # On eight devices, `ring=4` × `ulysses=2`.
 
@@ -129,8 +129,8 @@ assert whole[STEPS] < whole[1] / 3
 # %% [markdown]
 # ## Kill it
 #
-# The same run again, in another folder. As soon as it has told of step 27 it gets
-# SIGKILL, which no program can catch: it is gone at once, wherever it is.
+# Here is the same run again, in another folder. As soon as it has logged step 27 it
+# gets SIGKILL, which no program can catch: it dies at once, whatever it is doing.
 
 # %%
 process = start("killed", 8, ring=4, ulysses=2)
@@ -145,27 +145,27 @@ print(f"ended with {process.returncode}, the last row is step {max(killed)}")
 assert process.returncode == -9 and max(killed) < STEPS
 
 # %% [markdown]
-# ## Go on, on another mesh
+# ## Resume on another mesh
 #
-# Now there are four devices, and they are split in another way: `data=2`, so that
-# each half takes half of the rows, and `ring=2`. The checkpoint was written from
-# eight devices in another arrangement; each device reads the parts that it needs now.
+# Now there are four devices, in a different mesh: `data=2`, so that each half takes
+# half of the rows, and `ring=2`. The checkpoint was written from eight devices in
+# another arrangement; each device reads the parts that it needs now.
 
 # %%
 told = finish(start("killed", 4, data=2, ring=2, ulysses=1))
 resumed = losses("killed")
-message = next(line for line in told.splitlines() if "going on" in line)
+message = next(line for line in told.splitlines() if "resuming" in line)
 restored = int(message.split()[-1])
 print(message)
 assert 0 < restored <= max(killed) and restored % 10 == 0
 assert list(resumed) == list(range(1, STEPS + 1))
 
 # %% [markdown]
-# Steps that came after the checkpoint were computed again; their old rows are gone
-# from `metrics.jsonl`, so no step is told twice. Up to the checkpoint the losses are
-# equal to the last bit. After it they come from another mesh, which adds up numbers
-# in another order, and agree to the precision of float32. In the lower picture a
-# difference of exactly 0 is drawn at $10^{-9}$.
+# Steps after the checkpoint were computed again; their old rows were removed from
+# `metrics.jsonl`, so no step is logged twice. Up to the checkpoint the losses are
+# equal to the last bit. After it they come from another mesh, which adds numbers in
+# another order, and agree to the precision of float32. In the lower plot a difference
+# of exactly 0 is drawn at $10^{-9}$.
 
 # %%
 steps = np.arange(1, STEPS + 1)
@@ -204,21 +204,21 @@ draw_losses()
 # %% [markdown]
 # ## What it has learnt
 #
-# A run ends with a sample of what the model writes. The prompt was `2 + 2 =`.
+# A run ends with a sample from the trained model. The prompt was `2 + 2 =`.
 
 # %%
-sample = told.partition("a sample of what it has learnt:\n")[2].strip()
+sample = told.partition("a sample from the trained model:\n")[2].strip()
 print(sample)
 assert sample.startswith("2 + 2 =")
 
 # %% [markdown]
-# It has learnt what a line of the text looks like. Whether the sums are right is
-# asking a lot of 60 steps; train it longer and see.
+# It has learnt what a line of the text looks like. To get the sums right is asking a
+# lot of 60 steps; train it longer and see.
 
 # %%
 folder.cleanup()
 
 # %% [markdown]
-# The same holds on real machines: SIGTERM, which schedulers send before they take a
-# machine away, makes the trainer write a checkpoint first and exit with code 0. So no
-# step is lost at all, and the scheduler's restart is the same command.
+# The same works on real machines: at SIGTERM, which schedulers send before they take a
+# machine away, the trainer writes a checkpoint and exits with code 0. So no step is
+# lost, and the scheduler restarts the same command.

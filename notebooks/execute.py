@@ -1,10 +1,10 @@
-"""Runs notebooks from top to bottom and keeps what they show: `make notebooks`.
+"""Runs notebooks from top to bottom and saves their outputs: `make notebooks`.
 
     python notebooks/execute.py [NOTEBOOK.py ...]
 
-The .py file of a pair is the source, the .ipynb beside it is written anew. What differs
-from run to run or tells of the machine (ids, times, versions) is not kept, so that only
-what a notebook says or shows makes a difference.
+The .py file of a pair is the source; the .ipynb file next to it is overwritten.
+Metadata that vary between runs or machines (ids, times, versions) are not saved, so
+that only changes of a notebook's text and outputs show up as differences.
 """
 
 import os
@@ -16,7 +16,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
-# XLA's alarms about slow compiles tell of the machine, not of the notebook.
+# XLA's warnings about slow compiles depend on the machine, not on the notebook.
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
 

@@ -1,4 +1,4 @@
-"""`python -m train PRESET [--section.key value ...]`; see `cli.py`, `loop.py`."""
+"""Entry point of `python -m train PRESET [--section.key value ...]`."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from train.stopping import stop_at_sigterm
 
 
 def main() -> None:
-    """Trains; exits with 2 for wrong options, with 1 for what breaks off a run."""
+    """Trains a run; exits with 2 for bad options or files, 1 if the run fails."""
     _quiet_orbax()
     try:
         config = parse(sys.argv[1:])
@@ -31,7 +31,7 @@ def main() -> None:
     with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:
         try:
             run = build(config)
-        # Of the system: a file of text that may not be read, for instance.
+        # OSError: for instance, a text file that cannot be read.
         except (ValueError, OSError) as error:
             _give_up(error, status=2)
         try:
@@ -45,20 +45,20 @@ def main() -> None:
 
 
 def _quiet_orbax() -> None:
-    """Leaves out the pages that orbax and its writers tell of what it also raises."""
+    """Silences the logs of errors that orbax and its writers also raise."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    tell = sys.unraisablehook
+    original = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        # For each array whose writing fails after the first one's has.
+        # Raised once for each array that fails to be written after the first one.
         if str(unraisable.exc_value) != "Event loop is closed":
-            tell(unraisable)
+            original(unraisable)
 
     sys.unraisablehook = hook
 
 
 def start_jax(config: Config) -> None:
-    """Makes fake devices and joins other processes; nothing may have used jax yet."""
+    """Makes fake devices and joins other processes; call it before using jax."""
     if config.fake_devices is not None:
         make_fake_devices(config.fake_devices)
     distributed = config.distributed
@@ -78,7 +78,7 @@ def _give_up(error: Exception, *, status: int) -> NoReturn:
 def _break_off(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Threads that wait for a disk or for other processes would hold it for minutes.
+    # Threads waiting for a disk or other processes would delay the exit by minutes.
     os._exit(1)
 
 

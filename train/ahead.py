@@ -1,6 +1,7 @@
-"""A run's step as a program for machines that are not here.
+"""Compiles a run's training step ahead of time, for machines that are not present.
 
-What `train.loop` compiles, of shapes: no parameter is made and no text is read.
+This is the step that `train.loop` compiles, given only shapes: no parameters are
+created and no text is read.
 """
 
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ from usp_jax import aot
 def step_of(
     config: Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.stages.Wrapped, tuple[State, Batch]]:
-    """The jitted step of a run on some devices, and its arguments as shapes.
+    """The jitted training step of a run, and its arguments as shapes.
 
     Args:
-      devices: of `usp_jax.aot.topology` for instance; None: those of this process.
+      config: the run.
+      devices: the devices to run on, for instance those of `usp_jax.aot.topology`;
+        None uses the devices of this process.
 
     Raises:
-      ValueError: a run that cannot be.
+      ValueError: the config is invalid.
     """
     check(config)
     mesh = make_mesh(config.mesh, devices)
@@ -36,13 +39,14 @@ def step_of(
 
 
 def compile_for(config: Config, machine: str) -> aot.Report:
-    """What the compiler of a machine says of a run's step.
+    """Compiles a run's training step for a machine and returns the compiler's report.
 
     Args:
-      machine: as `usp_jax.aot.topology` takes it, "v5p:4x4x4".
+      config: the run.
+      machine: a machine as in `usp_jax.aot.topology`, such as "v5p:4x4x4".
 
     Raises:
-      ValueError: a run that cannot be, or a machine that is not known.
+      ValueError: the config is invalid, or the machine is unknown.
       ImportError: the machine's compiler is not installed.
     """
     topology = aot.topology(machine)

@@ -1,13 +1,13 @@
-"""The mesh that the planner thinks fastest, in place of one that is told.
+"""Chooses a run's mesh with the planner, instead of from the command line.
 
-    python -m train tiny --auto-mesh          # for the devices that are here
-    python -m train tiny --auto-mesh v5p      # for as many of another machine
+    python -m train tiny --auto-mesh          # for the devices of this machine
+    python -m train tiny --auto-mesh v5p      # for as many devices of another machine
 
 The planner also chooses the ZeRO level, a pipeline's micro-batches and rounds, what the
-backward pass recomputes, whether the feed-forward network is taken in tiles, whether
-the sequence is split over tensor too, and in how many parts a step takes its rows. The
-ring schedule and head groups are those of the run. With `--optimizer.offload` it may
-use the host's memory.
+backward pass recomputes, whether the feed-forward network is computed in tiles, whether
+the sequence is also split over `tensor`, and the number of gradient accumulation parts.
+The ring schedule and head groups are those of the run. With `--optimizer.offload` the
+planner may use the host's memory.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ STAND_IN = "v5e"
 
 
 def planned(config: Config) -> Config:
-    """The run with the mesh that is planned for it; itself when none is asked for.
+    """Returns the run with its planned mesh, or unchanged if `auto_mesh` is None.
 
-    Says which machine it planned for. There must be jax devices already.
+    Prints the machine that was planned for. jax must already have its devices.
 
     Raises:
-      ValueError: an unknown machine, or nothing fits; as `usp_jax.plan.best`.
+      ValueError: the machine is unknown, or no plan fits (see `usp_jax.plan.best`).
     """
     if config.auto_mesh is None:
         return config
@@ -43,16 +43,16 @@ def planned(config: Config) -> Config:
         sequence=config.sequence_length,
         batch=config.batch_size,
         devices=jax.device_count(),
-        # Of the same lengths, and as even.
+        # "striped" needs the same lengths and is as well balanced.
         layout="striped" if config.layout == "balanced" else config.layout,
         offload=config.optimizer.offload,
     )
     memory, seconds = row.known
     if jax.process_index() == 0:
         print(
-            f"auto-mesh: {describe(row.choice)}: the fastest on {row.job.devices} x "
-            f"{name}{why}, as planned {seconds.total:.3g} s a step and "
-            f"{memory.peak / GIB:.3g} GiB a device",
+            f"auto-mesh: {describe(row.choice)}: the fastest plan on "
+            f"{row.job.devices} x {name}{why}, with {seconds.total:.3g} s per step and "
+            f"{memory.peak / GIB:.3g} GiB per device",
             flush=True,
         )
     choice = row.choice
@@ -68,18 +68,18 @@ def planned(config: Config) -> Config:
     return config
 
 
-def _machine(asked: str) -> tuple[str, str]:
-    """(name, why it stands for the devices that are here)."""
-    if asked != HERE:
-        return asked, ""
+def _machine(requested: str) -> tuple[str, str]:
+    """Returns (machine name, reason it was used for this machine's devices)."""
+    if requested != HERE:
+        return requested, ""
     here = jax.devices()[0]
     if here.platform == "cpu":
-        return STAND_IN, " (which these CPU devices stand for)"
+        return STAND_IN, " (assumed for these CPU devices)"
     device = of_kind(here.device_kind)
     names = [machine.name for machine in plan.MACHINES]
     if device is None or device.name not in names:
         raise ValueError(
-            f"auto_mesh={asked!r}: nothing is known of {here.device_kind!r} devices; "
-            f"name the nearest machine, one of: {', '.join(names)}"
+            f"auto_mesh={requested!r}: {here.device_kind!r} devices are unknown to the "
+            f"planner; name the most similar machine, one of: {', '.join(names)}"
         )
     return device.name, ""

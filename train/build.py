@@ -1,4 +1,4 @@
-"""The parts of a run, made from its `Config`; every mistake is told here."""
+"""Builds the parts of a run from its `Config`, and reports mistakes in it."""
 
 import dataclasses
 import json
@@ -30,12 +30,17 @@ from usp_jax.models.llama import Llama
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of, all that can be wrong having been told.
+    """The checked parts of a run.
 
     Attributes:
-      data: the iterator over batches, which has state of its own.
-      evaluation: of held-out documents, or None.
-      state: before the first step.
+      config: the options of the run.
+      mesh: the devices that it trains on.
+      vocabulary: text to token ids and back.
+      data: the iterator over batches; it has its own state.
+      evaluation: the evaluation on held-out documents, or None.
+      checkpoints: the checkpoints in the run directory.
+      graphdef: the model without its parameters.
+      state: the state before the first training step.
     """
 
     config: Config
@@ -49,10 +54,10 @@ class Run:
 
 
 def build(config: Config) -> Run:
-    """Reads the text and makes the model, or reads the weights that it begins with.
+    """Reads the text, and creates the model or loads its initial weights.
 
     Raises:
-      ValueError: a run that cannot be, or a run directory that holds another one.
+      ValueError: the config is invalid, or the run directory holds another run.
     """
     check(config)
     check_wandb(config.log.wandb)
@@ -91,8 +96,8 @@ def _mesh(config: Config) -> Mesh:
     sizes, count = config.mesh.sizes, config.mesh.devices
     if count > jax.device_count():
         raise ValueError(
-            f"mesh={sizes} needs {count} devices, there are {jax.device_count()}; "
-            f"--fake-devices {count} makes as many on a CPU"
+            f"mesh={sizes} needs {count} devices, but there are {jax.device_count()}; "
+            f"--fake-devices {count} creates them on a CPU"
         )
     return make_mesh(config.mesh)
 
@@ -100,7 +105,7 @@ def _mesh(config: Config) -> Mesh:
 def _record(
     config: Config, mesh: Mesh, facts: Mapping[str, object]
 ) -> dict[str, object]:
-    """What config.json says of this run."""
+    """The contents of config.json for this run."""
     environment = {
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -122,10 +127,10 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
     done = checkpoints.newest() or 0
     if done > config.steps:
         raise ValueError(
-            f"run_dir={config.run_dir} has done {done} steps already, "
-            f"steps={config.steps} is fewer: give more, or another --run-dir"
+            f"run_dir={config.run_dir} has already done {done} steps, more than "
+            f"steps={config.steps}: give a larger --steps, or another --run-dir"
         )
-    # Nobody compares with what process 0 writes now.
+    # Every process has compared before process 0 overwrites the file.
     multihost_utils.sync_global_devices("run directory is compared")
     if jax.process_index() == 0:
         try:
@@ -137,6 +142,6 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
 
 def _unwritable(config: Config, error: OSError) -> ValueError:
     return ValueError(
-        f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it was "
+        f"run_dir={config.run_dir} cannot be written to: {error}; nothing in it has "
         "changed: make it writable, or give another --run-dir"
     )

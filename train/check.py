@@ -1,4 +1,4 @@
-"""What is wrong with a `Config`, as far as that shows without a device or a file."""
+"""Checks of a `Config` that need no device and no file."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from usp_jax.models.optimizer import check_adamw
 
 
 def check(config: Config) -> None:
-    """Raises ValueError, with the option and the remedy, for what cannot be trained."""
+    """Raises ValueError, naming the option and the remedy, for an invalid config."""
     _check_numbers(config)
     for name, values in (("layout", STORED_LAYOUTS), ("dtype", DTYPES)):
         if getattr(config, name) not in values:
@@ -87,15 +87,15 @@ def _check_numbers(config: Config) -> None:
     check_adamw(config.optimizer, "optimizer.")
     if config.sample.length and not config.sample.prompt:
         raise ValueError(
-            "sample.prompt='' must have at least one character, or sample.length be 0"
+            "sample.prompt='' must have at least one character, unless sample.length=0"
         )
 
 
 def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if data.mixture and data.path is not None:
         raise ValueError(
-            f"data.path={data.path} and data.mixture={_told(data.mixture)} are two "
-            "texts: give one of them"
+            f"data.path={data.path} and data.mixture={_told(data.mixture)} cannot be "
+            "combined: give one of them"
         )
     for path, weight in data.mixture:
         if not 0 < weight < math.inf:
@@ -107,7 +107,7 @@ def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if bool(data.eval_fraction) != (evaluation.every is not None):
         raise ValueError(
             f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
-            "give both, the part that is held out and the steps between evaluations"
+            "give both, the fraction to hold out and the steps between evaluations"
         )
 
 
@@ -120,19 +120,20 @@ def _check_traced(config: Config) -> None:
     if traced and traced[-1] > config.steps:
         raise ValueError(
             f"profile.steps={config.profile.steps!r} must end at {config.steps + 1} or "
-            f"before, as steps={config.steps}"
+            f"earlier, because steps={config.steps}"
         )
 
 
 def _check_distributed(config: DistributedConfig) -> None:
     number, own = config.num_processes, config.process_id
-    given = (number is not None, own is not None)
+    present = (number is not None, own is not None)
     explicit = config.coordinator not in (None, "auto")
-    if explicit != all(given) or any(given) != all(given):
+    if explicit != all(present) or any(present) != all(present):
         raise ValueError(
             f"distributed.coordinator={config.coordinator!r}, "
             f"num_processes={config.num_processes}, process_id={config.process_id}: "
-            "give all three, with host:port; or coordinator=auto alone; or none"
+            "give all three, with coordinator=host:port; or only coordinator=auto; or "
+            "none of them"
         )
     if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(

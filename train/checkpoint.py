@@ -1,8 +1,8 @@
-"""Checkpoints: the state and the place in the data, written by orbax.
+"""Checkpoints: the state and the position in the data, written by orbax.
 
-A checkpoint is a folder that gets its name when all of it is written, so a process
-killed at any moment leaves none that is half there. Writing goes on beside training;
-what goes wrong then is told at the next step.
+A checkpoint is a folder that is renamed into place once it is fully written, so a
+killed process leaves no partial checkpoint. Writing runs in the background of training;
+its errors are raised at the next training step.
 """
 
 import sys
@@ -23,21 +23,21 @@ from train.digests import damage, has_digests, write_digests
 from train.state import State
 
 T = TypeVar("T")
-# A state as orbax has it: arrays, or their shapes, in dicts.
+# A state in orbax's form: arrays, or their shapes, in dicts.
 Tree = dict[str, object]
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written, or none that can be read."""
+    """Raised when a checkpoint cannot be written, or when none can be read."""
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a run goes on, be its checkpoints damaged or not."""
+    """Returns True if the run has a checkpoint to resume from, damaged or not."""
     return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
 
 
 class Checkpoints:
-    """The checkpoints of a run, as many of them as the config keeps."""
+    """The checkpoints of a run, limited to those that the config keeps."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self._folder, self._config = folder.absolute(), config
@@ -49,10 +49,10 @@ class Checkpoints:
             kept.append(managers.EveryNSeconds(60 * config.keep_minutes))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(kept),
-            # What a killed process has begun.
+            # Removes what a killed process left unfinished.
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
-                # Others wait while process 0 makes the digests.
+                # The other processes wait while process 0 computes the digests.
                 timeout_secs=3600,
                 post_finalization_callback=self._written,
             ),
@@ -60,7 +60,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def _written(self) -> None:
-        # Called by process 0 before the folder gets its name; one is written at a time.
+        # Process 0 calls this before the folder is renamed. Only one is being written.
         (folder,) = self._folder.glob("*.orbax-checkpoint-tmp*")
         write_digests(folder)
 
@@ -69,17 +69,19 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """The number of steps done at the newest checkpoint, if there is one."""
+        """The training step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def due(self, step: int) -> bool:
-        """Whether it is time for one after this step; the same for all processes.
+        """Returns True if a checkpoint is due after this training step.
+
+        All processes get the same answer.
 
         Raises:
-          CheckpointError: the one before could not be written.
+          CheckpointError: the previous checkpoint could not be written.
         """
         if not self._manager.is_saving_in_progress():
-            # Raises what the writer has met.
+            # Raises the writer's error, if there was one.
             self._tried(self._manager.wait_until_finished)
         config = self._config
         if step % config.every == 0 or config.every_minutes is None:
@@ -89,10 +91,12 @@ class Checkpoints:
         return bool(multihost_utils.broadcast_one_to_all(np.array(late)))
 
     def save(self, step: int, state: State, data: grain.DatasetIterator) -> None:
-        """Begins to write, unless this step is there; the state may be donated then.
+        """Starts writing a checkpoint, unless this step already has one.
+
+        The state may be donated afterwards.
 
         Raises:
-          CheckpointError: this one or the one before cannot be written.
+          CheckpointError: this checkpoint or the previous one cannot be written.
         """
         self._saved = time.monotonic()
         if step in self._manager.all_steps():
@@ -106,14 +110,21 @@ class Checkpoints:
     def restore_newest(
         self, state: State, data: grain.DatasetIterator
     ) -> tuple[State, int]:
-        """The newest state that is whole, in the shards of `state`, and its step.
+        """Restores the newest undamaged checkpoint, sharded like `state`.
 
-        The state as it is and 0 where there is no checkpoint. A damaged one is told of
-        and kept under another name. `data` is set back too. The arrays of `state`
-        are deleted, so that there are never two states.
+        A damaged checkpoint is reported and renamed. The arrays of `state` are deleted
+        first, so that two states are never in memory.
+
+        Args:
+          state: the state before the first training step.
+          data: the iterator to set to the checkpoint's position.
+
+        Returns:
+          The state and its training step; `state` itself and 0 if there is no
+          checkpoint.
 
         Raises:
-          CheckpointError: all of them are damaged.
+          CheckpointError: all checkpoints are damaged.
         """
         steps = self.steps()
         if not steps:
@@ -125,23 +136,29 @@ class Checkpoints:
         wanted = jax.tree.map(describe, _tree(state))
         jax.tree.map(lambda x: x.delete(), state)
         for number, step in enumerate(reversed(steps)):
-            found, wrong = self._restored(step, wanted)
-            if found is not None:
+            saved, wrong = self._restored(step, wanted)
+            if saved is not None:
                 self._set_aside(steps[len(steps) - number :])
-                data.set_state(found.data)
-                return State(**found.state), step
+                data.set_state(saved.data)
+                return State(**saved.state), step
             if wrong is not None:
-                told = f"error: the checkpoint of step {step} is damaged: {wrong}"
-                print(told, file=sys.stderr, flush=True)
+                message = f"error: the checkpoint of step {step} is damaged: {wrong}"
+                print(message, file=sys.stderr, flush=True)
         raise CheckpointError(
-            f"none of the checkpoints {steps} in {self._folder} is whole: take the "
-            "folder away to begin anew, or give another --run-dir"
+            f"all checkpoints {steps} in {self._folder} are damaged: remove the folder "
+            "to start over, or give another --run-dir"
         )
 
     def _restored(
         self, step: int, wanted: Tree
     ) -> tuple[ocp.args.Composite | None, str | None]:
-        """What was saved, or None and why not; the same for all processes."""
+        """Restores one checkpoint.
+
+        All processes agree on whether it was restored.
+
+        Returns:
+          What was saved and None, or None and the damage that this process found.
+        """
         folder = self._folder / str(step)
         wrong = damage(folder, jax.process_index(), jax.process_count())
         if _anywhere(wrong is not None):
@@ -152,29 +169,32 @@ class Checkpoints:
         if has_digests(folder):
             return self._manager.restore(step, args=items), None
         try:
-            found, wrong = self._manager.restore(step, args=items), None
-        # An old one, without digests: whatever its readers raise.
+            saved, wrong = self._manager.restore(step, args=items), None
+        # An old checkpoint without digests: its readers may raise anything.
         except Exception as error:
-            found, wrong = None, f"{type(error).__name__}: {_line(error)}"
-        return (None, wrong) if _anywhere(found is None) else (found, None)
+            saved, wrong = None, f"{type(error).__name__}: {_line(error)}"
+        return (None, wrong) if _anywhere(saved is None) else (saved, None)
 
     def _set_aside(self, damaged: Sequence[int]) -> None:
-        """Renames damaged checkpoints, for their steps will be saved again."""
+        """Renames damaged checkpoints, because their steps will be saved again."""
         if not damaged:
             return
         if jax.process_index() == 0:
             for step in damaged:
                 aside = _free(self._folder / f"damaged-{step}")
                 (self._folder / str(step)).rename(aside)
-                print(f"it is kept as {aside}; the one before is used", file=sys.stderr)
+                print(
+                    f"it is kept as {aside}; the previous checkpoint is used",
+                    file=sys.stderr,
+                )
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits until all is written.
+        """Waits until all checkpoints are written.
 
         Raises:
-          CheckpointError: the last one could not be written.
+          CheckpointError: the last checkpoint could not be written.
         """
         self._tried(self._manager.wait_until_finished)
         self._manager.close()
@@ -182,13 +202,13 @@ class Checkpoints:
     def _tried(self, do: Callable[[], T]) -> T:
         try:
             return do()
-        # Whatever its writers raise: of Python, of tensorstore, of other processes.
+        # The writers may raise anything: Python, tensorstore, other processes.
         except Exception as error:
             names = (path.name for path in self._folder.iterdir())
             whole = sorted(int(name) for name in names if name.isdigit())
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self._folder}: {_line(error)}; "
-                f"those of steps {whole} are whole, and the same command goes on from "
+                f"those of steps {whole} are intact, and the same command resumes from "
                 "the last of them"
             ) from error
 
@@ -202,18 +222,18 @@ def _tree(state: State) -> Tree:
 
 
 def _anywhere(here: bool) -> bool:
-    """Whether it is so in any process."""
+    """Returns True if `here` is true in any process."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
 def _free(path: Path) -> Path:
-    """A name that is not taken."""
-    number, found = 1, path
-    while found.exists():
-        number, found = number + 1, path.with_name(f"{path.name}-{number}")
-    return found
+    """Returns `path`, or the path with a number added if it exists."""
+    number, free = 1, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _line(error: Exception) -> str:

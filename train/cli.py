@@ -15,43 +15,43 @@ USAGE = "python -m train PRESET [--section.key value ...]"
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The run that the arguments ask for; exits after `--help` or a bad option.
+    """Parses the command line into a run; exits after `--help` or a bad option.
 
     Raises:
-      ValueError: no such preset, a run that cannot be, a mesh that is both told and to
-        be planned, or no model where the run is to begin with one.
+      ValueError: the preset is unknown, the config is invalid, a mesh is given together
+        with `--auto-mesh`, or the folder of `--init-from` has no model.
     """
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
         name, options = next(iter(PRESETS)), ["--help"]
-        told = [
+        lines = [
             f"  {key}: {str(make.__doc__).splitlines()[0]}"
             for key, make in PRESETS.items()
         ]
-        print("\n".join([f"{USAGE}\n\npresets:", *told]))
-        print(f"\noptions, with the values of {name}:\n")
+        print("\n".join([f"{USAGE}\n\npresets:", *lines]))
+        print(f"\noptions, with the defaults of {name}:\n")
     elif name.startswith("-"):
         raise ValueError(
-            f"the first argument is {name!r}, it must be a preset: {', '.join(PRESETS)}"
+            f"the first argument {name!r} must be a preset: {', '.join(PRESETS)}"
         )
     config = tyro.cli(
         Config,
         default=preset(name),
         args=_with_machine(options),
         prog=f"python -m train {name}",
-        description="Trains a LLaMA whose sequence is split over devices.",
+        description="Trains a LLaMA with its sequence split over devices.",
     )
     config = with_published_model(config, options)
     if config.auto_mesh is not None:
         _check_nothing_told(options)
-        # The preset's would be checked, though it is not used.
+        # The preset's mesh is unused, and must not be checked.
         config = dataclasses.replace(config, mesh=MeshConfig(), accumulate=1)
     check(config)
     return config
 
 
 def _with_machine(options: Sequence[str]) -> list[str]:
-    """The options, with a machine after an `--auto-mesh` that has none."""
+    """Adds the default machine after an `--auto-mesh` without a value."""
     words = ["--auto-mesh" if word == "--auto_mesh" else word for word in options]
     if "--auto-mesh" in words:
         after = words.index("--auto-mesh") + 1
@@ -61,18 +61,19 @@ def _with_machine(options: Sequence[str]) -> list[str]:
 
 
 def _check_nothing_told(options: Sequence[str]) -> None:
-    """Raises ValueError for what the planner is to choose."""
+    """Raises ValueError if an option is given that the planner chooses."""
     names = [
         field.name.replace("_", "-")
         for field in dataclasses.fields(Tuning)
-        # The plan is made for these, as the run has them.
+        # The plan takes these from the run.
         if field.name not in ("ring_schedule", "ulysses_chunks")
     ]
     tuning = (f"--model.{no}{name}" for name in names for no in ("", "no-"))
     chosen = ("--mesh.", "--accumulate", *tuning)
-    told = [word for word in options if word.replace("_", "-").startswith(chosen)]
-    if told:
+    conflicts = [word for word in options if word.replace("_", "-").startswith(chosen)]
+    if conflicts:
         raise ValueError(
-            f"{told[0]} beside --auto-mesh: the planner chooses mesh.*, accumulate "
-            f"and, of model.*, {', '.join(names)}; leave one of the two out"
+            f"{conflicts[0]} cannot be combined with --auto-mesh: the planner chooses "
+            f"mesh.*, accumulate and, of model.*, {', '.join(names)}; leave out one of "
+            "the two"
         )

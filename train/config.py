@@ -1,7 +1,7 @@
-"""What a run is: one frozen, typed dataclass with a section for each subject.
+"""The options of a run: one frozen, typed dataclass with a section for each subject.
 
 A preset (`presets.py`) is a function that returns a `Config`; the command line replaces
-fields of it, and `check.py` says what is wrong with one.
+its fields, and `check.py` validates it.
 """
 
 import dataclasses
@@ -17,34 +17,34 @@ from usp_jax.models.optimizer import AdamW
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.training import Training
 
-# "balanced" is the op's "data": each row has an order of its own.
+# "balanced" is called "data" in the op: each row has its own order.
 STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUTS)
 HERE = "here"
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Staging, MeshSizes):
-    """Devices along each axis of the mesh, outermost first, and how they are used."""
+    """Devices along each mesh axis, outermost first, and how they are used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Computation, Decoder):
-    """Sizes of the LLaMA, and how a device computes its part of it."""
+    """Sizes of the LLaMA, and how each device computes its part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The text.
+    """The training text.
 
     Attributes:
       path: a text file, which is one document; a .jsonl or .parquet file; a folder of
-        such files, all of which are read; or a folder that `python -m train.tokenize`
-        wrote. None is the source text of the running Python's standard library.
-      mixture: several of these instead of `path`, each with the weight by which rows
-        are drawn from it: `--data.mixture code/ 0.7 prose.jsonl 0.3`.
-      tokenizer: a tokenizer.json; None takes bytes as tokens.
-      text_field: what holds the text in JSON lines, and the column of Parquet.
-      eval_fraction: of the documents, which are not learnt from: `eval` uses them.
+        such files, all of which are read; or a folder written by `python -m
+        train.tokenize`. None uses the source of Python's standard library.
+      mixture: several paths to use instead of `path`, each with the weight with which
+        its rows are drawn: `--data.mixture code/ 0.7 prose.jsonl 0.3`.
+      tokenizer: a tokenizer.json; None uses bytes as tokens.
+      text_field: the JSON field or Parquet column that holds the text.
+      eval_fraction: fraction of the documents held out from training for evaluation.
     """
 
     path: Path | None = None
@@ -56,11 +56,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """The loss of documents that are not learnt from, see `data.eval_fraction`.
+    """Evaluation of the loss on held-out documents, see `data.eval_fraction`.
 
     Attributes:
-      every: steps between two evaluations, beside the one at the end; None for none.
-      batches: how many batches of held-out rows are looked at, the same each time.
+      every: steps between evaluations, in addition to one at the end; None disables
+        evaluation.
+      batches: number of held-out batches to evaluate, the same each time.
     """
 
     every: int | None = None
@@ -69,13 +70,13 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyConfig:
-    """A task that is made up, instead of text: see `data/passkey.py`.
+    """A synthetic retrieval task that replaces the text, see `data/passkey.py`.
 
     Attributes:
-      enabled: trains on it, and on no text.
-      shortest: tokens of a document, at the least.
-      growth_rows: the number of rows in which the longest document grows from
-        `shortest` to a whole row; 0 begins with whole rows.
+      enabled: train on passkey documents instead of text.
+      shortest: minimum number of tokens in a document.
+      growth_rows: number of rows over which the longest document grows from
+        `shortest` to a whole row; 0 starts with whole rows.
     """
 
     enabled: bool = False
@@ -85,11 +86,11 @@ class PasskeyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(AdamW):
-    """AdamW, warm-up and cosine.
+    """AdamW with warm-up and cosine decay.
 
     Attributes:
-      max_skipped: a step whose loss or gradient is not finite changes nothing; after
-        this many in a row the run gives up.
+      max_skipped: number of consecutive steps without a finite loss and gradient after
+        which the run gives up. Such a step changes nothing.
     """
 
     max_skipped: int = 10
@@ -97,17 +98,17 @@ class OptimizerConfig(AdamW):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints, beside the one at the end and the one at SIGTERM.
+    """When to write checkpoints, in addition to those at the end and at SIGTERM.
 
     Attributes:
-      every: steps between two.
-      every_minutes: after so many minutes without one there is one too; several
-        processes then wait for each other at each step.
-      keep: how many of the newest stay.
-      keep_period: of the others, those of steps that are a multiple of this stay too.
-      keep_minutes: and one in each so many minutes.
-      stopped_status: the program's exit status after SIGTERM: 0, unless whoever starts
-        it again, as Kubernetes does, does so only after a failure.
+      every: steps between checkpoints.
+      every_minutes: also write a checkpoint after this many minutes without one; with
+        several processes, they then wait for each other at each step.
+      keep: number of newest checkpoints to keep.
+      keep_period: also keep the checkpoints of steps that are a multiple of this.
+      keep_minutes: also keep one checkpoint for each interval of this many minutes.
+      stopped_status: exit status after SIGTERM. Use a nonzero one with schedulers that
+        restart a program only after a failure, as Kubernetes does.
     """
 
     every: int = 100
@@ -120,16 +121,17 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is told of the steps.
+    """What is logged and printed.
 
     Attributes:
-      every: steps between two rows of metrics.jsonl.
-      print_every: steps between two printed lines, where there is no terminal.
+      every: steps between rows of metrics.jsonl.
+      print_every: steps between printed lines when the output is not a terminal.
       spike_factor: a loss is a spike when it is more than this many median absolute
         deviations above the median of the last `spike_window` losses.
-      watchdog_seconds: a step that takes longer is told of, with the processes that
-        it waits for; 0 watches nothing.
-      wandb: the Weights & Biases project that gets the rows too.
+      spike_window: number of last losses that a spike is measured against.
+      watchdog_seconds: report a step that takes longer, and the processes that it
+        waits for; 0 disables the watchdog.
+      wandb: Weights & Biases project to log to as well.
     """
 
     every: int = 1
@@ -142,10 +144,11 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """A trace of what devices and host do in some steps, for XProf.
+    """Profiling of devices and host in some steps, for XProf.
 
     Attributes:
-      steps: "10:13" traces steps 10, 11 and 12, into the run directory's `profile`.
+      steps: steps to trace into the run directory's `profile` folder: "10:13" traces
+        steps 10, 11 and 12.
     """
 
     steps: str | None = None
@@ -155,28 +158,28 @@ class ProfileConfig:
         """The steps to trace.
 
         Raises:
-          ValueError: `steps` is no range of steps.
+          ValueError: `steps` is not a range of steps.
         """
         if self.steps is None:
             return range(0)
         match = re.fullmatch(r"(\d+):(\d+)", self.steps)
-        found = range(*map(int, match.groups())) if match else range(0)
-        if not found or found[0] < 1:
+        steps = range(*map(int, match.groups())) if match else range(0)
+        if not steps or steps[0] < 1:
             raise ValueError(
                 f"profile.steps={self.steps!r} must be FIRST:END with 1 <= FIRST < "
-                "END, as 10:13 for steps 10, 11 and 12"
+                "END, such as 10:13 for steps 10, 11 and 12"
             )
-        return found
+        return steps
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """The text that the trained model writes at the end.
+    """The text that the trained model generates at the end.
 
     Attributes:
-      prompt: how it begins.
-      length: tokens that the model adds; 0 for no sample.
-      temperature: 0 takes the likeliest token.
+      prompt: text that the sample begins with.
+      length: number of tokens to generate; 0 for no sample.
+      temperature: sampling temperature; 0 takes the most likely token.
     """
 
     prompt: str = "def "
@@ -186,12 +189,13 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train together.
+    """Training with several processes.
 
     Attributes:
       coordinator: host:port of process 0; "auto" reads the cluster's environment
-        (SLURM, TPU pods, JAX_COORDINATOR_ADDRESS and its like); None is one process.
-      num_processes, process_id: needed with host:port.
+        (SLURM, TPU pods, JAX_COORDINATOR_ADDRESS and the like); None is one process.
+      num_processes: number of processes; needed with host:port.
+      process_id: number of this process, from 0; needed with host:port.
     """
 
     coordinator: str | None = None
@@ -201,26 +205,26 @@ class DistributedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run.
+    """The options of a run.
 
     Attributes:
-      steps: of the optimizer, after which the run is complete.
-      sequence_length: tokens of a row.
-      batch_size: rows of a step, over all devices.
-      accumulate: in how many parts, one after the other, a step takes its rows; the
-        gradients are added up, and memory for activations is that of one part.
-      layout: the order in which a row is stored on the mesh; "balanced" gives each row
-        the order in which its documents are equal work for all of the ring.
-      seed: of the first parameters and of the order of the data.
-      run_dir: where the run is kept; a run that is there already goes on.
-      init_from: a folder in the Hugging Face format with the weights that the run
-        begins with; None draws them. The model's sizes are then the folder's.
-      fake_devices: this many CPU devices in each process, instead of what there is.
-      auto_mesh: a machine of `usp_jax.plan`, or "here" for that of the devices; the
-        planner then chooses mesh.*, accumulate and, of model.*, the fields of
+      steps: number of optimizer steps, after which the run is complete.
+      sequence_length: tokens in a row.
+      batch_size: rows in a step, over all devices.
+      accumulate: number of sequential parts into which a step divides its rows. Their
+        gradients are summed, and activations take the memory of one part.
+      layout: the order in which a row is stored on the mesh; "balanced" orders each
+        row so that its documents are equal work for every device of the ring.
+      seed: seed of the initial parameters and of the order of the data.
+      run_dir: folder of the run; a run that is already there is resumed.
+      init_from: a folder in the Hugging Face format with the initial weights, which
+        also sets the model's sizes; None draws random weights.
+      fake_devices: use this many fake CPU devices in each process.
+      auto_mesh: a machine of `usp_jax.plan`, or "here" for this machine; the planner
+        then chooses mesh.*, accumulate and, of model.*, the fields of
         `usp_jax.models.execution.Tuning`.
       dtype: dtype of the computation: float32, bfloat16 or float64 (which needs
-        JAX_ENABLE_X64=1); model.param_dtype is that of the stored parameters.
+        JAX_ENABLE_X64=1). See model.param_dtype for the stored parameters.
     """
 
     model: ModelConfig
@@ -248,28 +252,28 @@ class Config:
 
     @property
     def stored_layout(self) -> str:
-        """What the model calls `layout`."""
+        """The model's name for `layout`."""
         return "data" if self.layout == "balanced" else self.layout
 
     @property
     def llama(self) -> LlamaConfig:
-        """The model's configuration; raises ValueError for sizes it cannot have."""
+        """The model's configuration; raises ValueError for invalid sizes."""
         config = LlamaConfig(**vars(self.model), dtype=self.dtype)
         return with_fields_of(config, self.mesh, Staging)
 
     @property
     def training(self) -> Training:
-        """What a step of the run is, beside its model and mesh."""
+        """The parts of a training step other than its model and mesh."""
         return Training(self.optimizer, self.steps, self.accumulate, self.stored_layout)
 
     @property
     def pipeline(self) -> Pipeline:
-        """The schedule of the stages; raises ValueError for one there cannot be."""
+        """The schedule of the pipeline's stages; raises ValueError if impossible."""
         return Pipeline.of(self.llama, self.mesh.pipe)
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """A nested dict as one with dotted names."""
+    """Flattens a nested dict into one with dotted names."""
     flat: dict[str, object] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""Digests of a checkpoint's files, by which damage is found before it is restored.
+"""Digests of a checkpoint's files, to detect damage before restoring it.
 
-Neither orbax nor the format that it writes would see a flipped bit in an array. The
-digests are written into the folder before it gets its name, so a checkpoint that has a
-name and no digests is one from before there were any.
+Neither orbax nor the format that it writes detects a flipped bit in an array. The
+digests are written before the folder is renamed into place, so a finished checkpoint
+without digests is from a version that did not write them.
 """
 
 import json
@@ -12,51 +12,56 @@ from pathlib import Path
 from train.files import sha256
 
 NAME = "sha256.json"
-# orbax writes the time into the second one when all else is done.
+# Files without a digest. orbax writes the time into the second one at the very end.
 _NOT_IN_IT = {NAME, "_CHECKPOINT_METADATA"}
-# Hashing lets other threads run.
+# Hashing releases the GIL.
 _THREADS = 8
 
 
 def write_digests(folder: Path) -> None:
-    """Reads what has been written, and adds a file of digests by name."""
+    """Adds a file of digests by file name to a folder that has been written."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(files, pool.map(sha256, files.values()), strict=True))
-    (folder / NAME).write_text(json.dumps(found, indent=1) + "\n")
+        digests = dict(zip(files, pool.map(sha256, files.values()), strict=True))
+    (folder / NAME).write_text(json.dumps(digests, indent=1) + "\n")
 
 
 def has_digests(folder: Path) -> bool:
-    """Whether damage would be found."""
+    """Returns True if the folder has digests, so that damage can be detected."""
     return (folder / NAME).exists()
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a folder, in words; None for nothing, or without digests.
+    """Describes the damage to a folder.
 
     Args:
-      part: of `parts`: which share of the files is read here.
+      folder: the folder of a checkpoint.
+      part: the share of the files to read here, from 0.
+      parts: number of shares into which the files are divided.
+
+    Returns:
+      A description, or None if there is no damage or there are no digests.
     """
     if not has_digests(folder):
         return None
     try:
         expected = json.loads((folder / NAME).read_bytes())
     except ValueError:
-        return f"{NAME} is no JSON"
+        return f"{NAME} is not JSON"
     files = _files(folder)
     if missing := sorted(expected.keys() - files.keys()):
         return f"{missing[0]} is missing"
     own = sorted(expected)[part::parts]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(sha256, [files[name] for name in own])
-        for name, digest in zip(own, found, strict=True):
+        digests = pool.map(sha256, [files[name] for name in own])
+        for name, digest in zip(own, digests, strict=True):
             if digest != expected[name]:
-                return f"{name} is not as it was written"
+                return f"{name} has changed since it was written"
     return None
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """What has a digest, by its path in the folder."""
+    """The files that have digests, by their path in the folder."""
     return {
         str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))

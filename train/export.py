@@ -1,7 +1,7 @@
-"""`python -m train.export RUN_DIR OUT`: a run's model as a Hugging Face checkpoint.
+"""`python -m train.export RUN_DIR OUT`: exports a model as a Hugging Face checkpoint.
 
-Of a checkpoint the parameters alone are read, and the run may go on meanwhile. The
-run's tokenizer.json, if it has one, is not copied.
+Only the parameters of the run's checkpoint are read, and the run may continue
+meanwhile. The run's tokenizer.json, if it has one, is not copied.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from usp_jax.models.llama import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes the newest checkpoint of a run as config.json and safetensors files.
+    """Exports a checkpoint of a run as config.json and safetensors files.
 
     Attributes:
-      run_dir: of `python -m train`.
-      out: a folder without a checkpoint.
-      dtype: of the tensors: float32, or bfloat16.
-      step: of the checkpoint; None is the newest.
+      run_dir: folder of a run of `python -m train`.
+      out: folder to write to; it must not hold a checkpoint.
+      dtype: dtype of the tensors, float32 or bfloat16.
+      step: step of the checkpoint; None is the newest.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -36,10 +36,10 @@ class Export:
 
 
 def export(options: Export) -> int:
-    """Writes the checkpoint and returns its step.
+    """Exports the checkpoint and returns its step.
 
     Raises:
-      ValueError: no run or no such checkpoint there, or `out` is taken.
+      ValueError: there is no such run or checkpoint, or `out` is taken.
     """
     mesh = _all_devices(read_config(options.run_dir))
     step, model = load_model(options.run_dir, options.step, mesh)
@@ -48,7 +48,7 @@ def export(options: Export) -> int:
 
 
 def _all_devices(config: LlamaConfig) -> Mesh:
-    """As many of them as the parameters can be split over."""
+    """A mesh of as many devices as the parameters can be split over."""
     count = jax.device_count()
     while config.d_model % count:
         count -= 1
@@ -56,14 +56,14 @@ def _all_devices(config: LlamaConfig) -> Mesh:
 
 
 def main() -> None:
-    """Exits with 2 for what a user can put right."""
+    """Exports a run; exits with 2 for errors that the user can fix."""
     options = tyro.cli(Export, prog="python -m train.export")
     try:
         step = export(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"step {step} of {options.run_dir} is in {options.out}")
+    print(f"exported step {step} of {options.run_dir} to {options.out}")
 
 
 if __name__ == "__main__":

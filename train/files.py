@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their digests."""
+"""Atomic writes and digests of files."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that whoever reads it sees the old or the new, never half."""
+    """Replaces a file atomically: readers see the old or the new text, never a mix."""
     new = path.with_name(path.name + ".new")
     with new.open("w") as file:
         file.write(text)
@@ -16,6 +16,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file's bytes, in hexadecimal."""
+    """The SHA-256 digest of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""`python -m train.long_context by-position|passkey RUN_DIR`: a model at length.
+"""`python -m train.long_context by-position|passkey RUN_DIR`: evaluates long contexts.
 
-The model is that of a run's checkpoint, on the mesh of the run; the tables that are
-printed are also written to the run directory, as by_position.json and passkey.json.
+Evaluates the model of a run's checkpoint, on the mesh of the run. The printed tables
+are also written to the run directory, as by_position.json and passkey.json.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from usp_jax.models.llama import Llama
 
 @dataclasses.dataclass(frozen=True)
 class ByPosition:
-    """Perplexity by the position in windows of text.
+    """Perplexity by position in windows of text.
 
     Attributes:
-      run_dir: of `python -m train`.
-      text: a file or folder; None is what the run has learnt from.
-      length: of the windows; None is the run's sequence length.
-      rows: how many windows to look at, at most.
-      buckets: each ends at twice the position of the one before.
-      batch_size: windows at once.
-      step: of the checkpoint; None is the newest.
+      run_dir: folder of a run of `python -m train`.
+      text: a file or folder; None is the run's training text.
+      length: length of the windows in tokens; None is the run's sequence length.
+      rows: maximum number of windows to evaluate.
+      buckets: number of buckets; each ends at twice the position of the previous one.
+      batch_size: number of windows to evaluate at once.
+      step: step of the checkpoint; None is the newest.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -53,16 +53,16 @@ class ByPosition:
 
 @dataclasses.dataclass(frozen=True)
 class Passkey:
-    """How often five digits are found in filler, by length and depth.
+    """Accuracy of finding five digits in filler, by length and depth.
 
     Attributes:
-      run_dir: of `python -m train`.
-      lengths: of the texts, in tokens; none are the run's sequence length, its half,
-        its quarter and its eighth.
-      depths: 0 puts the key at the beginning, 1 at the end.
-      examples: texts for each length and depth.
-      seed: of the texts, which a run with another seed has not seen.
-      step: of the checkpoint; None is the newest.
+      run_dir: folder of a run of `python -m train`.
+      lengths: lengths of the texts in tokens; by default 1/8, 1/4, 1/2 and all of the
+        run's sequence length.
+      depths: positions of the key, from 0 (start of the text) to 1 (end).
+      examples: number of texts for each length and depth.
+      seed: seed of the texts; a run with another seed has not seen them.
+      step: step of the checkpoint; None is the newest.
     """
 
     run_dir: tyro.conf.Positional[Path]
@@ -74,7 +74,7 @@ class Passkey:
 
 
 def main() -> None:
-    """Exits with 2 for what a user can put right."""
+    """Runs an evaluation; exits with 2 for errors that the user can fix."""
     options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
     try:
         run = read_run(options.run_dir)
@@ -87,10 +87,11 @@ def main() -> None:
 
 
 def measure(options: ByPosition | Passkey) -> dict[str, object]:
-    """Does what the options ask for, and returns what it also writes.
+    """Runs an evaluation, prints and writes its results, and returns them.
 
     Raises:
-      ValueError: no such run, checkpoint or text, or numbers that do not fit them.
+      ValueError: there is no such run, checkpoint or text, or the options do not fit
+        it.
     """
     run = read_run(options.run_dir)
     sizes = {name: run["mesh"][name] for name in ROLES}
@@ -100,16 +101,16 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
         name, (table, values) = "by_position", by_position(options, run, model)
     else:
         name, (table, values) = "passkey", passkey(options, run, model)
-    found = {"step": step, **values}
-    write_atomically(options.run_dir / f"{name}.json", json.dumps(found) + "\n")
+    results = {"step": step, **values}
+    write_atomically(options.run_dir / f"{name}.json", json.dumps(results) + "\n")
     rich.console.Console().print(table)
-    return found
+    return results
 
 
 def by_position(
     options: ByPosition, run: RunRecord, model: Llama
 ) -> tuple[rich.table.Table, dict[str, object]]:
-    """The table and what it says."""
+    """Measures perplexity by position; returns a table and its values."""
     length = options.length or run["sequence_length"]
     bounds = doubling(length, options.buckets)
     data = run["data"]
@@ -117,7 +118,7 @@ def by_position(
     text = options.text or _path(data["path"])
     if text is None and data.get("mixture"):
         raise ValueError(
-            f"run_dir={options.run_dir} learnt from a mixture: give --text"
+            f"run_dir={options.run_dir} was trained on a mixture: give --text"
         )
     (corpus,) = load_text(DataConfig(text), vocabulary).corpora
     rows = islice(windows(corpus.documents(), length), options.rows)
@@ -140,9 +141,9 @@ def _path(name: str | None) -> Path | None:
 def passkey(
     options: Passkey, run: RunRecord, model: Llama
 ) -> tuple[rich.table.Table, dict[str, object]]:
-    """The table and what it says."""
+    """Measures passkey retrieval; returns a table and its values."""
     longest = run["sequence_length"]
-    found = accuracies(
+    results = accuracies(
         greedy(model),
         lengths=options.lengths or [longest // part for part in (8, 4, 2, 1)],
         depths=options.depths,
@@ -151,11 +152,11 @@ def passkey(
     )
     heads = [f"depth {depth:g}" for depth in options.depths]
     table = rich.table.Table("tokens", *heads, title="passkeys found")
-    for length, row in found.items():
+    for length, row in results.items():
         table.add_row(str(length), *(f"{right:.0%}" for right in row.values()))
     rows = [
         {"length": length, "depth": depth, "accuracy": right}
-        for length, row in found.items()
+        for length, row in results.items()
         for depth, right in row.items()
     ]
     mean = sum(row["accuracy"] for row in rows) / len(rows)

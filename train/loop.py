@@ -1,4 +1,4 @@
-"""Training: the loop, and what is told at its beginning and end."""
+"""The training loop, and the reports at its start and end."""
 
 import contextlib
 import time
@@ -23,19 +23,28 @@ from usp_jax.models.pipeline import Pipeline
 
 
 def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
-    """Trains until the last step, or until `should_stop(step)`, and reports.
+    """Trains until the last step, or until `should_stop(step)` is true.
 
-    A checkpoint that the run directory has is where it begins. True: all is done.
+    Resumes from the newest checkpoint in the run directory, if there is one.
+
+    Args:
+      run: the parts of the run.
+      should_stop: called with the number of steps done, before each step.
+
+    Returns:
+      True if the run is complete, False if it was stopped.
 
     Raises:
-      GaveUp: `optimizer.max_skipped` steps in a row had no finite loss and gradient.
-      CheckpointError, OSError: the run directory cannot be written to.
+      GaveUp: `optimizer.max_skipped` consecutive steps had no finite loss and gradient.
+      CheckpointError: a checkpoint cannot be written, or none can be read.
+      DataGone: a file of the text has disappeared or changed.
+      OSError: the run directory cannot be written to.
     """
     config, checkpoints = run.config, run.checkpoints
     tell(banner(config, run.mesh))
     state, step = checkpoints.restore_newest(run.state, run.data)
     if step:
-        tell(f"going on after step {step}")
+        tell(f"resuming from step {step}")
     try:
         step, state = _steps(run, state, step, should_stop)
     except GaveUp as error:
@@ -43,14 +52,14 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
         checkpoints.close()
         raise GaveUp(error.first, error.last, remedy) from None
     except OSError:
-        # A full disk fails the checkpoint that is being written, too, which has more to
-        # tell. Other processes have not stopped, and would be waited for.
+        # A full disk also fails the checkpoint being written, whose error says more.
+        # Other processes are still running, and closing would wait for them.
         if jax.process_count() == 1:
             checkpoints.close()
         raise
     checkpoints.close()
     if step < config.steps:
-        tell(f"stopped after step {step}; the same command goes on from there")
+        tell(f"stopped after step {step}; the same command resumes from there")
         return False
     _report(run, state)
     return True
@@ -59,7 +68,7 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
 def _steps(
     run: Run, state: State, step: int, should_stop: Callable[[int], bool]
 ) -> tuple[int, State]:
-    """The loop: from `step` steps done to the last, and the checkpoint after it."""
+    """Runs the loop from `step` steps done to the last, and saves a checkpoint."""
     config, checkpoints = run.config, run.checkpoints
     step_fn = _compile(run, state) if step < config.steps else None
     with contextlib.ExitStack() as stack:
@@ -73,7 +82,7 @@ def _steps(
             step += 1
             begins(step)
             profiler.before(step, state)
-            # There is a step to do.
+            # Compiled, because there is a step to do.
             assert step_fn is not None
             state, metrics = step_fn(state, batch)
             profiler.after(step, state)
@@ -82,7 +91,7 @@ def _steps(
                 log.evaluated(partial(run.evaluation, state.params))
             if checkpoints.due(step):
                 log.finish()
-                # Whatever makes steps fail is not in the checkpoint before them.
+                # Checkpoints are saved only after a finite step.
                 if not log.skipped:
                     checkpoints.save(step, state, run.data)
         log.finish()
@@ -96,7 +105,7 @@ def _next_batch(run: Run, log: Log, step: int, state: State) -> Batch:
         rows = next(run.data)
     except DataGone:
         log.finish()
-        # The other processes have not stopped, and would have to save too.
+        # With several processes, the others are still running and cannot save.
         if jax.process_count() == 1 and step:
             run.checkpoints.save(step, state, run.data)
             run.checkpoints.close()
@@ -107,19 +116,20 @@ def _next_batch(run: Run, log: Log, step: int, state: State) -> Batch:
 
 
 def _last_good(run: Run, first: int) -> str:
-    """Names the newest checkpoint that is known to be good."""
-    # After it, a step must have gone well: one that fails at once may be the cause.
+    """Describes the newest checkpoint that is known to be good."""
+    # A step after it must have succeeded: a checkpoint after which the very first step
+    # fails may be the cause.
     good = [step for step in run.checkpoints.steps() if step < first - 1]
     if not good:
-        return "; there is no checkpoint from which a step went well"
+        return "; no checkpoint is known to be good"
     folder = run.config.run_dir / "checkpoints"
     newer = [step for step in run.checkpoints.steps() if step > good[-1]]
-    told = f"; the last good checkpoint is {folder / str(good[-1])}"
-    return told + "".join(f"; remove {folder / str(step)}" for step in newer)
+    message = f"; the last good checkpoint is {folder / str(good[-1])}"
+    return message + "".join(f"; remove {folder / str(step)}" for step in newer)
 
 
 def tell(message: str) -> None:
-    """Prints from process 0."""
+    """Prints a message from process 0."""
     if jax.process_index() == 0:
         print(message, flush=True)
 
@@ -150,10 +160,10 @@ def _report(run: Run, state: State) -> None:
         rows = read_rows(config.run_dir / "metrics.jsonl")
         draw_loss(rows, config.run_dir / "loss.png")
         loss = rows[-1]["loss"]
-        told = "not finite" if loss is None else f"{loss:.4f}"
-        tell(f"step {config.steps}: loss {told}; {config.run_dir}")
+        shown = "not finite" if loss is None else f"{loss:.4f}"
+        tell(f"step {config.steps}: loss {shown}; {config.run_dir}")
     if config.sample.length:
         params = on_devices(state.params, config, run.mesh)
         model = with_params(run.graphdef, params)
         text = sample(model, run.vocabulary, config.sample, config.seed)
-        tell(f"a sample of what it has learnt:\n{text}")
+        tell(f"a sample from the trained model:\n{text}")

@@ -1,4 +1,4 @@
-"""The mesh of a run, made of the devices that are here or of others."""
+"""Creates the mesh of a run from this machine's devices or from given ones."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,14 @@ from train.config import MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes the mesh; `devices` as `usp_jax.make_mesh` takes them.
+    """Creates the mesh of a run.
+
+    Args:
+      config: the sizes of the mesh.
+      devices: the devices to use, as in `usp_jax.make_mesh`.
 
     Raises:
-      ValueError: another number of devices than the sizes need.
+      ValueError: the number of devices does not match the sizes.
     """
     return usp_jax.make_mesh(
         pipe=config.pipe,

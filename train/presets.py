@@ -42,7 +42,7 @@ def passkey() -> Config:
             num_kv_heads=4,
             head_size=32,
             d_ff=256,
-            # What is looked for is far away: few channels may turn that far.
+            # The key is far away, so only few channels may rotate that far.
             rope_theta=1e6,
             remat="attention_qkv",
         ),
@@ -65,10 +65,10 @@ PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "passkey": passkey}
 
 
 def preset(name: str) -> Config:
-    """The named run.
+    """Returns the config of a preset.
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: there is no preset of this name.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} must be one of: {', '.join(PRESETS)}")

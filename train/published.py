@@ -1,7 +1,7 @@
-"""A run that begins with published weights: `--init-from FOLDER`.
+"""Initializes a run from published weights: `--init-from FOLDER`.
 
-The folder, in the Hugging Face format, says what the model is, and its tokenizer must
-be the run's. It is read until the run has its first checkpoint, and then no more.
+The folder is in the Hugging Face format. It defines the model, and its tokenizer must
+be the run's. It is read only until the run has its first checkpoint.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
 
-# RoPE may be another one than the weights', which is how a model is trained on for
-# longer contexts. The rest of the description is what the weights mean.
+# RoPE may differ from that of the weights, as when training continues on longer
+# contexts. All other fields must match the weights.
 _ROPE = ("rope_theta", "rope_scaling")
 _OF_WEIGHTS = tuple(
     field.name for field in dataclasses.fields(Decoder) if field.name not in _ROPE
@@ -29,9 +29,10 @@ _OF_WEIGHTS = tuple(
 
 
 def with_published_model(config: Config, options: Sequence[str]) -> Config:
-    """The run with the folder's model, but for what the command line tells.
+    """Returns the run with the folder's model, except for fields on the command line.
 
     Args:
+      config: the run.
       options: the words of the command line.
 
     Raises:
@@ -40,11 +41,11 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
     if config.init_from is None:
         return config
     model = _begun(config) or _folder_config(config.init_from)
-    told = _told(options)
+    overridden = _told(options)
     fields = {
         name: getattr(model, name)
         for name in (*_OF_WEIGHTS, *_ROPE)
-        if name not in told
+        if name not in overridden
     }
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, **fields)
@@ -52,18 +53,18 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
 
 
 def check_published(config: Config, vocabulary: Vocabulary) -> None:
-    """Raises ValueError for a folder of another model or tokenizer than the run's."""
+    """Raises ValueError if the folder's model or tokenizer differs from the run's."""
     folder, wanted = _folder(config), config.llama
-    found = _folder_config(folder)
+    source = _folder_config(folder)
     differing = [
-        f"model.{name}={getattr(wanted, name)!r}, there it is {getattr(found, name)!r}"
+        f"model.{name}={getattr(wanted, name)!r} here, {getattr(source, name)!r} there"
         for name in _OF_WEIGHTS
-        if getattr(wanted, name) != getattr(found, name)
+        if getattr(wanted, name) != getattr(source, name)
     ]
     if differing:
         raise ValueError(
-            f"init_from={folder} has another model: {'; '.join(differing)}; leave "
-            "these options out, and they are taken from there"
+            f"init_from={folder} has another model: {'; '.join(differing)}; leave out "
+            "these options to take them from the folder"
         )
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -76,45 +77,45 @@ def check_published(config: Config, vocabulary: Vocabulary) -> None:
 
 
 def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
-    """The parameters that the run begins with, straight in their shards.
+    """Loads the initial parameters of a run, directly in their shards.
 
-    Says where they are from, and how RoPE is told to be another one.
+    Prints the folder, and how the run's RoPE differs from the folder's.
 
     Raises:
-      ValueError: no such weights, or a mesh that cannot split them.
+      ValueError: the folder has no such weights, or the mesh cannot split them.
     """
     folder, wanted = _folder(config), config.llama
-    found = _folder_config(folder)
+    source = _folder_config(folder)
     try:
         model = hf.load(folder, mesh=mesh, **vars(wanted))
     except ValueError as error:
         raise ValueError(f"init_from={folder}: {error}") from error
     if jax.process_index() == 0:
         rope = "".join(
-            f"; {name} {getattr(found, name)} there, {getattr(wanted, name)} now"
+            f"; {name} is {getattr(source, name)} there, {getattr(wanted, name)} here"
             for name in _ROPE
-            if getattr(wanted, name) != getattr(found, name)
+            if getattr(wanted, name) != getattr(source, name)
         )
-        print(f"beginning with the weights of {folder}{rope}", flush=True)
+        print(f"starting from the weights of {folder}{rope}", flush=True)
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def _folder(config: Config) -> Path:
     if config.init_from is None:
-        raise ValueError("init_from=None is no folder to begin with: give --init-from")
+        raise ValueError("init_from=None is not a folder: give --init-from")
     return config.init_from
 
 
 def _folder_config(folder: Path) -> LlamaConfig:
     try:
-        # In which dtype the folder's model is computed is no matter.
+        # The computation dtype does not matter here.
         return hf.load_config(folder, dtype="float32")
     except ValueError as error:
         raise ValueError(f"init_from={folder}: {error}") from error
 
 
 def _begun(config: Config) -> LlamaConfig | None:
-    """The model of the run, if it is there and has begun with the same folder."""
+    """The model of the existing run, if it was initialized from the same folder."""
     if not (config.run_dir / "config.json").exists():
         return None
     if read_run(config.run_dir).get("init_from") != str(config.init_from):
@@ -123,9 +124,9 @@ def _begun(config: Config) -> LlamaConfig | None:
 
 
 def _told(options: Sequence[str]) -> set[str]:
-    """The fields of the model that the command line has."""
-    found = (
+    """Names of the model's fields that the command line sets."""
+    matches = (
         re.match(r"(?:--)?model\.(?:no-)?([\w-]+)", word.replace("_", "-"))
         for word in options
     )
-    return {match[1].replace("-", "_") for match in found if match}
+    return {match[1].replace("-", "_") for match in matches if match}

@@ -1,4 +1,4 @@
-"""The run directory: config.json, and whether what lies there is the same run."""
+"""The run directory: config.json, and the check that it belongs to the same run."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from typing import Any, NotRequired, TypedDict
 from train.config import Config, ModelConfig, flatten
 from usp_jax.models.execution import Computation
 
-# What may differ when a run goes on: where and how fast it is computed, what is told of
-# it, and how far it goes (the learning rate then follows the new number of steps). All
-# else is what the run is.
+# Options that may change when a run is resumed: where and how fast it is computed, what
+# is logged, and the number of steps (which the learning rate then follows). Everything
+# else identifies the run.
 FREE_ON_RESUME = (
     "accumulate",
     "checkpoint",
@@ -32,9 +32,9 @@ FREE_ON_RESUME = (
     "run_dir",
     "sample",
     "steps",
-    # Facts, not choices.
+    # Facts, not options.
     "environment",
-    # Where the text lies; what it is, is compared as data.documents, .tokens, .sha256,
+    # Location of the text. Its content is compared by data.documents, .tokens, .sha256,
     # .weights and .tokenizer_fingerprint.
     "data.mixture",
     "data.path",
@@ -42,12 +42,12 @@ FREE_ON_RESUME = (
     "data.tokenizer",
 )
 
-# What older versions did not tell, which then cannot be compared.
+# Facts that older versions did not record, and which then cannot be compared.
 NEWER_FACTS = ("data.tokenizer_fingerprint",)
 
 
 class DataRecord(TypedDict):
-    """The section `data`; runs of older versions have no mixture."""
+    """The section `data` of config.json; runs of older versions have no mixture."""
 
     path: str | None
     tokenizer: str | None
@@ -55,11 +55,11 @@ class DataRecord(TypedDict):
 
 
 class RunRecord(TypedDict):
-    """What config.json says of a run, as far as it is read again.
+    """The contents of config.json that are read back.
 
     Attributes:
-      model: the fields of a `LlamaConfig` but for its dtype.
-      mesh: sizes by axis, beside others.
+      model: the fields of a `LlamaConfig` except its dtype.
+      mesh: the size of each axis, and other options of the mesh.
     """
 
     model: dict[str, Any]
@@ -72,11 +72,11 @@ class RunRecord(TypedDict):
 
 
 def record(config: Config, **facts: Mapping[str, object]) -> dict[str, object]:
-    """What config.json says: the config, with facts added to its sections."""
+    """The contents of config.json: the config, with facts added to its sections."""
     tree = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     scaling = config.model.rope_scaling
     if scaling is not None:
-        # Two kinds may have the same fields.
+        # Different kinds of scaling may have the same fields.
         tree["model"]["rope_scaling"]["type"] = type(scaling).__name__
     for section, values in facts.items():
         tree[section] = {**tree.get(section, {}), **values}
@@ -84,11 +84,11 @@ def record(config: Config, **facts: Mapping[str, object]) -> dict[str, object]:
 
 
 def check_same_run(path: Path, wanted: dict[str, object]) -> None:
-    """Raises ValueError when the run that config.json tells of is not this one."""
+    """Raises ValueError if config.json describes another run."""
     if not path.exists():
         return
     old, new = flatten(read_record(path)), flatten(wanted)
-    # An option that was not there yet had its default's effect.
+    # Options that did not exist yet had the effect of their defaults.
     old = _defaults() | {name: new.get(name) for name in NEWER_FACTS} | old
     differing = [
         f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
@@ -98,30 +98,30 @@ def check_same_run(path: Path, wanted: dict[str, object]) -> None:
     if differing:
         raise ValueError(
             "\n".join([f"run_dir={path.parent} holds another run:", *differing])
-            + "\ngive these values to go on with it, or another --run-dir to begin anew"
+            + "\ngive its values to resume it, or another --run-dir to start over"
         )
 
 
 def read_record(path: Path) -> RunRecord:
-    """What config.json says; raises ValueError when it is damaged."""
+    """Reads config.json; raises ValueError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: {error}; take it away if its checkpoints are of the "
-            "run that you ask for, or give another --run-dir"
+            f"{path} is damaged: {error}; remove it if the checkpoints next to it "
+            "belong to this run, or give another --run-dir"
         ) from error
 
 
 def _defaults() -> dict[str, object]:
-    """What an option is that nobody gives, where it has a default."""
+    """Defaults of all options that have one, by dotted name."""
     plain = _fields_with_defaults(Config)
     plain["model"] = _fields_with_defaults(ModelConfig)
     return flatten(json.loads(json.dumps(plain, default=_plain)))
 
 
 def _plain(value: object) -> object:
-    """What JSON has no word for: a section as a dict, a path as a string."""
+    """Converts values for JSON: a section to a dict, a path to a string."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return str(value)

@@ -1,4 +1,4 @@
-"""The state of a run: parameters, the optimizer's memory and the number of steps."""
+"""The state of a run: parameters, optimizer state and the number of steps."""
 
 import jax
 from flax import nnx
@@ -15,14 +15,16 @@ from usp_jax.models.training import State as State
 def first_state(
     config: Config, mesh: Mesh, params: Params | None = None
 ) -> tuple[nnx.GraphDef[Llama], State]:
-    """The model without its parameters, and the state before the first step.
+    """The model without its parameters, and the state before the first training step.
 
     Args:
-      params: that the run begins with, in their shards, and which are donated; None
-        draws them.
+      config: the run.
+      mesh: the mesh to split the state over.
+      params: initial parameters in their shards, which are donated; None draws random
+        ones.
 
     Raises:
-      ValueError: a model that the mesh cannot split.
+      ValueError: the mesh cannot split the model.
     """
     optimizer = config.training.optimizer
     return training.first_state(
@@ -31,19 +33,21 @@ def first_state(
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Llama], State]:
-    """`first_state` as shapes with their shardings; the mesh need not be here.
+    """The result of `first_state` as shapes with shardings.
+
+    The devices of the mesh need not be present.
 
     Raises:
-      ValueError: a model that the mesh cannot split.
+      ValueError: the mesh cannot split the model.
     """
     return training.abstract_state(config.llama, mesh, config.training.optimizer)
 
 
 def on_devices(params: Params, config: Config, mesh: Mesh) -> Params:
-    """The parameters in the devices' memory, wherever they live."""
+    """Moves the parameters to the devices' memory, if they are not there."""
     return jax.device_put(params, parameter_shardings(config.llama, mesh))
 
 
 def with_params(graphdef: nnx.GraphDef[Llama], params: Params) -> Llama:
-    """The model with these parameters, which the device's memory has."""
+    """The model with these parameters, which must be in the devices' memory."""
     return nnx.merge(graphdef, params)

@@ -1,4 +1,4 @@
-"""One step of a run: that of `usp_jax.models.training`."""
+"""The training step of a run, from `usp_jax.models.training`."""
 
 from flax import nnx
 
@@ -18,5 +18,5 @@ __all__ = ["METRICS", "Metrics", "compile_step", "jit_step", "make_nats", "make_
 
 
 def make_step(config: Config, graphdef: nnx.GraphDef[Llama]) -> Step:
-    """The step of a run, to be compiled."""
+    """Returns the training step of a run, to be compiled."""
     return training.make_step(graphdef, config.training)

@@ -1,4 +1,4 @@
-"""When to stop early: at SIGTERM, which schedulers send ahead of SIGKILL."""
+"""Stopping early at SIGTERM, which schedulers send before SIGKILL."""
 
 import contextlib
 import signal
@@ -9,13 +9,13 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def stop_at_sigterm(*, alone: bool) -> Iterator[Callable[[int], bool]]:
-    """Gives `should_stop(step)`, True once SIGTERM has come.
+    """Yields `should_stop(step)`, which returns True once SIGTERM was received.
 
-    With several processes it may come to any of them. jax's preemption service has the
-    signal then, and lets all of them stop at the same step.
+    With several processes, any of them may receive the signal. jax's preemption service
+    then handles it, and all processes stop at the same step.
 
     Args:
-      alone: this process trains by itself.
+      alone: True if this is the only process of the run.
     """
     if not alone:
         yield multihost_utils.reached_preemption_sync_point

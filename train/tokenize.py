@@ -1,7 +1,7 @@
-"""`python -m train.tokenize SOURCE --out DIR`: text to token ids, once for many runs.
+"""`python -m train.tokenize SOURCE --out DIR`: tokenizes text once for many runs.
 
-A command that was killed goes on after the last shard that it finished. Started again
-when all is done, it checks the files' digests.
+If killed, the same command resumes after the last finished shard. Run again on a
+finished folder, it checks the digests of its files.
 """
 
 import dataclasses
@@ -39,11 +39,12 @@ class Tokenize:
 
     Attributes:
       source: a file of text, .jsonl or .parquet, or a folder of them.
-      out: the folder; one that this command has begun goes on.
-      tokenizer: a tokenizer.json; None takes bytes as tokens.
-      text_field: what holds the text in JSON lines, and the column of Parquet.
-      workers: cores that tokenize; None is all of them.
-      shard_tokens: of a file, after which another begins; documents are never cut.
+      out: folder to write to; a folder that this command has begun is resumed.
+      tokenizer: a tokenizer.json; None uses bytes as tokens.
+      text_field: the JSON field or Parquet column that holds the text.
+      workers: number of cores to use; None uses all of them.
+      shard_tokens: maximum number of tokens in a file, unless a single document is
+        longer; documents are never split.
     """
 
     source: tyro.conf.Positional[Path]
@@ -55,10 +56,13 @@ class Tokenize:
 
 
 def tokenize(options: Tokenize) -> dict[str, int]:
-    """Writes what is missing; returns how many shards there are and how many are new.
+    """Writes the missing shards of a folder.
+
+    Returns:
+      The number of all shards as "shards", and of those written now as "new".
 
     Raises:
-      ValueError: no text, or a folder that holds something else.
+      ValueError: there is no text, or the folder holds something else.
     """
     for name in ("workers", "shard_tokens"):
         value = getattr(options, name)
@@ -86,7 +90,7 @@ def tokenize(options: Tokenize) -> dict[str, int]:
 def _job(
     options: Tokenize, vocabulary: Vocabulary, files: Sequence[Path]
 ) -> dict[str, object]:
-    """What must be the same for a command to go on."""
+    """The source and options that must be the same for a command to resume."""
     listing = hashlib.sha256()
     for file in files:
         stat = file.stat()
@@ -102,24 +106,24 @@ def _job(
 
 
 def _claim(options: Tokenize, job: dict[str, object]) -> None:
-    """Writes the job, unless the folder holds another one."""
+    """Writes the job; raises ValueError if the folder holds another one."""
     out, begun = options.out, options.out / BEGUN
     if is_token_folder(options.source):
-        raise ValueError(f"source={options.source} is tokens already, it must be text")
+        raise ValueError(
+            f"source={options.source} is already tokenized, it must be text"
+        )
     if out.resolve().is_relative_to(options.source.resolve()):
         raise ValueError(f"out={out} must not be inside source={options.source}")
     if out.exists() and not begun.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"out={out} holds something else: give a folder that is not there"
-        )
+        raise ValueError(f"out={out} holds something else: give a new folder")
     if begun.exists():
         old = read_json(begun)
         differing = [name for name in job if old.get(name) != job[name]]
         if differing:
-            told = [f"{n}: {old.get(n)!r} there, {job[n]!r} now" for n in differing]
+            diffs = [f"{n}: {old.get(n)!r} there, {job[n]!r} now" for n in differing]
             raise ValueError(
-                f"out={out} was begun otherwise ({'; '.join(told)}): go on with what "
-                "was given then, or give another --out"
+                f"out={out} was begun differently ({'; '.join(diffs)}): give the same "
+                "source and options to resume it, or another --out"
             )
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,7 @@ def _claim(options: Tokenize, job: dict[str, object]) -> None:
 def _shards(
     texts: Iterable[bytes], vocabulary: Vocabulary, limit: int
 ) -> Iterator[list[np.ndarray]]:
-    """Lists of documents that have at most `limit` tokens together, or are one."""
+    """Groups documents into lists of at most `limit` tokens, or one document."""
     dtype = token_dtype(vocabulary.size)
     held: list[np.ndarray] = []
     tokens = 0
@@ -150,7 +154,7 @@ def _shards(
 def _texts(
     options: Tokenize, files: Sequence[Path], progress: "_Progress", read: int
 ) -> Iterator[bytes]:
-    """The text of the documents after the first `read` ones."""
+    """Iterates over the texts of all documents but the first `read`."""
     for number, (text, share) in enumerate(read_documents(files, options.text_field)):
         progress.advance(share)
         if number >= read:
@@ -158,7 +162,7 @@ def _texts(
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line for every shard."""
+    """A progress bar on a terminal; otherwise a line for each shard."""
 
     def __init__(self, bytes_: int):
         self._console = rich.console.Console(highlight=False, soft_wrap=True)
@@ -168,11 +172,11 @@ class _Progress:
             rich.progress.DownloadColumn(),
             rich.progress.TransferSpeedColumn(),
             rich.progress.TimeRemainingColumn(),
-            "{task.fields[told]}",
+            "{task.fields[status]}",
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=bytes_, told="")
+        self._task = self._bar.add_task("", total=bytes_, status="")
         self._documents = self._tokens = 0
 
     def __enter__(self) -> "_Progress":
@@ -186,13 +190,13 @@ class _Progress:
         self._bar.advance(self._task, bytes_)
 
     def tell(self, shard: Shard) -> None:
-        """Tells of a shard that has been written."""
+        """Reports a shard that has been written."""
         self._documents += shard.documents
         self._tokens += shard.tokens
-        told = f"{self._documents:,} documents, {self._tokens:,} tokens"
-        self._bar.update(self._task, told=told)
+        status = f"{self._documents:,} documents, {self._tokens:,} tokens"
+        self._bar.update(self._task, status=status)
         if not self._console.is_terminal:
-            self._console.print(f"wrote {told}")
+            self._console.print(f"wrote {status}")
 
 
 def _progress(files: Sequence[Path]) -> _Progress:
@@ -200,19 +204,19 @@ def _progress(files: Sequence[Path]) -> _Progress:
 
 
 def main() -> None:
-    """Exits with 2 for what a user can put right, with 1 for what the disk refuses."""
+    """Tokenizes; exits with 2 for errors that the user can fix, 1 for OS errors."""
     options = tyro.cli(Tokenize, prog="python -m train.tokenize")
     if options.workers is not None:
-        # What the tokenizers library reads when it first encodes.
+        # The tokenizers library reads this when it first encodes.
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     try:
-        told = tokenize(options)
+        counts = tokenize(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     print(
-        f"{options.out} has {told['shards']} shards, {told['new']} of them new; "
-        "those that were there are as they were written"
+        f"{options.out} has {counts['shards']} shards, {counts['new']} of them new; "
+        "the others have not changed since they were written"
     )
 
 

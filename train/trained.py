@@ -1,6 +1,6 @@
-"""The model of a run, read from a checkpoint while the run may go on.
+"""Loads the model of a run from a checkpoint; the run may continue meanwhile.
 
-Of a checkpoint the parameters alone are read.
+Only the parameters of the checkpoint are read.
 """
 
 import typing
@@ -18,10 +18,19 @@ from usp_jax.models.sharding import parameter_shapes, parameter_shardings
 
 
 def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]:
-    """The step of a checkpoint, the newest for None, and its model on a mesh.
+    """Loads the model of a run's checkpoint on a mesh.
+
+    Args:
+      run_dir: folder of the run.
+      step: step of the checkpoint; None is the newest.
+      mesh: the mesh to split the model over.
+
+    Returns:
+      The step of the checkpoint, and the model.
 
     Raises:
-      ValueError: no run or no such checkpoint there, or a mesh that cannot have it.
+      ValueError: there is no such run or checkpoint, or the mesh cannot split the
+        model.
     """
     config = read_config(run_dir)
     shardings, dtype = parameter_shardings(config, mesh), config.stored_dtype
@@ -34,32 +43,32 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
 
 
 def read_config(run_dir: Path) -> LlamaConfig:
-    """The model of a run, as its config.json tells it.
+    """Reads the model configuration of a run from its config.json.
 
     Raises:
       ValueError: there is no run.
     """
-    told = read_run(run_dir)
-    model = told["model"]
+    record = read_run(run_dir)
+    model = record["model"]
     scaling = model.get("rope_scaling")
     if scaling is not None:
         kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
         model["rope_scaling"] = kinds[scaling.pop("type")](**scaling)
-    # These suit the run's mesh, which is not the caller's.
+    # These are chosen for the run's mesh, not the caller's.
     for name in ("ring_schedule", "ulysses_chunks"):
         model.pop(name, None)
-    return LlamaConfig(**model, dtype=told["dtype"])
+    return LlamaConfig(**model, dtype=record["dtype"])
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """The config.json of a run.
+    """Reads the config.json of a run.
 
     Raises:
       ValueError: there is no run.
     """
     path = run_dir / "config.json"
     if not path.exists():
-        raise ValueError(f"run_dir={run_dir} holds no run: it has no {path.name}")
+        raise ValueError(f"run_dir={run_dir} is not a run: it has no {path.name}")
     return read_record(path)
 
 
@@ -69,7 +78,7 @@ def _restore(
     folder = (run_dir / "checkpoints").absolute()
     if not folder.exists():
         raise ValueError(f"run_dir={run_dir} has no checkpoint yet")
-    # Read only, so that what a running run is writing stays.
+    # Read-only, so that a checkpoint that the run is writing is not removed.
     with ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as manager:
@@ -77,7 +86,7 @@ def _restore(
         step = step if step is not None else max(steps, default=None)
         if step is None or step not in steps:
             raise ValueError(
-                f"run_dir={run_dir} has no checkpoint of step {step}, it has {steps}"
+                f"run_dir={run_dir} has no checkpoint of step {step}; it has {steps}"
             )
         tree = {"params": wanted}
         state = ocp.args.PyTreeRestore(
@@ -85,5 +94,5 @@ def _restore(
             restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
             partial_restore=True,
         )
-        found = manager.restore(step, args=ocp.args.Composite(state=state))
-    return step, found.state["params"]
+        restored = manager.restore(step, args=ocp.args.Composite(state=state))
+    return step, restored.state["params"]

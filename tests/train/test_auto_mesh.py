@@ -28,12 +28,12 @@ def test_the_planners_best_is_taken(capsys):
     assert found.mesh.sizes == row.choice.sizes
     assert (found.mesh.zero, found.model.remat) == (row.choice.zero, row.choice.remat)
     assert (found.accumulate, found.auto_mesh) == (row.choice.accumulate, None)
-    assert "the fastest on 8 x h100, as planned" in capsys.readouterr().out
+    assert "the fastest plan on 8 x h100, with " in capsys.readouterr().out
 
 
 def test_cpu_devices_stand_for_a_machine_that_is_named(capsys):
     assert planned(config()).mesh.devices == 8
-    assert "8 x v5e (which these CPU devices stand for)" in capsys.readouterr().out
+    assert "8 x v5e (assumed for these CPU devices)" in capsys.readouterr().out
 
 
 def test_a_device_that_the_planner_knows_is_planned_for(monkeypatch, capsys):
@@ -44,9 +44,9 @@ def test_a_device_that_the_planner_knows_is_planned_for(monkeypatch, capsys):
 
     monkeypatch.setattr(jax, "devices", lambda: [Device("NVIDIA H200")])
     assert planned(config()).mesh.devices == 8
-    assert "8 x h200, as planned" in capsys.readouterr().out
+    assert "8 x h200, with " in capsys.readouterr().out
     monkeypatch.setattr(jax, "devices", lambda: [Device("NVIDIA T4")])
-    with pytest.raises(ValueError, match="nothing is known of 'NVIDIA T4' devices"):
+    with pytest.raises(ValueError, match="'NVIDIA T4' devices are unknown to the"):
         planned(config())
 
 
@@ -86,7 +86,7 @@ def test_the_machine_may_be_left_out(words, machine):
     ],
 )
 def test_what_is_planned_cannot_be_told_too(told):
-    with pytest.raises(ValueError, match=f"{told[:10]}.* beside --auto-mesh"):
+    with pytest.raises(ValueError, match=f"{told[:10]}.* cannot be combined with"):
         parse(["tiny", "--auto-mesh", *told.split()])
 
 

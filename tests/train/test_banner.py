@@ -16,7 +16,7 @@ def test_a_run_says_what_it_is():
         "model: 853 thousand parameters, 4 layers, float32; 8 x cpu as ring=4 x "
         "ulysses=2, ZeRO-3"
     )
-    assert "4 rows of 1,024 tokens = 4,096 tokens a step, stored zigzag" in lines[1]
+    assert "4 rows of 1,024 tokens = 4,096 tokens per step, stored zigzag" in lines[1]
     assert "Python's standard library" in lines[1]
     assert lines[2] == f"run: 300 steps, in {config.run_dir}"
     config = dataclasses.replace(config, passkey=preset("passkey").passkey)

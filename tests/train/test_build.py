@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> Config:
 def test_more_devices_than_there_are(config: Config) -> None:
     config = dataclasses.replace(config, mesh=MeshConfig(ring=8, ulysses=2))
     with pytest.raises(
-        ValueError, match="needs 16 devices, there are 8; --fake-devices 16 makes"
+        ValueError, match="needs 16 devices, but there are 8; --fake-devices 16 c"
     ):
         build(config)
 
@@ -38,7 +38,7 @@ def test_a_model_that_the_mesh_cannot_split(config: Config) -> None:
 
 def test_text_that_is_not_there(config: Config, tmp_path: Path) -> None:
     for name, message in (
-        ("missing.txt", r"data\.path=.*missing\.txt is not there; it must be a text"),
+        ("missing.txt", r"data\.path=.*missing\.txt does not exist; it must be a text"),
         ("empty.txt", "has no document of at least two tokens"),
         ("folder", "is a folder without files"),
     ):
@@ -54,7 +54,7 @@ def test_text_that_is_not_there(config: Config, tmp_path: Path) -> None:
 
 def test_tokenizers_that_are_none(config: Config, tmp_path: Path) -> None:
     missing = dataclasses.replace(config.data, tokenizer=tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not there; it must be"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist; it must be"):
         build(dataclasses.replace(config, data=missing))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
@@ -90,7 +90,7 @@ def test_a_run_directory_of_another_run(config: Config, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as told:
             build(dataclasses.replace(config, **changes))
         assert f"run_dir={config.run_dir} holds another run:" in str(told.value)
-        assert "or another --run-dir to begin anew" in str(told.value)
+        assert "or another --run-dir to start over" in str(told.value)
     assert (config.run_dir / "config.json").read_text() == before
 
 
@@ -149,7 +149,7 @@ def test_what_may_change_when_a_run_goes_on(config: Config) -> None:
         2,
         "none",
     )
-    with pytest.raises(ValueError, match="has done 4 steps already, steps=3 is fewer"):
+    with pytest.raises(ValueError, match="has already done 4 steps, more than steps=3"):
         build(dataclasses.replace(changed, steps=3))
 
 
@@ -162,6 +162,6 @@ def test_the_program_tells_mistakes_in_one_line() -> None:
     )
     assert (child.returncode, child.stdout) == (2, "")
     assert child.stderr == (
-        "error: data.path=nowhere is not there; it must be a text file, .jsonl and "
-        ".parquet too, or a folder of them\n"
+        "error: data.path=nowhere does not exist; it must be a text, .jsonl or "
+        ".parquet file, or a folder of them\n"
     )

@@ -172,12 +172,12 @@ def half_the_digests(step: Path) -> None:
 
 
 DAMAGE = {
-    flip_a_bit: "state/.* is not as it was written",
-    cut_short: "state/.* is not as it was written",
+    flip_a_bit: "state/.* has changed since it was written",
+    cut_short: "state/.* has changed since it was written",
     no_state: "state/.* is missing",
     no_data: "data/.* is missing",
     no_metadata: "state/_METADATA is missing",
-    half_the_digests: "sha256.json is no JSON",
+    half_the_digests: "sha256.json is not JSON",
 }
 
 
@@ -189,7 +189,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     check_restored(folder, 2)
     told = capsys.readouterr().err
     assert told.startswith("error: the checkpoint of step 3 is damaged: ")
-    kept = f"it is kept as {folder / 'damaged-3'}; the one before is used\n"
+    kept = f"it is kept as {folder / 'damaged-3'}; the previous checkpoint is used\n"
     assert told.endswith(kept) and told.count("\n") == 2
     assert re.search(DAMAGE[do], told)
     # It is there to look at, and the step can be saved again.
@@ -215,7 +215,7 @@ def test_two_damaged_checkpoints_are_told_and_the_third_is_used(
 def test_nothing_whole_is_told(folder: Path) -> None:
     for step in "123":
         cut_short(folder / step)
-    with pytest.raises(CheckpointError, match="none of the checkpoints .1, 2, 3. in "):
+    with pytest.raises(CheckpointError, match="all checkpoints .1, 2, 3. in "):
         check_restored(folder, 3)
     # Nothing was taken away: started again, it does not begin anew.
     assert opened(folder).steps() == [1, 2, 3]
@@ -263,7 +263,7 @@ def test_a_real_disk_that_is_full_or_read_only_costs_no_checkpoint(
         (read_only, 4, "Read-only file system", "[1, 3]"),
     ):
         assert line.startswith(f"CheckpointError at {step}: a checkpoint cannot be w")
-        assert error in line and f"those of steps {whole} are whole" in line
+        assert error in line and f"those of steps {whole} are intact" in line
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
     checkpoints.save(4, some_state(4), some_data(4))
     message = (
         r"a checkpoint cannot be written to .*No space left on device.*; those of "
-        r"steps \[1, 2, 3\] are whole, and the same command goes on from the last"
+        r"steps \[1, 2, 3\] are intact, and the same command resumes from the last"
     )
     with pytest.raises(CheckpointError, match=message):
         for step in range(5, 100):
@@ -299,5 +299,5 @@ def test_the_last_checkpoint_that_cannot_be_written_is_told(
 ) -> None:
     checkpoints = opened(folder)
     checkpoints.save(4, some_state(4), some_data(4))
-    with pytest.raises(CheckpointError, match=r"those of steps \[1, 2, 3\] are whole"):
+    with pytest.raises(CheckpointError, match=r"those of steps \[1, 2, 3\] are intact"):
         checkpoints.close()

@@ -46,7 +46,7 @@ WRONG = {
     "layout data": (["--layout", "data"], "layout='data' must be one of"),
     "two texts": (
         "--data.path a --data.mixture b 0.5 c 2".split(),
-        r"data\.path=a and data\.mixture=b 0\.5 c 2\.0 are two texts: give one of them",
+        r"data\.path=a and data\.mixture=b 0\.5 c 2\.0 cannot be combined: give one",
     ),
     "weight": (
         "--data.mixture b 0.5 c 0".split(),
@@ -110,7 +110,7 @@ WRONG = {
     ),
     "half a cluster": (
         ["--distributed.coordinator", "localhost:1234"],
-        "give all three, with host:port; or coordinator=auto alone; or none",
+        "give all three, with coordinator=host:port; or only coordinator=auto; or",
     ),
     "process id": (
         "--distributed.coordinator localhost:1 --distributed.num-processes 2 "
@@ -126,7 +126,7 @@ WRONG = {
         ["--checkpoint.stopped-status", "256"],
         r"checkpoint\.stopped_status=256 must be an exit status, at most 255",
     ),
-    "no preset": (["--steps", "3"], "the first argument is '--steps', it must be a"),
+    "no preset": (["--steps", "3"], "the first argument '--steps' must be a preset"),
 }
 
 
@@ -242,5 +242,5 @@ def test_a_run_from_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         check_same_run(path, record(other, data=facts))
     path.write_text(json.dumps(old)[:50])
-    with pytest.raises(ValueError, match=r"config\.json is damaged: .* take it away"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged: .* remove it if"):
         check_same_run(path, record(config, data=facts))

@@ -187,7 +187,7 @@ def test_facts_tell_one_text_from_another(tmp_path: Path) -> None:
 
 def test_a_split_of_too_few_documents_is_told(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one document")
-    for fraction, purpose in ((1e-9, "hold out"), (1 - 1e-9, "learn from")):
+    for fraction, purpose in ((1e-9, "hold out"), (1 - 1e-9, "train on")):
         config = DataConfig(tmp_path / "one.txt", eval_fraction=fraction)
         with pytest.raises(
             ValueError, match=f"nothing to {purpose} of the 1 documents"

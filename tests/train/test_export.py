@@ -31,7 +31,7 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     assert run.state.params["q"].addressable_shards[0].data.shape[0] == 1
     actual = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     chex.assert_trees_all_equal(actual, run.state.params)
-    with pytest.raises(ValueError, match=r"no checkpoint of step 2, it has \[3\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 2; it has \[3\]"):
         export(Export(*where, step=2))
     with pytest.raises(ValueError, match="has model.safetensors already"):
         export(Export(*where))
@@ -48,5 +48,5 @@ def test_a_stretched_model_is_read_from_the_runs_config(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no run: it has no config.json"):
+    with pytest.raises(ValueError, match="is not a run: it has no config.json"):
         export(Export(tmp_path, tmp_path / "out"))

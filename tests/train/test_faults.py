@@ -73,7 +73,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
     run_here(config)
     told = capsys.readouterr()
     assert "error: the checkpoint of step 7 is damaged: " in told.err
-    assert "going on after step 6\n" in told.out
+    assert "resuming from step 6\n" in told.out
     assert losses(config.run_dir) == losses(whole.run_dir)
 
 
@@ -89,7 +89,7 @@ def test_a_run_without_a_whole_checkpoint_tells_and_exits_with_1(
     process = start(["tiny", *options(config)], tmp_path / "cache", log)
     assert process.wait(timeout=600) == 1
     told = log.read_text()
-    assert "error: none of the checkpoints [10, 12] in " in told
+    assert "error: all checkpoints [10, 12] in " in told
     assert "Traceback" not in told
 
 
@@ -170,11 +170,11 @@ def test_a_full_disk_and_a_read_only_one_are_told(
     assert "Traceback" not in ended.stdout, ended.stdout
     full, read_only, again = ended.stdout.split("\n== ")
     assert "error: a checkpoint cannot be written to " in full, full
-    assert "those of steps [4] are whole, and the same command goes on" in full
+    assert "those of steps [4] are intact, and the same command resumes" in full
     assert "exit code 1" in full
     assert "cannot be written to: " in read_only and "Read-only" in read_only
     assert "exit code 2" in read_only
-    assert "going on after step 4\n" in again
+    assert "resuming from step 4\n" in again
     np.testing.assert_allclose(
         losses(tmp_path / "out"), losses(whole.run_dir), rtol=1e-6
     )

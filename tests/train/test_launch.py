@@ -149,7 +149,7 @@ class TestOneHost:
             os.kill(children(launcher.pid)[1], signal.SIGKILL)
             told = finished(launcher)
         assert launcher.returncode == 0, told
-        assert "10 restarts left" in told and "going on after step" in told
+        assert "10 restarts left" in told and "resuming from step" in told
         check_whole(config, tmp_path)
 
     @pytest.mark.long
@@ -278,8 +278,8 @@ class TestSlurm:
                 )
             finally:
                 told = output.read_text()
-        assert "status 75: the run goes on from its last checkpoint" in told, told
-        assert "going on after step" in told and "the run is complete" in told
+        assert "status 75: the run will resume from its last checkpoint" in told, told
+        assert "resuming from step" in told and "the run is complete" in told
         check_whole(config, tmp_path)
 
 

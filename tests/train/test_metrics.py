@@ -48,9 +48,9 @@ def test_a_run_leaves_what_it_promises(
         # Nobody knows a CPU's peak, and it does not count its memory.
         assert [row[key] for key in KEYS[8:12]] == [None] * 4
     told = capsys.readouterr().out
-    assert "no MFU is told: the peak of a 'cpu' device is not known" in told
+    assert "MFU is not reported: the peak FLOP/s of a 'cpu' device is unknown" in told
     assert "step 4/5  loss " in told and "step 2/5" not in told
-    assert told[told.index("a sample of what it has learnt:\n") :].count("ring") == 1
+    assert told[told.index("a sample from the trained model:\n") :].count("ring") == 1
     assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((config.run_dir / "tensorboard").glob("events*"))
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["5"]
@@ -131,7 +131,7 @@ def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        told = r"run_dir=.* cannot be written to: .*File too large; the same command go"
+        told = r"run_dir=.* cannot be written to: .*File too large; the same command re"
         with pytest.raises(OSError, match=told):
             for step in range(1, 99):
                 metrics.write({"step": step, **row})

@@ -59,11 +59,11 @@ def test_the_first_loss_is_the_published_models_and_the_folder_may_go_then(
     ((_, first),) = losses(config.run_dir)
     assert first == pytest.approx(expected, rel=1e-5)
     told = capsys.readouterr().out
-    assert f"beginning with the weights of {config.init_from}\n" in told
+    assert f"starting from the weights of {config.init_from}\n" in told
     shutil.rmtree(config.init_from)
     run_here(config)
     told = capsys.readouterr().out
-    assert "going on after step 1\n" in told and "beginning with" not in told
+    assert "resuming from step 1\n" in told and "starting from" not in told
 
 
 @pytest.mark.parametrize(
@@ -123,15 +123,15 @@ def test_a_stretched_rope_is_said(
     model = dataclasses.replace(config.model, rope_theta=5e5)
     build(dataclasses.replace(config, model=model))
     told = capsys.readouterr().out
-    assert "; rope_theta 10000.0 there, 500000.0 now\n" in told
+    assert "; rope_theta is 10000.0 there, 500000.0 here\n" in told
 
 
 def test_another_model_is_told(config: Config) -> None:
     model = dataclasses.replace(config.model, d_ff=128, tie_embeddings=True)
     with pytest.raises(
         ValueError,
-        match=r"init_from=.*published has another model: model\.d_ff=128, there it is "
-        r"64; model\.tie_embeddings=True, there it is False; leave these options out",
+        match=r"init_from=.*published has another model: model\.d_ff=128 here, 64 "
+        r"there; model\.tie_embeddings=True here, False there; leave out these options",
     ):
         build(dataclasses.replace(config, model=model))
     assert not config.run_dir.exists()
@@ -167,5 +167,5 @@ def test_what_is_no_such_folder_is_told(config: Config) -> None:
 
 def test_a_run_that_draws_its_weights_has_no_folder(config: Config) -> None:
     config = dataclasses.replace(config, init_from=None)
-    with pytest.raises(ValueError, match="init_from=None is no folder to begin with"):
+    with pytest.raises(ValueError, match="init_from=None is not a folder"):
         check_published(config, Vocabulary())

@@ -139,7 +139,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_with_0(
     assert f"stopped after step {last}; the same command" in program.log.read_text()
     assert (program.config.run_dir / "checkpoints" / str(last)).is_dir()
     finish(program.start(), program.log)
-    assert f"going on after step {last}" in program.log.read_text()
+    assert f"resuming from step {last}" in program.log.read_text()
     assert losses(program.config.run_dir) == losses(whole.config.run_dir)
 
 

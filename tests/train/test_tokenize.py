@@ -132,7 +132,7 @@ def test_the_command_tells_and_exits_with_2(tmp_path: Path) -> None:
     ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: source=") and "is not there" in ended.stderr
+    assert ended.stderr.startswith("error: source=") and "not exist" in ended.stderr
 
 
 def test_a_finished_folder_that_was_damaged_is_told(options: Tokenize) -> None:
@@ -141,7 +141,7 @@ def test_a_finished_folder_that_was_damaged_is_told(options: Tokenize) -> None:
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 4
     file.write_bytes(whole)
-    with pytest.raises(ValueError, match="00001-tokens.npy is not as it was written: "):
+    with pytest.raises(ValueError, match="00001-tokens.npy has changed since it was"):
         tokenize(options)
     # As the message says.
     (options.out / "00001.json").unlink()
@@ -184,11 +184,11 @@ def other_format(out: Path) -> None:
 
 DAMAGE = {
     cut_tokens: "00000-tokens.npy cannot be read: .*run python -m train.tokenize again",
-    shorter_tokens: r"00000-tokens.npy is uint8\[3\], it must be uint8\[\d+\]: take",
+    shorter_tokens: r"00000-tokens.npy is uint8\[3\] but must be uint8\[\d+\]: remove",
     no_documents: "00001-documents.npy cannot be read: .*No such file",
-    other_documents: "00001-documents.npy is damaged: take the folder away and run",
+    other_documents: "00001-documents.npy is damaged: remove the folder and run",
     half_a_meta: "tokenized.json is damaged: ",
-    other_format: "has format 9, it must be 1: take the folder away and run",
+    other_format: "has format 9 but must have 1: remove the folder and run",
 }
 
 
@@ -212,7 +212,7 @@ def test_a_folder_of_another_tokenizer_is_told(
         with pytest.raises(ValueError, match=f"give --data.tokenizer {own}"):
             open_folder(tmp_path / "words", wrong)
     open_folder(tmp_path / "words", Vocabulary.load(own))
-    with pytest.raises(ValueError, match="tokenized by bytes, .* give no --data.token"):
+    with pytest.raises(ValueError, match="tokenized with bytes, .* give no --data.tok"):
         open_folder(options.out, other)
 
 
@@ -231,7 +231,7 @@ def test_a_file_that_goes_while_it_is_read_is_told(options: Tokenize) -> None:
     aside.rename(first)
     assert corpus.window(0, 5).size == 5
     os.truncate(first, size - 1)
-    with pytest.raises(DataGone, match=f"and has {size - 1} now: put it back"):
+    with pytest.raises(DataGone, match=f"and has {size - 1} now: restore it"):
         corpus.window(0, 5)
 
 
@@ -239,7 +239,7 @@ def test_another_job_in_the_folder_is_told(options: Tokenize, tmp_path: Path) ->
     tokenize(options)
     other = Tokenize(options.source, options.out, shard_tokens=7)
     with pytest.raises(
-        ValueError, match=r"begun otherwise \(shard_tokens: 400 there, 7"
+        ValueError, match=r"begun differently \(shard_tokens: 400 there, 7"
     ):
         tokenize(other)
     (options.source / "more.txt").write_text("more")
@@ -247,11 +247,11 @@ def test_another_job_in_the_folder_is_told(options: Tokenize, tmp_path: Path) ->
         tokenize(options)
     full = tmp_path / "full"
     shutil.copytree(options.source, full)
-    with pytest.raises(ValueError, match="holds something else: give a folder that is"):
+    with pytest.raises(ValueError, match="holds something else: give a new folder"):
         tokenize(Tokenize(options.source, full))
     with pytest.raises(ValueError, match="must not be inside source="):
         tokenize(Tokenize(options.source, options.source / "out"))
-    with pytest.raises(ValueError, match="is tokens already, it must be text"):
+    with pytest.raises(ValueError, match="is already tokenized, it must be text"):
         tokenize(Tokenize(options.out, tmp_path / "twice"))
     assert is_token_folder(options.out) and not is_token_folder(full)
     assert not is_token_folder(None)

@@ -34,11 +34,11 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     second.process.send_signal(signal.SIGSTOP)
     try:
         # A step that is only slow may be told of before.
-        silent = "does not answer: it is stopped, or its host is gone"
+        silent = "is not responding: it is stopped, or its host is gone"
         wait_until(lambda: silent in first.log.read_text(), first.log)
         told = first.log.read_text()
         assert "watchdog: process 0 of 2: step " in told
-        assert "takes longer than 3 s\n  process 1 " in told
+        assert "has taken longer than 3 s\n  process 1 " in told
     finally:
         second.process.send_signal(signal.SIGCONT)
     # It was only asleep: the run goes on, and stops when it is told to.
@@ -72,8 +72,8 @@ def test_a_process_tells_where_it_hangs_itself(
         hang_at_a_step(begins, whole)
         begins(2)
     told += capfd.readouterr().err
-    assert told.count("watchdog: process 0 of 1: step 1 takes longer than 0.4 s") == 1
-    assert "all processes have begun it" in told
+    assert told.count("process 0 of 1: step 1 has taken longer than 0.4 s") == 1
+    assert "all processes have started it" in told
 
 
 def test_steps_in_time_are_not_told(
@@ -112,12 +112,12 @@ def test_steps_in_time_are_not_told(
 def test_stragglers_are_behind_or_silent() -> None:
     before = {0: Beat(8, 50), 1: Beat(7, 50), 2: Beat(8, 50), 3: Beat(6, 9), 4: None}
     now = {0: Beat(8, 50), 1: Beat(7, 52), 2: Beat(8, 52), 3: Beat(6, 9), 4: None}
-    behind = "has not begun step 8, it is at step"
-    silent = "does not answer: it is stopped, or its host is gone"
+    behind = "has not started step 8 (it is at step"
+    silent = "is not responding: it is stopped, or its host is gone"
     assert stragglers(before, now, reader=0) == {
-        1: f"{behind} 7",
-        3: f"{behind} 6, and {silent}",
-        4: "has not begun, or has ended",
+        1: f"{behind} 7)",
+        3: f"{behind} 6), and {silent}",
+        4: "has not started, or has exited",
     }
     # Whoever reads runs itself; for another reader process 0 is silent.
     assert stragglers(before, now, reader=2)[0] == silent

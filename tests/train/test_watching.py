@@ -101,8 +101,8 @@ def test_a_bad_batch_is_skipped_and_the_run_goes_on(
     assert "NaN" not in (config.run_dir / "metrics.jsonl").read_text()
     told = capsys.readouterr().out
     number = skipped[0]["step"]
-    assert f"warning: step {number} is skipped, its loss or gradient is not" in told
-    assert "1 of optimizer.max_skipped=10 in a row" in told
+    assert f"warning: skipped step {number}: its loss or gradient is not" in told
+    assert "(1 in a row, optimizer.max_skipped=10)" in told
 
 
 def test_many_bad_steps_end_the_run_with_1(
@@ -137,7 +137,7 @@ def test_without_a_good_checkpoint_none_is_named(
 ) -> None:
     monkeypatch.setattr("usp_jax.models.training.loss", always_bad)
     config = small(tmp_path, optimizer=OptimizerConfig(max_skipped=2))
-    with pytest.raises(GaveUp, match="steps 1 to 2 .* there is no checkpoint from"):
+    with pytest.raises(GaveUp, match="steps 1 to 2 .* no checkpoint is known to"):
         train(build(config), never)
 
 
@@ -168,7 +168,7 @@ def test_what_is_no_range_of_steps_is_told(tmp_path: Path, steps: str) -> None:
 
 def test_steps_to_trace_must_be_there(tmp_path: Path) -> None:
     config = small(tmp_path, profile=ProfileConfig("19:22"))
-    with pytest.raises(ValueError, match=r"must end at 21 or before, as steps=20"):
+    with pytest.raises(ValueError, match=r"must end at 21 or earlier, because st"):
         build(config)
 
 

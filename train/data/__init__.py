@@ -1,1 +1,1 @@
-"""What a run reads: documents, their tokens, and the rows and batches cut from them."""
+"""The data of a run: documents, their tokens, and rows and batches cut from them."""

@@ -1,7 +1,7 @@
-"""Batches of rows, and where on the mesh they go.
+"""Batches of rows, and their placement on the mesh.
 
-Every process cuts from each batch the rows that its devices hold, and reads no other;
-the state of its iterator is the number of the next batch, the same in all of them.
+Each process reads only the rows of a batch that its devices hold. The state of its
+iterator is the number of the next batch, which is the same in all processes.
 """
 
 import dataclasses
@@ -18,17 +18,18 @@ from train.data.corpus import PADDING, Row
 from usp_jax import balance, to_layout
 from usp_jax.models.training import Batch as Batch
 
-# The axes that split the rows of a batch; of a stage's work too it is some rows.
+# The axes that split the rows of a batch. Pipeline stages also share out the rows.
 ROWS = ("data", "fsdp", "pipe")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Some rows of every batch, the same ones of each, one batch after the other.
+    """A data source with the same subset of rows from each batch, in order.
 
     Attributes:
-      rows: of all batches, without end.
-      own: which rows of a batch.
+      rows: the rows of all batches, endless.
+      own: indices of the chosen rows within a batch.
+      batch_size: rows in a batch.
     """
 
     rows: grain.MapDataset
@@ -46,20 +47,28 @@ class Part:
 def batches(
     rows: grain.MapDataset, batch_size: int, own: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Batches of rows, int32 [B, T], or of each batch the `own` rows only.
+    """Iterates over batches of rows.
 
-    The iterator's `get_state` and `set_state` go on anywhere.
+    The iterator's `get_state` and `set_state` can resume at any batch.
+
+    Args:
+      rows: the rows of all batches, in order.
+      batch_size: rows in a batch, over all processes.
+      own: indices of the rows to read of each batch; None reads all of them.
+
+    Returns:
+      An iterator over dicts of int32 [B, T], with B = `len(own)` if `own` is given.
     """
     if own is not None:
         rows = grain.MapDataset.source(Part(rows, tuple(own), batch_size))
-    # Rows are slices of memory: threads would cost more than they hide.
+    # Rows are slices of memory: threads would cost more than they save.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     size = batch_size if own is None else len(own)
     return iter(rows.batch(size).to_iter_dataset(options))
 
 
 def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
-    """The rows of a batch that this process's devices hold."""
+    """Indices of the rows of a batch that this process's devices hold, increasing."""
     sharding = NamedSharding(mesh, jax.P(ROWS))
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
     every = range(batch_size)
@@ -67,36 +76,42 @@ def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How rows [B, T] are split over a mesh."""
+    """The sharding of rows [B, T] over a mesh."""
     return NamedSharding(mesh, jax.P(ROWS, ("ring", "ulysses")))
 
 
 def describe(batch_size: int, length: int, mesh: Mesh, layout: str = "zigzag") -> Batch:
-    """The shapes of a batch, for the compiler."""
+    """The shapes and shardings of a batch, int32 [B, T] each, for the compiler."""
     shape = jax.ShapeDtypeStruct(
         (batch_size, length), np.int32, sharding=batch_sharding(mesh)
     )
     positions = ("positions",) if layout == "balanced" else ()
-    # A shape stands for its array; jax has no type that is both.
+    # Shapes in place of arrays; jax has no type for either.
     return cast(Batch, dict.fromkeys((*PADDING, *positions), shape))
 
 
 def place(batch: Row, layout: str, mesh: Mesh) -> Batch:
-    """Rows in natural order to global arrays in stored order, split over a mesh.
+    """Reorders rows to the stored order and splits them over a mesh.
 
     Args:
-      batch: the rows that this process's devices hold, in order.
+      batch: the rows that this process's devices hold, in order, int32 [B, T] each.
+      layout: the layout to store the rows in.
+      mesh: the mesh to split them over.
+
+    Returns:
+      Global arrays of all processes' rows; with the "balanced" layout also their
+      positions.
     """
     stored = _stored(batch, layout, mesh)
     sharding = batch_sharding(mesh)
     ways = math.prod(mesh.shape[name] for name in ROWS)
     groups = own_rows(ways, mesh)
 
-    def one(x: np.ndarray) -> jax.Array:
+    def distribute(x: np.ndarray) -> jax.Array:
         rows = len(x) // len(groups)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            # jax's type has it for other arrays: one without a shard on a device.
+            # jax's type allows None for arrays without a shard on a device.
             assert index is not None
             first, *_ = index[0].indices(rows * ways)
             here = groups.index(first // rows) * rows
@@ -105,11 +120,11 @@ def place(batch: Row, layout: str, mesh: Mesh) -> Batch:
         shape = (rows * ways, x.shape[1])
         return jax.make_array_from_callback(shape, sharding, shard)
 
-    return jax.tree.map(one, stored)
+    return jax.tree.map(distribute, stored)
 
 
 def _stored(batch: Row, layout: str, mesh: Mesh) -> dict[str, np.ndarray]:
-    """Rows in stored order; those that are balanced come with their positions."""
+    """Reorders rows to the stored order, and adds positions if "balanced"."""
     if layout != "balanced":
         return jax.tree.map(lambda x: to_layout(x, layout, mesh), batch)
     ids, sizes = batch["segment_ids"], mesh.shape
@@ -123,9 +138,9 @@ def _stored(batch: Row, layout: str, mesh: Mesh) -> dict[str, np.ndarray]:
         for row in ids
     ]
 
-    def one(x: np.ndarray) -> np.ndarray:
+    def reorder(x: np.ndarray) -> np.ndarray:
         rows = [plan.to_stored(row) for plan, row in zip(plans, x, strict=True)]
         return np.stack(rows)
 
     positions = np.stack([plan.positions for plan in plans])
-    return {**jax.tree.map(one, batch), "positions": positions}
+    return {**jax.tree.map(reorder, batch), "positions": positions}

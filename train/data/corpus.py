@@ -1,8 +1,8 @@
-"""Documents as token ids, one after the other, and the rows cut from them.
+"""Documents as concatenated token ids, and the rows cut from them.
 
-Row i is the i-th window of T tokens, each with the token that follows it as its label.
-Tokens attend within their document only (segment ids), and the last token of a document
-has no label. Positions are those in the row: RoPE sees differences only.
+Row i is the i-th window of T tokens. A token's label is the token that follows it.
+Tokens attend only within their document (segment ids), and the last token of a document
+has no label. Positions count from the start of the row: RoPE sees only differences.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ PADDING = {"tokens": 0, "labels": -1, "segment_ids": -1}
 
 
 class Row(TypedDict):
-    """What a model learns from: int32 [T]; or several rows together, [B, T]."""
+    """A row to train on, int32 [T] each; or several rows stacked, [B, T]."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -24,7 +24,7 @@ class Row(TypedDict):
 
 
 class Facts(TypedDict):
-    """What tells one corpus from another, however it is stored."""
+    """Facts that identify a corpus, independent of how it is stored."""
 
     documents: int
     tokens: int
@@ -39,12 +39,13 @@ class Tokens(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
-    """What lies together in one array, in the order of the corpus.
+    """The contiguous pieces of a corpus, in order; each lies within one array.
 
     Attributes:
-      arrays: what holds the tokens.
-      first: int64 [P], the place in the corpus where each piece begins.
-      array: int64 [P], the array that holds it, and `offset` where it begins there.
+      arrays: the arrays that hold the tokens.
+      first: int64 [P], the index in the corpus at which each piece begins.
+      array: int64 [P], the number of the array that holds each piece.
+      offset: int64 [P], the index in that array at which each piece begins.
     """
 
     arrays: tuple[Tokens, ...]
@@ -55,13 +56,13 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """All documents, one after the other; none of them is empty.
+    """Concatenated documents, none of them empty.
 
     Attributes:
-      starts: int64 [D], where each document begins, increasing, the first at 0.
-      size: how many tokens there are.
-      pieces: where they are. A document lies in one piece.
-      hashes: uint64 [D], of what is in each document.
+      starts: int64 [D], the index at which each document begins, increasing from 0.
+      size: total number of tokens.
+      pieces: where the tokens are stored. A document lies in one piece.
+      hashes: uint64 [D], a hash of each document's tokens.
     """
 
     starts: np.ndarray
@@ -71,7 +72,7 @@ class Corpus:
 
     @classmethod
     def of(cls, documents: Iterable[np.ndarray]) -> "Corpus":
-        """Joins documents of int32 in memory; empty ones are left out."""
+        """Joins int32 documents in memory, leaving out empty ones."""
         kept = [document for document in documents if document.size]
         lengths = np.array([document.size for document in kept], np.int64)
         hashes = np.array([document_hash(document) for document in kept], np.uint64)
@@ -87,7 +88,14 @@ class Corpus:
         hashes: Sequence[np.ndarray],
         sizes: Sequence[int],
     ) -> "Corpus":
-        """Several arrays of known sizes, each with its documents' starts and hashes."""
+        """Joins several arrays of known sizes.
+
+        Args:
+          arrays: the arrays of tokens.
+          starts: for each array, int64 indices at which its documents begin.
+          hashes: for each array, uint64 hashes of its documents.
+          sizes: number of tokens in each array.
+        """
         first = np.cumsum(sizes, dtype=np.int64) - np.array(sizes, np.int64)
         moved = [at + begin for at, begin in zip(starts, first, strict=True)]
         pieces = Pieces(
@@ -97,12 +105,12 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [D], the tokens of each document."""
+        """Number of tokens in each document, int64 [D]."""
         return np.diff(self.starts, append=self.size)
 
     @property
     def facts(self) -> Facts:
-        """Read from all of the tokens."""
+        """The facts that identify this corpus; reads all of its tokens."""
         return Facts(
             documents=len(self.starts),
             tokens=self.size,
@@ -110,9 +118,9 @@ class Corpus:
         )
 
     def window(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop`, int32; fewer where the corpus ends before."""
+        """Tokens `start` to `stop`, int32; fewer if the corpus ends earlier."""
         stop = min(stop, self.size)
-        pieces, found = self.pieces, np.empty(stop - start, np.int32)
+        pieces, tokens = self.pieces, np.empty(stop - start, np.int32)
         number = int(np.searchsorted(pieces.first, start, side="right")) - 1
         at = start
         while at < stop:
@@ -120,26 +128,26 @@ class Corpus:
             end = min(stop, self.size if last else int(pieces.first[number + 1]))
             begin = int(pieces.offset[number]) + at - int(pieces.first[number])
             array = pieces.arrays[pieces.array[number]]
-            found[at - start : end - start] = array[begin : begin + end - at]
+            tokens[at - start : end - start] = array[begin : begin + end - at]
             at, number = end, number + 1
-        return found
+        return tokens
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The tokens of each document, int32."""
+        """Iterates over documents, int32 tokens each."""
         ends = np.append(self.starts[1:], self.size)
         for start, end in zip(self.starts, ends, strict=True):
             yield self.window(int(start), int(end))
 
     def windows(self, length: int) -> Iterator[np.ndarray]:
-        """All tokens, `length` at a time."""
+        """Iterates over all tokens, `length` at a time."""
         return (self.window(i, i + length) for i in range(0, self.size, length))
 
     def chosen(self, which: np.ndarray) -> "Corpus":
-        """The documents where `which`, bool [D], says so. No token is copied."""
+        """Selects documents by the mask `which`, bool [D], without copying tokens."""
         kept, lengths = np.flatnonzero(which), self.lengths[which]
         pieces = self.pieces
         piece = np.searchsorted(pieces.first, self.starts[kept], side="right") - 1
-        # A piece ends where a document is left out, or an array ends.
+        # A piece ends where a document is left out or an array ends.
         begins = np.append(True, (np.diff(kept) != 1) | (np.diff(piece) != 0))
         begins = begins[: len(kept)]
         starts, piece = np.cumsum(lengths) - lengths, piece[begins]
@@ -153,32 +161,33 @@ class Corpus:
         return Corpus(starts, int(lengths.sum()), cut, self.hashes[kept])
 
     def divided(self, fraction: float) -> tuple["Corpus", "Corpus"]:
-        """The documents to learn from, and about `fraction` of them held out.
+        """Splits the documents into those to train on and those held out.
 
-        A document's own hash decides: the same text is held out wherever it stands.
+        About `fraction` of them is held out. The document's hash decides, so equal
+        documents are held out together, whatever their position.
         """
         out = self.hashes < np.uint64(fraction * 2.0**64)
         return self.chosen(~out), self.chosen(out)
 
 
 def document_hash(document: np.ndarray) -> int:
-    """64 bits of a document's int32 tokens."""
+    """A 64-bit hash of a document's int32 tokens."""
     digest = hashlib.blake2b(document.astype("<i4").tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The windows of a corpus, by number: what grain calls a random-access source.
+    """The windows of a corpus by number, a random-access source for grain.
 
-    A row is read when it is asked for: of files, only its own part.
+    A row is read when it is indexed; of files, only the row's part is read.
     """
 
     corpus: Corpus
     length: int
 
     def __len__(self) -> int:
-        # The last token of all is only a label.
+        # The very last token is only a label.
         return -(-(self.corpus.size - 1) // self.length)
 
     def __getitem__(self, index: int) -> Row:
@@ -200,14 +209,14 @@ class Rows:
 
 
 def digest(arrays: Iterable[np.ndarray], starts: np.ndarray) -> str:
-    """What tells one corpus from another, however it is stored.
+    """A digest that identifies a corpus, independent of how it is stored.
 
     Args:
       arrays: all tokens, in order.
-      starts: of the documents.
+      starts: the index at which each document begins.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for array in arrays:
-        found.update(array.astype("<i4").tobytes())
-    found.update(starts.astype("<i8").tobytes())
-    return found.hexdigest()[:16]
+        hasher.update(array.astype("<i4").tobytes())
+    hasher.update(starts.astype("<i8").tobytes())
+    return hasher.hexdigest()[:16]

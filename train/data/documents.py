@@ -1,8 +1,8 @@
-"""Documents of text, from files of several kinds.
+"""Reads documents of text from files of several formats.
 
-A text file is one document, a line of a .jsonl file is one, a row of a .parquet file is
-one. Files are read one after the other, Parquet by row groups, so that no more than a
-part of the text is in memory.
+A document is a text file, a line of a .jsonl file, or a row of a .parquet file. Files
+are read one at a time, and Parquet one row group at a time, so that only part of the
+text is in memory.
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow
 
-# Not part of the library, or text that is wrong on purpose.
+# Folders that are not part of the library, or with deliberately invalid text.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
 
-# The text of a document, and how many bytes of its file it stands for.
+# The text of a document, and the number of bytes that it takes of its file.
 Document = tuple[bytes, float]
 
 _TOGETHER, _BYTES_TOGETHER = 1024, 2**24
@@ -27,19 +27,20 @@ _TOGETHER, _BYTES_TOGETHER = 1024, 2**24
 def read_documents(
     files: Iterable[Path], text_field: str = "text"
 ) -> Iterator[Document]:
-    """The documents of files.
+    """Iterates over the documents of files.
 
     Args:
-      text_field: what holds the text in a line of JSON, and the column of Parquet.
+      files: the files, read in this order.
+      text_field: the JSON field or Parquet column that holds the text.
 
     Raises:
-      ValueError: while reading, for a line or a row without text.
+      ValueError: while reading, for a line or row without text.
     """
     return chain.from_iterable(_documents(file, text_field) for file in files)
 
 
 def in_batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What a tokenizer gets at once: many documents, or few that are long."""
+    """Groups documents for a tokenizer, limited by their number and total size."""
     held, size = [], 0
     for text in texts:
         held.append(text)
@@ -52,13 +53,16 @@ def in_batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def source_files(path: Path | None, option: str = "data.path") -> list[Path]:
-    """A file, all files of a folder, or those of the running Python's library.
+    """Lists a file, all files of a folder, or those of Python's standard library.
 
-    Files of a folder come sorted by name; hidden ones are left out. `option` names
-    `path` in errors.
+    Files of a folder are sorted by name, without hidden ones.
+
+    Args:
+      path: a file or folder; None lists the standard library's source files.
+      option: the name of `path` in errors.
 
     Raises:
-      ValueError: nothing is there.
+      ValueError: there are no files.
     """
     if path is None:
         return _standard_library()
@@ -66,8 +70,8 @@ def source_files(path: Path | None, option: str = "data.path") -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(
-            f"{option}={path} is not there; it must be a text file, .jsonl and "
-            ".parquet too, or a folder of them"
+            f"{option}={path} does not exist; it must be a text, .jsonl or .parquet "
+            "file, or a folder of them"
         )
     files = [
         file
@@ -95,8 +99,8 @@ def _standard_library() -> list[Path]:
 
 
 def _files(root: Path, pattern: str) -> list[Path]:
-    found = (file for file in root.rglob(pattern) if file.is_file())
-    return sorted(found, key=lambda file: file.relative_to(root).parts)
+    files = (file for file in root.rglob(pattern) if file.is_file())
+    return sorted(files, key=lambda file: file.relative_to(root).parts)
 
 
 def _documents(file: Path, text_field: str) -> Iterator[Document]:
@@ -121,7 +125,8 @@ def _json_lines(file: Path, text_field: str) -> Iterator[Document]:
             if not isinstance(text, str):
                 there = sorted(record) if isinstance(record, dict) else record
                 raise ValueError(
-                    f"{file}:{number} has no text in text_field={text_field!r}: {there}"
+                    f"{file}:{number} has no text in text_field={text_field!r}, only "
+                    f"{there}"
                 )
             yield text.encode(errors="surrogatepass"), len(line)
 
@@ -132,7 +137,7 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            f"{file} is Parquet, for which pyarrow is missing: pip install "
+            f"{file} is a Parquet file, which needs pyarrow: pip install "
             "'usp_jax[parquet]'"
         ) from error
     try:
@@ -162,7 +167,7 @@ def _check_column(file: Path, schema: "pyarrow.Schema", text_field: str) -> None
         or pyarrow.types.is_large_string(kind)
         or pyarrow.types.is_string_view(kind)
     ):
-        told = {name: str(kind) for name, kind in kinds.items()}
+        columns = {name: str(kind) for name, kind in kinds.items()}
         raise ValueError(
-            f"{file} has no column of strings text_field={text_field!r}: {told}"
+            f"{file} has no string column text_field={text_field!r}; it has {columns}"
         )

@@ -1,10 +1,10 @@
-"""Passkey retrieval: find five digits somewhere in a long text that says nothing.
+"""Passkey retrieval: find five digits in a long, meaningless text.
 
-A document is filler with `key:31425.` at a random depth, and ends with `key:31425`: its
-last five digits are to be told. The task is that of Mohtashami and Jaggi (arXiv
-2305.16300, section 4.2) on bytes. No digit of a key comes twice, so each byte of the
-answer follows from the one before it. Rows are made by number, so that the data are
-the same on every mesh and go on anywhere.
+A document is filler with `key:31425.` at a random depth, and ends with `key:31425`,
+whose five digits are to be predicted. The task is that of Mohtashami and Jaggi (arXiv
+2305.16300, section 4.2) on bytes. The digits of a key are distinct, so each byte of the
+answer follows from the previous one. Rows are generated from their number, so the data
+are the same on every mesh and can resume at any row.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from train.data.corpus import Row
 
 DIGITS = 5
 QUESTION = b"key:"
-# What is not filler: the needle `key:31425.` and the question with its answer.
+# Everything but filler: the needle `key:31425.` and the question with its answer.
 SHORTEST = 2 * (len(QUESTION) + DIGITS) + 1
-# Rows are endless; grain wants a number.
+# Rows are endless; grain needs a length.
 ROWS = 2**31 - 1
 WORDS = (
     b"the grass is green and sky blue sun yellow here we go there back again river "
@@ -28,10 +28,11 @@ WORDS = (
 
 
 def passkey_rows(config: Config) -> grain.MapDataset:
-    """The rows of a run, in the order in which they are learnt.
+    """The rows of a run, in training order.
 
     Raises:
-      ValueError: lengths that have no room for a key, or text that would be ignored.
+      ValueError: documents too short for a key, or an option for text that would be
+        ignored.
     """
     shortest, length = config.passkey.shortest, config.sequence_length
     if not SHORTEST <= shortest <= length:
@@ -43,26 +44,28 @@ def passkey_rows(config: Config) -> grain.MapDataset:
         if getattr(config.data, name):
             raise ValueError(
                 f"data.{name}={getattr(config.data, name)} is not used with "
-                "passkey.enabled: leave out one of them"
+                "passkey.enabled: leave out one of the two"
             )
     rows = PasskeyRows(config.passkey, length, config.seed)
     return grain.MapDataset.source(rows)
 
 
 def filler(draw: np.random.Generator, length: int) -> bytes:
-    """Words in any order, cut to `length`; none of the question's, and no digit."""
+    """Random words cut to `length` bytes, without digits or the question's words."""
     words = draw.integers(len(WORDS), size=length // 3 + 1)
     return b" ".join(WORDS[word] for word in words).ljust(length)[:length]
 
 
 def document(draw: np.random.Generator, length: int, depth: float) -> bytes:
-    """`length` bytes that end with the answer.
+    """A document of `length` bytes that ends with the answer.
 
     Args:
-      depth: where in the filler the key is: 0 its beginning, 1 its end.
+      draw: the random generator to use.
+      length: bytes in the document.
+      depth: position of the key in the filler, from 0 (start) to 1 (end).
 
     Raises:
-      ValueError: a length that has no room for key and question.
+      ValueError: `length` is too short for key and question.
     """
     if length < SHORTEST:
         raise ValueError(f"length={length} must be at least {SHORTEST}")
@@ -75,7 +78,7 @@ def document(draw: np.random.Generator, length: int, depth: float) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyRows:
-    """Packed documents, by number: what grain calls a random-access source."""
+    """Rows of packed documents by number, a random-access source for grain."""
 
     config: PasskeyConfig
     length: int
@@ -85,7 +88,7 @@ class PasskeyRows:
         return ROWS
 
     def __getitem__(self, index: int) -> Row:
-        """A row whose labels are those of answers only."""
+        """A row in which only answers have labels."""
         draw = np.random.default_rng((self.seed, index))
         row = Row(
             tokens=np.zeros(self.length, np.int32),
@@ -98,7 +101,7 @@ class PasskeyRows:
             end = start + length
             row["tokens"][start:end] = np.frombuffer(text, np.uint8)
             row["segment_ids"][start:end] = number
-            # The token before each digit has it as its label.
+            # Each digit is the label of the token before it.
             row["labels"][end - DIGITS - 1 : end - 1] = row["tokens"][
                 end - DIGITS : end
             ]
@@ -106,23 +109,24 @@ class PasskeyRows:
         return row
 
     def lengths(self, draw: np.random.Generator, index: int) -> list[int]:
-        """Of the documents of a row.
+        """Lengths of the documents in a row.
 
         The longest grows with the row's number, from `shortest` to a whole row. Every
-        other row has as long ones only. The others have short ones, which teach more
-        with each token, and as many tokens in those of n to 2n tokens for any n.
+        other row has only documents of that length. The rest also have short ones,
+        which teach more per token. The expected number of tokens in documents of n to
+        2n tokens is the same for any n.
         """
         shortest = self.config.shortest
         growth = self.config.growth_rows
         grown = min(1.0, index / growth) if growth else 1.0
         longest = shortest * (self.length / shortest) ** grown
         least = longest if index % 2 else shortest
-        found: list[int] = []
+        lengths: list[int] = []
         left = self.length
         while left >= shortest:
-            # Of lengths with a density of 1 / length^2.
+            # Lengths have a density of 1 / length^2.
             rarest = 1 - least / longest
             length = round(least / (1 - draw.uniform(high=rarest)))
-            found.append(min(length, left))
-            left -= found[-1]
-        return found
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+        return lengths

@@ -1,7 +1,7 @@
-"""The text of a run, and its rows in the order in which they are learnt.
+"""The text of a run, and its rows in training order.
 
-The order depends on the seed and on the text alone, never on the mesh or on how many
-processes there are.
+The order depends only on the seed and the text, not on the mesh or the number of
+processes.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ from train.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """What a run reads.
+    """The corpora that a run reads.
 
     Attributes:
-      corpora: what is learnt from; rows are drawn from them by `weights`.
-      held_out: of each corpus the documents that are only evaluated on; () for none.
-      facts: what tells one text from another, for config.json.
+      corpora: the corpora to train on.
+      weights: the weight with which rows are drawn from each corpus.
+      held_out: the held-out documents of each corpus; () if none are held out.
+      facts: facts that identify the text, for config.json.
     """
 
     corpora: tuple[Corpus, ...]
@@ -34,11 +35,11 @@ class Text:
     facts: dict[str, object]
 
     def rows(self, length: int, seed: int) -> grain.MapDataset:
-        """Rows to learn from, without end."""
+        """Endless training rows."""
         return shuffled_rows(self.corpora, self.weights, length, seed)
 
     def held_out_rows(self, length: int, seed: int) -> grain.MapDataset:
-        """Held-out rows, without end."""
+        """Endless held-out rows."""
         return shuffled_rows(self.held_out, self.weights, length, seed)
 
 
@@ -46,36 +47,37 @@ def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
     """Encodes text files, and opens folders of tokens.
 
     Raises:
-      ValueError: there is no file, or nothing in it to learn, or to hold out.
+      ValueError: there is no file, or no text to train on or to hold out.
     """
     mixture = config.mixture or ((config.path, 1.0),)
     paths, weights = zip(*mixture, strict=True)
-    found = [_load(path, config.text_field, vocabulary) for path in paths]
-    corpora, facts = zip(*found, strict=True)
-    told: dict[str, object] = dict(facts[0])
+    loaded = [_load(path, config.text_field, vocabulary) for path in paths]
+    corpora, facts = zip(*loaded, strict=True)
+    record: dict[str, object] = dict(facts[0])
     if config.mixture:
-        told = {name: [one[name] for one in facts] for name in told}
-        told["weights"] = list(weights)
-    told["tokenizer_fingerprint"] = vocabulary.fingerprint
+        record = {name: [each[name] for each in facts] for name in record}
+        record["weights"] = list(weights)
+    record["tokenizer_fingerprint"] = vocabulary.fingerprint
     if not config.eval_fraction:
-        return Text(corpora, weights, (), told)
+        return Text(corpora, weights, (), record)
     parts = [
         _divided(corpus, config.eval_fraction, path)
         for corpus, path in zip(corpora, paths, strict=True)
     ]
     learnt, held_out = zip(*parts, strict=True)
-    return Text(learnt, weights, held_out, told)
+    return Text(learnt, weights, held_out, record)
 
 
 def _divided(
     corpus: Corpus, fraction: float, path: Path | None
 ) -> tuple[Corpus, Corpus]:
     parts = corpus.divided(fraction)
-    for part, purpose in zip(parts, ("to learn from", "to hold out"), strict=True):
+    for part, purpose in zip(parts, ("to train on", "to hold out"), strict=True):
         if part.lengths.max(initial=0) < 2:
             raise ValueError(
                 f"data.eval_fraction={fraction} leaves nothing {purpose} of the "
-                f"{len(corpus.starts)} documents of {path}: give another, or more text"
+                f"{len(corpus.starts)} documents of {path}: give another fraction, or "
+                "more text"
             )
     return parts
 
@@ -106,9 +108,9 @@ def _encoded(
 def shuffled_rows(
     corpora: Sequence[Corpus], weights: Sequence[float], length: int, seed: int
 ) -> grain.MapDataset:
-    """Rows without end, of several corpora by their weights.
+    """Endless rows of several corpora, mixed by their weights.
 
-    Each epoch of a corpus has an order of its own.
+    Each epoch of a corpus is shuffled differently.
     """
     endless = [
         grain.MapDataset.source(Rows(corpus, length)).seed(seed + i).shuffle().repeat()

@@ -1,14 +1,14 @@
-"""A folder of token ids: `python -m train.tokenize` writes it, a run maps it to memory.
+"""A folder of token ids: written by `python -m train.tokenize`, memory-mapped by runs.
 
-    tokenizing.json         what is tokenized, written first
-    00000-tokens.npy        token ids of whole documents, of the smallest dtype
-    00000-documents.npy     where each begins and its hash (`DOCUMENT`)
-    00000.json              the shard is finished: its facts and its files' digests
-    tokenizer.json          a copy, unless tokens are bytes
-    tokenized.json          all shards are finished: the facts of all, written last
+    tokenizing.json         the source and options, written first
+    00000-tokens.npy        token ids of whole documents, in the smallest dtype
+    00000-documents.npy     the start and hash of each document (`DOCUMENT`)
+    00000.json              marks a finished shard: its facts and its files' digests
+    tokenizer.json          a copy of the tokenizer, unless tokens are bytes
+    tokenized.json          marks the finished folder: facts of all shards, written last
 
-Every JSON file is written whole or not at all, so what a killed command leaves is
-finished shards and one that is not.
+JSON files are written atomically, so a killed command leaves finished shards and at
+most one unfinished shard.
 """
 
 import dataclasses
@@ -27,20 +27,22 @@ from train.files import sha256, write_atomically
 BEGUN, DONE = "tokenizing.json", "tokenized.json"
 FORMAT = 1
 DOCUMENT = np.dtype([("start", "<i8"), ("hash", "<u8")])
-AGAIN = "take the folder away and run python -m train.tokenize again"
+AGAIN = "remove the folder and run python -m train.tokenize again"
 
 
 class DataGone(Exception):
-    """A file that was there when a run began is not, or is another one."""
+    """Raised when a file has disappeared or changed since the run began."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some documents of a folder.
+    """The facts of one shard of a folder.
 
     Attributes:
-      read: how many documents of the source it holds, empty ones counted.
-      sha256: of the two arrays' files.
+      tokens: number of tokens in the shard.
+      documents: number of documents in the shard.
+      read: number of source documents that it covers, including empty ones.
+      sha256: digests of the files of its two arrays.
     """
 
     tokens: int
@@ -50,7 +52,7 @@ class Shard:
 
 
 class _ShardRecord(TypedDict):
-    """A `Shard` as JSON has it."""
+    """A `Shard` in JSON."""
 
     tokens: int
     documents: int
@@ -59,7 +61,7 @@ class _ShardRecord(TypedDict):
 
 
 class _Record(Facts):
-    """What `DONE` says."""
+    """The contents of `DONE`."""
 
     format: int
     tokenizer: str
@@ -70,10 +72,10 @@ class _Record(Facts):
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """Token ids in a .npy file that is mapped to memory.
+    """Token ids in a memory-mapped .npy file.
 
-    A mapped file that somebody has cut short kills whoever reads it, so each time its
-    size is looked at first.
+    Reading a mapped file that was truncated would kill the process, so its size is
+    checked before each read.
     """
 
     path: Path
@@ -82,28 +84,28 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path, tokens: int, dtype: np.dtype[np.integer]) -> "TokenFile":
-        """Raises ValueError for a file that is not as the folder says."""
+        """Maps a file; raises ValueError if its dtype or size is unexpected."""
         array = _mapped(path)
         if array.dtype != dtype or array.shape != (tokens,):
             raise ValueError(
-                f"{path} is {array.dtype}{list(array.shape)}, it must be "
+                f"{path} is {array.dtype}{list(array.shape)} but must be "
                 f"{dtype}[{tokens}]: {AGAIN}"
             )
         return cls(path, array, path.stat().st_size)
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Raises DataGone when the file has gone or has another size."""
+        """Reads tokens; raises DataGone if the file is missing or changed size."""
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != self.bytes:
             raise DataGone(
                 f"{self.path} had {self.bytes} bytes when the run began and has {size} "
-                "now: put it back, and the same command goes on"
+                "now: restore it and run the same command to resume"
             )
         return self.array[where]
 
 
 def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
-    """The two arrays of a shard, and what says that they are finished."""
+    """Paths of a shard's two arrays, and of the file that marks it finished."""
     name = f"{number:05}"
     return (
         folder / f"{name}-tokens.npy",
@@ -113,12 +115,12 @@ def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[np.integer]:
-    """The smallest that holds every id."""
+    """The smallest dtype that holds all token ids."""
     return np.min_scalar_type(vocabulary_size - 1).newbyteorder("<")
 
 
 def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> Shard:
-    """Writes documents, of `token_dtype` each, and then that they are finished."""
+    """Writes documents of dtype `token_dtype`, then marks the shard as finished."""
     kept = [document for document in documents if document.size]
     lengths = np.array([document.size for document in kept], np.int64)
     table = np.empty(len(kept), DOCUMENT)
@@ -134,29 +136,29 @@ def write_shard(folder: Path, number: int, documents: Sequence[np.ndarray]) -> S
 
 
 def finished_shards(folder: Path) -> list[Shard]:
-    """The shards that are finished, in order, each checked against its digests.
+    """Returns the finished shards, in order, each checked against its digests.
 
     Raises:
-      ValueError: a file of one is gone or damaged.
+      ValueError: a file of a shard is missing or damaged.
     """
-    found: list[Shard] = []
-    while (files := shard_files(folder, len(found)))[2].exists():
+    shards: list[Shard] = []
+    while (files := shard_files(folder, len(shards)))[2].exists():
         shard = _shard(_loaded(files[2]))
         for path, expected in zip(files, shard.sha256, strict=False):
             if not path.exists() or sha256(path) != expected:
                 raise ValueError(
-                    f"{path} is not as it was written: take {files[2]} away, and the "
-                    "same command makes this shard and those after it again"
+                    f"{path} has changed since it was written: remove {files[2]}, and "
+                    "the same command writes this shard and those after it again"
                 )
-        found.append(shard)
-    return found
+        shards.append(shard)
+    return shards
 
 
 def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> None:
-    """Writes what a run reads first."""
+    """Marks the folder as finished, by writing the facts of all shards."""
     dtype = token_dtype(vocabulary.size)
     corpus = _joined(folder, shards, dtype)
-    told = {
+    record = {
         "format": FORMAT,
         "tokenizer": vocabulary.fingerprint,
         "vocab_size": vocabulary.size,
@@ -164,42 +166,42 @@ def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> Non
         **corpus.facts,
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
-    write_json(folder / DONE, told)
+    write_json(folder / DONE, record)
 
 
 def is_token_folder(path: Path | None) -> TypeGuard[Path]:
-    """Whether a folder was written by the command, to its end or not."""
+    """Returns True for a folder of `train.tokenize`, finished or not."""
     return path is not None and ((path / DONE).exists() or (path / BEGUN).exists())
 
 
 def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, Facts]:
-    """The documents of a folder, mapped to memory, and their facts.
+    """Opens the memory-mapped documents of a folder, and their facts.
 
     Raises:
-      ValueError: it is not finished, damaged, or of another tokenizer.
+      ValueError: the folder is unfinished, damaged, or of another tokenizer.
     """
     if not (folder / DONE).exists():
         raise ValueError(
             f"data.path={folder} is not finished: run the same python -m "
-            "train.tokenize again, it goes on where it stopped"
+            "train.tokenize command again to resume it"
         )
-    told: _Record = _loaded(folder / DONE)
-    if told.get("format") != FORMAT:
+    record: _Record = _loaded(folder / DONE)
+    if record.get("format") != FORMAT:
         raise ValueError(
-            f"data.path={folder} has format {told.get('format')!r}, it must be "
+            f"data.path={folder} has format {record.get('format')!r} but must have "
             f"{FORMAT}: {AGAIN}"
         )
-    if told["tokenizer"] != vocabulary.fingerprint:
+    if record["tokenizer"] != vocabulary.fingerprint:
         own = folder / "tokenizer.json"
-        way = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
+        option = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
         raise ValueError(
-            f"data.path={folder} was tokenized by {told['tokenizer']}, data.tokenizer "
-            f"is {vocabulary.fingerprint}: give {way}"
+            f"data.path={folder} was tokenized with {record['tokenizer']}, but "
+            f"data.tokenizer is {vocabulary.fingerprint}: give {option}"
         )
-    shards = [_shard(record) for record in told["shards"]]
-    corpus = _joined(folder, shards, np.dtype(told["dtype"]))
+    shards = [_shard(shard) for shard in record["shards"]]
+    corpus = _joined(folder, shards, np.dtype(record["dtype"]))
     facts = Facts(
-        documents=told["documents"], tokens=told["tokens"], sha256=told["sha256"]
+        documents=record["documents"], tokens=record["tokens"], sha256=record["sha256"]
     )
     return corpus, facts
 
@@ -237,7 +239,7 @@ def _mapped(path: Path) -> np.memmap:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Raises ValueError for what is no JSON."""
+    """Reads a JSON file; raises ValueError if it is damaged."""
     return _loaded(path)
 
 
@@ -249,7 +251,7 @@ def _shard(record: _ShardRecord) -> Shard:
 
 
 def _loaded(path: Path) -> Any:
-    """What is said in JSON, whose type the file's name tells."""
+    """Reads a JSON file; the type depends on the file."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -257,7 +259,7 @@ def _loaded(path: Path) -> Any:
 
 
 def write_json(path: Path, told: Mapping[str, object]) -> None:
-    """Writes it whole or not at all."""
+    """Writes a JSON file atomically."""
     write_atomically(path, json.dumps(told, indent=1) + "\n")
 
 

@@ -14,11 +14,12 @@ BYTES = "bytes"
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Text to token ids and back; bytes without a tokenizer.
+    """Converts text to token ids and back.
 
     Attributes:
-      fingerprint: tells one tokenizer from another; of what its file says, not of how
-        that is written.
+      tokenizer: the tokenizer; None uses bytes as tokens.
+      fingerprint: identifies the tokenizer by the content of its file, not by its
+        formatting.
     """
 
     tokenizer: Tokenizer | None = None
@@ -26,51 +27,57 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path | None, option: str = "data.tokenizer") -> "Vocabulary":
-        """Reads a tokenizer.json, which `option` names.
+        """Reads a tokenizer.json.
+
+        Args:
+          path: the file; None uses bytes as tokens.
+          option: the name of `path` in errors.
 
         Raises:
-          ValueError: there is none at `path`, or it cannot be read.
+          ValueError: there is no file at `path`, or it cannot be read.
         """
         if path is None:
             return cls()
         if not path.is_file():
             raise ValueError(
-                f"{option}={path} is not there; it must be a tokenizer.json"
+                f"{option}={path} does not exist; it must be a tokenizer.json"
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        # The library raises a bare Exception, whatever is wrong.
+        # The library raises a bare Exception for any error.
         except Exception as error:
             raise ValueError(
                 f"{option}={path} is not a tokenizer.json: {error}"
             ) from error
-        told = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
-        return cls(tokenizer, hashlib.sha256(told.encode()).hexdigest()[:16])
+        content = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
+        return cls(tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16])
 
     @property
     def size(self) -> int:
-        """One more than the greatest token id."""
+        """The largest token id plus one."""
         if self.tokenizer is None:
             return 256
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: bytes, *, special: bool = True) -> np.ndarray:
-        """int32 ids; `special`: with what the tokenizer puts around a document."""
+        """Encodes a document as int32 ids, with special tokens if `special`."""
         (ids,) = self.encode_all([text], special=special)
         return ids
 
     def encode_all(
         self, texts: Sequence[bytes], *, special: bool = True
     ) -> list[np.ndarray]:
-        """`encode` of each; a tokenizer takes them on many cores."""
+        """Encodes each text as `encode` does; a tokenizer uses several cores."""
         if self.tokenizer is None:
             return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
         decoded = [text.decode(errors="replace") for text in texts]
-        found = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=special)
-        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+        encodings = self.tokenizer.encode_batch_fast(
+            decoded, add_special_tokens=special
+        )
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of token ids."""
+        """Decodes token ids to text."""
         if self.tokenizer is None:
             return ids.astype(np.uint8).tobytes().decode(errors="replace")
         return self.tokenizer.decode(ids.tolist())

@@ -1,1 +1,1 @@
-"""What a model can do: held-out loss, long contexts, passkeys, and text it writes."""
+"""Evaluations of a model: held-out loss, long contexts, passkeys, and samples."""

@@ -1,8 +1,8 @@
-"""Perplexity by position: whether a model uses a longer context, or is lost in it.
+"""Perplexity by position: does a model make use of a longer context?
 
-Documents are cut into windows; a token's position is its place in its window, before
-which the model has seen nothing. Only whole windows count, so that all positions are of
-the same texts.
+Documents are cut into windows; a token's position is its index in its window, and the
+model sees nothing before the window. Only whole windows count, so that all positions
+are measured on the same texts.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ from usp_jax.models.loss import NO_LABEL, token_nats
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Positions next to each other.
+    """A range of consecutive positions.
 
     Attributes:
-      first, end: the positions, from `first` to the one before `end`.
-      nats: the mean of their labels' negative log-likelihood.
+      first: the first position.
+      end: the position after the last one.
+      nats: mean negative log-likelihood of the positions' labels.
     """
 
     first: int
@@ -32,22 +33,22 @@ class Bucket:
 
     @property
     def perplexity(self) -> float:
-        """Of how many tokens the model is in doubt."""
+        """The exponential of `nats`."""
         return math.exp(self.nats)
 
 
 def windows(documents: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Whole windows of int32 [length + 1]: inputs, and the label of the last."""
+    """Whole windows, int32 [length + 1]: the inputs and the last one's label."""
     for document in documents:
         for start in range(0, document.size - length, length):
             yield document[start : start + length + 1]
 
 
 def doubling(length: int, buckets: int) -> list[int]:
-    """The bounds of buckets that each end at twice the position of the one before.
+    """Bounds of buckets, each of which ends at twice the position of the previous one.
 
     Raises:
-      ValueError: more buckets than that gives.
+      ValueError: `length` does not allow this many buckets.
     """
     if buckets < 1 or length >> (buckets - 1) < 1:
         raise ValueError(
@@ -63,8 +64,10 @@ def nats_by_position(
     """Mean nats of each position's label over all rows, float64 [length].
 
     Args:
+      model: the model to evaluate.
       rows: windows, int32 [length + 1].
-      batch_size: rows at once; filled up to what the mesh splits.
+      length: positions in a window.
+      batch_size: rows to evaluate at once, padded to a multiple that the mesh splits.
 
     Raises:
       ValueError: there are no rows.
@@ -87,7 +90,7 @@ def nats_by_position(
 
 
 def in_buckets(nats: np.ndarray, bounds: list[int]) -> list[Bucket]:
-    """The means of positions between neighbouring bounds."""
+    """Averages positions between neighbouring bounds."""
     return [
         Bucket(first, end, float(nats[first:end].mean()))
         for first, end in zip(bounds[:-1], bounds[1:], strict=True)

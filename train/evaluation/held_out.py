@@ -1,4 +1,4 @@
-"""The loss of documents that are not learnt from."""
+"""The loss on held-out documents."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,14 @@ from usp_jax.models.llama import Llama
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Looks at the same batches each time.
+    """Evaluation on the same held-out batches each time.
 
     Attributes:
-      text: whose held-out documents they are of.
-      count: how many batches of them.
-      nats: (parameters, a batch) -> (nats, number of labels).
+      config: the options of the run.
+      mesh: the mesh of the run.
+      text: the text with the held-out documents.
+      count: number of batches to evaluate.
+      nats: (parameters, batch) -> (sum of nats, number of labels).
     """
 
     config: Config
@@ -42,7 +44,7 @@ class Evaluation:
         text: Text | None,
         graphdef: nnx.GraphDef[Llama],
     ) -> "Evaluation | None":
-        """None where no documents are held out."""
+        """The evaluation of a run, or None if no documents are held out."""
         if text is None or not text.held_out:
             return None
         length = config.sequence_length
@@ -52,22 +54,22 @@ class Evaluation:
         return cls(config, mesh, text, count, nats)
 
     def due(self, step: int) -> bool:
-        """Whether it is time for one after this step."""
+        """Returns True if an evaluation is due after this training step."""
         every = self.config.eval.every
         is_due = every is not None and step % every == 0
         return is_due or step == self.config.steps
 
     def __call__(self, params: Params) -> Evaluated:
-        """The mean nats of a held-out label, and its exponential."""
+        """Returns the mean nats of a held-out label, and the perplexity."""
         config = self.config
         params = on_devices(params, config, self.mesh)
         own = own_rows(config.batch_size, self.mesh)
         rows = self.text.held_out_rows(config.sequence_length, config.seed)
         data = batches(rows, config.batch_size, own)
-        found = [
+        results = [
             self.nats(params, place(batch, config.layout, self.mesh))
             for batch in islice(data, self.count)
         ]
-        nats, labels = np.sum(jax.device_get(found), axis=0)
+        nats, labels = np.sum(jax.device_get(results), axis=0)
         mean = float(nats / max(labels, 1))
         return Evaluated(eval_loss=mean, eval_perplexity=float(np.exp(mean)))

@@ -1,4 +1,4 @@
-"""How often a passkey is found, by the text's length and the key's depth in it."""
+"""Accuracy of passkey retrieval, by length of the text and depth of the key."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,11 +14,11 @@ Continue = Callable[[np.ndarray, int], np.ndarray]
 
 
 def greedy(model: Llama) -> Continue:
-    """Takes the likeliest token each time."""
+    """Returns a function that continues prompts with the most likely tokens."""
 
     def go_on(prompts: np.ndarray, number: int) -> np.ndarray:
-        found = generate(model, jnp.asarray(prompts), number, temperature=0)
-        return np.asarray(found)
+        tokens = generate(model, jnp.asarray(prompts), number, temperature=0)
+        return np.asarray(tokens)
 
     return go_on
 
@@ -26,13 +26,21 @@ def greedy(model: Llama) -> Continue:
 def accuracy(
     go_on: Continue, *, length: int, depth: float, examples: int, seed: int
 ) -> float:
-    """The part of `examples` documents whose five digits are all told right."""
+    """The fraction of `examples` documents with all five digits right.
+
+    Args:
+      go_on: continues prompts.
+      length: tokens in a document.
+      depth: position of the key, from 0 (start) to 1 (end).
+      examples: number of documents.
+      seed: seed of the documents.
+    """
     draw = np.random.default_rng((seed, length, round(depth * 1000)))
     texts = [document(draw, length, depth) for _ in range(examples)]
     tokens = np.stack([np.frombuffer(text, np.uint8) for text in texts])
     tokens = tokens.astype(np.int32)
-    told = go_on(tokens[:, :-DIGITS], DIGITS)
-    return float((told == tokens).all(1).mean())
+    continued = go_on(tokens[:, :-DIGITS], DIGITS)
+    return float((continued == tokens).all(1).mean())
 
 
 def accuracies(
@@ -43,7 +51,7 @@ def accuracies(
     examples: int,
     seed: int,
 ) -> dict[int, dict[float, float]]:
-    """`accuracy` at every length and depth."""
+    """Returns `accuracy` by length and depth."""
     return {
         length: {
             depth: accuracy(

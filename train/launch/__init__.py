@@ -1,1 +1,1 @@
-"""Ways to start a run on the machines that it needs; docs/launching.md tells of all."""
+"""Launchers that start a run on its machines; see docs/launching.md."""

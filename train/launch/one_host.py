@@ -1,8 +1,9 @@
 """`python -m train.launch.one_host [-n PROCESSES] PRESET [--section.key value ...]`.
 
-Starts the processes of a run on this host. When one dies the others, which wait for it,
-are ended, and all are started again: the run goes on from its last checkpoint. SIGTERM
-and SIGINT are passed on as SIGTERM, upon which a run writes a checkpoint and ends.
+Starts the processes of a run on this host. When one dies, the others, which would wait
+for it, are killed, and all are restarted: the run resumes from its last checkpoint.
+SIGTERM and SIGINT are forwarded as SIGTERM, on which a run writes a checkpoint and
+exits.
 """
 
 import argparse
@@ -17,19 +18,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The program's own: it gave up, or somebody has to put something right.
+# Exit statuses that are not retried: the run gave up, or its options or files are bad.
 FINAL = (1, 2)
-# Seconds between two looks, and those that the others have when one has failed: they
-# may be about to end by themselves.
+# Seconds between polls, and seconds that the other processes have to exit by themselves
+# after one has failed.
 PAUSE, GRACE = 0.1, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
+    """The parsed command line.
 
     Attributes:
-      devices: of each process; None leaves it all of the host's.
+      processes: number of processes to start.
+      devices: devices of each process; None leaves each process all of the host's.
+      restarts: maximum number of restarts.
       run: the options of `python -m train`.
     """
 
@@ -40,7 +43,7 @@ class Options:
 
 
 def main() -> None:
-    """Exits with 0 when all processes did, else with what one of them ended with."""
+    """Runs all processes; exits with 0 if they all did, else with one's status."""
     options = _parse(sys.argv[1:])
     host = Host(options.processes, options.devices, options.run)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,16 +53,19 @@ def main() -> None:
         if status == 0 or status in FINAL or host.stopped:
             break
         left = options.restarts - restart
-        print(f"a process ended with {status}; {left} restarts left", file=sys.stderr)
-    # As a shell tells of a signal.
+        print(
+            f"a process exited with status {status}; {left} restarts left",
+            file=sys.stderr,
+        )
+    # A signal's status, as shells report it.
     sys.exit(128 - status if status < 0 else status)
 
 
 class Host:
-    """The processes of a run.
+    """The processes of a run on this host.
 
     Attributes:
-      stopped: a signal has come.
+      stopped: True once a signal has been received.
     """
 
     def __init__(self, processes: int, devices: int | None, run: Sequence[str]):
@@ -68,13 +74,13 @@ class Host:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def stop(self, *_: object) -> None:
-        """Passes SIGTERM on."""
+        """Forwards SIGTERM to all processes."""
         self.stopped = True
         for process in self._processes:
             process.terminate()
 
     def run(self) -> int:
-        """Starts all and returns 0 when all have, else how the first has failed."""
+        """Starts all processes; returns 0, or the status of the first that failed."""
         commands = self.commands(_free_port())
         self._processes = [
             subprocess.Popen(command, cwd=ROOT, env=os.environ | more)
@@ -90,16 +96,16 @@ class Host:
                 process.wait()
 
     def commands(self, port: int) -> list[tuple[list[str], dict[str, str]]]:
-        """The command of each process, and what its environment has more."""
-        found = []
+        """The command of each process, and its additional environment variables."""
+        commands = []
         for index in range(self._number):
             command = [sys.executable, "-m", "train", *self._run]
             if self._number > 1:
                 command += f"--distributed.coordinator localhost:{port}".split()
                 command += f"--distributed.num-processes {self._number}".split()
                 command += f"--distributed.process-id {index}".split()
-            found.append((command, self._own_devices(index)))
-        return found
+            commands.append((command, self._own_devices(index)))
+        return commands
 
     def _own_devices(self, index: int) -> dict[str, str]:
         if self._devices is None:
@@ -114,7 +120,7 @@ class Host:
             failed = [status for status in statuses if status]
             if failed and not first:
                 first, deadline = failed[0], time.monotonic() + GRACE
-            # Those that were told to stop do it together, in their own time.
+            # Processes stopping at SIGTERM do so together, and are not hurried.
             late = first and not self.stopped and time.monotonic() > deadline
             if late or None not in statuses:
                 return first
@@ -124,17 +130,17 @@ class Host:
 def _parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m train.launch.one_host",
-        description="Starts a run on this host, and again when a process dies.",
+        description="Starts a run on this host, and restarts it when a process dies.",
     )
     parser.add_argument("-n", "--processes", type=_positive, default=1)
     parser.add_argument(
         "--devices",
         type=_positive,
-        help="GPUs of each process; without it each sees all of the host's",
+        help="GPUs per process; by default each process sees all GPUs of the host",
     )
     parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument(
-        "run", nargs=argparse.REMAINDER, help="as for python -m train: PRESET ..."
+        "run", nargs=argparse.REMAINDER, help="options of python -m train: PRESET ..."
     )
     options = Options(**vars(parser.parse_args(arguments)))
     if not options.run:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU slices, by queued resources:
+# A run on Cloud TPU slices, as queued resources:
 #
 #     train/launch/tpu.sh create NAME ZONE TYPE RUNTIME [SLICES] [gcloud options ...]
 #     train/launch/tpu.sh run NAME ZONE PRESET [--section.key value ...]
 #     train/launch/tpu.sh delete NAME ZONE
 #
-# For instance TYPE v5p-128, RUNTIME v2-alpha-tpuv5, and --spot. `create` waits for
-# nothing: `gcloud compute tpus queued-resources list` says when the slices are ACTIVE.
-# `run` clones REPOSITORY (default: this checkout's origin) on every host, starts one
-# process on each, and tells what all of them say. The run directory has to lie where all
-# hosts see it, on a mounted file system. Stopped by maintenance or preemption, `run` ends
-# with another status than 0; the same command goes on.
+# For instance TYPE v5p-128, RUNTIME v2-alpha-tpuv5, and --spot. `create` does not wait:
+# `gcloud compute tpus queued-resources list` shows when the slices are ACTIVE. `run`
+# clones REPOSITORY (default: this checkout's origin) on every host, starts one process on
+# each, and prints their output. The run directory must be on a mounted file system that
+# all hosts can see. When stopped by maintenance or preemption, `run` exits with a nonzero
+# status; the same command resumes the run.
 set -euo pipefail
 tpus=(gcloud compute tpus queued-resources)
 
@@ -40,7 +40,7 @@ run() {
     local name=$1 zone=$2 source arguments
     shift 2
     source=${REPOSITORY:-$(git -C "$(dirname "$0")" remote get-url origin)}
-    # Quoted once more, for the shell over there.
+    # Quoted once more, for the remote shell.
     printf -v source '%q' "$source"
     printf -v arguments '%q ' "$@"
     "${tpus[@]}" ssh "$name" --zone="$zone" --node=all --worker=all --command="

@@ -1,1 +1,1 @@
-"""What a run says of its steps: files, pictures, the terminal, and a watchdog."""
+"""Reporting of a run's training steps: files, plots, the terminal, and a watchdog."""

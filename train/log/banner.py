@@ -1,4 +1,4 @@
-"""What a run prints before its first step, while a compiler is at work."""
+"""The lines that a run prints before its first step, and during compilation."""
 
 import contextlib
 import threading
@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from train.config import Config
 
-# Seconds between two lines where there is no terminal for a spinner.
+# Seconds between lines when the output is not a terminal.
 EVERY = 30.0
 
 
 def banner(config: Config, mesh: Mesh) -> str:
-    """The model, the mesh, the work of a step and the run directory, in three lines."""
+    """Describes the model, mesh, work of a step and run directory, in three lines."""
     model, device = config.llama, mesh.devices.flat[0]
     axes = [f"{name}={size}" for name, size in mesh.shape.items() if size > 1]
     tokens = config.batch_size * config.sequence_length
@@ -25,18 +25,18 @@ def banner(config: Config, mesh: Mesh) -> str:
         f"{config.dtype}; {mesh.devices.size} x {device.device_kind} as "
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
         f"data: {data}; {config.batch_size} rows of {config.sequence_length:,} tokens "
-        f"= {tokens:,} tokens a step, stored {config.layout}\n"
+        f"= {tokens:,} tokens per step, stored {config.layout}\n"
         f"run: {config.steps} steps, in {config.run_dir}"
     )
 
 
 @contextlib.contextmanager
 def alive(doing: str, every: float = EVERY) -> Iterator[None]:
-    """Shows that something long is still going on: a spinner, or a line now and then.
+    """Shows that a long operation is in progress, by a spinner or periodic lines.
 
     Args:
-      doing: what, as "compiling the step".
-      every: seconds between two lines where there is no terminal.
+      doing: the operation, such as "compiling the step".
+      every: seconds between lines when the output is not a terminal.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True)
     if console.is_terminal:
@@ -69,7 +69,7 @@ def _source(config: Config) -> str:
 
 
 def _count(number: int) -> str:
-    """A number of parameters as people say it: 920 thousand, 8.03 billion."""
+    """Formats a number of parameters in words: 920 thousand, 8.03 billion."""
     for unit, size in (("billion", 10**9), ("million", 10**6), ("thousand", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

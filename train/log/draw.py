@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""A plot of a run's loss curve."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from train.log.rows import SavedRow
 
 
 def draw_loss(rows: Sequence[SavedRow], path: Path) -> None:
-    """Draws the loss against the step as a PNG."""
+    """Plots the loss against the training step into a PNG file."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     rows = [row for row in rows if isinstance(row["loss"], float)]

@@ -1,4 +1,4 @@
-"""A run's step in the three currencies of FLOPs: see `usp_jax.plan.flops`."""
+"""FLOPs of a run's training step, counted in three ways: see `usp_jax.plan.flops`."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from usp_jax.plan.flops import step_work
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step, forward and backward, over all devices."""
+    """FLOPs of one training step, forward and backward, over all devices."""
 
     causal: float
     full: float
@@ -16,7 +16,7 @@ class StepFlops:
 
 
 def step_flops(config: Config) -> StepFlops:
-    """The formulas of `usp_jax.plan.flops` for a run."""
+    """Evaluates the formulas of `usp_jax.plan.flops` for a run."""
     mesh, tokens = config.mesh, config.batch_size * config.sequence_length
     split = mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses
     parts = config.accumulate * config.pipeline.microbatches

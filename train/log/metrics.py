@@ -1,4 +1,4 @@
-"""Numbers about the steps: what a step's duration says, and the files of them all."""
+"""Metrics of training steps: rates from a step's duration, and the metrics files."""
 
 import contextlib
 import os
@@ -14,11 +14,13 @@ from train.log.tensorboard import Events
 
 
 def rates(seconds: float, tokens: int, flops: StepFlops, peak: float | None) -> Rates:
-    """What a step's duration says.
+    """Computes throughput and utilisation from a step's duration.
 
     Args:
-      tokens, flops: of the step, over all devices.
-      peak: FLOP/s of one device; None is not known, and then no MFU is.
+      seconds: duration of the step.
+      tokens: tokens in the step, over all devices.
+      flops: FLOPs of the step, over all devices.
+      peak: peak FLOP/s of one device; None if unknown, then MFU and HFU are None.
     """
 
     def utilisation(work: float) -> float | None:
@@ -35,14 +37,14 @@ def rates(seconds: float, tokens: int, flops: StepFlops, peak: float | None) -> 
 
 
 def peak_bytes() -> int | None:
-    """The most memory that one of this process's devices has had in use, if it says."""
+    """Peak bytes in use on one of this process's devices; None if not reported."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     known = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(known, default=None)
 
 
 class MetricsFile:
-    """A metrics.jsonl and its TensorBoard events, which go on after a known step."""
+    """A metrics.jsonl and its TensorBoard events, resumed after a given step."""
 
     def __init__(self, run_dir: Path, step: int):
         path = run_dir / "metrics.jsonl"
@@ -55,7 +57,7 @@ class MetricsFile:
         """Adds a row.
 
         Raises:
-          OSError: the disk does not take it.
+          OSError: the disk cannot be written to.
         """
         values = {
             name: float(value)
@@ -68,17 +70,17 @@ class MetricsFile:
             self._events.write(row["step"], values)
 
     def sync(self) -> None:
-        """Waits until all rows are on the disk, as they must be before a checkpoint.
+        """Waits until all rows are on disk, which is required before a checkpoint.
 
         Raises:
-          OSError: the disk does not take them.
+          OSError: the disk cannot be written to.
         """
         with _told(self._run_dir):
             os.fsync(self._file.fileno())
             self._events.sync()
 
     def close(self) -> None:
-        """Closes both files; what they cannot write then is lost, see `sync`."""
+        """Closes both files and ignores errors; call `sync` first to keep all rows."""
         for file in (self._file, self._events):
             with contextlib.suppress(OSError):
                 file.close()
@@ -86,11 +88,11 @@ class MetricsFile:
 
 @contextlib.contextmanager
 def _told(run_dir: Path) -> Iterator[None]:
-    """Says of an error where it was and what to do."""
+    """Adds the run directory and the remedy to an OSError."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"run_dir={run_dir} cannot be written to: {error}; the same command goes "
-            "on from the newest checkpoint"
+            f"run_dir={run_dir} cannot be written to: {error}; the same command "
+            "resumes from the newest checkpoint"
         ) from error

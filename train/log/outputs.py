@@ -1,4 +1,4 @@
-"""Where process 0 tells of its steps: files, Weights & Biases, the terminal."""
+"""Outputs of process 0: files, Weights & Biases, and the terminal."""
 
 import jax
 
@@ -13,7 +13,7 @@ from usp_jax.plan.machines import peak_of_kind
 
 
 class Outputs:
-    """All of them, which get the same rows."""
+    """All outputs of a run; each gets the same rows."""
 
     def __init__(self, config: Config, step: int):
         self._config, self._flops = config, step_flops(config)
@@ -21,7 +21,9 @@ class Outputs:
         kind = jax.devices()[0].device_kind
         self._peak = peak_of_kind(kind, config.dtype)
         if self._peak is None:
-            print(f"no MFU is told: the peak of a {kind!r} device is not known")
+            print(
+                f"MFU is not reported: the peak FLOP/s of a {kind!r} device is unknown"
+            )
         self._file = MetricsFile(config.run_dir, step)
         self._progress = Progress(config.log, step=step, steps=config.steps)
         self._wandb = None if config.log.wandb is None else WandbRun(config)
@@ -35,15 +37,16 @@ class Outputs:
     def write(
         self, given: StepMetrics, found: Evaluated, *, seconds: float, skipped: int
     ) -> None:
-        """Adds what a step has given, and what can be told of it.
+        """Logs a training step and prints warnings about it.
 
-        Rows come every `log.every` steps, after an evaluation, and when something is
-        wrong.
+        A row is written every `log.every` steps, after an evaluation, and when a step
+        is skipped or its loss is a spike.
 
         Args:
-          given, found: by the step, and by an evaluation after it.
-          seconds: of the step.
-          skipped: as many of the last steps were, one after the other.
+          given: the metrics of the step.
+          found: the results of an evaluation after it; empty without one.
+          seconds: duration of the step.
+          skipped: number of consecutive skipped steps up to this one.
         """
         limit = self._spikes.limit()
         spike = self._spikes.add(given["loss"])
@@ -51,9 +54,9 @@ class Outputs:
         row: MetricsRow = {**given, **speed, "spike": spike, **found}
         if skipped:
             self._progress.warn(
-                f"step {row['step']} is skipped, its loss or gradient is not finite: "
-                f"{skipped} of optimizer.max_skipped="
-                f"{self._config.optimizer.max_skipped} in a row"
+                f"skipped step {row['step']}: its loss or gradient is not finite "
+                f"({skipped} in a row, optimizer.max_skipped="
+                f"{self._config.optimizer.max_skipped})"
             )
         if spike:
             self._progress.warn(
@@ -69,7 +72,7 @@ class Outputs:
                 self._wandb.write(row)
 
     def sync(self) -> None:
-        """Waits until all rows are on the disk."""
+        """Waits until all rows are on disk."""
         self._file.sync()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal."""
+"""Progress of a run on the terminal."""
 
 import time
 
@@ -10,7 +10,7 @@ from train.log.rows import MetricsRow
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a line every `print_every` steps."""
+    """A live line on a terminal; otherwise a line every `print_every` steps."""
 
     def __init__(self, config: LogConfig, *, step: int, steps: int):
         self._every, self._steps = config.print_every, steps
@@ -19,38 +19,38 @@ class Progress:
             "step",
             rich.progress.MofNCompleteColumn(),
             rich.progress.BarColumn(),
-            "{task.fields[told]}",
+            "{task.fields[status]}",
             rich.progress.TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", completed=step, total=steps, told="")
+        self._task = self._bar.add_task("", completed=step, total=steps, status="")
         self._first, self._begun = step, time.monotonic()
         self._bar.start()
 
     def tell(self, row: MetricsRow) -> None:
-        """Shows a row."""
+        """Shows the metrics of a row."""
         step = row["step"]
-        told = (
+        status = (
             f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
             f"{row['tokens_per_second']:,.0f} tokens/s"
         )
         if row["mfu_causal"] is not None:
-            told += f"  MFU {row['mfu_causal']:.1%}"
+            status += f"  MFU {row['mfu_causal']:.1%}"
         if "eval_loss" in row:
-            told += f"  eval loss {row['eval_loss']:.4f}"
-        self._bar.update(self._task, completed=step, told=told)
+            status += f"  eval loss {row['eval_loss']:.4f}"
+        self._bar.update(self._task, completed=step, status=status)
         shown = step in (self._first + 1, self._steps) or step % self._every == 0
         shown |= "eval_loss" in row
         if not self._console.is_terminal and shown:
             left = self._steps - step
             seconds = (time.monotonic() - self._begun) / (step - self._first) * left
             self._console.print(
-                f"step {step}/{self._steps}  {told}  {seconds:.0f} s left"
+                f"step {step}/{self._steps}  {status}  {seconds:.0f} s left"
             )
 
     def warn(self, message: str) -> None:
-        """Prints a line that stays."""
+        """Prints a warning that stays on the terminal."""
         self._console.print(f"warning: {message}")
 
     def close(self) -> None:

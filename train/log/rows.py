@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl: one for each step that is logged."""
+"""The rows of metrics.jsonl: one for each logged training step."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import TypedDict
 
 
 class StepMetrics(TypedDict):
-    """What a step gives, and the time in which the host made its batch."""
+    """The metrics of a training step, and the time to prepare its batch."""
 
     step: int
     loss: float
@@ -19,7 +19,7 @@ class StepMetrics(TypedDict):
 
 
 class Rates(TypedDict):
-    """What the duration of a step says; None is not known."""
+    """Rates computed from the duration of a step; None if unknown."""
 
     tokens_per_second: float
     step_seconds: float
@@ -30,27 +30,27 @@ class Rates(TypedDict):
 
 
 class Evaluated(TypedDict, total=False):
-    """What an evaluation after the step finds; empty without one."""
+    """The results of an evaluation after the step; empty without one."""
 
     eval_loss: float
     eval_perplexity: float
 
 
 class MetricsRow(StepMetrics, Rates, Evaluated):
-    """All that is logged of a step."""
+    """Everything that is logged of a training step."""
 
     spike: bool
 
 
 class SavedRow(TypedDict):
-    """A row of the file, as far as it is read again; None was not finite."""
+    """The fields of a row that are read back; None if the value was not finite."""
 
     step: int
     loss: float | None
 
 
 def read_rows(path: Path) -> list[SavedRow]:
-    """The rows of a metrics.jsonl; a last line that was not finished is left out."""
+    """Reads the rows of a metrics.jsonl, without an incomplete last line."""
     if not path.exists():
         return []
     *lines, _ = path.read_text().split("\n")
@@ -58,8 +58,8 @@ def read_rows(path: Path) -> list[SavedRow]:
 
 
 def line_of(row: Mapping[str, object]) -> str:
-    """The line of a row."""
-    # JSON has no word for infinity or for what is not a number.
+    """Formats a row as a line of JSON."""
+    # JSON has neither infinity nor NaN.
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()

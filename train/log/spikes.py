@@ -1,7 +1,7 @@
-"""Loss spikes: a loss far above those before it.
+"""Detection of loss spikes.
 
 With the median m of the last losses and the median d of their distances from m, a loss
-above m + factor · d is a spike. Neither median is moved by a few spikes.
+above m + factor · d is a spike. A few spikes hardly move either median.
 """
 
 import collections
@@ -9,9 +9,9 @@ import math
 import statistics
 from collections.abc import Iterable
 
-# Fewer losses say nothing of their spread.
+# Minimum number of losses needed to estimate their spread.
 LEAST = 10
-# A loss that hardly moves has hardly a spread: d is at least this part of m.
+# Lower bound of d as a fraction of m, for a loss that is almost constant.
 LEAST_SPREAD = 0.01
 
 
@@ -24,7 +24,7 @@ class Spikes:
         self._losses = collections.deque(losses, maxlen=window)
 
     def limit(self) -> float:
-        """What the next loss must be above to be a spike; infinite after too few."""
+        """The loss above which the next one is a spike; infinite after too few."""
         if len(self._losses) < self._least:
             return math.inf
         median = statistics.median(self._losses)
@@ -32,7 +32,10 @@ class Spikes:
         return median + self._factor * max(spread, LEAST_SPREAD * abs(median))
 
     def add(self, loss: float) -> bool:
-        """Whether the next loss is a spike. One that is not finite is not counted."""
+        """Adds the next loss and returns True if it is a spike.
+
+        A loss that is not finite is ignored.
+        """
         if not math.isfinite(loss):
             return False
         is_spike = loss > self.limit()

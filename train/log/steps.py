@@ -1,4 +1,4 @@
-"""The steps of a run as they are done: told of one step late, skipped ones counted."""
+"""The log of a run's training steps, reported one step late."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,25 +11,26 @@ from train.log.rows import Evaluated, StepMetrics
 
 
 class GaveUp(RuntimeError):
-    """Too many steps in a row had to be skipped.
+    """Raised when too many consecutive training steps were skipped.
 
     Attributes:
-      first, last: of these steps.
+      first: the first of these steps.
+      last: the last of these steps.
     """
 
     def __init__(self, first: int, last: int, remedy: str = ""):
         super().__init__(
-            f"steps {first} to {last} had no finite loss and gradient, and "
+            f"steps {first} to {last} had no finite loss and gradient, which reaches "
             f"optimizer.max_skipped={last - first + 1}{remedy}"
         )
         self.first, self.last = first, last
 
 
 class Log:
-    """Rows of metrics, told one step late so that the devices never wait for them.
+    """Logs metrics one step late, so that the devices do not wait for them.
 
     Attributes:
-      skipped: how many of the last steps told of were skipped, one after the other.
+      skipped: number of consecutive skipped steps up to the last one reported.
     """
 
     def __init__(self, config: Config, step: int):
@@ -39,22 +40,22 @@ class Log:
         self._outputs = Outputs(config, step) if jax.process_index() == 0 else None
 
     def waited(self, seconds: float) -> None:
-        """Adds the time in which the host made a batch."""
+        """Adds time that the host spent on preparing a batch."""
         self._waited += seconds
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the promised metrics of a step, and tells of the one before."""
+        """Takes the pending metrics of a step, and reports the step before it."""
         self._tell()
         self._pending = step, metrics
 
     def evaluated(self, evaluation: Callable[[], Evaluated]) -> None:
-        """Evaluates, and tells of the last step with what that finds."""
+        """Evaluates, and reports the last step together with the results."""
         self._tell(evaluation)
-        # It is no part of the next step.
+        # The evaluation is not part of the next step's time.
         self._last = time.monotonic()
 
     def finish(self) -> None:
-        """Waits for the last step and has all rows on the disk."""
+        """Waits for the last step, and until all rows are on disk."""
         self._tell()
         if self._outputs is not None:
             self._outputs.sync()
@@ -64,7 +65,7 @@ class Log:
             self._outputs.close()
 
     def _tell(self, find: Callable[[], Evaluated] = Evaluated) -> None:
-        """Waits for the step that has not been told of; `find` is called after it."""
+        """Waits for the pending step, calls `find`, and reports both."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -73,9 +74,9 @@ class Log:
         seconds, self._last = now - self._last, now
         waited, self._waited = self._waited, 0.0
         self.skipped = self.skipped + 1 if values["skipped"] else 0
-        found = find()
+        evaluation = find()
         if self._outputs is not None:
-            given = StepMetrics(
+            step_metrics = StepMetrics(
                 step=step,
                 loss=values["loss"],
                 grad_norm=values["grad_norm"],
@@ -83,7 +84,9 @@ class Log:
                 skipped=values["skipped"],
                 data_seconds=waited,
             )
-            self._outputs.write(given, found, seconds=seconds, skipped=self.skipped)
-        # The same on all processes: so is what they do.
+            self._outputs.write(
+                step_metrics, evaluation, seconds=seconds, skipped=self.skipped
+            )
+        # The metrics are the same on all processes, so all of them give up.
         if self.skipped == self._most:
             raise GaveUp(step - self._most + 1, step)

@@ -1,7 +1,7 @@
-"""TensorBoard's events, written by whoever adds them.
+"""TensorBoard events, written in the calling thread.
 
-tensorboardX's own SummaryWriter leaves that to a thread, which ends when a disk is
-full; adding more events then waits for it for ever.
+tensorboardX's own SummaryWriter writes from a thread, which ends when the disk is full;
+adding more events then blocks forever.
 """
 
 import time
@@ -17,17 +17,17 @@ _SECONDS_BETWEEN_FLUSHES = 10.0
 
 
 class Events:
-    """A file of events, which goes on after a known step."""
+    """A file of TensorBoard events, resumed after a given step."""
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
         self._flushed = 0.0
-        # TensorBoard hides what another process has told of later steps.
+        # TensorBoard then hides later steps that an earlier process has written.
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the values of a step; OSError when the disk does not take them."""
+        """Adds the values of a step; raises OSError if the disk cannot be written."""
         scalars = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in values.items()
@@ -37,7 +37,7 @@ class Events:
             self.sync()
 
     def sync(self) -> None:
-        """Waits until all events are on the disk."""
+        """Waits until all events are on disk."""
         self._writer.flush()
         self._flushed = time.monotonic()
 
