@@ -54,7 +54,8 @@ def commands() -> list[str]:
 
 def test_every_block_says_what_it_is() -> None:
     for page in PAGES:
-        assert {language for language, _ in blocks(page)} <= {"text", "python", "diff"}, page
+        languages = {language for language, _ in blocks(page)}
+        assert languages <= {"text", "python", "diff"}, page
 
 
 PYTHON = [page for page in PAGES if "python" in dict(blocks(page))]
