@@ -1,7 +1,7 @@
-"""RoPE as config.json tells it, in the words of old and of new checkpoints.
+"""RoPE settings of config.json, in the keys of both old and new checkpoints.
 
-Old ones have `rope_theta` and `rope_scaling`, new ones both in `rope_parameters`.
-Written are the old words, which every reader understands.
+Old checkpoints have `rope_theta` and `rope_scaling`; new ones have both in
+`rope_parameters`. Only the old keys are written, since old and new readers know them.
 """
 
 import math
@@ -18,7 +18,7 @@ from usp_jax.models.rope_scaling import (
 )
 
 _DEFAULT_THETA = 10000.0
-# The keys of each type beside its name and `rope_theta`.
+# Keys of each type of scaling, apart from its name and `rope_theta`.
 _KEYS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -44,10 +44,10 @@ _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
-    """theta and the scaling of a config.json.
+    """Reads theta and the scaling from a config.json.
 
     Raises:
-      ValueError: a type of scaling, or a key of one, that is not understood.
+      ValueError: the type of scaling, or one of its keys, is not understood.
     """
     name, given = _parameters(config)
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA
@@ -67,9 +67,9 @@ def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
 def write_rope(
     theta: float, scaling: RopeScaling | None, head_size: int
 ) -> dict[str, Json]:
-    """The keys of config.json that tell theta and the scaling."""
+    """Returns the keys of config.json for theta and the scaling."""
     if isinstance(scaling, NTKScaling):
-        # No type of theirs: it is a larger base, and nothing else.
+        # The format has no such type, but it only enlarges the base.
         return {"rope_theta": scaling.theta(head_size, theta), "rope_scaling": None}
     written = None if scaling is None else _written(scaling)
     keys: dict[str, Json] = {"rope_theta": theta, "rope_scaling": written}
@@ -79,7 +79,7 @@ def write_rope(
 
 
 def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
-    """The name of the dict that tells of the scaling, and a copy without its Nones."""
+    """The key of the dict that describes RoPE, and a copy of it without its Nones."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
         raise ValueError(
@@ -93,7 +93,7 @@ def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
 
 
 def _kind(name: str, given: dict[str, Json]) -> str:
-    """Takes the type's name out of the dict: `type` in very old checkpoints."""
+    """Pops the name of the type, under `type` in very old checkpoints."""
     kinds = {str(given.pop(key)) for key in ("rope_type", "type") if key in given}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in _KEYS:
@@ -122,7 +122,7 @@ def _scaling(
     if kind == "dynamic":
         return DynamicNTKScaling(factor, _length(longest))
     inside = given.get("original_max_position_embeddings")
-    # Where it stands outside, it stands there alone or is what counts.
+    # A value outside the dict takes precedence.
     outside = config.get("original_max_position_embeddings")
     length = _length(outside or inside or longest)
     if kind == "llama3":
@@ -154,10 +154,10 @@ def _length(length: Json) -> int:
 
 
 def _attention_factor(factor: float, given: Mapping[str, Json]) -> float | None:
-    """YaRN's, or None for what follows from the factor."""
+    """YaRN's attention factor, or None to derive it from the scaling factor."""
     if "attention_factor" in given:
         return number("attention_factor", given["attention_factor"])
-    # DeepSeek's way to tell it is the ratio of two.
+    # DeepSeek gives it as the ratio of two numbers.
     over, under = given.get("mscale"), given.get("mscale_all_dim")
     if not (over and under):
         return None
