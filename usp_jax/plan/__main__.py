@@ -1,4 +1,4 @@
-"""`python -m usp_jax.plan --model NAME --machine NAME ...`: the choices of a job.
+"""`python -m usp_jax.plan --model NAME --machine NAME ...`: ranks the ways to split.
 
 python -m usp_jax.plan --model llama3-8b --machine a800 --devices 16 --sequence 208K
 python -m usp_jax.plan --model llama3-8b --machine v5p --devices 64 --longest
@@ -23,7 +23,12 @@ from usp_jax.units import tokens_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the plan; 0 when something fits, 1 when not, 2 for a mistake."""
+    """Prints the plan.
+
+    Returns:
+      The exit code, 0 if something fits and 1 if nothing does. Invalid arguments exit
+        with 2.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -68,7 +73,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
-    # Tables, plots and compilers are imported where they are asked for.
+    # Tables, plots and compilers are imported only when needed.
     from usp_jax.plan.table import show
 
     if not rows:
@@ -84,7 +89,7 @@ def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
         from usp_jax.plan.table import show_reports
         from usp_jax.plan.verify import compile_step
 
-        # Nothing runs: whatever accelerator is here stays free for others.
+        # Nothing runs, so leave any local accelerator free for other programs.
         if not jax.config.jax_platforms:
             jax.config.update("jax_platforms", "cpu")
         top = [row for row in rows if row.can_train][: args.verify]

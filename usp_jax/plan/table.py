@@ -1,4 +1,4 @@
-"""A plan as tables of text."""
+"""Prints a plan as text tables."""
 
 import collections
 import dataclasses
@@ -16,11 +16,16 @@ from usp_jax.plan.traffic import by_axis
 from usp_jax.units import GIB
 
 WIDTH = 160
-"""Columns of text in which a table has no word cut."""
+"""Columns of text that fit a table without cutting words."""
 
 
 def show(rows: Sequence[Row], top: int) -> None:
-    """Prints the best rows, why others are not among them, and the best's command."""
+    """Prints the best rows, why others were rejected, and the best one's command.
+
+    Args:
+      rows: the plan, best first.
+      top: number of rows in the table.
+    """
     job, console = rows[0].job, _console()
     machine = job.machine
     console.print(
@@ -73,7 +78,11 @@ def _table(rows: Sequence[Row]) -> rich.table.Table:
 
 
 def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
-    """Prints predicted bytes beside the compiler's."""
+    """Prints predicted bytes next to the compiler's.
+
+    Args:
+      found: rows with the reports of their compiled programs.
+    """
     table = rich.table.Table()
     for name in ("choice", "peak", "compiler's", "sends", "compiler's", "fits"):
         table.add_column(name, justify="left" if name == "choice" else "right")
@@ -91,7 +100,7 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
 
 
 def _console() -> rich.console.Console:
-    """As wide as the tables at the least, for a pipe too."""
+    """A console at least as wide as the tables, also when piped."""
     width = max(WIDTH, rich.console.Console().width)
     return rich.console.Console(highlight=False, width=width)
 

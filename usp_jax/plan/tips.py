@@ -1,6 +1,6 @@
 """The seven tips of the USP paper (arXiv 2405.07719, section 4) as checks of a row.
 
-And what few heads make a row waste, in words.
+Also messages about what a row wastes when there are few heads.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ TIPS = {
 
 
 def against(row: Row) -> tuple[int, ...]:
-    """The numbers of the tips that a row goes against."""
+    """Returns the numbers of the tips that a row goes against."""
     return tuple(n for n, check in _CHECKS.items() if check(row.job, row.choice))
 
 
 def wasteful(row: Row) -> tuple[str, ...]:
-    """Where few heads make a row send or compute more than it has to."""
+    """Returns messages where few heads make a row send or compute more than needed."""
     choice, call = row.choice, call_of(row.job, row.choice)
     heads, found = call.heads, []
     split = f"ulysses={choice.ulysses}"
@@ -52,7 +52,7 @@ def wasteful(row: Row) -> tuple[str, ...]:
 
 
 def _one_alone(job: Job, choice: Choice) -> bool:
-    """One axis has all the sequence, though both could have a part."""
+    """Returns whether one axis splits the sequence though both could share it."""
     both = choice.ring > 1 and choice.ulysses > 1
     shards = choice.sequence_shards
     if shards == 1 or both:
@@ -66,13 +66,13 @@ def _one_alone(job: Job, choice: Choice) -> bool:
 
 
 def _batch_left(job: Job, choice: Choice) -> bool:
-    """Some of the sequence's devices could have rows of their own."""
+    """Returns whether some devices of the sequence could split the batch instead."""
     left = job.batch // (choice.data * choice.fsdp)
     return math.gcd(left, choice.sequence_shards) > 1
 
 
 def _needless_zero3(job: Job, choice: Choice) -> bool:
-    """ZeRO-1 would fit as well."""
+    """Returns whether ZeRO-1 would also fit."""
     if choice.zero == 1 or choice.sequence_shards == 1:
         return False
     other = dataclasses.replace(choice, zero=1)
@@ -80,7 +80,7 @@ def _needless_zero3(job: Job, choice: Choice) -> bool:
 
 
 def _needless_tensor(job: Job, choice: Choice) -> bool:
-    """The sequence could be split in place of tensors, and it would fit."""
+    """Returns whether splitting the sequence instead of tensors would fit."""
     if choice.tensor == 1:
         return False
     ulysses = dataclasses.replace(
@@ -93,19 +93,19 @@ def _needless_tensor(job: Job, choice: Choice) -> bool:
 
 
 def _zero3_would_help(job: Job, choice: Choice) -> bool:
-    """It does not fit, with parameters that are not split."""
+    """Returns whether the choice does not fit with ZeRO-1's unsplit parameters."""
     return choice.zero == 1 and choice.split > 1 and not _fits(job, choice)
 
 
 def _few_heads(job: Job, choice: Choice) -> bool:
-    """Key/value heads are sent to several devices of the Ulysses axis."""
+    """Returns whether key/value heads go to several devices of the Ulysses axis."""
     return choice.ulysses > 1 and (
         choice.ulysses * choice.tensor > job.model.num_kv_heads
     )
 
 
 def _crosses_nodes(job: Job, choice: Choice) -> bool:
-    """Ulysses or tensor reaches over the slow links."""
+    """Returns whether Ulysses or tensor spans the slow links."""
     inner = choice.ulysses * choice.tensor
     return inner > job.machine.node
 
