@@ -139,7 +139,7 @@ class Batch:
 
 
 def _check(name: str, x: jax.Array, tokens: jax.Array) -> None:
-    expected = "[B, T]" if x is tokens else f"{tokens.shape}, that of tokens"
+    expected = "[B, T]" if x is tokens else f"{tokens.shape}, like tokens"
     if x.ndim != 2 or 0 in x.shape or x.shape != tokens.shape:
         raise ValueError(f"{name}.shape={x.shape} must be {expected}")
     if x.dtype != jnp.int32:

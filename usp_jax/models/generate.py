@@ -52,7 +52,7 @@ def generate(
     """
     if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != jnp.int32:
         raise ValueError(
-            f"prompt is {prompt.dtype}{list(prompt.shape)}, it must be int32 [B, P] "
+            f"prompt is {prompt.dtype}{list(prompt.shape)}; it must be int32 [B, P] "
             "with at least one token"
         )
     if num_tokens < 0:
@@ -63,7 +63,7 @@ def generate(
         raise ValueError(f"{temperature=} samples: give key=, or temperature=0")
     if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
         raise ValueError(
-            f"{top_k=} must be between 1 and the vocabulary, {model.config.vocab_size}"
+            f"{top_k=} must be between 1 and vocab_size={model.config.vocab_size}"
         )
     if num_tokens == 0:
         return prompt

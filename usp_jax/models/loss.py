@@ -110,8 +110,8 @@ def _batch(
     """The checked batch, and its labels as an extra argument of `Llama.run`."""
     if labels.shape != tokens.shape or labels.dtype != jnp.int32:
         raise ValueError(
-            f"labels is {labels.dtype}{list(labels.shape)}, it must be int32 "
-            f"{list(tokens.shape)}, as tokens"
+            f"labels is {labels.dtype}{list(labels.shape)}; it must be int32 "
+            f"{list(tokens.shape)}, like tokens"
         )
     batch = model.batch(tokens, segment_ids, positions, layout)
     return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)

@@ -66,7 +66,7 @@ class Pipeline:
         if stages == 1:
             if (config.microbatches or 1, config.interleave) != (1, 1):
                 raise ValueError(
-                    f"{asked} are a pipeline's, but the mesh axis 'pipe' has size 1: "
+                    f"{asked} need a pipeline, but the mesh axis 'pipe' has size 1: "
                     "give it more devices, or leave them out"
                 )
             return cls(1, 1, 1)
@@ -80,7 +80,7 @@ class Pipeline:
         if microbatches % stages:
             raise ValueError(
                 f"{microbatches=} must be a multiple of pipe = {stages}: the stages "
-                "take so many at a time"
+                "take that many at a time"
             )
         return cls(stages, config.interleave, microbatches)
 

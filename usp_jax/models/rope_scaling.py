@@ -65,7 +65,7 @@ class NTKScaling:
         """
         if head_size == 2:
             raise ValueError(
-                f"{head_size=} has nothing to stretch, it must be 4 or more"
+                f"{head_size=} leaves nothing to scale; it must be at least 4"
             )
         return theta * self.factor ** (head_size / (head_size - 2))
 
@@ -111,8 +111,8 @@ class DynamicNTKScaling:
         """
         del head_size, theta
         raise ValueError(
-            f"rope_scaling={self} depends on the sequence's length, which given "
-            "positions do not tell: leave them out, or fix it: rope_scaling.at(length)"
+            f"rope_scaling={self} depends on the sequence length, which positions= "
+            "does not give: leave it out, or fix the length: rope_scaling.at(length)"
         )
 
 

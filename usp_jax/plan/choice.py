@@ -196,7 +196,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
             return f"divisibility: {name} {getattr(model, name)} over tensor"
     own = -(-model.num_heads // heads)
     if own % choice.ulysses_chunks:
-        return f"heads: {own} of a device in {choice.ulysses_chunks} chunks"
+        return f"heads: {own} per device in ulysses_chunks={choice.ulysses_chunks}"
     shards = choice.everyone * choice.pipe
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
@@ -208,7 +208,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
         job.layout, choice.ring, choice.ulysses, choice.token_shards
     )
     if job.sequence % multiple:
-        return f"divisibility: sequence {job.sequence} is no multiple of {multiple}"
+        return f"divisibility: sequence {job.sequence} is not a multiple of {multiple}"
     return None
 
 
@@ -216,7 +216,7 @@ def _pipeline_obstacle(model: LlamaConfig, choice: Choice) -> str | None:
     """Returns why the pipeline stages are impossible; None if possible."""
     if choice.pipe == 1:
         if (choice.microbatches or 1, choice.interleave) != (1, 1):
-            return "pipe: micro-batches and interleave are of more than one stage"
+            return "pipe: microbatches and interleave need more than one stage"
         return None
     groups = choice.pipe * choice.interleave
     if model.num_layers % groups:

@@ -44,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             marker="o",
             label=describe(row.choice),
         )
-    times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds a step")
+    times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds per step")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     _bars(parts, top)
     figure.savefig(path)
@@ -81,5 +81,5 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.axvline(rows[0].job.machine.memory_bytes / GIB, color="black")
     axes.invert_yaxis()
-    axes.set_xlabel("GiB a device")
+    axes.set_xlabel("GiB per device")
     axes.legend(fontsize="small")

@@ -55,7 +55,7 @@ class Row:
           ValueError: the choice is impossible.
         """
         if self.memory is None or self.seconds is None:
-            raise ValueError(f"{self.choice} cannot be: {self.reason}")
+            raise ValueError(f"{self.choice} is impossible: {self.reason}")
         return self.memory, self.seconds
 
     @property
@@ -237,8 +237,8 @@ def best(
     if not peaks:
         raise ValueError(f"sequence={sequence} cannot be split: {rows[0].reason}")
     raise ValueError(
-        f"{sequence=}, {batch=} on {job.devices} {job.machine.name} fits in no way: "
-        f"the least is {min(peaks) / GIB:.1f} GiB a device of "
+        f"{sequence=}, {batch=} does not fit on {job.devices} {job.machine.name}: the "
+        f"lowest peak is {min(peaks) / GIB:.1f} GiB per device of "
         f"{job.machine.memory_bytes / GIB:.1f} GiB"
     )
 
@@ -291,7 +291,7 @@ def evaluate(job: Job, choice: Choice) -> Row:
       ValueError: the choice is impossible.
     """
     if (why := obstacle(job, choice)) is not None:
-        raise ValueError(f"{choice} cannot be: {why}")
+        raise ValueError(f"{choice} is impossible: {why}")
     return _evaluate(job, choice)
 
 

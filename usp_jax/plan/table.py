@@ -38,16 +38,16 @@ def show(rows: Sequence[Row], top: int) -> None:
     )
     for why, count in refused.most_common():
         example = next(row for row in rows if row.reason.startswith(why))
-        left_out = f"{count} x {why}, as {describe(example.choice)}: "
+        left_out = f"{count} x {why}, such as {describe(example.choice)}: "
         console.print(left_out + example.reason.partition(": ")[2], soft_wrap=True)
     best = rows[0]
     if not best.can_train:
         console.print("nothing fits")
         return
     for axes, sent in by_axis(best.transfers).items():
-        console.print(f"  sends {_gib(sent)} GiB a step along {axes}")
+        console.print(f"  sends {_gib(sent)} GiB per step along {axes}")
     if (host := host_bytes(job, best.choice)) > 0:
-        console.print(f"  keeps {_gib(host)} GiB a device in the host's memory")
+        console.print(f"  keeps {_gib(host)} GiB per device in the host's memory")
     for number in against(best):
         console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
     for waste in wasteful(best):

@@ -13,11 +13,11 @@ from usp_jax.plan.search import Row
 from usp_jax.plan.traffic import call_of
 
 TIPS = {
-    1: "use ring and Ulysses together in place of either alone",
-    2: "split the batch before the sequence, while it can be",
+    1: "use ring and Ulysses together instead of either alone",
+    2: "split the batch before the sequence, while possible",
     3: "split the sequence with ZeRO-1; ZeRO-3 only when memory asks for it",
     4: "split the sequence rather than tensors: it sends less",
-    5: "where splitting the sequence does not fit, take ZeRO-3 with it",
+    5: "if splitting the sequence does not fit, add ZeRO-3",
     6: "with few heads, raise the ring's degree",
     7: "give fast links to tensor, then Ulysses, then the ring",
 }
@@ -36,8 +36,8 @@ def wasteful(row: Row) -> tuple[str, ...]:
     if heads.replicated:
         times = heads.sent.size / call.num_kv_heads
         found.append(
-            f"{split} for {call.num_kv_heads} key/value heads: they are sent, and go "
-            f"round the ring, {times:.3g} times over"
+            f"{split} for {call.num_kv_heads} key/value heads: they are sent, also "
+            f"around the ring, {times:.3g} times over"
         )
     if heads.padded > call.num_heads:
         found.append(
@@ -46,7 +46,7 @@ def wasteful(row: Row) -> tuple[str, ...]:
     if call.turns > 1 and choice.ring > 1:
         found.append(
             f"ulysses_chunks={choice.ulysses_chunks} for {heads.sent.shape[1]} "
-            f"key/value heads of a device: they go round the ring {call.turns} times"
+            f"key/value heads per device: they go around the ring {call.turns} times"
         )
     return tuple(found)
 

@@ -192,8 +192,8 @@ def _kind_of(config: LlamaConfig) -> tuple[str, _Kind]:
         if all(getattr(config, field) == x for field, x in kind.fields.items()):
             return name, kind
     raise ValueError(
-        f"qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm} is no model that "
-        f"the format has: it has {', '.join(_KINDS)}"
+        f"qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm} is not a model of "
+        f"the format, which has {', '.join(_KINDS)}"
     )
 
 
@@ -215,17 +215,17 @@ def _check(config: Mapping[str, Json]) -> None:
         given = config.get(key)
         if given is not None and given not in values:
             told = " or ".join(map(repr, values)) or "null or left out"
-            raise ValueError(f"{key}={given!r} is not supported, it must be {told}")
+            raise ValueError(f"{key}={given!r} is not supported; it must be {told}")
     if kind.slides and "sliding_window" not in config:
         raise ValueError(
-            "sliding_window must be given, as null: left out, it is a window of 4096"
+            "sliding_window must be null, not left out: the default is a window of 4096"
         )
     unknown = sorted(config.keys() - _READ - only.keys() - _NOTES - set(_WINDOWS))
     if unknown:
         told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
         raise ValueError(
             f"{told} is not understood and may change what the model computes; if it "
-            "is a mere note, remove it from config.json"
+            "does not, remove it from config.json"
         )
     needed = ("model_type", *_SIZES, *kind.required)
     missing = [key for key in needed if config.get(key) is None]
@@ -248,6 +248,6 @@ def _dtype(config: Mapping[str, Json]) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
-            f"dtype={dtype!r} is not computed in: give dtype= one of {DTYPES}"
+            f"dtype={dtype!r} is not supported: give dtype=, one of {DTYPES}"
         )
     return dtype

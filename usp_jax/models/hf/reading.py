@@ -132,12 +132,12 @@ def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> Non
     for name, tensor in expected.items():
         if files.shape(name) != tensor.shape:
             raise ValueError(
-                f"{folder}: {name} is {list(files.shape(name))}, by {CONFIG} it must "
-                f"be {list(tensor.shape)}"
+                f"{folder}: {name} is {list(files.shape(name))}; {CONFIG} requires "
+                f"{list(tensor.shape)}"
             )
         if files.dtype(name) not in floats:
             raise ValueError(
-                f"{folder}: {name} has the dtype {files.dtype(name)}, it must be one "
+                f"{folder}: {name} has the dtype {files.dtype(name)}; it must be one "
                 f"of {', '.join(floats)}: quantized weights are not supported"
             )
 
@@ -171,6 +171,6 @@ def _check_tied(folder: Path, files: TensorFiles, rows: int = 4096) -> None:
     )
     if not same:
         raise ValueError(
-            f"{folder}: {LM_HEAD} is not {EMBED}, though {CONFIG} says "
+            f"{folder}: {LM_HEAD} differs from {EMBED}, though {CONFIG} says "
             "tie_word_embeddings=true; give tie_embeddings=False to use it"
         )

@@ -98,12 +98,12 @@ def _kind(name: str, given: dict[str, Json]) -> str:
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in _KEYS:
         raise ValueError(
-            f"{name} has the type {' and '.join(map(repr, sorted({kind, *kinds})))}, "
+            f"{name} has the type {' and '.join(map(repr, sorted({kind, *kinds})))}; "
             f"it must be one of {tuple(_KEYS)}"
         )
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"{name} has a partial_rotary_factor, it must be 1: whole heads are rotated"
+            f"{name} has a partial_rotary_factor; it must be 1: whole heads are rotated"
         )
     return kind
 
@@ -147,8 +147,8 @@ def _length(length: Json) -> int:
     if not isinstance(length, int):
         found = "" if length is None else f", an int, not {length!r}"
         raise ValueError(
-            "the type of RoPE's scaling needs max_position_embeddings, or "
-            f"original_max_position_embeddings where the type has it{found}"
+            "this type of RoPE scaling needs max_position_embeddings, or "
+            f"original_max_position_embeddings if the type has it{found}"
         )
     return length
 

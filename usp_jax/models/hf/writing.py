@@ -70,7 +70,7 @@ def save(
     multihost_utils.sync_global_devices("folder is looked at")
     if there:
         raise ValueError(
-            f"path={folder} has {there[0].name} already; give an empty folder"
+            f"path={folder} already has {there[0].name}; give an empty folder"
         )
     config = write_config(model.config, dtype.name, notes)
     is_writer = jax.process_index() == 0
