@@ -77,8 +77,8 @@ def token_nats(
       [B, T] in the order of `tokens`, at least float32; 0 where there is no label.
     """
     batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
-    found = model.run(_token_nats, batch, model.split.tokens, extra)
-    return batch.order.restore(found)
+    nats = model.run(_token_nats, batch, model.split.tokens, extra)
+    return batch.order.restore(nats)
 
 
 def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:

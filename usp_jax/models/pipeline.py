@@ -62,11 +62,11 @@ class Pipeline:
           ValueError: the stages do not divide the layers or micro-batches, or pipeline
             options are set with a single stage.
         """
-        asked = {n: getattr(config, n) for n in ("microbatches", "interleave")}
+        options = {n: getattr(config, n) for n in ("microbatches", "interleave")}
         if stages == 1:
             if (config.microbatches or 1, config.interleave) != (1, 1):
                 raise ValueError(
-                    f"{asked} need a pipeline, but the mesh axis 'pipe' has size 1: "
+                    f"{options} need a pipeline, but the mesh axis 'pipe' has size 1: "
                     "give it more devices, or leave them out"
                 )
             return cls(1, 1, 1)
@@ -176,12 +176,12 @@ class Pipeline:
             return lax.all_gather(x, self.axis)
 
         # Gathered once: sent along with the activations they would delay every tick.
-        every = jax.tree.map(gather, facts)
+        gathered = jax.tree.map(gather, facts)
         whole = jax.tree.map(lambda x: x.shape[0] != rows, facts)
 
         def facts_of(device: Array, number: Array) -> Facts:
             return jax.tree.map(
-                lambda same, x: x if same else x[device, number], whole, every
+                lambda same, x: x if same else x[device, number], whole, gathered
             )
 
         return facts_of

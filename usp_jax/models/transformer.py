@@ -202,8 +202,10 @@ class Transformer:
             wide(config.dtype),
         )
 
-        def body(x: Array, one: tuple[Layers, KVCache | None]) -> tuple[Array, State]:
-            own, cache = one
+        def body(
+            x: Array, inputs: tuple[Layers, KVCache | None]
+        ) -> tuple[Array, State]:
+            own, cache = inputs
             return layer(config, split, weights_of(own), x, angles, attend, cache)
 
         kept = policy(config.remat)
@@ -225,8 +227,8 @@ class Transformer:
         """
         split, dtype = self.split.ends, self.config.dtype
         axes = split.zero
-        every = lax.all_gather(tokens, axes) if axes else tokens[None]
-        ids = every - split.index(split.tensor) * table.shape[0]
+        all_tokens = lax.all_gather(tokens, axes) if axes else tokens[None]
+        ids = all_tokens - split.index(split.tensor) * table.shape[0]
         x = jnp.take(table.astype(wide(dtype)), ids, axis=0, mode="clip").astype(dtype)
         here = (ids >= 0) & (ids < table.shape[0])
         x = split.leave(jnp.where(here[..., None], x, 0), axis=2)

@@ -70,12 +70,12 @@ def describe(choice: Choice) -> str:
     """Describes a choice briefly, leaving out axes of size 1 and most defaults."""
     usual, sizes = Choice(), choice.sizes
     words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    told: dict[str, object] = {"zero": choice.zero, "remat": choice.remat}
+    shown: dict[str, object] = {"zero": choice.zero, "remat": choice.remat}
     if choice.pipe > 1:
-        told["microbatches"] = choice.pipeline.microbatches
+        shown["microbatches"] = choice.pipeline.microbatches
     for field in dataclasses.fields(choice):
         value = getattr(choice, field.name)
         if field.name not in sizes and value != getattr(usual, field.name):
-            told.setdefault(field.name, value)
+            shown.setdefault(field.name, value)
     words = words or ["one device"]
-    return " ".join([*words, *(f"{name}={value}" for name, value in told.items())])
+    return " ".join([*words, *(f"{name}={value}" for name, value in shown.items())])

@@ -100,9 +100,9 @@ def parts_of(job: Job, choice: Choice) -> list[int]:
 
 def tiles(job: Job, choice: Choice) -> tuple[int | None, ...]:
     """Lists the values of `mlp_tile` to try; None is the whole network at once."""
-    told = job.model.mlp_tile
-    if told is not None or microbatch_of(job, choice) <= TILE:
-        return (told,)
+    tile = job.model.mlp_tile
+    if tile is not None or microbatch_of(job, choice) <= TILE:
+        return (tile,)
     return None, TILE
 
 

@@ -62,14 +62,14 @@ def _best_splits(rows: Sequence[Row]) -> list[Row]:
 
 def _lengths(row: Row) -> list[tuple[int, int | float]]:
     """(tokens, seconds) of a row's choice at the lengths where it fits."""
-    found = []
+    points = []
     for quarters in (1, 2, 4, 8, 16):
         job = dataclasses.replace(row.job, sequence=row.job.sequence * quarters // 4)
         if job.sequence and obstacle(job, row.choice) is None:
             other = evaluate(job, row.choice)
             if other.fits:
-                found.append((job.sequence, other.known[1].total))
-    return found
+                points.append((job.sequence, other.known[1].total))
+    return points
 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:

@@ -62,15 +62,15 @@ class Group:
     @functools.cached_property
     def sides(self) -> tuple[tuple[int, bool], ...]:
         """(Extent, whether it is a ring) along each side of the torus it spans."""
-        found = []
+        extents = []
         low, start, stop = 1, self.stride, self.stride * self.near
         for side in self.shape:
             high = low * side
             extent = -(-min(high, stop) // max(low, start))
             if extent > 1:
-                found.append((extent, extent == side >= self.machine.wrap))
+                extents.append((extent, extent == side >= self.machine.wrap))
             low = high
-        return tuple(found)
+        return tuple(extents)
 
     @property
     def shared(self) -> int:

@@ -235,11 +235,11 @@ def machine(name: str) -> Machine:
     Raises:
       ValueError: no machine has this name; the message lists the known ones.
     """
-    found = next((one for one in MACHINES if one.name == name), None)
-    if found is None:
-        names = ", ".join(one.name for one in MACHINES)
+    entry = next((known for known in MACHINES if known.name == name), None)
+    if entry is None:
+        names = ", ".join(known.name for known in MACHINES)
         raise ValueError(f"machine {name!r} is not known; it must be one of: {names}")
-    return found
+    return entry
 
 
 # Other device kinds with the peak of a machine above; and the dense bfloat16 FLOP/s of
@@ -257,7 +257,7 @@ def peak_of_kind(kind: str, dtype: str) -> float | None:
     """
     device = of_kind(kind)
     name = _SAME_PEAK.get(kind, device and device.name)
-    found = next((one for one in MACHINES if one.name == name), None)
+    entry = next((known for known in MACHINES if known.name == name), None)
     if dtype == "float64":
         return None
-    return _OLDER_PEAKS.get(kind) if found is None else found.peak(dtype)
+    return _OLDER_PEAKS.get(kind) if entry is None else entry.peak(dtype)

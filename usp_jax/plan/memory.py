@@ -184,12 +184,12 @@ def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
 
 def _activations(job: Job, choice: Choice) -> int | float:
     """Bytes that all layers keep on the device for the backward pass."""
-    runs, one = runs_of(job, choice), kept(job, choice)
+    runs, per_layer = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
-        return _arrays(job).fetched * one
+        return _arrays(job).fetched * per_layer
     # A tick's arrays are assembled before they are copied next to other ticks'.
     tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
-    return (runs + tick) * one
+    return (runs + tick) * per_layer
 
 
 def kept(job: Job, choice: Choice) -> int | float:

@@ -71,7 +71,7 @@ class Row:
     @property
     def sent(self) -> int | float:
         """Bytes that a device sends in a step."""
-        return sum(one.total for one in self.transfers)
+        return sum(transfer.total for transfer in self.transfers)
 
     def rate(self, flops: int | float) -> float | None:
         """Returns FLOP/s per device, or None if the choice is impossible.
@@ -170,14 +170,14 @@ def plan(
     rows = []
     schedules = schedules or (job.model.ring_schedule,)
     chunks = chunks or (job.model.ulysses_chunks,)
-    ways = [(way, n) for way in schedules for n in chunks]
+    schedule_chunks = [(schedule, n) for schedule in schedules for n in chunks]
     for mesh in meshes(job):
         open_choices = details(job, mesh, offload)
-        allowed = [one for one in open_choices if obstacle(job, one) is None]
+        allowed = [detail for detail in open_choices if obstacle(job, detail) is None]
         why = None if allowed else obstacle(job, open_choices[0])
         for choice in variants(mesh, offload):
             if why is None:
-                rows.append(_fastest(job, choice, allowed, ways))
+                rows.append(_fastest(job, choice, allowed, schedule_chunks))
             else:
                 rows.append(Row(job, choice, False, why))
     return sorted(rows, key=_rank)
@@ -296,7 +296,7 @@ def evaluate(job: Job, choice: Choice) -> Row:
 
 
 def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
-    found = transfers(job, choice)
+    collectives = transfers(job, choice)
     memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
     reason = ""
@@ -307,12 +307,15 @@ def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
         )
     elif not choice.is_trained_here:
         reason = f"program: {choice.program} is not the trainer's"
-    seconds = step_seconds(job, choice, found)
-    return Row(job, choice, fits, reason, memory, seconds, found)
+    seconds = step_seconds(job, choice, collectives)
+    return Row(job, choice, fits, reason, memory, seconds, collectives)
 
 
 def _fastest(
-    job: Job, choice: Choice, allowed: list[Choice], ways: list[tuple[str, int]]
+    job: Job,
+    choice: Choice,
+    allowed: list[Choice],
+    schedule_chunks: list[tuple[str, int]],
 ) -> Row:
     """Returns the best row for a mesh, ZeRO level and remat policy.
 
@@ -320,17 +323,17 @@ def _fastest(
       job: the training step.
       choice: has the mesh, ZeRO level and remat policy.
       allowed: possible choices for the mesh.
-      ways: (ring schedule, number of head groups) pairs to consider.
+      schedule_chunks: (ring schedule, number of head groups) pairs to consider.
     """
     rows: list[Row] = []
     why: str | None = None
     for detail in allowed:
-        whole = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
-        for name, chunks in ways:
-            way = on_the_way(job, whole, name, chunks)
-            why = None if way is whole else obstacle(job, way)
+        base = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
+        for name, chunks in schedule_chunks:
+            candidate = on_the_way(job, base, name, chunks)
+            why = None if candidate is base else obstacle(job, candidate)
             if why is None:
-                rows.append(_in_few_parts(job, way))
+                rows.append(_in_few_parts(job, candidate))
     return min(rows, key=_speed) if rows else Row(job, choice, False, why or "")
 
 

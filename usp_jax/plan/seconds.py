@@ -88,13 +88,14 @@ def step_seconds(
     sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
     exchanges = hops = 0.0
     groups: dict[tuple[str, ...], Group] = {}
-    for one in found:
-        if one.axes not in groups:
-            groups[one.axes] = Group.of(job.machine, choice, one.axes)
-        taken = one.times * groups[one.axes].seconds(one.kind, one.sent)
-        if one.what != "attention":
-            sums[one.what] += taken
-        elif one.axes == ("ulysses",):
+    for transfer in found:
+        if transfer.axes not in groups:
+            groups[transfer.axes] = Group.of(job.machine, choice, transfer.axes)
+        group = groups[transfer.axes]
+        taken = transfer.times * group.seconds(transfer.kind, transfer.sent)
+        if transfer.what != "attention":
+            sums[transfer.what] += taken
+        elif transfer.axes == ("ulysses",):
             exchanges += taken
         else:
             hops += taken

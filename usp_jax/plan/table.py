@@ -62,12 +62,12 @@ def _table(rows: Sequence[Row]) -> rich.table.Table:
     for name in [*names, *parts, "sends", "tips", ""]:
         table.add_column(name, justify="left" if name in ("choice", "") else "right")
     for row in rows:
-        told, (memory, _) = row.as_dict(), row.known
+        values, (memory, _) = row.as_dict(), row.known
         table.add_row(
             describe(row.choice),
-            f"{told['step_seconds']:.3g}",
-            f"{told['tflops_per_device']:.0f}",
-            *(f"{told[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
+            f"{values['step_seconds']:.3g}",
+            f"{values['tflops_per_device']:.0f}",
+            *(f"{values[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
             _gib(memory.peak),
             *(_gib(getattr(memory, name)) for name in parts),
             _gib(row.sent),

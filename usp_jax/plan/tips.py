@@ -31,24 +31,24 @@ def against(row: Row) -> tuple[int, ...]:
 def wasteful(row: Row) -> tuple[str, ...]:
     """Returns messages where few heads make a row send or compute more than needed."""
     choice, call = row.choice, call_of(row.job, row.choice)
-    heads, found = call.heads, []
+    heads, messages = call.heads, []
     split = f"ulysses={choice.ulysses}"
     if heads.replicated:
         times = heads.sent.size / call.num_kv_heads
-        found.append(
+        messages.append(
             f"{split} for {call.num_kv_heads} key/value heads: they are sent, also "
             f"around the ring, {times:.3g} times over"
         )
     if heads.padded > call.num_heads:
-        found.append(
+        messages.append(
             f"{split} for {call.num_heads} query heads: {heads.padded} are computed"
         )
     if call.turns > 1 and choice.ring > 1:
-        found.append(
+        messages.append(
             f"ulysses_chunks={choice.ulysses_chunks} for {heads.sent.shape[1]} "
             f"key/value heads per device: they go around the ring {call.turns} times"
         )
-    return tuple(found)
+    return tuple(messages)
 
 
 def _one_alone(job: Job, choice: Choice) -> bool:

@@ -117,7 +117,7 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
 
     Collectives that send nothing are left out.
     """
-    found = [
+    collectives = [
         *_parameters(job, choice),
         *_tokens(job, choice),
         *_attention(job, choice),
@@ -126,17 +126,20 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
     ]
     parts = choice.accumulate
     if parts > 1:
-        found = [dataclasses.replace(one, times=parts * one.times) for one in found]
-    found = [*_gathered_once(job, choice), *found]
-    return tuple(one for one in found if one.total > 0)
+        collectives = [
+            dataclasses.replace(transfer, times=parts * transfer.times)
+            for transfer in collectives
+        ]
+    collectives = [*_gathered_once(job, choice), *collectives]
+    return tuple(transfer for transfer in collectives if transfer.total > 0)
 
 
 def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
     """Returns the bytes a device sends in a step, keyed by axes such as "fsdp+ring"."""
     totals: dict[str, int | float] = {}
-    for one in found:
-        name = "+".join(one.axes)
-        totals[name] = totals.get(name, 0) + one.total
+    for transfer in found:
+        name = "+".join(transfer.axes)
+        totals[name] = totals.get(name, 0) + transfer.total
     return totals
 
 

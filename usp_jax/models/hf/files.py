@@ -36,14 +36,14 @@ def read_json(path: Path) -> dict[str, Json]:
       ValueError: the file is missing or is not a JSON object; the message has its path.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object")
-    return found
+    return content
 
 
 def number(key: str, value: Json) -> float:

@@ -212,19 +212,19 @@ def _check(config: Mapping[str, Json]) -> None:
         **windows,
     }
     for key, values in only.items():
-        given = config.get(key)
-        if given is not None and given not in values:
-            told = " or ".join(map(repr, values)) or "null or left out"
-            raise ValueError(f"{key}={given!r} is not supported; it must be {told}")
+        value = config.get(key)
+        if value is not None and value not in values:
+            listed = " or ".join(map(repr, values)) or "null or left out"
+            raise ValueError(f"{key}={value!r} is not supported; it must be {listed}")
     if kind.slides and "sliding_window" not in config:
         raise ValueError(
             "sliding_window must be null, not left out: the default is a window of 4096"
         )
     unknown = sorted(config.keys() - _READ - only.keys() - _NOTES - set(_WINDOWS))
     if unknown:
-        told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
+        listed = ", ".join(f"{key}={config[key]!r}" for key in unknown)
         raise ValueError(
-            f"{told} is not understood and may change what the model computes; if it "
+            f"{listed} is not understood and may change what the model computes; if it "
             "does not, remove it from config.json"
         )
     needed = ("model_type", *_SIZES, *kind.required)

@@ -87,9 +87,9 @@ def load_config(
     """
     file = Path(path) / CONFIG
     name = None if dtype is None else jnp.dtype(dtype).name
-    found = read_json(file)
+    content = read_json(file)
     try:
-        return read_config(found, dtype=name, **overrides)
+        return read_config(content, dtype=name, **overrides)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -49,19 +49,21 @@ def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
     Raises:
       ValueError: the type of scaling, or one of its keys, is not understood.
     """
-    name, given = _parameters(config)
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA
-    kind = _kind(name, given)
-    unknown = sorted(given.keys() - _KEYS[kind])
+    name, settings = _parameters(config)
+    theta = (
+        settings.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA
+    )
+    kind = _kind(name, settings)
+    unknown = sorted(settings.keys() - _KEYS[kind])
     if unknown:
         raise ValueError(
             f"{name}={config[name]!r} has keys that are not understood: "
             f"{', '.join(unknown)}; type {kind!r} has {sorted(_KEYS[kind])}"
         )
-    missing = [key for key in _REQUIRED if key in _KEYS[kind] and key not in given]
+    missing = [key for key in _REQUIRED if key in _KEYS[kind] and key not in settings]
     if missing:
         raise ValueError(f"{name}={config[name]!r} must have {', '.join(missing)}")
-    return number("rope_theta", theta), _scaling(kind, given, config)
+    return number("rope_theta", theta), _scaling(kind, settings, config)
 
 
 def write_rope(
@@ -86,22 +88,22 @@ def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
             f"rope_scaling={old!r} and rope_parameters={new!r} differ; leave one out"
         )
     name = "rope_scaling" if old else "rope_parameters"
-    given = config.get(name) or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{name}={given!r} must be a JSON object or null")
-    return name, {key: value for key, value in given.items() if value is not None}
+    settings = config.get(name) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}={settings!r} must be a JSON object or null")
+    return name, {key: value for key, value in settings.items() if value is not None}
 
 
-def _kind(name: str, given: dict[str, Json]) -> str:
+def _kind(name: str, settings: dict[str, Json]) -> str:
     """Pops the name of the type, under `type` in very old checkpoints."""
-    kinds = {str(given.pop(key)) for key in ("rope_type", "type") if key in given}
+    kinds = {str(settings.pop(key)) for key in ("rope_type", "type") if key in settings}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in _KEYS:
         raise ValueError(
             f"{name} has the type {' and '.join(map(repr, sorted({kind, *kinds})))}; "
             f"it must be one of {tuple(_KEYS)}"
         )
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"{name} has a partial_rotary_factor; it must be 1: whole heads are rotated"
         )
@@ -110,55 +112,56 @@ def _kind(name: str, given: dict[str, Json]) -> str:
 
 def _scaling(
     kind: str,
-    given: Mapping[str, Json],
+    settings: Mapping[str, Json],
     config: Mapping[str, Json],
 ) -> RopeScaling | None:
     if kind == "default":
         return None
-    factor = number("factor", given["factor"])
+    factor = number("factor", settings["factor"])
     if kind == "linear":
         return LinearScaling(factor)
     longest = config.get("max_position_embeddings")
     if kind == "dynamic":
         return DynamicNTKScaling(factor, _length(longest))
-    inside = given.get("original_max_position_embeddings")
+    inside = settings.get("original_max_position_embeddings")
     # A value outside the dict takes precedence.
     outside = config.get("original_max_position_embeddings")
     length = _length(outside or inside or longest)
     if kind == "llama3":
         low, high = (
-            number(key, given[key]) for key in ("low_freq_factor", "high_freq_factor")
+            number(key, settings[key])
+            for key in ("low_freq_factor", "high_freq_factor")
         )
         return Llama3Scaling(factor, low, high, length)
-    truncate = given.get("truncate", True)
+    truncate = settings.get("truncate", True)
     if not isinstance(truncate, bool):
         raise ValueError(f"{truncate=} must be true or false")
     return YarnScaling(
         factor,
         length,
-        beta_fast=number("beta_fast", given.get("beta_fast") or 32),
-        beta_slow=number("beta_slow", given.get("beta_slow") or 1),
-        attention_factor=_attention_factor(factor, given),
+        beta_fast=number("beta_fast", settings.get("beta_fast") or 32),
+        beta_slow=number("beta_slow", settings.get("beta_slow") or 1),
+        attention_factor=_attention_factor(factor, settings),
         truncate=truncate,
     )
 
 
 def _length(length: Json) -> int:
     if not isinstance(length, int):
-        found = "" if length is None else f", an int, not {length!r}"
+        detail = "" if length is None else f", an int, not {length!r}"
         raise ValueError(
             "this type of RoPE scaling needs max_position_embeddings, or "
-            f"original_max_position_embeddings if the type has it{found}"
+            f"original_max_position_embeddings if the type has it{detail}"
         )
     return length
 
 
-def _attention_factor(factor: float, given: Mapping[str, Json]) -> float | None:
+def _attention_factor(factor: float, settings: Mapping[str, Json]) -> float | None:
     """YaRN's attention factor, or None to derive it from the scaling factor."""
-    if "attention_factor" in given:
-        return number("attention_factor", given["attention_factor"])
+    if "attention_factor" in settings:
+        return number("attention_factor", settings["attention_factor"])
     # DeepSeek gives it as the ratio of two numbers.
-    over, under = given.get("mscale"), given.get("mscale_all_dim")
+    over, under = settings.get("mscale"), settings.get("mscale_all_dim")
     if not (over and under):
         return None
     log = 0.1 * math.log(factor)

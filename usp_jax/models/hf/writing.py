@@ -64,13 +64,13 @@ def save(
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
     if file_bytes < 1:
         raise ValueError(f"{file_bytes=} must be positive")
-    there = [*folder.glob("*.safetensors"), *folder.glob(CONFIG)]
+    existing = [*folder.glob("*.safetensors"), *folder.glob(CONFIG)]
     notes = {} if like is None else read_json(Path(like) / CONFIG)
     # All processes must look before process 0 writes.
     multihost_utils.sync_global_devices("folder is looked at")
-    if there:
+    if existing:
         raise ValueError(
-            f"path={folder} already has {there[0].name}; give an empty folder"
+            f"path={folder} already has {existing[0].name}; give an empty folder"
         )
     config = write_config(model.config, dtype.name, notes)
     is_writer = jax.process_index() == 0
@@ -86,17 +86,17 @@ def save(
 def _write_tensors(
     model: Llama, folder: Path, dtype: np.dtype, file_bytes: int, is_writer: bool
 ) -> None:
-    every = {tensor.name: tensor for tensor in tensors(model.config)}
-    sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in every.items()}
+    by_name = {tensor.name: tensor for tensor in tensors(model.config)}
+    sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in by_name.items()}
     files = split_into_files(sizes, file_bytes)
     for file, names in files.items():
-        held = {}
+        contents = {}
         for name in names:
-            x = _on_host(model, every[name])
+            x = _on_host(model, by_name[name])
             if is_writer:
-                held[name] = to_tensor(every[name].parameter, x).astype(dtype)
+                contents[name] = to_tensor(by_name[name].parameter, x).astype(dtype)
         if is_writer:
-            save_file(held, folder / file, metadata={"format": "pt"})
+            save_file(contents, folder / file, metadata={"format": "pt"})
     if is_writer and len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
         index = {
