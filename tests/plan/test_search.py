@@ -278,7 +278,7 @@ def test_head_chunks_hide_exchanges_when_asked_for():
     assert {row.choice.ulysses_chunks for row in asked} <= {1, 3}
     only = plan.plan(job, chunks=(4,))
     assert any(row.can_train for row in only)
-    assert any("in 4 chunks" in row.reason for row in only)
+    assert any("in 4 head groups" in row.reason for row in only)
     with pytest.raises(ValueError, match="ulysses_chunks=0 must be a positive int"):
         plan.plan(job, chunks=(0,))
 

@@ -196,7 +196,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
             return f"divisibility: {name} {getattr(model, name)} over tensor"
     own = -(-model.num_heads // heads)
     if own % choice.ulysses_chunks:
-        return f"heads: {own} per device in ulysses_chunks={choice.ulysses_chunks}"
+        return f"heads: {own} per device in {choice.ulysses_chunks} head groups"
     shards = choice.everyone * choice.pipe
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
