@@ -58,7 +58,7 @@ def show(rows: Sequence[Row], top: int) -> None:
 def _table(rows: Sequence[Row]) -> rich.table.Table:
     table = rich.table.Table()
     parts = [field.name for field in dataclasses.fields(Memory)]
-    names = ["choice", "s a step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
+    names = ["choice", "s/step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
     for name in [*names, *parts, "sends", "tips", ""]:
         table.add_column(name, justify="left" if name in ("choice", "") else "right")
     for row in rows:
