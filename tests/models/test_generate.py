@@ -94,7 +94,7 @@ def test_nothing_to_generate_is_the_prompt(model):
         ({"num_tokens": -1}, "num_tokens=-1 must not be negative"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0 or positive"),
         ({}, "temperature=1.0 samples: give key=, or temperature=0"),
-        ({"top_k": 0}, "top_k=0 must be between 1 and the vocabulary, 256"),
+        ({"top_k": 0}, "top_k=0 must be between 1 and vocab_size=256"),
     ],
     ids=["tokens", "temperature", "key", "top_k"],
 )
@@ -104,5 +104,5 @@ def test_wrong_arguments_are_told(model, options, message):
         options["key"] = jax.random.key(0)
     with pytest.raises(ValueError, match=message):
         generate(model, PROMPT, **options)
-    with pytest.raises(ValueError, match=r"prompt is int32\[3, 0\], it must be"):
+    with pytest.raises(ValueError, match=r"prompt is int32\[3, 0\]; it must be"):
         generate(model, PROMPT[:, :0], 1, temperature=0)

@@ -516,7 +516,7 @@ def test_wrong_calls_are_told():
     ):
         call_unchecked(split, ids[:, :58], layout="striped")
     with pytest.raises(
-        ValueError, match=r"labels is float32\[8, 60\], it must be int32"
+        ValueError, match=r"labels is float32\[8, 60\]; it must be int32"
     ):
         loss.__wrapped__(model, ids, ids * 1.0)
 

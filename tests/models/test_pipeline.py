@@ -213,9 +213,9 @@ def test_wrong_schedules_are_told():
         (
             {"interleave": 2},
             1,
-            r"'interleave': 2\} are a pipeline's, but .* has size 1",
+            r"'interleave': 2\} need a pipeline, but .* has size 1",
         ),
-        ({"microbatches": 4}, 1, r"'microbatches': 4, .* are a pipeline's, but"),
+        ({"microbatches": 4}, 1, r"'microbatches': 4, .* need a pipeline, but"),
         ({"num_layers": 6}, 4, r"num_layers=6 must be a multiple of pipe · interle"),
         ({"interleave": 4}, 2, r"num_layers=4 must be .* = 2 · 4 = 8"),
         ({"microbatches": 3}, 2, r"microbatches=3 must be a multiple of pipe = 2"),

@@ -115,7 +115,7 @@ def test_yarn_goes_from_the_plain_to_the_divided_frequencies():
         ),
         (
             lambda: rope_frequencies(2, 1e4, NTKScaling(2.0)),
-            "head_size=2 has nothing to stretch",
+            "head_size=2 leaves nothing to scale",
         ),
     ],
 )

@@ -139,7 +139,12 @@ def test_the_longest_fits_and_a_little_longer_does_not():
         ("tiny", "v5p", {"batch": -1}, "batch=-1 must be a positive int"),
         ("tiny", "v5p", {"layout": "data"}, "layout='data' must be one of"),
         ("tiny", "v5p", {"documents": 0}, "documents=0 must be a positive int"),
-        ("llama3-8b", "v5e", {"sequence": 2**24}, "fits in no way: the least is"),
+        (
+            "llama3-8b",
+            "v5e",
+            {"sequence": 2**24},
+            "does not fit on 16 v5e: the lowest peak",
+        ),
         ("tiny", "v5p", {"sequence": 33, "devices": 8}, "sequence=33 cannot be split"),
     ],
     ids=str,
@@ -273,7 +278,7 @@ def test_head_chunks_hide_exchanges_when_asked_for():
     assert {row.choice.ulysses_chunks for row in asked} <= {1, 3}
     only = plan.plan(job, chunks=(4,))
     assert any(row.can_train for row in only)
-    assert any("in 4 chunks" in row.reason for row in only)
+    assert any("in 4 head groups" in row.reason for row in only)
     with pytest.raises(ValueError, match="ulysses_chunks=0 must be a positive int"):
         plan.plan(job, chunks=(0,))
 
@@ -318,7 +323,7 @@ def test_stages_of_which_there_cannot_be_any_are_told():
     for message, choice in {
         "32 layers over pipe · interleave": {"pipe": 8, "interleave": 8},
         "3 micro-batches over pipe": {"pipe": 2, "data": 4, "microbatches": 3},
-        "micro-batches and interleave are of more": {"ring": 8, "interleave": 2},
+        "microbatches and interleave need more": {"ring": 8, "interleave": 2},
         "batch 16 over data · fsdp · micro-batches = 32": {
             "pipe": 4,
             "data": 2,
@@ -376,14 +381,14 @@ def test_the_feed_forward_is_in_tiles_where_it_would_not_fit_whole():
 
 def test_a_choice_that_cannot_be_is_not_evaluated():
     job = plan.job_of("tiny", "a800", sequence=4096)
-    with pytest.raises(ValueError, match="cannot be: devices: the mesh has 4, not 8"):
+    with pytest.raises(ValueError, match="impossible: devices: the mesh has 4, not 8"):
         plan.evaluate(job, plan.Choice(ring=4))
     with pytest.raises(ValueError, match="zero=2 must be one of"):
         plan.Choice(zero=2)
     with pytest.raises(ValueError, match="ring_schedule='double' must be one of"):
         plan.Choice(ring=8, ring_schedule="double")
     double = plan.Choice(ring=8, ring_schedule="double:3")
-    with pytest.raises(ValueError, match="cannot be: ring: ring_schedule='double:3'"):
+    with pytest.raises(ValueError, match="impossible: ring: ring_schedule='double:3'"):
         plan.evaluate(job, double)
 
 

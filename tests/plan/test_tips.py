@@ -24,7 +24,7 @@ def test_few_heads_that_make_a_split_wasteful_are_told():
     padded = wasted("llama2-13b", ring=2, ulysses=32)
     assert "ulysses=32 for 40 query heads: 64 are computed" in padded
     chunked = wasted(ring=8, ulysses=8, ulysses_chunks=4)
-    assert "1 key/value heads of a device: they go round the ring 4 times" in chunked
+    assert "1 key/value heads per device: they go around the ring 4 times" in chunked
     assert wasted(ring=8, ulysses=4, ulysses_chunks=2) == ""
 
 

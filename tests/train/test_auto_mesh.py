@@ -57,7 +57,7 @@ def test_without_the_option_nothing_changes():
 def test_what_cannot_be_planned_is_told():
     with pytest.raises(ValueError, match="machine 'v9' is not known"):
         planned(config("v9"))
-    with pytest.raises(ValueError, match="fits in no way: the least is"):
+    with pytest.raises(ValueError, match="not fit on .*: the lowest peak is"):
         planned(config("v5e", sequence_length=2**30))
 
 

@@ -94,7 +94,7 @@ WRONG = {
     ),
     "micro-batches of one stage": (
         ["--mesh.microbatches", "4"],
-        "'microbatches': 4, 'interleave': 1} are a pipeline's, but the mesh axis",
+        "'microbatches': 4, 'interleave': 1} need a pipeline, but the mesh axis",
     ),
     "micro-batches 0": (
         ["--mesh.microbatches", "0"],

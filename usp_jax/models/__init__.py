@@ -1,1 +1,1 @@
-"""Language models whose attention is `usp_jax`'s; each is imported by its own name."""
+"""Language models built on `usp_jax` attention; import each module by name."""

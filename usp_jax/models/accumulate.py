@@ -1,4 +1,4 @@
-"""Gradient accumulation: the rows of a batch in parts, one after the other."""
+"""Gradient accumulation: the rows of a batch are processed in parts, in sequence."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,16 +18,20 @@ Sums = TypeVar("Sums")
 def summed(
     pull: Callable[[Params, Batch], Sums], parts: int, params: Params, batch: Batch
 ) -> Sums:
-    """The sums of `pull(params, part)` over the parts of a batch.
+    """Sums `pull(params, part)` over the parts of a batch.
 
-    Memory for activations is that of one part; floats are added up in float32 at least.
+    Only one part's activations are in memory at a time. Floats are summed in at least
+    float32.
 
     Args:
+      pull: returns a pytree of arrays to be summed.
+      parts: number of parts.
+      params: passed to every call of `pull`.
       batch: arrays [B, ...], B a multiple of `parts`.
     """
     if parts == 1:
         return pull(params, batch)
-    # Rows in turn, so that every part is split over the devices as the batch is.
+    # Deal the rows out in turn: each part is then split over devices as the batch is.
     batch = jax.tree.map(
         lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -41,6 +45,6 @@ def summed(
 
 
 def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Where a sum begins: in float32 at least, but for integers."""
+    """The initial value of a sum; floats are widened to at least float32."""
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return jnp.zeros(x.shape, wide(x.dtype) if is_float else x.dtype)

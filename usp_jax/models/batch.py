@@ -1,6 +1,6 @@
-"""The tokens of a call, checked, padded and put into the order that they are stored in.
+"""The tokens of a call: checked, padded and permuted to the order they are stored in.
 
-"natural" order is stored zigzag where there is a ring, which balances causal attention.
+With a ring, "natural" order is stored as zigzag, which balances causal attention.
 """
 
 import dataclasses
@@ -25,9 +25,11 @@ class Order:
     """How the caller's tokens are stored.
 
     Attributes:
-      given: the layout that the caller named.
-      stored: the layout that they get.
-      length: how many tokens a row has, and `padding` how many are appended.
+      mesh: the model's mesh, or None for one device.
+      given: the layout the caller passed.
+      stored: the layout the tokens are stored in.
+      length: tokens in a row.
+      padding: tokens appended to a row.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -38,7 +40,11 @@ class Order:
 
     @classmethod
     def of(cls, layout: str, length: int, split: Split) -> "Order":
-        """Raises ValueError for an unknown layout, or a length that it cannot have."""
+        """Chooses the stored layout and the padding for rows of `length` tokens.
+
+        Raises:
+          ValueError: the layout is unknown, or `length` does not fit it.
+        """
         mesh = split.mesh
         if layout != "natural":
             check_layout(layout)
@@ -58,7 +64,7 @@ class Order:
         return cls(mesh, layout, stored, length, padding)
 
     def store(self, x: jax.Array, pad_value: int) -> jax.Array:
-        """[B, T] as the caller's -> [B, T + padding] as it is stored."""
+        """Pads and permutes to the stored order: [B, T] -> [B, T + padding]."""
         if self.padding:
             x = jnp.pad(x, ((0, 0), (0, self.padding)), constant_values=pad_value)
         if self.given == "natural":
@@ -66,7 +72,7 @@ class Order:
         return x
 
     def restore(self, x: jax.Array) -> jax.Array:
-        """[B, T + padding, ...] as it is stored -> [B, T, ...] as the caller's."""
+        """Restores the caller's order: [B, T + padding, ...] -> [B, T, ...]."""
         if self.given == "natural":
             x = jnp.asarray(from_layout(x, self.stored, self.mesh))
         return x[:, : self.length]
@@ -74,13 +80,15 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Stored tokens, of a length that the mesh divides.
+    """Tokens in stored order, padded to a length the mesh divides.
 
     Attributes:
+      order: how the caller's order maps to the stored one.
       tokens: int32 [B, T].
-      positions: int32 [B, T], or [1, T] where all rows have the same.
+      positions: int32 [B, T], or [1, T] when all rows share them.
       segment_ids: int32 [B, T] or None.
-      counted: positions count the tokens of a row; the caller has given none.
+      counted: whether positions were counted from the start of a row because the caller
+        passed none.
     """
 
     order: Order
@@ -99,7 +107,11 @@ class Batch:
         layout: str,
         microbatches: int = 1,
     ) -> "Batch":
-        """Raises ValueError for shapes, dtypes and lengths that do not fit."""
+        """Checks, pads and permutes the arguments of a call.
+
+        Raises:
+          ValueError: a shape, dtype or length does not fit.
+        """
         _check("tokens", tokens, tokens)
         ways = split.size(split.batch) * microbatches
         if tokens.shape[0] % ways:
@@ -127,7 +139,7 @@ class Batch:
 
 
 def _check(name: str, x: jax.Array, tokens: jax.Array) -> None:
-    expected = "[B, T]" if x is tokens else f"{tokens.shape}, that of tokens"
+    expected = "[B, T]" if x is tokens else f"{tokens.shape}, like tokens"
     if x.ndim != 2 or 0 in x.shape or x.shape != tokens.shape:
         raise ValueError(f"{name}.shape={x.shape} must be {expected}")
     if x.dtype != jnp.int32:

@@ -1,4 +1,4 @@
-"""A LLaMA's configuration: what the model is and how it is computed, in one."""
+"""The configuration of a LLaMA: its architecture and how it is computed."""
 
 import dataclasses
 from typing import Any
@@ -11,10 +11,13 @@ from usp_jax.models.rope import at_length
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(Execution, Decoder):
-    """The fields of `Decoder`, which a `Llama` is, and of `Execution`, how it runs.
+    """Configuration of a `Llama`.
+
+    It has the fields of `Decoder`, which describe the model, and of `Execution`, which
+    describe how it is computed.
 
     Raises:
-      ValueError: a value that cannot be; the message names the field.
+      ValueError: a value is invalid; the message names the field.
     """
 
     def __post_init__(self) -> None:
@@ -23,14 +26,14 @@ class LlamaConfig(Execution, Decoder):
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> "LlamaConfig":
-        """A published model, "tiny", or a variation of one.
+        """Returns the configuration of a published model or of "tiny".
 
         Args:
-          name: a key of `presets.PRESETS`.
-          overrides: fields of either kind.
+          name: a key of `presets.PRESETS`, such as "llama3.2-1b".
+          overrides: fields to replace, of `Decoder` or `Execution`.
 
         Raises:
-          ValueError: there is no preset of this name, or a value cannot be.
+          ValueError: no preset has this name, or a value is invalid.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} must be one of {tuple(PRESETS)}")
@@ -39,6 +42,6 @@ class LlamaConfig(Execution, Decoder):
         return cls(**fields)
 
     def at_length(self, length: int) -> "LlamaConfig":
-        """The same with a dynamic scaling of RoPE fixed to `length` tokens."""
+        """Returns a copy with dynamic RoPE scaling fixed for `length` tokens."""
         scaling = at_length(self.rope_scaling, length)
         return dataclasses.replace(self, rope_scaling=scaling)

@@ -1,4 +1,4 @@
-"""What a decoder is, apart from how it is computed: what a config.json maps to."""
+"""A decoder's architecture, apart from how it is computed: what config.json holds."""
 
 import dataclasses
 
@@ -8,25 +8,25 @@ from usp_jax.models.rope_scaling import RopeScaling
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Sizes of a decoder-only language model and the kinds of its parts.
+    """Architecture of a decoder-only language model.
 
-    A list of fields for the configurations that inherit it; `check_decoder` checks them
-    where a model is configured.
+    Configurations inherit these fields; `check_decoder` checks them when a model is
+    configured.
 
     Attributes:
       vocab_size: number of tokens in the vocabulary.
-      d_model: size of the vector that layers pass on for each token.
+      d_model: size of the residual stream.
       num_layers: number of transformer layers.
       num_heads: number of query heads.
-      num_kv_heads: number of key/value heads, which divides `num_heads` (GQA).
-      head_size: size of each head, even for RoPE.
+      num_kv_heads: number of key/value heads; must divide `num_heads` (GQA).
+      head_size: size of each head; must be even, for RoPE.
       d_ff: hidden size of the feed-forward network.
       rope_theta: base of RoPE's frequencies; a larger one suits longer contexts.
-      rope_scaling: a stretching of RoPE for longer contexts, from `rope_scaling.py`. On
-        the trainer's command line it comes last: `model.rope-scaling:linear-scaling
+      rope_scaling: RoPE scaling for longer contexts, from `rope_scaling.py`. On the
+        trainer's command line it comes last: `model.rope-scaling:linear-scaling
         --model.rope-scaling.factor 4`.
       rms_norm_eps: number that norms add to the mean square.
-      tie_embeddings: whether the output matrix is the embedding's table.
+      tie_embeddings: whether the output matrix is the embedding table.
       qkv_bias: whether q, k and v have a bias (Qwen2).
       qk_norm: whether each head of q and k has a norm before RoPE (Qwen3).
     """
@@ -47,7 +47,7 @@ class Decoder:
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained numbers."""
+        """Number of trainable parameters."""
         d, heads = self.d_model, 2 * self.num_heads + 2 * self.num_kv_heads
         layer = d * heads * self.head_size + 3 * d * self.d_ff + 2 * d
         if self.qkv_bias:
@@ -59,10 +59,10 @@ class Decoder:
 
 
 def check_decoder(decoder: Decoder) -> None:
-    """Checks each field of a description.
+    """Checks each field of a decoder.
 
     Raises:
-      ValueError: names the field, its value and what it must be.
+      ValueError: a value is invalid; the message names the field and its value.
     """
     for name in (
         "vocab_size",

@@ -1,9 +1,9 @@
-"""How a model is computed: options that change memory, time and rounding only.
+"""How a model is computed: options that change only memory, time and rounding.
 
-Each option stands in one of the lists below, with its default, its documentation and,
-in `check_tuning` and the like, its check. `LlamaConfig`, the trainer's sections and the
-planner's `Choice` inherit the lists that they need. An option more is a field here and
-the place that uses it.
+Each option is a field of one of the dataclasses below, with its default and its
+documentation; `check_tuning` and the like check it. `LlamaConfig`, the trainer's
+sections and the planner's `Choice` inherit the dataclasses they need. To add an option,
+add a field here and use it.
 """
 
 import dataclasses
@@ -29,12 +29,11 @@ class MeshSizes:
     """Devices along each axis of the mesh, outermost first.
 
     Attributes:
-      pipe: splits the layers into stages, which work on micro-batches of the rows one
-        behind the other.
+      pipe: splits the layers into stages, which pipeline micro-batches of the rows.
       data: splits the batch; optimizer state is split too (ZeRO-1).
       fsdp: splits the batch, parameters, gradients and optimizer state (ZeRO-3).
-      ring: splits the sequence, by ring attention.
-      ulysses: splits the sequence, by all-to-all.
+      ring: splits the sequence, with ring attention.
+      ulysses: splits the sequence, with all-to-alls.
       tensor: splits heads and the feed-forward network.
     """
 
@@ -47,7 +46,7 @@ class MeshSizes:
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """The size of each axis, outermost first."""
+        """Size of each axis, outermost first."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(MeshSizes)
@@ -66,12 +65,12 @@ class Staging:
     Attributes:
       zero: the ZeRO level over fsdp, ring and ulysses: 3 splits parameters and
         gradients and gathers a layer's weights just before each use; 1 splits optimizer
-        state only, gathers all weights once a step and keeps whole gradients until
-        then, which takes 2 x 2 bytes a parameter more and sends less.
+        state only, gathers all weights once per training step and keeps whole gradients
+        until then, which takes 2 x 2 more bytes per parameter and sends less.
       microbatches: number of parts in which a device's rows go through the stages of
-        the `pipe` axis; None is one for each stage, more leave the stages less idle.
-      interleave: number of groups of layers in a stage, far from each other; more leave
-        it less idle and send more.
+        the `pipe` axis; None is one per stage, and more leave the stages less idle.
+      interleave: number of non-adjacent groups of layers in a stage; more leave it less
+        idle and send more.
     """
 
     zero: int = 3
@@ -81,28 +80,28 @@ class Staging:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What trades memory for time or traffic, and is chosen for a machine.
+    """Options that trade memory for time or traffic, chosen for a machine.
 
     Attributes:
       remat: what the backward pass recomputes. "none": only gathered weights; "full":
         everything inside a layer; "attention": as "full", but attention's output and
-        log-sum-exp are kept, so that the ring runs once; "attention_qkv": also q, k, v
-        and the output on both sides of the all-to-alls are kept, so that no collective
-        of attention runs twice; "dots": also what lies between attention and the
-        feed-forward network, and its two inner products, so that no matrix product runs
-        twice but q · k. "full_offload", "attention_offload", "attention_qkv_offload"
-        and "dots_offload" keep the same, and the layer's input, in the host's pinned
+        log-sum-exp are kept, so the ring runs once; "attention_qkv": q, k, v and the
+        output on both sides of the all-to-alls are kept too, so no collective of
+        attention runs twice; "dots": the values between attention and the feed-forward
+        network and its two inner products are kept too, so no matrix product but q · k
+        runs twice. "full_offload", "attention_offload", "attention_qkv_offload" and
+        "dots_offload" keep the same values, and the layer's input, in the host's pinned
         memory.
-      mlp_tile: number of a device's tokens whose hidden activations of the feed-forward
-        network are in memory at once; the backward pass recomputes them. None: all.
-      tensor_sequence: on a mesh with a `tensor` axis, splits over it by tokens what is
-        not split by heads or features (TP-sp): a 1/tensor of the memory for the same
-        bytes sent. A device's part of the sequence must be a multiple of tensor.
-      ring_schedule: order of the hops round the ring, which changes no result:
+      mlp_tile: number of a device's tokens whose hidden feed-forward activations are in
+        memory at once; the backward pass recomputes them. None: all.
+      tensor_sequence: on a mesh with a `tensor` axis, splits by tokens what heads or
+        features do not split (TP-sp): 1/tensor of the memory for the same bytes sent. A
+        device's part of the sequence must be a multiple of tensor.
+      ring_schedule: order of the hops around the ring, which does not change results:
         "unidirectional", "bidirectional", "double:4" (inner rings of 4 devices),
         "all_gather" or "pass_q", as in `usp_attention`.
-      ulysses_chunks: number of head groups that attention takes one after the other, so
-        that the exchange of one runs beside the attention of another.
+      ulysses_chunks: number of head groups that attention processes in sequence, so
+        that one group's all-to-all overlaps another's attention.
     """
 
     remat: str = "full"
@@ -118,12 +117,12 @@ class Computation(Tuning):
 
     Attributes:
       param_dtype: dtype in which parameters are stored, float32, bfloat16 or float64;
-        None is float32, or float64 where the computation is in float64. Updates of
+        None is float32, or float64 when the computation is in float64. Updates of
         bfloat16 parameters are computed in float32 and rounded.
       loss_chunk: number of a device's tokens whose logits are in memory at once.
-      loss_block: number of the vocabulary's entries in these logits.
+      loss_block: number of vocabulary entries in these logits.
       implementation: the attention kernel, as in `usp_attention`; None is the
-        platform's own.
+        platform's default.
     """
 
     param_dtype: str | None = None
@@ -134,20 +133,20 @@ class Computation(Tuning):
 
 @dataclasses.dataclass(frozen=True)
 class Execution(Staging, Computation):
-    """Everything about how a model is computed.
+    """All options for how a model is computed.
 
-    `check_execution` checks the fields where a model is configured.
+    `check_execution` checks the fields when a model is configured.
 
     Attributes:
       dtype: dtype of the computation, bfloat16, float32 or float64. Norms, angles,
-        logits, the loss and sums of gradients have at least float32.
+        logits, the loss and gradient sums use at least float32.
     """
 
     dtype: str = "bfloat16"
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype in which parameters are stored."""
+        """Name of the dtype in which parameters are stored."""
         return self.param_dtype or wide(self.dtype)
 
 
@@ -156,11 +155,12 @@ T = TypeVar("T", bound=Options)
 
 
 def with_fields_of(options: T, source: Options, *kinds: type[Options]) -> T:
-    """The options, but for the fields of some lists, which are the source's.
+    """Returns a copy of `options` with the fields of some kinds taken from `source`.
 
     Args:
-      options: is of all these kinds, and so is `source`.
-      kinds: `Staging` and `Tuning`, for instance.
+      options: an instance of all these kinds.
+      source: an instance of all these kinds.
+      kinds: dataclasses such as `Staging` and `Tuning`.
     """
     names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     return dataclasses.replace(
@@ -169,15 +169,15 @@ def with_fields_of(options: T, source: Options, *kinds: type[Options]) -> T:
 
 
 def wide(dtype: DTypeLike) -> str:
-    """The name of the dtype that norms, sums and the like have: at least float32."""
+    """Returns the name of the dtype for norms and sums: at least float32."""
     return jnp.promote_types(dtype, jnp.float32).name
 
 
 def check_execution(execution: Execution) -> None:
-    """Checks each field.
+    """Checks each field of `Execution`.
 
     Raises:
-      ValueError: names the field, its value and what it must be.
+      ValueError: a value is invalid; the message names the field and its value.
     """
     check_tuning(execution)
     check_staging(execution)
@@ -194,10 +194,10 @@ def check_execution(execution: Execution) -> None:
 
 
 def check_tuning(tuning: Tuning) -> None:
-    """Checks each field.
+    """Checks each field of `Tuning`.
 
     Raises:
-      ValueError: names the field, its value and what it must be.
+      ValueError: a value is invalid; the message names the field and its value.
     """
     _check_one_of("remat", tuning.remat, REMAT + OFFLOAD)
     if tuning.mlp_tile is not None:
@@ -208,10 +208,10 @@ def check_tuning(tuning: Tuning) -> None:
 
 
 def check_staging(staging: Staging) -> None:
-    """Checks each field.
+    """Checks each field of `Staging`.
 
     Raises:
-      ValueError: names the field, its value and what it must be.
+      ValueError: a value is invalid; the message names the field and its value.
     """
     _check_one_of("zero", staging.zero, ZERO)
     if staging.microbatches is not None:

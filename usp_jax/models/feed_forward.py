@@ -1,9 +1,9 @@
 """The feed-forward network (SwiGLU, arXiv 2002.05202), whole or in tiles of tokens.
 
-Whole, the hidden activations [T, F] of all of a device's tokens are there at once, and
-several such arrays in the backward pass. In tiles there are those of one tile, forward
-and backward: the backward computes each tile's again, and adds the gradients of the
-matrices up in float32 at least.
+Computed whole, the hidden activations [T, F] of all of a device's tokens are in memory
+at once, and several such arrays in the backward pass. In tiles, only one tile's are:
+the backward pass recomputes each tile's, and sums the gradients of the matrices in at
+least float32.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from usp_jax.models.execution import wide
 from usp_jax.varying import vary_like
 
-# What `jax.checkpoint` policies can keep, where there are no tiles.
+# Names that `jax.checkpoint` policies can keep when there are no tiles.
 INNER_PRODUCTS = ("mlp_gate", "mlp_up")
 
 Matrices = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
@@ -26,17 +26,18 @@ Matrices = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
 def feed_forward(
     x: Float[Array, "b t D"], matrices: Matrices, tile: int | None = None
 ) -> Float[Array, "b t D"]:
-    """silu(x · gate) * (x · up) · down.
+    """Computes (silu(x · gate) * (x · up)) · down.
 
     Args:
+      x: [b, t, D].
       matrices: gate, up and down.
-      tile: at most how many tokens at once; None is all of them.
+      tile: maximum number of tokens computed at once; None is all of them.
     """
     tokens = x.shape[0] * x.shape[1]
     if tile is None or tokens <= tile:
         return _whole(x, matrices)
     number = -(-tokens // tile)
-    # Equal tiles, so that what is appended is fewer than one token for each of them.
+    # Tiles are equal, so the padding is less than one token per tile.
     size = -(-tokens // number)
     flat = x.reshape(tokens, -1)
     tiles = jnp.pad(flat, ((0, number * size - tokens), (0, 0)))
@@ -53,7 +54,7 @@ def _whole(x: jax.Array, matrices: Matrices) -> jax.Array:
 
 @jax.custom_vjp
 def _tiled(tiles: jax.Array, matrices: Matrices) -> jax.Array:
-    """[n, c, D] -> [n, c, D], one of the n tiles after the other."""
+    """[n, c, D] -> [n, c, D], one tile of c tokens at a time."""
     return lax.map(partial(_whole, matrices=matrices), tiles)
 
 
@@ -76,7 +77,7 @@ def _tiled_bwd(
         dx, dmatrices = pull(dout)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
 
-    # Zeros that depend on nothing XLA would make and keep outside the loop over layers.
+    # XLA would hoist constant zeros out of the loop over layers and keep them.
     zero = vary_like(jnp.zeros((), jnp.float32), (matrices, dout))
     zero, dout = lax.optimization_barrier((zero, dout))
 

@@ -1,7 +1,7 @@
 """Sampling from a model: one pass over the prompts, then one token at a time.
 
-The prompts' keys and values stay where the first pass has them, split over the
-sequence (`usp_jax.decode`); so do those of the new tokens, in one more page.
+The prompts' keys and values stay on the devices that computed them, split over the
+sequence (`usp_jax.decode`). Those of the new tokens are split too, in a second page.
 """
 
 from functools import partial
@@ -30,24 +30,29 @@ def generate(
     temperature: float | int = 1.0,
     top_k: int | None = None,
 ) -> Int[Array, "B T"]:
-    """Continues prompts: int32 [B, P + num_tokens], the prompt included.
+    """Continues prompts with sampled tokens.
 
-    Each token's weights are gathered anew: meant for a look at what a model has learnt.
-    A mesh with a `pipe` axis is used as one without; the parameters are copied for it.
-    A dynamic scaling of RoPE is fixed to the final length, P + num_tokens.
+    Weights are gathered again for each token, so this is for inspecting a model, not
+    for serving it. A mesh with a `pipe` axis is used as one without, which copies the
+    parameters. Dynamic RoPE scaling is fixed for the final length, P + num_tokens.
 
     Args:
+      model: on any mesh.
       prompt: int32 [B, P], any B.
-      key: from `jax.random.key`; needed unless `temperature` is 0.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: samples among this many likeliest tokens only.
+      num_tokens: number of tokens to append to each row.
+      key: from `jax.random.key`; required unless `temperature` is 0.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: samples only from this many most likely tokens; None is all of them.
+
+    Returns:
+      int32 [B, P + num_tokens], the prompts included.
 
     Raises:
-      ValueError: an argument out of its range, or no key to sample with.
+      ValueError: an argument is out of range, or there is no key to sample with.
     """
     if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != jnp.int32:
         raise ValueError(
-            f"prompt is {prompt.dtype}{list(prompt.shape)}, it must be int32 [B, P] "
+            f"prompt is {prompt.dtype}{list(prompt.shape)}; it must be int32 [B, P] "
             "with at least one token"
         )
     if num_tokens < 0:
@@ -58,7 +63,7 @@ def generate(
         raise ValueError(f"{temperature=} samples: give key=, or temperature=0")
     if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
         raise ValueError(
-            f"{top_k=} must be between 1 and the vocabulary, {model.config.vocab_size}"
+            f"{top_k=} must be between 1 and vocab_size={model.config.vocab_size}"
         )
     if num_tokens == 0:
         return prompt
@@ -80,9 +85,10 @@ def _generate(
 ) -> jax.Array:
     model = nnx.merge(graphdef, params)
     rows, start = prompt.shape
-    # Keys are rotated once: all tokens get the frequencies of the final length.
+    # Cached keys are rotated only once, so all tokens use the final length's
+    # frequencies.
     model.config = model.config.at_length(start + num_tokens)
-    # Rows of the batch may be split: fill up with copies of the last one.
+    # The batch may be split: pad it with copies of the last row.
     split = model.split
     padding = -rows % split.size(split.batch)
     prompt = jnp.pad(prompt, ((0, padding), (0, 0)), mode="edge")
@@ -111,7 +117,7 @@ def _generate(
 def _prefill(
     model: Llama, prompt: jax.Array, num_tokens: int
 ) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after the prompts, and their cache with room for more tokens."""
+    """Logits [B, V] after the prompts, and a cache with room for more tokens."""
     split = model.split
     batch = Batch.of(split, prompt, None, None, "natural")
     parts = split.size(split.sequence)
@@ -137,14 +143,14 @@ def _prefill_shards(
         here = here & (segment_ids >= 0)
     split = transformer.split
     x = jnp.sum(jnp.where(here[..., None], split.enter(x), 0), 1)
-    # One shard of the sequence has the token, the others add zeros.
+    # Only one shard of the sequence has the token; the others add zeros.
     return split.sum(transformer.logits(weights, x), split.sequence), cache
 
 
 def _step(
     model: Llama, token: jax.Array, position: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after one token more, [B, 1], and the cache with it."""
+    """Logits [B, V] after one more token [B, 1], and the updated cache."""
     split = model.split
     rows = jax.P(split.batch or None)
     specs = _specs(model, cache.page_tokens)
@@ -166,7 +172,7 @@ def _step_shards(
 ) -> tuple[jax.Array, KVCache]:
     positions = jnp.zeros_like(tokens) + position
     x, cache = transformer.decode(weights, tokens, positions, cache)
-    # All shards of the sequence have the same: the first one's counts.
+    # All shards of the sequence have the same value: use the first one's.
     split = transformer.split
     x = jnp.where(split.index(split.sequence) == 0, x[:, 0], 0)
     return split.sum(transformer.logits(weights, x), split.sequence), cache

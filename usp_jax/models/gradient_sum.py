@@ -1,8 +1,8 @@
-"""Gradients of weights that are used many times, summed in float32 at least.
+"""Gradients of weights that are used many times, summed in at least float32.
 
-The gradient of a bfloat16 weight is bfloat16 to jax, and so is the sum over all uses in
-a loop. Here each use's gradient goes to a float32 array beside the weight (float64 for
-a float64 weight).
+In jax the gradient of a bfloat16 weight is bfloat16, and so is its sum over all uses in
+a loop. Here each use's gradient is added to a float32 array that accompanies the weight
+(float64 for a float64 weight).
 """
 
 from collections.abc import Callable
@@ -20,13 +20,14 @@ from usp_jax.varying import vary_like
 def with_sum(
     copy_of: Callable[[Array], Array], x: Float[Array, "..."]
 ) -> tuple[Array, Array]:
-    """The working copy of a parameter, and the sum of the gradients of its uses.
+    """Returns the working copy of a parameter, and zeros that collect its gradient.
 
-    The copy itself has no gradient: what is used is `add_to(total, copy)`, or the same
-    part of both.
+    The copy itself has no gradient. Use `add_to(total, copy)` instead, or the same
+    slice of both.
 
     Args:
       copy_of: a linear function.
+      x: the parameter.
 
     Returns:
       (copy_of(x), zeros of its shape).
@@ -59,7 +60,7 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 @jax.custom_vjp
 def add_to(total: Float[Array, "..."], weight: Float[Array, "..."]) -> Array:
-    """The weight, whose gradient is added to a total from `with_sum`."""
+    """Returns the weight; its gradient is added to `total`, from `with_sum`."""
     return _add_to_fwd(total, weight)[0]
 
 

@@ -7,8 +7,8 @@
       +---------------------------------------------------------------------------+
     x [b, s, D]
 
-Small letters are this device's sizes; s is t, or t/tensor under `tensor_sequence`:
-`Split.enter` gathers the tokens and `Split.leave` sums and splits what is added to x.
+Lower-case letters are this device's sizes; s is t, or t/tensor with `tensor_sequence`:
+`Split.enter` gathers the tokens, and `Split.leave` sums and splits what is added to x.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from usp_jax.models.sharding import Split
 from usp_jax.models.weights import is_small
 
 State = TypeVar("State")
-# (q, k, v, this layer's cache) -> attention's output, and what the layer leaves behind.
+# (q, k, v, this layer's cache) -> (attention's output, the layer's state).
 Attend = Callable[[Array, Array, Array, KVCache | None], tuple[Array, State]]
 Angles = tuple[Float[Array, "#b t h"], Float[Array, "#b t h"]]
 
@@ -43,13 +43,16 @@ def layer(
     attend: Attend[State],
     cache: KVCache | None,
 ) -> tuple[Float[Array, "b s D"], State]:
-    """x after one layer, and the second result of `attend`.
+    """Returns x after one layer, and the state that `attend` returns.
 
     Args:
-      weights: this layer's shards, by the names of `sharding.TABLE`.
+      config: the model's configuration.
+      split: how the mesh splits arrays.
+      weights: this layer's shards, keyed by the names of `sharding.TABLE`.
+      x: the residual stream.
       angles: cosine and sine of RoPE.
-      attend: attention of the new tokens to whatever they see.
-      cache: for `attend`.
+      attend: computes attention from q, k, v and the cache.
+      cache: this layer's cache, or None.
     """
     x = checkpoint_name(x, INPUT)
     w = {
@@ -76,7 +79,7 @@ def self_attention(
     positions: Int[Array, "#b t"],
     segment_ids: Int[Array, "b t"] | None,
 ) -> Attend[None]:
-    """Attention of whole sequences to themselves."""
+    """Returns the `Attend` for causal attention of whole sequences to themselves."""
 
     def attend(q: Array, k: Array, v: Array, _: KVCache | None) -> tuple[Array, None]:
         out = usp_attention_per_shard(
@@ -100,7 +103,7 @@ def self_attention(
 
 
 def _heads(y: Array, w: dict[str, Array], name: str, eps: float) -> Array:
-    """q, k or v before its rotation; some models add a bias, some have a norm."""
+    """Projects to q, k or v before RoPE, with the bias or norm some models have."""
     x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
     if f"{name}_bias" in w:
         x = x + w[f"{name}_bias"].astype(x.dtype)[None, None]
@@ -112,7 +115,7 @@ def _heads(y: Array, w: dict[str, Array], name: str, eps: float) -> Array:
 def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """RMSNorm (arXiv 1910.07467), at least float32 inside."""
+    """Applies RMSNorm (arXiv 1910.07467), computed in at least float32."""
     y = x.astype(wide(x.dtype))
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     weight = lax.expand_dims(weight, range(x.ndim - 1))

@@ -1,11 +1,11 @@
-"""LLaMA 2, 3, 3.1 and 3.2 as a flax NNX module whose sequence is split over a mesh.
+"""LLaMA 2, 3, 3.1 and 3.2 as a Flax NNX module whose sequence is split over a mesh.
 
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     model = Llama("llama3.2-1b", mesh=mesh, rngs=nnx.Rngs(0))
     logits = model(tokens)
 
-`sharding.py` says where parameters live, `transformer.py` what one device computes;
-`loss.py` and `generate.py` use a model.
+`sharding.py` places the parameters, `transformer.py` is what one device computes, and
+`loss.py` and `generate.py` use the model.
 """
 
 import dataclasses
@@ -42,15 +42,37 @@ from usp_jax.models.weights import Weights, working_copy
 
 Ids = Int[Array, "B T"]
 Result = TypeVar("Result")
-# A pytree of arrays, and how each of them is split.
+# (A pytree of arrays, its partition specs.)
 Placed = tuple[object, object]
 
 
 class Llama(nnx.Module):
     """A LLaMA language model.
 
-    Its only state are `nnx.Param`s, one for each name in `sharding.TABLE`, those of all
-    layers stacked; their dtype is the configuration's `stored_dtype`.
+    The parameters are the only state: one `nnx.Param` for each name in `sharding.TABLE`
+    that the model has, with all layers stacked along the first dim. Their dtype is
+    `config.stored_dtype`. The constructor draws them directly into their shards.
+
+    Call the model as `model(tokens, segment_ids=None, positions=None,
+    layout="natural")`. It takes int32 tokens [B, T], B a multiple of data · fsdp, and
+    returns the logits of the next token, [B, T, V], in the order of `tokens`. They are
+    float32, or float64 when the computation is.
+
+    Args:
+      config: a configuration, or the name of a preset such as "llama3.2-1b".
+      mesh: from `make_mesh`, with Auto axes; None is one device.
+      rngs: random streams; the parameters are drawn from `rngs.params`.
+
+    Raises:
+      ValueError: no preset has this name, the mesh does not divide the model's sizes,
+        or float64 is requested while jax is limited to 32 bits.
+
+    Example:
+      ```python
+      mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+      model = Llama("tiny", mesh=mesh, rngs=nnx.Rngs(0))
+      logits = model(jnp.zeros((1, 1024), jnp.int32))  # [1, 1024, 256]
+      ```
     """
 
     def __init__(
@@ -60,15 +82,16 @@ class Llama(nnx.Module):
         mesh: Mesh | AbstractMesh | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Draws the parameters, straight into their shards.
+        """Draws the parameters directly into their shards.
 
         Args:
-          config: or the name of a preset.
+          config: a configuration, or the name of a preset such as "llama3.2-1b".
           mesh: from `make_mesh`, with Auto axes; None is one device.
+          rngs: random streams; the parameters are drawn from `rngs.params`.
 
         Raises:
-          ValueError: no such preset, sizes that the mesh does not divide, or float64
-            while jax has only 32 bits.
+          ValueError: no preset has this name, the mesh does not divide the model's
+            sizes, or float64 is requested while jax is limited to 32 bits.
         """
         if isinstance(config, str):
             config = LlamaConfig.preset(config)
@@ -89,7 +112,14 @@ class Llama(nnx.Module):
         *,
         mesh: Mesh | AbstractMesh | None = None,
     ) -> "Llama":
-        """A model of parameters that are there already, where `sharding` wants them."""
+        """Builds a model from existing parameters instead of drawing them.
+
+        Args:
+          config: the configuration.
+          params: arrays keyed by the names of `sharding.TABLE`, already sharded as
+            `sharding.parameter_shardings` says.
+          mesh: from `make_mesh`, with Auto axes; None is one device.
+        """
         drawn = nnx.eval_shape(lambda: cls(config, mesh=mesh, rngs=nnx.Rngs(0)))
         return nnx.merge(nnx.graphdef(drawn), params)
 
@@ -101,20 +131,23 @@ class Llama(nnx.Module):
         positions: Ids | None = None,
         layout: str = "natural",
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token, [B, T, V], in the order of `tokens`.
-
-        They are float32, or float64 where the computation is.
+        """Computes the logits of the next token.
 
         Args:
           tokens: int32 [B, T]; B a multiple of data · fsdp.
-          segment_ids: int32 [B, T]: the documents of a packed row, -1 for padding.
-          positions: int32 [B, T], for RoPE; None counts from the row's beginning,
-            and a dynamic scaling of RoPE needs that.
-          layout: "natural": tokens come in their order, any number of them; otherwise
-            the layout that they, ids and positions are stored in.
+          segment_ids: int32 [B, T], the document of each token of a packed row, -1 for
+            padding; None is one document per row.
+          positions: int32 [B, T], for RoPE; None counts from the start of each row.
+            Dynamic RoPE scaling requires None.
+          layout: "natural" for tokens in their original order, of any length;
+            otherwise the layout in which tokens, segment ids and positions are stored.
+
+        Returns:
+          Logits [B, T, V] in the order of `tokens`, float32, or float64 when the
+            computation is.
 
         Raises:
-          ValueError: shapes, dtypes or lengths that do not fit.
+          ValueError: a shape, dtype or length does not fit.
         """
         batch = self.batch(tokens, segment_ids, positions, layout)
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
@@ -126,20 +159,27 @@ class Llama(nnx.Module):
         positions: jax.Array | None,
         layout: str,
     ) -> Batch:
-        """The arguments of a call, checked, as they are stored.
+        """Checks the arguments of a call and puts them into stored order.
 
         Args:
-          tokens, segment_ids, positions, layout: of `__call__`.
+          tokens: int32 [B, T], as the model takes them when called.
+          segment_ids: int32 [B, T] or None.
+          positions: int32 [B, T] or None.
+          layout: "natural", or the layout in which the arrays are stored.
 
         Raises:
-          ValueError: shapes, dtypes or lengths that do not fit.
+          ValueError: a shape, dtype or length does not fit.
         """
         split = self.split
         microbatches = Pipeline.of(self.config, split.size(split.stages)).microbatches
         return Batch.of(split, tokens, segment_ids, positions, layout, microbatches)
 
     def without_pipeline(self) -> "Llama":
-        """The same parameters on a mesh whose `data` axis has taken in `pipe`."""
+        """Returns the model on a mesh whose `pipe` axis is merged into `data`.
+
+        The parameters are copied to the new mesh. Without pipeline stages, the model
+        itself is returned.
+        """
         if self.mesh is None or not self.split.stages:
             return self
         pipe, data, *others = self.mesh.devices.shape
@@ -162,14 +202,14 @@ class Llama(nnx.Module):
         out_specs: object,
         *extra: Placed,
     ) -> Result:
-        """Runs a function of one device's shards on all of them, compiled.
+        """Compiles a function of one device's shards and runs it on all devices.
 
         Args:
-          f: called as f(transformer, weights, tokens, positions, segment_ids, *extra);
-            a function of a module, since a new one each time is compiled each time.
-          batch: of `batch`.
-          out_specs: how its results are split.
-          extra: (array, partition spec) pairs.
+          f: called as f(transformer, weights, tokens, positions, segment_ids, *extra).
+            Define it at module level: each new function object is compiled again.
+          batch: from `batch`.
+          out_specs: partition specs of the results.
+          extra: more (array, partition spec) pairs.
         """
         split = self.split
         one_row = jax.P(None, *split.tokens[1:])
@@ -188,13 +228,14 @@ class Llama(nnx.Module):
     def run_on(
         self, f: Callable[..., Result], out_specs: object, *arrays: Placed
     ) -> Result:
-        """`run` for arrays, (array, partition spec) pairs, that are not a batch.
+        """Runs a function as `run` does, on arrays that are not a batch.
 
         Args:
           f: called as f(transformer, weights, *arrays).
-          out_specs: as `run` takes them.
+          out_specs: partition specs of the results.
+          arrays: (array, partition spec) pairs.
         """
-        # Of one token there is nothing to split over `tensor`.
+        # A single token cannot be split over `tensor`.
         split = dataclasses.replace(self.split, tensor_sequence=False)
         transformer = Transformer(self.config, split, "contiguous")
         return self._run_on(f, transformer, out_specs, *arrays)
@@ -243,7 +284,11 @@ def _logits(
 
 
 def check_dtypes(config: LlamaConfig) -> None:
-    """Raises ValueError where jax would make float32 of float64."""
+    """Checks that jax supports the configured dtypes.
+
+    Raises:
+      ValueError: jax would silently turn float64 into float32.
+    """
     for name, dtype in (("dtype", config.dtype), ("param_dtype", config.stored_dtype)):
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise ValueError(
@@ -253,11 +298,11 @@ def check_dtypes(config: LlamaConfig) -> None:
 
 
 def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
-    """The first values of all parameters.
+    """Draws the initial values of all parameters.
 
-    Matrices keep the variance of what they are applied to. The embeddings are drawn
-    small, so that the first logits are near 0; and what is added to the residual stream
-    is the smaller, the more layers add to it.
+    Matrices preserve the variance of their inputs. Embeddings are small, so that the
+    initial logits are near 0. Contributions to the residual stream shrink with the
+    number of layers.
     """
     residual = 2 * config.num_layers
     inputs = {
@@ -279,7 +324,7 @@ def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
             continue
         scale = 1 / math.sqrt(inputs[name]) if name in inputs else 0.02
         own = jax.random.fold_in(key, number)
-        # In float32 whatever the dtype, so that all begin with the same numbers.
+        # Drawn in float32 for any dtype, so that all dtypes start from the same values.
         drawn = scale * jax.random.normal(own, shape, jnp.float32)
         values[name] = drawn.astype(dtype)
     return values

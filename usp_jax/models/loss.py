@@ -1,9 +1,9 @@
 """Cross-entropy of the next token without the logits of a whole sequence.
 
-Each device computes its own tokens' logits in tiles, forward and again backward: chunks
-of tokens by blocks of the vocabulary, with the softmax's running maximum and sum over
-the blocks. So no [T, V] array exists, no sequence is gathered, and of the output matrix
-and its gradient one block at a time is whole.
+Each device computes the logits of its own tokens in tiles, chunks of tokens by blocks
+of the vocabulary, with the softmax's running maximum and sum over the blocks. The
+backward pass computes them again. No [T, V] array exists, no sequence is gathered, and
+only one block of the output matrix and of its gradient is whole at a time.
 """
 
 from functools import partial
@@ -33,20 +33,28 @@ def loss(
     positions: Ids | None = None,
     layout: str = "natural",
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Negative log-likelihood of the labels: (sum of nats, number of labels).
+    """Computes the summed negative log-likelihood of the labels, in nats.
 
-    Nats have float32, or float64 of a model in float64. Divide the one by the other,
-    each first summed over whatever else there is to sum over, and the mean depends on
-    real tokens only.
+    The mean loss is the sum divided by the number of labels. To average over several
+    batches, sum both first; padding then has no weight.
 
     Args:
       model: on any mesh.
-      labels: int32 [B, T], stored like the tokens: the token that follows each, -1
-        where there is none (`shift_labels` makes them).
-      tokens, segment_ids, positions, layout: as a `Llama` takes them.
+      tokens: int32 [B, T]; B a multiple of data · fsdp.
+      labels: int32 [B, T], in the order of `tokens`: the token that follows each token,
+        or -1 for none. `shift_labels` makes them.
+      segment_ids: int32 [B, T], the document of each token of a packed row, -1 for
+        padding; None is one document per row.
+      positions: int32 [B, T], for RoPE; None counts from the start of each row.
+      layout: "natural" for tokens in their original order; otherwise the layout in
+        which all these arrays are stored.
+
+    Returns:
+      The sum of nats and the number of labels, scalars over all devices. The sum is
+        float32, or float64 when the computation is; the number is int32.
 
     Raises:
-      ValueError: shapes, dtypes or lengths that do not fit.
+      ValueError: a shape, dtype or length does not fit.
     """
     batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
     return model.run(_loss, batch, (jax.P(), jax.P()), extra)
@@ -61,21 +69,28 @@ def token_nats(
     positions: Ids | None = None,
     layout: str = "natural",
 ) -> Float[Array, "B T"]:
-    """Negative log-likelihood of each label, at least float32; 0 where there is none.
+    """Computes the negative log-likelihood of each label, in nats.
 
-    In the order of `tokens`; arguments and errors are those of `loss`, whose sum this
-    is made of.
+    The arguments and errors are those of `loss`, which returns the sum of these values.
+
+    Returns:
+      [B, T] in the order of `tokens`, at least float32; 0 where there is no label.
     """
     batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
-    found = model.run(_token_nats, batch, model.split.tokens, extra)
-    return batch.order.restore(found)
+    nats = model.run(_token_nats, batch, model.split.tokens, extra)
+    return batch.order.restore(nats)
 
 
 def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
-    """The label of each token in natural order: the token that follows it.
+    """Makes the labels of tokens in natural order: each is the token that follows.
 
-    -1 for the last of a row or of a document, and for padding (segment id -1). `tokens`
-    and `segment_ids` are int32 [B, T].
+    Args:
+      tokens: int32 [B, T].
+      segment_ids: int32 [B, T], the document of each token, -1 for padding; None is one
+        document per row.
+
+    Returns:
+      int32 [B, T], -1 for the last token of a row or document and for padding.
     """
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
     if segment_ids is None:
@@ -92,11 +107,11 @@ def _batch(
     positions: jax.Array | None,
     layout: str,
 ) -> tuple[Batch, tuple[jax.Array, jax.P]]:
-    """The checked batch, and its labels as `Llama.run` takes more arrays."""
+    """The checked batch, and its labels as an extra argument of `Llama.run`."""
     if labels.shape != tokens.shape or labels.dtype != jnp.int32:
         raise ValueError(
-            f"labels is {labels.dtype}{list(labels.shape)}, it must be int32 "
-            f"{list(tokens.shape)}, as tokens"
+            f"labels is {labels.dtype}{list(labels.shape)}; it must be int32 "
+            f"{list(tokens.shape)}, like tokens"
         )
     batch = model.batch(tokens, segment_ids, positions, layout)
     return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
@@ -110,7 +125,7 @@ def _loss(
     segment_ids: jax.Array | None,
     labels: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(nats, number of labels) of all devices."""
+    """(sum of nats, number of labels) over all devices."""
     terms = _terms(transformer, weights, tokens, positions, segment_ids, labels)
     split = terms[0]
     nats = split.sum(_nats(*terms), split.batch + split.sequence)
@@ -140,7 +155,7 @@ def _terms(
     segment_ids: jax.Array | None,
     labels: jax.Array,
 ) -> tuple[Split, int, jax.Array, jax.Array, jax.Array]:
-    """The arguments of `_nats`, of a device's part of a batch."""
+    """The arguments of `_nats` for a device's part of a batch."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
     split, config = transformer.split.ends, transformer.config
     blocks = _blocks(weights.lm_head, config.loss_block)
@@ -148,14 +163,14 @@ def _terms(
 
 
 def _blocks(matrix: jax.Array, limit: int) -> jax.Array:
-    """[v, d] -> [number, block, d], the largest equal blocks of at most `limit`."""
+    """[v, d] -> [number, block, d]: the largest equal blocks of at most `limit`."""
     size = matrix.shape[0]
     number = next(n for n in range(-(-size // limit), size + 1) if size % n == 0)
     return matrix.reshape(number, size // number, -1)
 
 
 def _chunks(x: jax.Array, limit: int, pad_value: int = 0) -> jax.Array:
-    """[b, t, ...] -> [n, c, ...], padded: n chunks of c tokens, at most `limit`."""
+    """[b, t, ...] -> [n, c, ...]: n chunks of c <= limit tokens, the last padded."""
     x = x.reshape(-1, *x.shape[2:])
     chunk = min(limit, x.shape[0])
     padding = ((0, -x.shape[0] % chunk), *((0, 0) for _ in x.shape[1:]))
@@ -167,12 +182,13 @@ def _chunks(x: jax.Array, limit: int, pad_value: int = 0) -> jax.Array:
 def _nats(
     split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    """The sum of nats of this device's labels.
+    """Sums the nats of this device's labels.
 
     Args:
-      limit: how many tokens have logits at once.
-      x: [b, t, D], or a part of it that `Split.enter` completes.
-      blocks: [m, w, d], this device's part of the output matrix as m blocks.
+      split: how the mesh splits arrays.
+      limit: maximum number of tokens whose logits are computed at once.
+      x: [b, t, D], or the part of it that `Split.enter` completes.
+      blocks: [m, w, d], this device's part of the output matrix in m blocks.
       labels: int32 [b, t].
     """
     return _nats_fwd(split, limit, x, blocks, labels)[0]
@@ -224,7 +240,7 @@ _nats.defvjp(_nats_fwd, _nats_bwd)
 def _nats_and_lse(
     split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each label, [n, c]: n chunks of c tokens, the last ones padding."""
+    """Nats and log-sum-exp of each label, [n, c]: n chunks of c tokens, padded."""
     x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
 
     def body(
@@ -266,7 +282,7 @@ def _tile(
     number: jax.Array,
     blocks: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits of a chunk of tokens in a block, and which of them are the labels'."""
+    """Logits of a chunk of tokens for one block, and a mask of those of the labels."""
     first = (split.index(split.tensor) * blocks.shape[0] + number) * blocks.shape[1]
     own = first + lax.iota(jnp.int32, blocks.shape[1])
     return _matmul("TD,VD->TV", x, matrix), labels[:, None] == own[None]

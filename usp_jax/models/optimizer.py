@@ -1,9 +1,9 @@
-"""AdamW after clipping, with warm-up and cosine, on parameters wherever they live.
+"""AdamW with gradient clipping, warm-up and cosine decay; state may be offloaded.
 
-With `AdamW.offload` parameters and what the optimizer keeps for them live in the host's
-pinned memory. A step fetches the parameters for the forward pass, which needs them
-until they are cast; and the update fetches, changes and sends back one layer after the
-other, so that the device holds what belongs to a layer or two.
+With `AdamW.offload`, the parameters and the optimizer's state live in the host's pinned
+memory. A training step fetches the parameters for the forward pass, which needs them
+until they are cast. The update fetches, changes and sends back one layer at a time, so
+the device holds the state of only a layer or two.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from usp_jax.models.execution import wide
 from usp_jax.models.weights import is_of_layers, is_small
 
 Params = dict[str, Array]
-# A pytree that optax keeps for parameters: counts, and dicts of arrays like `Params`.
+# Optax state: a pytree of counts and of dicts of arrays like `Params`.
 OptaxState = object
-# That of clipping, and that of AdamW.
+# (State of clipping, state of AdamW.)
 Memory = tuple[OptaxState, OptaxState]
-# The dicts of the latter alone.
+# The dicts in AdamW's state.
 Kept = list[Params]
 Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW (arXiv 1711.05101), warm-up and cosine.
+    """AdamW (arXiv 1711.05101) with warm-up and cosine decay.
 
     Attributes:
-      learning_rate: the highest, reached after `warmup_steps`.
-      warmup_steps: steps in which the learning rate rises.
-      final_fraction: part of the learning rate that is left at the last step.
-      weight_decay: decay of everything but norms and biases.
+      learning_rate: peak learning rate, reached after `warmup_steps`.
+      warmup_steps: number of training steps in which the learning rate rises.
+      final_fraction: fraction of the peak learning rate left at the last step.
+      weight_decay: weight decay, of everything but norms and biases.
       b1: decay of the mean gradient.
       b2: decay of the mean squared gradient.
       eps: number added to the root of the mean squared gradient.
-      clip_norm: the longest that the gradient of all parameters may be.
-      offload: whether parameters and the optimizer's memory live in the host's pinned
+      clip_norm: maximum global norm of the gradient.
+      offload: whether parameters and the optimizer's state live in the host's pinned
         memory, and pass through the device a layer at a time.
     """
 
@@ -58,13 +58,14 @@ class AdamW:
 
 
 def check_adamw(config: AdamW, section: str = "") -> None:
-    """Checks each field.
+    """Checks each field of `AdamW`.
 
     Args:
-      section: what stands before the names of fields in messages.
+      config: the fields to check.
+      section: prefix of the field names in messages.
 
     Raises:
-      ValueError: names the field, its value and what it must be.
+      ValueError: a value is invalid; the message names the field and its value.
     """
     for name in ("learning_rate", "eps", "clip_norm"):
         if not getattr(config, name) > 0:
@@ -89,20 +90,21 @@ def check_adamw(config: AdamW, section: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """`AdamW` over a number of steps, as functions of device arrays.
+    """`AdamW` for a run of a given length, as functions of device arrays.
 
     Attributes:
-      steps: of the run, which the learning rate depends on.
+      config: the hyperparameters.
+      steps: training steps of the run, which set the learning-rate schedule.
     """
 
     config: AdamW
     steps: int
 
     def learning_rate(self, count: int | Array) -> Array:
-        """The rate of a step, straight up from 0, then along a cosine.
+        """Returns the learning rate of a training step: linear warm-up, then cosine.
 
         Args:
-          count: the steps done before; the first step already has a part of the rate.
+          count: number of earlier training steps. The first one has a nonzero rate.
         """
         config = self.config
         schedule = optax.warmup_cosine_decay_schedule(
@@ -116,12 +118,12 @@ class Optimizer:
 
     @property
     def clipping(self) -> optax.GradientTransformation:
-        """The half of the optimizer that asks for all gradients at once."""
+        """The clipping transformation, which needs all gradients at once."""
         return optax.clip_by_global_norm(self.config.clip_norm)
 
     @property
     def adamw(self) -> optax.GradientTransformation:
-        """The half to which every parameter is alone."""
+        """The AdamW transformation, which treats each parameter on its own."""
         config = self.config
         return optax.adamw(
             self.learning_rate,
@@ -134,19 +136,19 @@ class Optimizer:
 
     @property
     def whole(self) -> optax.GradientTransformation:
-        """AdamW after clipping."""
+        """Clipping followed by AdamW."""
         return optax.chain(self.clipping, self.adamw)
 
     def first_memory(self, params: Params) -> Memory:
-        """The memory before the first step, at least float32."""
+        """Returns the optimizer's initial state, in at least float32."""
         return self.whole.init(_widened(params))
 
     def fetch(self, params: Params) -> Params:
-        """The parameters in the device's memory, wherever they live."""
+        """Returns the parameters in device memory, fetched from the host if needed."""
         return _on_device(params) if self.config.offload else params
 
     def updates_done(self, memory: Memory) -> Array:
-        """The count that the learning rate reads: steps but those skipped."""
+        """Returns the number of updates done, which excludes skipped steps."""
         return optax.tree.get(
             memory,
             "count",
@@ -156,12 +158,16 @@ class Optimizer:
     def update(
         self, finite: Bool[Array, ""], gradient: Params, params: Params, memory: Memory
     ) -> tuple[Params, Memory]:
-        """Parameters and memory after a step, where those before it live.
+        """Returns the parameters and optimizer state after a training step.
 
-        It is computed in float32 at least, and rounded to the parameters' dtype.
+        They stay on the device or the host, wherever the inputs are. The update is
+        computed in at least float32 and rounded to the parameters' dtype.
 
         Args:
-          finite: whether the step is one; if not, nothing changes.
+          finite: whether loss and gradient are finite; if not, nothing changes.
+          gradient: gradients keyed like `params`.
+          params: the parameters before the step.
+          memory: the optimizer's state before the step.
         """
         gradient, clipped = self.clipping.update(gradient, memory[0])
         update = _streamed if self.config.offload else _updated
@@ -192,15 +198,18 @@ def _streamed(
     params: Params,
     memory: OptaxState,
 ) -> tuple[Params, OptaxState]:
-    """`_updated` of state in the host's memory: layer by layer, then the rest.
+    """`_updated` for state in host memory: layer by layer, then the rest.
 
-    What the optimizer keeps, but for its counts, are dicts like `params`.
+    Apart from its counts, the optimizer's state is made of dicts like `params`.
     """
 
     def update(
         gradient: Params, params: Params, kept: Kept
     ) -> tuple[Params, Kept, OptaxState]:
-        """Some parameters, fetched and sent back; the memory on the device too."""
+        """Fetches, updates and sends back some parameters and their state.
+
+        Also returns the new state on the device.
+        """
         params, kept = _on_device((params, kept))
         before = _with(memory, kept)
         params, after = _updated(adamw, finite, gradient, params, before)
@@ -228,13 +237,13 @@ def _on_device(tree: Tree) -> Tree:
 
 
 def _kept(memory: OptaxState, names: Iterable[str]) -> Kept:
-    """What is kept for some parameters: a list of dicts."""
+    """The optimizer's state of some parameters, as a list of dicts."""
     dicts = filter(_is_dict, jax.tree.leaves(memory, is_leaf=_is_dict))
     return [{name: x[name] for name in names} for x in dicts]
 
 
 def _with(memory: OptaxState, kept: Kept) -> OptaxState:
-    """The memory with other dicts."""
+    """The optimizer's state with its dicts replaced."""
     rest = iter(kept)
     return jax.tree.map(
         lambda x: next(rest) if _is_dict(x) else x, memory, is_leaf=_is_dict

@@ -1,22 +1,23 @@
-"""Layers in stages along `pipe`, which work on micro-batches one behind the other.
+"""Pipeline parallelism: layers split into stages along `pipe`.
 
-The circular schedule of interleaved stages (Megatron-LM, arXiv 2104.04473, section 2.2;
-GPipe, arXiv 1811.06965, with one round). With P devices along the axis and v rounds,
-the layers are P·v groups; group r·P + p is round r of device p. M micro-batches, which
-are taken P at a time, go round the ring of devices v times:
+Stages work on successive micro-batches in the circular schedule of interleaved stages
+(Megatron-LM, arXiv 2104.04473, section 2.2; with one round GPipe, arXiv 1811.06965).
+With P devices along the axis and v rounds, the layers form P·v groups; group r·P + p is
+round r of device p. M micro-batches, P at a time, go around the ring of devices v
+times:
 
     P = 2, v = 2, M = 4; "3.1" is micro-batch 3 in round 1, "-" is idle
     tick      0    1    2    3    4    5    6    7    8
     device 0  0.0  1.0  0.1  1.1  2.0  3.0  2.1  3.1  -
     device 1  -    0.0  1.0  0.1  1.1  2.0  3.0  2.1  3.1
 
-Every device runs the same program in every tick, on something finite when it is idle,
-so that the collectives inside a stage stay valid.
+Every device runs the same program in every tick, on finite values when it is idle, so
+that the collectives inside a stage stay valid.
 
-What the first stage begins with, and what the last one has finished, is divided over
-the devices as the rows of a batch are. It comes and goes on a belt, which moves against
-the ring by one device a tick: in the first stage a finished micro-batch takes the place
-of the one that begins. So no device ever holds all micro-batches.
+The inputs of the first stage and the outputs of the last are divided over the devices
+like the rows of a batch. They travel on a belt that moves against the ring by one
+device per tick: at the first stage, a finished micro-batch takes the place of the one
+that starts. So no device holds all micro-batches.
 """
 
 import dataclasses
@@ -39,12 +40,13 @@ Facts = TypeVar("Facts")
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The schedule of a batch.
+    """The pipeline schedule of a batch.
 
     Attributes:
-      stages: P, the devices along `axis`.
-      rounds: v, how many groups of layers each of them has.
+      stages: P, the number of devices along `axis`.
+      rounds: v, the number of groups of layers on each device.
       microbatches: M, a multiple of P.
+      axis: the mesh axis of the stages.
     """
 
     stages: int
@@ -54,17 +56,17 @@ class Pipeline:
 
     @classmethod
     def of(cls, config: LlamaConfig, stages: int) -> "Pipeline":
-        """A model's schedule over so many devices.
+        """Returns a model's schedule over a number of stages.
 
         Raises:
-          ValueError: layers or micro-batches that the stages do not divide, or a
-            schedule asked for where there is one stage.
+          ValueError: the stages do not divide the layers or micro-batches, or pipeline
+            options are set with a single stage.
         """
-        asked = {n: getattr(config, n) for n in ("microbatches", "interleave")}
+        options = {n: getattr(config, n) for n in ("microbatches", "interleave")}
         if stages == 1:
             if (config.microbatches or 1, config.interleave) != (1, 1):
                 raise ValueError(
-                    f"{asked} are a pipeline's, but the mesh axis 'pipe' has size 1: "
+                    f"{options} need a pipeline, but the mesh axis 'pipe' has size 1: "
                     "give it more devices, or leave them out"
                 )
             return cls(1, 1, 1)
@@ -78,18 +80,18 @@ class Pipeline:
         if microbatches % stages:
             raise ValueError(
                 f"{microbatches=} must be a multiple of pipe = {stages}: the stages "
-                "take so many at a time"
+                "take that many at a time"
             )
         return cls(stages, config.interleave, microbatches)
 
     @property
     def ticks(self) -> int:
-        """How often a device runs one of its groups of layers, idle ticks included."""
+        """Number of times a device runs a group of layers, idle ticks included."""
         return self.rounds * self.microbatches + self.stages - 1
 
     @property
     def bubble(self) -> float:
-        """The share of ticks in which a device is idle."""
+        """Fraction of ticks in which a device is idle."""
         return (self.stages - 1) / self.ticks
 
     def run(
@@ -98,14 +100,17 @@ class Pipeline:
         x: Float[Array, "b t D"],
         facts: Facts,
     ) -> Float[Array, "b t D"]:
-        """What has gone through all stages, in the place of what has not.
+        """Runs this device's share of a batch through all stages.
 
         Args:
           stage: called as stage(x, round, facts), for one micro-batch and this device's
             group of layers of a round: [b·P/M, t, D] -> [b·P/M, t, D].
           x: this device's share of the batch.
-          facts: small arrays [b, ...] that belong to the rows of x, of which a stage
-            gets those of its micro-batch; arrays of one row belong to all.
+          facts: small arrays [b, ...] that belong to the rows of x; a stage gets those
+            of its micro-batch. Arrays with one row apply to all rows.
+
+        Returns:
+          The outputs of the last stage, for the same rows as x.
         """
         shares = self.microbatches // self.stages
         index = lax.axis_index(self.axis)
@@ -142,10 +147,11 @@ class Pipeline:
     def _exchange(
         self, tick: Array, belt: Array, waiting: Array
     ) -> tuple[Array, Array]:
-        """Puts the next group's own on the belt, once a period, for what lies there.
+        """Swaps the belt's content for this device's next micro-batch, once a period.
 
-        All that is put on is back after P ticks, when the first stage has taken each
-        for one of the group before. So this is the group before the last, finished.
+        P ticks after a group is put on the belt, the first stage has exchanged each of
+        its micro-batches for one of the previous group. So what is taken off is
+        finished, and belongs to the group two before.
         """
         group, starts = tick // self._period, tick % self._period == 0
         coming = waiting[jnp.minimum(group, waiting.shape[0] - 1)]
@@ -154,13 +160,13 @@ class Pipeline:
         return jnp.where(starts, coming, belt), waiting.at[done].set(finished)
 
     def _pass_on(self, x: Array, step: int) -> Array:
-        """To the next device, or for -1 to the one before."""
+        """Sends x to the next device, or to the previous one if `step` is -1."""
         places = range(self.stages)
         to = [(place, (place + step) % self.stages) for place in places]
         return lax.ppermute(x, self.axis, to)
 
     def _facts_of(self, facts: Facts, rows: int) -> Callable[[Array, Array], Facts]:
-        """(device, number among its micro-batches) -> the facts of a micro-batch."""
+        """Returns a function (device, index of its micro-batch) -> that one's facts."""
         shares = self.microbatches // self.stages
 
         def gather(x: Array) -> Array:
@@ -169,23 +175,22 @@ class Pipeline:
             x = x.reshape(shares, rows // shares, *x.shape[1:])
             return lax.all_gather(x, self.axis)
 
-        # Sent round beside the activations they would hold up every tick.
-        every = jax.tree.map(gather, facts)
+        # Gathered once: sent along with the activations they would delay every tick.
+        gathered = jax.tree.map(gather, facts)
         whole = jax.tree.map(lambda x: x.shape[0] != rows, facts)
 
         def facts_of(device: Array, number: Array) -> Facts:
             return jax.tree.map(
-                lambda same, x: x if same else x[device, number], whole, every
+                lambda same, x: x if same else x[device, number], whole, gathered
             )
 
         return facts_of
 
     def deal(self, x: Array) -> Array:
-        """Parts of layers, [L/P, ...], from where they are kept to where they are used.
+        """Moves layers, [L/P, ...], from the devices that keep them to their users.
 
-        A device keeps layers that follow each other, which in more than one round are
-        not those that it uses. Each of the v groups that it keeps goes to another
-        device by its turn: in all, v permutations.
+        A device keeps consecutive layers; with more than one round, it uses others. The
+        v groups a device keeps are sent in v turns, one permutation each.
         """
         if self.rounds == 1:
             return x
@@ -204,10 +209,14 @@ class Pipeline:
 
 
 def deal_tables(stages: int, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which group a device sends in a turn, [v, P], and when each comes to it, [P, v].
+    """Returns the group each device sends in a turn, and the turn each one arrives in.
 
-    Group g is kept by device g // v and used by device g mod P in round g // P. In turn
-    (g + g // lcm(v, P)) mod v no device sends two groups, and none gets two.
+    Group g is kept by device g // v and used by device g mod P in round g // P. It is
+    sent in turn (g + g // lcm(v, P)) mod v; in no turn does a device send or receive
+    two groups.
+
+    Returns:
+      The groups sent, [v, P], by their index on the sender, and the turns, [P, v].
     """
     groups = np.arange(stages * rounds)
     turns = (groups + groups // math.lcm(stages, rounds)) % rounds

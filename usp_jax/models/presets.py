@@ -1,4 +1,4 @@
-"""The sizes of the published LLaMA models, and of one that trains on a laptop."""
+"""Sizes of the published LLaMA models, and of one that trains on a laptop."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ _LLAMA32 = replace(
 )
 
 PRESETS: dict[str, Decoder] = {
-    # Bytes as tokens; every size divides over 8 devices, however they are split.
+    # Tokens are bytes. Chosen to divide over 8 devices, whichever axes they are on.
     "tiny": Decoder(
         vocab_size=256,
         d_model=128,
@@ -67,5 +67,5 @@ PRESETS: dict[str, Decoder] = {
     "llama3.2-1b": replace(_LLAMA32, d_model=2048, num_layers=16, head_size=64),
     "llama3.2-3b": replace(_LLAMA32, d_model=3072, num_layers=28, num_heads=24),
 }
-# How a preset is computed, where that is not the default.
+# Execution options of presets that do not use the defaults.
 EXECUTIONS: dict[str, Execution] = {"tiny": Execution(dtype="float32")}

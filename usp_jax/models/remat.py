@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, and where: `Execution.remat`."""
+"""Rematerialization: what a layer keeps for its backward pass (`Execution.remat`)."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from jax.extend.core import Primitive
 from usp_jax import SAVED_NAMES
 from usp_jax.models.feed_forward import INNER_PRODUCTS
 
-# Names of a layer's arrays, beside those of attention and of the feed-forward network.
+# Checkpoint names of a layer, apart from those of attention and feed-forward.
 INPUT, MIDDLE, HEADS = "layer_input", "layer_middle", "layer_heads"
 
 _KEPT = {
@@ -20,9 +20,9 @@ _KEPT = {
 
 
 def policy(remat: str) -> Callable[..., bool]:
-    """The `jax.checkpoint` policy of a value of `Execution.remat`.
+    """Returns the `jax.checkpoint` policy for a value of `Execution.remat`.
 
-    A layer's input is always kept.
+    A layer's input is kept under every policy.
     """
     if remat == "none":
         return _all_but_gathered
@@ -38,5 +38,5 @@ def policy(remat: str) -> Callable[..., bool]:
 
 
 def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
-    """Keeps everything but gathered weights: kept, they would be the whole model."""
+    """Keeps everything but gathered weights, which add up to the whole model."""
     return primitive.name not in ("all_gather", "linear_call")

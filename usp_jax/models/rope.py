@@ -1,7 +1,7 @@
 """Rotary position embeddings (RoPE, arXiv 2104.09864) as the LLaMA models use them.
 
-The two halves of a head are rotated against each other: dim i with dim i + H/2, the
-convention of the published LLaMA weights in the Hugging Face format.
+Dim i of a head is rotated with dim i + H/2, the convention of the published LLaMA
+weights in the Hugging Face format.
 """
 
 import math
@@ -21,12 +21,20 @@ from usp_jax.models.rope_scaling import (
 def rope_frequencies(
     head_size: int, theta: float, scaling: RopeScaling | None = None
 ) -> np.ndarray:
-    """Angle a position of each pair of dims: float64 [H/2], highest first.
+    """Returns RoPE's frequencies: radians per position of each pair of dims.
 
-    theta^(-2i/H), or what `scaling` makes of it.
+    They are theta^(-2i/H), changed by `scaling`.
+
+    Args:
+      head_size: H.
+      theta: the base.
+      scaling: a RoPE scaling, or None.
+
+    Returns:
+      float64 [H/2], highest first.
 
     Raises:
-      ValueError: a dynamic scaling, which `at_length` fixes.
+      ValueError: the scaling is dynamic; fix its length with `at_length` first.
     """
     if scaling is None:
         return plain_frequencies(head_size, theta)
@@ -34,12 +42,12 @@ def rope_frequencies(
 
 
 def rope_amplitude(scaling: RopeScaling | None) -> float:
-    """What cosine and sine are multiplied by: 1, but for YaRN."""
+    """Returns the factor of cosine and sine, which is 1 except for YaRN."""
     return scaling.amplitude if isinstance(scaling, YarnScaling) else 1.0
 
 
 def at_length(scaling: RopeScaling | None, length: int) -> RopeScaling | None:
-    """The scaling of sequences of `length` tokens."""
+    """Returns the scaling for sequences of `length` tokens; fixes a dynamic one."""
     return scaling.at(length) if isinstance(scaling, DynamicNTKScaling) else scaling
 
 
@@ -49,13 +57,22 @@ def rope_angles(
     amplitude: float = 1.0,
     dtype: str = "float32",
 ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-    """Cosine and sine of position · frequency, times amplitude: [B, T, H/2].
+    """Returns amplitude · cos and amplitude · sin of position · frequency.
 
-    Exact to `dtype`, float32 or float64, at any int32 position. The float32 product
-    that is usual instead is off by 0.06 radians at a million tokens.
+    The angles are accurate to `dtype` at any int32 position. The usual float32 product
+    is off by 0.06 radians at a million tokens.
+
+    Args:
+      positions: int32 [B, T].
+      frequencies: float64 [H/2], radians per position.
+      amplitude: factor of cosine and sine.
+      dtype: float32 or float64.
+
+    Returns:
+      Cosine and sine, each [B, T, H/2].
     """
-    # Turns in units of 2^-32, so that integers drop whole turns by overflowing; what
-    # rounding leaves of each frequency is too small to need that.
+    # In units of 2^-32 turns, integer overflow drops whole turns. The rounding
+    # remainder of each frequency is too small to need that.
     units = frequencies / (2 * math.pi) * 2.0**32
     whole = np.round(units)
     rest = jnp.asarray(units - whole, dtype)[None, None]
@@ -71,7 +88,10 @@ def rotate(
     cos: Float[Array, "#B T h"],
     sin: Float[Array, "#B T h"],
 ) -> Float[Array, "B T N H"]:
-    """Applies RoPE to the heads of q or k: the angles' dtype inside, x's outside."""
+    """Applies RoPE to the heads of q or k.
+
+    It is computed in the angles' dtype and returned in x's.
+    """
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]

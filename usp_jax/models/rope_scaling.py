@@ -1,9 +1,9 @@
-"""Ways to stretch RoPE to contexts longer than those a model was first trained on.
+"""RoPE scaling, for contexts longer than those a model was first trained on.
 
-Each is a frozen dataclass that makes the frequencies from the head size H and the base
-theta: float64 [H/2], the angle a position of each pair of dims, highest first. Their
-rules are those of the models published in the Hugging Face format, so that weights mean
-the same here. A larger base alone needs none of them: it is `rope_theta`.
+Each scaling is a frozen dataclass that computes the frequencies from the head size H
+and the base theta: float64 [H/2], in radians per position of each pair of dims, highest
+first. The rules are those of the models published in the Hugging Face format, so their
+weights work here unchanged. To use only a larger base, set `rope_theta` instead.
 """
 
 import dataclasses
@@ -13,7 +13,12 @@ import numpy as np
 
 
 def plain_frequencies(head_size: int, theta: float) -> np.ndarray:
-    """RoPE's frequencies theta^(-2i/H), H being `head_size`: float64 [H/2]."""
+    """Returns RoPE's unscaled frequencies theta^(-2i/H): float64 [H/2].
+
+    Args:
+      head_size: H.
+      theta: the base.
+    """
     return theta ** -(np.arange(0, head_size, 2) / head_size)
 
 
@@ -27,15 +32,20 @@ class LinearScaling:
         _check_factor(self.factor)
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
-        """The plain ones, divided by the factor."""
+        """Returns the plain frequencies divided by `factor`: float64 [H/2].
+
+        Args:
+          head_size: H.
+          theta: the base.
+        """
         return plain_frequencies(head_size, theta) / self.factor
 
 
 @dataclasses.dataclass(frozen=True)
 class NTKScaling:
-    """A base so much larger that the lowest frequency is divided by `factor`.
+    """A larger base that divides the lowest frequency by `factor`.
 
-    The highest frequency stays ("NTK-aware" interpolation).
+    The highest frequency is unchanged ("NTK-aware" interpolation).
     """
 
     factor: float
@@ -44,28 +54,37 @@ class NTKScaling:
         _check_factor(self.factor)
 
     def theta(self, head_size: int, theta: float) -> float:
-        """The larger base: theta · factor^(H/(H-2)).
+        """Returns the larger base, theta · factor^(H/(H-2)).
+
+        Args:
+          head_size: H.
+          theta: the original base.
 
         Raises:
-          ValueError: a head of 2, whose only frequency is the highest.
+          ValueError: `head_size` is 2; the only frequency is then the highest.
         """
         if head_size == 2:
             raise ValueError(
-                f"{head_size=} has nothing to stretch, it must be 4 or more"
+                f"{head_size=} leaves nothing to scale; it must be at least 4"
             )
         return theta * self.factor ** (head_size / (head_size - 2))
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
-        """The plain ones of the larger base."""
+        """Returns the plain frequencies for the larger base: float64 [H/2].
+
+        Args:
+          head_size: H.
+          theta: the original base.
+        """
         return plain_frequencies(head_size, self.theta(head_size, theta))
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNTKScaling:
-    """`NTKScaling` by as much as the length of the sequence asks for.
+    """`NTKScaling` whose factor grows with the length of the sequence.
 
-    Up to `original_length` tokens nothing is changed. The length is that of the call,
-    one number for all its rows; what other calls had does not matter.
+    Up to `original_length` tokens nothing changes. The length is that of the call, one
+    number for all its rows, and does not depend on earlier calls.
     """
 
     factor: float
@@ -76,30 +95,39 @@ class DynamicNTKScaling:
         _check_original_length(self.original_length)
 
     def at(self, length: int) -> NTKScaling:
-        """The scaling of sequences of `length` tokens."""
+        """Returns the scaling for sequences of `length` tokens."""
         excess = max(length / self.original_length - 1, 0)
         return NTKScaling(1 + self.factor * excess)
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
-        """Raises ValueError: they depend on a length."""
+        """Not available: the frequencies depend on a length. Use `at` first.
+
+        Args:
+          head_size: unused.
+          theta: unused.
+
+        Raises:
+          ValueError: always.
+        """
         del head_size, theta
         raise ValueError(
-            f"rope_scaling={self} depends on the sequence's length, which given "
-            "positions do not tell: leave them out, or fix it: rope_scaling.at(length)"
+            f"rope_scaling={self} depends on the sequence length, which positions= "
+            "does not give: leave it out, or fix the length: rope_scaling.at(length)"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071): by how often a pair of dims turns in `original_length`.
+    """YaRN (arXiv 2309.00071): scales each pair of dims by its number of turns.
 
-    Pairs that turn more than `beta_fast` times stay, those that turn less than
-    `beta_slow` times are interpolated by `factor`, between them a ramp over the pairs.
+    Turns are counted over `original_length` tokens. Pairs with more than `beta_fast`
+    turns are unchanged, pairs with fewer than `beta_slow` are interpolated by `factor`,
+    and a linear ramp over the pairs lies in between.
 
     Attributes:
-      attention_factor: of cosine and sine, so that logits get its square; None is
-        0.1 · ln(factor) + 1.
-      truncate: the ramp begins and ends at whole pairs.
+      attention_factor: factor of cosine and sine, whose square scales the logits; None
+        is 0.1 · ln(factor) + 1.
+      truncate: whether the ramp begins and ends at whole pairs.
     """
 
     factor: float
@@ -124,17 +152,22 @@ class YarnScaling:
 
     @property
     def amplitude(self) -> float:
-        """What cosine and sine are multiplied by."""
+        """Factor of cosine and sine."""
         if self.attention_factor is None:
             return 0.1 * math.log(self.factor) + 1
         return self.attention_factor
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
-        """Between the plain ones and those divided by the factor."""
+        """Returns frequencies between the plain ones and those divided by `factor`.
+
+        Args:
+          head_size: H.
+          theta: the base.
+        """
         plain = plain_frequencies(head_size, theta)
 
         def pair(turns: float) -> float:
-            """The pair, a real number, that turns so often in the original length."""
+            """The (fractional) pair with this many turns in the original length."""
             per_radian = self.original_length / (turns * 2 * math.pi)
             return head_size * math.log(per_radian) / (2 * math.log(theta))
 
@@ -142,7 +175,7 @@ class YarnScaling:
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_size - 1)
-        # A ramp of no width is a step.
+        # A ramp of zero width is a step.
         width = last - first or 0.001
         ramp = np.clip((np.arange(head_size // 2) - first) / width, 0, 1)
         return plain * (1 - ramp) + plain / self.factor * ramp
@@ -150,11 +183,11 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """LLaMA 3.1's: by the wavelength.
+    """LLaMA 3.1's scaling, which depends on the wavelength.
 
-    Wavelengths up to original_length / high_frequency_factor stay as they are, those
-    from original_length / low_frequency_factor on are `factor` times as long, and
-    between them the frequencies are interpolated.
+    Wavelengths up to original_length / high_frequency_factor are unchanged, those from
+    original_length / low_frequency_factor on become `factor` times as long, and in
+    between the frequencies are interpolated.
     """
 
     factor: float
@@ -173,7 +206,12 @@ class Llama3Scaling:
         _check_original_length(self.original_length)
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
-        """Between the plain ones and those divided by the factor."""
+        """Returns frequencies between the plain ones and those divided by `factor`.
+
+        Args:
+          head_size: H.
+          theta: the base.
+        """
         plain = plain_frequencies(head_size, theta)
         turns = self.original_length * plain / (2 * math.pi)
         low, high = self.low_frequency_factor, self.high_frequency_factor

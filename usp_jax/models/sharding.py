@@ -1,14 +1,14 @@
 """How a LLaMA's parameters and activations are split over a mesh.
 
-Parameters (and with them optimizer state) are split over all ZeRO axes; the forward
-pass casts them to the computation's dtype and gathers them over some axes once
-(ZeRO-1), and over the others one layer at a time, just before use (ZeRO-3). Over `data`
-that is once always; over `fsdp` and the axes of the sequence, which is to ZeRO what the
-batch is, the configuration's `zero` says. Gradients take the same way back: the
-transpose of a gather is a reduce-scatter.
+Parameters and optimizer state are split over all ZeRO axes. The forward pass casts them
+to the computation's dtype, then gathers them over some axes once (ZeRO-1) and over the
+others one layer at a time, just before use (ZeRO-3). Over `data` they are gathered
+once; over `fsdp` and the sequence axes, which ZeRO treats like the batch, the
+configuration's `zero` decides. Gradients go back the same way: the transpose of a
+gather is a reduce-scatter.
 
-The model is a function of one device's shards, run on all of them; `Split` has the
-collectives it calls, which do nothing where there is nothing to split.
+The model is a function of one device's shards, run on all devices. `Split` has the
+collectives it calls; they do nothing when nothing is split.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from usp_jax.varying import vary_over
 
 Result = TypeVar("Result")
 
-# Parameter -> its dims, and which of them go over `tensor` and over the ZeRO axes.
+# Parameter -> (its dims, the dim split over `tensor`, the dim split over ZeRO axes).
 # L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
-# vocabulary. L goes over `pipe`; to what has no layers `pipe` is a ZeRO axis more. What
-# is as small as a head is on all devices, whatever the ZeRO level.
+# vocabulary. L is split over `pipe`; for parameters without L, `pipe` is one more ZeRO
+# axis. Parameters as small as a head are not split by ZeRO.
 TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
@@ -57,20 +57,27 @@ TABLE: dict[str, tuple[str, str | None, str | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The axes of a mesh that split something, that is, whose size is not 1.
+    """The axes of a mesh that split something: those whose size is not 1.
 
-    `usp_jax.shards.Shards` says how one call of attention is split, whatever the names
-    of the axes; a model has more to split (parameters over ZeRO axes, layers over
-    stages), does so under fixed names, and asks for collectives that no call has.
+    `usp_jax.shards.Shards` describes the split of one attention call, for any axis
+    names. A model also splits parameters over ZeRO axes and layers over stages, under
+    fixed names, and needs collectives that an attention call does not.
 
     Attributes:
-      level: 3 gathers weights over `fsdp` and the sequence's axes layer by layer, 1
-        does so once.
-      tensor_sequence: what is not split by heads or features over `tensor` is split
-        by tokens (TP-sp, arXiv 2205.05198).
-      in_turn: weights are gathered, and their gradients scattered, over a few devices
-        and then over groups of them, which sends as many bytes. Over many devices at
-        once the TPU compiler makes an all-reduce of either, which sends twice as many.
+      mesh: the model's mesh, or None for one device.
+      data: names of the axes that split the batch only.
+      fsdp: names of the axes that split the batch and the weights.
+      sequence: names of the axes that split the sequence.
+      tensor: names of the axes that split heads and features.
+      stages: names of the axes that split layers.
+      level: 3 gathers weights over `fsdp` and the sequence axes layer by layer, 1
+        gathers them once.
+      tensor_sequence: whether values not split by heads or features over `tensor` are
+        split by tokens (TP-sp, arXiv 2205.05198).
+      in_turn: whether weights are gathered, and their gradients scattered, over a few
+        devices and then over groups of them, which sends the same number of bytes. Over
+        many devices at once, the TPU compiler turns both into an all-reduce, which
+        sends twice as many.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -90,7 +97,7 @@ class Split:
         level: int = 3,
         tensor_sequence: bool = False,
     ) -> "Split":
-        """The split over a mesh, or over one device for None."""
+        """Returns the split over a mesh; None is one device."""
 
         def split(*names: str) -> tuple[str, ...]:
             return tuple(name for name in names if axis_size(mesh, name) > 1)
@@ -110,17 +117,17 @@ class Split:
 
     @property
     def zero(self) -> tuple[str, ...]:
-        """What splits parameters, outermost first: at every level the same."""
+        """Axes that split parameters, outermost first, at every ZeRO level."""
         return self.fsdp + self.sequence + self.data
 
     @property
     def each(self) -> tuple[str, ...]:
-        """What splits the working copy, which is gathered layer by layer."""
+        """Axes that split the working copy, which is gathered layer by layer."""
         return self.fsdp + self.sequence if self.level == 3 else ()
 
     @property
     def once(self) -> tuple[str, ...]:
-        """What weights are gathered over once; innermost, so that they can be."""
+        """Axes over which weights are gathered once; they must be the innermost."""
         return self.zero[len(self.each) :]
 
     @property
@@ -129,42 +136,49 @@ class Split:
 
     @property
     def ends(self) -> "Split":
-        """The split of what has no layers: the tables, and the work on them.
+        """The split of the embedding and output matrices, and of the work on them.
 
-        All stages of a pipeline share it: to it, `pipe` is as `fsdp`.
+        They belong to no layer, so all pipeline stages share them: `pipe` acts as
+        another `fsdp` axis.
         """
         return dataclasses.replace(self, fsdp=self.fsdp + self.stages, stages=())
 
     @property
     def tokens(self) -> jax.P:
-        """Of arrays [B, T, ...]."""
+        """Partition spec of arrays [B, T, ...]."""
         return jax.P(self.ends.batch or None, self.sequence or None)
 
     @property
     def logits(self) -> jax.P:
-        """Of logits [B, T, V]."""
+        """Partition spec of logits [B, T, V]."""
         return jax.P(*self.tokens, self.tensor or None)
 
     def of_parameter(self, name: str) -> "Split":
-        """The split that a parameter has."""
+        """Returns `self` for a parameter with layers, and `ends` for another."""
         return self if "L" in TABLE[name][0] else self.ends
 
     def parameter(self, name: str) -> jax.P:
-        """Of a parameter."""
+        """Returns the partition spec of a parameter."""
         dims, tensor, zero = TABLE[name]
         axes = {tensor: self.tensor, zero: self.of_parameter(name).zero}
         axes["L"] = self.stages
         return jax.P(*(axes.get(dim) or None for dim in dims))
 
     def size(self, axes: tuple[str, ...]) -> int:
-        """How many shards some axes make."""
+        """Returns the number of devices along some axes."""
         size = 1
         for name in axes:
             size *= axis_size(self.mesh, name)
         return size
 
     def gather(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
-        """The shards, over some ZeRO axes, of a parameter or of one layer's part."""
+        """Gathers a parameter, or one layer of it, over some ZeRO axes.
+
+        Args:
+          x: this device's shard.
+          name: the parameter's name in `TABLE`.
+          axes: names of the axes.
+        """
         dims, _, zero = TABLE[name]
         if zero is None:
             return vary_over(x, frozenset(axes))
@@ -172,14 +186,14 @@ class Split:
         return gathered(x, self.turns(axes), dim)
 
     def scatter(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
-        """The sum over devices of what `gather` gives, split again."""
+        """Sums over devices and splits: the transpose of `gather`."""
         dims, _, zero = TABLE[name]
         assert zero is not None, name
         dim = x.ndim - len(dims) + dims.index(zero)
         return scattered(x, self.turns(axes), dim)
 
     def turns(self, axes: tuple[str, ...]) -> Turns:
-        """The collectives that a gather over some ZeRO axes is made of."""
+        """Returns the collectives that make up a gather over some ZeRO axes."""
         if not self.in_turn:
             return ((axes, None),) if axes else ()
         return tuple(
@@ -191,57 +205,58 @@ class Split:
     def vary(self, x: jax.Array) -> jax.Array:
         """Marks x as different on every device.
 
-        Where devices along `tensor` then use the same x each for themselves, their
-        gradients are summed here, once.
+        When devices along `tensor` each use the same x, their gradients are summed
+        here, once.
         """
         axes = self.ends.zero + self.tensor
         return vary_over(x, frozenset(axes)) if axes else x
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """What all devices along `tensor` compute their heads or features from.
+        """Returns the input from which devices along `tensor` compute their heads.
 
-        [b, t/tensor, D] -> [b, t, D] under `tensor_sequence`; the gradient, which each
-        of them has a part of, is summed and split again. Without it a device has all
-        tokens, and the gradient is summed.
+        With `tensor_sequence`, it gathers [b, t/tensor, D] -> [b, t, D], and the
+        gradient is summed and split again. Without it, a device already has all tokens,
+        and the gradient is summed.
         """
         if self.tensor_sequence:
             return gathered(x, ((self.tensor, None),), 1)
         return self.vary(x)
 
     def leave(self, x: jax.Array, axis: int = 1) -> jax.Array:
-        """The sum of what they have computed: [b, t, D] -> [b, t/tensor, D].
+        """Sums over `tensor` what its devices computed after `enter`.
 
-        Without `tensor_sequence` each has the sum for all tokens.
+        With `tensor_sequence`, it also splits: [b, t, D] -> [b, t/tensor, D]. Without
+        it, each device gets the sum for all tokens.
         """
         if self.tensor_sequence:
             return scattered(x, ((self.tensor, None),), axis)
         return self.sum(x, self.tensor)
 
     def length_multiple(self, layout: str) -> int:
-        """What the length of a stored sequence is a multiple of."""
+        """Returns the number that must divide the length of a stored sequence."""
         ring, ulysses = (axis_size(self.mesh, name) for name in ("ring", "ulysses"))
         tensor = self.size(self.tensor) if self.tensor_sequence else 1
         return length_multiple(layout, ring, ulysses, tensor)
 
     def sum(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """The sum over the devices along `axes`."""
+        """Sums x over the devices along `axes`."""
         return lax.psum(x, axes) if axes else x
 
     def index(self, axes: tuple[str, ...]) -> int | jax.Array:
-        """This device's place along `axes`."""
+        """Returns this device's index along `axes`."""
         return lax.axis_index(axes) if axes else 0
 
     def run(
         self, f: Callable[..., Result], in_specs: object, out_specs: object
     ) -> Callable[..., Result]:
-        """`f`, a function of one device's shards, on all of them."""
+        """Maps `f`, a function of one device's shards, over all devices."""
         if self.mesh is None:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def parameter_shapes(config: Decoder) -> dict[str, tuple[int, ...]]:
-    """The global shape of each parameter."""
+    """Returns the global shape of each parameter."""
     sizes = {
         "L": config.num_layers,
         "D": config.d_model,
@@ -266,7 +281,7 @@ def parameter_shapes(config: Decoder) -> dict[str, tuple[int, ...]]:
 def parameter_shardings(
     config: Decoder, mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
-    """Where each parameter, and what an optimizer keeps for it, lives."""
+    """Returns the sharding of each parameter and of its optimizer state."""
     split = Split.of(mesh)
     return {
         name: NamedSharding(mesh, split.parameter(name))
@@ -275,7 +290,11 @@ def parameter_shardings(
 
 
 def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
-    """Raises ValueError when the model cannot be split over a mesh."""
+    """Checks that a model can be split over a mesh.
+
+    Raises:
+      ValueError: it cannot; the message names the size and the axes.
+    """
     schedule_of(config.ring_schedule, axis_size(mesh, "ring"))
     if mesh is None:
         Pipeline.of(config, 1)

@@ -1,7 +1,7 @@
 """One training step: gradient of the mean loss, clipping, AdamW.
 
-The trainer runs this step and the planner compiles it. Everything in its state has the
-sharding that `sharding.py` gives the parameters.
+The trainer runs this step and the planner compiles it. Its state is sharded like the
+parameters (`sharding.py`).
 """
 
 import dataclasses
@@ -30,7 +30,11 @@ class Batch(TypedDict):
     """Rows in stored order, split over a mesh: int32 [B, T].
 
     Attributes:
-      positions: of balanced rows, each of which has an order of its own.
+      tokens: token ids.
+      labels: the token that follows each, or -1.
+      segment_ids: the document of each token, -1 for padding.
+      positions: positions of the tokens, for balanced rows, each of which is stored in
+        its own order.
     """
 
     tokens: Array
@@ -46,15 +50,15 @@ METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a step changes.
+    """The state that a training step updates.
 
     Attributes:
-      step: the steps done, int32.
-      params: by the names of `sharding.TABLE`.
-      optimizer: what the optimizer keeps.
+      step: number of training steps done, int32.
+      params: parameters, keyed by the names of `sharding.TABLE`.
+      optimizer: the optimizer's state.
     """
 
-    # A pytree's leaves are whatever jax puts there: arrays, shapes or shardings.
+    # The leaves may be arrays, shapes or shardings.
     step: Any
     params: Any
     optimizer: Any
@@ -65,17 +69,17 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a step is, beside the model and the mesh.
+    """Options of a training step, apart from the model and the mesh.
 
     Attributes:
-      adamw: the optimizer.
-      steps: of the whole run, which the learning rate depends on.
-      accumulate: number of parts in which a step takes its rows, one after the other;
-        memory for activations is that of one part.
-      layout: the order in which rows are stored, as a `Llama` takes it.
+      adamw: the optimizer's hyperparameters.
+      steps: training steps of the run, which set the learning-rate schedule.
+      accumulate: number of parts in which the rows are processed, in sequence; only one
+        part's activations are in memory at a time.
+      layout: the layout in which rows are stored, as a `Llama` takes it.
 
     Raises:
-      ValueError: a value that cannot be; the message names the field.
+      ValueError: a value is invalid; the message names the field.
     """
 
     adamw: AdamW
@@ -90,16 +94,20 @@ class Training:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer of the run."""
+        """The optimizer of the run, from `adamw` and `steps`."""
         return Optimizer(self.adamw, self.steps)
 
 
 def nats_of(
     graphdef: nnx.GraphDef[Llama], layout: str
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """The function (parameters, rows) -> (sum of nats, number of labels).
+    """Returns the function (parameters, rows) -> (sum of nats, number of labels).
 
-    Both are sums over all devices.
+    Both results are sums over all devices.
+
+    Args:
+      graphdef: the model without its parameters.
+      layout: the layout in which rows are stored.
     """
 
     def nats(params: Params, part: Batch) -> tuple[Array, Array]:
@@ -116,19 +124,23 @@ def nats_of(
 
 
 def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
-    """The step of a run, to be compiled.
+    """Returns the training step, not yet compiled.
 
-    The loss is the mean of nats over the batch's labels, wherever they lie: also where
-    its rows are taken in parts, whose gradients are added up in float32 at least. A
-    step whose loss or gradient is not finite counts and changes nothing else.
+    The loss is the mean of nats over all labels of the batch, also when its rows are
+    processed in parts; gradients of parts are summed in at least float32. A step whose
+    loss or gradient is not finite is counted but changes nothing else.
+
+    Args:
+      graphdef: the model without its parameters.
+      training: the options of the step.
     """
     nats, optimizer = nats_of(graphdef, training.layout), training.optimizer
 
     def mean(params: Params, batch: Batch) -> tuple[Array, Params]:
-        """The mean of nats over all labels, and its gradient."""
+        """Returns the mean of nats over all labels, and its gradient."""
         pull = jax.value_and_grad(nats, has_aux=True)
         (total, labels), gradient = summed(pull, training.accumulate, params, batch)
-        # A batch of nothing but one-token documents has no label.
+        # A batch of only one-token documents has no labels.
         scale = 1 / jnp.maximum(labels, 1).astype(total.dtype)
         return total * scale, jax.tree.map(lambda x: _scaled(x, scale), gradient)
 
@@ -136,7 +148,7 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
         params = optimizer.fetch(state.params)
         value, gradient = mean(params, batch)
         norm = optax.tree.norm(gradient)
-        # Both are the same on all devices, and so is what follows from them.
+        # Both are the same on all devices, so all devices skip the same steps.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         rate = optimizer.learning_rate(optimizer.updates_done(state.optimizer))
         metrics = dict(zip(METRICS, (value, norm, rate, ~finite), strict=True))
@@ -149,28 +161,29 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
 
 
 def _scaled(x: Array, scale: Array) -> Array:
-    """A gradient times a number, in float32 at least."""
+    """A gradient times a number, in at least float32."""
     x = x.astype(wide(x.dtype))
     return x * scale.astype(x.dtype)
 
 
 def jit_step(step: Step, state: State) -> jax.stages.Wrapped:
-    """The step as `jax.jit` has it, which donates the state that goes in.
+    """Wraps a training step in `jax.jit`, with its input state donated.
 
     Args:
       step: from `make_step`.
-      state: arrays or shapes, which say where the state lives.
+      state: arrays or shapes that have the state's shardings.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def compile_step(step: Step, state: State, batch: Batch) -> Step:
-    """Compiles a step before the first one, so that no step's time has it in it.
+    """Compiles a training step ahead of time, so that no step's time includes it.
 
     Args:
       step: from `make_step`.
-      state, batch: arrays or shapes.
+      state: arrays or shapes, with shardings.
+      batch: arrays or shapes, with shardings.
     """
     platform = next(iter(state.step.sharding.device_set)).platform
     options = {} if platform == "cpu" else recommended_flags(platform)
@@ -185,18 +198,17 @@ def first_state(
     params: Params | None = None,
     seed: int = 0,
 ) -> tuple[nnx.GraphDef[Llama], State]:
-    """The model without its parameters, and the state before the first step.
+    """Returns the model without its parameters, and the initial state.
 
     Args:
       config: the model and how it is computed.
       mesh: from `make_mesh`, with Auto axes.
-      optimizer: of the run.
-      params: that the run begins with, in their shards, and which are donated; None
-        draws them.
-      seed: of the parameters that are drawn.
+      optimizer: the optimizer of the run.
+      params: initial parameters, in their shards, which are donated; None draws them.
+      seed: random seed of drawn parameters.
 
     Raises:
-      ValueError: a model that the mesh cannot split.
+      ValueError: the mesh cannot split the model.
     """
     graphdef, shapes = abstract_state(config, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
@@ -208,7 +220,7 @@ def first_state(
         memory = optimizer.first_memory(params)
         return State(jnp.zeros((), jnp.int32), params, memory)
 
-    # Donated, so that there never are two copies of the parameters on the devices.
+    # Donated, so that the devices do not hold two copies of the parameters.
     donated = () if optimizer.config.offload else (0,)
     begin = jax.jit(begin, out_shardings=shardings, donate_argnums=donated)
     return graphdef, begin(params)
@@ -217,16 +229,18 @@ def first_state(
 def abstract_state(
     config: LlamaConfig, mesh: Mesh | AbstractMesh, optimizer: Optimizer
 ) -> tuple[nnx.GraphDef[Llama], State]:
-    """`first_state` as shapes with their shardings; the mesh need not be here.
+    """Returns `first_state` as shapes with shardings; no devices are needed.
 
-    What the optimizer keeps for a parameter lives where it does, with `offload` in the
-    host's pinned memory; the rest is on all devices.
+    Optimizer state is placed with its parameter, in the host's pinned memory with
+    `offload`; the rest is on all devices.
 
     Args:
-      config, mesh, optimizer: of `first_state`.
+      config: the model and how it is computed.
+      mesh: from `make_mesh`, with Auto axes; it may be abstract.
+      optimizer: the optimizer of the run.
 
     Raises:
-      ValueError: a model that the mesh cannot split.
+      ValueError: the mesh cannot split the model.
     """
     model = nnx.eval_shape(lambda: Llama(config, mesh=mesh, rngs=nnx.Rngs(0)))
     graphdef, split = nnx.split(model)
@@ -252,5 +266,5 @@ def abstract_state(
 def _shape(
     x: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding
 ) -> jax.ShapeDtypeStruct:
-    """The shape of an array that lives somewhere else."""
+    """An array's shape and dtype, with another sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,13 +1,13 @@
 """The LLaMA transformer (arXiv 2307.09288) as a function of one device's shards.
 
     tokens [b, t]
-      | embed          each device looks all tokens up in its slice of D; all-to-all
+      | embed          each device looks up all tokens in its slice of D; all-to-all
     x [b, t, D]
       | L layers       `layer.py`; weights gathered one layer at a time, in one scan
     x [b, t, D]        the final norm's output
 
 Weights are the working copy of the parameters (`weights.py`), split over `Split.each`
-and `tensor`. Small letters are this device's sizes.
+and `tensor`. Lower-case letters are this device's sizes.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
 from usp_jax.shards import Shards
 
-# A pytree of arrays with a leading dim for the layers, or one layer's part of it.
+# A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
 Layers = TypeVar("Layers")
 # Positions and segment ids.
 Facts = tuple[Int[Array, "#b t"], Int[Array, "b t"] | None]
@@ -42,7 +42,13 @@ Facts = tuple[Int[Array, "#b t"], Int[Array, "b t"] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """The static side of a call."""
+    """The model as a function of one device's shards; the fields are static.
+
+    Attributes:
+      config: the model and how it is computed.
+      split: how the mesh splits arrays.
+      layout: the layout in which tokens are stored.
+    """
 
     config: LlamaConfig
     split: Split
@@ -55,7 +61,10 @@ class Transformer:
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
     ) -> Float[Array, "b s D"]:
-        """What the output matrix is applied to, once `Split.enter` has had it."""
+        """Returns the output of the final norm.
+
+        Apply `Split.enter` to it before `logits`.
+        """
         x = self._embed(weights.embed, tokens)
         if self.split.stages:
             x = self._stages(weights, x, (positions, segment_ids))
@@ -65,7 +74,7 @@ class Transformer:
         return rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
 
     def _stages(self, weights: Weights, x: Array, facts: Facts) -> Array:
-        """This device's share of the rows after all layers."""
+        """Runs this device's share of the rows through all pipeline stages."""
         config, copies = self.config, weights.layers
         pipeline = Pipeline.of(config, self.split.size(self.split.stages))
         per_round = config.num_layers // (pipeline.stages * pipeline.rounds)
@@ -76,7 +85,7 @@ class Transformer:
 
         def weights_of(layer: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
             number, sums = layer
-            # Picked inside the layer, weights are not kept for every tick.
+            # Indexed inside the layer, so that weights are not kept for every tick.
             return {n: add_to(sums[n], copies[n][number]) for n in copies}
 
         def stage(x: Array, turn: Array, facts: Facts) -> Array:
@@ -96,9 +105,9 @@ class Transformer:
         segment_ids: Int[Array, "b t"] | None,
         page_tokens: int,
     ) -> tuple[Float[Array, "b s D"], KVCache]:
-        """`hidden`, and the layers' caches with room for `page_tokens` more tokens.
+        """Returns `hidden`, and a cache with room for `page_tokens` more tokens.
 
-        The caches of all layers are one, whose arrays have a leading dim L.
+        The caches of all layers are stacked: the arrays have a leading dim L.
         """
         itself = self_attention(self.config, self.layout, positions, segment_ids)
 
@@ -125,10 +134,10 @@ class Transformer:
         positions: Int[Array, "b t"],
         cache: KVCache,
     ) -> tuple[Float[Array, "b t D"], KVCache]:
-        """`hidden` of tokens that follow those in a cache, and the cache with them.
+        """Returns `hidden` for tokens that follow those in a cache, and the new cache.
 
-        The tokens are the same on all devices that share a sequence, and too few for
-        `tensor_sequence`.
+        The tokens are replicated on all devices that share a sequence, and are too few
+        for `tensor_sequence`.
         """
 
         def attend(
@@ -143,7 +152,7 @@ class Transformer:
                 implementation=self.config.implementation,
             )
             assert not isinstance(out, tuple)
-            # The scan copies what it returns: the one page that was written to.
+            # The scan copies its results: return only the page that was written.
             return out, (cache.pages[-1], cache.used)
 
         x = self._embed(weights.embed, tokens)
@@ -155,7 +164,7 @@ class Transformer:
         return x, dataclasses.replace(cache, pages=pages, used=used)
 
     def cache_specs(self, page_tokens: int) -> KVCache:
-        """How the cache of `prefill` is split, in its own form."""
+        """Returns the partition specs of `prefill`'s cache, as a `KVCache`."""
         split = self.split
         batch, sequence = split.batch or None, split.sequence or None
         kv = jax.P(None, batch, sequence, split.tensor or None)
@@ -175,12 +184,15 @@ class Transformer:
         attend: Attend[State],
         cache: KVCache | None = None,
     ) -> tuple[Array, State]:
-        """x after some layers, and the second results of `attend`, stacked.
+        """Returns x after some layers, and the stacked states of `attend`.
 
         Args:
+          x: the residual stream.
           layers: arrays with a leading dim for the layers.
-          weights_of: one layer's part of `layers` -> its weights.
-          cache: whose arrays have a leading dim for the layers.
+          weights_of: maps one layer's slice of `layers` to its weights.
+          positions: positions of the tokens.
+          attend: computes attention, as for `layer`.
+          cache: arrays with a leading dim for the layers, or None.
         """
         config, split = self.config, self.split
         angles = rope_angles(
@@ -190,8 +202,10 @@ class Transformer:
             wide(config.dtype),
         )
 
-        def body(x: Array, one: tuple[Layers, KVCache | None]) -> tuple[Array, State]:
-            own, cache = one
+        def body(
+            x: Array, inputs: tuple[Layers, KVCache | None]
+        ) -> tuple[Array, State]:
+            own, cache = inputs
             return layer(config, split, weights_of(own), x, angles, attend, cache)
 
         kept = policy(config.remat)
@@ -199,22 +213,22 @@ class Transformer:
         return lax.scan(body, x, (layers, cache))
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
-        """Logits of this device's part of the vocabulary, at least float32."""
+        """Returns logits of this device's part of the vocabulary, at least float32."""
         split = self.split.ends
         matrix = split.gather(weights.lm_head, "lm_head", split.each)
         dtype = wide(x.dtype)
         return jnp.einsum("...D,VD->...V", x, matrix, preferred_element_type=dtype)
 
     def _embed(self, table: Array, tokens: Array) -> Array:
-        """[b, t] -> [b, t, D]: what travels is activations, never the table.
+        """Embeds tokens, [b, t] -> [b, t, D], by sending activations, not the table.
 
-        Each device looks the tokens of all of them up in its slice of D, so that the
-        gradient is added up, in float32 at least, where the parameter lives.
+        Each device looks up the tokens of all devices in its slice of D, so the
+        gradient is summed, in at least float32, where the parameter is stored.
         """
         split, dtype = self.split.ends, self.config.dtype
         axes = split.zero
-        every = lax.all_gather(tokens, axes) if axes else tokens[None]
-        ids = every - split.index(split.tensor) * table.shape[0]
+        all_tokens = lax.all_gather(tokens, axes) if axes else tokens[None]
+        ids = all_tokens - split.index(split.tensor) * table.shape[0]
         x = jnp.take(table.astype(wide(dtype)), ids, axis=0, mode="clip").astype(dtype)
         here = (ids >= 0) & (ids < table.shape[0])
         x = split.leave(jnp.where(here[..., None], x, 0), axis=2)
@@ -222,5 +236,5 @@ class Transformer:
 
 
 def _own_weights(layer: dict[str, Array]) -> dict[str, Array]:
-    """The weights of a layer, where the scan is over them."""
+    """Returns its argument: the scanned arrays are the layer's weights themselves."""
     return layer

@@ -1,4 +1,4 @@
-"""The working copy of the parameters: what a device computes with in one step."""
+"""The working copy of the parameters that a device computes with in one call."""
 
 import dataclasses
 from functools import partial
@@ -18,11 +18,13 @@ class Weights:
     """One device's shards in the computation's dtype.
 
     Attributes:
-      layers: by the names of `sharding.TABLE`, with a leading dim for the layers.
-      sums: in stages of a pipeline, arrays like `layers`, at least float32, whose
-        gradients stand for those of the layers (`gradient_sum.py`); else empty.
-      embed: the embedding's table, as it is stored.
-      lm_head: the output matrix, a weight of its own where it is tied.
+      layers: weights of the layers, keyed by the names of `sharding.TABLE`, with a
+        leading dim for the layers.
+      sums: in a pipeline, arrays like `layers`, in at least float32, that collect the
+        layers' gradients (`gradient_sum.py`); otherwise empty.
+      embed: the embedding table, as stored.
+      final_norm: weight of the final norm.
+      lm_head: the output matrix, a separate array even when tied to `embed`.
     """
 
     layers: dict[str, Array]
@@ -35,12 +37,12 @@ class Weights:
 def working_copy(
     config: LlamaConfig, split: Split, params: dict[str, jax.Array]
 ) -> Weights:
-    """The working copy of the stored shards, a linear function of them.
+    """Makes the working copy of the stored shards, a linear function of them.
 
     Matrices are cast to the computation's dtype, then gathered over `split.once`. Norms
-    and biases are small: they have at least float32, and are gathered whole for all
-    layers at once. The embedding's table stays as it is. Layers that are stages of a
-    pipeline are used once for each micro-batch.
+    and biases are small: they are kept in at least float32 and gathered whole, for all
+    layers at once. The embedding table is unchanged. In a pipeline, layers are used
+    once per micro-batch.
     """
     output = params["embed" if config.tie_embeddings else "lm_head"]
     layers, sums = {}, {}
@@ -62,7 +64,7 @@ def working_copy(
 
 
 def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Array:
-    """The working copy of one parameter."""
+    """Makes the working copy of one parameter."""
     pipeline = Pipeline.of(config, split.size(split.stages))
     split = split.of_parameter(name)
     x = x.astype(wide(config.dtype) if is_small(name) else config.dtype)
@@ -71,17 +73,17 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     if not is_small(name):
         return split.gather(x, name, split.once)
     x = split.gather(x, name, split.zero)
-    # Applied to other tokens, or heads, on each device along `tensor`: here their
-    # gradients are summed once, not in every layer.
+    # Each device along `tensor` applies these to other tokens or heads. Marking them
+    # here sums their gradients once, not in every layer.
     apart = split.tensor_sequence or name in ("q_norm", "k_norm")
     return split.vary(x) if apart else x
 
 
 def is_small(name: str) -> bool:
-    """Whether a parameter is a norm or a bias."""
+    """Returns whether a parameter is a norm or a bias."""
     return name.endswith(("norm", "bias"))
 
 
 def is_of_layers(name: str) -> bool:
-    """Whether a parameter has a leading dim for the layers."""
+    """Returns whether a parameter has a leading dim for the layers."""
     return TABLE[name][0][0] == "L"

@@ -1,10 +1,10 @@
-"""Chooses how to split a training step over a machine, before it is rented.
+"""Chooses how to split a training step over a machine, before you rent it.
 
     row = usp_jax.plan.best("llama3-8b", "v5p", sequence=2**20, devices=64)
     row.choice, row.seconds.total, row.memory.peak, row.transfers
 
-Traffic and memory are those of the program that `train` compiles, time is a model with
-two calibrated numbers (`efficiency.py`). On the command line: `python -m usp_jax.plan`.
+Traffic and memory model the program that `train` compiles; time is a model with two
+calibrated numbers (`efficiency.py`). On the command line: `python -m usp_jax.plan`.
 """
 
 from usp_jax.plan.choice import Choice as Choice, Job as Job

@@ -1,4 +1,4 @@
-"""`python -m usp_jax.plan --model NAME --machine NAME ...`: the choices of a job.
+"""`python -m usp_jax.plan --model NAME --machine NAME ...`: ranks the ways to split.
 
 python -m usp_jax.plan --model llama3-8b --machine a800 --devices 16 --sequence 208K
 python -m usp_jax.plan --model llama3-8b --machine v5p --devices 64 --longest
@@ -23,7 +23,12 @@ from usp_jax.units import tokens_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the plan; 0 when something fits, 1 when not, 2 for a mistake."""
+    """Prints the plan.
+
+    Returns:
+      The exit code, 0 if something fits and 1 if nothing does. Invalid arguments exit
+        with 2.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -68,7 +73,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
-    # Tables, plots and compilers are imported where they are asked for.
+    # Tables, plots and compilers are imported only when needed.
     from usp_jax.plan.table import show
 
     if not rows:
@@ -79,12 +84,12 @@ def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
         from usp_jax.plan.draw import draw
 
         draw(rows, args.plot)
-        print(f"drew {args.plot}")
+        print(f"wrote {args.plot}")
     if args.verify:
         from usp_jax.plan.table import show_reports
         from usp_jax.plan.verify import compile_step
 
-        # Nothing runs: whatever accelerator is here stays free for others.
+        # Nothing runs, so leave any local accelerator free for other programs.
         if not jax.config.jax_platforms:
             jax.config.update("jax_platforms", "cpu")
         top = [row for row in rows if row.can_train][: args.verify]
@@ -100,37 +105,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="a preset's name")
     parser.add_argument("--machine", required=True)
-    parser.add_argument("--devices", type=int, help="default: the machine's usual")
-    parser.add_argument("--sequence", default="64K", help="tokens of a row")
-    parser.add_argument("--batch", type=int, default=1, help="rows of a step")
-    parser.add_argument("--layout", default="zigzag", help="the tokens' stored order")
-    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
+    parser.add_argument("--devices", type=int, help="default: set by the machine")
+    parser.add_argument("--sequence", default="64K", help="tokens per row")
+    parser.add_argument("--batch", type=int, default=1, help="rows per training step")
+    parser.add_argument("--layout", default="zigzag", help="stored order of the tokens")
+    parser.add_argument("--dtype", default="bfloat16", help="computation dtype")
     parser.add_argument(
         "--schedule",
         action="append",
-        help=f"a ring schedule to consider, of {', '.join(SCHEDULES)} (of a node's "
-        "devices) and double:N; may be given again",
+        help=f"a ring schedule to consider: {', '.join(SCHEDULES)} or double:N; "
+        "double has inner rings within a node; may be repeated",
     )
     parser.add_argument(
         "--chunks",
         action="append",
         type=int,
         metavar="N",
-        help="a number of head groups to consider; may be given again",
+        help="a number of head groups to consider; may be repeated",
     )
     parser.add_argument(
         "--documents",
         metavar="MEAN",
-        help="tokens of a document, of which rows are packed; default: a row is one",
+        help="mean tokens per document in packed rows; default: one document per row",
     )
     parser.add_argument(
         "--offload",
         action="store_true",
-        help="consider the host's memory for what layers and the optimizer keep",
+        help="also consider keeping activations and optimizer state in host memory",
     )
-    parser.add_argument("--top", type=int, default=10, help="rows of the table")
+    parser.add_argument("--top", type=int, default=10, help="rows in the table")
     parser.add_argument(
-        "--longest", action="store_true", help="the longest sequence that fits"
+        "--longest", action="store_true", help="find the longest sequence that fits"
     )
     parser.add_argument(
         "--verify",
@@ -141,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="compile the best N for the machine and show the compiler's bytes",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="an image to draw")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="image to write")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
 

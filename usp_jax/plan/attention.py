@@ -1,8 +1,8 @@
-"""What attention sends: exact bytes of one call, by axis, for each way round the ring.
+"""Bytes that one attention call sends, by mesh axis, for each ring schedule.
 
-The formulas are those of USP (arXiv 2405.07719, Table 2), made exact for any numbers of
-heads and with what the table leaves out: dk, dv travel too, in float32. Tests hold them
-to compiled programs, byte for byte.
+The formulas are those of USP (arXiv 2405.07719, Table 2), made exact for any number of
+heads, plus what the table leaves out: dk and dv are sent too, in float32. Tests compare
+them with compiled programs, byte for byte.
 """
 
 import dataclasses
@@ -14,13 +14,19 @@ from usp_jax.ulysses import Heads
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One attention call, seen from one device.
+    """One attention call, as seen from one device.
 
     Attributes:
-      tokens: of one device, over all its rows: B·T / (ring · ulysses).
-      num_heads, num_kv_heads: of one device's part along `tensor`.
-      itemsize: bytes of an element of q, k, v.
-      chunks: of the heads, one after the other, as `ulysses_chunks` of `usp_attention`.
+      tokens: tokens of one device, over all its rows: B·T / (ring · ulysses).
+      num_heads: query heads of one device's part along `tensor`.
+      num_kv_heads: key/value heads of one device's part along `tensor`.
+      head_size: size of each head.
+      ring: devices along the ring axis.
+      ulysses: devices along the Ulysses axis.
+      itemsize: bytes per element of q, k, v.
+      ring_schedule: a name in `usp_jax.ring.SCHEDULES`.
+      chunks: number of head groups processed in sequence, `ulysses_chunks` of
+        `usp_attention`.
     """
 
     tokens: int
@@ -46,21 +52,22 @@ class Call:
 
     @property
     def accumulated(self) -> int:
-        """Bytes of an element of what is added up: float32, or float64 for it."""
+        """Bytes per element of sums: float32, or float64 for float64 inputs."""
         return max(4, self.itemsize)
 
     @property
     def heads(self) -> Heads:
-        """Who works on which heads."""
+        """The assignment of heads to devices."""
         return _heads(
             self.num_heads, self.num_kv_heads, self.ulysses, parts=self.chunks
         )
 
     @property
     def turns(self) -> int:
-        """How often keys and values go round the ring: once for all chunks they serve.
+        """Number of times keys and values go around the ring.
 
-        With `pass_q` it is each chunk's queries that go, in all once.
+        They go around once for all head groups that share them. With `pass_q`, each
+        head group's queries go around instead, which adds up to once.
         """
         if self.ring_schedule == "pass_q":
             return 1
@@ -68,17 +75,17 @@ class Call:
 
     @property
     def q_elements(self) -> int:
-        """Of q, or of out, with its padded heads, that a device has."""
+        """Elements of q, or of out, on a device, padded heads included."""
         return self.tokens * self.heads.padded * self.head_size
 
     @property
     def kv_elements(self) -> int:
-        """Of k and v together, with the heads that go to several devices."""
+        """Elements of k and v together, counting heads sent to several devices."""
         return 2 * self.tokens * self.heads.sent.size * self.head_size
 
     @property
     def lse_elements(self) -> int:
-        """Of lse."""
+        """Elements of lse on a device."""
         return self.tokens * self.heads.padded
 
 
@@ -87,8 +94,8 @@ class Sent:
     """Bytes that a device sends in one pass of a call.
 
     Attributes:
-      ulysses: in its all-to-alls.
-      ring: in the ring's permutes, or its all-gather and reduce-scatter.
+      ulysses: bytes sent in all-to-alls.
+      ring: bytes sent in the ring's permutes, or its all-gather and reduce-scatter.
     """
 
     ulysses: int
@@ -96,27 +103,31 @@ class Sent:
 
 
 def forward_bytes(call: Call) -> Sent:
-    """Of the forward pass: q, k, v and out; k, v round the ring."""
+    """Bytes sent in the forward pass: q, k, v and out; k, v around the ring."""
     rotated = call.turns * (call.ring - 1) * sum(forward_hop(call))
     return Sent(_exchanged(call, sum(forward_exchanges(call))), rotated)
 
 
 def backward_bytes(call: Call) -> Sent:
-    """Of the backward pass: dout, dq and dk, dv; k, v again and dk, dv round it."""
+    """Bytes sent in the backward pass.
+
+    The all-to-alls send dout, dq and dk, dv; the ring sends k, v again and dk, dv.
+    """
     rotated = call.turns * (call.ring - 1) * sum(backward_hop(call))
     return Sent(_exchanged(call, sum(backward_exchanges(call))), rotated)
 
 
 def forward_exchanges(call: Call) -> tuple[int, ...]:
-    """The sizes, in bytes, of the arrays that are exchanged: q; k, v; out."""
+    """Bytes of the arrays in the forward's all-to-alls: q; k, v; out."""
     q, kv = call.q_elements * call.itemsize, call.kv_elements * call.itemsize
     return q, kv, q
 
 
 def backward_exchanges(call: Call) -> tuple[int, ...]:
-    """Those of dout, dq and dk, dv; these in float32 where a head has several parts.
+    """Bytes of the arrays in the backward's all-to-alls: dout; dq; dk, dv.
 
-    In chunks, also q and k, v, which are kept as they came and sent again.
+    dk, dv are float32 when several devices work on a key/value head. With head groups,
+    q and k, v are kept in their original form and sent again.
     """
     q = call.q_elements * call.itemsize
     itemsize = call.accumulated if call.heads.replicated else call.itemsize
@@ -125,10 +136,10 @@ def backward_exchanges(call: Call) -> tuple[int, ...]:
 
 
 def forward_hop(call: Call) -> tuple[int, int]:
-    """Bytes of one hop: what is read only, and the sums that follow one hop late.
+    """Bytes of one forward hop: (inputs, sums that follow one hop later).
 
-    Of all chunks that keys serve together. An all-gather has no hops: it sends as much
-    as R - 1 of them.
+    They cover all head groups that share keys. An all-gather has no hops; it sends as
+    much as R - 1 of them.
     """
     if call.ring_schedule == "pass_q":
         seen = call.q_elements + call.lse_elements
@@ -137,7 +148,7 @@ def forward_hop(call: Call) -> tuple[int, int]:
 
 
 def backward_hop(call: Call) -> tuple[int, int]:
-    """The same of the backward pass."""
+    """Bytes of one backward hop: (inputs, sums that follow one hop later)."""
     if call.ring_schedule == "pass_q":
         read = 2 * call.q_elements * call.itemsize
         read += 2 * call.lse_elements * call.accumulated
@@ -145,7 +156,7 @@ def backward_hop(call: Call) -> tuple[int, int]:
     return call.kv_elements * call.itemsize, call.kv_elements * call.accumulated
 
 
-# The tables of heads are made once for thousands of choices.
+# Cached: thousands of choices share few tables of heads.
 _heads = functools.cache(Heads)
 
 

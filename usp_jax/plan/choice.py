@@ -1,4 +1,4 @@
-"""What is asked (`Job`) and what can be chosen for it (`Choice`)."""
+"""A planning problem (`Job`) and a possible solution (`Choice`)."""
 
 import dataclasses
 import functools
@@ -25,16 +25,21 @@ PROGRAMS = ("train", "megatron")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training step.
+    """A training step on a machine.
 
     Attributes:
-      devices: all of them work on it.
-      sequence: tokens of a row.
-      batch: rows of a step, over all devices.
-      layout: the order in which tokens are stored.
-      documents: tokens of a document, of which rows are packed full; None: a row is one
-        document. Where they differ this is their mean, and the work is that of equal
-        ones, which is the least.
+      model: the model's configuration.
+      machine: the kind of machine.
+      devices: number of devices, all of which are used.
+      sequence: tokens per row.
+      batch: rows per training step, over all devices.
+      layout: the layout in which tokens are stored.
+      documents: tokens per document in packed rows; None means one document per row. If
+        lengths differ, give their mean: the work is estimated for equal lengths, which
+        need the least.
+
+    Raises:
+      ValueError: a value is invalid, or `devices` does not fit the machine's nodes.
     """
 
     model: LlamaConfig
@@ -54,7 +59,7 @@ class Job:
         if self.layout not in stored:
             raise ValueError(f"layout={self.layout!r} must be one of {stored}")
         machine = self.machine
-        # Raises for a dtype whose speed is unknown.
+        # Raises for a dtype whose peak is unknown.
         machine.peak(self.model.dtype)
         if not machine.torus_dims and self.devices > machine.node:
             if self.devices % machine.node:
@@ -64,27 +69,31 @@ class Job:
                 )
 
     def model_of(self, choice: "Choice") -> LlamaConfig:
-        """The model as a choice has it."""
+        """Returns the model with a choice's options.
+
+        Args:
+          choice: its staging and tuning fields replace the model's.
+        """
         return with_fields_of(self.model, choice, Staging, Tuning)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element of the computation."""
+        """Bytes per element of the computation."""
         return jnp.dtype(self.model.dtype).itemsize
 
     @property
     def stored_itemsize(self) -> int:
-        """Bytes of a stored parameter."""
+        """Bytes per stored parameter."""
         return jnp.dtype(self.model.stored_dtype).itemsize
 
     @property
     def state_itemsize(self) -> int:
-        """Bytes of a stored parameter and its two moments."""
+        """Bytes per stored parameter with its two moments."""
         return self.stored_itemsize + 2 * max(4, self.stored_itemsize)
 
     @property
     def visible(self) -> float:
-        """The part of a row's causal half that documents leave to be seen."""
+        """Fraction of a row's causal half that is visible within documents."""
         if self.documents is None:
             return 1.0
         return min(1.0, self.documents / self.sequence)
@@ -92,14 +101,19 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Tuning, Staging, MeshSizes):
-    """A way to split and compute the step: mesh, stages, and what trades memory.
+    """A way to split and compute a training step.
+
+    It has the fields of `MeshSizes`, `Staging` and `Tuning`, and these.
 
     Attributes:
-      accumulate: number of parts in which the rows are taken, one after the other.
-      offload: whether the float32 parameters and the optimizer's memory live in the
+      accumulate: number of parts in which the rows are processed, in sequence.
+      offload: whether the float32 parameters and the optimizer's state live in the
         host's memory.
-      program: "train" is this checkout's; "megatron" is Megatron-LM as in the USP
-        paper: norms and gates fused, whole float32 logits, gradients in float32.
+      program: "train" is this repository's trainer; "megatron" is Megatron-LM as in the
+        USP paper: norms and gates fused, whole float32 logits, gradients in float32.
+
+    Raises:
+      ValueError: a value is invalid; the message names the field.
     """
 
     accumulate: int = 1
@@ -115,38 +129,38 @@ class Choice(Tuning, Staging, MeshSizes):
 
     @property
     def sequence_shards(self) -> int:
-        """Parts of a row."""
+        """Number of devices that share a row."""
         return self.ring * self.ulysses
 
     @property
     def split(self) -> int:
-        """The devices over which ZeRO-3 splits the 16-bit parameters."""
+        """Number of devices over which ZeRO-3 splits the 16-bit parameters."""
         return self.fsdp * self.sequence_shards
 
     @property
     def everyone(self) -> int:
-        """The devices over which a parameter's float32 copy is split."""
+        """Number of devices over which a parameter's float32 copy is split."""
         return self.data * self.split
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The schedule of the stages."""
+        """The pipeline schedule."""
         return Pipeline(self.pipe, self.interleave, self.microbatches or self.pipe)
 
     @property
     def is_trained_here(self) -> bool:
-        """Whether `python -m train` is the program, which has all other choices."""
+        """Whether the program is `python -m train`, which supports all other fields."""
         return self.program == "train"
 
     @property
     def rows(self) -> int:
-        """How many parts the rows of a step are cut into, over devices and time."""
+        """Number of parts the rows of a step are split into, over devices and time."""
         parts = self.accumulate * self.pipeline.microbatches
         return self.data * self.fsdp * parts
 
     @property
     def token_shards(self) -> int:
-        """Along tensor, of what is not split by heads or features."""
+        """Number of shards along tensor of values not split by heads or features."""
         return self.tensor if self.tensor_sequence else 1
 
 
@@ -154,7 +168,7 @@ def check_is_trained_here(choice: Choice) -> None:
     """Checks that the program of a choice is the trainer.
 
     Raises:
-      ValueError: it is Megatron-LM, which is there for comparison only.
+      ValueError: it is Megatron-LM, which is for comparison only.
     """
     if not choice.is_trained_here:
         raise ValueError(
@@ -164,7 +178,7 @@ def check_is_trained_here(choice: Choice) -> None:
 
 
 def obstacle(job: Job, choice: Choice) -> str | None:
-    """Why a choice cannot be at all, whatever the memory; None when it can."""
+    """Returns why a choice is impossible, regardless of memory; None if possible."""
     model = job.model
     heads = choice.tensor * choice.ulysses
     if choice.devices != job.devices:
@@ -182,7 +196,7 @@ def obstacle(job: Job, choice: Choice) -> str | None:
             return f"divisibility: {name} {getattr(model, name)} over tensor"
     own = -(-model.num_heads // heads)
     if own % choice.ulysses_chunks:
-        return f"heads: {own} of a device in {choice.ulysses_chunks} chunks"
+        return f"heads: {own} per device in {choice.ulysses_chunks} head groups"
     shards = choice.everyone * choice.pipe
     if model.d_model % shards:
         return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
@@ -194,15 +208,15 @@ def obstacle(job: Job, choice: Choice) -> str | None:
         job.layout, choice.ring, choice.ulysses, choice.token_shards
     )
     if job.sequence % multiple:
-        return f"divisibility: sequence {job.sequence} is no multiple of {multiple}"
+        return f"divisibility: sequence {job.sequence} is not a multiple of {multiple}"
     return None
 
 
 def _pipeline_obstacle(model: LlamaConfig, choice: Choice) -> str | None:
-    """Why there cannot be such stages."""
+    """Returns why the pipeline stages are impossible; None if possible."""
     if choice.pipe == 1:
         if (choice.microbatches or 1, choice.interleave) != (1, 1):
-            return "pipe: micro-batches and interleave are of more than one stage"
+            return "pipe: microbatches and interleave need more than one stage"
         return None
     groups = choice.pipe * choice.interleave
     if model.num_layers % groups:

@@ -1,4 +1,4 @@
-"""The command line of the training program for a choice."""
+"""Command lines of the training program."""
 
 import dataclasses
 import re
@@ -11,12 +11,17 @@ from usp_jax.plan.choice import Choice, Job, check_is_trained_here
 
 
 def train_command(job: Job, choice: Choice) -> str:
-    """`python -m train ...` for a job and a choice; it needs the machine's devices.
+    """Returns the `python -m train ...` command for a job and a choice.
 
-    A preset's name comes first; what this gives replaces all its sizes.
+    Run it on the machine's devices. The command names a preset first; its options
+    replace all sizes of the preset.
+
+    Args:
+      job: the training step.
+      choice: how to split and compute it.
 
     Raises:
-      ValueError: the choice is another program's.
+      ValueError: the choice is for another program than the trainer.
     """
     check_is_trained_here(choice)
     model = job.model_of(choice)
@@ -33,13 +38,13 @@ def train_command(job: Job, choice: Choice) -> str:
     }
     del options["model.rope_scaling"]
     words = [_option(name, value) for name, value in options.items()]
-    # The kind of scaling is chosen by a word of its own, which has to come last.
+    # The kind of scaling is a separate word, which has to come last.
     words.extend(_rope_scaling(model.rope_scaling))
     return " ".join(["python -m train tiny", *words])
 
 
 def _options(section: str, values: Options, *kinds: type) -> dict[str, object]:
-    """A section's options: the fields of some lists."""
+    """A section's options, from the fields of some dataclasses."""
     names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     return {f"{section}.{name}": getattr(values, name) for name in names}
 
@@ -54,7 +59,7 @@ def _rope_scaling(scaling: RopeScaling | None) -> Iterator[str]:
 
 
 def _option(name: str, value: object) -> str:
-    """One option: "--section.some-name value", or with "no-" before a name."""
+    """One option: "--section.some-name value", or "--section.no-some-name"."""
     section, dot, last = name.replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return f"--{section}{dot}{'' if value else 'no-'}{last}"
@@ -62,15 +67,15 @@ def _option(name: str, value: object) -> str:
 
 
 def describe(choice: Choice) -> str:
-    """A choice in a few words, without the axes that split nothing and defaults."""
+    """Describes a choice briefly, leaving out axes of size 1 and most defaults."""
     usual, sizes = Choice(), choice.sizes
     words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    told: dict[str, object] = {"zero": choice.zero, "remat": choice.remat}
+    shown: dict[str, object] = {"zero": choice.zero, "remat": choice.remat}
     if choice.pipe > 1:
-        told["microbatches"] = choice.pipeline.microbatches
+        shown["microbatches"] = choice.pipeline.microbatches
     for field in dataclasses.fields(choice):
         value = getattr(choice, field.name)
         if field.name not in sizes and value != getattr(usual, field.name):
-            told.setdefault(field.name, value)
+            shown.setdefault(field.name, value)
     words = words or ["one device"]
-    return " ".join([*words, *(f"{name}={value}" for name, value in told.items())])
+    return " ".join([*words, *(f"{name}={value}" for name, value in shown.items())])

@@ -1,7 +1,7 @@
-"""What is considered: every mesh, and what a row of the plan leaves open.
+"""The search space: every mesh, and the options that a row of the plan leaves open.
 
-A row is a mesh with a ZeRO level and a remat policy. `search.py` finds the best of the
-other choices for it, which are listed here.
+A row is a mesh with a ZeRO level and a remat policy. The other options are listed here;
+`search.py` finds the best of them for each row.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.traffic import microbatch_of
 
 TILE = 4096
-"""Tokens of a tile of the feed-forward network, where one is needed."""
+"""Tokens per tile of the feed-forward network, when it is tiled."""
 
 
 def meshes(job: Job) -> Iterator[Choice]:
-    """Every mesh of all the devices."""
+    """Yields every mesh that uses all the devices."""
     usual = Choice()
     for sizes in _factors(job.devices, len(usual.sizes)):
         yield with_fields_of(usual, MeshSizes(*sizes), MeshSizes)
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of `count` numbers, in their order."""
+    """Yields all ordered factorizations of a number into `count` factors."""
     if count == 1:
         yield (number,)
         return
@@ -35,7 +35,7 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def variants(mesh: Choice, offload: bool) -> Iterator[Choice]:
-    """A mesh at each ZeRO level and remat policy that differ on it."""
+    """Yields a mesh with each remat policy and each ZeRO level that differs on it."""
     levels = (3,) if mesh.fsdp > 1 else (1, 3)
     if mesh.split == 1 and mesh.pipe == 1:
         levels = (1,)
@@ -45,7 +45,10 @@ def variants(mesh: Choice, offload: bool) -> Iterator[Choice]:
 
 
 def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
-    """What a row leaves open, but for tiles and parts: at least one choice."""
+    """Lists the options a row leaves open, except tiles and parts of the batch.
+
+    The list has at least one choice.
+    """
     stages: list[tuple[int | None, int]] = [(None, 1)]
     if mesh.pipe > 1:
         rows = job.batch // (mesh.data * mesh.fsdp)
@@ -57,7 +60,7 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
             for rounds in sorted({1, most})
             if rows % (mesh.pipe * n) == 0
         ] or stages
-    # On one device along tensor both are the same.
+    # With one device along tensor, both values are equivalent.
     split = {job.model.tensor_sequence, mesh.tensor == 1 and job.model.tensor_sequence}
     return [
         dataclasses.replace(
@@ -74,9 +77,9 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
 
 
 def on_the_way(job: Job, choice: Choice, name: str, chunks: int) -> Choice:
-    """A choice with a ring schedule and a number of head groups.
+    """Returns a choice with a ring schedule and a number of head groups.
 
-    "double" has inner rings of the devices of a node.
+    The inner rings of "double" are within a node.
     """
     fields: dict[str, Any] = {}
     if choice.ring > 1 and name != "unidirectional":
@@ -90,21 +93,25 @@ def on_the_way(job: Job, choice: Choice, name: str, chunks: int) -> Choice:
 
 
 def parts_of(job: Job, choice: Choice) -> list[int]:
-    """In how many parts a device can take its rows."""
+    """Lists the numbers of parts in which a device can process its rows."""
     rows = job.batch // choice.rows
     return [parts for parts in range(1, rows + 1) if rows % parts == 0]
 
 
 def tiles(job: Job, choice: Choice) -> tuple[int | None, ...]:
-    """The feed-forward network whole, and in tiles where there are several."""
-    told = job.model.mlp_tile
-    if told is not None or microbatch_of(job, choice) <= TILE:
-        return (told,)
+    """Lists the values of `mlp_tile` to try; None is the whole network at once."""
+    tile = job.model.mlp_tile
+    if tile is not None or microbatch_of(job, choice) <= TILE:
+        return (tile,)
     return None, TILE
 
 
 def least(job: Job, choice: Choice, offload: bool) -> Choice:
-    """With what needs the least memory: layers keep their inputs only, all is split."""
+    """Returns a choice with the options that need the least memory.
+
+    Layers keep only their inputs, rows are processed one at a time, and the
+    feed-forward network is tiled.
+    """
     rows = max(1, job.batch // choice.rows)
     return dataclasses.replace(
         choice,

@@ -1,4 +1,4 @@
-"""Pictures of a plan: time against length for each split, and memory by part."""
+"""Plots of a plan: time against length for each split, and memory by part."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,19 +14,24 @@ from usp_jax.plan.search import Row, evaluate
 from usp_jax.units import GIB
 
 SPLITS = 6
-"""How many of the best are drawn."""
+"""Number of the best splits to draw."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws the best splits into a file, whose ending says its kind.
+    """Draws the best splits into an image file.
 
-    Of rows that split the sequence, tensors and layers alike only the best is drawn.
+    Of rows with the same split of sequence, tensors and layers, only the best is drawn.
 
-    Left: seconds a step of each at a quarter of the sequence up to four times it; where
-    it no longer fits, the line ends. Right: their memory by part at the sequence asked.
+    The left plot has seconds per step from a quarter of the sequence up to four times
+    it; a line ends where the choice no longer fits. The right plot has memory by part
+    at the job's sequence.
+
+    Args:
+      rows: the plan, best first.
+      path: the file; its suffix sets the format.
 
     Raises:
-      ValueError: an ending that matplotlib does not know.
+      ValueError: matplotlib does not know the suffix.
     """
     top = _best_splits(rows)
     figure = Figure(figsize=(13, 6), layout="constrained")
@@ -39,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             marker="o",
             label=describe(row.choice),
         )
-    times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds a step")
+    times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds per step")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     _bars(parts, top)
     figure.savefig(path)
@@ -56,15 +61,15 @@ def _best_splits(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lengths(row: Row) -> list[tuple[int, int | float]]:
-    """(length, seconds) of a row's choice at the lengths where it fits."""
-    found = []
+    """(tokens, seconds) of a row's choice at the lengths where it fits."""
+    points = []
     for quarters in (1, 2, 4, 8, 16):
         job = dataclasses.replace(row.job, sequence=row.job.sequence * quarters // 4)
         if job.sequence and obstacle(job, row.choice) is None:
             other = evaluate(job, row.choice)
             if other.fits:
-                found.append((job.sequence, other.known[1].total))
-    return found
+                points.append((job.sequence, other.known[1].total))
+    return points
 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:
@@ -76,5 +81,5 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.axvline(rows[0].job.machine.memory_bytes / GIB, color="black")
     axes.invert_yaxis()
-    axes.set_xlabel("GiB a device")
+    axes.set_xlabel("GiB per device")
     axes.legend(fontsize="small")

@@ -1,14 +1,13 @@
-"""How near kernels come to a device's peak: measured where there was one, or assumed.
+"""Fractions of a device's peak that kernels reach, measured or assumed.
 
-`CALIBRATED` has two numbers that were fitted on the eight LLaMA2-7B rows of one node in
-the USP paper (arXiv 2405.07719, section 5; A800), and on nothing else;
-`tests/plan/test_paper.py` does it again. Every machine is taken to be like that which
-has not been measured.
+`CALIBRATED` has two numbers fitted only on the eight LLaMA2-7B rows of one node in the
+USP paper (arXiv 2405.07719, section 5; A800); `tests/plan/test_paper.py` repeats the
+fit. It is used for every machine that has not been measured.
 
 `HOPPER` was measured with this library on one H100 (2026-11-26, jax 0.11.2,
 `benchmarks/results/2026-11-26-kernels-h100.jsonl` and `…-train-h100.jsonl`): attention
 by the length of its chunk, `matmul` from a training step of 32K tokens.
-`tests/plan/test_measured.py` holds them to it.
+`tests/plan/test_measured.py` compares these numbers with the measurements.
 """
 
 import bisect
@@ -16,19 +15,19 @@ import dataclasses
 import math
 
 MEMORY = 0.8
-"""Of the memory's bandwidth, for what is no matrix product. An assumption."""
+"""Fraction of memory bandwidth reached outside matrix products: an assumption."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """The parts of a device's peak that its work reaches.
+    """Fractions of a device's peak FLOP/s that its work reaches.
 
     Attributes:
-      matmul: long products with weights.
-      long: attention on a long chunk, all its 5 backward products counted.
-      short: tokens of a chunk at which attention has half of `long`.
-      measured: (tokens of a chunk, the part that attention has there), by tokens; in
-        place of `long` and `short`.
+      matmul: fraction for long products with weights.
+      long: fraction for attention on a long chunk, counting all 5 backward products.
+      short: tokens of a chunk at which attention reaches half of `long`.
+      measured: (tokens of a chunk, attention's fraction) pairs in order of tokens, used
+        instead of `long` and `short`.
     """
 
     matmul: float
@@ -37,13 +36,14 @@ class Efficiency:
     measured: tuple[tuple[int, float], ...] = ()
 
     def attention(self, chunk: int | float) -> float:
-        """The part of the peak that attention reaches on chunks of so many tokens.
+        """Returns the fraction of the peak that attention reaches on a chunk.
 
-        Between measurements along the logarithm of tokens. Below the shortest it is
-        in proportion to them: what a chunk takes is then no longer its arithmetic.
+        Measurements are interpolated in the logarithm of tokens. Below the shortest,
+        the fraction is proportional to tokens, since arithmetic then no longer
+        dominates the time.
 
         Args:
-          chunk: the geometric mean of its queries and its keys.
+          chunk: geometric mean of the number of queries and of keys.
         """
         if not self.measured:
             return self.long * chunk / (chunk + self.short)
@@ -62,7 +62,7 @@ class Efficiency:
 # 2307.08691, figure 4: causal, head size 128).
 CALIBRATED = Efficiency(matmul=0.53, long=0.66, short=450)
 
-# Causal, 32 query and 8 key heads of 128, bfloat16, forward and backward.
+# Causal, 32 query and 8 key heads of size 128, bfloat16, forward and backward.
 HOPPER = Efficiency(
     matmul=0.67,
     measured=(

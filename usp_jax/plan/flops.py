@@ -1,22 +1,22 @@
-"""Arithmetic of a training step in the three currencies that papers use.
+"""FLOPs of a training step, counted in the three ways that papers use.
 
-One multiplication with its addition is 2 FLOPs; only matrix products count. With D
-model size, L layers, N query and K key/value heads of size H, F feed-forward size, V
-vocabulary, B rows of T tokens:
+A multiply-add is 2 FLOPs; only matrix products count. With D model size, L layers, N
+query and K key/value heads of size H, F feed-forward size, V vocabulary, B rows of T
+tokens:
 
     forward products with weights   P = 2·B·T·(L·(D·H·(2N + 2K) + 3·D·F) + D·V)
     forward attention, q·k and p·v  A = 4·B·T²·N·H·L
 
-* full model:   3·P + 3·A, the backward being twice the forward (PaLM, arXiv 2204.02311,
-  appendix B, which counts attention in full);
-* causal model: 3·P + 3·A/2, attention counted half, as FlashAttention (arXiv
-  2307.08691, section 4.1) and the USP paper count it;
-* hardware:     what is really computed. Flash attention's backward computes q·k again
-  (5 products instead of 4), and the remat policy computes parts of the forward again.
+* full model:   3·P + 3·A, since the backward is twice the forward (PaLM, arXiv
+  2204.02311, appendix B, which counts attention in full);
+* causal model: 3·P + 3·A/2, with attention counted half, as in FlashAttention (arXiv
+  2307.08691, section 4.1) and the USP paper;
+* hardware:     what is really computed. Flash attention's backward recomputes q·k (5
+  products instead of 4), and the remat policy recomputes parts of the forward.
 
-Packed documents see less than the causal half. The model's currencies do not take that
-off: rows of the same shape count the same, whatever text is in them. What is really
-computed is less by it, where `visible` says so.
+Tokens of packed documents see less than the causal half. The model's counts ignore
+that: rows of the same shape count the same, whatever text they hold. The hardware's
+count is reduced by `visible`.
 """
 
 import dataclasses
@@ -27,12 +27,14 @@ from usp_jax.models.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs of one step by part, over all devices.
+    """FLOPs of one training step by part, over all devices.
 
     Attributes:
-      layers, output: forward products with the weights of layers and of the output.
-      attention: forward, the causal half.
-      layers_again, attention_again: the parts of the forward that the backward repeats.
+      layers: forward products with the layers' weights.
+      output: forward products with the output matrix.
+      attention: forward attention, the causal half.
+      layers_again: the part of `layers` that the backward repeats.
+      attention_again: the part of `attention` that the backward repeats.
     """
 
     layers: int | float
@@ -43,18 +45,18 @@ class Work:
 
     @property
     def causal(self) -> int | float:
-        """Of the model, attention counted half."""
+        """FLOPs of the model, with attention counted half."""
         return 3 * (self.layers + self.output + self.attention)
 
     @property
     def full(self) -> int | float:
-        """Of the model, attention counted in full."""
+        """FLOPs of the model, with attention counted in full."""
         return self.causal + 3 * self.attention
 
     @property
     def hardware(self) -> int | float:
-        """Of the program."""
-        # The loss keeps no logits: its backward computes them again.
+        """FLOPs that the program really computes."""
+        # The loss keeps no logits, so its backward recomputes them.
         again = self.layers_again + self.output
         return self.causal + self.attention / 2 + self.attention_again + again
 
@@ -68,27 +70,30 @@ def step_work(
     remat: str | None = None,
     tiled: bool = False,
 ) -> Work:
-    """The formulas of this file, for `batch` rows of `sequence` tokens.
+    """Evaluates the formulas of this file for a training step.
 
     Args:
-      visible: the part of attention's causal half that is counted.
-      remat: the policy; None is the model's.
-      tiled: the feed-forward network is taken in tiles, which keep nothing.
+      model: the model's configuration.
+      sequence: tokens per row.
+      batch: rows per step.
+      visible: fraction of attention's causal half to count.
+      remat: the remat policy; None is the model's.
+      tiled: whether the feed-forward network is tiled, which keeps no activations.
     """
     tokens = batch * sequence
     per_weight = 2 * tokens * model.num_layers
     layers = per_weight * layer_weights(model)
-    # The last product of a layer, `down`, is nobody's input.
+    # The output of a layer's last product, `down`, is not needed by the backward.
     needed = layers - per_weight * model.d_model * model.d_ff
     heads = model.num_heads + 2 * model.num_kv_heads
     if model.qk_norm:
-        # The norms' backward needs what they were applied to.
+        # The norms' backward needs their inputs, so q and k are projected again.
         heads = model.num_kv_heads
     projections = per_weight * model.d_model * heads * model.head_size
     inner = 2 * per_weight * model.d_model * model.d_ff
     pairs = 2 * tokens * sequence * visible
     attention = pairs * model.num_heads * model.head_size * model.num_layers
-    # Where it is kept is no matter.
+    # Where activations are kept does not change the FLOPs.
     policy = (remat or model.remat).removesuffix("_offload")
     again = {
         "none": tiled * inner,
@@ -107,6 +112,6 @@ def step_work(
 
 
 def layer_weights(model: Decoder) -> int:
-    """How many weights of a layer a token is multiplied with."""
+    """Returns the number of weights in a layer's matrices."""
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     return model.d_model * (heads * model.head_size + 3 * model.d_ff)

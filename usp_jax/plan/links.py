@@ -1,18 +1,18 @@
-"""How long a collective takes on a machine's links.
+"""Time of a collective on a machine's links.
 
-Mesh axes are placed as `make_mesh` has them, the innermost on neighbouring devices. So
-where a group of devices lies follows from two numbers: its size, and its stride, the
-size of all axes inside it. On a torus they fill its sides one after the other.
+Mesh axes are placed as `make_mesh` places them, the innermost on neighboring devices.
+So two numbers locate a group of devices: its size, and its stride, the size of all axes
+inside it. On a torus, groups fill its sides in order.
 
-What limits, for a group of n of which g lie in one node:
+The limits for a group of n devices, g of which lie in one node:
 
-* gathers, scatters and sums run round a ring of all, each of the g with its own part of
-  the network; on a torus over all links of the sides that the group spans;
-* an all-to-all has to send (n - g) / (n - 1) over the network; on a torus the middle of
-  the longest side limits: n/4 links on average, both ways round;
-* a permute is as fast as its slowest hop; on a torus, where a group begins or ends in
-  the middle of a side, two hops share a link (`tests/plan/test_machines.py` counts the
-  ways over the mesh that jax makes).
+* gathers, scatters and sums run around a ring of all n, where each of the g uses its
+  own share of the network; on a torus they use all links of the sides the group spans;
+* an all-to-all sends (n - g) / (n - 1) of its bytes over the network; on a torus, the
+  middle of the longest side limits it: n/4 links on average, in both directions;
+* a permute is as fast as its slowest hop; on a torus, if a group begins or ends in the
+  middle of a side, two hops share a link (`tests/plan/test_machines.py` counts paths on
+  the mesh that jax makes).
 """
 
 import dataclasses
@@ -25,10 +25,13 @@ from usp_jax.plan.machines import Machine
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Devices that exchange with each other.
+    """Devices that take part in one collective.
 
     Attributes:
-      shape: of the whole torus, the innermost side first; () for a switch.
+      machine: the kind of machine.
+      size: number of devices.
+      stride: distance between neighbors, in devices.
+      shape: shape of the whole torus, innermost side first; () for a switch.
     """
 
     machine: Machine
@@ -38,7 +41,7 @@ class Group:
 
     @classmethod
     def of(cls, machine: Machine, choice: Choice, axes: tuple[str, ...]) -> "Group":
-        """Those along some axes of a mesh."""
+        """Returns the group along some axes of a choice's mesh."""
         size = stride = 1
         inside = True
         for name, length in reversed(choice.sizes.items()):
@@ -53,36 +56,37 @@ class Group:
 
     @functools.cached_property
     def near(self) -> int:
-        """How many of them lie in one node, or slice."""
+        """Number of devices of the group in one node, or slice."""
         return max(1, min(self.size, self.machine.node // self.stride))
 
     @functools.cached_property
     def sides(self) -> tuple[tuple[int, bool], ...]:
-        """Of a torus: the extent along each side spanned, and whether it is a ring."""
-        found = []
+        """(Extent, whether it is a ring) along each side of the torus it spans."""
+        extents = []
         low, start, stop = 1, self.stride, self.stride * self.near
         for side in self.shape:
             high = low * side
             extent = -(-min(high, stop) // max(low, start))
             if extent > 1:
-                found.append((extent, extent == side >= self.machine.wrap))
+                extents.append((extent, extent == side >= self.machine.wrap))
             low = high
-        return tuple(found)
+        return tuple(extents)
 
     @property
     def shared(self) -> int:
-        """How many hops of a permute have to share a link."""
+        """Number of hops of a permute that share a link."""
         whole = {math.prod(self.shape[:sides]) for sides in range(len(self.shape) + 1)}
         return 1 if {self.stride, self.stride * self.near} <= whole else 2
 
     def seconds(
         self, kind: str, sent: int | float, *, both_ways: bool = False
     ) -> float:
-        """Of one collective in which each device sends `sent` bytes.
+        """Returns the seconds of one collective.
 
         Args:
-          kind: as in `usp_jax.compiled.KINDS`.
-          both_ways: a permute that sends half either way round.
+          kind: a name in `usp_jax.compiled.KINDS`.
+          sent: bytes that each device sends.
+          both_ways: whether a permute sends half of them in each direction.
         """
         if self.size == 1 or not sent:
             return 0.0
@@ -104,7 +108,7 @@ class Group:
         return latency + steps + max(inside, network)
 
     def _inside(self, kind: str, sent: int | float) -> int | float:
-        """Within a node, or slice."""
+        """Seconds of a collective within a node, or slice, without latency."""
         if self.near == 1:
             return 0.0
         bandwidth = self.machine.inner.bandwidth

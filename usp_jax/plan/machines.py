@@ -1,14 +1,15 @@
-"""The machines that a plan can be for: a device, and what joins it to others.
+"""Machines that a plan can target: a device, and the links between devices.
 
 Sources, read in November 2026. TPU: the system architecture tables of
-docs.cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x); a table's bidirectional ICI
-bandwidth of a chip, divided by its links and by two, is what one link carries one way.
-NVIDIA: the data sheets of A100, H100, H200, DGX B200 and L20, dense rates without
-sparsity; NVLink's total divided by two. A800: an A100 with 400 GB/s of NVLink, and the
-1.6 Tb/s of network a node of the USP paper (arXiv 2405.07719, section 5). Memory of
-what `usp_jax.aot` knows is what it says. Latencies are assumptions: a few microseconds
-in a torus or a node, some tens over a network. The way to the host is the PCIe of
-NVIDIA's data sheets (4 or 5, x16); of a TPU's nothing is published: PCIe 3 is assumed.
+docs.cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x); the bandwidth of one link in one
+direction is a table's bidirectional ICI bandwidth of a chip, divided by its links and
+by two. NVIDIA: the data sheets of A100, H100, H200, DGX B200 and L20, dense rates
+without sparsity; NVLink's total divided by two. A800: an A100 with 400 GB/s of NVLink,
+and the 1.6 Tb/s of network per node of the USP paper (arXiv 2405.07719, section 5).
+Memory sizes come from `usp_jax.aot` where it has the device. Latencies are assumptions:
+a few microseconds in a torus or a node, some tens over a network. The link to the host
+is the PCIe of NVIDIA's data sheets (4 or 5, x16); for TPUs nothing is published, and
+PCIe 3 is assumed.
 """
 
 import dataclasses
@@ -23,11 +24,11 @@ TERA = 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What a device sends along.
+    """A link that a device sends over.
 
     Attributes:
-      bandwidth: bytes a second, one way.
-      latency: seconds until the first byte is there.
+      bandwidth: bytes per second, in one direction.
+      latency: seconds until the first byte arrives.
     """
 
     bandwidth: float
@@ -36,25 +37,26 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A kind of machine, of any number of devices.
+    """A kind of machine, with any number of devices.
 
     Attributes:
-      name: as `--machine` takes it; for those that `usp_jax.aot` compiles for, its
-        name.
-      devices: how many a plan is for that does not say.
-      memory_bytes: what a program can have of a device's memory.
-      memory_bandwidth: bytes a second.
-      peak_bfloat16, peak_float32: FLOP/s of matrix products; of float32 ones as jax's
-        default precision makes them (TPU: one bfloat16 pass, GPU: TF32).
-      inner: the link between the devices of a node; in a torus one of a device's links.
-      node: how many devices `inner` joins: a node, or the largest slice.
-      outer: between nodes or slices, what each device has of it.
-      host_bandwidth: bytes a second between a device and the host's memory, one way.
-      torus_dims: of the links' torus; 0 for a switch, which joins all devices of a node
-        at the full bandwidth.
-      wrap: the side from which the torus is closed to a ring.
-      compiles: `usp_jax.aot` has a compiler for it.
-      efficiency: how near its kernels come to its peak.
+      name: name for `--machine`, and for `usp_jax.aot` if it compiles for it.
+      devices: default number of devices of a plan.
+      memory_bytes: bytes of a device's memory that a program can use.
+      memory_bandwidth: bytes per second.
+      peak_bfloat16: FLOP/s of bfloat16 matrix products.
+      peak_float32: FLOP/s of float32 matrix products at jax's default precision (TPU:
+        one bfloat16 pass, GPU: TF32).
+      inner: link between the devices of a node; in a torus, one of a device's links.
+      node: number of devices that `inner` connects: a node, or the largest slice.
+      outer: each device's share of the link between nodes or slices.
+      host_bandwidth: bytes per second between a device and the host's memory, in one
+        direction.
+      torus_dims: number of dims of the torus; 0 for a switch, which connects all
+        devices of a node at full bandwidth.
+      wrap: smallest side of the torus that is closed to a ring.
+      compiles: whether `usp_jax.aot` has a compiler for it.
+      efficiency: fractions of the peak that its kernels reach.
     """
 
     name: str
@@ -73,10 +75,10 @@ class Machine:
     efficiency: Efficiency = CALIBRATED
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of one device.
+        """Returns the peak FLOP/s of one device.
 
         Raises:
-          ValueError: another dtype than bfloat16 and float32.
+          ValueError: the dtype is neither bfloat16 nor float32.
         """
         peaks = {"bfloat16": self.peak_bfloat16, "float32": self.peak_float32}
         if dtype not in peaks:
@@ -84,10 +86,10 @@ class Machine:
         return peaks[dtype]
 
     def shape(self, devices: int) -> tuple[int, ...]:
-        """The sides of the torus that a number of devices makes, the smallest last.
+        """Returns the sides of the torus for a number of devices, the smallest last.
 
-        As near to a cube (a square) as factors allow. tpu7x has two devices a chip:
-        each counts as if it were a chip with half of the links' bandwidth.
+        The shape is near a cube or a square, as far as factors allow. tpu7x has two
+        devices per chip; each counts as a chip with half the bandwidth of the links.
         """
         sides = []
         for dims in range(self.torus_dims, 0, -1):
@@ -98,10 +100,11 @@ class Machine:
         return tuple(sorted(sides, reverse=True))
 
     def topology(self, devices: int) -> str:
-        """The name by which `usp_jax.aot.topology` knows it.
+        """Returns the name of the topology for `usp_jax.aot.topology`.
 
         Raises:
-          ValueError: there is no compiler for it, or it is not whole nodes.
+          ValueError: there is no compiler for the machine, or the devices do not fill
+            whole nodes.
         """
         if not self.compiles:
             raise ValueError(f"machine {self.name!r} has no compiler in usp_jax.aot")
@@ -118,7 +121,7 @@ _HBM = {device.name: device.hbm_bytes for device in (*TPUS, *GPUS)}
 _NVLINK_LATENCY = 5e-6
 _NETWORK_LATENCY = 20e-6
 _ICI_LATENCY = 1e-6
-# Over the data center network of a TPU pod.
+# Over the data center network between TPU slices.
 _DCN_LATENCY = 50e-6
 
 
@@ -131,9 +134,16 @@ def _gpu(
     host: int | float,
     efficiency: Efficiency = CALIBRATED,
 ) -> Machine:
-    """An NVIDIA node of eight: GB/s, (bfloat16, TF32) TFLOP/s, GB/s, Gb/s a device.
+    """An NVIDIA machine with nodes of eight devices.
 
-    And GB/s to the host.
+    Args:
+      name: name in `usp_jax.aot`.
+      bandwidth: GB/s of memory.
+      peaks: TFLOP/s in bfloat16 and TF32.
+      nvlink: GB/s of NVLink, in one direction.
+      network: Gb/s of network per device.
+      host: GB/s to the host.
+      efficiency: fractions of the peak that its kernels reach.
     """
     return Machine(
         name=name,
@@ -161,7 +171,19 @@ def _tpu(
     largest: int,
     network: int | float,
 ) -> Machine:
-    """A TPU: GB/s, TFLOP/s, and GB/s one way of a link, largest slice, Gb/s of DCN."""
+    """A TPU.
+
+    Args:
+      name: name in `usp_jax.aot`.
+      devices: default number of devices.
+      bandwidth: GB/s of memory.
+      peak: TFLOP/s in bfloat16.
+      dims: dims of the torus.
+      wrap: smallest side of the torus that is closed to a ring.
+      link: GB/s of one ICI link, in one direction.
+      largest: devices of the largest slice.
+      network: Gb/s of data center network per device.
+    """
     return Machine(
         name=name,
         devices=devices,
@@ -202,38 +224,40 @@ MACHINES = (
     _tpu("v5e", 16, 819, 197, dims=2, wrap=16, link=50, largest=256, network=25),
     _tpu("v5p", 64, 2765, 459, dims=3, wrap=4, link=100, largest=6144, network=50),
     _tpu("v6e", 16, 1638, 918, dims=2, wrap=16, link=100, largest=256, network=100),
-    # Two devices a chip; each has half of everything.
+    # Two devices per chip; each has half of everything.
     _tpu("tpu7x", 64, 3690, 1153.5, dims=3, wrap=4, link=50, largest=18432, network=50),
 )
 
 
 def machine(name: str) -> Machine:
-    """The machine of this name.
+    """Returns the machine with a name.
 
     Raises:
-      ValueError: there is none; the message lists those that are.
+      ValueError: no machine has this name; the message lists the known ones.
     """
-    found = next((one for one in MACHINES if one.name == name), None)
-    if found is None:
-        names = ", ".join(one.name for one in MACHINES)
+    entry = next((known for known in MACHINES if known.name == name), None)
+    if entry is None:
+        names = ", ".join(known.name for known in MACHINES)
         raise ValueError(f"machine {name!r} is not known; it must be one of: {names}")
-    return found
+    return entry
 
 
-# Other names of what is above, and the dense bfloat16 FLOP/s of one jax device of what
-# no plan is for (v2 and v3: a chip has two).
+# Other device kinds with the peak of a machine above; and the dense bfloat16 FLOP/s of
+# one jax device of kinds without a machine (v2 and v3 have two devices per chip).
 _SAME_PEAK = {"TPU v5p": "v5p", "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA L20": "l20"}
 _OLDER_PEAKS = {"TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12}
 
 
 def peak_of_kind(kind: str, dtype: str) -> float | None:
-    """FLOP/s of a device, by the name that jax gives its kind; None: not known.
+    """Returns the peak FLOP/s of a device, or None if unknown, as it is for float64.
 
-    Nor is that of any device in float64.
+    Args:
+      kind: jax's `device_kind`.
+      dtype: name of the dtype.
     """
     device = of_kind(kind)
     name = _SAME_PEAK.get(kind, device and device.name)
-    found = next((one for one in MACHINES if one.name == name), None)
+    entry = next((known for known in MACHINES if known.name == name), None)
     if dtype == "float64":
         return None
-    return _OLDER_PEAKS.get(kind) if found is None else found.peak(dtype)
+    return _OLDER_PEAKS.get(kind) if entry is None else entry.peak(dtype)

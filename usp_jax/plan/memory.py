@@ -1,12 +1,13 @@
-"""What a step keeps in a device's memory, by part, at its fullest.
+"""Peak memory of a training step on one device, by part.
 
-Of the program that `train` compiles: the stored parameters and two moments; their copy
-in the computation's dtype and its gradients; what layers keep for the backward pass;
-and what is needed beside them for a while. That is one layer's backward, the loss, the
-embedding's gradient, or the update: the fullest of these moments counts. How much one
-layer's backward needs is the compiler's affair: the numbers of arrays in `GPU` and
-`TPU` are estimates. `benchmarks/plan_bytes.py` compares the whole with compiled
-programs, whose bytes are kept (`docs/planning.md` says how near it comes).
+It models the program that `train` compiles: the stored parameters and two moments;
+their copy in the computation's dtype and its gradients; what layers keep for the
+backward pass; and transient arrays. The transients belong to one layer's backward, the
+loss, the embedding's gradient, or the update, whichever moment has the highest total.
+The compiler decides how much one layer's backward needs, so the numbers of arrays in
+`GPU` and `TPU` are estimates. `benchmarks/plan_bytes.py` compares the total with
+compiled programs, whose recorded bytes are in the repository (`docs/planning.md`
+reports the accuracy).
 """
 
 import dataclasses
@@ -31,15 +32,15 @@ from usp_jax.plan.traffic import (
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """How many arrays one layer's backward has at its fullest.
+    """Numbers of arrays in memory at the peak of one layer's backward.
 
     Attributes:
-      narrow: of a device's tokens and the model size.
-      wide: of a device's tokens and the feed-forward size.
-      weights: of the layer's matrices, whole.
-      rotating: of k, v and of float32 dk, dv that a ring has on the way.
-      fetched: of what a layer keeps, where that comes from the host's memory;
-      early: and of attention's part of it, while its backward is at work.
+      narrow: arrays [tokens of a device, model size].
+      wide: arrays [tokens of a device, feed-forward size].
+      weights: copies of the layer's whole matrices.
+      rotating: copies of k, v and of float32 dk, dv in flight around the ring.
+      fetched: copies of what a layer keeps, when that is fetched from the host.
+      early: copies of attention's part of that during its backward.
     """
 
     narrow: int | float
@@ -53,19 +54,19 @@ class Arrays:
 GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0)
 TPU = Arrays(narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2)
 LANES = 128
-"""What a TPU pads the last dim of an array to, the size of heads."""
+"""Multiple to which a TPU pads the last dim of an array, here the head size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Bytes of one device's memory, by part.
 
     Attributes:
       state: stored parameters and two float32 moments, and the batch.
-      weights: the parameters in the computation's dtype.
-      gradients: of these.
-      activations: what all layers keep for the backward pass.
-      transient: the most that is needed beside them for a while.
+      weights: parameters in the computation's dtype.
+      gradients: gradients of `weights`.
+      activations: arrays that all layers keep for the backward pass.
+      transient: peak of the short-lived arrays.
     """
 
     state: int | float
@@ -76,7 +77,7 @@ class Memory:
 
     @property
     def peak(self) -> int | float:
-        """All of it."""
+        """Sum of all parts."""
         return (
             self.state
             + self.weights
@@ -87,12 +88,12 @@ class Memory:
 
 
 def step_memory(job: Job, choice: Choice) -> Memory:
-    """The memory of a step."""
+    """Returns a device's memory at the peak of a training step."""
     return max(_moments(job, choice), key=lambda memory: memory.peak)
 
 
 def host_bytes(job: Job, choice: Choice) -> int | float:
-    """What of a device's is in the host's memory."""
+    """Returns the bytes that a device keeps in the host's memory."""
     kept_there = choice.remat.endswith("_offload")
     activations = runs_of(job, choice) * kept(job, choice) * kept_there
     numbers = _Sizes.of(job, choice).numbers
@@ -100,7 +101,7 @@ def host_bytes(job: Job, choice: Choice) -> int | float:
 
 
 def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
-    """What there is when one thing or another has the most."""
+    """Yields a device's memory at each moment that may be the peak."""
     sizes = _Sizes.of(job, choice)
     weights, gradients = sizes.layers_copy, sizes.layers_gradient
     activations = _activations(job, choice)
@@ -121,7 +122,7 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     yield Memory(state, 0, gradients, 0, _embedding(job, choice))
     update = 4 * sizes.numbers
     if choice.offload:
-        # A layer comes while another is changed and one goes.
+        # One layer is fetched while another is updated and a third is sent back.
         update += 3 * job.state_itemsize * sizes.numbers / layers_of(job, choice)
         yield Memory(state, whole, 0, 0, job.stored_itemsize * sizes.numbers)
     yield Memory(state, 0, 0, 0, update)
@@ -129,12 +130,14 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Of a device's parameters.
+    """Sizes of a device's parameters and their copies.
 
     Attributes:
-      numbers: parameters.
-      layers_copy, output_copy: bytes in the computation's dtype.
-      layers_gradient, output_gradient: bytes of their gradients.
+      numbers: number of stored parameters.
+      layers_copy: bytes of the layers' matrices in the computation's dtype.
+      output_copy: bytes of the output matrix in the computation's dtype.
+      layers_gradient: bytes of the gradient of `layers_copy`.
+      output_gradient: bytes of the gradient of `output_copy`.
     """
 
     numbers: int | float
@@ -149,7 +152,7 @@ class _Sizes:
         layers = layers_of(job, choice) * layer_weights(model) / choice.tensor
         output = model.vocab_size * model.d_model / choice.tensor
         norms = 2 * layers_of(job, choice) * model.d_model
-        # A tied embedding is a parameter once, and a matrix of its own beside it.
+        # A tied embedding is stored once, but its output matrix is a separate copy.
         tables = output * (1 if model.tie_embeddings else 2) + model.d_model
         numbers = (layers + norms + tables / choice.pipe) / choice.everyone
         copies, shared = 1, 1
@@ -164,33 +167,33 @@ class _Sizes:
             numbers,
             0 if own and choice.pipe == 1 else size * layers,
             0 if own else size * output,
-            # A stage adds its micro-batches' gradients up in float32.
+            # A stage sums its micro-batches' gradients in float32.
             (gradient if choice.pipe == 1 else size + 4) * layers,
             gradient * output,
         )
 
 
 def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
-    """What is there before a step and after it, and sums over its parts."""
+    """Bytes that live from step to step, and of gradient sums over a step's parts."""
     tokens = choice.accumulate * end_tokens_of(job, choice)
-    # The gradients of a step's parts are added up in float32.
+    # The gradients of a step's parts are summed in float32.
     parts = 4 * (choice.accumulate > 1) * sizes.numbers
     state = 0 if choice.offload else job.state_itemsize * sizes.numbers
     return state + parts + 3 * 4 * tokens
 
 
 def _activations(job: Job, choice: Choice) -> int | float:
-    """What all layers keep on the device."""
-    runs, one = runs_of(job, choice), kept(job, choice)
+    """Bytes that all layers keep on the device for the backward pass."""
+    runs, per_layer = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
-        return _arrays(job).fetched * one
-    # What a tick keeps is put together before it is put beside that of other ticks.
+        return _arrays(job).fetched * per_layer
+    # A tick's arrays are assembled before they are copied next to other ticks'.
     tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
-    return (runs + tick) * one
+    return (runs + tick) * per_layer
 
 
 def kept(job: Job, choice: Choice) -> int | float:
-    """Bytes that one layer keeps for its backward pass, on the device or the host."""
+    """Returns the bytes one layer keeps for its backward, on the device or the host."""
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = call_of(job, choice)
     narrow = tokens * model.d_model
@@ -205,21 +208,21 @@ def kept(job: Job, choice: Choice) -> int | float:
         normed = (call.q_elements + call.kv_elements / 2) * size * model.qk_norm
         return 2 * x + normed + of_attention + inner
     if choice.program == "megatron":
-        # Both inputs and outputs of the norms, and the gate's.
+        # Inputs and outputs of both norms, and those of the gate.
         return 4 * x + of_attention + 3 * wide
-    # Norms keep float32; the gate, its sigmoid and products with it. Attention's output
-    # is there in two orders of its dims.
+    # Norms keep float32; the gate, its sigmoid and its products are kept. Attention's
+    # output is kept in two orders of its dims.
     norms = 5 * 4 * narrow / choice.token_shards
     wide *= 6 if choice.mlp_tile is None else 0
     return 2 * x + norms + of_attention + call.q_elements * size + wide
 
 
 def _kept_of_attention(job: Job, choice: Choice) -> int:
-    """Its output and log-sum-exp; q, k, v and the output beyond the all-to-all."""
+    """Bytes kept of attention: out and lse, or also q, k, v and out in both splits."""
     policy, size, call = kept_of(choice), job.itemsize, call_of(job, choice)
     if policy == "full":
         return 0
-    # As the kernel writes them.
+    # In the kernel's format, padded on TPU.
     seen = _padded(job, call).q_elements * size + 4 * call.lse_elements
     if policy == "attention":
         return seen
@@ -228,20 +231,20 @@ def _kept_of_attention(job: Job, choice: Choice) -> int:
 
 
 def _layer(job: Job, choice: Choice) -> int | float:
-    """One layer's backward: weights, their gradients, and activations."""
+    """Transient bytes of one layer's backward: weights, gradients and activations."""
     arrays = _arrays(job)
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = _padded(job, call_of(job, choice))
     whole = layer_weights(model) * size / choice.tensor
     gathered = whole * (arrays.weights if choice.zero == 3 and choice.split > 1 else 1)
-    # With TP-sp they are gathered, and not yet scattered.
+    # With TP-sp, these arrays are gathered, and not yet scattered.
     narrow = arrays.narrow * tokens * model.d_model * size
     tile = min(tokens, choice.mlp_tile or tokens)
     wide = arrays.wide * tile * model.d_ff * size / choice.tensor
     if tile < tokens:
-        # Gradients are added up over the tiles in float32.
+        # Gradients are summed over the tiles in float32.
         wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
-    # q and out, on both sides of the all-to-alls; dq, which a ring adds up in float32.
+    # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
     if choice.ring > 1:
         heads += 4 * call.q_elements
@@ -260,14 +263,14 @@ def _is_tpu(job: Job) -> bool:
 
 
 def _padded(job: Job, call: Call) -> Call:
-    """The call as its arrays lie in memory."""
+    """The call with the head size that its arrays have in memory."""
     if not _is_tpu(job):
         return call
     return dataclasses.replace(call, head_size=-(-call.head_size // LANES) * LANES)
 
 
 def _belt(job: Job, choice: Choice) -> int | float:
-    """Of a pipeline: what comes, goes and waits, and their gradients."""
+    """Bytes of a pipeline's waiting rows, belt and ring, and of their gradients."""
     if choice.pipe == 1:
         return 0
     x = job.model.d_model * job.itemsize / choice.token_shards
@@ -276,7 +279,7 @@ def _belt(job: Job, choice: Choice) -> int | float:
 
 
 def _loss(job: Job, choice: Choice) -> int | float:
-    """The loss's backward: a block of the output matrix, and a tile of logits."""
+    """Transient bytes of the loss: a block of the output matrix, a tile of logits."""
     model, tokens = job.model, end_tokens_of(job, choice)
     block = model.vocab_size / choice.tensor / loss_blocks(job, choice)
     matrix = block * model.d_model * (job.itemsize + 4)
@@ -286,6 +289,9 @@ def _loss(job: Job, choice: Choice) -> int | float:
 
 
 def _embedding(job: Job, choice: Choice) -> int:
-    """Its gradient: what all devices' tokens have of this device's slice, float32."""
+    """Transient bytes of the embedding's gradient, in float32.
+
+    A device has its slice of D for all devices' tokens.
+    """
     tokens = end_tokens_of(job, choice)
     return tokens * job.model.d_model * (2 * job.itemsize + 4)

@@ -1,4 +1,4 @@
-"""All choices for a job: what each costs, and which is the fastest that fits."""
+"""Searches all choices for a job: the cost of each, and the fastest that fits."""
 
 import dataclasses
 import math
@@ -25,14 +25,18 @@ from usp_jax.units import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A choice and what it comes to.
+    """A choice and its estimated cost.
 
-    Of a choice that cannot be at all (`reason` says why) there are no numbers.
+    An impossible choice has no estimates; `reason` says why it is impossible.
 
     Attributes:
-      fits: it can be, and its peak is within the device's memory.
-      reason: why it does not fit, or that it is another program than the trainer; or
-        nothing.
+      job: the training step.
+      choice: how it is split and computed.
+      fits: whether the choice is possible and its peak is within the device's memory.
+      reason: why it does not fit, or that its program is not the trainer; else empty.
+      memory: bytes of a device's memory by part, or None.
+      seconds: seconds of a step by part, or None.
+      transfers: the collectives of a step.
     """
 
     job: Job
@@ -45,38 +49,42 @@ class Row:
 
     @property
     def known(self) -> tuple[Memory, Seconds]:
-        """The memory and the seconds.
+        """The memory and the seconds, both known.
 
         Raises:
-          ValueError: the choice cannot be at all.
+          ValueError: the choice is impossible.
         """
         if self.memory is None or self.seconds is None:
-            raise ValueError(f"{self.choice} cannot be: {self.reason}")
+            raise ValueError(f"{self.choice} is impossible: {self.reason}")
         return self.memory, self.seconds
 
     @property
     def work(self) -> Work:
-        """The step's FLOPs, over all devices, each row counted as one document."""
+        """FLOPs of a step over all devices, counting each row as one document."""
         return work_of(self.job, self.choice)
 
     @property
     def can_train(self) -> bool:
-        """Whether it fits and `python -m train` is its program."""
+        """Whether the choice fits and its program is `python -m train`."""
         return self.fits and self.choice.is_trained_here
 
     @property
     def sent(self) -> int | float:
         """Bytes that a device sends in a step."""
-        return sum(one.total for one in self.transfers)
+        return sum(transfer.total for transfer in self.transfers)
 
     def rate(self, flops: int | float) -> float | None:
-        """FLOP/s of one device, for some FLOPs of the whole step."""
+        """Returns FLOP/s per device, or None if the choice is impossible.
+
+        Args:
+          flops: FLOPs of the whole step.
+        """
         if self.seconds is None:
             return None
         return flops / (self.seconds.total * self.choice.devices)
 
     def as_dict(self) -> dict[str, object]:
-        """What `--json` prints of it. Times in seconds, rates of one device."""
+        """Returns the dict that `--json` prints: times in seconds, rates per device."""
         choice, work = self.choice, self.work
         peak = self.job.machine.peak(self.job.model.dtype)
 
@@ -112,16 +120,20 @@ def job_of(
     layout: str = "zigzag",
     documents: int | None = None,
 ) -> Job:
-    """A job from names.
+    """Makes a `Job`, given names of presets or objects.
 
     Args:
-      model: or the name of a preset.
-      machine: or its name.
-      devices: None takes the machine's usual number.
-      documents: mean tokens of the documents that rows are packed of; None is one each.
+      model: a configuration, or the name of a preset.
+      machine: a machine, or its name.
+      sequence: tokens per row.
+      batch: rows per training step, over all devices.
+      devices: number of devices; None is the machine's default.
+      layout: the layout in which tokens are stored.
+      documents: mean tokens per document in packed rows; None means one document per
+        row.
 
     Raises:
-      ValueError: an unknown name, or numbers that cannot be.
+      ValueError: a name is unknown, or a number is invalid.
     """
     if isinstance(model, str):
         model = LlamaConfig.preset(model)
@@ -138,31 +150,34 @@ def plan(
     schedules: Sequence[str] | None = None,
     chunks: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Every choice for a job, ranked: those that fit and can be trained by their time,
-    then those that would fit, then the others.
+    """Ranks all choices for a job.
 
-    Each row is the fastest that fits of all choices that agree in mesh, ZeRO level and
-    remat policy: micro-batches and rounds of a pipeline, whether the sequence is split
-    over tensor too, the feed-forward network in tiles, the batch in parts.
+    Choices that fit and can be trained come first, by time, then others that fit, then
+    the rest.
+
+    Each row is the fastest choice that fits for one mesh, ZeRO level and remat policy.
+    The search is over micro-batches and rounds of a pipeline, splitting the sequence
+    over tensor, feed-forward tiles and parts of the batch.
 
     Args:
-      offload: considers what is kept in the host's memory too: a layer's activations,
-        as remat policies of their own, and the optimizer's.
-      schedules: the ring schedules to choose from; "double" has inner rings of a node.
+      job: the training step.
+      offload: whether to consider the host's memory too, for layers' activations (as
+        separate remat policies) and for the optimizer.
+      schedules: ring schedules to consider; "double" has inner rings within a node.
         None is the model's.
-      chunks: the numbers of head groups to choose from; None is the model's.
+      chunks: numbers of head groups to consider; None is the model's.
     """
     rows = []
     schedules = schedules or (job.model.ring_schedule,)
     chunks = chunks or (job.model.ulysses_chunks,)
-    ways = [(way, n) for way in schedules for n in chunks]
+    schedule_chunks = [(schedule, n) for schedule in schedules for n in chunks]
     for mesh in meshes(job):
         open_choices = details(job, mesh, offload)
-        allowed = [one for one in open_choices if obstacle(job, one) is None]
+        allowed = [detail for detail in open_choices if obstacle(job, detail) is None]
         why = None if allowed else obstacle(job, open_choices[0])
         for choice in variants(mesh, offload):
             if why is None:
-                rows.append(_fastest(job, choice, allowed, ways))
+                rows.append(_fastest(job, choice, allowed, schedule_chunks))
             else:
                 rows.append(Row(job, choice, False, why))
     return sorted(rows, key=_rank)
@@ -179,21 +194,32 @@ def best(
     documents: int | None = None,
     offload: bool = False,
 ) -> Row:
-    """The fastest choice that fits and that the training program has.
+    """Returns the fastest choice that fits and that the trainer supports.
 
     Args:
-      model: or the name of a preset.
-      machine: or its name; `devices` None takes its usual number.
-      sequence, batch: tokens of a row, and rows of a step.
-      layout: the tokens' stored order.
-      documents: mean tokens of the documents that rows are packed of; None is one each.
-      offload: whether to consider keeping things in the host's memory.
+      model: a configuration, or the name of a preset.
+      machine: a machine, or its name.
+      sequence: tokens per row.
+      batch: rows per training step, over all devices.
+      devices: number of devices; None is the machine's default.
+      layout: the layout in which tokens are stored.
+      documents: mean tokens per document in packed rows; None means one document per
+        row.
+      offload: whether to consider keeping activations and optimizer state in the host's
+        memory.
+
+    Returns:
+      A `Row` with `choice`, `memory` in bytes per device, `seconds` of a step, and
+        `transfers`.
 
     Raises:
-      ValueError: an unknown name, numbers that cannot be, or nothing fits.
+      ValueError: a name is unknown, a number is invalid, or nothing fits.
 
     Example:
-      >>> best("llama3-8b", "v5p", sequence=2**20, devices=64).choice.sizes
+      ```python
+      row = usp_jax.plan.best("llama3-8b", "v5p", sequence=2**20, devices=64)
+      print(row.choice.sizes, row.seconds.total)
+      ```
     """
     job = job_of(
         model,
@@ -211,23 +237,24 @@ def best(
     if not peaks:
         raise ValueError(f"sequence={sequence} cannot be split: {rows[0].reason}")
     raise ValueError(
-        f"{sequence=}, {batch=} on {job.devices} {job.machine.name} fits in no way: "
-        f"the least is {min(peaks) / GIB:.1f} GiB a device of "
+        f"{sequence=}, {batch=} does not fit on {job.devices} {job.machine.name}: the "
+        f"lowest peak is {min(peaks) / GIB:.1f} GiB per device of "
         f"{job.machine.memory_bytes / GIB:.1f} GiB"
     )
 
 
 def longest(job: Job, *, offload: bool = False) -> Job | None:
-    """The job with the longest sequence that fits and can be trained.
+    """Finds the job with the longest sequence that fits and can be trained.
 
-    To one part in 256, in multiples of what all splits of the sequence divide.
+    The length is accurate to one part in 256, and a multiple of a length that all
+    splits of the sequence divide.
 
     Args:
-      job: its sequence does not matter.
-      offload: as in `plan`.
+      job: the training step; its sequence is ignored.
+      offload: whether to consider the host's memory too.
 
     Returns:
-      None where not even one multiple fits.
+      The job, or None if not even one multiple fits.
     """
     step = 2 * job.devices
     choices = [
@@ -254,18 +281,22 @@ def longest(job: Job, *, offload: bool = False) -> Job | None:
 
 
 def evaluate(job: Job, choice: Choice) -> Row:
-    """What one choice comes to.
+    """Estimates the cost of one choice.
+
+    Args:
+      job: the training step.
+      choice: how to split and compute it.
 
     Raises:
-      ValueError: it cannot be at all.
+      ValueError: the choice is impossible.
     """
     if (why := obstacle(job, choice)) is not None:
-        raise ValueError(f"{choice} cannot be: {why}")
+        raise ValueError(f"{choice} is impossible: {why}")
     return _evaluate(job, choice)
 
 
 def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
-    found = transfers(job, choice)
+    collectives = transfers(job, choice)
     memory = step_memory(job, choice) if memory is None else memory
     fits = memory.peak <= job.machine.memory_bytes
     reason = ""
@@ -276,34 +307,40 @@ def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
         )
     elif not choice.is_trained_here:
         reason = f"program: {choice.program} is not the trainer's"
-    seconds = step_seconds(job, choice, found)
-    return Row(job, choice, fits, reason, memory, seconds, found)
+    seconds = step_seconds(job, choice, collectives)
+    return Row(job, choice, fits, reason, memory, seconds, collectives)
 
 
 def _fastest(
-    job: Job, choice: Choice, allowed: list[Choice], ways: list[tuple[str, int]]
+    job: Job,
+    choice: Choice,
+    allowed: list[Choice],
+    schedule_chunks: list[tuple[str, int]],
 ) -> Row:
-    """The best row with a mesh, ZeRO level and remat policy.
+    """Returns the best row for a mesh, ZeRO level and remat policy.
 
     Args:
-      allowed: choices for the mesh that can be.
+      job: the training step.
+      choice: has the mesh, ZeRO level and remat policy.
+      allowed: possible choices for the mesh.
+      schedule_chunks: (ring schedule, number of head groups) pairs to consider.
     """
     rows: list[Row] = []
     why: str | None = None
     for detail in allowed:
-        whole = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
-        for name, chunks in ways:
-            way = on_the_way(job, whole, name, chunks)
-            why = None if way is whole else obstacle(job, way)
+        base = dataclasses.replace(detail, zero=choice.zero, remat=choice.remat)
+        for name, chunks in schedule_chunks:
+            candidate = on_the_way(job, base, name, chunks)
+            why = None if candidate is base else obstacle(job, candidate)
             if why is None:
-                rows.append(_in_few_parts(job, way))
+                rows.append(_in_few_parts(job, candidate))
     return min(rows, key=_speed) if rows else Row(job, choice, False, why or "")
 
 
 def _in_few_parts(job: Job, choice: Choice) -> Row:
-    """The row with the fewest parts of the batch that fit, or with the most.
+    """Returns the row with the fewest parts of the batch that fit, or with the most.
 
-    The feed-forward network is taken in tiles before the batch is taken in more parts.
+    Tiling the feed-forward network is tried before splitting the batch further.
     """
     for parts in parts_of(job, choice):
         if parts > 1:
@@ -323,7 +360,7 @@ def _rank(row: Row) -> tuple[bool, bool, int | float]:
 
 
 def _speed(row: Row) -> tuple[bool, int | float]:
-    """What fits by its time; of what does not, the nearest to it first."""
+    """Sort key: rows that fit by time, then the others by peak memory."""
     seconds = math.inf if row.seconds is None else row.seconds.total
     peak = math.inf if row.memory is None else row.memory.peak
     return not row.fits, seconds if row.fits else peak

@@ -1,19 +1,19 @@
-"""How long a step takes: compute, and what of the transfers is not hidden by it.
+"""Time of a training step: compute, plus the transfers that compute does not hide.
 
-* A hop of the ring is in flight while a chunk is computed: the longer of both counts,
-  and one chunk of each turn has no hop beside it. An all-gather is waited for. What
-  chunks have of a sum is added up in memory, which takes a ring its time.
-* Sums along tensor are waited for, and all-to-alls too; of those in head chunks, each
-  but the first is in flight beside the chunk before.
-* Documents shorter than a row leave less to compute, most of it in a device's own
-  shard; the hops are the same.
-* Weights of ZeRO-3, and their gradients, travel beside the compute of their layer: they
-  count where all that is sent takes longer than all that is computed.
-* ZeRO-1 gathers everything once, and scatters it for each part: both are waited for.
-* A pipeline of P stages, v rounds and M micro-batches computes for nobody in P - 1 of
+* A hop of the ring overlaps the computation of a chunk, so the longer of the two
+  counts; one chunk of each turn overlaps no hop. An all-gather is not overlapped. A
+  ring also takes time to sum its chunks' results in memory.
+* Sums along tensor are not overlapped, nor are all-to-alls, except that with head
+  groups, each all-to-all but the first overlaps the previous group's attention.
+* Documents shorter than a row need less compute, most of it in a device's own shard;
+  the hops are the same.
+* ZeRO-3's weights and gradients are sent during the compute of their layer; they count
+  only if sending takes longer than computing in total.
+* ZeRO-1 gathers everything once, and scatters it for each part; neither is overlapped.
+* A pipeline of P stages, v rounds and M micro-batches is idle in P - 1 of its
   v·M + P - 1 ticks, and sends in all of them.
-* What layers keep in the host's memory travels beside their compute; what the optimizer
-  has there is waited for, both ways at once.
+* Activations in the host's memory are moved during the layers' compute; optimizer state
+  is not overlapped, but moves in both directions at once.
 """
 
 import dataclasses
@@ -41,18 +41,18 @@ from usp_jax.ring import AllGather, Bidirectional, Double, schedule_of
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Of a step, by part; what is hidden is not counted.
+    """Seconds of a training step, by part; overlapped time is not counted.
 
     Attributes:
       matmul: products with weights.
-      attention: the chunks, and the adding up of what they give.
-      memory: norms, activations, the loss and the optimizer.
-      ring: hops that take longer than the chunk beside them.
+      attention: attention's chunks, and the sums of their results.
+      memory: memory-bound work of norms, activations, the loss and the optimizer.
+      ring: time by which hops exceed the chunks they overlap.
       exchanges: attention's all-to-alls.
-      weights: of parameters and gradients.
-      activations: along tensor and pipe, and the embedding's.
-      host: to and from the host's memory.
-      bubble: what a pipeline's stages compute for nobody.
+      weights: transfers of parameters and gradients.
+      activations: transfers along tensor and pipe, and of the embedding.
+      host: transfers to and from the host's memory.
+      bubble: idle time of pipeline stages.
     """
 
     matmul: float
@@ -67,17 +67,19 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         return sum(dataclasses.astuple(self))
 
 
 def step_seconds(
     job: Job, choice: Choice, found: tuple[Transfer, ...] | None = None
 ) -> Seconds:
-    """The time of a step.
+    """Estimates the time of a training step.
 
     Args:
-      found: `transfers(job, choice)`, if they are there already.
+      job: the training step.
+      choice: how it is split and computed.
+      found: `transfers(job, choice)`, if already computed.
     """
     found = transfers(job, choice) if found is None else found
     work = work_of(job, choice, job.visible)
@@ -86,13 +88,14 @@ def step_seconds(
     sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
     exchanges = hops = 0.0
     groups: dict[tuple[str, ...], Group] = {}
-    for one in found:
-        if one.axes not in groups:
-            groups[one.axes] = Group.of(job.machine, choice, one.axes)
-        taken = one.times * groups[one.axes].seconds(one.kind, one.sent)
-        if one.what != "attention":
-            sums[one.what] += taken
-        elif one.axes == ("ulysses",):
+    for transfer in found:
+        if transfer.axes not in groups:
+            groups[transfer.axes] = Group.of(job.machine, choice, transfer.axes)
+        group = groups[transfer.axes]
+        taken = transfer.times * group.seconds(transfer.kind, transfer.sent)
+        if transfer.what != "attention":
+            sums[transfer.what] += taken
+        elif transfer.axes == ("ulysses",):
             exchanges += taken
         else:
             hops += taken
@@ -119,10 +122,12 @@ def step_seconds(
 
 
 def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
-    """The step's FLOPs, over all devices.
+    """Returns the FLOPs of a training step, over all devices.
 
     Args:
-      visible: the part of attention's causal half that is counted.
+      job: the training step.
+      choice: how it is split and computed.
+      visible: fraction of attention's causal half to count.
     """
     return step_work(
         job.model,
@@ -135,10 +140,10 @@ def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
 
 
 def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
-    """What is seen of the way to the host's memory and back."""
+    """Seconds of transfers to and from the host that are not overlapped."""
     numbers = job.model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
-    # Parameters come for the forward pass; they and two moments come and go for the
-    # update.
+    # Parameters are fetched for the forward pass; for the update, they and two moments
+    # are fetched and sent back.
     each = job.stored_itemsize + job.state_itemsize
     waited = each * numbers * choice.offload
     beside = 0.0
@@ -151,18 +156,20 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
 def _ring(
     job: Job, choice: Choice, attention_seconds: int | float
 ) -> tuple[float, float]:
-    """(chunks, what of the hops is seen beyond them), of all layers and passes.
+    """(Seconds of chunks, seconds by which hops exceed them), over layers and passes.
 
-    Of a pipeline: chunks that are of use, and hops of all ticks.
+    In a pipeline, idle ticks count for hops, not for chunks.
 
     Args:
-      attention_seconds: of one forward pass of all layers, at a device's peak.
+      job: the training step.
+      choice: how it is split and computed.
+      attention_seconds: seconds of one forward pass of all layers, at a device's peak.
     """
     useful = layers_of(job, choice) * choice.pipeline.microbatches * choice.accumulate
     runs = runs_of(job, choice) * choice.accumulate
     call = call_of(job, choice)
     padded = call.heads.padded / call.num_heads
-    # Of one chunk: one layer, forward, on one device.
+    # Seconds of one chunk: one layer, forward, on one device.
     keys = 1 if choice.ring_schedule == "all_gather" else choice.ring
     length = job.sequence / math.sqrt(choice.ring * keys)
     chunk = attention_seconds * padded / job.machine.efficiency.attention(length)
@@ -170,10 +177,10 @@ def _ring(
     group = Group.of(job.machine, choice, ("ring",))
     merged = (choice.ring - 1) / choice.ring * (choice.ring_schedule != "all_gather")
     merged /= job.machine.memory_bandwidth * MEMORY
-    # out goes in and comes out of every chunk but the first; what each has of dq and
-    # of dk, dv is written, and added to the sum. All in float32.
+    # Every chunk but the first reads and writes out. Its part of dq and of dk, dv is
+    # written and added to the sum. All in float32.
     forward = chunk + merged * 8 * call.q_elements
-    # Five products for two.
+    # The backward has five products, the forward two.
     backward = 2.5 * chunk + merged * 16 * (call.q_elements + call.kv_elements)
     own = own_share(job, choice.ring)
     computed = seen = 0.0
@@ -188,11 +195,15 @@ def _ring(
 
 
 def own_share(job: Job, ring: int) -> float:
-    """The part of a shard's work that its own keys make, with no hop before it.
+    """Returns the fraction of a shard's work on its own keys, which needs no hop.
 
-    Of one document it is 1 / R. Of documents of M tokens, which begin anywhere, two
-    visible tokens at a distance d are in one zigzag chunk of c tokens with the chance
-    1 - d / c: on average c / M - c² / 3M² of them, and 1 - M / 3c where M < c.
+    For one document it is 1 / R. For documents of M tokens that begin anywhere, two
+    visible tokens at a distance d are in the same zigzag chunk of c tokens with
+    probability 1 - d / c: on average c / M - c² / 3M² of them, or 1 - M / 3c if M < c.
+
+    Args:
+      job: the training step.
+      ring: R, the devices of the ring.
     """
     if job.documents is None:
         return 1 / ring
@@ -205,7 +216,7 @@ def own_share(job: Job, ring: int) -> float:
 def _seen(
     choice: Choice, group: Group, computed: float, own: float, hop: int | float
 ) -> float:
-    """What of a turn's R - 1 hops is not hidden by what is computed beside them."""
+    """Seconds of a turn's R - 1 hops that computation does not hide."""
     size, schedule = choice.ring, schedule_of(choice.ring_schedule)
     if size == 1:
         return 0.0
@@ -216,7 +227,7 @@ def _seen(
         inner, outer = schedule.inner, size // schedule.inner
         near = dataclasses.replace(group, size=inner)
         seen = _beyond(inner, near.seconds(PERMUTE, hop), chunk)
-        # An inner turn is beside each hop of the outer ring.
+        # Each hop of the outer ring overlaps an inner turn.
         outside = group.seconds(PERMUTE, hop)
         return outer * seen + _beyond(outer, outside, inner * chunk + seen)
     both_ways = isinstance(schedule, Bidirectional) and bool(group.shape)
@@ -227,19 +238,19 @@ PERMUTE = "collective-permute"
 
 
 def _beyond(size: int, hop: float, chunk: float) -> float:
-    """What hops take longer than the chunks beside them; the first has no hop."""
+    """Seconds by which hops exceed the chunks they overlap; the first has no hop."""
     return (size - 1) * max(0.0, hop - chunk)
 
 
 def _beside_chunks(choice: Choice, exchanges: float, computed: float) -> float:
-    """What is seen of the all-to-alls in head chunks."""
+    """Seconds of the all-to-alls that are not hidden by other head groups."""
     number = choice.ulysses_chunks
     beside = (number - 1) / number
     return max(exchanges / number, exchanges - beside * computed)
 
 
 def _memory(job: Job, choice: Choice) -> tuple[float, float]:
-    """Reads and writes of what is no matrix product: (of layers, of all else)."""
+    """Seconds of memory-bound work outside matrix products: (layers, all else)."""
     model, parts = job.model, choice.accumulate
     tokens = parts * tokens_of(job, choice)
     heads = model.num_heads + model.num_kv_heads
@@ -255,7 +266,7 @@ def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     # float32 logits, written and read twice forward and once backward.
     ends = parts * end_tokens_of(job, choice)
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
-    # Parameters and two moments, read and written, and gradients; these are added up.
+    # Parameters and two moments are read and written; gradients of parts are summed.
     parameters = model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     state = (2 * job.state_itemsize + 4 + 8 * (parts - 1)) * parameters
     bandwidth = job.machine.memory_bandwidth * MEMORY

@@ -1,4 +1,4 @@
-"""A plan as tables of text."""
+"""Prints a plan as text tables."""
 
 import collections
 import dataclasses
@@ -16,11 +16,16 @@ from usp_jax.plan.traffic import by_axis
 from usp_jax.units import GIB
 
 WIDTH = 160
-"""Columns of text in which a table has no word cut."""
+"""Columns of text that fit a table without cutting words."""
 
 
 def show(rows: Sequence[Row], top: int) -> None:
-    """Prints the best rows, why others are not among them, and the best's command."""
+    """Prints the best rows, why others were rejected, and the best one's command.
+
+    Args:
+      rows: the plan, best first.
+      top: number of rows in the table.
+    """
     job, console = rows[0].job, _console()
     machine = job.machine
     console.print(
@@ -33,16 +38,16 @@ def show(rows: Sequence[Row], top: int) -> None:
     )
     for why, count in refused.most_common():
         example = next(row for row in rows if row.reason.startswith(why))
-        left_out = f"{count} x {why}, as {describe(example.choice)}: "
+        left_out = f"{count} x {why}, such as {describe(example.choice)}: "
         console.print(left_out + example.reason.partition(": ")[2], soft_wrap=True)
     best = rows[0]
     if not best.can_train:
         console.print("nothing fits")
         return
     for axes, sent in by_axis(best.transfers).items():
-        console.print(f"  sends {_gib(sent)} GiB a step along {axes}")
+        console.print(f"  sends {_gib(sent)} GiB per step along {axes}")
     if (host := host_bytes(job, best.choice)) > 0:
-        console.print(f"  keeps {_gib(host)} GiB a device in the host's memory")
+        console.print(f"  keeps {_gib(host)} GiB per device in the host's memory")
     for number in against(best):
         console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
     for waste in wasteful(best):
@@ -53,16 +58,16 @@ def show(rows: Sequence[Row], top: int) -> None:
 def _table(rows: Sequence[Row]) -> rich.table.Table:
     table = rich.table.Table()
     parts = [field.name for field in dataclasses.fields(Memory)]
-    names = ["choice", "s a step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
+    names = ["choice", "s/step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
     for name in [*names, *parts, "sends", "tips", ""]:
         table.add_column(name, justify="left" if name in ("choice", "") else "right")
     for row in rows:
-        told, (memory, _) = row.as_dict(), row.known
+        values, (memory, _) = row.as_dict(), row.known
         table.add_row(
             describe(row.choice),
-            f"{told['step_seconds']:.3g}",
-            f"{told['tflops_per_device']:.0f}",
-            *(f"{told[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
+            f"{values['step_seconds']:.3g}",
+            f"{values['tflops_per_device']:.0f}",
+            *(f"{values[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
             _gib(memory.peak),
             *(_gib(getattr(memory, name)) for name in parts),
             _gib(row.sent),
@@ -73,7 +78,11 @@ def _table(rows: Sequence[Row]) -> rich.table.Table:
 
 
 def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
-    """Prints predicted bytes beside the compiler's."""
+    """Prints predicted bytes next to the compiler's.
+
+    Args:
+      found: rows with the reports of their compiled programs.
+    """
     table = rich.table.Table()
     for name in ("choice", "peak", "compiler's", "sends", "compiler's", "fits"):
         table.add_column(name, justify="left" if name == "choice" else "right")
@@ -91,7 +100,7 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
 
 
 def _console() -> rich.console.Console:
-    """As wide as the tables at the least, for a pipe too."""
+    """A console at least as wide as the tables, also when piped."""
     width = max(WIDTH, rich.console.Console().width)
     return rich.console.Console(highlight=False, width=width)
 

@@ -1,6 +1,6 @@
 """The seven tips of the USP paper (arXiv 2405.07719, section 4) as checks of a row.
 
-And what few heads make a row waste, in words.
+Also messages about what a row wastes when there are few heads.
 """
 
 import dataclasses
@@ -13,46 +13,46 @@ from usp_jax.plan.search import Row
 from usp_jax.plan.traffic import call_of
 
 TIPS = {
-    1: "use ring and Ulysses together in place of either alone",
-    2: "split the batch before the sequence, while it can be",
+    1: "use ring and Ulysses together instead of either alone",
+    2: "split the batch before the sequence, while possible",
     3: "split the sequence with ZeRO-1; ZeRO-3 only when memory asks for it",
     4: "split the sequence rather than tensors: it sends less",
-    5: "where splitting the sequence does not fit, take ZeRO-3 with it",
+    5: "if splitting the sequence does not fit, add ZeRO-3",
     6: "with few heads, raise the ring's degree",
     7: "give fast links to tensor, then Ulysses, then the ring",
 }
 
 
 def against(row: Row) -> tuple[int, ...]:
-    """The numbers of the tips that a row goes against."""
+    """Returns the numbers of the tips that a row goes against."""
     return tuple(n for n, check in _CHECKS.items() if check(row.job, row.choice))
 
 
 def wasteful(row: Row) -> tuple[str, ...]:
-    """Where few heads make a row send or compute more than it has to."""
+    """Returns messages where few heads make a row send or compute more than needed."""
     choice, call = row.choice, call_of(row.job, row.choice)
-    heads, found = call.heads, []
+    heads, messages = call.heads, []
     split = f"ulysses={choice.ulysses}"
     if heads.replicated:
         times = heads.sent.size / call.num_kv_heads
-        found.append(
-            f"{split} for {call.num_kv_heads} key/value heads: they are sent, and go "
-            f"round the ring, {times:.3g} times over"
+        messages.append(
+            f"{split} for {call.num_kv_heads} key/value heads: they are sent, also "
+            f"around the ring, {times:.3g} times over"
         )
     if heads.padded > call.num_heads:
-        found.append(
+        messages.append(
             f"{split} for {call.num_heads} query heads: {heads.padded} are computed"
         )
     if call.turns > 1 and choice.ring > 1:
-        found.append(
+        messages.append(
             f"ulysses_chunks={choice.ulysses_chunks} for {heads.sent.shape[1]} "
-            f"key/value heads of a device: they go round the ring {call.turns} times"
+            f"key/value heads per device: they go around the ring {call.turns} times"
         )
-    return tuple(found)
+    return tuple(messages)
 
 
 def _one_alone(job: Job, choice: Choice) -> bool:
-    """One axis has all the sequence, though both could have a part."""
+    """Returns whether one axis splits the sequence though both could share it."""
     both = choice.ring > 1 and choice.ulysses > 1
     shards = choice.sequence_shards
     if shards == 1 or both:
@@ -66,13 +66,13 @@ def _one_alone(job: Job, choice: Choice) -> bool:
 
 
 def _batch_left(job: Job, choice: Choice) -> bool:
-    """Some of the sequence's devices could have rows of their own."""
+    """Returns whether some devices of the sequence could split the batch instead."""
     left = job.batch // (choice.data * choice.fsdp)
     return math.gcd(left, choice.sequence_shards) > 1
 
 
 def _needless_zero3(job: Job, choice: Choice) -> bool:
-    """ZeRO-1 would fit as well."""
+    """Returns whether ZeRO-1 would also fit."""
     if choice.zero == 1 or choice.sequence_shards == 1:
         return False
     other = dataclasses.replace(choice, zero=1)
@@ -80,7 +80,7 @@ def _needless_zero3(job: Job, choice: Choice) -> bool:
 
 
 def _needless_tensor(job: Job, choice: Choice) -> bool:
-    """The sequence could be split in place of tensors, and it would fit."""
+    """Returns whether splitting the sequence instead of tensors would fit."""
     if choice.tensor == 1:
         return False
     ulysses = dataclasses.replace(
@@ -93,19 +93,19 @@ def _needless_tensor(job: Job, choice: Choice) -> bool:
 
 
 def _zero3_would_help(job: Job, choice: Choice) -> bool:
-    """It does not fit, with parameters that are not split."""
+    """Returns whether the choice does not fit with ZeRO-1's unsplit parameters."""
     return choice.zero == 1 and choice.split > 1 and not _fits(job, choice)
 
 
 def _few_heads(job: Job, choice: Choice) -> bool:
-    """Key/value heads are sent to several devices of the Ulysses axis."""
+    """Returns whether key/value heads go to several devices of the Ulysses axis."""
     return choice.ulysses > 1 and (
         choice.ulysses * choice.tensor > job.model.num_kv_heads
     )
 
 
 def _crosses_nodes(job: Job, choice: Choice) -> bool:
-    """Ulysses or tensor reaches over the slow links."""
+    """Returns whether Ulysses or tensor spans the slow links."""
     inner = choice.ulysses * choice.tensor
     return inner > job.machine.node
 

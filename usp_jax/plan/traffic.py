@@ -1,21 +1,21 @@
-"""What a training step sends: every collective of the program that `train` compiles.
+"""Traffic of a training step: the collectives of the program that `train` compiles.
 
-Bytes are what one device sends, as `usp_jax.compiled.Collective.wire_bytes` counts
-them. With A devices along data, fsdp, ring and ulysses, Z along the last three, X along
-tensor:
+Bytes are those that one device sends, as `usp_jax.compiled.Collective.wire_bytes`
+counts them. With A devices along data, fsdp, ring and ulysses, Z along the last three,
+X along tensor:
 
-* norms are gathered whole once, float32, and their gradients scattered;
-* matrices are gathered over data once, and over Z one layer at a time, forward and
-  again backward; the output matrix in blocks of the vocabulary, the same; each gradient
-  is scattered once;
-* the embedding exchanges activations, never its table;
-* attention sends what `attention.py` says, and part of it again for the remat policy;
+* norms are gathered whole once, in float32, and their gradients scattered;
+* matrices are gathered over data once, and over Z one layer at a time, in the forward
+  and again in the backward; the output matrix likewise, in blocks of the vocabulary;
+  each gradient is scattered once;
+* the embedding exchanges activations, not its table;
+* attention sends the bytes of `attention.py`, and repeats some for the remat policy;
 * along tensor, activations are gathered before each product with weights and summed and
   scattered after it (TP-sp), or summed whole;
-* along pipe, a micro-batch's activations go round twice a tick, and a stage's weights
+* along pipe, a micro-batch's activations are sent twice per tick, and a stage's weights
   are gathered in each tick;
-* where a step takes its rows in parts, all of it is sent for each, but what is gathered
-  once: XLA does that before the loop over parts.
+* if the rows are processed in parts, everything is sent once per part, except what is
+  gathered once: XLA does that before the loop over parts.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from usp_jax.ring import Double, PassQ, schedule_of
 
 ZERO_AXES = ("fsdp", "ring", "ulysses")
 ALL_AXES = ("data", *ZERO_AXES)
-# Of what has no layers, which all stages share.
+# Axes of the embedding and the output matrix, which all stages share.
 END_ZERO_AXES = ("pipe", *ZERO_AXES)
 END_AXES = ("pipe", *ALL_AXES)
 
@@ -40,10 +40,10 @@ class Transfer:
 
     Attributes:
       what: "weights", "gradients", "attention", "activations" or "tokens".
-      kind: as in `usp_jax.compiled.KINDS`.
-      axes: the mesh axes of its group, outermost first.
-      times: a step.
-      sent: bytes that a device sends, each time.
+      kind: a name in `usp_jax.compiled.KINDS`.
+      axes: mesh axes of its group, outermost first.
+      times: number of times per training step.
+      sent: bytes that a device sends each time.
     """
 
     what: str
@@ -54,12 +54,12 @@ class Transfer:
 
     @property
     def total(self) -> int | float:
-        """Bytes that a device sends in a step."""
+        """Bytes that a device sends in a training step."""
         return self.times * self.sent
 
 
 def call_of(job: Job, choice: Choice) -> attention.Call:
-    """One layer's attention, of all rows that a device has at a time."""
+    """Returns one layer's attention call, for all rows a device has at a time."""
     return attention.Call(
         tokens=microbatch_of(job, choice),
         num_heads=job.model.num_heads // choice.tensor,
@@ -74,44 +74,50 @@ def call_of(job: Job, choice: Choice) -> attention.Call:
 
 
 def tokens_of(job: Job, choice: Choice) -> int:
-    """Tokens of one device's layers, over all its rows of a part."""
+    """Returns the tokens of one device's layers, over all its rows of a part."""
     return job.batch * job.sequence // (choice.everyone * choice.accumulate)
 
 
 def microbatch_of(job: Job, choice: Choice) -> int:
-    """Those that a layer has at a time."""
+    """Returns the tokens that a device's layer processes at a time."""
     return tokens_of(job, choice) // choice.pipeline.microbatches
 
 
 def is_tiled(job: Job, choice: Choice) -> bool:
-    """The feed-forward network has more tokens than a tile."""
+    """Returns whether the feed-forward network has more tokens than a tile."""
     return choice.mlp_tile is not None and choice.mlp_tile < microbatch_of(job, choice)
 
 
 def end_tokens_of(job: Job, choice: Choice) -> int:
-    """Those whose embedding and loss are a device's: stages share them."""
+    """Returns the tokens whose embedding and loss a device computes.
+
+    Pipeline stages share this work.
+    """
     return tokens_of(job, choice) // choice.pipe
 
 
 def layers_of(job: Job, choice: Choice) -> int:
-    """Layers of one device."""
+    """Returns the number of layers on one device."""
     return job.model.num_layers // choice.pipe
 
 
 def runs_of(job: Job, choice: Choice) -> int:
-    """How often a device runs one of its layers, in a part; idle ticks included."""
+    """Returns the number of layer runs of a device in a part, idle ticks included."""
     return layers_of(job, choice) // choice.interleave * choice.pipeline.ticks
 
 
 def loss_blocks(job: Job, choice: Choice) -> int:
-    """The blocks into which the loss cuts a device's part of the vocabulary."""
+    """Returns the number of blocks the loss makes of a device's vocabulary."""
     size, limit = job.model.vocab_size // choice.tensor, job.model.loss_block
     return next(n for n in range(-(-size // limit), size + 1) if size % n == 0)
 
 
 def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
-    """All of a step but sums of single numbers, those of nothing left out."""
-    found = [
+    """Returns the collectives of a training step, except sums of scalars.
+
+    Collectives that send nothing are left out.
+    """
+    collectives = [
         *_parameters(job, choice),
         *_tokens(job, choice),
         *_attention(job, choice),
@@ -120,22 +126,25 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
     ]
     parts = choice.accumulate
     if parts > 1:
-        found = [dataclasses.replace(one, times=parts * one.times) for one in found]
-    found = [*_gathered_once(job, choice), *found]
-    return tuple(one for one in found if one.total > 0)
+        collectives = [
+            dataclasses.replace(transfer, times=parts * transfer.times)
+            for transfer in collectives
+        ]
+    collectives = [*_gathered_once(job, choice), *collectives]
+    return tuple(transfer for transfer in collectives if transfer.total > 0)
 
 
 def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
-    """Bytes that a device sends in a step, by the axes "ring", "fsdp+ring", ..."""
+    """Returns the bytes a device sends in a step, keyed by axes such as "fsdp+ring"."""
     totals: dict[str, int | float] = {}
-    for one in found:
-        name = "+".join(one.axes)
-        totals[name] = totals.get(name, 0) + one.total
+    for transfer in found:
+        name = "+".join(transfer.axes)
+        totals[name] = totals.get(name, 0) + transfer.total
     return totals
 
 
 def _axes(choice: Choice, names: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """Those of the axes that split anything, and how many devices they have."""
+    """The axes whose size is not 1, and the number of devices along them."""
     size = 1
     for name in names:
         size *= choice.sizes[name]
@@ -150,13 +159,13 @@ def _gathered(
     times: int,
     whole: int | float,
 ) -> Transfer:
-    """A gather of `whole` bytes, or a scatter of as many, over some axes."""
+    """A gather or scatter of `whole` bytes over some axes."""
     axes, size = _axes(choice, names)
     return Transfer(what, kind, axes, times, whole * (size - 1) / size)
 
 
 def _gathered_once(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Norms, of the matrices what ZeRO-1 and `data` split, and a single block."""
+    """Gathers done once per step: norms, ZeRO-1's and `data`'s, and a single block."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
     gather = "all-gather"
@@ -174,7 +183,7 @@ def _gathered_once(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Weights that are gathered layer by layer, and gradients on their way home."""
+    """Gathers of weights layer by layer, and scatters of gradients."""
     sizes = _weights(job, choice)
     layers = layers_of(job, choice) * sizes.layer
     runs = runs_of(job, choice)
@@ -184,7 +193,7 @@ def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
     yield _gathered("gradients", scatter, choice, ALL_AXES, 1, sizes.norms)
     yield _gathered("gradients", scatter, choice, END_AXES, 1, sizes.last_norm)
     if choice.program == "train" and choice.tensor_sequence:
-        # Each device along tensor has applied them to tokens of its own.
+        # Each device along tensor has applied the norms to its own tokens.
         yield _gathered("gradients", "all-reduce", choice, ("tensor",), 1, 2 * norms)
     yield _dealt("gradients", job, choice, sizes)
     if choice.zero == 1:
@@ -204,19 +213,19 @@ def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def gradient_itemsize(job: Job, choice: Choice) -> int:
-    """Bytes of an element of what gradients are summed in over devices."""
+    """Returns the bytes per element of gradients when summed over devices."""
     return 4 if choice.program == "megatron" else job.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Bytes of what is gathered: norms in float32, and matrices.
+    """Bytes of gathered weights: norms in float32, and matrices.
 
     Attributes:
-      norms: of a device's layers.
-      last_norm: the model's.
-      layer: one layer's matrices.
-      output: the output matrix.
+      norms: bytes of the norms of a device's layers.
+      last_norm: bytes of the final norm.
+      layer: bytes of one layer's matrices.
+      output: bytes of the output matrix.
     """
 
     norms: int
@@ -236,7 +245,7 @@ def _weights(job: Job, choice: Choice) -> _Weights:
 
 
 def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
-    """A stage's shards of the layers that others use, in more than one round."""
+    """Sends a stage's layers to the stages that use them, with several rounds."""
     times = dealing_turns(choice)
     layers = sizes.norms + layers_of(job, choice) * sizes.layer
     sent = layers / choice.everyone / choice.interleave
@@ -244,7 +253,7 @@ def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
 
 
 def dealing_turns(choice: Choice) -> int:
-    """How many of the turns in which layers are dealt out send anything."""
+    """Returns the number of turns of `Pipeline.deal` that send anything."""
     if choice.interleave == 1:
         return 0
     kept, _ = deal_tables(choice.pipe, choice.interleave)
@@ -259,18 +268,18 @@ def dealing_turns(choice: Choice) -> int:
 
 
 def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Ids of tokens and documents, and the embedding."""
+    """Transfers of token ids, document ids and positions, and of the embedding."""
     ends = end_tokens_of(job, choice)
     axes, size = _axes(choice, END_AXES)
     yield Transfer("tokens", "all-gather", axes, 1, 4 * ends * (size - 1))
-    # Documents, for attention's masks: in each tick those of its micro-batch.
+    # Document ids, for attention's masks: in each tick those of its micro-batch.
     rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
     times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
     yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
     yield Transfer(
         "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
     )
-    # Positions are the same in all rows; of one row they pass for its own.
+    # Positions have one row for all; with a single row they are sent like the ids.
     kinds = 1 + (ends * choice.sequence_shards == job.sequence)
     sent = kinds * 4 * ends * (choice.pipe - 1)
     yield Transfer("tokens", "all-gather", ("pipe",), 1, sent)
@@ -279,7 +288,7 @@ def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """The all-to-alls and the ring, forward, backward and again."""
+    """All-to-alls and ring transfers, forward, backward and recomputed."""
     call, layers = call_of(job, choice), runs_of(job, choice)
     again = again_of(choice)
     stays = (choice.ulysses - 1) / choice.ulysses
@@ -293,9 +302,9 @@ def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
     hops = call.turns * (choice.ring - 1)
     read, follows = attention.forward_hop(call)
     back_read, back_follows = attention.backward_hop(call)
-    # Head groups that have k, v of their own send these one after the other.
+    # Head groups with their own k, v send these in sequence.
     parts = 1 if choice.ring_schedule == "pass_q" else call.heads.kv_parts
-    # The compiler sees that the repeated forward begins with the backward's hops.
+    # The compiler merges the first hops of the repeated forward with the backward's.
     shared = again.ring * _first_hops(choice)
     if choice.ring_schedule == "all_gather":
         gather, scatter = "all-gather", "reduce-scatter"
@@ -315,9 +324,9 @@ def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def _first_hops(choice: Choice) -> int:
-    """Hops of a pass that send k, v as they are; an all-gather counts as one.
+    """Number of hops of a pass that send unrotated k, v; an all-gather counts as one.
 
-    In a double ring those are the first of the inner rings and of the outer one.
+    In a double ring these are the first of the inner rings and of the outer one.
     """
     schedule = schedule_of(choice.ring_schedule)
     if choice.ring == 1 or isinstance(schedule, PassQ):
@@ -328,40 +337,40 @@ def _first_hops(choice: Choice) -> int:
 
 
 def _exchanges_again(call: attention.Call, choice: Choice) -> tuple[int, ...]:
-    """Of the forward's, those that the backward repeats for the remat policy."""
+    """Bytes of the forward's all-to-alls that the remat policy repeats."""
     exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
-    # In head groups the backward sends q, k, v again in any case: only out is missing.
+    # With head groups the backward resends q, k, v anyway; only out is added.
     return exchanges[2:] if call.chunks > 1 else exchanges
 
 
 @dataclasses.dataclass(frozen=True)
 class Again:
-    """How often the backward repeats the forward's all-to-alls and its ring."""
+    """Number of times the backward repeats the forward's all-to-alls and its ring."""
 
     exchanges: int
     ring: int
 
 
 def again_of(choice: Choice) -> Again:
-    """What the remat policy repeats of attention."""
+    """Returns how often the remat policy repeats attention's collectives."""
     kept = kept_of(choice)
     return Again(exchanges=int(kept in ("full", "attention")), ring=int(kept == "full"))
 
 
 def kept_of(choice: Choice) -> str:
-    """The remat policy, wherever what it keeps is kept."""
+    """Returns the remat policy without its "_offload" suffix."""
     return choice.remat.removesuffix("_offload")
 
 
 def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Sums, or with TP-sp gathers and scatters, of activations along tensor."""
+    """Sums of activations along tensor, or gathers and scatters with TP-sp."""
     runs, size = runs_of(job, choice), choice.tensor
     width = job.model.d_model
     x = microbatch_of(job, choice) * width * job.itemsize
     ends = end_tokens_of(job, choice)
     axes, stays = ("tensor",), (size - 1) / size
     gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
-    # Attention's sum is repeated by the backward wherever it is not kept.
+    # The backward repeats attention's sum unless its result is kept.
     again = int(kept_of(choice) not in ("none", "dots"))
     if choice.program == "megatron":
         for kind, times in ((gather, 6), (scatter, 4)):
@@ -371,7 +380,7 @@ def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:
     if choice.tensor_sequence:
         yield Transfer("activations", gather, axes, 6 * runs, x * stays)
         yield Transfer("activations", scatter, axes, (4 + again) * runs, x * stays)
-        # What the output matrix takes and the embedding gives, and their gradients.
+        # The output matrix's input, the embedding's output, and their gradients.
         yield Transfer("activations", gather, axes, 2, out * stays)
         yield Transfer("activations", scatter, axes, 1, out * stays)
         yield Transfer("activations", scatter, axes, 1, dx * stays)
@@ -385,7 +394,7 @@ def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def _pipe(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """The ring of stages and the belt beside it, every tick, forward and back."""
+    """Permutes of the stages' ring and belt, in every tick, forward and backward."""
     if choice.pipe > 1:
         x = microbatch_of(job, choice) * job.model.d_model * job.itemsize
         times = 2 * (2 * choice.pipeline.ticks + 1)

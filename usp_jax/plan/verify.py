@@ -1,6 +1,6 @@
-"""What the compiler says of a choice: the training step, compiled for the machine.
+"""Compiles a choice's training step for the machine and reports its bytes.
 
-The step is the trainer's own, `usp_jax.models.training`. Needs flax, optax and the
+The step is the trainer's, `usp_jax.models.training`. Needs flax, optax and the
 compilers, `pip install 'usp_jax[plan,aot]'`.
 """
 
@@ -26,14 +26,14 @@ from usp_jax.plan.choice import Choice, Job, check_is_trained_here
 
 
 def compile_step(job: Job, choice: Choice) -> aot.Report:
-    """The report on a step's program.
+    """Compiles a training step ahead of time and returns the compiler's report.
 
     Args:
-      job: its machine must have a compiler.
-      choice: of the training program.
+      job: the training step; its machine must have a compiler.
+      choice: how to split and compute it; its program must be "train".
 
     Raises:
-      ValueError: the machine has no compiler, or the choice is another program's.
+      ValueError: the machine has no compiler, or the program is not "train".
       ImportError: the compiler is not installed.
     """
     check_is_trained_here(choice)
@@ -47,12 +47,12 @@ def compile_step(job: Job, choice: Choice) -> aot.Report:
 def training_step(
     job: Job, choice: Choice, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, tuple[State, Batch]]:
-    """The jitted step, and its arguments as shapes with their shardings.
+    """Returns the jitted training step, and its arguments as shapes with shardings.
 
     Args:
-      job: what is trained.
-      choice: how.
-      mesh: of the choice's sizes.
+      job: the training step.
+      choice: how to split and compute it.
+      mesh: a mesh of the choice's sizes.
     """
     config = job.model_of(choice)
     training = Training(
@@ -61,7 +61,7 @@ def training_step(
     graphdef, state = abstract_state(config, mesh, training.optimizer)
     tokens = NamedSharding(mesh, Split.of(mesh).tokens)
     ids = jax.ShapeDtypeStruct((job.batch, job.sequence), jnp.int32, sharding=tokens)
-    # Shapes stand for the arrays; jax has no type that is both.
+    # Shapes in place of arrays; jax has no type that covers both.
     rows = cast(jax.Array, ids)
     batch = Batch(tokens=rows, labels=rows, segment_ids=rows)
     return jit_step(make_step(graphdef, training), state), (state, batch)

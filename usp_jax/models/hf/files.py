@@ -1,4 +1,4 @@
-"""A folder of safetensors files: one, or several with an index of which has what.
+"""A folder of safetensors files: a single file, or several with an index.
 
 The format: https://huggingface.co/docs/safetensors.
 """
@@ -30,27 +30,39 @@ Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 
 def read_json(path: Path) -> dict[str, Json]:
-    """Raises ValueError, with the path, for what is missing or no JSON object."""
+    """Reads a JSON object from a file.
+
+    Raises:
+      ValueError: the file is missing or is not a JSON object; the message has its path.
+    """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object")
-    return found
+    return content
 
 
 def number(key: str, value: Json) -> float:
-    """A value that must be a number, or the text of one."""
+    """Converts a number, or the text of one, to a float.
+
+    Raises:
+      ValueError: the value is not a number; a bad type's message names the key.
+    """
     if not isinstance(value, int | float | str):
         raise ValueError(f"{key}={value!r} must be a number")
     return float(value)
 
 
 def positive_int(key: str, value: Json) -> int:
-    """A value that must be a positive whole number."""
+    """Returns a value after checking that it is a positive int.
+
+    Raises:
+      ValueError: it is not; the message names the key.
+    """
     if not isinstance(value, int):
         raise ValueError(f"{key}={value!r} must be a positive int")
     check_positive_int(key, value)
@@ -59,7 +71,7 @@ def positive_int(key: str, value: Json) -> int:
 
 @runtime_checkable
 class _Slice(Protocol):
-    """A tensor in a file: safetensors' class, which it does not name."""
+    """A tensor in a file, as safetensors returns it from a class it does not export."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -69,7 +81,7 @@ class _Slice(Protocol):
 
 
 class TensorFiles:
-    """The tensors of a checkpoint, read slice by slice from mapped files."""
+    """Tensors of a checkpoint, read slice by slice from memory-mapped files."""
 
     def __init__(
         self, files: Mapping[str, safe_open], places: Mapping[str, str]
@@ -80,11 +92,11 @@ class TensorFiles:
     @classmethod
     @contextlib.contextmanager
     def open(cls, folder: Path) -> Iterator["TensorFiles"]:
-        """The files of a folder, until the context ends.
+        """Opens the files of a folder until the context ends.
 
         Raises:
-          ValueError: there are none, or one is missing, damaged or not what the index
-            says.
+          ValueError: there are no files, or one is missing, damaged or does not match
+            the index.
         """
         with contextlib.ExitStack() as stack:
             files: dict[str, safe_open] = {}
@@ -104,19 +116,19 @@ class TensorFiles:
 
     @property
     def names(self) -> set[str]:
-        """The names of all tensors."""
+        """Names of all tensors."""
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Returns the shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor, in the format's words: F32, BF16, F16."""
+        """Returns the dtype of a tensor by its safetensors name: F32, BF16, F16."""
         return self._slice(name).get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor; nothing else of it is read."""
+        """Reads a slice of a tensor, and no other part of it."""
         return self._slice(name)[index]
 
     def _slice(self, name: str) -> _Slice:
@@ -124,9 +136,16 @@ class TensorFiles:
 
 
 def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, list[str]]:
-    """Tensors' names by file: in their order, each file as full as it may be.
+    """Assigns tensors to files in order, filling each file before the next.
 
-    A tensor larger than `file_bytes` has a file of its own.
+    A tensor larger than `file_bytes` gets a file of its own.
+
+    Args:
+      sizes: bytes of each tensor.
+      file_bytes: maximum bytes of a file.
+
+    Returns:
+      Names of tensors, keyed by file name.
     """
     groups: list[list[str]] = []
     total = 0
@@ -146,7 +165,7 @@ def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, lis
 
 
 def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor -> file's name; None where one file has all."""
+    """Maps each tensor to its file's name; None if a single file has all tensors."""
     if (folder / SINGLE).exists():
         return None
     if (folder / INDEX).exists():

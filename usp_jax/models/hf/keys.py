@@ -1,8 +1,8 @@
-"""config.json and `LlamaConfig`, each made from the other.
+"""Converts between config.json and `LlamaConfig`.
 
-Every key is either read, or checked to say what a `Llama` is, or known not to change
-the logits; any other raises. Qwen2 and Qwen3 are LLaMAs with biases or norms more, and
-Mistral without its window is one.
+Each key is read, or checked to match a `Llama`, or known not to change the logits; any
+other key raises. Qwen2 and Qwen3 are LLaMAs with extra biases or norms, and Mistral
+without its window is a LLaMA.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ class _Kind:
     """A `model_type` that is a `Llama`.
 
     Attributes:
-      architecture: transformers' class.
-      fields: of `LlamaConfig`, which no key of config.json tells.
-      required: keys, beside the sizes, whose default there is another one.
-      may_slide: has keys for windows, which say nothing while it does not use them.
-      slides: has windows unless it says that it has none.
+      architecture: name of the class in transformers.
+      fields: fields of `LlamaConfig` that no key of config.json gives.
+      required: keys, apart from the sizes, whose default in transformers differs.
+      may_slide: has keys for windows, which have no effect while windows are off.
+      slides: has windows unless config.json turns them off.
     """
 
     architecture: str
@@ -53,7 +53,7 @@ _KINDS = {
         may_slide=True,
     ),
 }
-# LlamaConfig's name of each size that every config.json must tell.
+# Size in config.json -> field of LlamaConfig. All of these are required.
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
@@ -75,7 +75,7 @@ _READ = {
     "dtype",
     "torch_dtype",
 }
-# What a key may say; null is as good as leaving it out.
+# Supported values of a key; null counts as left out.
 _ONLY: dict[str, tuple[Json, ...]] = {
     "model_type": tuple(_KINDS),
     "hidden_act": ("silu",),
@@ -88,17 +88,17 @@ _ONLY: dict[str, tuple[Json, ...]] = {
     "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
-# Of windows, beside the switch: what a model without them may say anything in.
+# Keys of windows, apart from the switch: ignored when windows are off.
 _WINDOWS = ("sliding_window", "max_window_layers")
 _NOTES = {
-    # How to sample, in checkpoints older than generation_config.json.
+    # Sampling options, in checkpoints older than generation_config.json.
     "do_sample",
     "max_length",
     "max_sequence_length",
     "temperature",
     "top_k",
     "top_p",
-    # Names of tokens and of classes, how it was made, what a call returns.
+    # Special tokens, class names, provenance, return options.
     "_attn_implementation_autoset",
     "_name_or_path",
     "bos_token_id",
@@ -112,7 +112,7 @@ _NOTES = {
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
-    # Splits matrix products into slices, whose results are the same.
+    # Splits matrix products into slices with the same results.
     "pretraining_tp",
     "return_dict",
     "tokenizer_class",
@@ -124,18 +124,19 @@ _NOTES = {
 
 
 def read_config(config: Mapping[str, Json], **overrides: object) -> LlamaConfig:
-    """The model that a config.json tells of.
+    """Converts config.json to a `LlamaConfig`.
 
     Args:
-      overrides: of `LlamaConfig`'s fields; `dtype` None is what config.json says.
+      config: the content of config.json.
+      overrides: fields of `LlamaConfig` to replace; `dtype` None uses config.json's.
 
     Raises:
-      ValueError: a key that is missing, unknown, or has a value not supported.
+      ValueError: a key is missing, unknown, or has an unsupported value.
     """
     _check(config)
     heads = config["num_attention_heads"]
     theta, scaling = read_rope(config)
-    # `LlamaConfig` checks what each of them is.
+    # `LlamaConfig` checks the types and values.
     fields: dict[str, Any] = {
         **{name: config[key] for key, name in _SIZES.items()},
         "num_kv_heads": config.get("num_key_value_heads") or heads,
@@ -155,14 +156,15 @@ def read_config(config: Mapping[str, Json], **overrides: object) -> LlamaConfig:
 def write_config(
     config: LlamaConfig, dtype: str, like: Mapping[str, Json]
 ) -> dict[str, Json]:
-    """What config.json says of a model.
+    """Returns the content of config.json for a model.
 
     Args:
-      dtype: of the tensors.
-      like: a config.json whose notes, the model's longest length among them, are kept.
+      config: the model's configuration.
+      dtype: dtype of the tensors.
+      like: a config.json whose notes are kept, including the maximum length.
 
     Raises:
-      ValueError: no published kind of model has both biases and norms.
+      ValueError: no supported `model_type` has the model's biases and norms.
     """
     model_type, kind = _kind_of(config)
     biases = ("attention_bias", "mlp_bias") if model_type == "llama" else ()
@@ -190,13 +192,13 @@ def _kind_of(config: LlamaConfig) -> tuple[str, _Kind]:
         if all(getattr(config, field) == x for field, x in kind.fields.items()):
             return name, kind
     raise ValueError(
-        f"qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm} is no model that "
-        f"the format has: it has {', '.join(_KINDS)}"
+        f"qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm} is not a model of "
+        f"the format, which has {', '.join(_KINDS)}"
     )
 
 
 def _check(config: Mapping[str, Json]) -> None:
-    # Another kind of model is told as that, whatever else it has.
+    # Checked first: an unsupported model type is reported as such.
     kind = _KINDS.get(str(config.get("model_type")), _KINDS["llama"])
     windows: dict[str, tuple[Json, ...]] = {}
     if not kind.may_slide:
@@ -210,20 +212,20 @@ def _check(config: Mapping[str, Json]) -> None:
         **windows,
     }
     for key, values in only.items():
-        given = config.get(key)
-        if given is not None and given not in values:
-            told = " or ".join(map(repr, values)) or "null or left out"
-            raise ValueError(f"{key}={given!r} is not supported, it must be {told}")
+        value = config.get(key)
+        if value is not None and value not in values:
+            listed = " or ".join(map(repr, values)) or "null or left out"
+            raise ValueError(f"{key}={value!r} is not supported; it must be {listed}")
     if kind.slides and "sliding_window" not in config:
         raise ValueError(
-            "sliding_window must be given, as null: left out, it is a window of 4096"
+            "sliding_window must be null, not left out: the default is a window of 4096"
         )
     unknown = sorted(config.keys() - _READ - only.keys() - _NOTES - set(_WINDOWS))
     if unknown:
-        told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
+        listed = ", ".join(f"{key}={config[key]!r}" for key in unknown)
         raise ValueError(
-            f"{told} is not understood and may change what the model computes; if it "
-            "is a mere note, remove it from config.json"
+            f"{listed} is not understood and may change what the model computes; if it "
+            "does not, remove it from config.json"
         )
     needed = ("model_type", *_SIZES, *kind.required)
     missing = [key for key in needed if config.get(key) is None]
@@ -246,6 +248,6 @@ def _dtype(config: Mapping[str, Json]) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
-            f"dtype={dtype!r} is not computed in: give dtype= one of {DTYPES}"
+            f"dtype={dtype!r} is not supported: give dtype=, one of {DTYPES}"
         )
     return dtype

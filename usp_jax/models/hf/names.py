@@ -1,12 +1,12 @@
-"""Which tensors of a checkpoint make a parameter, and how its slices are theirs.
+"""Maps the tensors of a checkpoint to parameters, and their slices to each other.
 
-A checkpoint has a matrix [out, in] for each layer, with the heads of out or in merged;
-a parameter has the layers stacked, in before out, and heads as dims of their own:
+A checkpoint has a matrix [out, in] for each layer, with heads merged into out or in. A
+parameter has the layers stacked, in before out, and a separate dim for heads:
 
     q_proj.weight [N·H, D], for each of L layers  ->  q [L, D, N, H]
 
-So any slice of a parameter is made of one slice of each layer's tensor, provided that
-it has heads as a whole, which is how the model is split.
+So a slice of a parameter consists of one slice of each layer's tensor, provided that it
+contains whole heads, which is how the model is split.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.sharding import TABLE, parameter_shapes
 
-# Parameter -> its tensor's name, and the tensor's dims in the letters of `TABLE`.
+# Parameter -> (its tensor's name, the tensor's dims in the letters of `TABLE`).
 _LAYER = "model.layers.{}."
 _TENSORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "embed": ("model.embed_tokens.weight", ("V", "D")),
@@ -51,7 +51,10 @@ class Tensor:
     """One tensor of a checkpoint.
 
     Attributes:
-      parameter: that it is a part of, and which `layer` of it, None where there is one.
+      name: the tensor's name in the checkpoint.
+      shape: the tensor's shape in the checkpoint.
+      parameter: name of the parameter it belongs to.
+      layer: index of its layer, or None if the parameter has no layers.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Tensor:
 
 
 def tensors(config: LlamaConfig) -> Iterator[Tensor]:
-    """All tensors of a model, one layer after the other."""
+    """Yields all tensors of a model, layer by layer."""
     shapes = parameter_shapes(config)
     layered = [name for name in shapes if TABLE[name][0][0] == "L"]
     single = [name for name in shapes if name not in layered]
@@ -81,10 +84,13 @@ def read_parameter(
     read: Callable[[str, Index], np.ndarray],
     index: Index,
 ) -> np.ndarray:
-    """A slice of a parameter, in the dtype in which the model stores it.
+    """Reads a slice of a parameter, in the dtype in which the model stores it.
 
     Args:
-      read: gives a slice of a tensor, by the tensor's name.
+      config: the model's configuration.
+      name: the parameter's name.
+      read: returns a slice of a tensor, given the tensor's name and the slice.
+      index: the slice of the parameter, one slice per dim; heads must be whole.
     """
     dtype = jnp.dtype(config.stored_dtype)
     template, dims = _TENSORS[name]
@@ -112,7 +118,7 @@ def read_parameter(
 
 
 def to_tensor(name: str, x: np.ndarray) -> np.ndarray:
-    """A parameter, or one layer of it, in its tensor's shape."""
+    """Reorders and reshapes a parameter, or one layer of it, to its tensor's form."""
     _, dims = _TENSORS[name]
     inner = TABLE[name][0].removeprefix("L")
     sizes = dict(zip(inner, x.shape, strict=True))
@@ -122,7 +128,7 @@ def to_tensor(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _merged(dim: str, ranges: Mapping[str, range], sizes: Mapping[str, int]) -> slice:
-    """The slice of a tensor's dim that some of its first letter's range is."""
+    """The slice of a merged dim of a tensor, such as N·H, for a range of its heads."""
     unit = math.prod(sizes[letter] for letter in dim[1:])
     first = ranges[dim[0]]
     if any(len(ranges[letter]) != sizes[letter] for letter in dim[1:]):

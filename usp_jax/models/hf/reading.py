@@ -1,4 +1,4 @@
-"""A checkpoint in the Hugging Face format -> a `Llama`, straight into its shards."""
+"""Loads a checkpoint in the Hugging Face format directly into a `Llama`'s shards."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from usp_jax.models.hf.names import EMBED, LM_HEAD, Index, read_parameter, tenso
 from usp_jax.models.llama import Llama, check_dtypes
 from usp_jax.models.sharding import check_mesh, parameter_shapes, parameter_shardings
 
-# Those that float32 has all the numbers of.
+# Dtypes that float32 represents without loss.
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -29,22 +29,31 @@ def load(
     dtype: DTypeLike | None = None,
     **overrides: object,
 ) -> Llama:
-    """The model of a folder with config.json and safetensors files.
+    """Loads a model from a folder with config.json and safetensors files.
 
-    Each process reads the slices that its own devices keep, one parameter after the
-    other, and no more than those of one parameter are in its memory beside them.
+    Each process reads only the slices that its own devices hold, one parameter at a
+    time. Apart from the shards themselves, it holds at most one parameter's slices in
+    memory.
 
     Args:
-      path: of the folder.
+      path: the folder of the checkpoint.
       mesh: from `make_mesh`, with Auto axes; None is one device.
-      dtype: of the computation, float32, bfloat16 or float64; None is what config.json
-        says. Parameters are stored as `param_dtype` says, whatever the files have.
-      overrides: of `LlamaConfig`'s fields, such as `remat`, or `rope_theta` and
-        `rope_scaling` for longer contexts than the model was trained on.
+      dtype: dtype of the computation, float32, bfloat16 or float64; None uses
+        config.json's. Parameters are stored in `param_dtype`, whatever the dtype of the
+        files.
+      overrides: fields of `LlamaConfig` to replace, such as `remat`, or `rope_theta`
+        and `rope_scaling` for contexts longer than the model was trained on.
 
     Raises:
-      ValueError: no such checkpoint, one of another kind of model, tensors that are
-        missing, left over or of another shape, or sizes that the mesh does not divide.
+      ValueError: the checkpoint is missing or is of an unsupported kind of model, its
+        tensors are missing, unexpected or of the wrong shape, or the mesh does not
+        divide the model's sizes.
+
+    Example:
+      ```python
+      mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+      model = hf.load("Llama-3.2-1B", mesh=mesh, dtype="bfloat16")
+      ```
     """
     folder = Path(path)
     config = load_config(folder, dtype=dtype, **overrides)
@@ -65,17 +74,22 @@ def load(
 def load_config(
     path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, **overrides: object
 ) -> LlamaConfig:
-    """The configuration that `load` gives a model, from the same arguments.
+    """Reads only the configuration of a checkpoint, as `load` does.
+
+    Args:
+      path: the folder of the checkpoint.
+      dtype: dtype of the computation; None uses config.json's.
+      overrides: fields of `LlamaConfig` to replace.
 
     Raises:
-      ValueError: config.json is missing, or tells of what a `Llama` is not; the message
-        names the key and its value.
+      ValueError: config.json is missing, or describes a model that a `Llama` cannot
+        represent; the message names the key and its value.
     """
     file = Path(path) / CONFIG
     name = None if dtype is None else jnp.dtype(dtype).name
-    found = read_json(file)
+    content = read_json(file)
     try:
-        return read_config(found, dtype=name, **overrides)
+        return read_config(content, dtype=name, **overrides)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -85,11 +99,11 @@ def _place(
     sharding: NamedSharding | None,
     read: Callable[[Index], np.ndarray],
 ) -> jax.Array:
-    """The array whose slices `read` gives."""
+    """Makes an array from the slices that `read` returns."""
     whole = tuple(slice(None) for _ in shape)
     if sharding is None:
         return jnp.asarray(read(whole))
-    # By jax's types an index may be None.
+    # jax's types allow an index of None.
     return jax.make_array_from_callback(shape, sharding, lambda i: read(i or whole))
 
 
@@ -100,7 +114,13 @@ def _read(
 
 
 def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> None:
-    """Raises ValueError unless the files have the model's tensors and no others."""
+    """Checks that the files have exactly the model's tensors.
+
+    RoPE's frequencies and a copy of a tied embedding are allowed too.
+
+    Raises:
+      ValueError: tensors are missing, unexpected, or of the wrong shape or dtype.
+    """
     expected = {tensor.name: tensor for tensor in tensors(config)}
     _tell(folder, "lacks", expected.keys() - files.names)
     extra = {name for name in files.names - expected.keys() if not _is_derived(name)}
@@ -112,12 +132,12 @@ def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> Non
     for name, tensor in expected.items():
         if files.shape(name) != tensor.shape:
             raise ValueError(
-                f"{folder}: {name} is {list(files.shape(name))}, by {CONFIG} it must "
-                f"be {list(tensor.shape)}"
+                f"{folder}: {name} is {list(files.shape(name))}; {CONFIG} requires "
+                f"{list(tensor.shape)}"
             )
         if files.dtype(name) not in floats:
             raise ValueError(
-                f"{folder}: {name} has the dtype {files.dtype(name)}, it must be one "
+                f"{folder}: {name} has the dtype {files.dtype(name)}; it must be one "
                 f"of {', '.join(floats)}: quantized weights are not supported"
             )
 
@@ -130,7 +150,7 @@ def _tell(folder: Path, what: str, names: set[str]) -> None:
 
 
 def _is_derived(name: str) -> bool:
-    """RoPE's frequencies, which old checkpoints have and config.json tells."""
+    """Returns whether a tensor holds RoPE's frequencies, stored by old checkpoints."""
     return name.endswith(".rotary_emb.inv_freq")
 
 
@@ -139,7 +159,11 @@ def _blocks(length: int, rows: int) -> list[Index]:
 
 
 def _check_tied(folder: Path, files: TensorFiles, rows: int = 4096) -> None:
-    """A tied model has one table; a checkpoint with two may have them equal only."""
+    """Checks that the output matrix of a tied model equals its embedding table.
+
+    Raises:
+      ValueError: the two tensors differ.
+    """
     shape = files.shape(EMBED)
     same = files.shape(LM_HEAD) == shape and all(
         (files.read(EMBED, part) == files.read(LM_HEAD, part)).all()
@@ -147,6 +171,6 @@ def _check_tied(folder: Path, files: TensorFiles, rows: int = 4096) -> None:
     )
     if not same:
         raise ValueError(
-            f"{folder}: {LM_HEAD} is not {EMBED}, though {CONFIG} says "
+            f"{folder}: {LM_HEAD} differs from {EMBED}, though {CONFIG} says "
             "tie_word_embeddings=true; give tie_embeddings=False to use it"
         )

@@ -1,7 +1,7 @@
-"""RoPE as config.json tells it, in the words of old and of new checkpoints.
+"""RoPE settings of config.json, in the keys of both old and new checkpoints.
 
-Old ones have `rope_theta` and `rope_scaling`, new ones both in `rope_parameters`.
-Written are the old words, which every reader understands.
+Old checkpoints have `rope_theta` and `rope_scaling`; new ones have both in
+`rope_parameters`. Only the old keys are written, since old and new readers know them.
 """
 
 import math
@@ -18,7 +18,7 @@ from usp_jax.models.rope_scaling import (
 )
 
 _DEFAULT_THETA = 10000.0
-# The keys of each type beside its name and `rope_theta`.
+# Keys of each type of scaling, apart from its name and `rope_theta`.
 _KEYS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -44,32 +44,34 @@ _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
-    """theta and the scaling of a config.json.
+    """Reads theta and the scaling from a config.json.
 
     Raises:
-      ValueError: a type of scaling, or a key of one, that is not understood.
+      ValueError: the type of scaling, or one of its keys, is not understood.
     """
-    name, given = _parameters(config)
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA
-    kind = _kind(name, given)
-    unknown = sorted(given.keys() - _KEYS[kind])
+    name, settings = _parameters(config)
+    theta = (
+        settings.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA
+    )
+    kind = _kind(name, settings)
+    unknown = sorted(settings.keys() - _KEYS[kind])
     if unknown:
         raise ValueError(
             f"{name}={config[name]!r} has keys that are not understood: "
             f"{', '.join(unknown)}; type {kind!r} has {sorted(_KEYS[kind])}"
         )
-    missing = [key for key in _REQUIRED if key in _KEYS[kind] and key not in given]
+    missing = [key for key in _REQUIRED if key in _KEYS[kind] and key not in settings]
     if missing:
         raise ValueError(f"{name}={config[name]!r} must have {', '.join(missing)}")
-    return number("rope_theta", theta), _scaling(kind, given, config)
+    return number("rope_theta", theta), _scaling(kind, settings, config)
 
 
 def write_rope(
     theta: float, scaling: RopeScaling | None, head_size: int
 ) -> dict[str, Json]:
-    """The keys of config.json that tell theta and the scaling."""
+    """Returns the keys of config.json for theta and the scaling."""
     if isinstance(scaling, NTKScaling):
-        # No type of theirs: it is a larger base, and nothing else.
+        # The format has no such type, but it only enlarges the base.
         return {"rope_theta": scaling.theta(head_size, theta), "rope_scaling": None}
     written = None if scaling is None else _written(scaling)
     keys: dict[str, Json] = {"rope_theta": theta, "rope_scaling": written}
@@ -79,86 +81,87 @@ def write_rope(
 
 
 def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
-    """The name of the dict that tells of the scaling, and a copy without its Nones."""
+    """The key of the dict that describes RoPE, and a copy of it without its Nones."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
         raise ValueError(
             f"rope_scaling={old!r} and rope_parameters={new!r} differ; leave one out"
         )
     name = "rope_scaling" if old else "rope_parameters"
-    given = config.get(name) or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{name}={given!r} must be a JSON object or null")
-    return name, {key: value for key, value in given.items() if value is not None}
+    settings = config.get(name) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}={settings!r} must be a JSON object or null")
+    return name, {key: value for key, value in settings.items() if value is not None}
 
 
-def _kind(name: str, given: dict[str, Json]) -> str:
-    """Takes the type's name out of the dict: `type` in very old checkpoints."""
-    kinds = {str(given.pop(key)) for key in ("rope_type", "type") if key in given}
+def _kind(name: str, settings: dict[str, Json]) -> str:
+    """Pops the name of the type, under `type` in very old checkpoints."""
+    kinds = {str(settings.pop(key)) for key in ("rope_type", "type") if key in settings}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in _KEYS:
         raise ValueError(
-            f"{name} has the type {' and '.join(map(repr, sorted({kind, *kinds})))}, "
+            f"{name} has the type {' and '.join(map(repr, sorted({kind, *kinds})))}; "
             f"it must be one of {tuple(_KEYS)}"
         )
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"{name} has a partial_rotary_factor, it must be 1: whole heads are rotated"
+            f"{name} has a partial_rotary_factor; it must be 1: whole heads are rotated"
         )
     return kind
 
 
 def _scaling(
     kind: str,
-    given: Mapping[str, Json],
+    settings: Mapping[str, Json],
     config: Mapping[str, Json],
 ) -> RopeScaling | None:
     if kind == "default":
         return None
-    factor = number("factor", given["factor"])
+    factor = number("factor", settings["factor"])
     if kind == "linear":
         return LinearScaling(factor)
     longest = config.get("max_position_embeddings")
     if kind == "dynamic":
         return DynamicNTKScaling(factor, _length(longest))
-    inside = given.get("original_max_position_embeddings")
-    # Where it stands outside, it stands there alone or is what counts.
+    inside = settings.get("original_max_position_embeddings")
+    # A value outside the dict takes precedence.
     outside = config.get("original_max_position_embeddings")
     length = _length(outside or inside or longest)
     if kind == "llama3":
         low, high = (
-            number(key, given[key]) for key in ("low_freq_factor", "high_freq_factor")
+            number(key, settings[key])
+            for key in ("low_freq_factor", "high_freq_factor")
         )
         return Llama3Scaling(factor, low, high, length)
-    truncate = given.get("truncate", True)
+    truncate = settings.get("truncate", True)
     if not isinstance(truncate, bool):
         raise ValueError(f"{truncate=} must be true or false")
     return YarnScaling(
         factor,
         length,
-        beta_fast=number("beta_fast", given.get("beta_fast") or 32),
-        beta_slow=number("beta_slow", given.get("beta_slow") or 1),
-        attention_factor=_attention_factor(factor, given),
+        beta_fast=number("beta_fast", settings.get("beta_fast") or 32),
+        beta_slow=number("beta_slow", settings.get("beta_slow") or 1),
+        attention_factor=_attention_factor(factor, settings),
         truncate=truncate,
     )
 
 
 def _length(length: Json) -> int:
     if not isinstance(length, int):
-        found = "" if length is None else f", an int, not {length!r}"
+        detail = "" if length is None else f", an int, not {length!r}"
         raise ValueError(
-            "the type of RoPE's scaling needs max_position_embeddings, or "
-            f"original_max_position_embeddings where the type has it{found}"
+            "this type of RoPE scaling needs max_position_embeddings, or "
+            f"original_max_position_embeddings if the type has it{detail}"
         )
     return length
 
 
-def _attention_factor(factor: float, given: Mapping[str, Json]) -> float | None:
-    """YaRN's, or None for what follows from the factor."""
-    if "attention_factor" in given:
-        return number("attention_factor", given["attention_factor"])
-    # DeepSeek's way to tell it is the ratio of two.
-    over, under = given.get("mscale"), given.get("mscale_all_dim")
+def _attention_factor(factor: float, settings: Mapping[str, Json]) -> float | None:
+    """YaRN's attention factor, or None to derive it from the scaling factor."""
+    if "attention_factor" in settings:
+        return number("attention_factor", settings["attention_factor"])
+    # DeepSeek gives it as the ratio of two numbers.
+    over, under = settings.get("mscale"), settings.get("mscale_all_dim")
     if not (over and under):
         return None
     log = 0.1 * math.log(factor)

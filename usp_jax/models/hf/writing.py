@@ -1,4 +1,4 @@
-"""A `Llama` -> a checkpoint in the Hugging Face format, one file after the other."""
+"""Saves a `Llama` as a checkpoint in the Hugging Face format, one file at a time."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from usp_jax.models.hf.keys import write_config
 from usp_jax.models.hf.names import Tensor, tensors, to_tensor
 from usp_jax.models.llama import Llama
 
-# What belongs to a checkpoint and says nothing of the model's weights.
+# Files of a checkpoint that do not concern the model's weights.
 _COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
@@ -39,23 +39,24 @@ def save(
     file_bytes: int = 5 * 10**9,
     like: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes config.json and safetensors files, which `load` and transformers read.
+    """Saves a model as config.json and safetensors files.
 
-    Every process takes part, and process 0 writes, into a folder that all see. It has
-    the tensors of one file in memory, the others one tensor. config.json comes last, so
-    a folder that has it is whole.
+    `load` and transformers can read them. Every process must call this; process 0
+    writes, into a folder that all processes see. Process 0 holds one file's tensors in
+    memory, the others one tensor. config.json is written last, so a folder that has it
+    is complete.
 
     Args:
       model: on any mesh.
-      path: of the folder, which is made.
-      dtype: of the tensors. None is that of the parameters, bit by bit; "bfloat16"
-        rounds them, which changes nothing where they were loaded from bfloat16.
-      file_bytes: the most that a file has, unless one tensor has more.
-      like: a checkpoint whose tokenizer's files are copied, and whose config.json's
-        notes (longest length, ids of tokens) are kept.
+      path: the folder to write; it is created if needed.
+      dtype: dtype of the tensors. None keeps the parameters' dtype and bits; "bfloat16"
+        rounds them, which is lossless if they were loaded from bfloat16.
+      file_bytes: maximum bytes of tensors in a file, unless a single tensor has more.
+      like: a checkpoint from which to copy the tokenizer's files and the notes of
+        config.json (maximum length, token ids).
 
     Raises:
-      ValueError: the folder has a checkpoint already, or another dtype.
+      ValueError: the folder already has a checkpoint, or an argument is invalid.
     """
     stored = model.config.stored_dtype
     folder, dtype = Path(path), jnp.dtype(stored if dtype is None else dtype)
@@ -63,13 +64,13 @@ def save(
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
     if file_bytes < 1:
         raise ValueError(f"{file_bytes=} must be positive")
-    there = [*folder.glob("*.safetensors"), *folder.glob(CONFIG)]
+    existing = [*folder.glob("*.safetensors"), *folder.glob(CONFIG)]
     notes = {} if like is None else read_json(Path(like) / CONFIG)
-    # Nobody looks at what process 0 writes now.
+    # All processes must look before process 0 writes.
     multihost_utils.sync_global_devices("folder is looked at")
-    if there:
+    if existing:
         raise ValueError(
-            f"path={folder} has {there[0].name} already; give an empty folder"
+            f"path={folder} already has {existing[0].name}; give an empty folder"
         )
     config = write_config(model.config, dtype.name, notes)
     is_writer = jax.process_index() == 0
@@ -85,17 +86,17 @@ def save(
 def _write_tensors(
     model: Llama, folder: Path, dtype: np.dtype, file_bytes: int, is_writer: bool
 ) -> None:
-    every = {tensor.name: tensor for tensor in tensors(model.config)}
-    sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in every.items()}
+    by_name = {tensor.name: tensor for tensor in tensors(model.config)}
+    sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in by_name.items()}
     files = split_into_files(sizes, file_bytes)
     for file, names in files.items():
-        held = {}
+        contents = {}
         for name in names:
-            x = _on_host(model, every[name])
+            x = _on_host(model, by_name[name])
             if is_writer:
-                held[name] = to_tensor(every[name].parameter, x).astype(dtype)
+                contents[name] = to_tensor(by_name[name].parameter, x).astype(dtype)
         if is_writer:
-            save_file(held, folder / file, metadata={"format": "pt"})
+            save_file(contents, folder / file, metadata={"format": "pt"})
     if is_writer and len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
         index = {
@@ -106,7 +107,7 @@ def _write_tensors(
 
 
 def _on_host(model: Llama, tensor: Tensor) -> np.ndarray:
-    """One layer's part of a parameter, gathered from all devices."""
+    """A parameter, or one layer of it, gathered from all devices."""
     x = getattr(model, tensor.parameter)[...]
     if tensor.layer is not None:
         x = _layer(x, tensor.layer)
@@ -115,7 +116,7 @@ def _on_host(model: Llama, tensor: Tensor) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-# The layer's number is an argument, so that one program serves all layers.
+# The layer's index is an argument, so one compiled program serves all layers.
 @jax.jit
 def _layer(x: jax.Array, number: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, number, keepdims=False)
