@@ -148,7 +148,7 @@ class Mask:
 
 
 def visible(mask: Mask) -> Bool[Array, "*B T S"]:
-    """Computes if each query sees each key: [B, T], [B, S] -> [B, T, S].
+    """Computes whether each query sees each key: [B, T], [B, S] -> [B, T, S].
 
     Leading axes are kept, so blocks of tokens [t], [s] give [t, s].
     """
@@ -158,7 +158,7 @@ def visible(mask: Mask) -> Bool[Array, "*B T S"]:
 
 
 def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
-    """Computes if each query sees each key; the shapes of the tokens broadcast.
+    """Computes whether each query sees each key; the shapes of the tokens broadcast.
 
     Positions are read only if the rule bounds distances.
     """

@@ -1,4 +1,4 @@
-"""`python -m usp_jax.aot TOPOLOGY ...`: what a compiler makes of one attention call.
+"""`python -m usp_jax.aot TOPOLOGY ...`: compiles one attention call and reports on it.
 
 python -m usp_jax.aot v5p:4x4x4 --ring 8 --ulysses 8 --length 1M --backward
 python -m usp_jax.aot h100:2x8 --ring 2 --ulysses 8 --length 256K --json
@@ -21,10 +21,14 @@ from usp_jax.units import tokens_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the reports; 0 when everything fits, 1 when not, 2 for a mistake."""
+    """Prints the reports. Returns 0 if everything fits, else 1; exits with 2 on errors.
+
+    Args:
+      arguments: the command line, by default that of the process.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
-    # Nothing runs: whatever accelerator is here stays free for others.
+    # Nothing runs, so leave the accelerators of this machine free.
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     try:

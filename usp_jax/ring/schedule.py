@@ -1,4 +1,4 @@
-"""Ring schedules: how keys, values and queries meet, without changing what they mean.
+"""Ring schedules: how keys, values and queries meet. All compute the same result.
 
 A schedule is a small object, or the string that names it. Schedules that are lists of
 turns run in `steps.py`; each of the others has a forward and a backward function.
