@@ -28,7 +28,7 @@ from usp_jax.varying import vary_like
 
 T = TypeVar("T")
 Pair = tuple[jax.Array, jax.Array]
-# New tokens are whole on every device that shares a sequence.
+# New tokens are replicated over the devices that share a sequence.
 NEW = ("batch", None, "tensor")
 NEW_TOKENS = ("batch",)
 
@@ -43,7 +43,7 @@ class Page:
       tokens: positions and segment ids, int32 [B, S]; id -1 marks an unused slot.
     """
 
-    # A pytree's leaves are whatever jax puts there, so they have no array type.
+    # jax puts arrays, tracers and specs into a pytree's leaves, so their type is Any.
     key: Any
     value: Any
     tokens: Tokens

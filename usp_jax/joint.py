@@ -75,8 +75,8 @@ def usp_joint_attention(
         Options that need an order of tokens are refused.
 
     Returns:
-      (out, joint_out): [B, T, N, H], split like `query`, and [B, J, N, H], replicated
-        like `joint_query`.
+      `(out, joint_out)`. `out` is [B, T, N, H], split like `query`; `joint_out` is
+        [B, J, N, H], replicated like `joint_query`.
 
     Raises:
       ValueError: shapes, dtypes, lengths or names do not fit, or an option is refused.

@@ -36,12 +36,12 @@ class MaskRule:
 
     @property
     def before(self) -> int | None:
-        """How far back a query sees."""
+        """Largest distance to a key before a query; None means no bound."""
         return self.left
 
     @property
     def after(self) -> int | None:
-        """How far ahead a query sees."""
+        """Largest distance to a key after a query; None means no bound."""
         if not self.is_causal:
             return self.right
         return 0 if self.right is None else min(0, self.right)
