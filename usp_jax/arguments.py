@@ -34,7 +34,7 @@ def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"{key.shape=} and {value.shape=} must be equal but for the head size"
+            f"{key.shape=} and {value.shape=} must be equal except for the head size"
         )
     for i, letter in ((0, "B"), (3, "H")):
         if query.shape[i] != key.shape[i]:
@@ -134,7 +134,7 @@ def int32(name: str, x: object) -> jax.Array:
     """
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {dtype}, it must be an integer one")
+        raise ValueError(f"{name} has dtype {dtype}, it must be an integer dtype")
     limits = np.iinfo(np.int32)
     if isinstance(x, np.ndarray) and x.size:
         least, most = x.min(), x.max()
@@ -159,7 +159,7 @@ def check_by_head(name: str, x: object, num_heads: int) -> None:
 def dropout_rate(rate: float) -> float:
     """Checks the fraction of weights to drop."""
     if not _is_finite(rate) or not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate={rate!r} must be a number from 0 to below 1")
+        raise ValueError(f"dropout_rate={rate!r} must be a number in [0, 1)")
     return float(rate)
 
 

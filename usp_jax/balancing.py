@@ -195,7 +195,7 @@ def _shard_and_chunk(
         check_count("chunk", chunk, least=1)
     if length is None:
         if not total:
-            raise ValueError("segment_lengths is empty: give length= for a row of it")
+            raise ValueError("segment_lengths is empty: give length= for padding only")
         shard = -(-total // ring)
         if chunk is None:
             # A power of two: padding may be added, so it need not divide the shard.

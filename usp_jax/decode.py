@@ -35,9 +35,9 @@ from usp_jax.varying import vary_like
 
 Result = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
-_NO_RING = "a step of decoding exchanges results only, once"
+_NO_RING = "decoding exchanges only results, once per call"
 REFUSED = {
-    "layout": "the cache knows where its tokens are",
+    "layout": "the cache has the positions of its tokens",
     "prefix_length": "a query that follows the prefix sees all of it",
     "dropout_rate": "decoding is for inference",
     "dropout_seed": "decoding is for inference",

@@ -29,7 +29,7 @@ from usp_jax.mesh import MeshAxes, resolve_mesh
 from usp_jax.options import Options, completed
 from usp_jax.shards import SEQ, TOKENS, Dims, Shards
 
-_NO_ORDER = "the two sequences have no order in common"
+_NO_ORDER = "the two sequences have no common order"
 REFUSED = {
     "is_causal": _NO_ORDER,
     "local_window_size": _NO_ORDER,

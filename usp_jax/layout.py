@@ -253,7 +253,7 @@ def _sizes(
 def _check_permutes(layout: str) -> None:
     if layout == "data":
         raise ValueError(
-            'layout="data" is permuted by whoever made the data, not by a rule'
+            'layout="data" has no permutation: the data loader stores the data in order'
         )
 
 

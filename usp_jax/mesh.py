@@ -133,13 +133,14 @@ def make_mesh(
     shape = dict(zip(ROLES, sizes, strict=True))
     if devices is not None and len(devices) != wanted:
         raise ValueError(
-            f"the sizes {shape} need {wanted} devices, devices= has {len(devices)}"
+            f"the sizes {shape} need {wanted} devices, but devices= has {len(devices)}"
         )
     if devices is None and wanted > jax.device_count():
         raise ValueError(
-            f"the sizes {shape} need {wanted} devices, there are "
-            f"{jax.device_count()}; on a CPU jax.config.update('jax_num_cpu_devices', "
-            f"{wanted}) before the first use of jax makes them"
+            f"the sizes {shape} need {wanted} devices, but there are "
+            f"{jax.device_count()}; on a CPU, call "
+            f"jax.config.update('jax_num_cpu_devices', {wanted}) before the first use "
+            "of jax"
         )
     if devices is None and wanted < jax.device_count() and jax.process_count() > 1:
         raise ValueError(
@@ -250,7 +251,7 @@ def resolve_mesh(
     if context is not None and mesh is not None and _differ(mesh, context):
         raise ValueError(
             f"mesh={mesh} differs from the mesh of jax.set_mesh, {context}; "
-            "leave one of them out"
+            "give only one of them"
         )
     if context is not None and (mesh is None or context.manual_axes):
         mesh = context
@@ -259,8 +260,8 @@ def resolve_mesh(
         mesh = own
     elif own is not None and AxisType.Explicit in own.axis_types and _differ(mesh, own):
         raise ValueError(
-            f"the inputs are sharded on the mesh {own}, the call is for {mesh}: give "
-            "the same mesh, or move the inputs with jax.device_put"
+            f"the inputs are sharded on the mesh {own}, but the call is for {mesh}: "
+            "give the same mesh, or move the inputs with jax.device_put"
         )
     if mesh is None:
         return None
@@ -308,10 +309,10 @@ def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
     if idle:
         name, size = next(iter(idle.items()))
         raise ValueError(
-            f"the mesh axis {name!r} of {size} devices plays no role; name it, for "
-            f"instance axes=usp_jax.MeshAxes(ring={name!r}) to split the sequence or "
-            f"MeshAxes(data={name!r}) the batch over it; with "
-            f"MeshAxes(unused=({name!r},)) its devices all compute the same"
+            f"the mesh axis {name!r} of {size} devices plays no role; give it one, for "
+            f"instance axes=usp_jax.MeshAxes(ring={name!r}) to split the sequence over "
+            f"it or MeshAxes(data={name!r}) to split the batch over it; with "
+            f"MeshAxes(unused=({name!r},)), its devices all compute the same"
         )
 
 

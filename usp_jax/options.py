@@ -263,6 +263,6 @@ def _check_together(
     for name, asked in others.items():
         if asked:
             raise ValueError(
-                f"prefix_length= cannot be combined with {name}=, which needs to know "
-                "where a token of the prefix stands"
+                f"prefix_length= cannot be combined with {name}=, which needs the "
+                "positions of the tokens in the prefix"
             )

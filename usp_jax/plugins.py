@@ -76,7 +76,7 @@ def cuda_devices(target: str, hosts: int, gpus_per_host: int) -> list[jax.Device
                 topology = topologies.get_topology_desc("", "cuda", **config)
             except NotImplementedError:
                 raise RuntimeError(
-                    f"jax could not load {plugin}, it said above why; does its "
+                    f"jax could not load {plugin}, see its message above; does its "
                     f"version match jax {jax.__version__}?"
                 ) from None
     return topology.devices
@@ -91,7 +91,7 @@ def _is_installed(name: str) -> bool:
 
 def _to_install(machines: str, package: str, platform: str) -> str:
     return (
-        f"compiling for {machines} needs {package}, of the version that goes with jax "
+        f"compiling for {machines} needs the version of {package} that matches jax "
         f"{jax.__version__}: pip install 'usp_jax[aot]' (platform {platform!r})"
     )
 

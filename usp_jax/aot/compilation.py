@@ -198,7 +198,7 @@ def _target(shapes: tuple[PyTree, ...]) -> _Target:
     shardings = [x.sharding for x in leaves if x.sharding is not None]
     if not shardings:
         raise ValueError(
-            "no argument has a sharding, which says for which devices to compile: give "
+            "no argument has a sharding, which names the devices to compile for: give "
             "jax.ShapeDtypeStruct(..., sharding=NamedSharding(mesh, spec)) with a mesh "
             "of aot.topology(...).devices, or topology="
         )
@@ -209,8 +209,8 @@ def _target(shapes: tuple[PyTree, ...]) -> _Target:
     device = of_kind(kind)
     if device is None:
         raise ValueError(
-            f"the arguments live on devices of the kind {kind!r}, which is none of "
-            "those that aot.topology(...) gives"
+            f"the arguments are on devices of kind {kind!r}, which aot.topology(...) "
+            "does not have"
         )
     meshes = {x.mesh for x in shardings if isinstance(x, NamedSharding)}
     mesh = meshes.pop() if len(meshes) == 1 else None

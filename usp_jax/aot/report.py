@@ -91,17 +91,17 @@ class Report:
             "of these aliased": self.aliased_bytes,
             "temporaries": self.temporary_bytes,
             "peak": self.peak_bytes,
-            "in the host's memory": self.host_bytes,
+            "in host memory": self.host_bytes,
             "vector memory": self.vmem_bytes,
         }
         for name, number in parts.items():
             if number is not None:
-                lines.append(f"{name:16} {number / 2**20:12.1f} MiB a device")
+                lines.append(f"{name:16} {number / 2**20:12.1f} MiB per device")
         lines.append("fits" if self.fits else f"DOES NOT FIT in {size}")
         if self.flops is not None:
-            lines.append(f"{self.flops:.4g} FLOPs a device as the compiler counts them")
+            lines.append(f"{self.flops:.4g} FLOPs per device by the compiler's count")
         lines += ["", compiled.table(self.collectives)]
         for kind in compiled.by_kind(self.collectives):
             share = self.in_flight(kind)
-            lines.append(f"{kind}: {share:.0%} of executions in flight beside work")
+            lines.append(f"{kind}: {share:.0%} of executions overlap with work")
         return "\n".join(lines)

@@ -69,13 +69,11 @@ def _parse(name: str) -> tuple[Device, tuple[int, ...]]:
     device = next((d for d in (*TPUS, *GPUS) if d.name == kind), None)
     if device is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ValueError(
-            f"topology {name!r} is not known; names are like {', '.join(known())}: "
-            "chips of a TPU slice, or hosts x GPUs a host"
+            f"topology {name!r} is unknown; names are like {', '.join(known())}: "
+            "chips of a TPU slice, or hosts x GPUs per host"
         )
     sizes = tuple(int(size) for size in shape.split("x"))
     if len(sizes) != len(device.example.partition(":")[2].split("x")):
         what = "chips along each side" if device.platform == "tpu" else "hosts x GPUs"
-        raise ValueError(
-            f"topology {name!r} must give {what} as {device.example!r} does"
-        )
+        raise ValueError(f"topology {name!r} must give {what}, like {device.example!r}")
     return device, sizes

@@ -125,8 +125,8 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, Total]:
 def table(collectives: Iterable[Collective]) -> str:
     """Formats the collectives, one on each line, and the total of bytes sent."""
     collectives = tuple(collectives)
-    head = ("kind", "times", "dtype", "operand", "sent", "sent in all", "devices")
-    rows: list[tuple[str, ...]] = [(*head, "beside work", "at")]
+    head = ("kind", "times", "dtype", "operand", "sent", "sent in total", "devices")
+    rows: list[tuple[str, ...]] = [(*head, "overlaps work", "at")]
     for x in collectives:
         times = f"<={x.executions}" if x.is_conditional else str(x.executions)
         numbers = (x.operand_bytes, x.wire_bytes, x.total_wire_bytes)

@@ -36,7 +36,7 @@ def parse_groups(text: str, num_devices: int) -> Groups:
         (_, size), devices = _iota(text)
         return _rows(devices, size)
     if not re.fullmatch(r"\{[\d,{}\s]+\}", text):
-        raise ValueError(f"replica groups {text!r} are in a notation that is not known")
+        raise ValueError(f"replica groups {text!r} are in an unknown notation")
     return tuple(_integers(row) for row in _ROW.findall(text))
 
 

@@ -253,7 +253,7 @@ def _closing(line: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(match[0], 0)
         if not depth:
             return match.start()
-    raise ValueError(f"{line.strip()[:80]!r} breaks off")
+    raise ValueError(f"{line.strip()[:80]!r} is incomplete")
 
 
 def _count(head: str, key: str) -> int:

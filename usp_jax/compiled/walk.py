@@ -117,8 +117,8 @@ class _Walk:
             trips = self._unknown_trips
         if trips is None:
             raise ValueError(
-                f"how often the loop {loop.name!r} runs, which holds collectives, is "
-                "not known before running: give unknown_trips="
+                f"the trip count of the loop {loop.name!r}, which has collectives, is "
+                "unknown before running: give unknown_trips="
             )
         return trips
 

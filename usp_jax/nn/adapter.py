@@ -289,11 +289,11 @@ _INSTEAD = {
     "such a mask, too, and is not supported",
     "broadcast_dropout": "what is dropped depends on the row and the head: use "
     "broadcast_dropout=False",
-    "dropout_rng": "None is no seed: give a key, or deterministic=True",
-    "precision": "leave it None and use jax.default_matmul_precision",
+    "dropout_rng": "None is not a seed: give a key, or deterministic=True",
+    "precision": "leave it at None and use jax.default_matmul_precision",
     "sow_weights": "attention's weights are never stored: use sow_weights=False",
     "einsum": "attention computes no such einsum: leave its replacement out",
-    "input_positions": "it rotates nothing without a rope: give "
+    "input_positions": "they rotate nothing without a rope: give "
     "attention_fn(rope=usp_jax.nn.Rope(...))",
 }
 

@@ -100,8 +100,8 @@ class USPAttention(nnx.Module):
             )
         elif options or mesh is not None or alibi_slopes is not None:
             raise ValueError(
-                f"attention={attention} has a mesh and options of its own: give them "
-                "to attention_fn"
+                f"attention={attention} has its own mesh and options: give these to "
+                "attention_fn"
             )
         if rope_theta is not None:
             if attention.rope is not None:
