@@ -184,8 +184,8 @@ def layouts(layout: str | tuple[str, str]) -> tuple[str, str]:
     pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
     if len(pair) != 2:
         raise ValueError(f"{layout=} must be one name or a pair (query's, key's)")
-    for one in pair:
-        check_layout(one)
+    for name in pair:
+        check_layout(name)
     return pair
 
 
@@ -208,10 +208,11 @@ def check_divides(
     """Checks that the devices divide the batch, the heads and the layouts' lengths."""
     mesh, axes = shards.mesh, shards.axes
     ring_size, ulysses_size = shards.ring_size, shards.ulysses_size
-    ways = axis_size(mesh, axes.batch)
-    if query.shape[0] % ways:
+    data_size = axis_size(mesh, axes.batch)
+    if query.shape[0] % data_size:
         raise ValueError(
-            f"the batch, B={query.shape[0]}, must be a multiple of data·fsdp = {ways}"
+            f"the batch, B={query.shape[0]}, must be a multiple of data·fsdp = "
+            f"{data_size}"
         )
     tensor = axis_size(mesh, axes.tensor)
     for letter, x in (("N", query), ("K", key)):

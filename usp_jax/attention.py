@@ -133,8 +133,8 @@ def usp_attention(
       )
       ```
     """
-    for name, given in (("bias", bias), ("mask", mask)):
-        if given is not None:
+    for name, argument in (("bias", bias), ("mask", mask)):
+        if argument is not None:
             raise ValueError(f"usp_attention cannot honour {name}=: {INSTEAD[name]}")
     mesh = resolve_mesh(mesh, axes, query, key, value)
     options = Options(
@@ -263,7 +263,7 @@ def _on_mesh(
     """Pads to a length that the mesh can split, then runs the shards."""
     shards = call.shards
     multiple = length_multiple("contiguous", shards.ring_size, shards.ulysses_size)
-    length, given = query.shape[1], query
+    length, unpadded = query.shape[1], query
     padding = [-x.shape[1] % multiple for x in (query, key)]
     if any(padding):
         query, key, value, facts = _padded(
@@ -277,7 +277,7 @@ def _on_mesh(
     out, lse = _attend(call, *shards.place(arrays, dims))
     if padding[0]:
         out, lse = jax.tree.map(lambda x: _cut(x, length, shards), (out, lse))
-    return jax.tree.map(lambda x: shards.spelled_like(x, given), (out, lse))
+    return jax.tree.map(lambda x: shards.spelled_like(x, unpadded), (out, lse))
 
 
 # jit, so that a call outside jit is one compiled program too.
@@ -326,11 +326,11 @@ def _padded(
 
     def tokens(x: jax.Array, side: int, n: int) -> Tokens:
         own = jnp.zeros(x.shape[:2], jnp.int32)
-        given = Tokens(
+        unpadded = Tokens(
             own if facts.positions is None else facts.positions[side],
             None if facts.segment_ids is None else facts.segment_ids[side],
         )
-        return pad_tokens(given, n, with_ids=True)
+        return pad_tokens(unpadded, n, with_ids=True)
 
     sides = [tokens(query, 0, padding[0])]
     two = two_sided(layouts, facts)

@@ -108,10 +108,10 @@ class KVCache:
         check_layout(layout)
         mesh = resolve_mesh(mesh, axes, key, value)
         shards = Shards.of_mesh(mesh, axes)
-        ways = axis_size(mesh, axes.batch)
+        data_size = axis_size(mesh, axes.batch)
         parts = shards.ring_size * shards.ulysses_size
         heads = axis_size(mesh, axes.tensor)
-        _check_divides("the batch, B", key.shape[0], ways, "data·fsdp")
+        _check_divides("the batch, B", key.shape[0], data_size, "data·fsdp")
         _check_divides("K", key.shape[2], heads, f"the mesh axis {axes.tensor!r}")
         _check_divides(
             "key.shape[1]", key.shape[1], parts, "ring·ulysses (pad with segment id -1)"

@@ -67,5 +67,5 @@ def groups_in_turn(size: int) -> list[Groups]:
     if len(factors) < 2:
         return [None]
     places = np.arange(size).reshape(factors)
-    ways = [np.moveaxis(places, turn, -1) for turn in range(places.ndim)]
-    return [tuple(map(tuple, way.reshape(-1, way.shape[-1]).tolist())) for way in ways]
+    moved = [np.moveaxis(places, turn, -1) for turn in range(places.ndim)]
+    return [tuple(map(tuple, x.reshape(-1, x.shape[-1]).tolist())) for x in moved]

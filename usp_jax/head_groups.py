@@ -66,14 +66,14 @@ def _fwd(
 ) -> tuple[Result, Saved]:
     run, groups = call.shards.run, _groups(call)
     dims = (HEADS, HEADS, BY_HEAD, FACTS)
-    given: tuple[jax.Array, ...] = (q, k, v)
+    inputs: tuple[jax.Array, ...] = (q, k, v)
     saved: list[tuple[jax.Array, jax.Array]] = []
     results: list[jax.Array] = []
     residuals: list[jax.Array] = []
 
     def send(i: int, kv: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Sends q and kv of the heads of group i; `kv` is that of group i - 1."""
-        q, k, v = given
+        q, k, v = inputs
         if kv is None or _needs_other_keys(groups, i):
             kv = run(partial(_kv_to_heads, groups[i]), (SEQ, SEQ), HEADS)(k, v)
         return run(partial(_to_heads, groups[i]), (SEQ,), HEADS)(q), kv
@@ -87,8 +87,8 @@ def _fwd(
         out, lse = run(partial(attend, group), dims, (HEADS, HEADS))(*now, sinks, facts)
         # While this group is attended to, the next one arrives and the previous one
         # returns. Later work waits for all three.
-        given, following, results, residuals, out, lse = together(
-            given, following, results, residuals, out, lse
+        inputs, following, results, residuals, out, lse = together(
+            inputs, following, results, residuals, out, lse
         )
         out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
         saved.append((out, lse))
@@ -131,11 +131,11 @@ def _backward(
     dkvs: list[jax.Array] = []
     total: jax.Array | None = None
     dsinks: jax.Array | None = None
-    given = (q, k, v, dresult, dresidual)
+    inputs = (q, k, v, dresult, dresidual)
 
     def send(i: int, kv: jax.Array | None) -> Sent:
         """Sends q, kv, dout and dlse of the heads of group i."""
-        q, k, v, dresult, dresidual = given
+        q, k, v, dresult, dresidual = inputs
         if kv is None or _needs_other_keys(groups, i):
             kv = _kv_to_heads(groups[i], k, v)
         q, dout = _to_heads(groups[i], q), _to_heads(groups[i], dresult)
@@ -154,8 +154,8 @@ def _backward(
             group, own_q, kv, out, lse, sinks, facts, dout, dlse
         )
         total = dkv if total is None else total + dkv
-        given, following, dqs, dkvs, dq, total = together(
-            given, following, dqs, dkvs, dq, total
+        inputs, following, dqs, dkvs, dq, total = together(
+            inputs, following, dqs, dkvs, dq, total
         )
         dqs.append(_to_seq(call, dq.astype(dtype)))
         assert total is not None

@@ -102,13 +102,14 @@ class Tokens:
             return Tokens(positions, ids)
         start, stop, _ = rows.indices(self.positions.shape[1])
         stretches, before = [], 0
-        for one in self.stretches:
-            origin = one.start - before
-            first, last = max(one.start, origin + start), min(one.stop, origin + stop)
+        for stretch in self.stretches:
+            origin = stretch.start - before
+            first = max(stretch.start, origin + start)
+            last = min(stretch.stop, origin + stop)
             if first < last:
-                cut = dataclasses.replace(one, start=first, stop=last)
+                cut = dataclasses.replace(stretch, start=first, stop=last)
                 stretches.append(cut)
-            before += one.stop - one.start
+            before += stretch.stop - stretch.start
         return Tokens(positions, ids, tuple(stretches))
 
 
@@ -204,8 +205,8 @@ def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk
         a, b = q.ids, kv.ids
         overlap = (a.low <= b.high) & (b.low <= a.high)
         some = some & overlap & ~a.all_padding & ~b.all_padding
-        one = (a.low == b.high) & (b.low == a.high)
-        every = every & one & ~a.any_padding & ~b.any_padding
+        same = (a.low == b.high) & (b.low == a.high)
+        every = every & same & ~a.any_padding & ~b.any_padding
     return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
 
 

@@ -246,8 +246,8 @@ def resolve_mesh(
     """
     if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"{mesh=} must be a jax.sharding.Mesh or None")
-    around = jax.sharding.get_abstract_mesh()
-    context = None if around.empty else around
+    abstract = jax.sharding.get_abstract_mesh()
+    context = None if abstract.empty else abstract
     if context is not None and mesh is not None and _differ(mesh, context):
         raise ValueError(
             f"mesh={mesh} differs from the mesh of jax.set_mesh, {context}; "

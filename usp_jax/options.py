@@ -208,7 +208,7 @@ def checked(
             target=kernels.target_of(shards.mesh),
             dtype=query.dtype,
             head_size=max(query.shape[3], value.shape[3]),
-            needs=tuple(name for name, asked in needs.items() if asked),
+            needs=tuple(name for name, is_needed in needs.items() if is_needed),
         ),
         return_residual=options["return_residual"],
         head_groups=groups,
@@ -260,8 +260,8 @@ def _check_together(
         "alibi_slopes": facts.slopes is not None,
         "dropout_rate": facts.seed is not None,
     }
-    for name, asked in others.items():
-        if asked:
+    for name, is_used in others.items():
+        if is_used:
             raise ValueError(
                 f"prefix_length= cannot be combined with {name}=, which needs the "
                 "positions of the tokens in the prefix"

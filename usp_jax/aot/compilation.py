@@ -79,12 +79,12 @@ def compile_vjp(
     report, executable = _compile(forward, shapes, compiler_options, topology, None)
     if executable is None:
         return report, report
-    given = jax.tree.map(
+    outputs = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         executable.out_info,
         executable.output_shardings,
     )
-    result, pull_back = given
+    result, pull_back = outputs
 
     def backward(pull_back: Callable[..., PyTree], cotangent: PyTree) -> PyTree:
         return pull_back(cotangent)

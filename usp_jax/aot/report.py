@@ -54,7 +54,7 @@ class Report:
     @property
     def wire_bytes(self) -> int:
         """Bytes that a device sends in one call."""
-        return sum(one.total_wire_bytes for one in self.collectives)
+        return sum(x.total_wire_bytes for x in self.collectives)
 
     def in_flight(self, kind: str = "collective-permute") -> float | None:
         """Returns the fraction of a kind's executions that overlap with computation.
@@ -71,9 +71,9 @@ class Report:
         """Returns the report as a dict that can be written as JSON."""
         report = dataclasses.asdict(self)
         report["wire_bytes"] = self.wire_bytes
-        for row, one in zip(report["collectives"], self.collectives, strict=True):
-            row["wire_bytes"] = one.wire_bytes
-            row["total_wire_bytes"] = one.total_wire_bytes
+        for row, x in zip(report["collectives"], self.collectives, strict=True):
+            row["wire_bytes"] = x.wire_bytes
+            row["total_wire_bytes"] = x.total_wire_bytes
         return report
 
     def table(self) -> str:

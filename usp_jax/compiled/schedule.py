@@ -29,15 +29,15 @@ class Schedule:
         """
         at = next(i for i, x in enumerate(computation.instructions) if x is start)
         pending = {start.name}
-        found = []
+        names = []
         for instruction in computation.instructions[at + 1 :]:
             if pending.intersection(instruction.operands):
                 if not self._passes_on(instruction):
                     break
                 pending.add(instruction.name)
             if self._is_work(instruction):
-                found.append(instruction.name)
-        return tuple(found)
+                names.append(instruction.name)
+        return tuple(names)
 
     def _passes_on(self, instruction: Instruction) -> bool:
         """Returns True if an operation in flight passes through and stays in flight."""

@@ -72,8 +72,8 @@ class Trips:
             start if step == Integer(0, i) else Integer(0, i)
             for i, (start, step) in enumerate(zip(state, steps, strict=True))
         )
-        asked = self.values(condition, (inside,))[condition.root.name]
-        return _count(asked, state, steps) if isinstance(asked, Comparison) else None
+        test = self.values(condition, (inside,))[condition.root.name]
+        return _count(test, state, steps) if isinstance(test, Comparison) else None
 
     def passed_on(self, loop: Instruction, state: Value) -> Value:
         """The known part of a loop's state, in every trip and after the last."""
@@ -157,14 +157,14 @@ def _comparison(direction: str | None, left: Value, right: Value) -> Comparison 
 
 
 def _count(
-    asked: Comparison, state: tuple[Value, ...], steps: tuple[Value, ...]
+    test: Comparison, state: tuple[Value, ...], steps: tuple[Value, ...]
 ) -> int | None:
     """Trip count of a loop that makes this comparison before every trip."""
-    if asked.left.element is None:
-        asked = Comparison(
-            _FLIPPED.get(asked.direction, asked.direction), asked.right, asked.left
+    if test.left.element is None:
+        test = Comparison(
+            _FLIPPED.get(test.direction, test.direction), test.right, test.left
         )
-    counter, bound = asked.left, asked.right
+    counter, bound = test.left, test.right
     if counter.element is None or bound.element is not None:
         return None
     start, step = state[counter.element], steps[counter.element]
@@ -173,7 +173,7 @@ def _count(
     if not isinstance(step, Integer) or step.element != counter.element:
         return None
     distance = bound.offset - counter.offset - start.offset
-    return _trips(asked.direction, distance, step.offset)
+    return _trips(test.direction, distance, step.offset)
 
 
 def _trips(direction: str, distance: int, step: int) -> int | None:

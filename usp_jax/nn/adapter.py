@@ -298,10 +298,10 @@ _INSTEAD = {
 }
 
 
-def _refuse(**asked: bool) -> None:
+def _refuse(**used: bool) -> None:
     """Raises ValueError for the first argument that is used and cannot be honoured."""
-    for name, given in asked.items():
-        if given:
+    for name, is_used in used.items():
+        if is_used:
             raise ValueError(f"attention_fn cannot honour {name}: {_INSTEAD[name]}")
 
 
