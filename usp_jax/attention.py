@@ -62,8 +62,9 @@ def usp_attention(
         works; then no argument has a batch dim.
       key: [B, S, K, H] in the query's dtype. N must be a multiple of K.
       value: [B, S, K, V] in the query's dtype. V may differ from H, as in MLA.
-      bias, mask: always refused. They are here because `jax.nn.dot_product_attention`
-        has them in this place; use the options below instead.
+      bias: refused. It is here because `jax.nn.dot_product_attention` has it in this
+        place; use `alibi_slopes` instead.
+      mask: refused like `bias`; use the masking options below instead.
       is_causal: if True, a query sees no key after its own position.
       scale: factor of q·k. Defaults to 1 / sqrt(H).
       segment_ids: integers [B, T], or a pair ([B, T], [B, S]) for queries and
@@ -176,7 +177,9 @@ def usp_attention_per_shard(
     runs the backward pass without the vmap's axis names.
 
     Args:
-      query, key, value: [B, t, N, H], [B, s, K, H], [B, s, K, V].
+      query: [B, t, N, H].
+      key: [B, s, K, H].
+      value: [B, s, K, V].
       axes: the axes that play the roles `ring` and `ulysses`.
       **options: the options of `usp_attention`, except `mesh`. `segment_ids` and
         `positions` are shards, [B, t]. Nothing is padded: lengths must divide.
@@ -202,7 +205,9 @@ def flash_attention(
     FlashAttention-2 (arXiv 2307.08691).
 
     Args:
-      query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V], or all without B.
+      query: [B, T, N, H]. All arrays may also be without B.
+      key: [B, S, K, H].
+      value: [B, S, K, V].
       **options: the options of `usp_attention`, except `mesh` and `axes`. `layout` and
         `ring_schedule` apply to a ring of one device, where every layout is the
         natural order.

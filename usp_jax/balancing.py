@@ -127,7 +127,8 @@ def balance(
         None takes 128, a block of the kernels, or less if a shard would have fewer than
         32 chunks.
       ulysses: size of the `ulysses` axis, which must divide the shards.
-      is_causal, local_window_size: as in `usp_attention`.
+      is_causal: as in `usp_attention`.
+      local_window_size: as in `usp_attention`.
 
     Returns:
       The order, a `Balance`.

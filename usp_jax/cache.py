@@ -39,7 +39,8 @@ class Page:
     """A run of keys and values, in any order.
 
     Attributes:
-      key, value: [B, S, K, H], split like the keys of `usp_attention`.
+      key: [B, S, K, H], split like the keys of `usp_attention`.
+      value: [B, S, K, H], split like `key`.
       tokens: positions and segment ids, int32 [B, S]; id -1 marks an unused slot.
     """
 
@@ -89,14 +90,15 @@ class KVCache:
         """Makes a cache whose first page is the keys and values of a prefill.
 
         Args:
-          key, value: global arrays [B, S, K, H]. S must be a multiple of
-            ring · ulysses.
+          key: global array [B, S, K, H]. S must be a multiple of ring · ulysses.
+          value: global array [B, S, K, H].
           layout: order in which they are stored; it determines the positions.
           positions: int32 [B, S]; needed for layout="data" only.
           segment_ids: int32 [B, S], -1 for padding, so rows may differ in length. None
             means document 0, which is also the default of new tokens and queries.
           page_tokens: number of tokens in a new page, a multiple of ring · ulysses.
-          mesh, axes: as in `usp_attention`.
+          mesh: as in `usp_attention`.
+          axes: as in `usp_attention`.
 
         Returns:
           The cache.
@@ -144,7 +146,8 @@ class KVCache:
         rows and heads.
 
         Args:
-          key, value: this device's shards, [B, s, K, H].
+          key: this device's shard, [B, s, K, H].
+          value: this device's shard, [B, s, K, H].
           positions: int32 [B, s].
           segment_ids: int32 [B, s], as in `of`.
           page_tokens: as in `of`.
@@ -152,6 +155,9 @@ class KVCache:
 
         Returns:
           The cache.
+
+        Raises:
+          ValueError: as in `of`.
         """
         _check_kv(key, value)
         shards = Shards.of_bound(axes)
@@ -198,7 +204,8 @@ class KVCache:
         the end there sets values of the cache to NaN.
 
         Args:
-          key, value: [B, T, K, H], replicated over the devices that share a sequence.
+          key: [B, T, K, H], replicated over the devices that share a sequence.
+          value: [B, T, K, H], replicated like `key`.
           positions: int32 [B, T].
           segment_ids: int32 [B, T]; -1 for a row that has no new token. None means 0.
 

@@ -64,12 +64,15 @@ def usp_joint_attention(
     Args:
       query: [B, T, N, H], split over `ring` and `ulysses`, in any order. T must be a
         multiple of ring · ulysses.
-      key, value: [B, T, K, H], split like `query`.
+      key: [B, T, K, H], split like `query`.
+      value: [B, T, K, H], split like `query`.
       joint_query: [B, J, N, H] for any J, replicated over the devices that share a
         sequence.
-      joint_key, joint_value: [B, J, K, H], replicated like `joint_query`.
+      joint_key: [B, J, K, H], replicated like `joint_query`.
+      joint_value: [B, J, K, H], replicated like `joint_query`.
       joint_segment_ids: integers [B, J], -1 for padding, so rows may differ in length.
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
       **options: `scale`, `segment_ids` [B, T], `logits_soft_cap`, `sinks`,
         `implementation`, `ring_schedule` and `ulysses_chunks` of `usp_attention`.
         Options that need an order of tokens are refused.

@@ -100,7 +100,8 @@ def padded_length(
       layout: name of the layout. For "contiguous" the result is `length` itself, since
         attention pads internally; for the others it is the next multiple that the mesh
         can split.
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
 
     Returns:
       The stored length, an int.
@@ -128,7 +129,8 @@ def layout_positions(
     Args:
       length: T, the stored length, as `padded_length` returns it.
       layout: name of the layout.
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
 
     Returns:
       int32 [T].
@@ -166,7 +168,8 @@ def to_layout(
     Args:
       x: any array.
       layout: name of the layout.
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
       axis: sequence axis of `x`, of length T.
       pad_value: fills up the sequence to `padded_length` if the layout cannot store its
         length; the padding must then have segment id -1. None raises instead.
@@ -204,7 +207,8 @@ def from_layout(
     Args:
       x: any array in stored order.
       layout: name of the layout.
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
       axis: sequence axis of `x`.
       length: number of tokens before padding; the rest is cut off. None keeps all.
 

@@ -35,9 +35,12 @@ class MeshAxes:
     mesh.
 
     Attributes:
-      pipe, data, fsdp, ring, ulysses, tensor: the axes of each role. `pipe` splits the
-        layers, `data` and `fsdp` the batch, `ring` and `ulysses` the sequence, `tensor`
-        the heads.
+      pipe: axes that split the layers.
+      data: axes that split the batch.
+      fsdp: axes that split the batch too, inside `data`.
+      ring: axes that split the sequence, for ring attention.
+      ulysses: axes that split the sequence too, inside `ring`, for Ulysses.
+      tensor: axes that split the heads.
       unused: axes along which every device computes the same. An axis with more than
         one device must have a role or be named here.
 
@@ -108,7 +111,12 @@ def make_mesh(
     """Makes a mesh with all six axes.
 
     Args:
-      pipe, data, fsdp, ring, ulysses, tensor: number of devices along each axis.
+      pipe: number of devices along the axis `pipe`.
+      data: number of devices along the axis `data`.
+      fsdp: number of devices along the axis `fsdp`.
+      ring: number of devices along the axis `ring`.
+      ulysses: number of devices along the axis `ulysses`.
+      tensor: number of devices along the axis `tensor`.
       devices: the devices of the mesh, all of which are used. None takes the first
         devices of `jax.devices()`. They are placed so that neighbours on the inner
         axes share the fastest links.

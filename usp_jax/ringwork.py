@@ -63,7 +63,8 @@ def ring_balance(
       segment_ids: integers [T] in stored order, -1 for padding; None means one
         document.
       ring: number of ring shards, which must divide T.
-      is_causal, local_window_size: as in `usp_attention`.
+      is_causal: as in `usp_attention`.
+      local_window_size: as in `usp_attention`.
 
     Returns:
       The counts, a `RingWork`.

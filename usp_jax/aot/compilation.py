@@ -62,7 +62,10 @@ def compile_vjp(
     in memory. The cotangents have the shapes and shardings of the results.
 
     Args:
-      fn, shapes, compiler_options, topology: as in `compile`.
+      fn: as in `compile`.
+      shapes: as in `compile`.
+      compiler_options: as in `compile`.
+      topology: as in `compile`.
 
     Returns:
       Two reports, of (result, residuals) = vjp(fn, *shapes), and of the gradients of

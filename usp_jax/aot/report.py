@@ -21,7 +21,8 @@ class Report:
         GPUs, whose compiler accepts everything, the peak must be within the device's
         memory.
       compile_seconds: time taken to lower and compile the program.
-      argument_bytes, output_bytes: bytes of the program's arguments and outputs.
+      argument_bytes: bytes of the program's arguments.
+      output_bytes: bytes of the program's outputs.
       aliased_bytes: bytes of the outputs that reuse donated arguments.
       temporary_bytes: bytes of temporaries.
       peak_bytes: most bytes alive at one time, including arguments and outputs.

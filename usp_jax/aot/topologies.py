@@ -38,6 +38,9 @@ def topology(name: str) -> Topology:
         by hosts and GPUs per host, such as "h100:2x8". libtpu also accepts slice sizes
         that are not sold.
 
+    Returns:
+      The topology, whose `devices` go to `usp_jax.make_mesh`.
+
     Raises:
       ValueError: the name is unknown; the message lists the known ones.
       ImportError: the compiler for the machine is not installed.

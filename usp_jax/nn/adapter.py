@@ -74,13 +74,16 @@ class Rope:
     def angles(
         self, positions: Integer[Array, "B T"], head_size: int, length: int | None
     ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-        """Returns the cosine and the sine of each position's angles, [B, T, H/2].
+        """Computes the cosine and the sine of each position's angles.
 
         Args:
           positions: integers [B, T].
           head_size: H, an even number.
           length: length of the sequence, which a dynamic scaling needs; None if it is
             unknown.
+
+        Returns:
+          `(cosine, sine)`, each [B, T, H/2].
         """
         scaling = self.scaling if length is None else at_length(self.scaling, length)
         frequencies = rope_frequencies(head_size, self.theta, scaling)
@@ -92,7 +95,8 @@ class AttentionFn:
     """The function that `attention_fn` returns; hashable, so flax can compare modules.
 
     Attributes:
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
       rope: rotates queries and keys before attention, or None.
       alibi_slopes: one number for each head, or None.
       options: the `StaticOptions` of `usp_attention` as (name, value), sorted by name.
@@ -136,7 +140,9 @@ class AttentionFn:
         """Attends with the arguments of `flax.nnx.dot_product_attention`.
 
         Args:
-          query, key, value: [..., T, N, H], [..., S, K, H], [..., S, K, H].
+          query: [..., T, N, H].
+          key: [..., S, K, H].
+          value: [..., S, K, H].
           mask: a `SequenceMask`; dense masks are refused.
           dropout_rng: a key; its bits become the seed of `usp_attention`'s dropout.
           input_positions: integers [..., T] or [T]. Rotates by them if there is a
@@ -241,7 +247,8 @@ def attention_fn(
     raise ValueError when the layer is called.
 
     Args:
-      mesh, axes: as in `usp_attention`.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
       rope: a `Rope` or a `flax.nnx.RoPE` that rotates queries and keys. Positions are
         the layer's `input_positions`, or else those of the layout.
       alibi_slopes: one number for each head, as in `usp_attention`.
