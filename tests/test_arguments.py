@@ -108,11 +108,11 @@ OPTIONS = {
     ),
     "ids-dtype": (
         {"segment_ids": IDS.astype(jnp.float32)},
-        "segment_ids has dtype float32, it must be an integer one",
+        "segment_ids has dtype float32, it must be an integer dtype",
     ),
     "ids-pair-dtype": (
         {"segment_ids": (IDS, IDS.astype(bool))},
-        "segment_ids has dtype bool, it must be an integer one",
+        "segment_ids has dtype bool, it must be an integer dtype",
     ),
     "ids-too-large": (
         {"segment_ids": np.full((B, T), 2**31)},

@@ -123,11 +123,11 @@ X = np.zeros((2, 12))
         ),
         (
             lambda mesh: usp_jax.to_layout(X, "data", mesh),
-            'layout="data" is permuted by whoever made the data',
+            'layout="data" has no permutation: the data',
         ),
         (
             lambda mesh: usp_jax.layout_positions(16, "data", mesh),
-            'layout="data" is permuted by whoever made the data',
+            'layout="data" has no permutation: the data',
         ),
         (
             lambda mesh: usp_jax.to_layout(X, "zigzag", mesh),

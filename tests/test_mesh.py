@@ -40,10 +40,10 @@ def test_takes_the_devices_it_is_given_in_their_order():
         ({"tensor": 2.0}, "tensor=2.0 must be a positive int"),
         (
             {"ring": 4, "ulysses": 4},
-            r"need 16 devices, there are 8; on a CPU jax.config.update\("
+            r"need 16 devices, but there are 8; on a CPU, call jax.config.update\("
             r"'jax_num_cpu_devices', 16\)",
         ),
-        ({"ring": 2, "devices": ()}, "need 2 devices, devices= has 0"),
+        ({"ring": 2, "devices": ()}, "need 2 devices, but devices= has 0"),
     ],
     ids=str,
 )

@@ -204,7 +204,7 @@ def test_dropout_is_that_of_the_op():
     wanted = usp_jax.flash_attention(q, q, q)
     found = attention(q, q, q, deterministic=True, **drop)
     chex.assert_trees_all_close(found, wanted, atol=1e-5)
-    with pytest.raises(ValueError, match="dropout_rng: None is no seed"):
+    with pytest.raises(ValueError, match="dropout_rng: None is not a seed"):
         attention(q, q, q, **drop | {"dropout_rng": None})
 
 
@@ -301,7 +301,7 @@ def test_usp_attention_layer_takes_the_options_of_attention_fn():
         ),
         (
             {"attention": attention_fn(), "is_causal": True},
-            "give them to attention_fn",
+            "give these to attention_fn",
         ),
     ],
     ids=["heads", "odd", "scaling", "twice"],

@@ -236,7 +236,7 @@ def attend(**options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dropout_rate": 1.0}, r"dropout_rate=1.0 must be a number from 0 to below 1"),
+        ({"dropout_rate": 1.0}, r"dropout_rate=1.0 must be a number in \[0, 1\)"),
         ({"dropout_rate": 0.1}, r"dropout_rate=0.1 needs dropout_seed="),
         (
             {"dropout_rate": 0.1, "dropout_seed": jnp.zeros(2)},

@@ -1,30 +1,30 @@
-"""What differs between the jax versions that we support, in one place."""
+"""Differences between the supported jax versions, in one place."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# A reference to memory inside a Pallas kernel, and the layout in registers of what is
-# loaded from it: neither has a public type.
+# A reference to memory inside a Pallas kernel, and the register layout of a value
+# loaded from it. Neither has a public type.
 Ref = Any
 Layout = Any
 
 
 def gpu_load(ref: Ref, layout: Layout) -> jax.Array:
-    """A Mosaic GPU kernel's load from shared or global memory into registers."""
+    """Loads from shared or global memory into registers, in a Mosaic GPU kernel."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    # jax 0.10.2 has one argument more, an index.
+    # jax 0.10.2 has one more argument, an index.
     index = ((),) if jax.__version_info__ < (0, 11) else ()
     x = plgpu.load(ref, *index, layout=layout, optimized=False)
-    # A kernel's body knows no manual axes, but what it loads from an argument that
-    # varies over one does until an operation makes a new array of it.
+    # The body of a kernel has no manual axes, but a value loaded from an argument that
+    # varies over one keeps it until an operation makes a new array.
     return x * x.dtype.type(1)
 
 
 def gpu_store(ref: Ref, value: jax.Array) -> None:
-    """A Mosaic GPU kernel's store from registers to global memory."""
+    """Stores registers to global memory, in a Mosaic GPU kernel."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     # New in jax 0.12.
@@ -35,7 +35,10 @@ def gpu_store(ref: Ref, value: jax.Array) -> None:
 
 
 def gpu_interpret_params() -> object:
-    """What makes `plgpu.kernel` run on any platform and tell races and unset memory."""
+    """Parameters that run `plgpu.kernel` on any platform, in interpret mode.
+
+    They also detect races and reads of unset memory.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if jax.__version_info__ < (0, 11):
@@ -51,13 +54,13 @@ def cudnn_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
 
-    `jax.nn.dot_product_attention` gives lse in the inputs' dtype and has no backward
-    from an lse of more keys. The primitives below it have both; they are private, read
-    in jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. A public function with a float32 lse in
-    and out would delete this and the next.
+    `jax.nn.dot_product_attention` returns lse in the inputs' dtype, and its backward
+    pass cannot take an lse of more keys. The primitives below it can do both. They are
+    private; checked in jax 0.10.2, 0.11.0, 0.11.2 and 0.12.0.1. A public function that
+    takes and returns a float32 lse would replace this function and the next.
 
     Args:
-      is_causal: row i sees keys 0 to i.
+      is_causal: if True, row i sees keys 0 to i.
 
     Returns:
       out [B, T, N, H] in 16 bits, and lse [B, N, T] in float32.
@@ -81,10 +84,10 @@ def cudnn_attention_backward(
     scale: float,
     is_causal: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk, dv in 16 bits from lse [B, N, T] of more keys than these.
+    """Returns dq, dk, dv in 16 bits, from an lse [B, N, T] that may cover more keys.
 
     Args:
-      out: read only for sum(out · dout, -1).
+      out: used only for sum(out · dout, -1).
     """
     from jax._src.cudnn import fused_attention_stablehlo as private
 
@@ -99,7 +102,7 @@ def _cudnn_options(scale: float, is_causal: bool) -> dict[str, Any]:
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK
-    # jax 0.12 has one option more, a function of the logits.
+    # jax 0.12 has one more option, a function of the logits.
     further = {} if jax.__version_info__ < (0, 12) else {"score_mod": None}
     return {
         **further,

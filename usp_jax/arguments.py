@@ -1,7 +1,7 @@
-"""The arguments of the attention functions: checked, and put in one form.
+"""Checks of the attention functions' arguments, and their conversion to one form.
 
-Every mistake of a caller is a ValueError that names the argument, its value and what
-would be right, raised before anything is compiled.
+A caller's mistake raises ValueError before anything is compiled. The message names the
+argument, its value and what it must be.
 """
 
 import math
@@ -34,7 +34,7 @@ def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"{key.shape=} and {value.shape=} must be equal but for the head size"
+            f"{key.shape=} and {value.shape=} must be equal except for the head size"
         )
     for i, letter in ((0, "B"), (3, "H")):
         if query.shape[i] != key.shape[i]:
@@ -49,7 +49,7 @@ def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 
 def check_array(name: str, x: jax.Array, letters: str) -> None:
-    """Checks that `x` is a floating array of four dims, none of them 0."""
+    """Checks that `x` is a floating array with four dims, none of size 0."""
     _array_type(name, x, letters)
     if len(x.shape) != 4:
         raise ValueError(f"{name}.shape={x.shape} must be {letters}")
@@ -64,7 +64,7 @@ def check_array(name: str, x: jax.Array, letters: str) -> None:
 def logits(
     scale: float | None, logits_soft_cap: float | None, head_size: int
 ) -> Logits:
-    """The rule from products to logits; scale defaults to 1 / sqrt(H)."""
+    """Makes the rule from products q·k to logits; scale defaults to 1 / sqrt(H)."""
     if scale is None:
         scale = 1 / math.sqrt(head_size)
     elif not _is_finite(scale):
@@ -82,7 +82,7 @@ def logits(
 def mask_rule(
     is_causal: bool, local_window_size: int | Sequence[int | None] | None
 ) -> MaskRule:
-    """The static part of the mask."""
+    """Makes the static part of the mask."""
     check_bool("is_causal", is_causal)
     window = local_window_size
     if window is None:
@@ -96,7 +96,7 @@ def mask_rule(
             f"{local_window_size=} must be None, an int >= 0 or a pair (left, right) "
             "of them, None for no bound"
         )
-    # No two positions are farther apart, and int32 holds no more.
+    # Two positions are never farther apart than this, and int32 holds no more.
     farthest = jnp.iinfo(jnp.int32).max
     return MaskRule(is_causal, *(s if s is None else min(s, farthest) for s in sides))
 
@@ -107,9 +107,9 @@ def sides_of(
     query_shape: tuple[int, ...],
     key_shape: tuple[int, ...],
 ) -> tuple[jax.Array, ...] | None:
-    """int32 [B, T] for both sides, (x,), or one for each, (query's, key/value's).
+    """Converts to a tuple of int32 [B, T]: (x,) for both sides, or one for each side.
 
-    None stays None.
+    Two arrays are in the order (query's, key/value's). None stays None.
     """
     if value is None:
         return None
@@ -127,14 +127,14 @@ def sides_of(
 
 
 def int32(name: str, x: object) -> jax.Array:
-    """Integers of any width as int32.
+    """Converts integers of any width to int32.
 
     Raises:
-      ValueError: they are not integers, or known values do not fit.
+      ValueError: the values are not integers, or are known and do not fit.
     """
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {dtype}, it must be an integer one")
+        raise ValueError(f"{name} has dtype {dtype}, it must be an integer dtype")
     limits = np.iinfo(np.int32)
     if isinstance(x, np.ndarray) and x.size:
         least, most = x.min(), x.max()
@@ -146,7 +146,7 @@ def int32(name: str, x: object) -> jax.Array:
 
 
 def check_by_head(name: str, x: object, num_heads: int) -> None:
-    """Checks that `x` is None or one floating number for each query head."""
+    """Checks that `x` is None or has one floating number for each query head."""
     if x is None:
         return
     shape, dtype = _array_type(name, x, "[N]")
@@ -157,14 +157,14 @@ def check_by_head(name: str, x: object, num_heads: int) -> None:
 
 
 def dropout_rate(rate: float) -> float:
-    """The share of weights that is dropped."""
+    """Checks the fraction of weights to drop."""
     if not _is_finite(rate) or not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate={rate!r} must be a number from 0 to below 1")
+        raise ValueError(f"dropout_rate={rate!r} must be a number in [0, 1)")
     return float(rate)
 
 
 def dropout_seed(seed: object, rate: float) -> Array | np.uint32 | None:
-    """The seed as uint32 []; None where nothing is dropped."""
+    """Converts the seed to uint32 []; None if nothing is dropped."""
     if not rate:
         return None
     if isinstance(seed, int) and not isinstance(seed, bool):
@@ -180,17 +180,17 @@ def dropout_seed(seed: object, rate: float) -> Array | np.uint32 | None:
 
 
 def layouts(layout: str | tuple[str, str]) -> tuple[str, str]:
-    """The layouts of queries and of keys."""
+    """Returns the layouts of queries and of keys."""
     pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
     if len(pair) != 2:
         raise ValueError(f"{layout=} must be one name or a pair (query's, key's)")
-    for one in pair:
-        check_layout(one)
+    for name in pair:
+        check_layout(name)
     return pair
 
 
 def prefix(length: object, batch: int) -> jax.Array | None:
-    """The length of each row's prefix, int32 [B], or None."""
+    """Converts the length of each row's prefix to int32 [B], or None."""
     if length is None:
         return None
     shape, dtype = _array_type("prefix_length", length, "[B]")
@@ -205,13 +205,14 @@ def prefix(length: object, batch: int) -> jax.Array | None:
 def check_divides(
     query: jax.Array, key: jax.Array, shards: Shards, layouts: tuple[str, str]
 ) -> None:
-    """Checks what the devices must divide: batch, heads and the layouts' lengths."""
+    """Checks that the devices divide the batch, the heads and the layouts' lengths."""
     mesh, axes = shards.mesh, shards.axes
     ring_size, ulysses_size = shards.ring_size, shards.ulysses_size
-    ways = axis_size(mesh, axes.batch)
-    if query.shape[0] % ways:
+    data_size = axis_size(mesh, axes.batch)
+    if query.shape[0] % data_size:
         raise ValueError(
-            f"the batch, B={query.shape[0]}, must be a multiple of data·fsdp = {ways}"
+            f"the batch, B={query.shape[0]}, must be a multiple of data·fsdp = "
+            f"{data_size}"
         )
     tensor = axis_size(mesh, axes.tensor)
     for letter, x in (("N", query), ("K", key)):
@@ -222,7 +223,7 @@ def check_divides(
             )
     for name, x, layout in zip(("query", "key"), (query, key), layouts, strict=True):
         if layout == "contiguous":
-            # Global arrays are padded, and shards of any length are whole.
+            # Global arrays get padded, and shards may have any length.
             continue
         length, what = x.shape[1], f"{name}.shape[1]"
         if mesh is None and ring_size * ulysses_size > 1:
@@ -232,7 +233,7 @@ def check_divides(
 
 
 def head_groups(ulysses_chunks: int, heads: Heads) -> int:
-    """In how many groups a device takes its query heads."""
+    """Checks the number of head groups that a device splits its query heads into."""
     check_positive_int("ulysses_chunks", ulysses_chunks)
     own = heads.padded // heads.ulysses_size
     if own % ulysses_chunks:
@@ -243,7 +244,7 @@ def head_groups(ulysses_chunks: int, heads: Heads) -> int:
 
 
 def _array_type(name: str, x: object, letters: str) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and dtype of what must be an array."""
+    """Returns the shape and dtype of `x`, which must be an array."""
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
     if shape is None or dtype is None:
         raise ValueError(f"{name} must be an array {letters}, not {type(x).__name__}")
@@ -251,5 +252,5 @@ def _array_type(name: str, x: object, letters: str) -> tuple[tuple[int, ...], np
 
 
 def _is_finite(x: object) -> bool:
-    """Whether this is a finite Python number."""
+    """Returns True if `x` is a finite Python number."""
     return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)

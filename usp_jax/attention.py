@@ -1,4 +1,4 @@
-"""The public attention functions: global arrays, shards of them, or one device."""
+"""The public attention functions: for global arrays, their shards, or one device."""
 
 import dataclasses
 from functools import partial
@@ -53,78 +53,89 @@ def usp_attention(
 ) -> Out:
     """Attention whose sequence is split over the `ring` and `ulysses` axes of a mesh.
 
-    softmax(scale · q kᵀ + mask) v, as `jax.nn.dot_product_attention` computes it on one
-    device (USP, arXiv 2405.07719, Algorithm 1). Takes and gives global arrays, under
-    jit or not; everything along T and S is in the order of `layout`.
+    Computes softmax(scale · q kᵀ + mask) v, like `jax.nn.dot_product_attention` on one
+    device (USP, arXiv 2405.07719, Algorithm 1). Takes and returns global arrays, inside
+    or outside jit. Dims T and S are in the order of `layout`. Differentiable once.
 
     Args:
-      query: [B, T, N, H] in bfloat16, float16, float32 or float64; or [T, N, H], then
-        nothing else has B either.
-      key: [B, S, K, H] in the query's dtype; N is a multiple of K.
-      value: [B, S, K, V]; its head size may differ from the keys' (as in MLA).
-      bias, mask: refused, in the place where `jax.nn.dot_product_attention` has them:
-        masks are options here.
-      is_causal: a query sees no key after its own position.
-      scale: multiplies q·k; None is 1 / sqrt(H).
-      segment_ids: integers [B, T], or a pair for query and key/value [B, T], [B, S],
-        used as int32. Tokens see equal ids only; -1 is padding, whose output and
-        gradient are exactly 0.
-      positions: integers [B, T] or a pair, used as int32: the order that causal and
-        window masks compare. None takes those of `layout`.
-      local_window_size: (left, right): a query at p sees positions p - left to
-        p + right; an int is both, None is no bound.
-      logits_soft_cap: c makes a logit x into c · tanh(x / c).
-      sinks: [N], for each head a logit that takes part in the softmax and has no value.
-      prefix_length: integers [B]; with `is_causal`, tokens at positions below it see
-        each other in both directions (a prefix-LM). Not with a window, ALiBi or
-        dropout.
-      alibi_slopes: [N]; slope · |query's position - key's| is taken off each logit
-        (ALiBi, arXiv 2108.12409), after the cap. Constants: no gradient flows to them.
-      dropout_rate: the share of the softmax's weights that is dropped, the others are
-        scaled by 1 / (1 - rate). Which, is a hash of the seed, the batch row, the head,
-        the segment and the two positions: the same on any mesh and in any layout.
-      dropout_seed: an integer, a new one for each call that shall drop others.
-      layout: how T is stored: "contiguous" (any length), "zigzag", "striped" (lengths
-        that `padded_length` gives) or "data" (with `positions`); a pair where queries
-        and keys differ.
-      mesh: None takes the mesh of `jax.set_mesh`, or the one that the inputs are
-        sharded on; without any, runs on one device.
-      axes: which axes of the mesh play which role; every axis of more than one device
-        must have one.
+      query: [B, T, N, H] in bfloat16, float16, float32 or float64. [T, N, H] also
+        works; then no argument has a batch dim.
+      key: [B, S, K, H] in the query's dtype. N must be a multiple of K.
+      value: [B, S, K, V] in the query's dtype. V may differ from H, as in MLA.
+      bias: refused. It is here because `jax.nn.dot_product_attention` has it in this
+        place; use `alibi_slopes` instead.
+      mask: refused like `bias`; use the masking options below instead.
+      is_causal: if True, a query sees no key after its own position.
+      scale: factor of q·k. Defaults to 1 / sqrt(H).
+      segment_ids: integers [B, T], or a pair ([B, T], [B, S]) for queries and
+        keys/values, converted to int32. A token sees only tokens with an equal id. Id
+        -1 is padding; its output and gradients are exactly 0.
+      positions: integers [B, T], or a pair ([B, T], [B, S]), converted to int32: the
+        positions that causal and window masks compare. Defaults to the positions of
+        `layout`.
+      local_window_size: (left, right); a query at position p sees positions p - left to
+        p + right. An int sets both sides; None means no bound.
+      logits_soft_cap: if c is given, each logit x becomes c · tanh(x / c).
+      sinks: floating [N]; for each head, an extra logit that takes part in the softmax
+        and has no value.
+      prefix_length: integers [B]. With `is_causal`, tokens at positions below it see
+        each other in both directions (a prefix LM). Cannot be combined with a window,
+        ALiBi or dropout.
+      alibi_slopes: floating [N]; subtracts slope · |query position - key position| from
+        each logit, after the soft cap (ALiBi, arXiv 2108.12409). Treated as constants:
+        they receive no gradient.
+      dropout_rate: fraction of the softmax weights to drop; the rest are scaled by
+        1 / (1 - rate). A hash of the seed, batch row, head, segment and both positions
+        decides which, so the result does not depend on the mesh or the layout.
+      dropout_seed: integer. Use a new seed for each call that must drop different
+        weights.
+      layout: order in which T is stored: "contiguous" (any length), "zigzag" or
+        "striped" (lengths that `padded_length` returns), or "data" (needs `positions`).
+        A pair sets the layouts of queries and keys separately.
+      mesh: defaults to the mesh of `jax.set_mesh`, else the mesh the inputs are sharded
+        on, else a single device.
+      axes: the role of each mesh axis. Every axis with more than one device needs a
+        role.
       implementation: "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA
-        GPUs from Ampere on), "cudnn" (the same; full and causal masks), "xla" (any
-        device), "reference" (the definition, O(T·S) memory); "mosaic_tpu_interpret",
-        "mosaic_gpu_interpret" and "triton_interpret" run anywhere, slowly. None takes
-        the best for the mesh's devices.
-      return_residual: also returns the log-sum-exp of the logits.
-      ring_schedule: how keys meet queries round the ring; the result is the same. A
-        name, or an object from `usp_jax.ring`. "unidirectional": k, v go round; hops
-        that the layout and the masks make empty do not exist. "bidirectional": half of
-        each shard goes each way, half the time of a hop on a torus. "double:4"
-        (`Double(inner=4)`): rings of 4 neighbours, which must divide the ring, inside
-        an outer ring, for links of two speeds. "all_gather": all k, v at once, memory
-        for them all. "pass_q": queries go round and k, v stay, for few queries.
-      ulysses_chunks: the number of groups that a device takes its heads in; the next
-        group's are on their way while one is attended to, and attention needs memory
-        for two groups only. Must divide its query heads, N / (tensor · ulysses).
+        GPUs since Ampere), "cudnn" (NVIDIA GPUs since Ampere; full and causal masks
+        only), "xla" (any device) or "reference" (the definition; O(T·S) memory).
+        "mosaic_tpu_interpret", "mosaic_gpu_interpret" and "triton_interpret" run on
+        any device, slowly. None picks one for the mesh's devices.
+      return_residual: if True, also returns the log-sum-exp of the logits.
+      ring_schedule: how keys and queries meet around the ring; it does not change what
+        is computed. A name, or an object from `usp_jax.ring`. "unidirectional" rotates
+        k and v, and leaves out the hops that the layout and masks make empty.
+        "bidirectional" sends half of each shard in each direction, which halves the
+        time of a hop on a torus. "double:4" (`Double(inner=4)`) nests rings of 4
+        neighbours in an outer ring, for links of two speeds; 4 must divide the ring.
+        "all_gather" gathers all k and v at once and needs memory for them. "pass_q"
+        rotates the queries instead, for calls with few of them.
+      ulysses_chunks: number of head groups that each device processes in turn. The next
+        group is sent while the current one is attended to, and attention needs memory
+        for only two groups. Must divide the device's query heads,
+        N / (tensor · ulysses).
 
     Returns:
-      out [B, T, N, V] in the query's dtype; with `return_residual` (out, lse), lse
-      [B, T, N] in promote_types(query.dtype, float32), natural log, -inf where a query
-      sees nothing (a sink is seen by all but padding), and differentiable.
+      `out`, or `(out, lse)` with `return_residual`. `out` is [B, T, N, V] in the
+        query's dtype. `lse` is [B, T, N] in promote_types(query.dtype, float32),
+        natural log, and differentiable; it is -inf where a query sees nothing (every
+        token but padding sees the sink, if there is one).
 
     Raises:
-      ValueError: shapes, dtypes, lengths, heads, axes or names that do not fit, or a
-        second derivative is taken.
+      ValueError: shapes, dtypes, lengths, heads, axes or names do not fit, or a second
+        derivative is taken.
 
     Example:
-      >>> mesh = usp_jax.make_mesh(ring=4, ulysses=2)
-      >>> q, k, v = (usp_jax.to_layout(x, "zigzag", mesh) for x in (q, k, v))
-      >>> out = usp_jax.usp_attention(
-      ...     q, k, v, is_causal=True, layout="zigzag", mesh=mesh)
+      ```python
+      mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+      q, k, v = (usp_jax.to_layout(x, "zigzag", mesh) for x in (q, k, v))
+      out = usp_jax.usp_attention(
+          q, k, v, is_causal=True, layout="zigzag", mesh=mesh
+      )
+      ```
     """
-    for name, given in (("bias", bias), ("mask", mask)):
-        if given is not None:
+    for name, argument in (("bias", bias), ("mask", mask)):
+        if argument is not None:
             raise ValueError(f"usp_attention cannot honour {name}=: {INSTEAD[name]}")
     mesh = resolve_mesh(mesh, axes, query, key, value)
     options = Options(
@@ -156,27 +167,28 @@ def usp_attention_per_shard(
     axes: MeshAxes = MeshAxes(),
     **options: Unpack[Options],
 ) -> Out:
-    """`usp_attention` (arXiv 2405.07719) inside a `jax.shard_map` of the caller's.
+    """`usp_attention` (arXiv 2405.07719) inside the caller's own `jax.shard_map`.
 
     Takes and returns this device's shards: t = T / (ring · ulysses) tokens in the order
-    of `layout`, and this device's batch rows and heads. Needs the axes `ring` and
-    `ulysses` to be manual (or bound by `jax.vmap(..., axis_name=)`); one that is not
-    bound has size 1.
+    of `layout`, and this device's batch rows and heads. The axes `ring` and `ulysses`
+    must be manual, or bound by `jax.vmap(..., axis_name=)`; an unbound axis has size 1.
 
-    Under such a vmap take gradients inside of it: what is differentiated from outside,
-    jax runs backward without the vmap's axis names.
+    Under such a vmap, take gradients inside it: when differentiated from outside, jax
+    runs the backward pass without the vmap's axis names.
 
     Args:
-      query, key, value: [B, t, N, H], [B, s, K, H], [B, s, K, V].
-      axes: which axes play the roles `ring` and `ulysses`.
-      **options: those of `usp_attention` but `mesh`; `segment_ids` and `positions` are
-        shards, [B, t], and lengths must divide as they stand.
+      query: [B, t, N, H].
+      key: [B, s, K, H].
+      value: [B, s, K, V].
+      axes: the axes that play the roles `ring` and `ulysses`.
+      **options: the options of `usp_attention`, except `mesh`. `segment_ids` and
+        `positions` are shards, [B, t]. Nothing is padded: lengths must divide.
 
     Returns:
-      As `usp_attention`, for this device's tokens.
+      The result of `usp_attention` for this device's tokens.
 
     Raises:
-      ValueError: as `usp_attention`, and for lengths that do not divide.
+      ValueError: as in `usp_attention`, or a length does not divide.
     """
     options = completed("usp_attention_per_shard", options)
     return _attention(query, key, value, Shards.of_bound(axes), options)
@@ -188,21 +200,23 @@ def flash_attention(
     value: Float[Array, "*B S K V"],
     **options: Unpack[Options],
 ) -> Out:
-    """Attention on one device in O(T) memory: what the ring does with each chunk.
+    """Attention on one device in O(T) memory: what each ring step runs on its chunk.
 
     FlashAttention-2 (arXiv 2307.08691).
 
     Args:
-      query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V], or all without B.
-      **options: those of `usp_attention` but `mesh` and `axes`. `layout` and
-        `ring_schedule` are those of a ring of one device, where every layout is the
+      query: [B, T, N, H]. All arrays may also be without B.
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      **options: the options of `usp_attention`, except `mesh` and `axes`. `layout` and
+        `ring_schedule` apply to a ring of one device, where every layout is the
         natural order.
 
     Returns:
-      As `usp_attention`.
+      The result of `usp_attention`.
 
     Raises:
-      ValueError: as `usp_attention`.
+      ValueError: as in `usp_attention`.
     """
     options = completed("flash_attention", options)
     return _attention(query, key, value, Shards(axes=NO_AXES), options)
@@ -215,7 +229,7 @@ def _attention(
     shards: Shards,
     options: Options,
 ) -> Out:
-    """The call on all devices of a mesh, or on the caller's own shards."""
+    """Runs the call on a mesh, or on the caller's own shards."""
     if all(getattr(x, "ndim", None) == 3 for x in (query, key, value)):
         row = query[None], key[None], value[None]
         results = _attention(*row, shards, _with_batch(options))
@@ -228,7 +242,7 @@ def _attention(
 
 
 def _with_batch(options: Options) -> Options:
-    """The options of one row, for a batch of it."""
+    """Adds a batch dim of size 1 to the options."""
 
     def batch(x: Any) -> Any:
         if isinstance(x, tuple | list):
@@ -251,10 +265,10 @@ def _on_mesh(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """Pads to a length that the mesh can split, and runs the shards."""
+    """Pads to a length that the mesh can split, then runs the shards."""
     shards = call.shards
     multiple = length_multiple("contiguous", shards.ring_size, shards.ulysses_size)
-    length, given = query.shape[1], query
+    length, unpadded = query.shape[1], query
     padding = [-x.shape[1] % multiple for x in (query, key)]
     if any(padding):
         query, key, value, facts = _padded(
@@ -262,16 +276,16 @@ def _on_mesh(
         )
     arrays = (query, key, value, sinks, facts)
     dims = (SEQ, SEQ, SEQ, BY_HEAD, FACTS)
-    # In a region that is manual over other axes the results vary over every axis that
-    # an input varies over.
+    # In a region that is manual over other axes, the results vary over every axis that
+    # some input varies over.
     arrays = vary_like(arrays, arrays)
     out, lse = _attend(call, *shards.place(arrays, dims))
     if padding[0]:
         out, lse = jax.tree.map(lambda x: _cut(x, length, shards), (out, lse))
-    return jax.tree.map(lambda x: shards.spelled_like(x, given), (out, lse))
+    return jax.tree.map(lambda x: shards.spelled_like(x, unpadded), (out, lse))
 
 
-# One compiled program outside jit too.
+# jit, so that a call outside jit is one compiled program too.
 @partial(jax.jit, static_argnames=("call",))
 def _on_shards(
     call: Call,
@@ -281,10 +295,10 @@ def _on_shards(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """The call on shards, in the caller's own shard_map or on one device."""
+    """Runs the call on shards: in the caller's own shard_map, or on one device."""
     arrays = (query, key, value, sinks, facts)
-    # The results vary over every axis that an input varies over, and with them all
-    # loops' states: mark the inputs once, here.
+    # The results and the loop states vary over every axis that some input varies over.
+    # Mark the inputs once, here.
     return _attend(call, *vary_like(arrays, (arrays, call.shards.bound_indices())))
 
 
@@ -296,7 +310,7 @@ def _attend(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """The algorithm, over all of a device's heads at once or in groups."""
+    """Runs the algorithm over all of a device's heads at once, or in head groups."""
     if call.head_groups > 1:
         return usp_in_groups(call, query, key, value, sinks, facts)
     return usp(call, query, key, value, sinks, facts)
@@ -310,18 +324,18 @@ def _padded(
     value: jax.Array,
     facts: Facts,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Facts]:
-    """Appends padding tokens to what is contiguous."""
+    """Appends padding tokens to contiguous queries, keys, values and facts."""
 
     def rows(x: jax.Array, n: int) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
 
     def tokens(x: jax.Array, side: int, n: int) -> Tokens:
         own = jnp.zeros(x.shape[:2], jnp.int32)
-        given = Tokens(
+        unpadded = Tokens(
             own if facts.positions is None else facts.positions[side],
             None if facts.segment_ids is None else facts.segment_ids[side],
         )
-        return pad_tokens(given, n, with_ids=True)
+        return pad_tokens(unpadded, n, with_ids=True)
 
     sides = [tokens(query, 0, padding[0])]
     two = two_sided(layouts, facts)
@@ -337,10 +351,10 @@ def _padded(
 
 
 def _cut(x: jax.Array, length: int, shards: Shards) -> jax.Array:
-    """The first `length` tokens; an Explicit mesh cannot cut a split axis."""
+    """Cuts `x` to its first `length` tokens, gathered first on an Explicit mesh."""
     mesh = shards.its_mesh
     if AxisType.Explicit in mesh.axis_types:
-        # Without axes of one device: of a single number jax 0.12 forgets them.
+        # Leave out axes of one device: for a single number, jax 0.12 drops them.
         batch, _, *others = shards.splits(jax.typeof(x).sharding.spec)
         spec = jax.P(*map(tuple, (batch, (), *others)))
         x = jax.reshard(x, NamedSharding(mesh, spec))

@@ -1,11 +1,11 @@
-"""Balance of packed rows: equal visible work for the ring's shards, not equal tokens.
+"""Balancing of packed rows: ring shards with equal visible work, not just equal tokens.
 
-A query sees keys of its own document only, so a shard that holds the ends of long
-documents works much longer than one that holds short ones. `balance` cuts a packed row
-into chunks and gives every ring shard the same number of them and, nearly, the same
-number of visible (query, key) pairs (`chunk_assignment.py`). What comes out is data for
-`layout="data"`. All of it is numpy, on the host; `ringwork.py` has the figures that
-tell how even an order is.
+A query sees only keys of its own document, so a shard that holds the ends of long
+documents works much longer than one that holds short documents. `balance` cuts a packed
+row into chunks and gives every ring shard the same number of chunks and nearly the same
+number of visible (query, key) pairs (`chunk_assignment.py`). The result is data for
+`layout="data"`. All of it is numpy, on the host. `ringwork.py` measures how even an
+order is.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ from usp_jax.checks import check_count
 from usp_jax.chunk_assignment import Row, assign
 from usp_jax.masking import PADDING
 
-# A chunk is a kernel's block where the row is long enough for this many a shard.
+# A chunk is as long as a kernel's block, if a shard can have this many of them.
 _CHUNK = 128
 _CHUNKS_A_SHARD = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Balance:
-    """The order in which a packed row is stored; ring shards follow one another.
+    """The order in which a packed row is stored, one ring shard after the other.
 
     Attributes:
-      order: int32 [T], which token of the padded natural row each stored place holds.
-      segment_ids: int32 [T] in stored order: the document's index, -1 for padding.
-      work: int64 [ring], the visible pairs of each shard's queries.
-      chunk: the tokens of a chunk. Within a shard chunks are in natural order.
+      order: int32 [T], the index in the padded natural row of each stored token.
+      segment_ids: int32 [T] in stored order, the index of the document; -1 is padding.
+      work: int64 [ring], the number of visible pairs of each shard's queries.
+      chunk: number of tokens in a chunk. Within a shard, chunks are in natural order.
     """
 
     order: Int32[np.ndarray, " T"]
@@ -43,9 +43,9 @@ class Balance:
 
     @property
     def positions(self) -> Int32[np.ndarray, " T"]:
-        """What masks and RoPE take: each stored token's place in the natural row.
+        """Each stored token's index in the natural row, int32 [T], for masks and RoPE.
 
-        They do not start again with each document, which neither can tell.
+        Positions do not restart at each document; neither masks nor RoPE depend on it.
         """
         return self.order
 
@@ -55,10 +55,15 @@ class Balance:
         """Permutes a natural row to stored order along `axis`.
 
         Args:
-          x: of length T along `axis`, or shorter with `pad_value`, which then follows.
+          x: array of length T along `axis`, or shorter if `pad_value` is given.
+          axis: the axis to permute.
+          pad_value: fills a shorter array up to length T.
+
+        Returns:
+          The array in stored order, of length T along `axis`.
 
         Raises:
-          ValueError: the length is neither.
+          ValueError: `x` is too long, or shorter without `pad_value`.
         """
         x = np.asarray(x)
         length, missing = x.shape[axis], len(self.order) - x.shape[axis]
@@ -76,13 +81,18 @@ class Balance:
     def to_natural(
         self, x: np.ndarray, *, axis: int = 0, length: int | None = None
     ) -> np.ndarray:
-        """The inverse of `to_stored`.
+        """Permutes a stored row to natural order; the inverse of `to_stored`.
 
         Args:
-          length: how many tokens to keep of the natural row; None keeps the padding.
+          x: array of length T along `axis`.
+          axis: the axis to permute.
+          length: number of tokens to keep of the natural row; None keeps the padding.
+
+        Returns:
+          The array in natural order.
 
         Raises:
-          ValueError: `x` is not of length T, or has no such beginning.
+          ValueError: `x` is not of length T, or `length` is not between 0 and T.
         """
         x, whole = np.asarray(x), len(self.order)
         if x.shape[axis] != whole:
@@ -104,25 +114,37 @@ def balance(
     is_causal: bool = True,
     local_window_size: int | tuple[int | None, int | None] | None = None,
 ) -> Balance:
-    """Orders a row of packed documents so that ring shards have equal visible work.
+    """Orders a row of packed documents so that ring shards have nearly equal work.
 
-        plan = usp_jax.balance([700, 200, 100], ring=4, length=1024)
-        tokens = plan.to_stored(tokens, pad_value=0)
-        usp_attention(..., layout="data", positions=plan.positions[None],
-                      segment_ids=plan.segment_ids[None])
+    Work is the number of visible (query, key) pairs.
 
     Args:
-      segment_lengths: the tokens of each document, in the order they are packed.
-      ring: the number of ring shards.
-      length: T, the row's length with its padding; a multiple of ring · ulysses. None
-        is the least that holds the documents and divides.
-      chunk: the tokens that stay together; T / ring must be a multiple. None is 128, a
-        block of the kernels, or less where a shard would have fewer than 32 chunks.
-      ulysses: the other degree, for T.
-      is_causal, local_window_size: those of the attention, as in `usp_attention`.
+      segment_lengths: number of tokens in each document, in the order of packing.
+      ring: number of ring shards.
+      length: T, the length of the row with padding, a multiple of ring · ulysses. None
+        takes the shortest that holds the documents and divides.
+      chunk: number of consecutive tokens that stay together; it must divide T / ring.
+        None takes 128, a block of the kernels, or less if a shard would have fewer than
+        32 chunks.
+      ulysses: size of the `ulysses` axis, which must divide the shards.
+      is_causal: as in `usp_attention`.
+      local_window_size: as in `usp_attention`.
+
+    Returns:
+      The order, a `Balance`.
 
     Raises:
-      ValueError: an argument is not of its kind, or lengths do not fit or divide.
+      ValueError: an argument has the wrong type, or lengths do not fit or divide.
+
+    Example:
+      ```python
+      plan = usp_jax.balance([700, 200, 100], ring=4, length=1024)
+      tokens = plan.to_stored(tokens, pad_value=0)
+      usp_attention(
+          ..., layout="data", positions=plan.positions[None],
+          segment_ids=plan.segment_ids[None],
+      )
+      ```
     """
     rule = arguments.mask_rule(is_causal, local_window_size)
     lengths = _document_lengths(segment_lengths)
@@ -169,15 +191,15 @@ def _document_lengths(segment_lengths: Sequence[int] | np.ndarray) -> np.ndarray
 def _shard_and_chunk(
     total: int, ring: int, ulysses: int, length: int | None, chunk: int | None
 ) -> tuple[int, int]:
-    """The tokens of a ring shard and of a chunk."""
+    """Number of tokens in a ring shard and in a chunk."""
     if chunk is not None:
         check_count("chunk", chunk, least=1)
     if length is None:
         if not total:
-            raise ValueError("segment_lengths is empty: give length= for a row of it")
+            raise ValueError("segment_lengths is empty: give length= for padding only")
         shard = -(-total // ring)
         if chunk is None:
-            # The greatest power of two, for padding may be added to make it divide.
+            # A power of two: padding may be added, so it need not divide the shard.
             chunk = 1 << _most_chunk(shard).bit_length() - 1
         multiple = math.lcm(chunk, ulysses)
         return -(-shard // multiple) * multiple, chunk
@@ -193,5 +215,5 @@ def _shard_and_chunk(
 
 
 def _most_chunk(shard_length: int) -> int:
-    """128, or what leaves a shard 32 chunks, or 1."""
+    """Longest chunk: 128, or less so that a shard has 32 chunks; at least 1."""
     return max(min(_CHUNK, shard_length // _CHUNKS_A_SHARD), 1)

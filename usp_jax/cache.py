@@ -1,9 +1,9 @@
 """A cache of keys and values whose sequence stays split, for decoding.
 
-The keys and values of a prefill lie spread over the `ring` and `ulysses` axes already,
-and become the first page of a cache as they lie. New tokens are few: every device gets
-all of them, and keeps every P-th (P = ring · ulysses) in its part of the last page. A
-page that is full is followed by a new one, an array of its own, so growing copies
+The keys and values of a prefill are already split over the `ring` and `ulysses` axes,
+and become the first page of a cache without moving. New tokens are few: every device
+receives all of them, and keeps every P-th (P = ring · ulysses) in its part of the last
+page. When a page is full, a new one follows, as a separate array, so growing copies
 nothing.
 """
 
@@ -28,7 +28,7 @@ from usp_jax.varying import vary_like
 
 T = TypeVar("T")
 Pair = tuple[jax.Array, jax.Array]
-# New tokens are whole on every device that shares a sequence.
+# New tokens are replicated over the devices that share a sequence.
 NEW = ("batch", None, "tensor")
 NEW_TOKENS = ("batch",)
 
@@ -36,33 +36,36 @@ NEW_TOKENS = ("batch",)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A run of keys and values, in whatever order.
+    """A run of keys and values, in any order.
 
     Attributes:
-      key, value: [B, S, K, H], split like the keys of `usp_attention`.
-      tokens: positions and segment ids, int32 [B, S]; id -1 is an unused place.
+      key: [B, S, K, H], split like the keys of `usp_attention`.
+      value: [B, S, K, H], split like `key`.
+      tokens: positions and segment ids, int32 [B, S]; id -1 marks an unused slot.
     """
 
-    # A pytree's leaves are whatever jax puts there, so they have no array type.
+    # jax puts arrays, tracers and specs into a pytree's leaves, so their type is Any.
     key: Any
     value: Any
     tokens: Tokens
 
     @property
     def parts(self) -> tuple[Pair, Tokens]:
-        """((key, value), tokens): what is split alike."""
+        """((key, value), tokens), grouped by how they are split."""
         return (self.key, self.value), self.tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far, a pytree; made by `of` or `of_shards`.
+    """The keys and values of the tokens so far. A pytree; make it with `of`.
+
+    Inside a `jax.shard_map`, make it with `of_shards`.
 
     Attributes:
-      pages: the prefill's, then those that tokens were appended to.
-      used: int32 [], how many places of the last page have been given away.
-      page_tokens: how many tokens a new page holds, over all devices.
+      pages: the page of the prefill, then the pages that tokens were appended to.
+      used: int32 [], the number of used slots in the last page.
+      page_tokens: number of tokens in a new page, over all devices.
       shards: the devices that each page is split over.
     """
 
@@ -84,28 +87,33 @@ class KVCache:
         mesh: Mesh | AbstractMesh | None = None,
         axes: MeshAxes = MeshAxes(),
     ) -> "KVCache":
-        """A cache whose first page is a prefill's keys and values, as they are stored.
+        """Makes a cache whose first page is the keys and values of a prefill.
 
         Args:
-          key, value: global arrays [B, S, K, H]; S a multiple of ring · ulysses.
-          layout: the order they are stored in; it gives the positions.
+          key: global array [B, S, K, H]. S must be a multiple of ring · ulysses.
+          value: global array [B, S, K, H].
+          layout: order in which they are stored; it determines the positions.
           positions: int32 [B, S]; needed for layout="data" only.
-          segment_ids: int32 [B, S], -1 for padding; rows may so differ in length. None
-            is document 0, the default of new tokens and queries too.
-          page_tokens: of a new page, a multiple of ring · ulysses.
-          mesh, axes: as in `usp_attention`.
+          segment_ids: int32 [B, S], -1 for padding, so rows may differ in length. None
+            means document 0, which is also the default of new tokens and queries.
+          page_tokens: number of tokens in a new page, a multiple of ring · ulysses.
+          mesh: as in `usp_attention`.
+          axes: as in `usp_attention`.
+
+        Returns:
+          The cache.
 
         Raises:
-          ValueError: shapes, dtypes, lengths or names that do not fit.
+          ValueError: shapes, dtypes, lengths or names do not fit.
         """
         _check_kv(key, value)
         check_layout(layout)
         mesh = resolve_mesh(mesh, axes, key, value)
         shards = Shards.of_mesh(mesh, axes)
-        ways = axis_size(mesh, axes.batch)
+        data_size = axis_size(mesh, axes.batch)
         parts = shards.ring_size * shards.ulysses_size
         heads = axis_size(mesh, axes.tensor)
-        _check_divides("the batch, B", key.shape[0], ways, "data·fsdp")
+        _check_divides("the batch, B", key.shape[0], data_size, "data·fsdp")
         _check_divides("K", key.shape[2], heads, f"the mesh axis {axes.tensor!r}")
         _check_divides(
             "key.shape[1]", key.shape[1], parts, "ring·ulysses (pad with segment id -1)"
@@ -132,10 +140,24 @@ class KVCache:
         page_tokens: int = 1024,
         axes: MeshAxes = MeshAxes(),
     ) -> "KVCache":
-        """`of` for code that is already inside a `jax.shard_map`, from its shards.
+        """Makes a cache like `of`, from shards inside a `jax.shard_map`.
 
-        The cache, `append` and `decode_attention` then take and give this device's
+        The cache, `append` and `decode_attention` then take and return this device's
         rows and heads.
+
+        Args:
+          key: this device's shard, [B, s, K, H].
+          value: this device's shard, [B, s, K, H].
+          positions: int32 [B, s].
+          segment_ids: int32 [B, s], as in `of`.
+          page_tokens: as in `of`.
+          axes: the axes that play the roles `ring` and `ulysses`.
+
+        Returns:
+          The cache.
+
+        Raises:
+          ValueError: as in `of`.
         """
         _check_kv(key, value)
         shards = Shards.of_bound(axes)
@@ -160,8 +182,8 @@ class KVCache:
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = _laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ)
         page = Page(k, v, _laid(shards, tokens, TOKENS))
-        # A prefill's page is never written to: it counts as full. A numpy number, so
-        # that `append` can read it under jit too.
+        # The page of a prefill counts as full: it is never written to. `used` is a
+        # numpy number, so that `append` can read it under jit too.
         used = np.int32(_whole_length(shards, key.shape[1]))
         return cls((page,), used, page_tokens, shards)
 
@@ -173,21 +195,25 @@ class KVCache:
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "KVCache":
-        """The cache with T more tokens, one or a few.
+        """Returns the cache with T more tokens, one or a few.
 
-        Place i of a page is on device i % P: the devices' shares differ by one token
-        at most. Where `used` is known, full pages are followed by new ones. Under jit
-        it is not, if it is an argument or a loop's state: no page can then be added,
-        so call `grow` before, every `page_tokens` tokens. Writing past the end there
-        makes the cache's values NaN.
+        Device i % P holds slot i of a page, so the devices' parts differ by at most one
+        token. If `used` is known, a new page is added when the last one is full. It is
+        unknown under jit if the cache is an argument or the state of a loop. No page
+        can be added then: call `grow` first, every `page_tokens` tokens. Writing past
+        the end there sets values of the cache to NaN.
 
         Args:
-          key, value: [B, T, K, H], whole on every device that shares a sequence.
+          key: [B, T, K, H], replicated over the devices that share a sequence.
+          value: [B, T, K, H], replicated like `key`.
           positions: int32 [B, T].
-          segment_ids: int32 [B, T]; -1 for a row that has no new token. None is 0.
+          segment_ids: int32 [B, T]; -1 for a row that has no new token. None means 0.
+
+        Returns:
+          The new cache; this one is unchanged.
 
         Raises:
-          ValueError: shapes or dtypes that do not fit the cache.
+          ValueError: shapes or dtypes do not fit the cache.
         """
         _check_kv(key, value)
         page = self.pages[-1].key
@@ -214,14 +240,14 @@ class KVCache:
         return cache
 
     def grow(self) -> "KVCache":
-        """The cache with an empty page, which the next tokens are appended to."""
+        """Returns the cache with an empty page, to which the next tokens go."""
         page = _empty_page(self.shards, self.page_tokens, self.pages[0])
         pages = (*self.pages, page)
         return dataclasses.replace(self, pages=pages, used=np.int32(0))
 
     @property
     def _capacity(self) -> int:
-        """How many places the last page has, over all devices."""
+        """Number of slots in the last page, over all devices."""
         return _whole_length(self.shards, self.pages[-1].key.shape[1])
 
     def _written(self, new: Page) -> "KVCache":
@@ -247,12 +273,12 @@ def _write(
     new_tokens: Tokens,
     used: jax.Array,
 ) -> tuple[Pair, Tokens]:
-    """Writes the new tokens that are this device's into its part of a page."""
+    """Writes this device's share of the new tokens into its part of a page."""
     index, parts = place_on(shards)
     length, count = tokens.positions.shape[1], new_tokens.positions.shape[1]
     places = used + lax.iota(jnp.int32, count)
     last = length * parts - 1
-    # What does not fit is not lost without a word: the last place becomes NaN.
+    # Do not drop silently what does not fit: the last slot becomes NaN.
     fits = (places <= last)[None, :, None, None]
     k, v = new_kv
     new_kv = k, jnp.where(fits, v, jnp.nan)
@@ -260,7 +286,7 @@ def _write(
     mine = jnp.where(places % parts == index, places // parts, length)
 
     def write(old: T, new: T) -> T:
-        # Apart for both: ids do not vary over the axis of heads.
+        # Called once for each: ids do not vary over the axis of heads.
         old = vary_like(old, (old, new, mine))
         written: T = jax.tree.map(
             lambda x, y: x.at[:, mine].set(y, mode="drop"), old, new
@@ -288,19 +314,19 @@ def _empty_page(shards: Shards, page_tokens: int, like: Page) -> Page:
 
 
 def place_on(shards: Shards) -> tuple[jax.Array | int, int]:
-    """This device's number among those that share a sequence, and how many they are."""
+    """This device's index among those that share a sequence, and their number."""
     place = shards.index(shards.ring) * shards.ulysses_size
     place += shards.index(shards.ulysses)
     return place, shards.ring_size * shards.ulysses_size
 
 
 def _whole_length(shards: Shards, length: int) -> int:
-    """The length over all devices, of a global array or of a shard."""
+    """The length over all devices, from that of a global array or of a shard."""
     return length if shards.mesh is not None else length * place_on(shards)[1]
 
 
 def _laid(shards: Shards, xs: T, dims: Dims) -> T:
-    """Arrays where a page's parts belong; what lies there already does not move."""
+    """Shards arrays like the parts of a page; those that already are do not move."""
     mesh = shards.mesh
 
     def lay(x: jax.Array) -> jax.Array:
@@ -315,7 +341,7 @@ def _laid(shards: Shards, xs: T, dims: Dims) -> T:
 
 
 def tokens_of(positions: object, segment_ids: object, shape: tuple[int, ...]) -> Tokens:
-    """Checked positions and segment ids of tokens [B, T], as int32."""
+    """Checks positions and segment ids [B, T], and makes `Tokens` of them."""
     if segment_ids is None:
         segment_ids = jnp.zeros(shape[:2], jnp.int32)
     for name, x in (("positions", positions), ("segment_ids", segment_ids)):

@@ -1,6 +1,6 @@
-"""One attention call: its static side, its facts, and the ring made of them.
+"""One attention call: its static part, its facts, and the ring made from them.
 
-R = ring size, U = ulysses size; lower case letters are a device's share.
+R = ring size, U = ulysses size. Lower case letters are the sizes of a device's shard.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from usp_jax.ulysses import Heads, with_groups
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static side of one attention call, checked.
+    """The static part of one attention call, checked.
 
     Attributes:
-      layouts: of queries and of keys.
-      head_groups: in how many groups a device takes its query heads.
+      layouts: the layouts of queries and of keys.
+      head_groups: number of head groups that a device splits its query heads into.
     """
 
     shards: Shards
@@ -41,8 +41,8 @@ class Call:
     head_groups: int
 
 
-# A pytree's leaves are whatever jax puts there (arrays, tracers, tuples of dims), so
-# they have no array type. (x,) is for both sides, (x, y) for queries and for keys.
+# jax puts arrays, tracers and tuples of dims into the leaves of a pytree, so they have
+# no array type. (x,) is for both sides, (x, y) for queries and for keys.
 Leaf = Any
 Sides = Any
 
@@ -50,14 +50,14 @@ Sides = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What an attention call knows of its tokens, rows and heads; each may be None.
+    """Facts about the tokens, rows and heads of an attention call; each may be None.
 
     Attributes:
       positions, segment_ids: (x,) or (query's, key's), int32 [B, T], [B, S].
-      prefix: int32 [B], the length of the prefix of each row.
-      rows, heads: int32 [B] and [N], their numbers in the whole call.
-      slopes: floating [N], ALiBi's.
-      seed: uint32 [], dropout's.
+      prefix: int32 [B], the length of each row's prefix.
+      rows, heads: int32 [B] and [N], their indices in the whole call.
+      slopes: floating [N], the slopes of ALiBi.
+      seed: uint32 [], the seed of dropout.
     """
 
     positions: Sides = None
@@ -69,7 +69,7 @@ class Facts:
     seed: Leaf = None
 
 
-# What each of the facts is split over.
+# How each of the facts is split over the mesh.
 FACTS = Facts(
     positions=TOKENS,
     segment_ids=TOKENS,
@@ -82,7 +82,7 @@ FACTS = Facts(
 
 
 def ring_of(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
-    """The ring as this device sees it, with what masks need to know of all its shards.
+    """Makes the ring as this device sees it, with the facts of all shards for masks.
 
     Args:
       q, kv: [B, T/R, n, H] and [B, S/R, m, 2H], after the all-to-all.
@@ -118,13 +118,13 @@ def ring_of(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
 
 
 def two_sided(layouts: tuple[str, str], facts: Facts) -> bool:
-    """Whether anything is known of queries and of keys apart."""
+    """Returns True if queries and keys have separate facts or layouts."""
     pairs = [x for x in (facts.positions, facts.segment_ids) if x is not None]
     return any(len(x) > 1 for x in pairs) or layouts[0] != layouts[1]
 
 
 def own_heads(call: Call, x: Shaped[Array, " N"]) -> Shaped[Array, " n"]:
-    """What belongs to this device's heads: [N] -> [n]"""
+    """Selects the values of this device's heads: [N] -> [n]"""
     heads = call.heads
     x = jnp.pad(x, (0, heads.padded - heads.num_heads))
     x = x.reshape(heads.ulysses_size, -1)[:, heads.local]
@@ -132,7 +132,7 @@ def own_heads(call: Call, x: Shaped[Array, " N"]) -> Shaped[Array, " n"]:
 
 
 def _logits(call: Call, facts: Facts) -> Logits:
-    """The rule of the logits of this device's rows and heads."""
+    """The logits rule for this device's rows and heads."""
     slopes = dropout = None
     if facts.slopes is not None:
         slopes = own_heads(call, facts.slopes)

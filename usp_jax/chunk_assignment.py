@@ -1,10 +1,10 @@
-"""Which ring shard each chunk of a packed row goes to, so that shards work equally.
+"""Assignment of a packed row's chunks to ring shards, so that shards work equally.
 
-Spreading a document's chunks over the shards in rows that alternate in direction (a
-zigzag of many turns) makes the work of every two shards even, because each pair of
-rows meets in every pair of shards once. Documents of few chunks would leave holes in
-it, so keeping them whole is tried too, and the natural order where it is nearly even.
-Swaps of chunks between the busiest and an idle shard even out the rest.
+Spreading a document's chunks over the shards in rows of alternating direction (a zigzag
+of many turns) evens out the work of every two shards, because each pair of rows meets
+once in every pair of shards. Documents of few chunks would leave holes, so keeping them
+whole is tried too, as is the natural order if it is nearly even. Swapping chunks
+between the busiest and an idle shard evens out the rest.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ import numpy as np
 from usp_jax.masking import MaskRule
 from usp_jax.ringwork import by_step
 
-# Swaps stop when the busiest shard has so much of the mean.
+# Stop swapping when the busiest shard has at most this much work, over the mean.
 _EVEN = 1.01
 
-# A ring's path over the mean after which nothing better is looked for.
+# Stop searching when the ring's path over the mean is at most this.
 _GOOD_PATH = 1.1
 
-# The natural order is tried if its busiest shard has no more of the mean as it is.
+# Try the natural order if its busiest shard has at most this much work, over the mean.
 _NEARLY_EVEN = 1.05
 
-# The most shards times chunks for which it is worth estimating a path.
+# Largest shards times chunks for which estimating a path is worth it.
 _ESTIMATED = 2**22
 
 
@@ -33,12 +33,13 @@ class Row:
     """A packed row, cut into chunks.
 
     Attributes:
-      starts: [D + 1], the first token of each document, and where padding starts.
-      work: [chunks], the visible pairs of each chunk's queries.
+      starts: [D + 1], the first token of each document, then that of the padding.
+      work: [chunks], the number of visible pairs of each chunk's queries.
       owner: [chunks], the document of a chunk's middle token; D is padding.
-      size: [D + 1], how many chunks each owns.
-      pieces: of what one document has in one chunk the first token, the number of
-        tokens, and the first key that the middle query sees and where they stop.
+      size: [D + 1], the number of chunks each document owns.
+      pieces: four arrays about each piece, the part of one document in one chunk: its
+        first token, its number of tokens, the first key that its middle query sees, and
+        the end of the keys that this query sees.
     """
 
     starts: np.ndarray
@@ -63,7 +64,7 @@ class Row:
 def _pieces(
     edges: np.ndarray, starts: np.ndarray, rule: MaskRule
 ) -> tuple[np.ndarray, ...]:
-    """`Row.pieces`"""
+    """Computes `Row.pieces`."""
     cuts = np.sort(np.concatenate([edges[edges < starts[-1]], starts]), kind="stable")
     begin, size = cuts[:-1], np.diff(cuts)
     begin, size = begin[size > 0], size[size > 0]
@@ -80,8 +81,8 @@ def _pieces(
 def _work_before(
     tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, rule: MaskRule
 ) -> np.ndarray:
-    """The visible pairs of all queries before each of some tokens of a row."""
-    # A document of no tokens stands for the padding.
+    """Number of visible pairs of all queries before each of `tokens`."""
+    # The padding is a document without tokens.
     lengths = np.append(lengths, 0)
     whole = _document_work(lengths, lengths, rule)
     before = np.concatenate([[0], np.cumsum(whole)])
@@ -93,10 +94,10 @@ def _work_before(
 def _document_work(
     queries: np.ndarray, length: np.ndarray, rule: MaskRule
 ) -> np.ndarray:
-    """The visible pairs of the first queries of a document of some length.
+    """Number of visible pairs of the first `queries` of a document of some length.
 
-    Query i sees the keys from max(0, i - before) to min(length - 1, i + after); both
-    ends are summed over i.
+    Query i sees the keys max(0, i - before) to min(length - 1, i + after). Both ends
+    are summed over i.
     """
     after = length if rule.after is None else np.minimum(rule.after, length)
     before = length if rule.before is None else np.minimum(rule.before, length)
@@ -108,7 +109,7 @@ def _document_work(
 
 
 def assign(row: Row, ring: int) -> np.ndarray:
-    """The ring shard of each chunk: the first good plan, or else the best."""
+    """The ring shard of each chunk, from the first good plan or else the best one."""
     if ring * len(row.owner) > _ESTIMATED:
         return _spread(row, ring)
     good = _GOOD_PATH * row.work.sum() / ring
@@ -124,7 +125,7 @@ def assign(row: Row, ring: int) -> np.ndarray:
 
 
 def _natural(row: Row, ring: int) -> np.ndarray | None:
-    """Every shard has consecutive chunks; None where that is far from even."""
+    """Gives every shard consecutive chunks; None if that is far from even."""
     totals = row.work.reshape(ring, -1).sum(1)
     if totals.max() > _NEARLY_EVEN * totals.mean():
         return None
@@ -132,12 +133,12 @@ def _natural(row: Row, ring: int) -> np.ndarray | None:
 
 
 def _spread(row: Row, ring: int) -> np.ndarray:
-    """All documents are spread over the shards."""
+    """Spreads all documents over the shards."""
     return _placed(row, ring, np.zeros(len(row.size), bool))
 
 
 def _kept(row: Row, ring: int) -> np.ndarray | None:
-    """Documents of few chunks are on one shard each; None where there are none."""
+    """Keeps each document of few chunks on one shard; None if there are none."""
     work = np.bincount(row.owner, weights=row.work, minlength=len(row.size))
     whole = (row.size > 1) & (row.size <= min(ring / 2, len(row.owner) // ring))
     whole &= work <= row.work.sum() / ring
@@ -146,7 +147,7 @@ def _kept(row: Row, ring: int) -> np.ndarray | None:
 
 
 def _placed(row: Row, ring: int, whole: np.ndarray) -> np.ndarray:
-    """Shards of chunks: documents in `whole` on one shard each, the others spread."""
+    """Keeps each document in `whole` on one shard, and spreads the others."""
     spread = np.flatnonzero(~whole[row.owner])
     longest_first = np.argsort(-row.size[row.owner[spread]], kind="stable")
     spread = spread[longest_first]
@@ -162,9 +163,10 @@ def _placed(row: Row, ring: int, whole: np.ndarray) -> np.ndarray:
 
 
 def _fill(row: Row, shards: np.ndarray, whole: np.ndarray, room: list[int]) -> None:
-    """Places the chunks without a shard, the heaviest run on the least busy shard.
+    """Places the chunks without a shard, the heaviest runs first, on the least busy.
 
-    A run is what one document has of them; it is cut where no shard has room for it.
+    A run is the unplaced chunks of one document. It is split if no shard has room for
+    all of it.
     """
     placed = shards >= 0
     busy = np.bincount(
@@ -184,7 +186,7 @@ def _fill(row: Row, shards: np.ndarray, whole: np.ndarray, room: list[int]) -> N
             full = []
             while heap and room[heap[0][1]] < stop - start:
                 full.append(heapq.heappop(heap))
-            # Sorted, for they were popped in order: a heap as it is.
+            # They were popped in order, and a sorted list is a heap.
             heap, full = (heap, full) if heap else (full, [])
             pairs, r = heapq.heappop(heap)
             end = start + min(room[r], stop - start)
@@ -225,7 +227,7 @@ def _swap(
     idle: np.integer,
     gap: np.floating,
 ) -> tuple[int, int] | None:
-    """The two chunks whose exchange leaves the least of a gap, or None."""
+    """The two chunks to exchange so that the smallest gap remains, or None."""
     heavy, light = np.flatnonzero(shards == busiest), np.flatnonzero(shards == idle)
     light = light[np.argsort(work[light])]
     wanted = work[heavy] - gap / 2
@@ -238,17 +240,17 @@ def _swap(
 
 
 def estimated_path(row: Row, shards: np.ndarray, ring: int) -> float:
-    """The path's length in pairs, from the middle query of every piece of a chunk.
+    """Estimates the path's length in pairs, from the middle query of every piece.
 
-    A piece is what one document has in a chunk. Exact without a window: then what a
-    query sees of each shard is linear within a piece.
+    A piece is the part of one document in one chunk. The result is exact without a
+    window, because the keys a query sees of each shard are then linear within a piece.
     """
     count = len(shards)
     begin, size, first, stop = row.pieces
     r = shards[begin // row.chunk]
     low = (first // row.chunk).astype(np.int64)
     high = np.minimum(stop // row.chunk, count - 1).astype(np.int64)
-    # How many queries of each shard see each chunk: it begins at one, ends at another.
+    # Number of queries of each shard that see each chunk, as differences.
     steps = np.zeros(count * ring, np.float32)
     weight = size.astype(np.float32)
     np.add.at(steps, low * ring + r, weight)
@@ -256,7 +258,7 @@ def estimated_path(row: Row, shards: np.ndarray, ring: int) -> float:
     queries = _running_sum(steps.reshape(count, ring), min(ring, count // ring))
     queries = queries[np.argsort(shards, kind="stable")]
     by_keys = queries.reshape(ring, -1, ring).sum(1) * float(row.chunk)
-    # The parts of the first and the last chunk that are seen.
+    # Correct for the first and the last chunk, which are seen in part.
     parts = np.concatenate(
         [size * (stop - high * row.chunk), size * (low * row.chunk - first)]
     )
@@ -266,7 +268,7 @@ def estimated_path(row: Row, shards: np.ndarray, ring: int) -> float:
 
 
 def _running_sum(x: np.ndarray, block: int) -> np.ndarray:
-    """cumsum along axis 0 in place, by blocks: numpy's own takes rows one by one."""
+    """cumsum along axis 0, in place and by blocks; np.cumsum goes row by row."""
     blocks = x.reshape(-1, block, x.shape[1])
     for i in range(1, block):
         blocks[:, i] += blocks[:, i - 1]

@@ -1,16 +1,16 @@
 """Attention of a few new queries to a cache whose sequence stays split.
 
-One step on one device, P = ring · ulysses:
+One decoding step on one device, P = ring · ulysses:
 
     q [B, T, N, H]   the same on all P devices, heads not split over `ulysses`
       | chunk_forward  this device's part of page after page -> carry (out, lse)
       | pmax of lse; psum of exp(lse - max) · (out, 1), packed together
     out [B, T, N, H]   the same on all P devices
 
-The partial results merge as in `merge`, in the accumulation dtype and once a step,
-however many pages there are. The two reductions send 2 (P-1)/P · (H+2) numbers for each
-query and head. Gathering everybody's (out, lse) instead would be one collective, but
-(P-1) · (H+1) numbers: more for every P > 2, and growing with P.
+The partial results merge as in `merge`, in the accumulation dtype, once per decoding
+step for any number of pages. The two reductions send 2 (P-1)/P · (H+2) numbers for each
+query and head. Gathering (out, lse) from all devices instead would take one collective,
+but (P-1) · (H+1) numbers: more for every P > 2, and growing with P.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ from usp_jax.varying import vary_like
 
 Result = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
-_NO_RING = "a step of decoding exchanges results only, once"
+_NO_RING = "decoding exchanges only results, once per call"
 REFUSED = {
-    "layout": "the cache knows where its tokens are",
+    "layout": "the cache has the positions of its tokens",
     "prefix_length": "a query that follows the prefix sees all of it",
     "dropout_rate": "decoding is for inference",
     "dropout_seed": "decoding is for inference",
@@ -49,31 +49,33 @@ REFUSED = {
 def decode_attention(
     query: Float[Array, "B T N H"], cache: KVCache, **options: Unpack[Options]
 ) -> Result:
-    """Attention of a few queries to everything in a cache; for inference only.
+    """Attention of a few queries to all tokens in a cache; for inference only.
 
-    Append the queries' own keys and values first. One pmax and one psum a call over
-    (`ring`, `ulysses`), of the size of the result.
+    Append the queries' own keys and values first. A call runs one pmax and one psum
+    over (`ring`, `ulysses`), of the size of the result.
 
     Args:
-      query: [B, T, N, H] in the cache's dtype, whole on every device that shares a
-        sequence; N a multiple of the cache's K.
-      cache: from `KVCache.of`, or, inside a `jax.shard_map`, from `KVCache.of_shards`.
-      **options: those of `usp_attention`. `positions`, integers [B, T], must be given:
-        causal and window masks compare them with the cache's. `segment_ids` are those
-        of the queries, None is document 0, -1 gives 0. `is_causal` is True unless it is
-        given. `layout`, `prefix_length`, dropout, `ring_schedule` and `ulysses_chunks`
-        are refused.
+      query: [B, T, N, H] in the cache's dtype, replicated over the devices that share a
+        sequence. N must be a multiple of the cache's K.
+      cache: from `KVCache.of` or, inside a `jax.shard_map`, from `KVCache.of_shards`.
+      **options: the options of `usp_attention`. `positions`, integers [B, T], is
+        required: causal and window masks compare it with the cache's positions.
+        `segment_ids`, integers [B, T], are those of the queries; None means document 0,
+        and a query with id -1 has output 0. `is_causal` defaults to True. `layout`,
+        `prefix_length`, dropout, `ring_schedule` and `ulysses_chunks` are refused.
 
     Returns:
-      As `usp_attention`, the same on every device that shares a sequence.
+      The result of `usp_attention`, replicated over the devices that share a sequence.
 
     Raises:
-      ValueError: shapes, dtypes or names that do not fit, or an option is refused.
+      ValueError: shapes, dtypes or names do not fit, or an option is refused.
 
     Example:
-      >>> cache = usp_jax.KVCache.of(k, v, layout="zigzag", mesh=mesh)
-      >>> cache = cache.append(new_k, new_v, positions=positions)
-      >>> out = usp_jax.decode_attention(new_q, cache, positions=positions)
+      ```python
+      cache = usp_jax.KVCache.of(k, v, layout="zigzag", mesh=mesh)
+      cache = cache.append(new_k, new_v, positions=positions)
+      out = usp_jax.decode_attention(new_q, cache, positions=positions)
+      ```
     """
     name, defaults = "decode_attention", DEFAULTS | Options(is_causal=True)
     options = completed(name, options, refused=REFUSED, defaults=defaults)
@@ -81,7 +83,7 @@ def decode_attention(
 
 
 def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
-    """The call, of completed options."""
+    """Runs the call with completed options."""
     for page in cache.pages:
         arguments.check_arrays(query, page.key, page.value)
     num_heads, head_size = query.shape[2:]
@@ -89,7 +91,7 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     for name, x in zip(("sinks", "alibi_slopes"), by_head, strict=True):
         arguments.check_by_head(name, x, num_heads)
     check_bool("return_residual", options["return_residual"])
-    # A cache's tokens stand in no layout's order.
+    # The tokens of a cache are not in the order of a layout.
     needs = ("positions", *(("alibi_slopes",) if by_head[1] is not None else ()))
     step = _Step(
         cache.shards,
@@ -114,7 +116,7 @@ ByHead = tuple[jax.Array | None, jax.Array | None]
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The static side of one call."""
+    """The static part of one call."""
 
     shards: Shards
     logits: Logits
@@ -150,7 +152,7 @@ def _attend(
     kvs: tuple[tuple[jax.Array, jax.Array], ...],
     kv_tokens: tuple[Tokens, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """This device's parts of all pages, and the merge with everybody's."""
+    """Attends to this device's parts of all pages, and merges over the devices."""
     shards, (sinks, slopes) = step.shards, by_head
     chunk = kernels.chunk(step.implementation, kernels.target_of(shards.mesh))
     logits = dataclasses.replace(step.logits, slopes=slopes)
@@ -167,7 +169,7 @@ def _attend(
 
 
 def _before(shards: Shards, q: jax.Array, sinks: jax.Array | None) -> Carry | None:
-    """The carry before the first page; one device alone counts the sinks."""
+    """The carry before the first page; only one device counts the sinks."""
     if sinks is None:
         return None
     out = jnp.zeros_like(q, jnp.promote_types(q.dtype, jnp.float32))
@@ -177,11 +179,11 @@ def _before(shards: Shards, q: jax.Array, sinks: jax.Array | None) -> Carry | No
 
 
 def _merge_over(axes: tuple[str, ...], out: jax.Array, lse: jax.Array) -> Carry:
-    """(out, lse) of the keys of all devices along `axes`."""
+    """Merges the (out, lse) of all devices along `axes`."""
     if not axes:
         return out, lse
     m = finite(lax.pmax(lse, axes))
     weight = jnp.exp(lse - m)[..., None]
-    # One sum for both, since a small one costs its latency.
+    # One psum for both, since a small one costs mostly latency.
     total = lax.psum(jnp.concatenate([out * weight, weight], -1), axes)
     return normalize(total[..., :-1], m, total[..., -1])

@@ -1,4 +1,4 @@
-"""The mark of a backward pass that is written by hand and cannot be differentiated."""
+"""Marks a backward pass that is written by hand and cannot be differentiated."""
 
 from typing import NoReturn, TypeVar
 
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 @jax.custom_jvp
 def first_order(x: T) -> T:
-    """`x`, of which no derivative can be taken.
+    """Returns `x`, and raises if it is differentiated.
 
-    A backward pass that sends its cotangents through this raises where a second
-    derivative would silently be wrong.
+    With its cotangents passed through this, a backward pass raises where a second
+    derivative would be silently wrong.
 
     Raises:
-      ValueError: when it is differentiated.
+      ValueError: the result is differentiated.
     """
     return x
 
@@ -23,6 +23,7 @@ def first_order(x: T) -> T:
 @first_order.defjvp
 def _first_order_jvp(primals: object, tangents: object) -> NoReturn:
     raise ValueError(
-        "usp_attention can be differentiated once, first order only: its backward pass "
-        "is written by hand; for second derivatives use jax.nn.dot_product_attention"
+        "usp_attention can be differentiated only once (first order only): its "
+        "backward pass is written by hand; for second derivatives use "
+        "jax.nn.dot_product_attention"
     )

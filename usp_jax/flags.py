@@ -1,4 +1,4 @@
-"""Compiler options under which the ring's rotations are in flight beside its chunks."""
+"""Compiler options that overlap the hops of the ring with its chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,39 +9,44 @@ from usp_jax import plugins
 # The value of a compiler option.
 Option = bool | int | float | str
 
-# What each does for the ring is read from compiled programs in tests/aot.
+# The effect of each on the ring is checked on compiled programs in tests/aot.
 _WANTED: dict[str, dict[str, Option]] = {
     "tpu": {
-        # v4 and v5p otherwise run a forward chunk first and its rotation after it.
+        # Otherwise v4 and v5p run a forward chunk first and its hop after it.
         "xla_tpu_use_aggressive_scheduling": True,
-        # Starts and dones for the Ulysses half, for what is independent of it.
+        # Makes the all-to-alls of Ulysses asynchronous, to overlap independent work.
         "xla_tpu_enable_async_all_to_all": True,
     },
     "gpu": {
-        # Collectives are started early at all.
+        # Needed to start any collective early.
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Backward, k, v and dk, dv rotate at the same time; of a double ring its outer
-        # hop too.
+        # In the backward pass, k, v and dk, dv rotate at the same time, and a double
+        # ring has its outer hop too.
         "xla_gpu_experimental_parallel_collective_overlap_limit": 3,
     },
 }
 
 
 def recommended_flags(platform: str) -> dict[str, Option]:
-    """Options for `jax.jit(f).lower(...).compile(compiler_options=...)`.
+    """Returns options for `jax.jit(f).lower(...).compile(compiler_options=...)`.
 
-    Each is put to the compiler that is installed, and left out if that does not know
-    it: with no compiler for the platform, none is left. Calling this may be the first
-    use of jax's devices in the process.
+    Each option is tried on the installed compiler and left out if the compiler does not
+    know it. Without a compiler for the platform, the result is empty. This may be the
+    first use of jax's devices in the process.
 
     Args:
       platform: "tpu" or "gpu".
 
+    Returns:
+      The value of each option, by name.
+
     Raises:
-      ValueError: another platform.
+      ValueError: the platform is another one.
 
     Example:
-      >>> step = jax.jit(step).lower(...).compile(recommended_flags("tpu"))
+      ```python
+      step = jax.jit(step).lower(...).compile(recommended_flags("tpu"))
+      ```
     """
     if platform not in _WANTED:
         raise ValueError(f"{platform=} must be one of {tuple(_WANTED)}")
@@ -57,7 +62,7 @@ def _a_device(platform: str) -> jax.Device | None:
     if any(device.platform == platform for device in jax.local_devices()):
         return next(d for d in jax.local_devices() if d.platform == platform)
     if platform == "gpu":
-        # These options belong to XLA itself, and jax's own compiler reads them too.
+        # These are options of XLA itself, so jax's CPU compiler reads them too.
         return jax.local_devices(backend="cpu")[0]
     try:
         return plugins.tpu_devices("v5e:2x2")[0]
@@ -66,7 +71,7 @@ def _a_device(platform: str) -> jax.Device | None:
 
 
 def _knows(device: jax.Device, name: str, value: Option) -> bool:
-    """Whether a compiler takes an option."""
+    """Returns True if a device's compiler accepts an option."""
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(jnp.negative).lower(x).compile(compiler_options={name: value})

@@ -1,9 +1,10 @@
-"""Gathers of shards, whose gradients are reduce-scatters on every platform.
+"""Gathers of shards, with gradients that are reduce-scatters on every platform.
 
-The TPU compiler makes an all-reduce, which sends twice as many bytes, of a scatter
-along any dim but the first, of one whose parts are not whole tiles of a matrix, and of
-gathers and scatters over many devices. So a scatter is one of a matrix's rows here; and
-what goes over many devices is better taken in turns (`groups_in_turn`).
+The TPU compiler turns some collectives into an all-reduce, which sends twice as many
+bytes: scatters along any dim but the first, scatters whose parts are not whole tiles of
+a matrix, and gathers and scatters over many devices. So scatters here are over the rows
+of a matrix, and collectives over many devices are best split into several
+(`groups_in_turn`).
 """
 
 import jax
@@ -12,19 +13,19 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import linear_call
 
-# So many devices gather at once where they gather in turn.
+# Number of devices in one collective when a gather is split into several.
 AT_ONCE = 8
 # Elements in a row of a tile.
 LANES = 128
 
-# Of an axis's devices, by their places; None is all of them.
+# Groups of an axis's devices, by their index; None is one group of all.
 Groups = tuple[tuple[int, ...], ...] | None
-# The collectives that make up one, outermost first: mesh axes, and groups of devices.
+# The collectives that make up a gather, outermost first: mesh axes and device groups.
 Turns = tuple[tuple[str | tuple[str, ...], Groups], ...]
 
 
 def gathered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
-    """The shards over some axes, put together along a dim; transposed, `scattered`."""
+    """Gathers the shards over some axes along a dim; its transpose is `scattered`."""
 
     def gather(_: None, x: jax.Array) -> jax.Array:
         for axes, groups in reversed(turns):
@@ -38,7 +39,7 @@ def gathered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
 
 
 def scattered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
-    """The sum over some axes, split along a dim."""
+    """Sums over some axes and splits the result along a dim."""
     parts = 1
     for axes, groups in turns:
         parts *= len(groups[0]) if groups else lax.axis_size(axes)
@@ -54,10 +55,10 @@ def scattered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
 
 
 def groups_in_turn(size: int) -> list[Groups]:
-    """The groups of an axis's devices that gather in turn, outermost first.
+    """The groups of an axis's devices for a split gather, outermost first.
 
-    At most `AT_ONCE` at a time, for every size whose factors allow that: first devices
-    that are far from each other, at last neighbours.
+    Groups have at most `AT_ONCE` devices if the factors of `size` allow it. The
+    outermost groups are of devices far from each other, the innermost of neighbours.
     """
     factors, left = [], size
     while left > 1:
@@ -66,5 +67,5 @@ def groups_in_turn(size: int) -> list[Groups]:
     if len(factors) < 2:
         return [None]
     places = np.arange(size).reshape(factors)
-    ways = [np.moveaxis(places, turn, -1) for turn in range(places.ndim)]
-    return [tuple(map(tuple, way.reshape(-1, way.shape[-1]).tolist())) for way in ways]
+    moved = [np.moveaxis(places, turn, -1) for turn in range(places.ndim)]
+    return [tuple(map(tuple, x.reshape(-1, x.shape[-1]).tolist())) for x in moved]

@@ -1,10 +1,10 @@
-"""Ulysses in head groups: some of each device's heads at a time.
+"""Ulysses in head groups: each device processes some of its heads at a time.
 
-The all-to-alls of the next group are in flight while attention works on this one, and
-only those of two groups exist at once. Keys and values that several groups share are
-sent once and kept until the last of them is done. What is saved for the backward is q,
-k, v as they came, in the order of the sequence, and out, lse; the backward sends them
-again, group by group.
+The all-to-alls of the next group are in flight while attention works on the current
+one, so only two groups exist at once. Keys and values shared by several groups are sent
+once and kept until the last of these groups is done. The forward pass saves q, k, v in
+the order of the sequence, and out, lse; the backward pass sends them again, group by
+group.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from usp_jax.ulysses import (
 )
 from usp_jax.usp import Result, attend, attend_backward
 
-# q, k, v in the order of the sequence; (out, lse) of each group; sinks, facts.
+# (q, k, v in the order of the sequence, (out, lse) of each group, sinks, facts).
 Saved = tuple[
     jax.Array,
     jax.Array,
@@ -39,7 +39,7 @@ Saved = tuple[
     Facts,
 ]
 
-# q, kv, dout and dlse of the heads of a group.
+# (q, kv, dout, dlse) of the heads of a group.
 Sent = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
@@ -52,7 +52,7 @@ def usp_in_groups(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """`usp` in `call.head_groups` groups of a device's query heads."""
+    """`usp`, in `call.head_groups` groups of a device's query heads."""
     return _fwd(call, q, k, v, sinks, facts)[0]
 
 
@@ -66,14 +66,14 @@ def _fwd(
 ) -> tuple[Result, Saved]:
     run, groups = call.shards.run, _groups(call)
     dims = (HEADS, HEADS, BY_HEAD, FACTS)
-    given: tuple[jax.Array, ...] = (q, k, v)
+    inputs: tuple[jax.Array, ...] = (q, k, v)
     saved: list[tuple[jax.Array, jax.Array]] = []
     results: list[jax.Array] = []
     residuals: list[jax.Array] = []
 
     def send(i: int, kv: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """q, kv of the heads of group i; `kv` is the group's before."""
-        q, k, v = given
+        """Sends q and kv of the heads of group i; `kv` is that of group i - 1."""
+        q, k, v = inputs
         if kv is None or _needs_other_keys(groups, i):
             kv = run(partial(_kv_to_heads, groups[i]), (SEQ, SEQ), HEADS)(k, v)
         return run(partial(_to_heads, groups[i]), (SEQ,), HEADS)(q), kv
@@ -85,10 +85,10 @@ def _fwd(
         if i + 1 < len(groups):
             following = send(i + 1, now[1])
         out, lse = run(partial(attend, group), dims, (HEADS, HEADS))(*now, sinks, facts)
-        # Beside this group the next one arrives and the one before goes back; what
-        # comes after waits for all three.
-        given, following, results, residuals, out, lse = together(
-            given, following, results, residuals, out, lse
+        # While this group is attended to, the next one arrives and the previous one
+        # returns. Later work waits for all three.
+        inputs, following, results, residuals, out, lse = together(
+            inputs, following, results, residuals, out, lse
         )
         out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
         saved.append((out, lse))
@@ -131,11 +131,11 @@ def _backward(
     dkvs: list[jax.Array] = []
     total: jax.Array | None = None
     dsinks: jax.Array | None = None
-    given = (q, k, v, dresult, dresidual)
+    inputs = (q, k, v, dresult, dresidual)
 
     def send(i: int, kv: jax.Array | None) -> Sent:
-        """q, kv, dout and dlse of the heads of group i."""
-        q, k, v, dresult, dresidual = given
+        """Sends q, kv, dout and dlse of the heads of group i."""
+        q, k, v, dresult, dresidual = inputs
         if kv is None or _needs_other_keys(groups, i):
             kv = _kv_to_heads(groups[i], k, v)
         q, dout = _to_heads(groups[i], q), _to_heads(groups[i], dresult)
@@ -154,8 +154,8 @@ def _backward(
             group, own_q, kv, out, lse, sinks, facts, dout, dlse
         )
         total = dkv if total is None else total + dkv
-        given, following, dqs, dkvs, dq, total = together(
-            given, following, dqs, dkvs, dq, total
+        inputs, following, dqs, dkvs, dq, total = together(
+            inputs, following, dqs, dkvs, dq, total
         )
         dqs.append(_to_seq(call, dq.astype(dtype)))
         assert total is not None
@@ -170,19 +170,19 @@ def _backward(
 
 
 def _groups(call: Call) -> list[Call]:
-    """The call for each group of the heads."""
+    """The call of each head group."""
     count = call.head_groups
     parts = (dataclasses.replace(call.heads, part=i, parts=count) for i in range(count))
     return [dataclasses.replace(call, heads=part) for part in parts]
 
 
 def _needs_other_keys(groups: Sequence[Call], i: int) -> bool:
-    """Whether a group's keys are not those of the group before."""
+    """Returns True if a group's keys differ from those of the previous group."""
     return groups[i].heads.kv_local != groups[i - 1].heads.kv_local
 
 
 def _to_heads(call: Call, x: jax.Array) -> jax.Array:
-    """The heads of this group: [B, T/(R·U), N, H] -> [B, T/R, N/(U·groups), H]"""
+    """Sends this group's heads: [B, T/(R·U), N, H] -> [B, T/R, N/(U·groups), H]"""
     x = of_devices(pad_heads(x, call.heads), call.heads.local, call.heads.ulysses_size)
     return to_heads(x, call.shards.ulysses)
 
@@ -192,7 +192,7 @@ def _to_seq(call: Call, x: jax.Array) -> jax.Array:
 
 
 def _join(call: Call, parts: list[jax.Array]) -> jax.Array:
-    """All heads, from the groups' in the order of the sequence."""
+    """Joins the heads of all groups, in the order of the sequence."""
     return of_parts(parts, call.heads.ulysses_size)[:, :, : call.heads.num_heads]
 
 

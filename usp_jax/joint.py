@@ -1,16 +1,16 @@
-"""Joint attention: text tokens that every device has, beside split image tokens.
+"""Joint attention: replicated text tokens together with split image tokens.
 
-Diffusion transformers let two sequences see each other whole. Without order it does not
-matter where a token stands, so the joint tokens are dealt out: each of the P = ring ·
-ulysses devices appends its P-th part of them to its own shard, and one `usp_attention`
-of the longer sequence does the rest. No image token moves for it, and no joint token is
-counted twice, whatever the degrees:
+In diffusion transformers, every token of two sequences sees every token of both.
+Without a causal order, the place of a token does not matter, so the joint tokens are
+dealt out: each of the P = ring · ulysses devices appends its P-th part of them to its
+own shard, and one `usp_attention` of the longer sequence does the rest. No image token
+moves for this, and no joint token is counted twice, for any degrees:
 
     query [B, T, N, H], joint_query [B, J, N, H], padded to a multiple of P
       | on each device [B, T/P, N, H] and [B, J/P, N, H], joined
     [B, T + J, N, H]
       | usp_attention
-      | on each device cut apart; the joint part gathered
+      | split again on each device; the joint part gathered
     out [B, T, N, H], joint_out [B, J, N, H]
 """
 
@@ -29,7 +29,7 @@ from usp_jax.mesh import MeshAxes, resolve_mesh
 from usp_jax.options import Options, completed
 from usp_jax.shards import SEQ, TOKENS, Dims, Shards
 
-_NO_ORDER = "the two sequences have no order in common"
+_NO_ORDER = "the two sequences have no common order"
 REFUSED = {
     "is_causal": _NO_ORDER,
     "local_window_size": _NO_ORDER,
@@ -56,32 +56,40 @@ def usp_joint_attention(
     axes: MeshAxes = MeshAxes(),
     **options: Unpack[Options],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B J N H"]]:
-    """Attention of two sequences to both, of which one is split and one is not.
+    """Attention of two sequences, one split and one replicated, to both of them.
 
-    The result of `usp_attention` for the two joined, in either order, without a causal
-    mask or window.
+    Computes what `usp_attention` computes for the two sequences joined, in either
+    order, without a causal mask or a window.
 
     Args:
-      query, key, value: [B, T, N, H], [B, T, K, H] twice; T, split over `ring` and
-        `ulysses`, is a multiple of ring · ulysses, in any order.
-      joint_query, joint_key, joint_value: the same with any length J, whole on every
-        device that shares a sequence.
-      joint_segment_ids: integers [B, J], -1 for padding; rows may so differ in length.
-      mesh, axes: as in `usp_attention`.
+      query: [B, T, N, H], split over `ring` and `ulysses`, in any order. T must be a
+        multiple of ring · ulysses.
+      key: [B, T, K, H], split like `query`.
+      value: [B, T, K, H], split like `query`.
+      joint_query: [B, J, N, H] for any J, replicated over the devices that share a
+        sequence.
+      joint_key: [B, J, K, H], replicated like `joint_query`.
+      joint_value: [B, J, K, H], replicated like `joint_query`.
+      joint_segment_ids: integers [B, J], -1 for padding, so rows may differ in length.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
       **options: `scale`, `segment_ids` [B, T], `logits_soft_cap`, `sinks`,
-        `implementation`, `ring_schedule` and `ulysses_chunks` of `usp_attention`;
-        those that need an order of tokens are refused.
+        `implementation`, `ring_schedule` and `ulysses_chunks` of `usp_attention`.
+        Options that need an order of tokens are refused.
 
     Returns:
-      (out [B, T, N, H], joint_out [B, J, N, H]), split and whole like their queries.
+      `(out, joint_out)`. `out` is [B, T, N, H], split like `query`; `joint_out` is
+        [B, J, N, H], replicated like `joint_query`.
 
     Raises:
-      ValueError: shapes, dtypes, lengths or names that do not fit, or an option is
-        refused.
+      ValueError: shapes, dtypes, lengths or names do not fit, or an option is refused.
 
     Example:
-      >>> out, text_out = usp_jax.usp_joint_attention(
-      ...     q, k, v, text_q, text_k, text_v, mesh=mesh)
+      ```python
+      out, text_out = usp_jax.usp_joint_attention(
+          q, k, v, text_q, text_k, text_v, mesh=mesh
+      )
+      ```
     """
     options = completed("usp_joint_attention", options, refused=REFUSED)
     arguments.check_arrays(query, key, value)
@@ -117,7 +125,7 @@ def usp_joint_attention(
 
 
 def _document(x: jax.Array, name: str, ids: object) -> jax.Array:
-    """The segment ids of tokens, int32 [B, T]; all of document 0 for None."""
+    """Segment ids of tokens, int32 [B, T]; None means document 0 everywhere."""
     if (sides := arguments.sides_of(name, ids, x.shape, x.shape)) is None:
         return jnp.zeros(x.shape[:2], jnp.int32)
     return sides[0]
@@ -131,7 +139,7 @@ def _deal(
     joint: jax.Array,
     fill: int = 0,
 ) -> jax.Array:
-    """[B, T, ...] with [B, J, ...] dealt out to its devices, J padded to divide."""
+    """Joins [B, T, ...] and [B, J, ...] on each device, with J padded to divide."""
     widths = [(0, padding if i == 1 else 0) for i in range(joint.ndim)]
     joint = jnp.pad(_whole(shards, joint), widths, constant_values=fill)
 
@@ -147,14 +155,14 @@ def _cut(length: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _whole(shards: Shards, x: jax.Array) -> jax.Array:
-    """Joint tokens on every device that shares a sequence."""
+    """Replicates joint tokens over the devices that share a sequence."""
     return shards.constrain(x, ("batch", None, "tensor")[: 3 if x.ndim == 4 else 2])
 
 
 def _check_pairs(
     query: jax.Array, key: jax.Array, joint_query: jax.Array, joint_key: jax.Array
 ) -> None:
-    """Checks that both sequences fit to each other."""
+    """Checks that both sequences fit together."""
     for name, x, joint in (
         ("query", query, joint_query),
         ("key", key, joint_key),

@@ -1,14 +1,14 @@
 """Layouts: the order in which the tokens of a sequence are stored on the mesh.
 
-A layout is a permutation of the sequence, cut into one piece for each ring shard; it
-exists to balance causal work over the ring. Nothing outside this file knows how the
-permutations look: they read positions.
+A layout is a permutation of the sequence, cut into one shard for each ring index. It
+exists to balance causal work over the ring. Only this file knows the permutations;
+other code reads positions.
 
-* contiguous: ring shard r holds the r-th piece of the sequence.
+* contiguous: ring shard r holds the r-th part of the sequence.
 * zigzag: the sequence is cut into 2R chunks; ring shard r holds chunks r and 2R-1-r
   (USP, arXiv 2405.07719, section 3.3).
-* striped: token t lives on ring shard t % R (Striped Attention, arXiv 2311.09431).
-* data: whatever order the data loader chose; the positions come with the data.
+* striped: ring shard t % R holds token t (Striped Attention, arXiv 2311.09431).
+* data: the order that the data loader chose; the positions come with the data.
 """
 
 import math
@@ -25,12 +25,12 @@ from usp_jax.mesh import MeshAxes, axis_size, check_axes
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "data")
 
-# What picks of one axis: a place, which drops the axis, or a stretch of it.
+# An index of one axis: an int, which drops the axis, or a slice.
 Index = int | slice
 
 
 def check_layout(layout: str) -> None:
-    """Raises ValueError when `layout` is not the name of a layout."""
+    """Raises ValueError if `layout` is not the name of a layout."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
 
@@ -38,11 +38,11 @@ def check_layout(layout: str) -> None:
 def length_multiple(
     layout: str, ring_size: int, ulysses_size: int, tensor_size: int = 1
 ) -> int:
-    """The number that the stored length of a sequence must be a multiple of.
+    """Returns the number that a sequence's stored length must be a multiple of.
 
     Args:
-      tensor_size: the number of parts that a model splits the tokens of a device into
-        outside attention.
+      tensor_size: number of parts that a model splits a device's tokens into outside
+        attention.
     """
     pieces = 2 if layout == "zigzag" else 1
     return ring_size * math.lcm(pieces, ulysses_size * tensor_size)
@@ -68,10 +68,10 @@ RUN = np.dtype([(name, int) for name in ("start", "count", "first", "stride")])
 
 
 def shard_runs(layout: str, ring_size: int, length: int) -> np.ndarray:
-    """The positions of `shard_positions` as runs, on the host: RUN [R, runs].
+    """The positions of `shard_positions` as runs, computed on the host: RUN [R, runs].
 
-    The tokens of a shard from `start`, `count` of them, have the positions `first`,
-    `first + stride` and so on.
+    In a run, the `count` tokens of a shard from index `start` on have the positions
+    `first`, `first + stride` and so on.
     """
     if layout == "contiguous":
         runs = [[(0, length, r * length, 1)] for r in range(ring_size)]
@@ -93,13 +93,21 @@ def padded_length(
     *,
     axes: MeshAxes = MeshAxes(),
 ) -> int:
-    """The length at which `length` tokens are stored in a layout on a mesh.
+    """Returns the length at which `length` tokens are stored in a layout on a mesh.
 
-    For "contiguous" it is `length` itself (the op pads inside), for the others the next
-    multiple that the mesh can split. `mesh` and `axes` are those of `usp_attention`.
+    Args:
+      length: number of tokens.
+      layout: name of the layout. For "contiguous" the result is `length` itself, since
+        attention pads internally; for the others it is the next multiple that the mesh
+        can split.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
+
+    Returns:
+      The stored length, an int.
 
     Raises:
-      ValueError: an unknown layout, "data", or a length that is not a positive int.
+      ValueError: the layout is unknown, or `length` is not an int of at least 0.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
     check_count("length", length, least=0)
@@ -116,15 +124,20 @@ def layout_positions(
     *,
     axes: MeshAxes = MeshAxes(),
 ) -> Int[Array, " T"]:
-    """Position in the sequence of each stored token, for RoPE: int32 [T].
+    """Returns the position in the sequence of each stored token, for instance for RoPE.
 
     Args:
-      length: the stored length, a multiple that `padded_length` gives.
-      mesh, axes: as `usp_attention` takes them.
+      length: T, the stored length, as `padded_length` returns it.
+      layout: name of the layout.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
+
+    Returns:
+      int32 [T].
 
     Raises:
-      ValueError: an unknown layout, "data" (its positions come with the data), or a
-        length that the layout cannot have.
+      ValueError: the layout is unknown or "data" (whose positions come with the data),
+        or it cannot store this length.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
     check_count("length", length, least=0)
@@ -149,17 +162,24 @@ def to_layout(
 ) -> Array | np.ndarray:
     """Permutes an array along its sequence axis from natural to stored order.
 
-    A numpy array gives a numpy array, so that a data loader can do it on the host.
+    For a numpy array the result is a numpy array, so a data loader can run this on the
+    host.
 
     Args:
-      x: any array; `axis` is its sequence axis, of length T.
-      mesh, axes: as `usp_attention` takes them.
-      pad_value: what fills a sequence whose length the layout cannot have, up to
-        `padded_length`; its tokens must then have segment id -1. None raises instead.
+      x: any array.
+      layout: name of the layout.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
+      axis: sequence axis of `x`, of length T.
+      pad_value: fills up the sequence to `padded_length` if the layout cannot store its
+        length; the padding must then have segment id -1. None raises instead.
+
+    Returns:
+      `x` in stored order, padded to `padded_length` if necessary.
 
     Raises:
-      ValueError: an unknown layout, "data", an axis that `x` does not have, or a
-        length that does not divide while `pad_value` is None.
+      ValueError: the layout is unknown or "data", `x` has no such axis, or its length
+        does not divide and `pad_value` is None.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
     _check_axis(x, axis)
@@ -182,15 +202,22 @@ def from_layout(
     length: int | None = None,
     axes: MeshAxes = MeshAxes(),
 ) -> Array | np.ndarray:
-    """The inverse of `to_layout`: from stored to natural order.
+    """Permutes an array from stored to natural order; the inverse of `to_layout`.
 
     Args:
-      mesh, axes: as `usp_attention` takes them.
-      length: the number of tokens before padding; what follows them is cut off.
+      x: any array in stored order.
+      layout: name of the layout.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
+      axis: sequence axis of `x`.
+      length: number of tokens before padding; the rest is cut off. None keeps all.
+
+    Returns:
+      `x` in natural order.
 
     Raises:
-      ValueError: an unknown layout, "data", an axis that `x` does not have, or a
-        length that the layout cannot have.
+      ValueError: the layout is unknown or "data", `x` has no such axis, or the layout
+        cannot store its length.
     """
     ring_size, ulysses_size = _sizes(layout, mesh, axes)
     _check_axis(x, axis)
@@ -208,7 +235,7 @@ def from_layout(
 def check_length(
     length: int, layout: str, ring_size: int, ulysses_size: int, name: str
 ) -> None:
-    """Raises ValueError when a layout cannot store a sequence of this length."""
+    """Raises ValueError if a layout cannot store a sequence of this length."""
     multiple = length_multiple(layout, ring_size, ulysses_size)
     if length % multiple:
         raise ValueError(
@@ -230,7 +257,7 @@ def _sizes(
 def _check_permutes(layout: str) -> None:
     if layout == "data":
         raise ValueError(
-            'layout="data" is permuted by whoever made the data, not by a rule'
+            'layout="data" has no permutation: the data loader stores the data in order'
         )
 
 
@@ -240,7 +267,7 @@ def _check_axis(x: jax.Array | np.ndarray, axis: int) -> None:
 
 
 def _along(ndim: int, axis: int, index: Index) -> tuple[Index, ...]:
-    """An index that applies `index` to one axis."""
+    """An index tuple that applies `index` to one axis."""
     return tuple(index if i == axis % ndim else slice(None) for i in range(ndim))
 
 
@@ -289,7 +316,7 @@ def _unpermute(
 
 
 def _spec(x: jax.Array | np.ndarray) -> NamedSharding | None:
-    """The sharding that an Explicit mesh has given `x`, or None."""
+    """The sharding of `x` on an Explicit mesh, or None."""
     if isinstance(x, np.ndarray):
         return None
     sharding = jax.typeof(x).sharding
@@ -297,7 +324,7 @@ def _spec(x: jax.Array | np.ndarray) -> NamedSharding | None:
 
 
 def _unsharded(x: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
-    """`x` with one axis gathered where an Explicit mesh splits it.
+    """Gathers one axis of `x` if an Explicit mesh splits it.
 
     In Explicit mode a split axis can be neither permuted nor cut.
     """

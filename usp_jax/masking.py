@@ -1,10 +1,10 @@
-"""Masks as data: who may see whom, token by token and block by block.
+"""Masks as data: which query sees which key, by token and by block.
 
-A token is visible when four facts allow it: its order (causal), its distance (window),
-its document (segment) and that neither side is padding. All four are one function of
-(query position, key position, query segment, key segment); kernels know no other.
+A key is visible if four conditions hold: on order (causal), on distance (window), on
+the document (segment), and that neither side is padding. All four are one function of
+(query position, key position, query segment, key segment). Kernels use no other mask.
 
-nq and nk are numbers of blocks; the batch axis of positions may be 1 (same for all).
+nq and nk are numbers of blocks. The batch axis of positions may be 1 (same for all).
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ class MaskRule:
 
     @property
     def before(self) -> int | None:
-        """How far back a query sees."""
+        """Largest distance to a key before a query; None means no bound."""
         return self.left
 
     @property
     def after(self) -> int | None:
-        """How far ahead a query sees."""
+        """Largest distance to a key after a query; None means no bound."""
         if not self.is_causal:
             return self.right
         return 0 if self.right is None else min(0, self.right)
@@ -51,10 +51,10 @@ class MaskRule:
 class Stretch:
     """The tokens from `start` to `stop` of a ring shard, in the order of a layout.
 
-    Of which shard, only their positions say: devices and steps differ in that.
+    The shard is known only from the positions, since it depends on device and step.
 
     Attributes:
-      length: the number of tokens of the whole shard.
+      length: number of tokens in the whole shard.
     """
 
     layout: str
@@ -64,28 +64,28 @@ class Stretch:
     stop: int
 
 
-# A leaf of a pytree: an array or None, or what stands in its place: its shape, its
-# sharding or a reference to memory.
+# A leaf of a pytree: an array or None, or in its place a shape, a sharding or a
+# reference to memory.
 Leaf = Any
 
 if TYPE_CHECKING:
     Stretches = tuple[Stretch, ...]
 else:
-    # Without its items' type: checkers look at random ones, which hypothesis forbids.
+    # Without the type of the items: beartype checks random ones, which hypothesis
+    # forbids.
     Stretches = tuple
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What a mask asks of a run of tokens: its order and, if given, its documents.
+    """The facts about a run of tokens that a mask needs.
 
     Attributes:
-      positions: int32 [B, T], or [T] for one row's block; B may be 1 for all rows.
-      segment_ids: the same of documents, or None.
-      stretches: Stretch (...), where the tokens come from, one after the other, if
-        their positions are those of a layout; for kernels that need to know masks
-        before running.
+      positions: int32 [B, T], or [T] for a block of one row. B may be 1 for all rows.
+      segment_ids: int32, shaped like `positions`, or None.
+      stretches: the stretches that make up the run, in order, if the positions are
+        those of a layout; for kernels that need masks before running.
     """
 
     positions: Leaf
@@ -95,25 +95,26 @@ class Tokens:
     )
 
     def cut(self, rows: slice) -> "Tokens":
-        """Some of the tokens [B, T], which stand one after the other."""
+        """Selects consecutive tokens out of [B, T]."""
         positions, ids = self.positions[:, rows], self.segment_ids
         ids = None if ids is None else ids[:, rows]
         if self.stretches is None:
             return Tokens(positions, ids)
         start, stop, _ = rows.indices(self.positions.shape[1])
         stretches, before = [], 0
-        for one in self.stretches:
-            origin = one.start - before
-            first, last = max(one.start, origin + start), min(one.stop, origin + stop)
+        for stretch in self.stretches:
+            origin = stretch.start - before
+            first = max(stretch.start, origin + start)
+            last = min(stretch.stop, origin + stop)
             if first < last:
-                cut = dataclasses.replace(one, start=first, stop=last)
+                cut = dataclasses.replace(stretch, start=first, stop=last)
                 stretches.append(cut)
-            before += one.stop - one.start
+            before += stretch.stop - stretch.start
         return Tokens(positions, ids, tuple(stretches))
 
 
 def join(*runs: Tokens) -> Tokens:
-    """Runs of tokens [B, T], one after the other."""
+    """Concatenates runs of tokens [B, T]."""
     facts = [(run.positions, run.segment_ids) for run in runs]
     positions, ids = jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *facts)
     stretches: list[Stretch] = []
@@ -127,7 +128,7 @@ def join(*runs: Tokens) -> Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees."""
+    """The mask of some queries against some keys."""
 
     rule: MaskRule = dataclasses.field(metadata={"static": True})
     q: Tokens
@@ -135,7 +136,7 @@ class Mask:
 
     @property
     def sees_all(self) -> bool:
-        """Whether it is known before running that nothing is masked."""
+        """True if it is known before running that nothing is masked."""
         return (
             self.rule.before is None
             and self.rule.after is None
@@ -148,9 +149,9 @@ class Mask:
 
 
 def visible(mask: Mask) -> Bool[Array, "*B T S"]:
-    """Whether each query sees each key: [B, T], [B, S] -> [B, T, S].
+    """Computes whether each query sees each key: [B, T], [B, S] -> [B, T, S].
 
-    Leading axes are carried along, so a block of tokens [t] gives [t, s].
+    Leading axes are kept, so blocks of tokens [t], [s] give [t, s].
     """
     q = jax.tree.map(lambda x: x[..., :, None], mask.q)
     kv = jax.tree.map(lambda x: x[..., None, :], mask.kv)
@@ -158,7 +159,7 @@ def visible(mask: Mask) -> Bool[Array, "*B T S"]:
 
 
 def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
-    """Whether each query sees each key, of tokens whose shapes broadcast together.
+    """Computes whether each query sees each key; the shapes of the tokens broadcast.
 
     Positions are read only if the rule bounds distances.
     """
@@ -169,7 +170,7 @@ def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
 
 
 def _conditions(rule: MaskRule, q: Tokens, kv: Tokens) -> Iterator[jax.Array]:
-    """What has to hold for a query to see a key."""
+    """Yields the conditions for a query to see a key."""
     if rule.after is not None or rule.before is not None:
         ahead = kv.positions - q.positions
         if rule.after is not None:
@@ -182,11 +183,11 @@ def _conditions(rule: MaskRule, q: Tokens, kv: Tokens) -> Iterator[jax.Array]:
 
 
 def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk"]:
-    """Whether each block of (queries, keys) is EMPTY, PARTIAL or FULL.
+    """Classifies each block of (queries, keys) as EMPTY, PARTIAL or FULL.
 
-    Read from each block's least and greatest position and segment id. FULL is certain;
-    a block called PARTIAL may happen to be empty or full. The lengths must be multiples
-    of the block sizes.
+    Uses each block's least and greatest position and segment id. EMPTY and FULL are
+    certain; a PARTIAL block may happen to be empty or full. The lengths must be
+    multiples of the block sizes.
     """
     rule = mask.rule
     q, kv = _extent(mask.q, block_q, 2), _extent(mask.kv, block_kv, 1)
@@ -204,21 +205,25 @@ def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk
         a, b = q.ids, kv.ids
         overlap = (a.low <= b.high) & (b.low <= a.high)
         some = some & overlap & ~a.all_padding & ~b.all_padding
-        one = (a.low == b.high) & (b.low == a.high)
-        every = every & one & ~a.any_padding & ~b.any_padding
+        same = (a.low == b.high) & (b.low == a.high)
+        every = every & same & ~a.any_padding & ~b.any_padding
     return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
 
 
 def block_lists(
     kinds: Int8[Array, "B nq nk"],
 ) -> tuple[Int[Array, "B nq"], Int[Array, "B nq nk"]]:
-    """For each block of queries how many key blocks are not empty, and those first."""
+    """Counts each query block's nonempty key blocks, and lists key blocks, those first.
+
+    Returns:
+      The counts [B, nq], and the indices of the key blocks [B, nq, nk].
+    """
     order = jnp.argsort(kinds == EMPTY, axis=-1, stable=True).astype(jnp.int32)
     return jnp.sum(kinds != EMPTY, axis=-1, dtype=jnp.int32), order
 
 
 def pad_tokens(tokens: Tokens, padding: int, *, with_ids: bool) -> Tokens:
-    """Appends `padding` tokens that nothing sees; `with_ids` makes ids if need be.
+    """Appends `padding` tokens that nothing sees; `with_ids` always adds segment ids.
 
     They repeat the last position, so that they do not widen their block's extent.
     """
@@ -234,7 +239,7 @@ def pad_tokens(tokens: Tokens, padding: int, *, with_ids: bool) -> Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class _Ids:
-    """Segment ids of each block, shaped as those of `_Extent`; padding is left out."""
+    """Segment id bounds of each block, without padding, shaped like `_Extent`."""
 
     low: Int[Array, "..."]
     high: Int[Array, "..."]
@@ -244,7 +249,7 @@ class _Ids:
 
 @dataclasses.dataclass(frozen=True)
 class _Extent:
-    """Least and greatest values of each block, shaped to broadcast to [B, nq, nk]."""
+    """Least and greatest positions of each block, broadcastable to [B, nq, nk]."""
 
     first: Int[Array, "..."]
     last: Int[Array, "..."]
@@ -252,7 +257,7 @@ class _Extent:
 
 
 def _extent(tokens: Tokens, block: int, axis: int) -> _Extent:
-    """The extents of the blocks of a run of tokens; `axis` is where 1 is inserted."""
+    """The extents of the blocks of a run of tokens, with a 1 inserted at `axis`."""
 
     def blocks(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, block)

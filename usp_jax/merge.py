@@ -1,9 +1,9 @@
-"""Merging partial attention results: the one identity that the ring rests on.
+"""Merging partial attention results, the identity that the ring relies on.
 
 A partial result over some of the keys is `(out, lse)`: the softmax-weighted mean of
-their values and the log-sum-exp of their logits. Two of them over disjoint keys merge
-exactly, in any order (Liu et al., arXiv 2310.01889, section 2; Milakov & Gimelshein,
-arXiv 1805.02867). A row that has seen no key is `(0, -inf)`, the identity.
+their values, and the log-sum-exp of their logits. Two partial results over disjoint
+keys merge exactly, in any order (Liu et al., arXiv 2310.01889, section 2; Milakov &
+Gimelshein, arXiv 1805.02867). A row that has seen no key is `(0, -inf)`, the identity.
 """
 
 import jax
@@ -32,14 +32,14 @@ def merge(
 def normalize(
     acc: jax.Array, m: jax.Array, l: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of an accumulator, its running maximum and its running sum.
+    """Turns an accumulator, its running maximum and its running sum into (out, lse).
 
-    `acc` has one axis more than `m` and `l`; where `l` is 0 the result is (0, -inf).
+    `acc` has one more axis than `m` and `l`. Where `l` is 0, the result is (0, -inf).
     """
     safe = jnp.where(l == 0, 1, l)
     return acc / safe[..., None], jnp.where(l == 0, -jnp.inf, m + jnp.log(safe))
 
 
 def finite(m: jax.Array) -> jax.Array:
-    """A maximum that can be subtracted: 0 where nothing was seen (-inf)."""
+    """The row maximum, with -inf (nothing visible) replaced by 0."""
     return lax.select(m == -jnp.inf, jnp.zeros_like(m), m)

@@ -1,8 +1,8 @@
-"""Device meshes: the six axes of the system and the mesh that a call runs on.
+"""Device meshes: the six axes of the system, and the mesh that a call runs on.
 
-The order, outermost first, puts the axes that talk most on the fastest links
-(USP, arXiv 2405.07719, Tip 7). Where some links are slow, those between the slices of
-a multi-slice TPU or between GPU nodes, the outermost axes cross them.
+The order of axes, outermost first, puts those that communicate most on the fastest
+links (USP, arXiv 2405.07719, Tip 7). The outermost axes cross the slow links, between
+the slices of a multi-slice TPU or between GPU nodes.
 """
 
 import collections
@@ -27,22 +27,30 @@ AxisName = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Which axes of the user's mesh play which role.
+    """The roles that the axes of the user's mesh play.
 
-        MeshAxes(data=("replica", "batch"), ring="context", ulysses=None)
-
-    A role is played by one axis, by several (a tuple, outermost first), or by none. A
-    role whose axis is not in the mesh has size 1. Naming an axis other than the default
-    one (the role's own name) asks for it: it must then be in the mesh.
+    A role is played by one axis, by several (a tuple, outermost first), or by none
+    (None). By default, it is played by the axis with the role's own name; if the mesh
+    has no such axis, the role has size 1. An axis with any other name must be in the
+    mesh.
 
     Attributes:
-      pipe, data, fsdp, ring, ulysses, tensor: the roles; `data` and `fsdp` split the
-        batch, `ring` and `ulysses` the sequence, `tensor` the heads.
-      unused: axes along which every device computes the same. An axis of more than one
-        device has to be named in some role or here.
+      pipe: axes that split the layers.
+      data: axes that split the batch.
+      fsdp: axes that split the batch too, inside `data`.
+      ring: axes that split the sequence, for ring attention.
+      ulysses: axes that split the sequence too, inside `ring`, for Ulysses.
+      tensor: axes that split the heads.
+      unused: axes along which every device computes the same. An axis with more than
+        one device must have a role or be named here.
 
     Raises:
-      ValueError: a name that is no string, or one axis in two places.
+      ValueError: a name is not a string, or an axis is named twice.
+
+    Example:
+      ```python
+      MeshAxes(data=("replica", "batch"), ring="context", ulysses=None)
+      ```
     """
 
     pipe: AxisName | None = "pipe"
@@ -67,7 +75,7 @@ class MeshAxes:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, those in `unused` too."""
+        """The names of all axes, including those in `unused`."""
         roles = (axis_names(getattr(self, role)) for role in ROLES)
         return (*itertools.chain.from_iterable(roles), *self.unused)
 
@@ -100,21 +108,31 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     explicit: bool = False,
 ) -> Mesh:
-    """Makes a mesh with all six axes; those not named have size 1.
+    """Makes a mesh with all six axes.
 
     Args:
-      pipe, data, fsdp, ring, ulysses, tensor: how many devices each axis has.
-      devices: the devices to use, all of them; None takes as many of
-        `jax.devices()` as the sizes ask for. They are placed as the hardware's links
-        advise.
-      explicit: makes the axes `AxisType.Explicit` instead of `AxisType.Auto`.
+      pipe: number of devices along the axis `pipe`.
+      data: number of devices along the axis `data`.
+      fsdp: number of devices along the axis `fsdp`.
+      ring: number of devices along the axis `ring`.
+      ulysses: number of devices along the axis `ulysses`.
+      tensor: number of devices along the axis `tensor`.
+      devices: the devices of the mesh, all of which are used. None takes the first
+        devices of `jax.devices()`. They are placed so that neighbours on the inner
+        axes share the fastest links.
+      explicit: if True, the axes are `AxisType.Explicit` instead of `AxisType.Auto`.
+
+    Returns:
+      A mesh with the axes (pipe, data, fsdp, ring, ulysses, tensor).
 
     Raises:
-      ValueError: a size is not a positive int, or the sizes and the number of devices
-        do not fit.
+      ValueError: a size is not a positive int, or the sizes do not match the number of
+        devices.
 
     Example:
-      >>> mesh = make_mesh(ring=4, ulysses=2)
+      ```python
+      mesh = make_mesh(ring=4, ulysses=2)
+      ```
     """
     sizes = (pipe, data, fsdp, ring, ulysses, tensor)
     for role, size in zip(ROLES, sizes, strict=True):
@@ -123,13 +141,14 @@ def make_mesh(
     shape = dict(zip(ROLES, sizes, strict=True))
     if devices is not None and len(devices) != wanted:
         raise ValueError(
-            f"the sizes {shape} need {wanted} devices, devices= has {len(devices)}"
+            f"the sizes {shape} need {wanted} devices, but devices= has {len(devices)}"
         )
     if devices is None and wanted > jax.device_count():
         raise ValueError(
-            f"the sizes {shape} need {wanted} devices, there are "
-            f"{jax.device_count()}; on a CPU jax.config.update('jax_num_cpu_devices', "
-            f"{wanted}) before the first use of jax makes them"
+            f"the sizes {shape} need {wanted} devices, but there are "
+            f"{jax.device_count()}; on a CPU, call "
+            f"jax.config.update('jax_num_cpu_devices', {wanted}) before the first use "
+            "of jax"
         )
     if devices is None and wanted < jax.device_count() and jax.process_count() > 1:
         raise ValueError(
@@ -143,10 +162,11 @@ def make_mesh(
 
 
 def place(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices in the shape of a mesh, its neighbours on fast links, the inner first.
+    """Arranges devices in the shape of a mesh: inner axes get the fastest links.
 
-    Between islands of devices, the links are slow: as few axes as can be, the
-    outermost ones, have several. Islands of different sizes are taken in their order.
+    The links between islands of devices are slow, so as few axes as possible, the
+    outermost ones, span several islands. If the islands differ in size, the devices
+    keep their order.
     """
     key, islands = _islands(devices)
     if len(set(islands)) != 1:
@@ -168,21 +188,21 @@ def place(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
         )
 
     try:
-        # jax.make_mesh splits the sides of these slices always.
+        # jax.make_mesh always splits the sides of these slices.
         return placed(devices[0].device_kind in ("TPU v5 lite", "TPU v5e"))
     except NotImplementedError:
-        # An axis of 8 on a torus of 4x4x4 has to run round parts of two of its sides.
+        # An axis of 8 on a 4x4x4 torus has to use parts of two of its sides.
         return placed(True)
     except AssertionError:
-        # TPU v4 whose chips are two devices each: jax places none such.
+        # jax cannot place TPU v4 chips that are two devices each.
         return np.array(devices).reshape(sizes)
 
 
 def _islands(devices: Sequence[jax.Device]) -> tuple[str, list[int]]:
-    """The attribute of devices that tells islands apart, and the size of each island.
+    """The device attribute that identifies islands, and the size of each island.
 
-    jax numbers the slices of TPUs, and groups of GPUs that NVLink joins where it knows
-    of them; where it does not, a GPU's process is taken for its node.
+    jax numbers the slices of TPUs, and the groups of GPUs joined by NVLink if it knows
+    them. If it does not, each process is assumed to be one GPU node.
     """
     keys = ["slice_index"]
     if devices[0].platform in ("gpu", "cuda", "rocm"):
@@ -195,7 +215,7 @@ def _islands(devices: Sequence[jax.Device]) -> tuple[str, list[int]]:
 
 
 def _outermost(sizes: tuple[int, ...], islands: int) -> tuple[int, ...]:
-    """How many islands each axis has, which is a part of its size."""
+    """Number of islands along each axis, a factor of its size."""
     outer = []
     for size in sizes:
         outer.append(math.gcd(size, islands))
@@ -204,7 +224,7 @@ def _outermost(sizes: tuple[int, ...], islands: int) -> tuple[int, ...]:
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, axis: AxisName | None) -> int:
-    """The devices along an axis; 1 without a mesh or when the mesh lacks it."""
+    """Number of devices along an axis; 1 without a mesh or if the mesh lacks it."""
     if mesh is None:
         return 1
     return math.prod(mesh.shape.get(name, 1) for name in axis_names(axis))
@@ -213,7 +233,7 @@ def axis_size(mesh: Mesh | AbstractMesh | None, axis: AxisName | None) -> int:
 def present(
     mesh: Mesh | AbstractMesh, axes: Sequence[AxisName | None]
 ) -> tuple[str, ...]:
-    """The names of axes that the mesh has, in their order."""
+    """The names among `axes` that the mesh has, in the order of `axes`."""
     names = itertools.chain.from_iterable(map(axis_names, axes))
     return tuple(name for name in names if name in mesh.shape)
 
@@ -223,23 +243,23 @@ def resolve_mesh(
 ) -> Mesh | AbstractMesh | None:
     """The mesh that a call on global arrays runs on, or None for one device.
 
-    In a region that is manual over some axes (a pipeline's shard_map) that is the
-    context's mesh; elsewhere `mesh`, the mesh of `jax.set_mesh`, or the one that the
-    inputs are sharded on.
+    In a region that is manual over some axes (a pipeline's shard_map) it is the mesh of
+    the context. Elsewhere it is `mesh`, else the mesh of `jax.set_mesh`, else the mesh
+    that the inputs are sharded on.
 
     Raises:
-      ValueError: a mesh axis that `axes` asks for is missing, one of several devices
+      ValueError: a mesh axis that `axes` names is missing, an axis of several devices
         plays no role, `mesh` contradicts `jax.set_mesh` or the inputs, or the region is
-        already manual over an axis that the call itself has to split over.
+        already manual over an axis that the call has to split over.
     """
     if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"{mesh=} must be a jax.sharding.Mesh or None")
-    around = jax.sharding.get_abstract_mesh()
-    context = None if around.empty else around
+    abstract = jax.sharding.get_abstract_mesh()
+    context = None if abstract.empty else abstract
     if context is not None and mesh is not None and _differ(mesh, context):
         raise ValueError(
             f"mesh={mesh} differs from the mesh of jax.set_mesh, {context}; "
-            "leave one of them out"
+            "give only one of them"
         )
     if context is not None and (mesh is None or context.manual_axes):
         mesh = context
@@ -248,8 +268,8 @@ def resolve_mesh(
         mesh = own
     elif own is not None and AxisType.Explicit in own.axis_types and _differ(mesh, own):
         raise ValueError(
-            f"the inputs are sharded on the mesh {own}, the call is for {mesh}: give "
-            "the same mesh, or move the inputs with jax.device_put"
+            f"the inputs are sharded on the mesh {own}, but the call is for {mesh}: "
+            "give the same mesh, or move the inputs with jax.device_put"
         )
     if mesh is None:
         return None
@@ -269,12 +289,12 @@ def _differ(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
 
 
 def _mesh_of(*inputs: jax.Array) -> Mesh | AbstractMesh | None:
-    """The mesh of several devices that some input lies on, where it is known."""
+    """The mesh of several devices that some input is sharded on, if known."""
     for x in inputs:
         if not hasattr(x, "dtype"):
             continue
         known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-        # A concrete array's mesh names its devices too.
+        # Unlike a tracer's mesh, a concrete array's has the devices too.
         sharding = x.sharding if known else jax.typeof(x).sharding
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             return sharding.mesh
@@ -282,10 +302,10 @@ def _mesh_of(*inputs: jax.Array) -> Mesh | AbstractMesh | None:
 
 
 def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that `axes` and a mesh fit.
+    """Checks that `axes` fits a mesh.
 
     Raises:
-      ValueError: `axes` asks for an axis that the mesh lacks, or an axis of several
+      ValueError: `axes` names an axis that the mesh lacks, or an axis of several
         devices plays no role.
     """
     check_asked_for(axes, tuple(mesh.shape))
@@ -297,15 +317,15 @@ def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
     if idle:
         name, size = next(iter(idle.items()))
         raise ValueError(
-            f"the mesh axis {name!r} of {size} devices plays no role; name it, for "
-            f"instance axes=usp_jax.MeshAxes(ring={name!r}) to split the sequence or "
-            f"MeshAxes(data={name!r}) the batch over it; with "
-            f"MeshAxes(unused=({name!r},)) its devices all compute the same"
+            f"the mesh axis {name!r} of {size} devices plays no role; give it one, for "
+            f"instance axes=usp_jax.MeshAxes(ring={name!r}) to split the sequence over "
+            f"it or MeshAxes(data={name!r}) to split the batch over it; with "
+            f"MeshAxes(unused=({name!r},)), its devices all compute the same"
         )
 
 
 def check_asked_for(axes: MeshAxes, names: Sequence[str]) -> None:
-    """Raises ValueError when `axes` asks for an axis that is not among `names`."""
+    """Raises ValueError if `axes` names a non-default axis that `names` lacks."""
     if not isinstance(axes, MeshAxes):
         raise ValueError(f"{axes=} must be a usp_jax.MeshAxes")
     for role in ROLES:

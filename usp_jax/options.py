@@ -1,7 +1,8 @@
-"""The options of attention: one list, their defaults, and the checked call they make.
+"""The options of attention: the list, the defaults, and the checks that make a call.
 
-`usp_attention` documents each; every other way in takes `**options: Unpack[Options]`,
-or `Unpack[StaticOptions]` where they are fixed once, and passes them on as they are.
+`usp_attention` documents each option. Every other entry point takes
+`**options: Unpack[Options]`, or `Unpack[StaticOptions]` where options are fixed once,
+and passes them on unchanged.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,23 @@ Window = int | tuple[int | None, int | None] | None
 
 
 class StaticOptions(TypedDict, total=False):
-    """Options that are Python values: fixed when a program is traced."""
+    """Options that are Python values, fixed when a program is traced.
+
+    `usp_attention` documents them in full, with their defaults.
+
+    Attributes:
+      is_causal: if True, a query sees no key after its own position.
+      scale: factor of q·k; None is 1 / sqrt(H).
+      local_window_size: (left, right) bounds on the distance of a key; an int sets
+        both, None means no bound.
+      logits_soft_cap: c turns each logit x into c · tanh(x / c).
+      dropout_rate: fraction of the softmax weights to drop.
+      layout: order in which the tokens are stored, or a pair (query's, key's).
+      implementation: name of the kernel; None picks one for the devices.
+      return_residual: if True, also returns the log-sum-exp of the logits.
+      ring_schedule: name or object that says how keys and queries meet.
+      ulysses_chunks: number of head groups that each device processes in turn.
+    """
 
     is_causal: bool
     scale: float | None
@@ -48,7 +65,19 @@ class StaticOptions(TypedDict, total=False):
 
 
 class Options(StaticOptions, total=False):
-    """All options that may follow the arrays of an attention function."""
+    """All options that may follow the arrays of an attention function.
+
+    Adds to `StaticOptions` the ones that may be arrays.
+
+    Attributes:
+      segment_ids: integers [B, T], or a pair for queries and keys; -1 is padding.
+      positions: integers [B, T], or a pair; causal and window masks compare them.
+      sinks: floating [N], an extra softmax logit for each head, without a value.
+      prefix_length: integers [B]; tokens at positions below it see each other in both
+        directions.
+      alibi_slopes: floating [N], the slopes of ALiBi's bias.
+      dropout_seed: integer seed of the dropped weights.
+    """
 
     segment_ids: Ids | None
     positions: Ids | None
@@ -77,7 +106,7 @@ DEFAULTS = Options(
     ulysses_chunks=1,
 )
 
-# Names that other attention functions have, and what to use here.
+# Options of other attention functions, and what to use here instead.
 INSTEAD = {
     "mask": "a dense mask has T·S entries: use is_causal, local_window_size, "
     "prefix_length or, for documents and padding, segment_ids",
@@ -96,16 +125,17 @@ def completed(
     refused: Mapping[str, str] = MappingProxyType({}),
     defaults: Options = DEFAULTS,
 ) -> Options:
-    """`options` with the defaults of those that are not given.
+    """Fills in the defaults of the options that are not given.
 
     Args:
-      function: whose options they are, for errors.
-      refused: options that it cannot honour, and why; they may have their default only.
-      defaults: its own.
+      function: name of the function that takes the options, for error messages.
+      refused: options the function cannot honour, each with the reason. They may only
+        have their default value.
+      defaults: the function's own defaults.
 
     Raises:
-      TypeError: there is no such option.
-      ValueError: an option is refused, or is one of another library's.
+      TypeError: an option does not exist.
+      ValueError: an option is refused, or belongs to another library's function.
     """
     for name, value in options.items():
         if name in INSTEAD:
@@ -120,7 +150,7 @@ def completed(
 
 
 def _is_default(name: str, value: object) -> bool:
-    """Whether an option has its default; an array never does, whatever its values."""
+    """Returns True if an option has its default value; an array never has."""
     default = DEFAULTS.get(name)
     return value is default or (type(value) in (str, int, float) and value == default)
 
@@ -132,13 +162,13 @@ def checked(
     shards: Shards,
     options: Options,
 ) -> tuple[Call, jax.Array | None, Facts]:
-    """The call, its sinks and its facts, from completed options.
+    """Checks completed options and makes the call, its sinks and its facts from them.
 
     Args:
       query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, V].
 
     Raises:
-      ValueError: as `usp_attention` says.
+      ValueError: as in `usp_attention`.
     """
     arguments.check_arrays(query, key, value)
     check_bool("return_residual", options["return_residual"])
@@ -157,7 +187,7 @@ def checked(
         "alibi_slopes": facts.slopes is not None,
         "dropout_rate": rate > 0,
         "segment_ids": facts.segment_ids is not None,
-        # They are read only where order matters.
+        # Positions are read only where order matters.
         "positions": facts.positions is not None and rule.after is not None,
         "prefix_length": facts.prefix is not None,
         "local_window_size": rule.before is not None,
@@ -178,7 +208,7 @@ def checked(
             target=kernels.target_of(shards.mesh),
             dtype=query.dtype,
             head_size=max(query.shape[3], value.shape[3]),
-            needs=tuple(name for name, asked in needs.items() if asked),
+            needs=tuple(name for name, is_needed in needs.items() if is_needed),
         ),
         return_residual=options["return_residual"],
         head_groups=groups,
@@ -189,14 +219,14 @@ def checked(
 def _facts(
     query: jax.Array, key: jax.Array, shards: Shards, options: Options, rate: float
 ) -> Facts:
-    """The facts of a call, each checked by itself."""
+    """Makes the facts of a call, each checked on its own."""
     batch, _, num_heads, _ = query.shape
     shapes = query.shape, key.shape
     arguments.check_by_head("alibi_slopes", options["alibi_slopes"], num_heads)
     seed = arguments.dropout_seed(options["dropout_seed"], rate)
 
     def numbers(count: int, axes: tuple[str, ...]) -> jax.Array | np.ndarray | None:
-        """Of rows or heads, in the whole call; only dropout asks for them."""
+        """Global indices of this device's rows or heads; only dropout needs them."""
         if seed is None:
             return None
         return shards.bound_index(axes) * count + np.arange(count, dtype=np.int32)
@@ -230,9 +260,9 @@ def _check_together(
         "alibi_slopes": facts.slopes is not None,
         "dropout_rate": facts.seed is not None,
     }
-    for name, asked in others.items():
-        if asked:
+    for name, is_used in others.items():
+        if is_used:
             raise ValueError(
-                f"prefix_length= cannot be combined with {name}=, which needs to know "
-                "where a token of the prefix stands"
+                f"prefix_length= cannot be combined with {name}=, which needs the "
+                "positions of the tokens in the prefix"
             )

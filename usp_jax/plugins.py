@@ -1,7 +1,7 @@
-"""The compilers of machines that are not here: jax's plugins for TPU and CUDA.
+"""Compilers for machines that are not present: jax's plugins for TPU and CUDA.
 
-A plugin's devices can be compiled for but not run on. Loading one leaves the process's
-own devices as they are, whether it has used them already or not.
+The devices of a plugin can be compiled for but not run on. Loading a plugin leaves the
+process's own devices unchanged, even if they are already in use.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from jax.experimental import topologies
 
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
-# What libtpu asks of a TPU host's metadata when it is loaded, and complains about where
-# there is none. The answers do not matter: nothing is going to run.
+# Metadata of a TPU host, which libtpu asks for when it is loaded, complaining if there
+# is none. The values do not matter, since nothing runs.
 _NO_TPU_HOST = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,14 +28,15 @@ _NO_TPU_HOST = {
 def tpu_devices(
     name: str, host_bounds: tuple[int, int, int] = (2, 2, 1)
 ) -> list[jax.Device]:
-    """The devices of a TPU slice, in libtpu's names: "v5p:4x4x4".
+    """Returns the devices of a TPU slice.
 
     Args:
-      host_bounds: the chips of each host.
+      name: libtpu's name of the slice, such as "v5p:4x4x4".
+      host_bounds: number of chips of each host along each side.
 
     Raises:
       ImportError: libtpu is not installed.
-      ValueError: libtpu knows no such slice.
+      ValueError: libtpu does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(_to_install("TPUs", "libtpu", "tpu"))
@@ -49,11 +50,16 @@ def tpu_devices(
 
 
 def cuda_devices(target: str, hosts: int, gpus_per_host: int) -> list[jax.Device]:
-    """NVIDIA GPUs of the given target (the text of a GpuTargetConfigProto).
+    """Returns NVIDIA GPUs of a target.
+
+    Args:
+      target: text of a GpuTargetConfigProto.
+      hosts: number of hosts.
+      gpus_per_host: number of GPUs of each host.
 
     Raises:
       ImportError: jax's CUDA plugin is not installed.
-      RuntimeError: it is, and refuses to be loaded.
+      RuntimeError: the plugin is installed but cannot be loaded.
     """
     plugin = next((name for name in _CUDA_PLUGINS if _is_installed(name)), None)
     if plugin is None:
@@ -63,14 +69,14 @@ def cuda_devices(target: str, hosts: int, gpus_per_host: int) -> list[jax.Device
         try:
             topology = topologies.get_topology_desc("", "cuda", **config)
         except NotImplementedError:
-            # jax loaded its plugins before, and this one refused for want of libraries
-            # that it needs for running only.
+            # jax has loaded its plugins already, and this one failed because libraries
+            # are missing that only running needs.
             importlib.import_module(plugin).initialize()
             try:
                 topology = topologies.get_topology_desc("", "cuda", **config)
             except NotImplementedError:
                 raise RuntimeError(
-                    f"jax could not load {plugin}, it said above why; does its "
+                    f"jax could not load {plugin}, see its message above; does its "
                     f"version match jax {jax.__version__}?"
                 ) from None
     return topology.devices
@@ -85,16 +91,16 @@ def _is_installed(name: str) -> bool:
 
 def _to_install(machines: str, package: str, platform: str) -> str:
     return (
-        f"compiling for {machines} needs {package}, of the version that goes with jax "
+        f"compiling for {machines} needs the version of {package} that matches jax "
         f"{jax.__version__}: pip install 'usp_jax[aot]' (platform {platform!r})"
     )
 
 
 def _libtpu_settings() -> dict[str, str]:
-    """The environment in which to load libtpu, which every plugin's loading may do."""
+    """Environment variables for loading libtpu, which loading any plugin may do."""
     # Several processes may compile at the same time; none of them holds a TPU.
     settings = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    # jax sets this where it finds no TPU. On a TPU host libtpu finds its own answers.
+    # jax sets this if it finds no TPU. On a TPU host libtpu reads the real metadata.
     if os.environ.get("TPU_SKIP_MDS_QUERY"):
         settings |= _NO_TPU_HOST
     return {name: x for name, x in settings.items() if name not in os.environ}
@@ -114,7 +120,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 def _no_cuda_libraries() -> Iterator[None]:
     """Lets the plugin load without the libraries that only running needs.
 
-    It looks for them unless jax is told to use other platforms than its own.
+    The plugin looks for them unless jax_platforms selects other platforms.
     """
     before = jax.config.jax_platforms
     if before:

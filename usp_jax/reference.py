@@ -23,11 +23,10 @@ def reference_attention(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """softmax(soft_cap(scale · q kᵀ) + bias + mask) v, and its log-sum-exp.
 
-    Computed in promote_types(query.dtype, float32) at the highest precision, returned
-    in it, and differentiable as it stands. A row that sees nothing gives (0, -inf); a
-    sink is seen by every row but padding. `weight_factors`, dropout's, multiply the
-    softmax and do not count in the log-sum-exp; where `also` is given, only what it
-    allows too is seen.
+    Computes and returns promote_types(query.dtype, float32), at the highest precision.
+    Differentiable by jax. A row that sees nothing gives (0, -inf); every row but
+    padding sees a sink. `weight_factors`, for dropout, multiply the softmax and do not
+    affect the log-sum-exp. If `also` is given, a key must be visible in it too.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     B, T, N, H = query.shape
@@ -41,8 +40,8 @@ def reference_attention(
         logits += _by_group(bias, logits)
     seen = visible(mask) if also is None else visible(mask) & also
     seen = seen[:, None, None]
-    # Rows without a visible key are taken out before the softmax, so that their
-    # derivative is 0 and not NaN.
+    # Take out rows without a visible key before the softmax, so that their derivative
+    # is 0 and not NaN.
     alive = seen.any(-1)
     if sinks is not None:
         ids = mask.q.segment_ids
@@ -64,5 +63,5 @@ def reference_attention(
 
 
 def _by_group(x: jax.Array, like: jax.Array) -> jax.Array:
-    """[B, N, T, S] as the logits are held, [B, K, G, T, S], in their dtype."""
+    """Reshapes [B, N, T, S] to [B, K, G, T, S] like the logits, in their dtype."""
     return x.astype(like.dtype).reshape(x.shape[0], *like.shape[1:])

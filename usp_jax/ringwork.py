@@ -1,12 +1,12 @@
-"""Work of the ring's shards: how many visible pairs, and how evenly, in any order.
+"""Work of the ring's shards, counted in visible pairs, and how even it is.
 
-W[r, s] is the number of visible pairs of queries of shard r and keys of shard s, R the
-number of shards. At step i of the ring shard r meets the keys of shard r - i. Two
-figures tell how even the work is, each 1 at best:
+Tokens may be in any order. W[r, s] is the number of visible pairs of queries of shard r
+and keys of shard s, and R the number of shards. At step i of the ring, shard r meets
+the keys of shard r - i. Two figures measure how even the work is, each 1 at best:
 
-* totals: the most work of a shard, over the mean.
-* path: sum over i of max over r of W[r, r - i], over the mean of a shard: how long the
-  ring takes when every step waits for its slowest shard.
+* totals: the work of the busiest shard, over the mean work of a shard.
+* path: sum over i of max over r of W[r, r - i], over the mean work of a shard. This is
+  the time of the ring if every step waits for its slowest shard.
 
 All of it is numpy, on the host.
 """
@@ -23,22 +23,23 @@ from usp_jax.masking import PADDING, MaskRule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RingWork:
-    """How much each ring shard computes, and with whose keys.
+    """The work of each ring shard, by the shard of the keys.
 
     Attributes:
-      pairs: int64 [R, R], visible pairs of queries of shard r and keys of shard s.
+      pairs: int64 [R, R], the number of visible pairs of queries of shard r and keys of
+        shard s.
     """
 
     pairs: Int64[np.ndarray, "R R"]
 
     @property
     def totals(self) -> float:
-        """The most pairs of a shard's queries, over the mean; 1 of nothing."""
+        """Pairs of the busiest shard over the mean of a shard; 1 if there are none."""
         return self._over_mean(self.pairs.sum(1).max())
 
     @property
     def path(self) -> float:
-        """The sum over steps of the most pairs of a shard, over the mean of a shard."""
+        """Sum over steps of the most pairs of a shard, over the mean of a shard."""
         return self._over_mean(by_step(self.pairs).max(1).sum())
 
     def _over_mean(self, pairs: np.integer) -> float:
@@ -57,14 +58,19 @@ def ring_balance(
     """Counts the visible pairs of every two ring shards, for tokens in any order.
 
     Args:
-      positions: integers [T] in stored order; `usp_jax.layout_positions` has a
-        layout's.
-      segment_ids: integers [T] in stored order, -1 for padding, or None.
-      ring: the number of ring shards, which divides T.
-      is_causal, local_window_size: as `usp_attention` takes them.
+      positions: integers [T] in stored order, for a layout those of
+        `usp_jax.layout_positions`.
+      segment_ids: integers [T] in stored order, -1 for padding; None means one
+        document.
+      ring: number of ring shards, which must divide T.
+      is_causal: as in `usp_attention`.
+      local_window_size: as in `usp_attention`.
+
+    Returns:
+      The counts, a `RingWork`.
 
     Raises:
-      ValueError: an argument is not of its kind, or lengths differ or do not divide.
+      ValueError: an argument has the wrong type, or lengths differ or do not divide.
     """
     rule = arguments.mask_rule(is_causal, local_window_size)
     check_count("ring", ring, least=1)
@@ -91,7 +97,7 @@ def _pairs(
     ring: int,
     rule: MaskRule,
 ) -> np.ndarray:
-    """int64 [R, R] of tokens that are all real."""
+    """Counts visible pairs, int64 [R, R], of tokens without padding."""
     pairs = np.zeros((ring, ring), np.int64)
     if not len(positions):
         return pairs
@@ -99,7 +105,7 @@ def _pairs(
     span = positions.max() + 1
     natural = np.lexsort((positions, ids))
     positions, ids, shards = positions[natural], ids[natural], shards[natural]
-    # Keys of one document at consecutive places of the line are what a query sees.
+    # A query sees a consecutive run of the keys on this line.
     line = ids * span + positions
     last = span - 1 if rule.after is None else np.minimum(positions + rule.after, span)
     first = 0 if rule.before is None else np.maximum(positions - rule.before, 0)
@@ -114,7 +120,7 @@ def _pairs(
 
 
 def by_step(pairs: np.ndarray) -> np.ndarray:
-    """W [R, R] by (shard of queries, of keys) -> by (step, shard of queries)."""
+    """W [R, R] indexed by (query shard, key shard) -> by (step, query shard)."""
     r = np.arange(len(pairs))
     return pairs[r[None], (r[None] - r[:, None]) % len(pairs)]
 

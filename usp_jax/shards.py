@@ -1,4 +1,4 @@
-"""Running a function of one device's shards on every device of a mesh."""
+"""Runs a function of one device's shards on every device of a mesh."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -23,8 +23,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-# What the leading dims of an array are split over. One such tuple stands for all arrays
-# of a pytree; where they differ, a pytree of tuples does.
+# How the leading dims of an array are split. One such tuple may apply to all arrays of
+# a pytree; if they differ, use a pytree of tuples.
 Dims = tuple[str | None, ...]
 DimsTree = Any
 SEQ = ("batch", "sequence", "tensor")
@@ -39,15 +39,15 @@ WHOLE = ()
 class Shards:
     """The devices of a call.
 
-    With a mesh, functions of shards run in a shard_map of their own over global arrays.
-    Without one they are called as they are: inside the caller's shard_map, or on one
+    With a mesh, functions of shards run in their own shard_map over global arrays.
+    Without a mesh they are called directly, inside the caller's shard_map or on one
     device.
 
-    `usp_jax.models.sharding.Split` is no `Shards`: a model also splits parameters and
-    layers, over axes of fixed names, inside one shard_map that jax differentiates.
+    `usp_jax.models.sharding.Split` is different: a model also splits parameters and
+    layers, over axes with fixed names, inside one shard_map that jax differentiates.
 
     Attributes:
-      ring, ulysses: the axes that split the sequence; None where that has size 1.
+      ring, ulysses: the axes that split the sequence; None for size 1.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -57,7 +57,7 @@ class Shards:
 
     @classmethod
     def of_mesh(cls, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> "Shards":
-        """All devices of a mesh; one device without one."""
+        """Makes the shards of all devices of a mesh, or of one device for None."""
         if mesh is None:
             return cls()
 
@@ -68,10 +68,10 @@ class Shards:
 
     @classmethod
     def of_bound(cls, axes: MeshAxes) -> "Shards":
-        """The devices of the caller's own shard_map.
+        """Makes the shards of the caller's own shard_map.
 
         Raises:
-          ValueError: an axis of the sequence that `axes` asks for is not bound there.
+          ValueError: a sequence axis that `axes` names is not bound there.
         """
         bound = [name for name in axes.sequence if _is_bound(name)]
         check_asked_for(
@@ -87,17 +87,17 @@ class Shards:
     def run(
         self, f: Callable[P, R], in_dims: DimsTree, out_dims: DimsTree
     ) -> Callable[P, R]:
-        """`f` on every device, each argument and result split by its dims.
+        """Runs `f` on every device, with arguments and results split by their dims.
 
-        No gradient ever passes through, it is written by hand around this; so nothing
-        has to be known of what varies over which axis.
+        jax does not differentiate this: gradients are written by hand around it. So it
+        need not check which values vary over which axes.
         """
         if self.mesh is None:
             return f
         mapped = self.shard_map(f, in_dims, out_dims, check_vma=False)
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            # What varies over the axes of a region around this one still does.
+            # Keep varying over the axes of an enclosing region.
             result: R = vary_like(mapped(*args, **kwargs), (args, kwargs))
             return result
 
@@ -133,7 +133,7 @@ class Shards:
         )
 
     def spec(self, dims: Dims) -> jax.P:
-        """The mesh axes of an array's leading dims."""
+        """The partition spec of an array's leading dims."""
         axes = self.axes
         names: dict[str | None, tuple[AxisName | None, ...]] = {
             None: (),
@@ -141,15 +141,15 @@ class Shards:
             "sequence": axes.sequence,
             "ring": (axes.ring,),
             "tensor": (axes.tensor,),
-            # After the all-to-all each tensor shard's heads are split again.
+            # The all-to-all splits the heads of each tensor shard again.
             "heads": (axes.tensor, axes.ulysses),
         }
         return jax.P(*(present(self.its_mesh, names[dim]) or None for dim in dims))
 
     def place(self, x: T, dims: DimsTree) -> T:
-        """Arrays with the sharding that a stage asks for, where a mesh is Explicit.
+        """Reshards arrays as a stage needs them, on an Explicit mesh.
 
-        Elsewhere the compiler sees to it.
+        On other meshes the compiler does it.
         """
         if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
             return x
@@ -163,17 +163,17 @@ class Shards:
         return placed
 
     def constrain(self, x: jax.Array, dims: Dims) -> jax.Array:
-        """Arrays that are split so, on an Auto mesh too."""
+        """Reshards an array, on an Auto mesh too."""
         if self.mesh is None or AxisType.Explicit in self.mesh.axis_types:
             return self.place(x, dims)
         sharding = NamedSharding(self.mesh, self.spec(dims))
         return lax.with_sharding_constraint(x, sharding)
 
     def spelled_like(self, x: jax.Array, other: jax.Array) -> jax.Array:
-        """`x` with the type of sharding that `other` has, where both split it alike.
+        """Gives `x` the sharding type of `other`, if both are split the same way.
 
-        An Explicit mesh tells apart specs that differ in axes of size 1 only; with the
-        query's own spec the result can be added to it, and carried by a scan.
+        An Explicit mesh distinguishes specs that differ only in axes of size 1. With
+        the query's own spec, the result can be added to it and carried by a scan.
         """
         if AxisType.Explicit not in self.its_mesh.axis_types:
             return x
@@ -184,13 +184,13 @@ class Shards:
         return jax.reshard(x, NamedSharding(self.its_mesh, jax.P(*theirs)))
 
     def splits(self, spec: Iterable[AxisName | None]) -> list[list[str]]:
-        """The axes of more than one device in each part of a spec."""
+        """The axes with more than one device, in each part of a spec."""
         parts = map(axis_names, spec)
         return [[n for n in part if axis_size(self.mesh, n) > 1] for part in parts]
 
     @property
     def its_mesh(self) -> Mesh | AbstractMesh:
-        """The mesh, where it is known that there is one."""
+        """The mesh, asserted to exist."""
         assert self.mesh is not None
         return self.mesh
 
@@ -201,16 +201,16 @@ class Shards:
 
     @property
     def ring_size(self) -> int:
-        """The number of ring shards."""
+        """Number of ring shards."""
         return self.size(self.ring)
 
     @property
     def ulysses_size(self) -> int:
-        """The number of devices that exchange heads."""
+        """Number of devices that exchange heads."""
         return self.size(self.ulysses)
 
     def bound_indices(self) -> list[jax.Array]:
-        """This device's places on the caller's own axes, which vary over them."""
+        """This device's indices on the caller's own axes, which vary over them."""
         return [] if self.mesh else [lax.axis_index(name) for name in self.split]
 
     def size(self, axis: AxisName | None) -> int:
@@ -220,18 +220,18 @@ class Shards:
         return lax.axis_size(axis) if self.mesh is None else axis_size(self.mesh, axis)
 
     def index(self, axis: AxisName | None) -> Int[Array, ""] | int:
-        """This device's place on a bound axis; 0 for None."""
+        """This device's index on a bound axis; 0 for None."""
         return 0 if axis is None else lax.axis_index(axis)
 
     def bound_index(self, names: tuple[str, ...]) -> Int[Array, ""] | int:
-        """This device's place on those of some axes that the caller's region binds."""
+        """This device's index on those of the axes that the caller's region binds."""
         bound = tuple(
             name for name in names if _is_bound(name) and lax.axis_size(name) > 1
         )
         return lax.axis_index(bound) if bound else 0
 
     def total(self, x: jax.Array) -> jax.Array:
-        """A sum over all axes but those of heads; the caller's own shard_map sums."""
+        """Sums over the batch and sequence axes; without a mesh the caller does."""
         if self.mesh is None:
             return x
         axes = present(self.mesh, (*self.axes.batch, *self.axes.sequence))
@@ -239,17 +239,17 @@ class Shards:
 
 
 def _axis(names: list[str]) -> AxisName | None:
-    """No axis, one, or several as one."""
+    """Makes an axis name of no axis (None), one, or several (a tuple)."""
     return tuple(names) if len(names) > 1 else next(iter(names), None)
 
 
 def _is_dims(x: object) -> bool:
-    """Whether this says what the dims of one array are split over."""
+    """Returns True if `x` is the dims of one array."""
     return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
 
 
 def _is_bound(name: str) -> bool:
-    """Whether this code runs under a manual mesh axis (or vmap axis) of that name."""
+    """Returns True under a manual mesh axis (or vmap axis) of that name."""
     try:
         lax.axis_size(name)
     except NameError:

@@ -1,9 +1,10 @@
 """The Ulysses half: all-to-alls that trade a split sequence for split heads.
 
 DeepSpeed-Ulysses (arXiv 2309.14509) for any numbers of heads. Query heads are padded to
-a multiple of the axis. Key/value heads are sent as they are when they divide; otherwise
-every device receives the m heads that its query heads need, m the same for all: the
-tables below say which. Lower case letters are this device's share.
+a multiple of the axis. Key/value heads are sent as they are if the axis divides them;
+otherwise each device receives the m heads that its query heads need, with the same m
+for all devices, as listed in the tables below. Lower case letters are the sizes of this
+device's shard.
 """
 
 import dataclasses
@@ -25,10 +26,10 @@ from usp_jax.mesh import AxisName
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Which heads each device of the Ulysses axis works on.
+    """The heads that each device of the Ulysses axis works on.
 
     Attributes:
-      part, parts: of each device's query heads, which part of how many equal ones.
+      part, parts: index and number of the equal parts of each device's query heads.
     """
 
     num_heads: int
@@ -39,7 +40,7 @@ class Heads:
 
     @property
     def padded(self) -> int:
-        """The number of query heads, padded to a multiple of the axis."""
+        """Number of query heads, padded to a multiple of the axis."""
         return -(-self.num_heads // self.ulysses_size) * self.ulysses_size
 
     @functools.cached_property
@@ -62,7 +63,7 @@ class Heads:
 
     @property
     def replicated(self) -> bool:
-        """Whether some key/value head goes to more than one device."""
+        """True if some key/value head goes to more than one device."""
         return self.sent.size != self.num_kv_heads
 
     @property
@@ -73,9 +74,9 @@ class Heads:
 
     @property
     def kv_parts(self) -> int:
-        """How many parts the received key/value heads are cut into.
+        """Number of parts that the received key/value heads are split into.
 
-        Each serves whole parts of the query heads, as many for each.
+        Each serves the same whole number of parts of the query heads.
         """
         if self.replicated:
             return 1
@@ -90,9 +91,10 @@ class Heads:
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
-        """Equal groups of this part's query heads: the received head of each group.
+        """The received key/value head of each group of this part's query heads.
 
-        [ulysses, n / g], g the largest size that no device's groups straddle.
+        [ulysses, n / g]. g is the largest group size for which, on every device, all
+        query heads of a group use the same key/value head.
         """
         local = np.stack(
             [
@@ -130,19 +132,19 @@ def _all_to_all(
 
 
 def pad_heads(x: Float[Array, "B t N H"], heads: Heads) -> Float[Array, "B t M H"]:
-    """Query heads, zero-padded to a multiple of the axis."""
+    """Pads query heads with zeros to a multiple of the axis."""
     padding = heads.padded - heads.num_heads
     return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x
 
 
 def of_devices(x: Float[Array, "B t M H"], own: slice, size: int) -> Array:
-    """The heads `own` of those of each of `size` devices: [B, t, size · n, H]"""
+    """Selects the heads `own` of each of `size` devices: [B, t, size · n, H]"""
     x = x.reshape(*x.shape[:2], size, -1, x.shape[3])[:, :, :, own]
     return x.reshape(*x.shape[:2], -1, x.shape[4])
 
 
 def of_parts(parts: list[Float[Array, "B t n H"]], size: int) -> Array:
-    """The inverse of `of_devices` for parts of the heads: [B, t, M, H]"""
+    """Joins parts of the heads, the inverse of `of_devices`: [B, t, M, H]"""
     parts = [x.reshape(*x.shape[:2], size, -1, x.shape[3]) for x in parts]
     joined = jnp.concatenate(parts, 3)
     return joined.reshape(*joined.shape[:2], -1, joined.shape[4])
@@ -165,7 +167,7 @@ def kv_to_seq(
 ) -> Float[Array, "B s K D"]:
     """The transpose of `kv_to_heads`, in `dtype`.
 
-    What several devices have of one head is summed before it is rounded to `dtype`.
+    Gradients of one head from several devices are summed before rounding to `dtype`.
     """
     if not heads.replicated:
         return to_seq(dkv.astype(dtype), axis_name)
@@ -177,10 +179,10 @@ def kv_to_seq(
 
 
 def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chunk:
-    """A chunk implementation that sees equal groups of query heads.
+    """Wraps a chunk implementation so that it sees equal groups of query heads.
 
-    Where the received heads serve unequal numbers of a device's query heads, the heads
-    that several groups share are repeated for the kernel alone; nothing of it travels.
+    If the received heads serve unequal numbers of a device's query heads, heads that
+    several groups share are repeated locally, for the kernel only.
     """
     groups = heads.groups
     m = heads.kv_local.stop - heads.kv_local.start

@@ -1,17 +1,17 @@
-"""Units of memory, and numbers of tokens as people write them."""
+"""Units of memory, and the parsing of token counts."""
 
 GIB = 2**30
 
 
 def tokens_of(name: str, text: str) -> int:
-    """The number of tokens in "4096", "64K" or "1M".
+    """Parses a number of tokens, such as "4096", "64K" or "1M".
 
     Args:
-      name: what stands before the text in a message.
-      text: a decimal number; K is 1024, M is 1024 K.
+      name: name of the value, for error messages.
+      text: a decimal number, optionally followed by K (1024) or M (1024 K).
 
     Raises:
-      ValueError: another text.
+      ValueError: the text has another form.
     """
     units = {"K": 2**10, "M": 2**20}
     unit = units.get(text[-1:].upper(), 1)

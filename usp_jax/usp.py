@@ -11,9 +11,9 @@ ulysses degree:
       | exchange_sequence   all-to-all over `ulysses`
     out [B, T/(R·U), N, H]
 
-Pure Ulysses (R = 1), pure Ring (U = 1) and one device are the ends of this one path.
+Pure Ulysses (R = 1), pure Ring (U = 1) and one device are special cases of this path.
 Each of the three stages, and the backward pass as a whole, is a function of one
-device's shards; `Shards` runs it on all of them.
+device's shards; `Shards` runs it on all devices.
 """
 
 from functools import partial
@@ -33,8 +33,8 @@ from usp_jax.ulysses import kv_to_heads, kv_to_seq, pad_heads, to_heads, to_seq
 SAVED_NAMES = ("usp_q", "usp_kv", "usp_out", "usp_lse", "usp_result")
 """Names of the residuals of an attention call, for `jax.checkpoint` policies.
 
-A layer that keeps "usp_out" and "usp_lse" and is rematerialised never runs the ring
-again; one that keeps all of them runs no collective of attention again.
+A rematerialised layer that saves "usp_out" and "usp_lse" does not run the ring again.
+One that saves all of them runs no collective of attention again.
 """
 
 # (out, lse), or (out, None) without `return_residual`; and their cotangents.
@@ -52,11 +52,11 @@ def usp(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """Attention; (out, lse or None), in the order of the inputs.
+    """Attention over all devices: (out, lse or None), in the order of the inputs.
 
     Args:
       q, k, v: [B, T, N, H], [B, S, K, H], [B, S, K, V].
-      sinks: [N], a logit for each head that takes weight and gives nothing, or None.
+      sinks: [N], for each head an extra logit without a value, or None.
     """
     return _usp_fwd(call, q, k, v, sinks, facts)[0]
 
@@ -87,7 +87,7 @@ def _usp_bwd(call: Call, saved: Saved, cotangents: Result) -> tuple[object, ...]
         (SEQ, SEQ, SEQ, BY_HEAD),
     )
     saved, cotangents = first_order((saved, cotangents))
-    # A caller of jax.vjp may give cotangents of any sharding.
+    # A caller of jax.vjp may pass cotangents with any sharding.
     return *backward(*saved, *call.shards.place(cotangents, SEQ)), None
 
 
@@ -128,7 +128,7 @@ def exchange_sequence(call: Call, x: jax.Array) -> jax.Array:
 def attend(
     call: Call, q: jax.Array, kv: jax.Array, sinks: jax.Array | None, facts: Facts
 ) -> tuple[jax.Array, jax.Array]:
-    """out and lse of this device's heads, from keys and values of the same heads."""
+    """Attends with this device's heads: (out, lse)."""
     ring = ring_of(call, q, kv, facts)
     before = _before(call, q, kv.shape[-1] - q.shape[-1], sinks)
     out, lse = schedule_forward(call.schedule, ring, q, kv, before)
@@ -153,7 +153,7 @@ def attend_backward(
     """dq, dk and dv side by side, and the sinks' gradient, of `attend`."""
     delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
     if dlse is not None:
-        # d lse / d logit is the softmax, so lse's cotangent enters beside delta.
+        # d lse / d logit is the softmax, so lse's cotangent is subtracted from delta.
         delta -= dlse
     ring = ring_of(call, q, kv, facts)
     dq, dkv = schedule_backward(call.schedule, ring, q, kv, dout, lse, delta)
@@ -171,7 +171,7 @@ def _backward(
     dresult: jax.Array,
     dresidual: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """The gradients of this device's shards: the stages backwards, each transposed."""
+    """The gradients of this device's shards: each stage transposed, in reverse."""
     axis = call.shards.ulysses
     dout = to_heads(pad_heads(dresult, call.heads), axis)
     dlse = None
@@ -190,7 +190,7 @@ def _to_seq(call: Call, x: jax.Array) -> jax.Array:
 def _before(
     call: Call, q: jax.Array, value_size: int, sinks: jax.Array | None
 ) -> Carry | None:
-    """The carry before the ring: a sink is a key that was seen, whose value is 0."""
+    """The carry before the ring: a sink acts like a key that was seen, with value 0."""
     if sinks is None:
         return None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -202,7 +202,7 @@ def _before(
 def _dsinks(
     call: Call, sinks: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> jax.Array:
-    """The sinks' gradient: [N]"""
+    """The gradient of the sinks, [N]."""
     local = own_heads(call, sinks.astype(lse.dtype))
     weight = jnp.exp(local[None, None] - lse)
     weight = jnp.where(lse == -jnp.inf, 0, weight)

@@ -27,10 +27,10 @@ def test_unknown_names_tell_what_is_known(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("h100:8", "must give hosts x GPUs as 'h100:2x8'"),
-        ("a100:1x2x8", "must give hosts x GPUs as 'a100:2x8'"),
-        ("v5e:4x4x4", "must give chips along each side as 'v5e:4x4'"),
-        ("v5p:4x4", "must give chips along each side as 'v5p:4x4x4'"),
+        ("h100:8", "must give hosts x GPUs, like 'h100:2x8'"),
+        ("a100:1x2x8", "must give hosts x GPUs, like 'a100:2x8'"),
+        ("v5e:4x4x4", "must give chips along each side, like 'v5e:4x4'"),
+        ("v5p:4x4", "must give chips along each side, like 'v5p:4x4x4'"),
     ],
 )
 def test_names_have_the_sizes_of_their_kind(name, message):

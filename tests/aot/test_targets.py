@@ -179,8 +179,8 @@ def test_the_command_line(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("h100:1x8 --ring 3", "need 3 devices, devices= has 8"),
-        ("moon:1x8", "topology 'moon:1x8' is not known"),
+        ("h100:1x8 --ring 3", "need 3 devices, but devices= has 8"),
+        ("moon:1x8", "topology 'moon:1x8' is unknown"),
         ("h100:1x1 --option xla_nonsense=true", "No such compile option"),
         ("h100:1x1 --option xla_nonsense", "invalid _option value"),
         ("h100:1x1 --length 12Q", "length='12Q' must be a number like 4096, 64K or 1M"),

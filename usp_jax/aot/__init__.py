@@ -1,11 +1,11 @@
-"""Compiles for machines that are not here and tells what the compiler made of it.
+"""Compiles for machines that are not present, and reports on the compiled program.
 
     topology = aot.topology("v5p:4x4x4")
     mesh = usp_jax.make_mesh(ring=8, ulysses=8, devices=topology.devices)
     x = jax.ShapeDtypeStruct((...), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
     print(aot.compile(f, x).table())
 
-Needs the compilers, `pip install 'usp_jax[aot]'`, and no accelerator. On the command
+Needs the compilers (`pip install 'usp_jax[aot]'`) but no accelerator. On the command
 line: `python -m usp_jax.aot v5p:4x4x4 --ring 8 --ulysses 8 --length 1M`.
 """
 

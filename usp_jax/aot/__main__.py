@@ -1,4 +1,4 @@
-"""`python -m usp_jax.aot TOPOLOGY ...`: what a compiler makes of one attention call.
+"""`python -m usp_jax.aot TOPOLOGY ...`: compiles one attention call and reports on it.
 
 python -m usp_jax.aot v5p:4x4x4 --ring 8 --ulysses 8 --length 1M --backward
 python -m usp_jax.aot h100:2x8 --ring 2 --ulysses 8 --length 256K --json
@@ -21,10 +21,14 @@ from usp_jax.units import tokens_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the reports; 0 when everything fits, 1 when not, 2 for a mistake."""
+    """Prints the reports. Returns 0 if everything fits, else 1; exits with 2 on errors.
+
+    Args:
+      arguments: the command line, by default that of the process.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
-    # Nothing runs: whatever accelerator is here stays free for others.
+    # Nothing runs, so leave the accelerators of this machine free.
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -78,14 +82,14 @@ def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m usp_jax.aot",
-        description="Compiles usp_attention for a machine that is not here: bytes a "
-        "device, collectives, and what is computed while they are in flight.",
+        description="Compiles usp_attention for a machine that is not present. Reports "
+        "bytes per device, collectives, and whether work overlaps them.",
         epilog=f"Machines: {', '.join(aot.known())}. 1K is 1024, 1M is 1024K.",
     )
     parser.add_argument("topology", help="such as v5p:4x4x4 or h100:2x8")
     for role in ROLES:
         parser.add_argument(f"--{role}", type=int, default=1, metavar="N")
-    parser.add_argument("--length", default="64K", help="of the sequence")
+    parser.add_argument("--length", default="64K", help="length of the sequence")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
@@ -94,8 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="zigzag")
     causal = argparse.BooleanOptionalAction
     parser.add_argument("--causal", action=causal, default=True)
-    parser.add_argument("--implementation", help="default: the platform's")
-    parser.add_argument("--backward", action="store_true", help="compile it as well")
+    parser.add_argument("--implementation", help="default: chosen for the platform")
+    parser.add_argument(
+        "--backward", action="store_true", help="also compile the backward pass"
+    )
     parser.add_argument(
         "--recommended-flags",
         action=argparse.BooleanOptionalAction,
@@ -108,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a compiler option; may be given again",
+        help="a compiler option; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

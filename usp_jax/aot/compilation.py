@@ -1,4 +1,4 @@
-"""Compiles a function for devices that are not here, and reports on the program."""
+"""Compiles a function for devices that are not present, and reports on the program."""
 
 import dataclasses
 import re
@@ -29,20 +29,23 @@ def compile(
     """Compiles a function for the devices of its arguments' shardings.
 
     Args:
-      fn: a function, or a jitted one (for donation and output shardings).
-      shapes: its arguments: pytrees of `jax.ShapeDtypeStruct`s, whose shardings are
-        over the devices of a `Topology`, as `NamedSharding(mesh, spec)`.
-      compiler_options: as `jax.stages.Lowered.compile` takes them;
-        `usp_jax.recommended_flags("tpu")` for instance.
-      topology: where arguments without a sharding live: on its first device.
-      unknown_trips: how often to count loops whose trips the program does not tell,
-        where they hold collectives.
+      fn: a function, or a jitted function (for donation and output shardings).
+      shapes: the arguments, pytrees of `jax.ShapeDtypeStruct`s with shardings over the
+        devices of a `Topology`, such as `NamedSharding(mesh, spec)`.
+      compiler_options: as in `jax.stages.Lowered.compile`, for instance
+        `usp_jax.recommended_flags("tpu")`.
+      topology: if no argument has a sharding, they are on the first device of this.
+      unknown_trips: trip count to assume for loops with collectives whose own is
+        unknown.
+
+    Returns:
+      The report. If the program does not fit in memory, its `error` is set.
 
     Raises:
-      ValueError: no argument says for which devices to compile, the device is not in
-        the tables, or a loop holds collectives and its trips are not known.
-      jax.errors.JaxRuntimeError: the compiler refuses the program for another reason
-        than memory (an option that it does not know, a kernel's limits).
+      ValueError: no argument has a sharding, the device is not in the tables, or a loop
+        with collectives has an unknown trip count.
+      jax.errors.JaxRuntimeError: the compiler refuses the program for a reason other
+        than memory, such as an unknown option or the limits of a kernel.
     """
     return _compile(fn, shapes, compiler_options, topology, unknown_trips)[0]
 
@@ -53,15 +56,24 @@ def compile_vjp(
     compiler_options: Options | None = None,
     topology: Topology | None = None,
 ) -> tuple[Report, Report]:
-    """Compiles a function and its pull-back as the two programs that they are.
+    """Compiles a function and its pull-back as two separate programs.
 
-    In one program the compiler would share what both do, and keep it in memory for
-    that. The cotangents have the shapes and shardings of the results. Arguments and
-    errors are those of `compile`.
+    In one program, the compiler would share work between the two, and keep its results
+    in memory. The cotangents have the shapes and shardings of the results.
+
+    Args:
+      fn: as in `compile`.
+      shapes: as in `compile`.
+      compiler_options: as in `compile`.
+      topology: as in `compile`.
 
     Returns:
-      The report of (result, residuals) = vjp(fn, *shapes), and the report of the
-      gradients of all arguments from residuals and cotangents.
+      Two reports, of (result, residuals) = vjp(fn, *shapes), and of the gradients of
+        all arguments from residuals and cotangents.
+
+    Raises:
+      ValueError: as in `compile`.
+      jax.errors.JaxRuntimeError: as in `compile`.
     """
 
     def forward(*arguments: PyTree) -> PyTree:
@@ -70,12 +82,12 @@ def compile_vjp(
     report, executable = _compile(forward, shapes, compiler_options, topology, None)
     if executable is None:
         return report, report
-    given = jax.tree.map(
+    outputs = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         executable.out_info,
         executable.output_shardings,
     )
-    result, pull_back = given
+    result, pull_back = outputs
 
     def backward(pull_back: Callable[..., PyTree], cotangent: PyTree) -> PyTree:
         return pull_back(cotangent)
@@ -86,7 +98,7 @@ def compile_vjp(
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """The devices that a program is compiled for; their mesh where they have one."""
+    """The devices that a program is compiled for, and their mesh if they have one."""
 
     device: Device
     num_devices: int
@@ -100,7 +112,7 @@ def _compile(
     topology: Topology | None,
     unknown_trips: int | None,
 ) -> tuple[Report, jax.stages.Compiled | None]:
-    """The report, and the compiled program or None."""
+    """Returns the report, and the compiled program or None."""
     shapes = _placed(shapes, topology)
     target = _target(shapes)
     device = target.device
@@ -109,7 +121,7 @@ def _compile(
     if target.mesh is None:
         lowered = jitted.lower(*shapes)
     else:
-        # Pallas asks it which devices its kernels are for.
+        # Pallas reads from it which devices its kernels are for.
         with jax.sharding.use_abstract_mesh(target.mesh.abstract_mesh):
             lowered = jitted.lower(*shapes)
     options = dict(compiler_options or {})
@@ -126,7 +138,7 @@ def _compile(
     assert memory is not None
     costs = executable.cost_analysis() or {}
     flops = costs.get("flops")
-    # With buffers in the host's memory the GPU compiler's peak is theirs.
+    # If there are buffers in host memory, the GPU compiler's peak is that of these.
     peak = min(memory.peak_memory_in_bytes, _allocated(memory))
     report = Report(
         device=device,
@@ -147,12 +159,12 @@ def _compile(
 
 
 def _allocated(memory: object, where: str = "") -> int:
-    """Arguments, outputs that are none of them, and temporaries.
+    """Bytes of arguments, outputs that do not alias them, and temporaries.
 
-    All of it is set aside, though parts may share memory in time.
+    All of it is reserved, even if parts share memory at different times.
 
     Args:
-      where: "host_" is the host's memory, "" the device's.
+      where: "host_" for host memory, "" for device memory.
     """
     argument, output, alias, temp = (
         getattr(memory, f"{where}{what}_size_in_bytes")
@@ -162,7 +174,7 @@ def _allocated(memory: object, where: str = "") -> int:
 
 
 def _vmem_bytes(executable: jax.stages.Compiled) -> int | None:
-    """The most vector memory that a part of the program uses, read from its text."""
+    """Largest vector memory, in bytes, of a part of the program, from its text."""
     used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+",'
     sizes = re.findall(used + r'"size":"(\d+)"', executable.as_text() or "")
     return max(map(int, sizes), default=None)
@@ -171,11 +183,11 @@ def _vmem_bytes(executable: jax.stages.Compiled) -> int | None:
 def _placed(
     shapes: tuple[PyTree, ...], topology: Topology | None
 ) -> tuple[PyTree, ...]:
-    """The shapes, those without a sharding put on the topology's first device."""
+    """Places shapes on the topology's first device, if none has a sharding."""
     shardings = {x.sharding for x in jax.tree.leaves(shapes)}
     if topology is None or shardings != {None}:
         return shapes
-    # A mesh, if only of one device, is where kernels find out what they are for.
+    # Kernels read their target from a mesh, so make one, of one device.
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     sharding = NamedSharding(mesh, jax.P())
     return jax.tree.map(
@@ -189,7 +201,7 @@ def _target(shapes: tuple[PyTree, ...]) -> _Target:
     shardings = [x.sharding for x in leaves if x.sharding is not None]
     if not shardings:
         raise ValueError(
-            "no argument has a sharding, which says for which devices to compile: give "
+            "no argument has a sharding, which names the devices to compile for: give "
             "jax.ShapeDtypeStruct(..., sharding=NamedSharding(mesh, spec)) with a mesh "
             "of aot.topology(...).devices, or topology="
         )
@@ -200,8 +212,8 @@ def _target(shapes: tuple[PyTree, ...]) -> _Target:
     device = of_kind(kind)
     if device is None:
         raise ValueError(
-            f"the arguments live on devices of the kind {kind!r}, which is none of "
-            "those that aot.topology(...) gives"
+            f"the arguments are on devices of kind {kind!r}, which aot.topology(...) "
+            "does not have"
         )
     meshes = {x.mesh for x in shardings if isinstance(x, NamedSharding)}
     mesh = meshes.pop() if len(meshes) == 1 else None

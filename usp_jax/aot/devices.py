@@ -1,7 +1,7 @@
-"""What a compiler has to know of a device, and the devices that we know.
+"""The device properties that compilers need, and a table of known devices.
 
 Sources: NVIDIA's data sheets and the "Compute capabilities" table of its programming
-guide; the memory of TPUs is what libtpu says it can give to a program.
+guide. The memory of TPUs is what libtpu reports as available to a program.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from usp_jax.units import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One TPU device: a chip, or one of the two cores where they are devices apart.
+    """One TPU device: a chip, or one of its two cores if these are separate devices.
 
     Attributes:
-      name: what libtpu calls the generation.
+      name: libtpu's name of the generation.
       kind: `jax.Device.device_kind`.
-      hbm_bytes: what a program can have.
-      example: a topology of this generation.
+      hbm_bytes: memory available to a program.
+      example: name of a topology of this generation.
     """
 
     name: str
@@ -33,16 +33,19 @@ class Gpu:
     """One NVIDIA GPU.
 
     Attributes:
-      name: as in "h100:2x8".
+      name: name in topologies, such as "h100" in "h100:2x8".
       kind: `jax.Device.device_kind`.
-      hbm_bytes: all of its memory.
-      bandwidth: of its memory, bytes a second.
+      capability: compute capability, such as (9, 0).
+      cores: number of multiprocessors.
+      hbm_bytes: total memory.
+      bandwidth: memory bandwidth in bytes per second.
       clock_ghz: boost clock.
       fp32_per_core, fp64_per_core, int32_per_core: lanes of each multiprocessor.
-      matrix_ops: bfloat16 multiply-adds a clock of each of the four tensor cores.
-      matrix_ops_fp64: the same in float64.
-      has_fp8: its tensor cores take 8-bit floats, at twice the bfloat16 rate.
-      accelerated: it has instructions of this very generation ("sm_90a").
+      matrix_ops: bfloat16 multiply-adds per clock of each of the four tensor cores.
+      matrix_ops_fp64: float64 multiply-adds per clock of each.
+      has_fp8: True if the tensor cores take 8-bit floats, at twice the bfloat16 rate.
+      accelerated: True if it has instructions specific to its generation ("sm_90a").
+      example: name of a topology of this device.
     """
 
     name: str
@@ -70,7 +73,7 @@ class Gpu:
 Device = Tpu | Gpu
 
 TPUS = (
-    # On hardware a v4 chip is one device; libtpu's topologies have its two cores.
+    # On hardware, a v4 chip is one device; in libtpu's topologies, it is two cores.
     Tpu("v4", "TPU v4", int(15.25 * GIB), "v4:2x2x1"),
     Tpu("v5e", "TPU v5 lite", int(15.75 * GIB), "v5e:4x4"),
     Tpu("v5p", "TPU v5", int(95.73 * GIB), "v5p:4x4x4"),
@@ -157,5 +160,5 @@ GPUS = (
 
 
 def of_kind(kind: str) -> Device | None:
-    """The device with this `device_kind`; None when it is not in the tables."""
+    """The device with this `device_kind`; None if it is not in the tables."""
     return next((device for device in (*TPUS, *GPUS) if device.kind == kind), None)

@@ -1,4 +1,4 @@
-"""What is known of a compiled program without running it."""
+"""A report on a compiled program, made without running it."""
 
 import dataclasses
 
@@ -9,25 +9,32 @@ from usp_jax.units import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A compiled program, seen from one of its devices. Nothing of it was measured.
+    """A compiled program, seen from one of its devices. Nothing is measured.
 
-    Of a program that the compiler gave up for want of memory the bytes are None and
-    there are no collectives; `error` says what the compiler said.
+    If the compiler ran out of memory for the program, the bytes are None, there are no
+    collectives, and `error` is the compiler's message.
 
     Attributes:
-      argument_bytes, output_bytes: what the program takes and gives.
-      aliased_bytes: outputs that take the place of donated arguments.
-      temporary_bytes: what it needs beside them.
-      peak_bytes: the most that is alive at one time, arguments and outputs included.
-      host_bytes: what it takes, gives and needs in the host's memory (`pinned_host`),
-        which is in none of the other numbers.
-      fits: the TPU compiler accepted it; on GPUs, whose compiler accepts everything,
-        the peak is within the device's memory.
-      vmem_bytes: the most vector memory that one kernel or fusion of a TPU takes.
-      flops: what the compiler counts, None where it does not (GPUs). Kernels of custom
-        calls and loops of unknown trips are not or not fully in it.
-      collectives: in the program's order; see `usp_jax.compiled.Collective`.
-      error: why the compiler refused.
+      device: properties of the device.
+      num_devices: number of devices that the program runs on.
+      fits: True if the program fits in memory. For TPUs, the compiler decides; for
+        GPUs, whose compiler accepts everything, the peak must be within the device's
+        memory.
+      compile_seconds: time taken to lower and compile the program.
+      argument_bytes: bytes of the program's arguments.
+      output_bytes: bytes of the program's outputs.
+      aliased_bytes: bytes of the outputs that reuse donated arguments.
+      temporary_bytes: bytes of temporaries.
+      peak_bytes: most bytes alive at one time, including arguments and outputs.
+      host_bytes: bytes of arguments, outputs and temporaries in host memory
+        (`pinned_host`), which no other number includes.
+      vmem_bytes: most vector memory that one kernel or fusion uses on a TPU, in bytes;
+        None on GPUs.
+      flops: FLOPs as the compiler counts them; None if it does not (GPUs). It counts
+        the kernels of custom calls and loops of unknown trip count only in part or not
+        at all.
+      collectives: in program order; see `usp_jax.compiled.Collective`.
+      error: the compiler's message if it refused the program, else None.
     """
 
     device: Device
@@ -48,26 +55,30 @@ class Report:
     @property
     def wire_bytes(self) -> int:
         """Bytes that a device sends in one call."""
-        return sum(one.total_wire_bytes for one in self.collectives)
+        return sum(x.total_wire_bytes for x in self.collectives)
 
     def in_flight(self, kind: str = "collective-permute") -> float | None:
-        """The share of a kind's executions that are in flight beside work.
+        """Returns the fraction of a kind's executions that overlap with computation.
 
-        Loops are counted by their trips; None where the program has none of that kind.
+        Args:
+          kind: one of `usp_jax.compiled.KINDS`. Loops are counted by their trips.
+
+        Returns:
+          A number from 0 to 1, or None if the program has no collective of that kind.
         """
         return compiled.in_flight(self.collectives, kind)
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, as what JSON can hold."""
+        """Returns the report as a dict that can be written as JSON."""
         report = dataclasses.asdict(self)
         report["wire_bytes"] = self.wire_bytes
-        for row, one in zip(report["collectives"], self.collectives, strict=True):
-            row["wire_bytes"] = one.wire_bytes
-            row["total_wire_bytes"] = one.total_wire_bytes
+        for row, x in zip(report["collectives"], self.collectives, strict=True):
+            row["wire_bytes"] = x.wire_bytes
+            row["total_wire_bytes"] = x.total_wire_bytes
         return report
 
     def table(self) -> str:
-        """The report as lines of text."""
+        """Formats the report as lines of text."""
         size = f"{self.device.hbm_bytes / GIB:.2f} GiB"
         lines = [
             f"{self.num_devices} x {self.device.kind}, {size} each; compiled in "
@@ -81,17 +92,17 @@ class Report:
             "of these aliased": self.aliased_bytes,
             "temporaries": self.temporary_bytes,
             "peak": self.peak_bytes,
-            "in the host's memory": self.host_bytes,
+            "in host memory": self.host_bytes,
             "vector memory": self.vmem_bytes,
         }
         for name, number in parts.items():
             if number is not None:
-                lines.append(f"{name:16} {number / 2**20:12.1f} MiB a device")
+                lines.append(f"{name:16} {number / 2**20:12.1f} MiB per device")
         lines.append("fits" if self.fits else f"DOES NOT FIT in {size}")
         if self.flops is not None:
-            lines.append(f"{self.flops:.4g} FLOPs a device as the compiler counts them")
+            lines.append(f"{self.flops:.4g} FLOPs per device by the compiler's count")
         lines += ["", compiled.table(self.collectives)]
         for kind in compiled.by_kind(self.collectives):
             share = self.in_flight(kind)
-            lines.append(f"{kind}: {share:.0%} of executions in flight beside work")
+            lines.append(f"{kind}: {share:.0%} of executions overlap with work")
         return "\n".join(lines)

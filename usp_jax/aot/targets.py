@@ -1,6 +1,6 @@
 """GPUs as the text of XLA's `stream_executor.GpuTargetConfigProto`.
 
-Only fields that every supported jax knows: an unknown one is refused.
+Uses only fields that every supported jax knows, since unknown fields are refused.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _S8, _U8, _F8 = 2, 6, (19, 20)
 
 
 def target_text(gpu: Gpu) -> str:
-    """What the GPU compiler is told of a device."""
+    """The target description of a device for the GPU compiler."""
     feature = "ACCELERATED_FEATURES" if gpu.accelerated else "NONE"
     major, minor = gpu.capability
     lanes = {
@@ -75,9 +75,9 @@ device_description_str: "{gpu.kind}"
 
 
 def _rates(gpu: Gpu, units: int, operations: Mapping[int, int]) -> str:
-    """How many operations a clock each of the units of a core makes, by type.
+    """Operations per clock of each unit of a core, by type.
 
-    One unit stands for all lanes.
+    With `units` = 1, each lane is a unit.
     """
     return "".join(
         f"""

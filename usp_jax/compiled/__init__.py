@@ -3,8 +3,8 @@
     compiled = jax.jit(f).lower(*args).compile()
     print(table(collectives(compiled)))
 
-Works on the optimized HLO text of XLA's CPU, GPU and TPU backends, and needs nothing
-but that text.
+Works on the optimized HLO text of XLA's CPU, GPU and TPU backends, and needs only that
+text.
 """
 
 from usp_jax.compiled.collective import (

@@ -1,4 +1,4 @@
-"""A collective of a compiled program, and sums over several."""
+"""A collective in a compiled program, and sums over several."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ KINDS = (
     "collective-broadcast",
     "send",
 )
-"""The kinds that are counted; a "send" is (part of) a permute that XLA took apart."""
+"""The kinds that are counted; a "send" is (part of) a permute that XLA split up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +23,23 @@ class Collective:
     """One collective instruction of a program, seen from one device.
 
     Attributes:
-      kind: one of `KINDS`, whether it is one operation or a start and a done.
-      name: the instruction's name, in `computation`.
-      executions: how often a device runs it in one call of the program; loops are
-        counted by their trips. Every branch of a conditional is counted as if it were
-        taken, so with `is_conditional` it is an upper bound.
-      dtypes: element types of the operands, several where XLA combined collectives.
-      operand_bytes: of one execution.
-      result_bytes: of one execution.
-      groups: the devices that exchange with each other; for a permute and a send the
+      kind: one of `KINDS`, both for a single operation and for a start and a done.
+      name: name of the instruction.
+      computation: name of the computation that contains it.
+      executions: number of times a device runs it in one call of the program, with
+        loops counted by their trips. Every branch of a conditional counts as taken, so
+        with `is_conditional` this is an upper bound.
+      dtypes: element types of the operands; several if XLA combined collectives.
+      operand_bytes: bytes of the operands of one execution.
+      result_bytes: bytes of the results of one execution.
+      groups: the groups of devices that exchange data; for a permute or a send, the
         (source, target) pairs.
-      is_async: it has a start and a done of its own.
-      beside: the instructions with matrix products or kernels that are issued between
-        the two (in the printed order, which is the schedule where the backend has one).
-      op_name: the place in the traced program, jax's "jit(f)/shard_map/ppermute".
+      is_async: True if it has a start and a done.
+      beside: names of the instructions with matrix products or kernels that are issued
+        between the start and the done, in printed order. That is the schedule if the
+        backend has one.
+      is_conditional: True if it is in a branch, which may not run.
+      op_name: place in the traced program, such as "jit(f)/shard_map/ppermute".
     """
 
     kind: str
@@ -54,17 +57,18 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """The number of devices in the (largest) group."""
+        """Number of devices in the (largest) group."""
         return max((len(group) for group in self.groups), default=1)
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that a device sends in one execution, by the ring algorithms' bounds.
+        """Bytes that a device sends in one execution, by the bounds of ring algorithms.
 
-        n devices: (n-1)/n of the operand for an all-to-all and a reduce-scatter, of the
-        result for an all-gather; twice that of the operand for an all-reduce; the
-        operand for what goes to one other device. Where XLA makes several sends of one
-        permute, each counts, though a device may be the source of one only.
+        With n devices: (n-1)/n of the operand for an all-to-all and a reduce-scatter;
+        (n-1)/n of the result for an all-gather; 2 (n-1)/n of the operand for an
+        all-reduce; the operand for a transfer to one other device. If XLA splits a
+        permute into several sends, each counts, even if a device is the source of only
+        one.
         """
         if self.kind in ("collective-permute", "send"):
             stays = all(source == target for source, target in self.groups)
@@ -96,9 +100,9 @@ class Total:
 def in_flight(
     collectives: Iterable[Collective], kind: str = "collective-permute"
 ) -> float | None:
-    """The share of a kind's executions that are in flight while something is computed.
+    """Returns the fraction of a kind's executions that overlap with computation.
 
-    None where nothing of that kind is executed.
+    None if nothing of that kind is executed.
     """
     own = [x for x in collectives if x.kind == kind]
     total = sum(x.executions for x in own)
@@ -106,7 +110,7 @@ def in_flight(
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, Total]:
-    """Executions and bytes of each kind that occurs, over all executions."""
+    """Sums executions and bytes of each kind that occurs, over all executions."""
     totals: dict[str, Total] = {}
     for x in collectives:
         total = totals.get(x.kind, Total())
@@ -119,10 +123,10 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, Total]:
 
 
 def table(collectives: Iterable[Collective]) -> str:
-    """The collectives as lines of text, one each, and the sum of what is sent."""
+    """Formats the collectives, one on each line, and the total of bytes sent."""
     collectives = tuple(collectives)
-    head = ("kind", "times", "dtype", "operand", "sent", "sent in all", "devices")
-    rows: list[tuple[str, ...]] = [(*head, "beside work", "at")]
+    head = ("kind", "times", "dtype", "operand", "sent", "sent in total", "devices")
+    rows: list[tuple[str, ...]] = [(*head, "overlaps work", "at")]
     for x in collectives:
         times = f"<={x.executions}" if x.is_conditional else str(x.executions)
         numbers = (x.operand_bytes, x.wire_bytes, x.total_wire_bytes)

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective together, in each of XLA's notations."""
+"""The groups of devices in a collective, parsed from each of XLA's notations."""
 
 import itertools
 import math
@@ -19,13 +19,14 @@ _SUB_AXIS = re.compile(r"(.*):\((\d+)\)(\d+)")
 
 
 def parse_groups(text: str, num_devices: int) -> Groups:
-    """The groups of `replica_groups=` or the pairs of `source_target_pairs=`.
+    """Parses the groups of `replica_groups=` or the pairs of `source_target_pairs=`.
 
-    Written out, {{0,1},{2,3}}; as a reshaped and transposed iota, [2,4]<=[4,2]T(1,0);
-    over axes of a mesh, mesh['a'=4,'b'=2] {'b'}; or {}, all devices in one group.
+    The notations are a list, {{0,1},{2,3}}; a reshaped and transposed iota,
+    [2,4]<=[4,2]T(1,0); axes of a mesh, mesh['a'=4,'b'=2] {'b'}; and {}, all devices in
+    one group.
 
     Raises:
-      ValueError: another notation.
+      ValueError: the notation is another one.
     """
     if text in ("{}", "{{}}"):
         return (tuple(range(num_devices)),)
@@ -35,12 +36,12 @@ def parse_groups(text: str, num_devices: int) -> Groups:
         (_, size), devices = _iota(text)
         return _rows(devices, size)
     if not re.fullmatch(r"\{[\d,{}\s]+\}", text):
-        raise ValueError(f"replica groups {text!r} are in a notation that is not known")
+        raise ValueError(f"replica groups {text!r} are in an unknown notation")
     return tuple(_integers(row) for row in _ROW.findall(text))
 
 
 def _over_mesh(axes: str, ids: str | None, over: str) -> Groups:
-    """Groups of the devices that differ only in their places along some axes."""
+    """Groups of devices that differ only in their indices along some axes."""
     sizes = {}
     for axis in split(axes):
         name, _, digits = axis.rpartition("=")
@@ -49,7 +50,7 @@ def _over_mesh(axes: str, ids: str | None, over: str) -> Groups:
         devices = list(range(math.prod(sizes.values())))
     else:
         devices = _order_of(ids)
-    # An axis of which only a factor is meant is cut in up to three.
+    # An axis of which only a factor is used is split into up to three parts.
     spans = [_span(axis, sizes) for axis in split(over)]
     parts = []
     for name, size in sizes.items():
@@ -69,7 +70,7 @@ def _over_mesh(axes: str, ids: str | None, over: str) -> Groups:
 
 
 def _span(axis: str, sizes: dict[str, int]) -> tuple[str, int, int]:
-    """(name, parts before, parts up to its end) of `'a'` or of a factor `'a':(2)4`."""
+    """(name, size before, size up to its end) of `'a'` or of a factor `'a':(2)4`."""
     if match := _SUB_AXIS.fullmatch(axis):
         start, size = int(match[2]), int(match[3])
         return match[1], start, start * size
@@ -77,7 +78,7 @@ def _span(axis: str, sizes: dict[str, int]) -> tuple[str, int, int]:
 
 
 def _order_of(ids: str) -> list[int]:
-    """The devices of a mesh: numbers, an iota, or one as [2,4]T(1,0)."""
+    """Parses the devices of a mesh: numbers, an iota, or the form [2,4]T(1,0)."""
     if "<=" in ids:
         return _iota(ids)[1]
     if match := _TRANSPOSED.fullmatch(ids.strip()):

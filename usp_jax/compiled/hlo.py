@@ -1,7 +1,7 @@
-"""HLO text, as `jax.stages.Compiled.as_text` prints it, into dataclasses.
+"""Parses HLO text, as `jax.stages.Compiled.as_text` prints it, into dataclasses.
 
-Only the structure is read: computations, their instructions in the printed order (the
-schedule, where `Module.is_scheduled`), shapes, operands and the computations that an
+Only the structure is parsed: computations, their instructions in printed order (the
+schedule, if `Module.is_scheduled`), shapes, operands and the computations that an
 instruction calls. Everything else stays text in `Instruction.attributes`.
 """
 
@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 
-# What an instruction runs, by attribute: all of it once, except a while loop's.
+# The attributes that name computations an instruction runs once (all but while's).
 _CALLS = (
     "calls",
     "called_computations",
@@ -32,14 +32,14 @@ _BRACKET = re.compile(r"[(){}\[\],]")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array's element type and dimensions; tiling and padding are left out."""
+    """Element type and dimensions of an array, without tiling and padding."""
 
     dtype: str
     dims: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the elements; tokens and opaque values have none."""
+        """Bytes of the elements; 0 for tokens and opaque values."""
         bits = 8 if self.dtype == "pred" else _bits(self.dtype)
         return -(-math.prod(self.dims) * bits // 8)
 
@@ -52,8 +52,8 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      arguments: the text between the opcode's parentheses.
-      attributes: the text after them.
+      arguments: the text in parentheses after the opcode.
+      attributes: the text after the parentheses.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of the instructions it reads."""
+        """Names of the instructions that it reads."""
         if self.opcode in ("constant", "parameter"):
             return ()
         pieces = split(_COMMENT.sub("", self.arguments))
@@ -73,10 +73,11 @@ class Instruction:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations it runs; what a reduction applies is left out.
+        """Names of the computations that it runs, without those a reduction applies.
 
-        A while loop's are its condition and its body. Only the start of an asynchronous
-        operation runs what the update and the done repeat.
+        For a while loop, these are its condition and its body. For an asynchronous
+        operation, only the start counts; the update and the done repeat its
+        computation.
         """
         if self.opcode == "while":
             return self._names("condition") + self._names("body")
@@ -86,11 +87,11 @@ class Instruction:
         return tuple(name for key in keys for name in self._names(key))
 
     def attribute(self, key: str) -> str | None:
-        """The text of `key=...`, without anything that is quoted; None without it."""
+        """The text of `key=...` without its quoted parts; None if there is none."""
         for piece, following in itertools.pairwise((*self._pieces, "")):
             name, equals, value = piece.partition("=")
             if equals and name == key:
-                # The devices of a mesh stand behind a comma of their own.
+                # The devices of a mesh follow after another comma.
                 ids = following.startswith("device_ids=")
                 return f"{value}, {following}" if ids else value
         return None
@@ -108,7 +109,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in the order in which they are printed."""
+    """A computation, with its instructions in printed order."""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -120,11 +121,11 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """The instruction whose value the computation gives."""
+        """The instruction whose value the computation returns."""
         return next(i for i in reversed(self.instructions) if i.is_root)
 
     def operand_shapes(self, instruction: Instruction) -> tuple[Shapes, ...]:
-        """The shapes of what an instruction of this computation reads."""
+        """The shapes of an instruction's operands."""
         return tuple(self.by_name[name].shape for name in instruction.operands)
 
 
@@ -133,8 +134,8 @@ class Module:
     """A program.
 
     Attributes:
-      is_scheduled: the order of instructions is the order in which they are issued.
-      num_devices: the number of partitions times the number of replicas.
+      is_scheduled: True if instructions are issued in printed order.
+      num_devices: number of partitions times number of replicas.
     """
 
     name: str
@@ -145,10 +146,10 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-    """Reads the text of one HLO module.
+    """Parses the text of one HLO module.
 
     Raises:
-      ValueError: the text is not HLO (StableHLO, for instance), or breaks off.
+      ValueError: the text is not HLO (but StableHLO, for instance), or is incomplete.
     """
     lines = text.splitlines()
     if not lines or not lines[0].startswith("HloModule "):
@@ -182,7 +183,7 @@ def parse_module(text: str) -> Module:
 
 
 def leaves(shape: Shapes) -> tuple[Shape, ...]:
-    """The arrays of a shape, nested tuples flattened."""
+    """The arrays of a shape, with nested tuples flattened."""
     if isinstance(shape, Shape):
         return (shape,)
     return tuple(leaf for part in shape for leaf in leaves(part))
@@ -194,20 +195,20 @@ def num_bytes(shape: Shapes) -> int:
 
 
 def parse_shape(text: str) -> Shapes:
-    """`f32[2,3]{1,0}` or a tuple of such, `(f32[2], (s32[], pred[4]))`."""
+    """Parses `f32[2,3]{1,0}` or a tuple of shapes, `(f32[2], (s32[], pred[4]))`."""
     text = text.strip()
     if text.startswith("("):
         return tuple(parse_shape(part) for part in split(text[1:-1]) if part)
     match = _SHAPE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not the shape of an array")
-    # A dynamic dimension, <=8, is as long as it can become.
+    # A dynamic dimension, <=8, counts with its maximum.
     dims = match[2].replace("<=", "").split(",") if match[2] else []
     return Shape(match[1], tuple(int(dim) for dim in dims))
 
 
 def split(text: str) -> list[str]:
-    """The pieces between commas that stand in no bracket."""
+    """Splits text at the commas that are not in brackets."""
     pieces, start, depth = [], 0, 0
     for match in _BRACKET.finditer(text):
         if match[0] == ",":
@@ -246,13 +247,13 @@ _PARENTHESIS = re.compile(r'[()]|"(?:[^"\\]|\\.)*"')
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis closes that opens at `start`."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in _PARENTHESIS.finditer(line, start):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
         if not depth:
             return match.start()
-    raise ValueError(f"{line.strip()[:80]!r} breaks off")
+    raise ValueError(f"{line.strip()[:80]!r} is incomplete")
 
 
 def _count(head: str, key: str) -> int:

@@ -1,7 +1,7 @@
-"""What a program computes while a collective is in flight, read from its schedule.
+"""The work a program does while a collective is in flight, read from its schedule.
 
-Work is what an accelerator takes time for: matrix products and the kernels of custom
-calls, in whatever fusion, loop or branch they stand.
+Work means matrix products and the kernels of custom calls, in any fusion, loop or
+branch.
 """
 
 import re
@@ -15,35 +15,35 @@ _PASSES_ON = ("get-tuple-element", "async-update", "bitcast")
 
 
 class Schedule:
-    """Follows what stands between the start and the done of asynchronous operations."""
+    """Finds the work between the start and the done of asynchronous operations."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
         self._has_work: dict[str, bool] = {}
 
     def beside(self, computation: Computation, start: Instruction) -> tuple[str, ...]:
-        """The instructions with work that are issued between a start and its done.
+        """Names of the instructions with work between a start and its done.
 
-        Without a done in the same computation (a loop takes it into its next trip) it
-        is all that follows.
+        If the computation has no done (a loop may carry the operation into its next
+        trip), all following instructions count.
         """
         at = next(i for i, x in enumerate(computation.instructions) if x is start)
         pending = {start.name}
-        found = []
+        names = []
         for instruction in computation.instructions[at + 1 :]:
             if pending.intersection(instruction.operands):
                 if not self._passes_on(instruction):
                     break
                 pending.add(instruction.name)
             if self._is_work(instruction):
-                found.append(instruction.name)
-        return tuple(found)
+                names.append(instruction.name)
+        return tuple(names)
 
     def _passes_on(self, instruction: Instruction) -> bool:
-        """Whether what is in flight goes through this and stays in flight."""
+        """Returns True if an operation in flight passes through and stays in flight."""
         if instruction.opcode in _PASSES_ON:
             return True
-        # The TPU backend threads it through each fusion that it overlaps.
+        # The TPU backend passes it through each fusion that it overlaps.
         return instruction.opcode == "fusion" and instruction.called[0].startswith(
             "async_collective_fusion"
         )

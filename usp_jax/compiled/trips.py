@@ -1,9 +1,9 @@
-"""How often the loops of a program run.
+"""Trip counts of the loops in a program.
 
-GPU and CPU programs say it (`known_trip_count`), TPU programs do not: there it follows
-from the counter's start, its step and the bound that the condition compares it with.
-For that, the integers of a program are followed through tuples, copies, fusions and
-loops that pass them on unchanged. A value that is not followed is None.
+GPU and CPU programs state them (`known_trip_count`). TPU programs do not: there, the
+trip count follows from the counter's start, its step, and the bound that the condition
+compares it with. To find these, integers are followed through tuples, copies, fusions,
+and loops that pass them on unchanged. A value that cannot be followed is None.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
 @dataclasses.dataclass(frozen=True)
 class Integer:
-    """A constant, or a constant added to an element of the loop's own state."""
+    """A constant, or the sum of a constant and an element of the loop's state."""
 
     offset: int
     element: int | None = None
@@ -34,7 +34,7 @@ class Integer:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What a loop's condition asks."""
+    """The comparison that a loop's condition makes."""
 
     direction: str
     left: Integer
@@ -54,14 +54,14 @@ class Trips:
     def values(
         self, computation: Computation, arguments: tuple[Value, ...]
     ) -> dict[str, Value]:
-        """What is known of every instruction, given what the parameters are."""
+        """The known value of every instruction, given those of the parameters."""
         values: dict[str, Value] = {}
         for instruction in computation.instructions:
             values[instruction.name] = self._value(instruction, values, arguments)
         return values
 
     def count(self, loop: Instruction, state: Value) -> int | None:
-        """How often the body of a while loop runs that starts from `state`."""
+        """Trip count of a while loop that starts from `state`; None if unknown."""
         if known := _KNOWN.search(loop.attributes):
             return int(known[1])
         condition, body = (self._module.computations[name] for name in loop.called)
@@ -72,11 +72,11 @@ class Trips:
             start if step == Integer(0, i) else Integer(0, i)
             for i, (start, step) in enumerate(zip(state, steps, strict=True))
         )
-        asked = self.values(condition, (inside,))[condition.root.name]
-        return _count(asked, state, steps) if isinstance(asked, Comparison) else None
+        test = self.values(condition, (inside,))[condition.root.name]
+        return _count(test, state, steps) if isinstance(test, Comparison) else None
 
     def passed_on(self, loop: Instruction, state: Value) -> Value:
-        """What is known of a loop's state in every trip and after the last."""
+        """The known part of a loop's state, in every trip and after the last."""
         steps = self._step(self._module.computations[loop.called[1]])
         if not isinstance(state, tuple) or steps is None:
             return None
@@ -157,14 +157,14 @@ def _comparison(direction: str | None, left: Value, right: Value) -> Comparison 
 
 
 def _count(
-    asked: Comparison, state: tuple[Value, ...], steps: tuple[Value, ...]
+    test: Comparison, state: tuple[Value, ...], steps: tuple[Value, ...]
 ) -> int | None:
-    """Trips of the loop that asks this of its state before every trip."""
-    if asked.left.element is None:
-        asked = Comparison(
-            _FLIPPED.get(asked.direction, asked.direction), asked.right, asked.left
+    """Trip count of a loop that makes this comparison before every trip."""
+    if test.left.element is None:
+        test = Comparison(
+            _FLIPPED.get(test.direction, test.direction), test.right, test.left
         )
-    counter, bound = asked.left, asked.right
+    counter, bound = test.left, test.right
     if counter.element is None or bound.element is not None:
         return None
     start, step = state[counter.element], steps[counter.element]
@@ -173,11 +173,14 @@ def _count(
     if not isinstance(step, Integer) or step.element != counter.element:
         return None
     distance = bound.offset - counter.offset - start.offset
-    return _trips(asked.direction, distance, step.offset)
+    return _trips(test.direction, distance, step.offset)
 
 
 def _trips(direction: str, distance: int, step: int) -> int | None:
-    """Trips of `while counter < bound: counter += step`, from bound - start."""
+    """Trip count of `while counter < bound: counter += step`; distance: bound - start.
+
+    `direction` is the comparison; None if the count is unknown.
+    """
     if direction in ("GT", "GE"):
         direction, distance, step = _FLIPPED[direction], -distance, -step
     if direction == "NE":

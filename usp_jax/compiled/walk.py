@@ -1,4 +1,4 @@
-"""A walk through a compiled program from its entry, which finds its collectives."""
+"""Walks through a compiled program from its entry, and finds its collectives."""
 
 import dataclasses
 import re
@@ -26,22 +26,22 @@ _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 def collectives(
     compiled: jax.stages.Compiled | str, *, unknown_trips: int | None = None
 ) -> tuple[Collective, ...]:
-    """The collectives of a program, in the order of its text from the entry down.
+    """Finds the collectives of a program, in the order of its text from the entry down.
 
-    Fusions, calls, loops and branches are entered, and asynchronous operations counted
-    once. A collective that a custom call does by itself (a kernel's remote copy) is not
-    seen. Bytes are those of this program: XLA's CPU backend widens bfloat16 to float32.
+    Fusions, calls, loops and branches are entered; asynchronous operations count once.
+    Communication inside a custom call (a kernel's remote copy) is not seen. Bytes are
+    those of this program: XLA's CPU backend widens bfloat16 to float32.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`, or the text of its `as_text()`.
-      unknown_trips: how often to count loops whose trips the program does not tell.
+      unknown_trips: trip count to assume for loops whose own is unknown.
 
     Raises:
-      ValueError: not HLO; or a collective in a loop whose trips are not known, while
-        `unknown_trips` is None.
+      ValueError: the text is not HLO, or `unknown_trips` is None and a loop with
+        collectives has an unknown trip count.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    # A program of a backend without texts is refused as one that is not HLO.
+    # If the backend has no text, this raises like any text that is not HLO.
     walk = _Walk(parse_module(text or ""), unknown_trips)
     walk.enter(walk.module.computations[walk.module.entry], (), 1)
     return tuple(walk.found.values())
@@ -49,7 +49,7 @@ def collectives(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A computation that an instruction runs, what it is given, and how many times."""
+    """A computation that an instruction runs, with its arguments and trip count."""
 
     computation: Computation
     arguments: tuple[Value, ...]
@@ -57,7 +57,7 @@ class _Run:
 
 
 class _Walk:
-    """Follows a program from its entry and notes the collectives."""
+    """Follows a program from its entry and records the collectives."""
 
     def __init__(self, module: Module, unknown_trips: int | None) -> None:
         self.module = module
@@ -76,11 +76,11 @@ class _Walk:
         start: tuple[Computation, Instruction] | None = None,
         branch: bool = False,
     ) -> None:
-        """Notes what `executions` runs of a computation do.
+        """Records the collectives of `executions` runs of a computation.
 
         Args:
           start: (computation, instruction) that runs it asynchronously, or None.
-          branch: it may also not run.
+          branch: True if it may not run.
         """
         values = self._trips.values(computation, arguments)
         for instruction in computation.instructions:
@@ -96,7 +96,7 @@ class _Walk:
                 )
 
     def _runs(self, instruction: Instruction, values: dict[str, Value]) -> list[_Run]:
-        """What an instruction runs, if there is a collective in it."""
+        """The computations an instruction runs, if they contain a collective."""
         called = [self.module.computations[name] for name in instruction.called]
         if not any(self._has_collective(inner) for inner in called):
             return []
@@ -117,8 +117,8 @@ class _Walk:
             trips = self._unknown_trips
         if trips is None:
             raise ValueError(
-                f"how often the loop {loop.name!r} runs, which holds collectives, is "
-                "not known before running: give unknown_trips="
+                f"the trip count of the loop {loop.name!r}, which has collectives, is "
+                "unknown before running: give unknown_trips="
             )
         return trips
 
@@ -181,7 +181,11 @@ class _Walk:
 def _start(
     computation: Computation, instruction: Instruction, inner: Computation | None = None
 ) -> tuple[Computation, Instruction] | None:
-    """The two, where the instruction puts something (what it runs) in flight."""
+    """(computation, instruction) if the instruction starts an asynchronous operation.
+
+    Args:
+      inner: a computation that it runs, which may be the operation.
+    """
     starts = instruction.opcode.endswith("-start")
     if inner is not None:
         starts |= 'custom_call_target="AsyncCollectiveStart"' in inner.root.attributes
@@ -189,20 +193,20 @@ def _start(
 
 
 def _kind(computation: Computation, instruction: Instruction) -> str | None:
-    """The kind of a collective; None for what is none, or only continues one."""
+    """The kind of a collective; None for other instructions and continuations."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
-        # How the TPU backend writes a reduce-scatter: a fusion that also cuts.
+        # The TPU backend writes a reduce-scatter as a fusion that also slices.
         return "reduce-scatter"
     return None if _continues(computation) else kind
 
 
 def _continues(computation: Computation) -> bool:
-    """Whether a TPU fusion is a later piece of a collective that another one starts.
+    """Returns True if a TPU fusion continues a collective that another one starts.
 
-    There a collective in flight is written again in every fusion that it overlaps.
+    On TPUs, a collective in flight appears again in every fusion that it overlaps.
     """
     if computation.name.startswith("async_collective_fusion"):
         return True
@@ -210,18 +214,18 @@ def _continues(computation: Computation) -> bool:
 
 
 def _result(kind: str, computation: Computation, instruction: Instruction) -> Shapes:
-    """The shape of what a collective gives, without what a start adds to it."""
+    """The shape of a collective's results, without what a start adds to them."""
     if kind == "send":
         return ()
     if instruction.opcode == "all-reduce" and kind == "reduce-scatter":
         return computation.root.shape
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # (operands, results, context...): a single operand stands without a tuple.
+        # (operands, results, context...); a single operand is not in a tuple.
         assert isinstance(instruction.shape, tuple)
         return instruction.shape[1]
     return instruction.shape
 
 
 def _data(shapes: Shapes) -> tuple[Shape, ...]:
-    """Operands that hold data: a send also takes a token."""
+    """The operands that hold data; a send also takes a token."""
     return tuple(leaf for leaf in leaves(shapes) if leaf.num_bytes)

@@ -1,7 +1,9 @@
-"""Attention for flax models: what plugs into flax's own layers, and a layer.
+"""Attention for flax models: a plug-in for flax's own layers, and a layer.
 
+```python
 layer = nnx.MultiHeadAttention(..., attention_fn=attention_fn(mesh, is_causal=True))
 layer = USPAttention(512, 8, num_kv_heads=2, rope_theta=1e4, mesh=mesh, rngs=rngs)
+```
 """
 
 from usp_jax.nn.adapter import (

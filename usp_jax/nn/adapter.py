@@ -27,18 +27,21 @@ from usp_jax.options import INSTEAD, Options, StaticOptions, completed
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequenceMask:
-    """What a call of a flax layer says of its tokens, given as the layer's `mask`.
+    """Facts about the tokens of one call, given to a flax layer as its `mask`.
 
         layer(x, mask=SequenceMask(segment_ids=ids))
 
-    flax passes it to `attention_fn` as it is. Here is what changes from call to call or
-    is trained; what is fixed is an option of `attention_fn`.
+    flax passes it to `attention_fn` unchanged. It holds what changes from call to call
+    or is trained; options that are fixed go to `attention_fn`.
 
     Attributes:
-      segment_ids: integers [..., T]; tokens see equal ids only, and -1 is padding.
-      positions: integers [..., T]: the order that causal and window masks compare.
-      prefix_length: integers [...]; tokens below it see each other both ways.
-      sinks: floating [N], a logit for each head that takes weight and has no value.
+      segment_ids: integers [..., T]; a token sees only tokens with an equal id, and -1
+        is padding.
+      positions: integers [..., T]; causal and window masks compare them.
+      prefix_length: integers [...]; tokens at positions below it see each other in both
+        directions.
+      sinks: floating [N]; for each head, an extra logit that takes part in the softmax
+        and has no value.
     """
 
     segment_ids: Array | None = None
@@ -49,7 +52,7 @@ class SequenceMask:
 
 @runtime_checkable
 class HasTheta(Protocol):
-    """A RoPE with a base and nothing else, as `flax.nnx.RoPE`."""
+    """A RoPE that has only a base, such as `flax.nnx.RoPE`."""
 
     theta: float
 
@@ -58,11 +61,11 @@ class HasTheta(Protocol):
 class Rope:
     """RoPE (arXiv 2104.09864), applied to queries and keys before attention.
 
-    Dim i of a head is rotated with dim i + H/2, as in LLaMA and `flax.nnx.RoPE`.
+    Rotates dim i of a head together with dim i + H/2, as LLaMA and `flax.nnx.RoPE` do.
 
     Attributes:
-      theta: the base.
-      scaling: a stretching from `usp_jax.models.rope_scaling`, or None.
+      theta: the base of the frequencies.
+      scaling: a scaling from `usp_jax.models.rope_scaling`, or None.
     """
 
     theta: float = 10000.0
@@ -71,12 +74,16 @@ class Rope:
     def angles(
         self, positions: Integer[Array, "B T"], head_size: int, length: int | None
     ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-        """Cosine and sine of each position, [B, T, H/2].
+        """Computes the cosine and the sine of each position's angles.
 
         Args:
           positions: integers [B, T].
           head_size: H, an even number.
-          length: of the sequence, for a dynamic scaling, where it is known.
+          length: length of the sequence, which a dynamic scaling needs; None if it is
+            unknown.
+
+        Returns:
+          `(cosine, sine)`, each [B, T, H/2].
         """
         scaling = self.scaling if length is None else at_length(self.scaling, length)
         frequencies = rope_frequencies(head_size, self.theta, scaling)
@@ -88,7 +95,11 @@ class AttentionFn:
     """The function that `attention_fn` returns; hashable, so flax can compare modules.
 
     Attributes:
-      options: the `StaticOptions` of `usp_attention`, sorted by name.
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
+      rope: rotates queries and keys before attention, or None.
+      alibi_slopes: one number for each head, or None.
+      options: the `StaticOptions` of `usp_attention` as (name, value), sorted by name.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -99,12 +110,12 @@ class AttentionFn:
 
     @property
     def layout(self) -> str | tuple[str, str]:
-        """The order in which tokens are stored."""
+        """Order in which the tokens are stored, as in `usp_attention`."""
         layout: Any = dict(self.options).get("layout", "contiguous")
         return layout
 
-    # Every argument that flax may give is named: Linen looks at the signature, and
-    # leaves out what is not in it.
+    # Name every argument that flax may pass: Linen inspects the signature and leaves
+    # out what is not in it.
     def __call__(
         self,
         query: Array,
@@ -126,18 +137,25 @@ class AttentionFn:
         attn_weights_value_einsum: object = None,
         input_positions: Array | None = None,
     ) -> Array:
-        """Attention of [..., T, N, H] to [..., S, K, H], with flax's arguments.
+        """Attends with the arguments of `flax.nnx.dot_product_attention`.
 
         Args:
+          query: [..., T, N, H].
+          key: [..., S, K, H].
+          value: [..., S, K, H].
           mask: a `SequenceMask`; dense masks are refused.
-          dropout_rng: a key; its bits are the seed of `usp_attention`'s dropout.
-          input_positions: integers [..., T] or [T], for the rotation of a `rope`, and
-            with layout="data" the order of tokens where the mask has none.
+          dropout_rng: a key; its bits become the seed of `usp_attention`'s dropout.
+          input_positions: integers [..., T] or [T]. Rotates by them if there is a
+            `rope`. With layout="data" they are also the order of the tokens, unless
+            the mask has positions.
+
+        Returns:
+          The output, [..., T, N, H].
 
         Raises:
-          ValueError: for an argument that sequence-parallel attention cannot honour.
+          ValueError: an argument cannot be honoured with a split sequence.
         """
-        # The softmax is float32 whether asked for or not.
+        # The softmax is computed in float32 in any case.
         del force_fp32_for_softmax
         drops = dropout_rate > 0 and not deterministic
         einsums = (
@@ -195,7 +213,7 @@ class AttentionFn:
     def _rotated(
         self, rope: Rope, q: Array, k: Array, positions: Array | None
     ) -> tuple[Array, Array]:
-        """q and k, rotated by their positions, or by those of the layout."""
+        """Rotates q and k by their positions; None takes those of the layout."""
         if q.shape[1] != k.shape[1]:
             raise ValueError(
                 f"rope= rotates queries and keys of one sequence, not {q.shape[1]} "
@@ -221,18 +239,20 @@ def attention_fn(
 ) -> AttentionFn:
     """`usp_attention` as the `attention_fn` of flax's attention layers.
 
-    For `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`. Any
-    number of batch dims works. What changes from call to call, packed documents for
-    instance, goes into a `SequenceMask` that the layer is given as `mask=`. Dropout of
-    attention's weights is the layer's own, with broadcast_dropout=False. Dense masks,
-    biases, a decoding cache and sown weights raise ValueError when the layer is called.
+    Works with `flax.nnx.MultiHeadAttention` and
+    `flax.linen.MultiHeadDotProductAttention`, with any number of batch dims. Facts that
+    change from call to call, such as packed documents, go into a `SequenceMask`, passed
+    to the layer as `mask=`. To drop attention weights, use the layer's own dropout with
+    broadcast_dropout=False. Dense masks, biases, a decoding cache and sown weights
+    raise ValueError when the layer is called.
 
     Args:
-      mesh, axes: as in `usp_attention`.
-      rope: rotates queries and keys, a `Rope` or a `flax.nnx.RoPE`; positions are the
-        layer's `input_positions`, or those of the layout.
-      alibi_slopes: a number for each head, as in `usp_attention`.
-      **options: `is_causal` (or the layer's own `is_causal=` when it is called),
+      mesh: as in `usp_attention`.
+      axes: as in `usp_attention`.
+      rope: a `Rope` or a `flax.nnx.RoPE` that rotates queries and keys. Positions are
+        the layer's `input_positions`, or else those of the layout.
+      alibi_slopes: one number for each head, as in `usp_attention`.
+      **options: `is_causal` (or pass `is_causal=` to the layer when calling it),
         `scale`, `local_window_size`, `logits_soft_cap`, `layout`, `implementation`,
         `ring_schedule` and `ulysses_chunks` of `usp_attention`.
 
@@ -240,18 +260,21 @@ def attention_fn(
       A hashable function with the arguments of `flax.nnx.dot_product_attention`.
 
     Raises:
-      ValueError: an option that a layer cannot honour.
+      ValueError: a layer cannot honour an option.
 
     Example:
-      >>> attend = attention_fn(mesh, is_causal=True, layout="zigzag", rope=Rope(1e4))
-      >>> layer = nnx.MultiHeadAttention(
-      ...     8, 512, attention_fn=attend, decode=False, rngs=rngs)
+      ```python
+      attend = attention_fn(mesh, is_causal=True, layout="zigzag", rope=Rope(1e4))
+      layer = nnx.MultiHeadAttention(
+          8, 512, attention_fn=attend, decode=False, rngs=rngs
+      )
+      ```
     """
     completed("attention_fn", cast(Options, options), refused=REFUSED)
     if rope is not None and not isinstance(rope, Rope):
         rope = Rope(float(rope.theta))
     slopes = None if alibi_slopes is None else tuple(map(float, alibi_slopes))
-    # Lists, which cannot be hashed, as tuples.
+    # Lists cannot be hashed: make them tuples.
     fixed = ((n, tuple(x) if isinstance(x, list) else x) for n, x in options.items())
     return AttentionFn(mesh, axes, rope, slopes, tuple(sorted(fixed)))
 
@@ -273,24 +296,24 @@ _INSTEAD = {
     "such a mask, too, and is not supported",
     "broadcast_dropout": "what is dropped depends on the row and the head: use "
     "broadcast_dropout=False",
-    "dropout_rng": "None is no seed: give a key, or deterministic=True",
-    "precision": "leave it None and use jax.default_matmul_precision",
+    "dropout_rng": "None is not a seed: give a key, or deterministic=True",
+    "precision": "leave it at None and use jax.default_matmul_precision",
     "sow_weights": "attention's weights are never stored: use sow_weights=False",
     "einsum": "attention computes no such einsum: leave its replacement out",
-    "input_positions": "it rotates nothing without a rope: give "
+    "input_positions": "they rotate nothing without a rope: give "
     "attention_fn(rope=usp_jax.nn.Rope(...))",
 }
 
 
-def _refuse(**asked: bool) -> None:
-    """Raises for the first argument that was asked for and cannot be honoured."""
-    for name, given in asked.items():
-        if given:
+def _refuse(**used: bool) -> None:
+    """Raises ValueError for the first argument that is used and cannot be honoured."""
+    for name, is_used in used.items():
+        if is_used:
             raise ValueError(f"attention_fn cannot honour {name}: {_INSTEAD[name]}")
 
 
 def _one_batch(x: Array | None, kept: int) -> Any:
-    """Merges all batch dims into one, before the last `kept`."""
+    """Merges all dims before the last `kept` into one batch dim."""
     if x is None or x.ndim == kept + 1:
         return x
     batch = x.ndim - kept

@@ -17,11 +17,20 @@ from usp_jax.options import StaticOptions
 
 
 class USPAttention(nnx.Module):
-    """Multi-head attention whose sequence is split over a mesh, projections included.
+    """Multi-head attention whose sequence is split over a mesh, with its projections.
 
-    Grouped-query attention where `num_kv_heads` is less than `num_heads`, RoPE where
+    Grouped-query attention if `num_kv_heads` is less than `num_heads`; RoPE if
     `rope_theta` is given. x [B, T, D] -> q [B, T, N, H], k, v [B, T, K, H] -> attention
     -> [B, T, out_features].
+
+    Example:
+      ```python
+      layer = USPAttention(
+          512, 8, num_kv_heads=2, rope_theta=1e4, is_causal=True, mesh=mesh,
+          rngs=nnx.Rngs(0),
+      )
+      y = layer(x)  # x and y are [B, T, 512]
+      ```
     """
 
     def __init__(
@@ -48,19 +57,30 @@ class USPAttention(nnx.Module):
         """Makes the four projections `q`, `k`, `v` and `o`, and `sink_logits`.
 
         Args:
-          num_kv_heads: None is `num_heads`.
-          head_size: None is in_features / num_heads.
-          out_features: None is `in_features`.
-          rope_theta: RoPE's base; None is no RoPE.
-          rope_scaling: a stretching of RoPE from `usp_jax.models.rope_scaling`.
-          sinks: learns an attention sink for each query head, from 0.
-          attention: from `attention_fn`, instead of the four that follow; without a
-            `rope` of its own it gets `rope_theta`'s.
-          mesh, axes, alibi_slopes, **options: as `attention_fn` takes them.
-          dtype: of the computation; None is that of input and parameters.
+          in_features: D, the size of the input's last dim.
+          num_heads: N, the number of query heads.
+          num_kv_heads: K, the number of key/value heads, which must divide `num_heads`.
+            Defaults to `num_heads`.
+          head_size: H. Defaults to in_features / num_heads.
+          out_features: size of the output's last dim. Defaults to `in_features`.
+          use_bias: if True, the projections have biases.
+          rope_theta: base of RoPE; None means no RoPE.
+          rope_scaling: a scaling from `usp_jax.models.rope_scaling`; needs
+            `rope_theta`.
+          sinks: if True, learns an attention sink for each query head, initially 0.
+          attention: a function from `attention_fn`, instead of `mesh`, `axes`,
+            `alibi_slopes` and `options`. If it has no `rope`, it gets one with
+            `rope_theta`.
+          mesh: as in `attention_fn`.
+          axes: as in `attention_fn`.
+          alibi_slopes: as in `attention_fn`.
+          dtype: dtype of the computation; None promotes input and parameters.
+          param_dtype: dtype of the parameters.
+          rngs: random number generators for the parameters.
+          **options: as in `attention_fn`.
 
         Raises:
-          ValueError: sizes that do not fit, or options given twice.
+          ValueError: sizes do not fit, or an option is given twice.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -80,8 +100,8 @@ class USPAttention(nnx.Module):
             )
         elif options or mesh is not None or alibi_slopes is not None:
             raise ValueError(
-                f"attention={attention} has a mesh and options of its own: give them "
-                "to attention_fn"
+                f"attention={attention} has its own mesh and options: give these to "
+                "attention_fn"
             )
         if rope_theta is not None:
             if attention.rope is not None:
@@ -124,17 +144,20 @@ class USPAttention(nnx.Module):
         positions: Integer[Array, "B T"] | None = None,
         prefix_length: Integer[Array, " B"] | None = None,
     ) -> Float[Array, "B T F"]:
-        """Attention within x.
+        """Self-attention within x.
 
         Args:
-          x: tokens in the order of the layout.
-          segment_ids: integers [B, T], as `usp_attention` takes them.
-          positions: integers [B, T], for RoPE and, where the layout is "data", for the
-            mask; None takes those of the layout.
-          prefix_length: integers [B], as `usp_attention` takes them.
+          x: [B, T, D], tokens in the order of the layout.
+          segment_ids: integers [B, T], as in `usp_attention`.
+          positions: integers [B, T]; RoPE uses them and, with layout="data", the mask
+            does too. Defaults to the positions of the layout.
+          prefix_length: integers [B], as in `usp_attention`.
+
+        Returns:
+          The output, [B, T, out_features].
 
         Raises:
-          ValueError: shapes, dtypes, lengths or heads that do not fit.
+          ValueError: shapes, dtypes, lengths or heads do not fit.
         """
         sinks = None if self.sink_logits is None else self.sink_logits[...]
         mask = SequenceMask(segment_ids, None, prefix_length, sinks)

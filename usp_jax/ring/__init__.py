@@ -1,9 +1,9 @@
-"""Ring attention: how the keys and values of all shards meet each device's queries.
+"""Ring attention: each device's queries meet the keys and values of all shards.
 
-`schedule.py` chooses; `steps.py` is the algorithm over the turns of `ring.py`, which
-`unidirectional.py`, `bidirectional.py` and `double.py` list; `visits.py` leaves out
-hops that are known to be empty; `all_gather.py` and `pass_q.py` do something else.
-`tokens.py` has what masks need to know of all shards.
+`schedule.py` selects a schedule. `steps.py` is the algorithm over the turns of
+`ring.py`, which `unidirectional.py`, `bidirectional.py` and `double.py` list.
+`visits.py` leaves out hops that are known to be empty. `all_gather.py` and `pass_q.py`
+are separate algorithms. `tokens.py` gathers the facts of all shards that masks need.
 """
 
 from usp_jax.ring.all_gather import AllGather as AllGather

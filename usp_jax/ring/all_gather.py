@@ -1,9 +1,9 @@
 """Context parallelism by all-gather: every device gathers all keys and values first.
 
-What LLaMA 3 was trained with (arXiv 2407.21783, section 3.3.2), and the baseline of the
-ring: the same bytes forward, (R - 1) / R of the whole k, v, in one collective that
-nothing hides, and memory for the whole. Backward gathers again and reduce-scatters
-dk, dv in the accumulation dtype.
+LLaMA 3 was trained with it (arXiv 2407.21783, section 3.3.2), and it is the baseline
+for the ring. The forward pass moves the same bytes, (R - 1) / R of all k, v, in one
+collective that nothing hides, and needs memory for all k, v. The backward pass gathers
+again and reduce-scatters dk, dv in the accumulation dtype.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from usp_jax.ring.ring import Ring
 
 @dataclasses.dataclass(frozen=True)
 class AllGather:
-    """All k, v are gathered at once: memory for the whole, nothing in flight beside."""
+    """Gathers all k, v at once: needs memory for them, and nothing overlaps."""
 
 
 def gather_forward(
@@ -27,7 +27,7 @@ def gather_forward(
     kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
-    """`ring_forward` in one chunk."""
+    """Computes `ring_forward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     return ring.chunk_forward(ring.mask(ring.kv_tokens.all()), q, kv, carry)
 
@@ -40,7 +40,7 @@ def gather_backward(
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
-    """`ring_backward` in one chunk."""
+    """Computes `ring_backward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     mask = ring.mask(ring.kv_tokens.all())
     dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)

@@ -1,9 +1,9 @@
-"""The bidirectional ring: half of every shard travels each way.
+"""The bidirectional ring: half of every shard travels in each direction.
 
-On a torus each link carries traffic both ways at once; a ring that only sends to the
-next device leaves half of that unused. Here the first half of the tokens of every shard
-travels forwards and the second half backwards, so that a hop takes half the time, at
-the same bytes for each device.
+On a torus each link carries traffic in both directions at once, so a ring that only
+sends to the next device leaves half of the bandwidth unused. Here the first half of
+every shard's tokens travels forwards and the second half backwards. A hop takes half
+the time, and each device sends the same bytes.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from usp_jax.ring.ring import Turn
 
 @dataclasses.dataclass(frozen=True)
 class Bidirectional:
-    """Half of the keys of each shard travels each way round the ring."""
+    """Sends half of each shard's keys in each direction around the ring."""
 
     def turns(self, devices: int) -> tuple[Turn, ...]:
-        """Device r holds half of shard r - s and half of shard r + s at step s."""
+        """One turn: device r holds half of shards r - s and r + s at step s."""
         return (Turn(devices, lanes=(1, -1)),)

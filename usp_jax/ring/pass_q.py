@@ -1,9 +1,9 @@
 """The ring that passes queries: keys and values stay, queries travel to them.
 
-Context parallelism for inference (arXiv 2411.01783, section 3.2): where the queries are
-fewer than the keys, it is they that should move. With them, one hop late, travels what
-they have seen, (out, lse) in the accumulation dtype; backward it is dq. R - 1 rotations
-of each, and nothing of k, v is sent at all.
+Context parallelism for inference (arXiv 2411.01783, section 3.2): if there are fewer
+queries than keys, the queries should move. Their partial results, (out, lse) in the
+accumulation dtype, follow one hop later; in the backward pass dq does. Each is rotated
+R - 1 times, and k, v are not sent at all.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from usp_jax.ring.steps import own_rows, take_turn
 
 @dataclasses.dataclass(frozen=True)
 class PassQ:
-    """Queries go round the ring and k, v stay, for few queries."""
+    """Rotates the queries while k, v stay; for few queries."""
 
 
 def pass_q_forward(
@@ -30,10 +30,10 @@ def pass_q_forward(
     kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
-    """`ring_forward` with the queries going round."""
+    """Computes `ring_forward` by rotating the queries."""
 
     def part(step: Index, q: jax.Array, rows: slice) -> tuple[None, jax.Array]:
-        # What was seen before the ring belongs to the own queries, once.
+        # The carry from before the ring belongs to this device's own queries, once.
         before = carry if isinstance(step, int) and step == 0 else None
         before = jax.tree.map(lambda x: x[:, rows], before)
         mask = _mask(ring, step).rows(rows)
@@ -60,7 +60,7 @@ def pass_q_backward(
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
-    """`ring_backward` with the queries going round."""
+    """Computes `ring_backward` by rotating the queries."""
 
     def part(
         step: Index, visitor: tuple[jax.Array, jax.Array], rows: slice
@@ -86,13 +86,13 @@ def pass_q_backward(
 
 
 def _mask(ring: Ring, step: Index) -> Mask:
-    """The queries that are here at a step, against this device's own keys."""
+    """The mask of the queries held at a step against this device's own keys."""
     q = ring.q_tokens.shard(ring.whole_turn.moved(ring.index, -step))
     return Mask(ring.rule, q, ring.kv_tokens.shard(ring.index))
 
 
 def _packed(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """(out, lse) as one array, for one collective."""
+    """Packs (out, lse) into one array, for one collective."""
     out, lse = carry
     return jnp.concatenate([out, lse[..., None]], -1)
 

@@ -1,8 +1,8 @@
 """The ring as one device sees it, and a turn of it as data.
 
-Step s of a turn is what a device does between hop s and hop s + 1; at step 0 it holds
-its own shard. `Turn` says who sends to whom and whose shard is then held; `Ring` sends,
-and hands what is held to the kernel.
+Step s of a turn is between hop s and hop s + 1; at step 0 a device holds its own shard.
+`Turn` defines which device sends to which, and which shard each then holds. `Ring`
+sends, and passes the held shard to the kernel.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from usp_jax.masking import Mask, MaskRule, Tokens, join
 from usp_jax.mesh import AxisName, axis_names
 from usp_jax.ring.tokens import RingTokens
 
-# A place on the axis, or a number of steps: known, or a loop's counter.
+# An index on the axis or a number of steps: an int, or the counter of a loop.
 Index = Int[Array, ""] | int
 Pairs = Iterable[tuple[int, int]]
 T = TypeVar("T")
@@ -30,26 +30,26 @@ T = TypeVar("T")
 def side_by_side(
     k: Float[Array, "B S K H"], v: Float[Array, "B S K V"]
 ) -> Float[Array, "B S K H+V"]:
-    """k, v as one array, so that one collective moves both."""
+    """Joins k and v in one array, so that one collective moves both."""
     return jnp.concatenate([k, v], -1)
 
 
 def apart(
     kv: Float[Array, "B S K D"], head_size: int
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
-    """The inverse of `side_by_side` for keys of a head size."""
+    """Splits kv into k, with this head size, and v; the inverse of `side_by_side`."""
     return kv[..., :head_size], kv[..., head_size:]
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of a ring, or of each of several equal rings along the axis.
+    """One turn of a ring, or of several equal rings along the axis.
 
     Attributes:
-      size: the devices of one ring, which is the number of steps.
-      stride: how far apart neighbours are on the axis.
-      lanes: the direction in which each equal part of a shard's tokens travels, 1 to
-        the next device and -1 to the previous one.
+      size: number of devices in one ring, and so of steps.
+      stride: distance on the axis between neighbours in the ring.
+      lanes: direction in which each equal part of a shard's tokens travels: 1 to the
+        next device, -1 to the previous one.
     """
 
     size: int
@@ -57,24 +57,25 @@ class Turn:
     lanes: tuple[int, ...] = (1,)
 
     def moved(self, device: Index, steps: Index) -> Index:
-        """The device that many places further round the ring."""
+        """The device that is `steps` further along the ring."""
         place = device // self.stride % self.size
         start = device - place * self.stride
         return start + (place + steps) % self.size * self.stride
 
     def pairs(self, devices: int, direction: int = 1) -> Pairs:
-        """(source, target) of one hop, for all devices of the axis."""
+        """The (source, target) pairs of one hop, for all devices of the axis."""
         return [(i, int(self.moved(i, direction))) for i in range(devices)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """A ring of devices, and what each does with the keys and values that it holds.
+    """A ring of devices, and the computation of each on the shard that it holds.
 
     Attributes:
-      index: this device's place on the axis.
+      index: this device's index on the axis.
       chunk: the kernel.
-      held: the shard that each equal part of the held keys comes from; () is the own.
+      held: the shard that each equal part of the held keys comes from; () is this
+        device's own.
     """
 
     axis_name: AxisName | None
@@ -88,25 +89,25 @@ class Ring:
 
     @property
     def devices(self) -> int:
-        """The number of devices of the axis."""
+        """Number of devices on the axis."""
         return self.kv_tokens.ring_size
 
     @property
     def whole_turn(self) -> Turn:
-        """The turn in which every shard visits every device, one after the other."""
+        """The turn in which every shard visits every device in order."""
         return Turn(self.devices)
 
     def at(self, turn: Turn, step: Index) -> "Ring":
-        """The same ring with what this device holds at a step of a turn."""
+        """Returns the ring with the shards this device holds at a step of a turn."""
         (start,) = self.held or (self.index,)
         held = tuple(turn.moved(start, -direction * step) for direction in turn.lanes)
         return dataclasses.replace(self, held=held)
 
     def send(self, x: T, pairs: Pairs) -> T:
-        """`x` from each pair's first device to its second.
+        """Sends `x` from each pair's first device to its second.
 
-        A device that receives nothing must not read the result: it gets zeros, or under
-        `jax.vmap`, which permutes all or none, another device's part.
+        A device that receives nothing must not read the result. It gets zeros, or under
+        `jax.vmap`, where all devices must permute, another device's value.
         """
         pairs = list(pairs)
         assert self.axis_name is not None
@@ -122,9 +123,9 @@ class Ring:
         return sent
 
     def hop(self, turn: Turn, x: T) -> T:
-        """Sends `x` one step along a turn, and receives a neighbour's.
+        """Sends `x` one hop along a turn, and receives a neighbour's.
 
-        With several lanes the tokens of arrays [B, S, ...] are cut into them.
+        With several lanes, the tokens of arrays [B, S, ...] are split among them.
         """
 
         def sent(leaf: jax.Array) -> jax.Array:
@@ -150,13 +151,13 @@ class Ring:
         return join(*(shard.cut(own) for shard, own in zip(shards, rows, strict=True)))
 
     def mask(self, keys: Tokens) -> Mask:
-        """This device's queries against some keys."""
+        """The mask of this device's queries against some keys."""
         return Mask(self.rule, self.q_tokens.shard(self.index), keys)
 
     def chunk_forward(
         self, mask: Mask, q: jax.Array, kv: jax.Array, carry: Carry | None
     ) -> Carry:
-        """The kernel's forward, of k, v side by side."""
+        """Runs the kernel's forward pass; k, v are side by side."""
         k, v = apart(kv, q.shape[-1])
         return self.chunk.forward(q, k, v, mask, carry, self.logits)
 
@@ -169,13 +170,13 @@ class Ring:
         lse: jax.Array,
         delta: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """The kernel's backward: dq, and dk, dv side by side."""
+        """Runs the kernel's backward pass: dq, and dk, dv side by side."""
         k, v = apart(kv, q.shape[-1])
         dq, *dkv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
         return dq, side_by_side(*dkv)
 
     def held_forward(self, q: jax.Array, kv: jax.Array, carry: Carry | None) -> Carry:
-        """This device's queries against the keys that it holds."""
+        """Attends with this device's queries to the held keys."""
         return self.chunk_forward(self.mask(self.held_tokens()), q, kv, carry)
 
     def held_backward(
@@ -187,14 +188,18 @@ class Ring:
         lse: jax.Array,
         delta: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """dq of some rows of the queries, and dk, dv side by side, of the held keys."""
+        """Gradients of `held_forward` for some query rows: dq, and dk, dv side by side.
+
+        Args:
+          rows: the rows of q, dout, lse and delta to use.
+        """
         mask = self.mask(self.held_tokens()).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
         return self.chunk_backward(mask, q, kv, dout, lse, delta)
 
 
 def _parts(length: int, count: int) -> list[slice]:
-    """Equal runs of tokens; the last is shorter where the count does not divide."""
+    """Splits tokens into equal runs; the last is shorter if `count` does not divide."""
     size = -(-length // count)
     bounds = [min(i * size, length) for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -1,7 +1,7 @@
-"""Ring schedules: how keys, values and queries meet. They all give the same result.
+"""Ring schedules: how keys, values and queries meet. All compute the same result.
 
-A schedule is a small object, or the string that names it. Those that are lists of turns
-run in `steps.py`; the others are two functions of their own.
+A schedule is a small object, or the string that names it. Schedules that are lists of
+turns run in `steps.py`; each of the others has a forward and a backward function.
 """
 
 import jax
@@ -30,7 +30,7 @@ SCHEDULES = ("unidirectional", "bidirectional", "double", "all_gather", "pass_q"
 def schedule_forward(
     schedule: Schedule, ring: Ring, q: jax.Array, kv: jax.Array, carry: Carry | None
 ) -> Carry:
-    """Attention of this device's queries to all keys, as `ring_forward`."""
+    """Attends with this device's queries to all keys, as `ring_forward` does."""
     if ring.devices == 1:
         return ring.held_forward(q, kv, carry)
     match schedule:
@@ -53,7 +53,7 @@ def schedule_backward(
     lse: jax.Array,
     delta: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """dq and dk, dv (side by side) of `schedule_forward`, as `ring_backward`."""
+    """Gradients of `schedule_forward`: dq, and dk, dv side by side."""
     saved = q, kv, dout, lse, delta
     if ring.devices == 1:
         return ring.held_backward(kv, slice(None), q, dout, lse, delta)
@@ -71,13 +71,14 @@ def schedule_backward(
 def schedule_of(
     ring_schedule: str | Schedule, ring_size: int | None = None
 ) -> Schedule:
-    """A checked schedule, from an object or from the string that names it.
+    """Makes a checked schedule from an object or from the string that names it.
 
     Args:
-      ring_size: the devices of the ring; None where it is not known yet.
+      ring_schedule: the object or the string.
+      ring_size: number of devices in the ring; None if it is not known yet.
 
     Raises:
-      ValueError: an unknown name, or inner rings that do not divide the ring.
+      ValueError: the name is unknown, or inner rings do not divide the ring.
     """
     schedule = ring_schedule
     if isinstance(schedule, str):

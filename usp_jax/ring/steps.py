@@ -1,13 +1,13 @@
 """The steps of the ring, forward and backward, for schedules that are lists of turns.
 
 Ring Attention (Liu et al., arXiv 2310.01889) over any kernel. The keys and values of
-each shard travel round the ring, and every device attends to each in turn. A hop is
-issued beside a chunk that does not need it, so that it can be in flight while the chunk
-is computed, and no hop is made that nobody reads: R - 1 forward, and backward R - 1 of
+each shard travel around the ring, and every device attends to each in turn. A hop is
+issued together with a chunk that does not need it, so that it can be in flight while
+the chunk is computed. There are no unused hops: R - 1 forward, and backward R - 1 of
 k, v and R - 1 of dk, dv.
 
-A schedule is a tuple of turns, outermost first. With several, one step of a turn is a
-whole turn of the next one, starting from what is then held.
+A schedule is a tuple of turns, outermost first. If there are several, one step of a
+turn is a whole turn of the next one, starting from the shard then held.
 """
 
 from collections.abc import Callable
@@ -35,11 +35,11 @@ def ring_forward(
     kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
-    """Attention of this device's queries to the keys of the whole ring.
+    """Attends with this device's queries to the keys of the whole ring.
 
     Args:
       kv: this device's keys and values, `side_by_side`.
-      carry: what was seen before the ring, an attention sink for instance.
+      carry: the result over anything seen before the ring, such as attention sinks.
 
     Returns:
       out [B, T, n, V] and lse [B, T, n] in the accumulation dtype.
@@ -58,7 +58,7 @@ def ring_forward(
 
     if turn.size == 1:
         return attend(0, kv, carry)
-    # Together, or a hop inside the next step would not have to wait for this one.
+    # Without `together`, a hop inside the next step need not wait for this one.
     first = together(ring.hop(turn, kv), attend(0, kv, carry))
     kv, carry = _loop(1, turn.size - 1, body, first)
     return attend(turn.size - 1, kv, carry)
@@ -74,16 +74,19 @@ def ring_backward(
     delta: Float[Array, "B T n"],
     own: int | None = None,
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
-    """dq and dk, dv (side by side) of `ring_forward`, in the accumulation dtype.
+    """Gradients of `ring_forward`, in the accumulation dtype.
 
     Args:
-      own: how many of the queries meet their own shard at step 0; None is all.
+      own: number of queries that meet their own shard at step 0; None means all.
+
+    Returns:
+      dq, and dk, dv side by side.
     """
     turn, *inner = turns
 
     def part(step: Index, kv: jax.Array, rows: slice) -> tuple[jax.Array, jax.Array]:
         here = ring.at(turn, step)
-        # What the own inner turn left over is one chunk of its own.
+        # The rows that the own inner turn left over are a separate chunk.
         if inner and inner[0].size > 1 and not rows.start:
             turns = tuple(inner)
             return ring_backward(here, turns, q, kv, dout, lse, delta, own=rows.stop)
@@ -94,16 +97,16 @@ def ring_backward(
     ) -> tuple[jax.Array, jax.Array]:
         return _all_rows(first[0], rest[0], q.shape[1]), first[1] + rest[1]
 
-    # An inner turn beside the first outer hop takes longer than a chunk at the end.
+    # The inner turn during the first outer hop takes longer than a chunk at the end.
     rows = own_rows(q.shape[1] if own is None else own, 3 if inner else 2)
     return take_turn(ring, turn, kv, part, rows, add=jnp.add, join=join)
 
 
 def own_rows(length: int, share: int = 2) -> list[slice]:
-    """How the queries are cut for step 0: work for the first hop, and for the last.
+    """Splits the queries for step 0 into work during the first hop and the last.
 
     Args:
-      share: the last hop gets one in so many of the queries.
+      share: the last hop gets 1 / share of the queries.
     """
     left = length // share
     return [slice(length - left), slice(length - left, length)][: 1 + bool(left)]
@@ -119,33 +122,34 @@ def take_turn(
     add: Callable[[F, F], F],
     join: Callable[[tuple[S, F], tuple[S, F]], tuple[S, F]],
 ) -> tuple[S, F]:
-    """One turn of a ring in which sums follow the visitors that they belong to.
+    """Runs one turn of a ring in which sums follow the visitors that they belong to.
 
-    The sums travel one hop late, so that both hops of a step have work beside them. The
-    own visitor's part stays at home; the travelling sum starts at step 1 and comes home
-    after the last. The first hop and the last have no other step beside them, so some
-    rows of the queries meet their own shard beside each. For R = 4, in time:
+    Sums travel one hop late, so that both hops of a step overlap with work. The part of
+    a device's own visitor stays at home; the travelling sum starts at step 1 and comes
+    home after the last step. The first hop and the last have no other step to overlap
+    with, so some rows of the queries meet their own shard during each. For R = 4, in
+    time:
 
         computed       own, rows[0]   step 1   step 2   step 3    own, rows[1]
         visitor hop    1              2        3
         sum hop                                1        2         3, home
 
     Args:
-      visitor: what travels and is read only.
-      part: (step, visitor, rows) -> (what stays on this device, what follows).
-      rows: of `own_rows`.
-      add: adds two followers.
-      join: puts the results of the two runs of rows together.
+      visitor: the value that travels and is only read.
+      part: (step, visitor, rows) -> (sum that stays here, sum that follows).
+      rows: the result of `own_rows`.
+      add: adds two sums that follow.
+      join: joins the results of the two runs of rows.
 
     Returns:
-      The total that stayed, and the total of this device's own visitor.
+      The sum that stayed here, and the sum of this device's own visitor.
     """
     last = turn.size - 1
     if not last:
         return part(0, visitor, ALL)
 
     def late(step: Index, visitor: V, stays: S, travels: F) -> tuple[S, F]:
-        """One step after the first: the sum arrives while this step's part is made."""
+        """Runs a step after step 1: the sum arrives while this part is computed."""
         arrived = ring.hop(turn, travels)
         more, new = part(step, visitor, ALL)
         return _sum(stays, more), add(arrived, new)
@@ -171,18 +175,19 @@ def take_turn(
 
 
 def together(*values: *Ts) -> tuple[*Ts]:
-    """The values, none of them ready before the others.
+    """Returns the values, with a barrier: none is ready before the others.
 
-    A hop then has no later work to wait beside: schedulers would leave some without.
+    So a hop cannot be delayed past later work; schedulers would leave some hops without
+    any to overlap with.
     """
     after: tuple[*Ts] = lax.optimization_barrier(values)
     return after
 
 
 def _all_rows(dq: jax.Array, more: jax.Array, length: int) -> jax.Array:
-    """dq of all rows: `more` follows the rows of `dq`, or is added to its last ones.
+    """Extends dq to all rows: `more` follows the rows of `dq` or is added to the last.
 
-    Rows that neither has are 0.
+    Rows in neither are 0.
     """
     if dq.shape[1] == length:
         return dq.at[:, -more.shape[1] :].add(more)
@@ -196,5 +201,5 @@ def _sum(a: S, b: S) -> S:
 
 
 def _loop(start: int, stop: int, body: Callable[[Index, S], S], state: S) -> S:
-    """A loop in the compiled program; none when it has no trips."""
+    """Runs a loop in the compiled program; leaves it out if it has no trips."""
     return lax.fori_loop(start, stop, body, state) if start < stop else state

@@ -1,4 +1,4 @@
-"""What masks need to know of every ring shard, gathered once per call."""
+"""The facts about all ring shards that masks need, gathered once per call."""
 
 import dataclasses
 from typing import Any
@@ -19,11 +19,11 @@ class RingTokens:
     """Positions and segment ids of all ring shards.
 
     Attributes:
-      positions: int32 [R, B, t], or None for the layout's own.
+      positions: int32 [R, B, t], or None for those of the layout.
       segment_ids: int32 [R, B, t], or None.
-      prefix: int32 [B], or None: as queries of a causal mask, the first tokens of a row
-        see all of that many.
-      length: t, the number of tokens of a ring shard.
+      length: t, the number of tokens in a ring shard.
+      prefix: int32 [B], or None. As queries of a causal mask, the first `prefix` tokens
+        of a row see each other.
     """
 
     positions: Any
@@ -43,14 +43,14 @@ class RingTokens:
         else:
             positions = self.positions[index]
         if self.prefix is not None:
-            # Who stands within the prefix sees as much as its last token.
+            # A token in the prefix sees as much as the last token of the prefix.
             positions = jnp.maximum(positions, self.prefix[:, None] - 1)
             stretches = None
         ids = None if self.segment_ids is None else self.segment_ids[index]
         return Tokens(positions, ids, stretches)
 
     def all(self) -> Tokens:
-        """The tokens of all ring shards, one after the other."""
+        """The tokens of all ring shards, in order."""
         return join(*(self.shard(index) for index in range(self.ring_size)))
 
 
@@ -63,7 +63,7 @@ def gather_tokens(
     ulysses_axis: AxisName | None,
     length: int,
 ) -> RingTokens:
-    """All shards' tokens from this device's; `length` tokens make a ring shard."""
+    """Gathers the tokens of all shards; a ring shard has `length` tokens."""
 
     def gather(x: Any) -> jax.Array | None:
         if x is None:

@@ -1,4 +1,4 @@
-"""The plain ring: at each step every shard of keys goes to the next device."""
+"""The plain ring: each hop sends every shard of keys to the next device."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ from usp_jax.ring.ring import Turn
 
 @dataclasses.dataclass(frozen=True)
 class Unidirectional:
-    """Keys and values go round the ring; hops known to be empty do not exist."""
+    """Rotates keys and values around the ring; leaves out hops known to be empty."""
 
     def turns(self, devices: int) -> tuple[Turn, ...]:
-        """Device r holds shard r - s at step s."""
+        """One turn: device r holds shard r - s at step s."""
         return (Turn(devices),)

@@ -1,10 +1,10 @@
-"""Which shards see anything of which, where it is known before running.
+"""Visits of shards that see something of each other, if known before running.
 
-In the contiguous layout a causal device sees no later shard, and behind a window no
-shard beyond it; in zigzag a window leaves the neighbours. A hop that no visible pair
-crosses then does not exist, and one that only a window crosses carries the window's
-tokens: a halo. What hops there are, and which tokens each sends, is numpy on the host,
-from the layout's runs of positions; the two functions below make those visits.
+In the contiguous layout, a device with a causal mask sees no later shard, and with a
+window no shard beyond it. In zigzag, a window leaves only the neighbours. A hop without
+visible pairs is left out, and one that only a window crosses sends only the window's
+tokens: a halo. The hops, and the tokens that each sends, are computed with numpy on the
+host from the layout's runs of positions. The two functions below run these visits.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from usp_jax.masking import Mask, MaskRule
 from usp_jax.ring.ring import Ring, apart, side_by_side
 from usp_jax.ring.steps import own_rows, together
 
-# Every visit is a chunk of its own in the compiled program; more compile for minutes.
+# Every visit is a separate chunk in the compiled program; more take minutes to compile.
 MAX_VISITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """One hop: some tokens of each device go straight to the device `offset` further.
+    """One hop that sends some tokens directly to the device `offset` further.
 
     Attributes:
-      pairs: who sends to whom.
+      pairs: the (source, target) devices.
       rows: the tokens of a shard that are sent.
     """
 
@@ -40,7 +40,7 @@ class Visit:
 
 
 def static_visits(ring: Ring) -> tuple[Visit, ...] | None:
-    """The hops of a ring some of whose visits see nothing; None for a whole turn."""
+    """The hops that are not empty; None if a whole turn is needed."""
     q, kv = ring.q_tokens, ring.kv_tokens
     if any(x is not None for x in (q.positions, kv.positions, q.prefix)):
         return None
@@ -63,13 +63,13 @@ def _visits(
     q_length: int,
     kv_length: int,
 ) -> tuple[Visit, ...] | None:
-    """One visit for each offset at which anything is seen, but the own one.
+    """One visit for each nonzero offset at which anything is seen.
 
-    None where those are more than MAX_VISITS.
+    None if there are more than MAX_VISITS.
     """
     q = shard_runs(q_layout, size, q_length)[:, None, :, None]
     kv = shard_runs(kv_layout, size, kv_length)[None, :, None, :]
-    # Of each run of keys the part that some query of each run may see.
+    # The part of each run of keys that some query of each run may see.
     start, stop = np.zeros(()), kv["count"]
     if rule.before is not None:
         least = q["first"] - rule.before - kv["first"]
@@ -106,8 +106,8 @@ def visits_forward(
     kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
 ) -> Carry:
-    """`ring_forward` over the visits that see anything."""
-    # k, v pass every barrier, so that no hop is made before its step.
+    """Computes `ring_forward` over the visits that are not empty."""
+    # k, v pass every barrier, so that no hop is issued before its step.
     attend = functools.partial(ring.held_forward, q, kv)
     for visit in visits:
         arrived = ring.send(kv[:, visit.rows], visit.pairs)
@@ -125,9 +125,10 @@ def visits_backward(
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
 ) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
-    """`ring_backward` over them; each part of dk, dv goes straight home, one hop late.
+    """Computes `ring_backward` over the visits that are not empty.
 
-    Half of the queries meet their own shard beside the first hop, half beside the last.
+    Each part of dk, dv goes directly home, one hop late. Half of the queries meet their
+    own shard during the first hop, the other half during the last.
     """
     ours = (q, dout, lse, delta)
     first, *rest = own_rows(q.shape[1])
@@ -135,8 +136,8 @@ def visits_backward(
         return ring.held_backward(kv, slice(None), *ours)
 
     def send(kv: jax.Array, visit: Visit) -> jax.Array:
-        # As v, k: a compiler that took this send for the forward's would make it once
-        # for both, and keep all that arrived until now.
+        # In the order v, k. Otherwise a compiler could merge this send with that of the
+        # forward pass, and keep everything that arrived until now.
         k, v = apart(kv[:, visit.rows], q.shape[-1])
         return ring.send(side_by_side(v, k), visit.pairs)
 
@@ -169,7 +170,7 @@ def visits_backward(
 def _brought_home(
     ring: Ring, visit: Visit, part: jax.Array, home: jax.Array
 ) -> jax.Array:
-    """dk, dv of the tokens that a visit sent, added where they came from."""
+    """Sends dk, dv of a visit's tokens back home, and adds them there."""
     back = [(i, j) for j, i in visit.pairs]
     return home.at[:, visit.rows].add(ring.send(part, back))
 
