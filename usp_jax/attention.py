@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer
 from usp_jax.call import FACTS, Call, Facts, two_sided
 from usp_jax.head_groups import usp_in_groups
 from usp_jax.layout import length_multiple
-from usp_jax.masking import Tokens, pad_tokens
+from usp_jax.masking import PADDING, Tokens, pad_tokens, zero_padding
 from usp_jax.mesh import MeshAxes, resolve_mesh
 from usp_jax.options import INSTEAD, Ids, Options, Window, checked, completed
 from usp_jax.ring import Schedule
@@ -311,9 +311,18 @@ def _attend(
     facts: Facts,
 ) -> Result:
     """Runs the algorithm over all of a device's heads at once, or in head groups."""
-    if call.head_groups > 1:
-        return usp_in_groups(call, query, key, value, sinks, facts)
-    return usp(call, query, key, value, sinks, facts)
+    run = usp_in_groups if call.head_groups > 1 else usp
+    if facts.segment_ids is None:
+        return run(call, query, key, value, sinks, facts)
+    q_ids, kv_ids = facts.segment_ids[0], facts.segment_ids[-1]
+    query = zero_padding(query, q_ids)
+    key, value = zero_padding(key, kv_ids), zero_padding(value, kv_ids)
+    out, lse = run(call, query, key, value, sinks, facts)
+    # `out` is 0 in padding already; what this zeroes is its cotangent.
+    out = zero_padding(out, q_ids)
+    if lse is not None:
+        lse = jnp.where(q_ids[..., None] == PADDING, -jnp.inf, lse)
+    return out, lse
 
 
 def _padded(

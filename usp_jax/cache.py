@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from usp_jax import arguments
 from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
-from usp_jax.masking import PADDING, Tokens
+from usp_jax.masking import PADDING, Tokens, zero_padding
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
 from usp_jax.shards import SEQ, TOKENS, Dims, Shards
 from usp_jax.varying import vary_like
@@ -181,7 +181,10 @@ class KVCache:
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = _laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ)
-        page = Page(k, v, _laid(shards, tokens, TOKENS))
+        tokens = _laid(shards, tokens, TOKENS)
+        if segment_ids is not None:
+            k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
+        page = Page(k, v, tokens)
         # The page of a prefill counts as full: it is never written to. `used` is a
         # numpy number, so that `append` can read it under jit too.
         used = np.int32(_whole_length(shards, key.shape[1]))
@@ -226,7 +229,10 @@ class KVCache:
             raise ValueError(f"{key.dtype=} must be the cache's, {page.dtype}")
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = self.shards.place((key, value), NEW)
-        new = Page(k, v, self.shards.place(tokens, NEW_TOKENS))
+        tokens = self.shards.place(tokens, NEW_TOKENS)
+        if segment_ids is not None:
+            k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
+        new = Page(k, v, tokens)
         if isinstance(self.used, jax.core.Tracer):
             return self._written(new)
         cache, done, count = self, 0, key.shape[1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Int8
+from jaxtyping import Array, Bool, Int, Int8, Shaped
 
 PADDING = -1
 
@@ -45,6 +45,17 @@ class MaskRule:
         if not self.is_causal:
             return self.right
         return 0 if self.right is None else min(0, self.right)
+
+
+def zero_padding(
+    x: Shaped[Array, "B T N H"], segment_ids: Int[Array, "B T"]
+) -> Shaped[Array, "B T N H"]:
+    """`x` with zeros in padded tokens, so that a NaN or Inf there cannot get out.
+
+    A mask alone does not keep it in: its weight of 0 times NaN is NaN.
+    """
+    padding = (segment_ids == PADDING)[..., None, None]
+    return jnp.where(padding, jnp.zeros((), x.dtype), x)
 
 
 @dataclasses.dataclass(frozen=True)
