@@ -56,7 +56,7 @@ def close(actual, expected, atol=TOLERANCE):
     ],
     ids=str,
 )
-def test_is_what_jax_computes(kind, options):
+def test_equals_jax_attention(kind, options):
     q, k, v = inputs()[0]
     mesh = mesh_4x2() if kind == "mesh" else None
     actual = jax.jit(functools.partial(usp_jax.usp_attention, mesh=mesh, **options))

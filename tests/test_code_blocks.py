@@ -52,7 +52,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def test_every_block_says_what_it_is() -> None:
+def test_every_block_names_its_language() -> None:
     for page in PAGES:
         assert {language for language, _ in blocks(page)} <= {"text", "python"}, page
 

@@ -65,7 +65,7 @@ def test_bytes_of_a_shape(text, expected):
     assert num_bytes(parse_shape(text)) == expected
 
 
-def test_a_shape_that_is_none_raises():
+def test_an_invalid_shape_raises():
     with pytest.raises(ValueError, match="'f32' is not the shape of an array"):
         parse_shape("f32")
 
@@ -223,7 +223,7 @@ WORK = """
 """
 
 
-def test_work_beside_a_collective_in_flight():
+def test_work_during_a_collective_in_flight():
     pairs = "source_target_pairs={{0,1},{1,0}}"
     text = program(
         f"""
@@ -256,7 +256,7 @@ def test_work_beside_a_collective_in_flight():
     assert "  yes" in table(collectives(text))
 
 
-def test_work_beside_what_an_async_start_runs():
+def test_work_during_an_async_start():
     text = program(
         """
         %x = f32[8,8]{1,0} parameter(0)
@@ -469,7 +469,7 @@ def test_trips_of_a_loop(text, trips):
         loop().replace("direction=LT", "direction=EQ"),
     ],
 )
-def test_a_loop_whose_trips_are_not_known_raises(text):
+def test_a_loop_with_unknown_trips_raises(text):
     with pytest.raises(
         ValueError, match="how often the loop 'loop' runs.*unknown_trip"
     ):
@@ -477,7 +477,7 @@ def test_a_loop_whose_trips_are_not_known_raises(text):
     assert only(text, unknown_trips=3).executions == 3
 
 
-def test_a_loop_without_collectives_may_run_as_often_as_it_likes():
+def test_a_loop_without_collectives_needs_no_trip_count():
     text = loop(bound="get-tuple-element(%s), index=0")
     assert collectives(text.replace("collective-permute(%x)", "negate(%x)")) == ()
 
@@ -587,7 +587,7 @@ def test_a_computation_that_is_called_twice_counts_twice():
     assert (one.executions, one.is_conditional) == (2, False)
 
 
-def test_what_a_reduction_applies_is_not_run_by_itself():
+def test_the_function_of_a_reduction_is_not_counted():
     text = program(
         """
         %x = f32[8]{0} parameter(0)
@@ -633,7 +633,7 @@ def test_a_module_keeps_the_order_of_its_instructions():
         (program("what"), "'what' is not an instruction"),
     ],
 )
-def test_what_is_no_program_raises(text, message):
+def test_text_that_is_no_program_raises(text, message):
     with pytest.raises(ValueError, match=message):
         collectives(text)
 

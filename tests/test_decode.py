@@ -276,7 +276,7 @@ def test_under_jit_in_a_loop(mesh):
     assert jnp.isnan(run(cache, 5)[1]).all()
 
 
-def test_per_shard_is_the_same():
+def test_per_shard_gives_the_same():
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     q, k, v, _ = inputs("float32")
     order = jnp.asarray(positions() + np.int32(0))
@@ -304,7 +304,7 @@ def test_per_shard_is_the_same():
     chex.assert_trees_all_close(actual, wanted, atol=1e-6)
 
 
-def test_wrong_caches_are_told(no_type_checks):
+def test_wrong_caches_raise(no_type_checks):
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     _, k, v, _ = inputs("float32")
     k, v = k[:, :PREFILL], v[:, :PREFILL]
@@ -335,7 +335,7 @@ def test_wrong_caches_are_told(no_type_checks):
         of(k, v, mesh=usp_jax.make_mesh(tensor=4))
 
 
-def test_wrong_steps_are_told(no_type_checks):
+def test_wrong_steps_raise(no_type_checks):
     q, k, v, _ = inputs("float32")
     cache = usp_jax.KVCache.of(k, v)
     at = jnp.zeros((B, 1), jnp.int32)

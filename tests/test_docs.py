@@ -31,7 +31,7 @@ def test_names_are_found():
     assert len(named_tests()) >= 15
 
 
-def test_named_tests_are_there():
+def test_named_tests_exist():
     assert [name for name in sorted(named_tests()) if not is_there(name)] == []
 
 
@@ -39,7 +39,7 @@ def test_named_tests_are_there():
     "name",
     ["tests/test_docs.py::test_nothing", "tests/test_nothing.py::test_names_are_found"],
 )
-def test_a_missing_test_is_told(name):
+def test_a_missing_test_is_found(name):
     assert not is_there(name)
 
 
@@ -50,7 +50,7 @@ def test_every_row_of_features_names_a_test():
     assert [row for row in rows if not NAMED.search(row.split("|")[2])] == []
 
 
-def test_notes_of_features_are_all_there_and_all_used():
+def test_notes_of_features_are_defined_and_used():
     text = FEATURES.read_text()
     defined = re.findall(r"^- \*\*([A-Z]\d+)\*\*", text, re.MULTILINE)
     used = {
@@ -69,7 +69,7 @@ def test_bytes_are_those_of_the_formulas(choice):
     assert result["equal"] and result["compiled"]["backward"]["collective-permute"] > 0
 
 
-def test_a_window_of_more_than_a_chunk_is_told():
+def test_a_window_of_more_than_a_chunk_raises():
     layer = bytes_per_layer.Layer(1, 4, "window, zigzag", tokens=64, window=34)
     with pytest.raises(ValueError, match="tokens=64 makes zigzag chunks of 32"):
         bytes_per_layer.formulas(layer)

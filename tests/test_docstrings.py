@@ -70,7 +70,7 @@ def test_it_has_a_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_is_told(name: str) -> None:
+def test_every_argument_is_named(name: str) -> None:
     """Each by its name, there or where the docstring sends the reader."""
     told = inspect.getdoc(FUNCTIONS[name]) or ""
     sent = re.findall(r"`(\w+)`", told)
@@ -85,7 +85,7 @@ def by_last_name(last: str) -> object | None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_raised_is_told(name: str) -> None:
+def test_raised_errors_are_documented(name: str) -> None:
     """Of a function that raises itself or calls what checks."""
     if may_raise(FUNCTIONS[name]):
         assert "Raises:" in (inspect.getdoc(FUNCTIONS[name]) or "")
@@ -100,5 +100,5 @@ def may_raise(function) -> bool:
 
 
 @pytest.mark.parametrize("name", WITH_SOURCE)
-def test_the_source_is_told(name: str) -> None:
+def test_the_source_is_cited(name: str) -> None:
     assert re.search(r"arXiv \d{4}\.\d{5}", inspect.getdoc(PUBLIC[name]) or "")

@@ -235,7 +235,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
+def test_the_checks_find_faults(tmp_path: Path) -> None:
     root = write_tree(
         tmp_path,
         {
@@ -272,12 +272,12 @@ def test_a_hidden_module_is_found(tmp_path: Path) -> None:
     assert hidden_modules(root) == ["usp_jax.balance", "usp_jax.plan.best"]
 
 
-def test_a_module_without_a_place_is_told() -> None:
+def test_a_module_without_a_place_raises() -> None:
     with pytest.raises(ValueError, match="usp_jax.new has no place in LAYERS"):
         layer("usp_jax.new")
 
 
-def test_relative_imports_are_told(tmp_path: Path) -> None:
+def test_relative_imports_raise(tmp_path: Path) -> None:
     root = write_tree(tmp_path, {"usp_jax/ring.py": "from . import mesh\n"})
     with pytest.raises(ValueError, match="usp_jax.ring:1: write imports absolutely"):
         direction_faults(root)

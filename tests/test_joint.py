@@ -92,7 +92,7 @@ def test_one_device_and_all_axes():
 @pytest.mark.parametrize(
     ("degrees", "joint_length"), thinned(DEGREES[1:], [5, 8], keep=3)
 )
-def test_no_image_token_moves_but_in_the_op(degrees, joint_length):
+def test_image_tokens_move_only_inside_the_op(degrees, joint_length):
     """The op's own traffic at the joined length, and one gather of the joint output."""
     ring, ulysses = degrees
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
@@ -120,7 +120,7 @@ def test_no_image_token_moves_but_in_the_op(degrees, joint_length):
     assert found["all-gather"].wire_bytes <= gathered
 
 
-def test_wrong_arguments_are_told(no_type_checks):
+def test_wrong_arguments_raise(no_type_checks):
     q, k, v, jq, jk, jv, *_ = inputs("float32")
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     attend = functools.partial(usp_jax.usp_joint_attention, mesh=mesh)

@@ -117,7 +117,7 @@ def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None
         assert written(kernel.Tile(**tile)) in chosen["row"]
 
 
-def test_what_cannot_be_tuned_is_told_and_never_chosen(capsys, monkeypatch) -> None:
+def test_failed_candidates_are_reported_and_not_chosen(capsys, monkeypatch) -> None:
     (part, *_) = parts("triton", toy=True)
     ((name, tile),) = part.candidates[0].items()
 
@@ -162,7 +162,7 @@ def test_tables_are_as_they_are_written(implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", PACKAGES)
-def test_measured_rows_stand_in_front_of_the_others(implementation, tmp_path) -> None:
+def test_measured_rows_precede_the_others(implementation, tmp_path) -> None:
     module = importlib.import_module(PACKAGES[implementation])
     kind = {"mosaic_tpu": "TPU v5 lite"}.get(implementation, "NVIDIA H200")
     here = Target("gpu", kind, (9, 0))
@@ -189,7 +189,7 @@ def test_measured_rows_stand_in_front_of_the_others(implementation, tmp_path) ->
     assert "source='today'" in source.replace('"', "'")
 
 
-def test_a_module_without_a_table_is_told() -> None:
+def test_a_module_without_a_table_raises() -> None:
     with pytest.raises(ValueError, match="no `TABLE = ...`"):
         replaced("x = 1\n", ())
 
@@ -203,7 +203,7 @@ def test_lookup_says_up_to_which_size_there_is_a_row() -> None:
         lookup(table, target, 65, "bfloat16")
 
 
-def test_every_candidate_can_be() -> None:
+def test_every_candidate_is_valid() -> None:
     for implementation in PACKAGES:
         for toy in (False, True):
             for part in parts(implementation, toy=toy):

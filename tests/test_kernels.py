@@ -315,7 +315,7 @@ def test_what_nothing_sees_is_exactly_zero(implementation):
 
 
 @pytest.mark.parametrize("implementation", HERE)
-def test_a_chunk_that_is_not_seen_leaves_the_carry_as_it_is(implementation):
+def test_an_invisible_chunk_leaves_the_carry_unchanged(implementation):
     case = CASES["nothing-visible"]
     (q, k, v, out, lse), positions, _ = inputs(case, DTYPES_HERE[implementation])
     out, lse = out.astype("float32"), lse.astype("float32")

@@ -83,7 +83,7 @@ def test_which_mesh_a_call_runs_on():
             resolve_mesh(one, axes)
 
 
-def test_an_axis_that_is_asked_for_must_be_there():
+def test_a_named_axis_must_exist():
     axes = usp_jax.MeshAxes(ring="rows")
     with pytest.raises(
         ValueError, match="gives the role 'ring' to the axis 'rows', which is not among"
@@ -92,7 +92,7 @@ def test_an_axis_that_is_asked_for_must_be_there():
 
 
 @pytest.mark.parametrize("name", ["ring", "data", "tensor"])
-def test_a_region_that_is_manual_over_what_the_call_splits(name):
+def test_a_region_that_is_manual_over_axes_the_call_splits(name):
     mesh = usp_jax.make_mesh(**{name: 2})
 
     def inside(x):

@@ -188,18 +188,18 @@ def test_an_unknown_option_is_an_error(door):
 
 @pytest.mark.parametrize("name", ["mask", "bias", "query_seq_lengths", "ring_inner"])
 @pytest.mark.parametrize("door", ["usp_attention_per_shard", "flash_attention"])
-def test_options_of_others_say_what_to_use(door, name):
+def test_options_of_other_libraries_raise_with_a_remedy(door, name):
     with pytest.raises(ValueError, match=f"{door} cannot honour {name}=: .*use "):
         DOORS[door][0]({name: X})
 
 
-def test_mask_and_bias_stand_where_jax_has_them(no_type_checks):
+def test_mask_and_bias_raise_with_a_remedy(no_type_checks):
     for name in ("mask", "bias"):
         with pytest.raises(ValueError, match=f"cannot honour {name}=: .*use "):
             usp_jax.usp_attention(X, X, X, **{name: X})
 
 
-def test_a_model_passes_on_what_changes_no_result():
+def test_a_model_passes_on_its_execution_options():
     """The options that a model's execution has, from its configuration to the call."""
     names = ("implementation", "ring_schedule", "ulysses_chunks")
     chosen = {"implementation": "xla", "ring_schedule": "double:2", "ulysses_chunks": 2}

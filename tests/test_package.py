@@ -44,13 +44,13 @@ def test_only_usp_jax_is_in_the_wheel(built: Path) -> None:
     assert there <= set(names)
 
 
-def test_the_source_archive_has_what_the_wheel_is_made_of(built: Path) -> None:
+def test_the_source_archive_has_the_wheels_sources(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "usp_jax/py.typed"} <= names
 
 
-def test_it_imports_itself_alone_in_an_empty_environment(
+def test_importing_it_in_an_empty_environment_loads_little_else(
     built: Path, tmp_path: Path
 ) -> None:
     """Beside jax, numpy and jaxtyping; Pallas, say, would take half a second."""

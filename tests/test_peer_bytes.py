@@ -13,6 +13,6 @@ KEPT = [
 ]
 
 
-def test_all_schemes_are_kept_and_drawn() -> None:
+def test_all_schemes_are_stored_and_in_the_table() -> None:
     assert {line["scheme"] for line in KEPT} == set(SCHEMES)
     assert table(KEPT) in (ROOT / "docs" / "features.md").read_text()

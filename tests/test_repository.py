@@ -30,7 +30,7 @@ def test_nothing_tracked_is_large() -> None:
     assert [path for path in paths if path.lstat().st_size > MOST_BYTES] == []
 
 
-def test_what_make_makes_is_ignored_and_not_tracked() -> None:
+def test_outputs_of_make_are_ignored_and_not_tracked() -> None:
     """So that `make docs` and `make clean` leave `git status` as it was."""
     rule = re.search(r"^clean:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert rule is not None

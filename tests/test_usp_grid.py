@@ -136,7 +136,7 @@ def check(cell):
         assert all(here[name] <= 2 * one[name] for name in ROUNDED), (here, one)
 
 
-def test_the_default_run_has_every_pair_of_values():
+def test_the_default_run_covers_all_217_pairs_of_values():
     assert len(GRID) == 5 * 4 * 5 * 4 * 2 * 3
     run = [cell for (cell,) in in_the_default_run(test_sample_of_the_grid)]
     covered = set().union(*map(pairs, run))

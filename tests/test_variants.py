@@ -158,7 +158,7 @@ def test_equals_the_oracle(name, turn):
 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 1, 2), (2, 2, 2, 1)], ids=str)
-def test_rows_and_heads_are_counted_over_the_mesh(degrees):
+def test_dropout_counts_rows_and_heads_over_the_mesh(degrees):
     """Batch rows over `data` and heads over `tensor` drop what one device drops."""
     options, oracle_options = CASES["all but prefix"]
     check(

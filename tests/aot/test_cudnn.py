@@ -89,7 +89,7 @@ def test_the_ring_around_cudnn(name, ring, ulysses) -> None:
     assert targets == {BACKWARD}
 
 
-def test_on_one_device_it_is_one_call_each_way() -> None:
+def test_one_device_makes_one_call_per_pass() -> None:
     """Without a switch, and with grouped heads as they are."""
     topology = aot.topology("h100:1x1")
     mesh = usp_jax.make_mesh(devices=topology.devices)

@@ -130,7 +130,7 @@ def test_a_slice_that_libtpu_refuses():
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h200:1x1"])
-def test_what_does_not_fit_is_told(name):
+def test_a_program_that_does_not_fit_is_reported(name):
     topology = aot.topology(name)
     size = topology.device.hbm_bytes
     x = jax.ShapeDtypeStruct((size // 2**20, 2**20), jnp.float32)
@@ -216,7 +216,7 @@ if ours[0].platform == "cpu":
 
 
 @pytest.mark.parametrize("order", ["used", "not-used"])
-def test_the_own_devices_stay(order):
+def test_local_devices_are_unchanged(order):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     subprocess.run(
         [sys.executable, "-c", DEVICES_STAY, order],
@@ -226,7 +226,7 @@ def test_the_own_devices_stay(order):
     )
 
 
-def test_eight_fake_cpu_devices_are_still_here():
+def test_eight_fake_cpu_devices_remain():
     aot.topology("v5e:2x2")
     assert [d.platform for d in jax.devices()] == ["cpu"] * 8
 
@@ -242,7 +242,7 @@ def test_eight_fake_cpu_devices_are_still_here():
         {"ring_schedule": "pass_q"},
     ],
 )
-def test_every_hop_of_the_other_ways_round_is_in_flight(name, way):
+def test_hops_of_the_other_schedules_are_in_flight(name, way):
     fn, *shapes = attention(name, 8, 1, 2**16, **way)
     options = usp_jax.recommended_flags(aot.topology(name).platform)
     for report in aot.compile_vjp(fn, *shapes, compiler_options=options):

@@ -149,7 +149,7 @@ def test_hopper_kernels_are_refused_elsewhere_also_on_what_is_newer(target) -> N
         choose("mosaic_gpu", **call)
 
 
-def test_an_unknown_name_is_told() -> None:
+def test_an_unknown_name_raises() -> None:
     with pytest.raises(ValueError, match="implementation='flash' must be None or one"):
         choose("flash", target=CPU, dtype="float32", head_size=64)
 
@@ -165,7 +165,7 @@ def test_an_unknown_name_is_told() -> None:
         (FakeDevice("tpu", TPU.kind), TPU),
     ],
 )  # fmt: skip
-def test_a_device_tells_what_it_is(device, expected) -> None:
+def test_devices_become_targets(device, expected) -> None:
     assert Target.of(device) == expected
 
 

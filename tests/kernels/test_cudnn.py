@@ -142,7 +142,7 @@ def test_in_a_ring(emulated, degrees, layout, is_causal, dtype, num_kv_heads) ->
 @pytest.mark.parametrize(
     ("schedule", "layout"), thinned(SCHEDULES[1:], LAYOUTS, keep=12)
 )
-def test_every_way_round_the_ring(emulated, schedule, layout) -> None:
+def test_every_ring_schedule(emulated, schedule, layout) -> None:
     pair = ring_results((4, 2), layout, schedule, True, "float32", 4)
     assert_close(*pair, "float32")
 
@@ -281,7 +281,7 @@ def test_a_gradient_through_lse_alone(emulated) -> None:
         (Logits(1.0), MaskRule(True), None, "positions are not those of one layout"),
     ],
 )
-def test_what_it_cannot_do_is_told(logits, rule, segment_ids, match) -> None:
+def test_unsupported_options_raise(logits, rule, segment_ids, match) -> None:
     positions = jnp.arange(8, dtype=jnp.int32)[None]
     ids = None if segment_ids is None else jnp.zeros_like(positions)
     tokens = Tokens(positions, ids)

@@ -88,7 +88,7 @@ def test_what_nothing_sees_is_exactly_zero() -> None:
 
 
 @interpreted
-def test_a_chunk_that_is_not_seen_leaves_the_carry_to_the_bit() -> None:
+def test_an_invisible_chunk_leaves_the_carry_bit_for_bit() -> None:
     (q, k, v, out, lse), positions, _ = inputs(CASES["nothing-visible"], "bfloat16")
     mask = Mask(MaskRule(True), *map(Tokens, positions))
     out, lse = out.astype("float32") / 3, lse.astype("float32") / 3
@@ -151,7 +151,7 @@ def test_walks_list_what_is_seen_with_the_heaviest_tiles_first(transposed) -> No
             assert sorted(blocks[:listed]) == list(seen)
 
 
-def test_what_it_cannot_do_is_told() -> None:
+def test_unsupported_options_raise() -> None:
     chunk = kernels.chunk("mosaic_gpu")
     tokens = Tokens(jnp.arange(8, dtype=jnp.int32)[None])
     mask = Mask(MaskRule(), tokens, tokens)
@@ -181,7 +181,7 @@ def test_without_an_interpreter_it_says_so() -> None:
         ((64, 0), "stages=0 must be at least 1"),
     ],
 )
-def test_block_sizes_that_cannot_be_are_told(sizes, match) -> None:
+def test_impossible_block_sizes_raise(sizes, match) -> None:
     with pytest.raises(ValueError, match=match):
         Tile(*sizes)
 

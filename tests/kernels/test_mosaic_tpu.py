@@ -309,7 +309,7 @@ def test_block_sizes_that_do_not_fit(sizes, message):
         Tile(*sizes)
 
 
-def test_what_it_cannot_do():
+def test_unsupported_options_raise():
     arrays, carry, mask, logits = inputs(dtype="float16")
     with jax.enable_x64():
         q, k, v, _ = (x.astype(jnp.float64) for x in arrays)

@@ -98,7 +98,7 @@ def test_nothing_to_generate_is_the_prompt(model):
     ],
     ids=["tokens", "temperature", "key", "top_k"],
 )
-def test_wrong_arguments_are_told(model, options, message):
+def test_wrong_arguments_raise(model, options, message):
     options = {"num_tokens": 2, **options}
     if "top_k" in options:
         options["key"] = jax.random.key(0)

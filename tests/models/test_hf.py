@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers(tmp_path, case, mesh):
 @needs_transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CONFIGS)
-def test_transformers_and_we_read_what_the_other_has_written(tmp_path, case):
+def test_transformers_and_usp_jax_read_each_others_checkpoints(tmp_path, case):
     first = write(tmp_path / "drawn", CONFIGS[case], files=3)
     expected = hf_cases.transformers_logits(first, saved=tmp_path / "first")
     model = load(tmp_path / "first", MESHES[1])
@@ -420,7 +420,7 @@ WRONG_KEYS = {
 
 
 @pytest.mark.parametrize("given", WRONG_KEYS)
-def test_configs_that_are_something_else_are_told(tmp_path, given):
+def test_unsupported_configs_raise(tmp_path, given):
     keys, message = WRONG_KEYS[given]
     with pytest.raises(ValueError, match=message):
         hf.load(change(tmp_path, **keys))
@@ -434,14 +434,14 @@ def test_a_second_table_that_is_the_first_is_taken(tmp_path):
     assert "lm_head" not in parameters(model)
 
 
-def test_quantized_tensors_are_told(tmp_path):
+def test_quantized_tensors_raise(tmp_path):
     tensors = hf_cases.weights(CONFIGS["plain"])
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
     with pytest.raises(ValueError, match="lm_head.weight has the dtype I8, it must be"):
         hf.load(write(tmp_path, CONFIGS["plain"], tensors))
 
 
-def test_sizes_that_the_mesh_does_not_divide_are_told(tmp_path):
+def test_sizes_that_the_mesh_does_not_divide_raise(tmp_path):
     with pytest.raises(ValueError, match="num_kv_heads=2 must be a multiple of 4"):
         load(change(tmp_path), {"tensor": 4})
 
@@ -500,14 +500,14 @@ def _empty_index(folder):
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_damaged_folders_are_told(tmp_path, damage, message):
+def test_damaged_folders_raise(tmp_path, damage, message):
     folder = write(tmp_path, CONFIGS["plain"])
     damage(folder)
     with pytest.raises(ValueError, match=message):
         hf.load(folder)
 
 
-def test_what_cannot_be_written_is_told(tmp_path):
+def test_wrong_saves_raise(tmp_path):
     model = load(write(tmp_path, CONFIGS["plain"]), {})
     with pytest.raises(
         ValueError, match="has model.safetensors already; give an empty"

@@ -476,7 +476,7 @@ def test_shift_labels():
     chex.assert_trees_all_equal(nothing, jnp.full_like(ids, -1))
 
 
-def test_wrong_meshes_are_told():
+def test_wrong_meshes_raise():
     cases = (
         ({"ring": 2, "explicit": True}, {}, "has Explicit axes; .* needs Auto ones"),
         ({"pipe": 8}, {}, "num_layers=2 must be a multiple of pipe"),
@@ -489,7 +489,7 @@ def test_wrong_meshes_are_told():
             build(small(**overrides), **mesh)
 
 
-def test_wrong_calls_are_told():
+def test_wrong_calls_raise():
     model = build(small(), ring=2, data=2)
     ids = tokens()
     cases = (

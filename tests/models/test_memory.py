@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_the_same(mesh, options):
     assert_close_to(gradients, expected_gradients, 2e-6)
 
 
-def test_what_cannot_be_is_told():
+def test_impossible_options_raise():
     with pytest.raises(ValueError, match="mlp_tile=0 must be a positive int"):
         LlamaConfig.preset("tiny", mlp_tile=0)
     with pytest.raises(ValueError, match="'attention_offload'"):

@@ -208,7 +208,7 @@ def test_weights_are_not_kept_for_every_tick():
     assert temporaries(16) - temporaries(8) < 8 * 2**20
 
 
-def test_wrong_schedules_are_told():
+def test_wrong_schedules_raise():
     cases = (
         (
             {"interleave": 2},

@@ -116,6 +116,6 @@ def test_float64_parameters_are_updated_in_float64():
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_is_told(options, message):
+def test_wrong_options_raise(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Training(**{"adamw": AdamW(), "steps": 1, **options})

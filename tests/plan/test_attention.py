@@ -106,13 +106,13 @@ def test_bytes_equal_the_program_everywhere(degrees, heads, schedule):
     check(degrees, heads, schedule)
 
 
-def test_an_unknown_schedule_is_told():
+def test_an_unknown_schedule_raises():
     with pytest.raises(ValueError, match="ring_schedule='spiral' must be one of"):
         Call(1, 1, 1, 1, 1, 1, ring_schedule="spiral")
 
 
 @pytest.mark.long
-def test_head_chunks_send_queries_and_keys_again():
+def test_head_groups_send_queries_and_keys_again():
     # Two key/value heads of a device serve four query heads: a chunk has one.
     check((4, 1), (8, 2), "unidirectional", chunks=2)
     # One serves both chunks, and goes round the ring for each. The compiler of jax 0.10
@@ -124,11 +124,11 @@ def test_head_chunks_send_queries_and_keys_again():
 @pytest.mark.long
 @pytest.mark.parametrize("schedule", ["bidirectional", "all_gather", "pass_q"])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)], ids=str)
-def test_head_chunks_on_every_way(heads, schedule):
+def test_head_groups_with_every_schedule(heads, schedule):
     check((4, 2), heads, schedule, chunks=2)
 
 
-def test_chunks_that_heads_do_not_have_are_told():
+def test_impossible_head_groups_raise():
     with pytest.raises(ValueError, match="chunks=3 must divide .* of a device, 4"):
         Call(1, 8, 8, 1, 1, 2, chunks=3)
 

@@ -14,7 +14,7 @@ from usp_jax.plan.links import Group
 from usp_jax.plan.machines import peak_of_kind
 
 
-def test_the_common_machines_are_there():
+def test_the_common_machines_are_known():
     names = {machine.name for machine in plan.MACHINES}
     assert names == set("a100 a800 h100 h200 b200 l20 v5e v5p v6e tpu7x".split())
 
@@ -55,7 +55,7 @@ def test_topologies(name, devices, topology):
     assert plan.machine(name).topology(devices) == topology
 
 
-def test_what_cannot_be_compiled_for_is_told():
+def test_machines_that_cannot_be_compiled_for_raise():
     with pytest.raises(ValueError, match="'l20' has no compiler"):
         plan.machine("l20").topology(8)
     with pytest.raises(ValueError, match="devices=12 must be a multiple of 8"):

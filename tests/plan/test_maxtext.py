@@ -54,7 +54,7 @@ def waited_for(split, column):
 
 
 @pytest.mark.parametrize("column", range(3))
-def test_what_else_maxtext_sends_explains_its_8_x_8(column):
+def test_further_traffic_of_maxtext_explains_its_8_x_8(column):
     length = MAXTEXT_LENGTHS[column]
     more = waited_for(EIGHT, column) - waited_for(FOUR, column)
     found = {split: seconds(split, length) for split in MAXTEXT}

@@ -41,12 +41,12 @@ def check(told):
 
 
 @pytest.mark.parametrize("line", KEPT, ids=lambda line: str(Case.of(line)))
-def test_bytes_are_those_that_compilers_told(line):
+def test_bytes_match_the_compilers_reports(line):
     check(compare(line))
 
 
 @pytest.mark.parametrize("line", LONG, ids=lambda line: line["name"])
-def test_peaks_of_longer_steps_are_those_that_compilers_told(line):
+def test_peaks_of_longer_steps_match_the_compilers_reports(line):
     """`benchmarks/train_memory.py`: LLaMA3-8B with all that saves memory, to 12M."""
     choice = plan.Choice(**line["mesh"], **line["options"])
     machine, tokens = line["machine"].partition(":")[0], line["tokens"]
@@ -62,7 +62,7 @@ def test_peaks_of_longer_steps_are_those_that_compilers_told(line):
     assert least <= told / line["peak_bytes"] <= 1.1
 
 
-def test_what_is_kept_is_of_today():
+def test_stored_reports_are_current():
     told = [Case.of(line) for line in KEPT]
     assert all(case in CASES for case in told)
     assert len({str(case) for case in told}) == len(told)
@@ -71,7 +71,7 @@ def test_what_is_kept_is_of_today():
     assert set(compiled) >= {"v5e", "v5p", "v6e", "h100", "a100"}
 
 
-def test_a_kept_line_is_predicted_again():
+def test_a_stored_line_is_predicted_again():
     choice = plan.Choice(ring=4, ulysses=2, zero=1, remat="attention")
     case = Case("llama3.2-1b", "h100", 8, 2**16, 8, choice)
     row = plan.evaluate(case.job, choice)

@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_a_step_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
@@ -198,12 +198,12 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     check_restored(folder, 3)
 
 
-def test_what_orbax_tells_of_a_checkpoint_may_be_damaged(folder: Path) -> None:
+def test_orbax_metadata_may_be_damaged(folder: Path) -> None:
     (folder / "3" / "_CHECKPOINT_METADATA").write_text("{")
     check_restored(folder, 3)
 
 
-def test_two_damaged_checkpoints_are_told_and_the_third_is_used(
+def test_two_damaged_checkpoints_are_reported_and_the_third_is_used(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip_a_bit(folder / "3")
@@ -212,7 +212,7 @@ def test_two_damaged_checkpoints_are_told_and_the_third_is_used(
     assert capsys.readouterr().err.count("is damaged: ") == 2
 
 
-def test_nothing_whole_is_told(folder: Path) -> None:
+def test_no_intact_checkpoint_raises(folder: Path) -> None:
     for step in "123":
         cut_short(folder / step)
     with pytest.raises(CheckpointError, match="none of the checkpoints .1, 2, 3. in "):
@@ -221,7 +221,7 @@ def test_nothing_whole_is_told(folder: Path) -> None:
     assert opened(folder).steps() == [1, 2, 3]
 
 
-def test_checkpoints_from_before_there_were_digests_are_used(
+def test_checkpoints_without_digests_are_used(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in "123":
@@ -277,7 +277,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
+def test_a_failed_checkpoint_raises_at_a_later_step(
     folder: Path, full_disk: None
 ) -> None:
     checkpoints = opened(folder, every=100, keep=3)
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
     check_restored(folder, 3)
 
 
-def test_the_last_checkpoint_that_cannot_be_written_is_told(
+def test_a_failed_last_checkpoint_raises_on_close(
     folder: Path, full_disk: None
 ) -> None:
     checkpoints = opened(folder)

@@ -131,14 +131,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("given", WRONG)
-def test_mistakes_are_told(given: str) -> None:
+def test_mistakes_raise(given: str) -> None:
     arguments, message = WRONG[given]
     first = [] if given == "no preset" else ["tiny"]
     with pytest.raises(ValueError, match=message):
         parse([*first, *arguments])
 
 
-def test_an_unknown_preset_is_told() -> None:
+def test_an_unknown_preset_raises() -> None:
     with pytest.raises(ValueError, match="preset 'huge' must be one of: tiny"):
         parse(["huge"])
 
@@ -227,7 +227,7 @@ def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_from_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
+def test_a_run_older_than_an_option_resumes(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     facts = {"tokens": 5, "tokenizer_fingerprint": "bytes"}
     old = record(config, data=facts)

@@ -70,7 +70,7 @@ def test_rows_hold_each_token_once_with_what_follows(
 
 
 @given(DOCUMENTS, st.data())
-def test_arrays_and_what_is_chosen_of_them_read_as_one(
+def test_arrays_and_a_selection_of_them_read_as_one(
     lengths: list[int], data: st.DataObject
 ) -> None:
     corpus = corpus_of(lengths)
@@ -91,7 +91,7 @@ def test_arrays_and_what_is_chosen_of_them_read_as_one(
         np.testing.assert_array_equal(chosen.window(start, stop), expected)
 
 
-def test_a_document_is_held_out_wherever_it_stands() -> None:
+def test_a_document_is_held_out_regardless_of_its_place() -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 9, 12).astype(np.int32) for _ in range(2000)]
     learnt, held = Corpus.of(documents).divided(0.1)

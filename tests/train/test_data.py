@@ -36,7 +36,7 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("own", [None, (1, 2)])
-def test_the_iterator_goes_on_where_its_state_says(own: tuple[int, ...] | None) -> None:
+def test_the_iterator_resumes_from_its_state(own: tuple[int, ...] | None) -> None:
     def make(own=None):
         corpus = corpus_of([30, 40])
         return batches_of(corpus, length=8, batch_size=4, seed=1, own=own)
@@ -70,7 +70,7 @@ def test_a_process_reads_its_own_rows_and_no_other() -> None:
         assert read == starts
 
 
-def test_a_mixture_draws_rows_by_weight_and_goes_on() -> None:
+def test_a_mixture_draws_rows_by_weight_and_resumes() -> None:
     def make():
         small, large = documents_of([41, 160])
         corpora = [Corpus.of([small]), Corpus.of([large])]
@@ -145,7 +145,7 @@ def test_bytes_are_tokens_without_a_tokenizer() -> None:
     assert vocabulary.decode(ids) == "é = 1"
 
 
-def test_a_tokenizer_is_used_as_it_says(tmp_path: Path) -> None:
+def test_a_tokenizer_is_used_as_configured(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "text.txt").write_text("ring of keys")
     vocabulary = Vocabulary.load(path)
@@ -163,7 +163,7 @@ def test_a_tokenizer_is_used_as_it_says(tmp_path: Path) -> None:
     assert len({v.fingerprint for v in (vocabulary, other, Vocabulary())}) == 3
 
 
-def test_facts_tell_one_text_from_another(tmp_path: Path) -> None:
+def test_facts_distinguish_texts(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "some"}, {"text": "words"}])
     write_parquet(tmp_path / "b.parquet", ["others", "here"])
     tokenize(Tokenize(tmp_path / "a.jsonl", tmp_path / "folder"))
@@ -185,7 +185,7 @@ def test_facts_tell_one_text_from_another(tmp_path: Path) -> None:
     }
 
 
-def test_a_split_of_too_few_documents_is_told(tmp_path: Path) -> None:
+def test_a_split_of_too_few_documents_raises(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one document")
     for fraction, purpose in ((1e-9, "hold out"), (1 - 1e-9, "learn from")):
         config = DataConfig(tmp_path / "one.txt", eval_fraction=fraction)

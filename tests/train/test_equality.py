@@ -185,7 +185,7 @@ def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_run_goes_on_over_other_meshes_and_levels(
+def test_a_run_resumes_on_other_meshes_and_levels(
     plain: Config, tmp_path: Path
 ) -> None:
     """Steps on 8 devices, on 4 with ZeRO-1, in 2 stages, in 4, and on 8 again."""

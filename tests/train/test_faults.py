@@ -64,7 +64,7 @@ def train_until(config: Config, last: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("do", DAMAGE, ids=lambda do: do.__name__)
-def test_a_run_goes_on_from_before_a_damaged_checkpoint(
+def test_a_run_resumes_from_before_a_damaged_checkpoint(
     do, whole: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = moved(whole, tmp_path)
@@ -78,7 +78,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
 
 
 @pytest.mark.long
-def test_a_run_without_a_whole_checkpoint_tells_and_exits_with_1(
+def test_a_run_without_an_intact_checkpoint_exits_with_1(
     whole: Config, tmp_path: Path
 ) -> None:
     config = moved(whole, tmp_path, fake_devices=4)
@@ -95,7 +95,7 @@ def test_a_run_without_a_whole_checkpoint_tells_and_exits_with_1(
 
 @pytest.mark.long
 @pytest.mark.parametrize("do", [Path.unlink, lambda file: os.truncate(file, 99)])
-def test_data_that_goes_while_a_run_reads_it_costs_no_step(
+def test_data_that_disappears_during_a_run_costs_no_step(
     do: Callable[[Path], None], whole: Config, tmp_path: Path
 ) -> None:
     config = moved(whole, tmp_path)
@@ -144,7 +144,7 @@ cp -r "$disk/run" "$keep"
 
 @pytest.mark.long
 @needs_mount
-def test_a_full_disk_and_a_read_only_one_are_told(
+def test_a_full_disk_and_a_read_only_one_are_reported(
     whole: Config, tmp_path: Path
 ) -> None:
     """On a disk that is full when the second checkpoint is written."""

@@ -123,7 +123,7 @@ class TestOneHost:
         ]
 
     @pytest.mark.parametrize("arguments", [[], ["-n", "0", "tiny"], ["-n", "a", "t"]])
-    def test_mistakes_are_told(self, arguments: list[str]) -> None:
+    def test_mistakes_are_reported(self, arguments: list[str]) -> None:
         with launch(arguments) as done:
             told = finished(done)
         assert done.returncode == 2 and "error: " in told
@@ -219,7 +219,7 @@ class TestSlurmScript:
         assert run.returncode == status
         return (path.parent / "log").read_text().splitlines()
 
-    def test_the_run_is_one_that_can_be(self, path: Path) -> None:
+    def test_the_run_has_a_valid_configuration(self, path: Path) -> None:
         (told,) = self.run(path, 0)
         before, _, arguments = told.partition(" -m train ")
         assert before == "srun --kill-on-bad-exit=1 python3.x"
@@ -228,11 +228,13 @@ class TestSlurmScript:
         assert config.checkpoint.stopped_status == 75
 
     @pytest.mark.parametrize("status", [75, 137])
-    def test_what_did_not_end_is_queued_again(self, path: Path, status: int) -> None:
+    def test_an_unfinished_run_is_queued_again(self, path: Path, status: int) -> None:
         assert self.run(path, status)[1:] == ["scontrol requeue 9"]
 
     @pytest.mark.parametrize("case", [(0, 0), (1, 0), (2, 0), (75, 20)], ids=str)
-    def test_what_ended_is_not(self, path: Path, case: tuple[int, int]) -> None:
+    def test_a_finished_run_is_not_queued_again(
+        self, path: Path, case: tuple[int, int]
+    ) -> None:
         assert len(self.run(path, *case)) == 1
 
 
@@ -246,7 +248,7 @@ def skip_if(missing: str | None) -> None:
 class TestSlurm:
     """slurm.sh under SLURM itself."""
 
-    def test_a_preempted_job_goes_on(self, tmp_path: Path) -> None:
+    def test_a_preempted_job_resumes(self, tmp_path: Path) -> None:
         skip_if(slurm.missing())
         config = fast_config(tmp_path)
         config = dataclasses.replace(
@@ -284,7 +286,7 @@ class TestSlurm:
 
 
 @pytest.mark.long
-def test_two_hosts_find_each_other_by_what_slurm_tells_them(tmp_path: Path) -> None:
+def test_two_hosts_find_each_other_from_slurms_variables(tmp_path: Path) -> None:
     skip_if(hosts.missing())
     config = fast_config(tmp_path)
     run = [*without_distributed(config), "--distributed.coordinator", "auto"]
@@ -324,7 +326,7 @@ class TestTpuScript:
         assert done.returncode == 0, done.stderr
         return (path.parent / "log").read_text().splitlines()
 
-    def test_one_slice_is_asked_for(self, path: Path) -> None:
+    def test_one_slice_is_requested(self, path: Path) -> None:
         told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 --spot".split())
         assert told == [
             *"compute tpus queued-resources create n --zone=zone --node-id=n".split(),
@@ -333,11 +335,13 @@ class TestTpuScript:
             "--spot",
         ]
 
-    def test_many_slices_are_asked_for(self, path: Path) -> None:
+    def test_many_slices_are_requested(self, path: Path) -> None:
         told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 4".split())
         assert told[6:8] == ["--node-count=4", "--node-prefix=n"]
 
-    def test_the_run_is_one_that_can_be(self, path: Path, tmp_path: Path) -> None:
+    def test_the_run_has_a_valid_configuration(
+        self, path: Path, tmp_path: Path
+    ) -> None:
         told = self.run(path, "run", "n", "zone", "tiny", "--sample.prompt", "it's $x")
         assert told[:7] == (
             "compute tpus queued-resources ssh n --zone=zone --node=all".split()
@@ -359,7 +363,7 @@ class TestTpuScript:
         assert config.checkpoint.stopped_status == 75
         assert "git clone --quiet https://u/r\\ x usp_jax" in command
 
-    def test_slices_are_given_back(self, path: Path) -> None:
+    def test_slices_are_released(self, path: Path) -> None:
         told = self.run(path, "delete", "n", "zone")
         assert told[3:] == ["delete", "n", "--zone=zone", "--force", "--quiet"]
 
@@ -450,7 +454,7 @@ def faults(found: object, wanted: object, path: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
-def test_jobsets_are_as_kubernetes_wants_them(path: Path) -> None:
+def test_jobsets_match_the_kubernetes_schema(path: Path) -> None:
     told = yaml.safe_load(path.read_text())
     assert faults(told, JOBSET) == []
     assert (told["apiVersion"], told["kind"]) == (
@@ -471,7 +475,7 @@ def test_jobsets_are_as_kubernetes_wants_them(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
-def test_the_runs_of_jobsets_can_be(path: Path) -> None:
+def test_the_runs_of_jobsets_are_valid(path: Path) -> None:
     told = yaml.safe_load(path.read_text())
     (group,) = told["spec"]["replicatedJobs"]
     job = group["template"]["spec"]

@@ -26,7 +26,7 @@ KEYS = (
 ).split()
 
 
-def test_a_run_leaves_what_it_promises(
+def test_a_run_leaves_its_promised_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_config(
@@ -88,7 +88,9 @@ def test_held_out_documents_are_evaluated(
     assert b"eval_loss" in events.read_bytes()
 
 
-def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_reported_where_the_peak_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     devices = [
         SimpleNamespace(memory_stats=lambda: None),
         SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7}),
@@ -124,7 +126,7 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
     ]
 
 
-def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_raises(tmp_path: Path) -> None:
     """Nothing waits for it, also where TensorBoard's events are too much for it."""
     metrics = MetricsFile(tmp_path, 0)
     row = {"loss": 1.0} | {f"a name that is long {n}": 0.5 for n in range(99)}
@@ -142,7 +144,7 @@ def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
 
 
-def test_what_is_no_number_is_told_as_json_can(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     metrics.close()

@@ -33,7 +33,7 @@ def test_everything_but_the_counts_lives_on_the_host(tmp_path: Path) -> None:
     )
 
 
-def test_losses_are_the_same_and_a_run_goes_on_either_way(tmp_path: Path) -> None:
+def test_losses_are_the_same_and_a_run_resumes_either_way(tmp_path: Path) -> None:
     """Steps on the host, on the devices, and on the host again, with checkpoints."""
     mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
     plain = small_config(tmp_path, mesh=mesh, steps=6)

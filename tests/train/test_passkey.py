@@ -102,7 +102,7 @@ def test_documents_grow_to_whole_rows() -> None:
     assert max(map(longest, range(50, 90))) > 2048
 
 
-def test_a_run_goes_on_with_the_next_rows(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_next_rows(tmp_path: Path) -> None:
     config = passkey_config(tmp_path)
     data = build(config).data
     batches = [next(data) for _ in range(3)]
@@ -130,7 +130,7 @@ def passkey_config(tmp_path: Path, **changes) -> Config:
 
 
 @pytest.mark.parametrize("shortest", [SHORTEST - 1, 65])
-def test_lengths_without_room_are_told(tmp_path: Path, shortest: int) -> None:
+def test_lengths_without_room_raise(tmp_path: Path, shortest: int) -> None:
     config = passkey_config(tmp_path)
     config = dataclasses.replace(config, passkey=PasskeyConfig(True, shortest))
     match = rf"passkey\.shortest={shortest} must be at least {SHORTEST} and at most se"
@@ -138,7 +138,7 @@ def test_lengths_without_room_are_told(tmp_path: Path, shortest: int) -> None:
         build(config)
 
 
-def test_text_that_would_be_ignored_is_told(tmp_path: Path) -> None:
+def test_text_that_would_be_ignored_raises(tmp_path: Path) -> None:
     config = passkey_config(tmp_path, data=DataConfig(tmp_path))
     with pytest.raises(ValueError, match=r"data\.path=.* is not used with passkey\."):
         build(config)

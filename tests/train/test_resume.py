@@ -114,7 +114,7 @@ def check_killed(whole: Program, run_dir: Path, moments: list[str], seed: int) -
     assert losses(run_dir) == losses(whole.config.run_dir)
 
 
-def test_killed_twice_it_ends_the_same(whole: Program, tmp_path: Path) -> None:
+def test_a_run_killed_twice_ends_the_same(whole: Program, tmp_path: Path) -> None:
     check_killed(whole, tmp_path / "run", ["checkpoint", "start"], seed=1)
 
 

@@ -58,7 +58,7 @@ def hang_at_a_step(begins: Callable[[int], None], told: Callable[[], bool]) -> N
         time.sleep(0.05)
 
 
-def test_a_process_tells_where_it_hangs_itself(
+def test_a_process_reports_where_it_hangs(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     told = ""
@@ -76,7 +76,7 @@ def test_a_process_tells_where_it_hangs_itself(
     assert "all processes have begun it" in told
 
 
-def test_steps_in_time_are_not_told(
+def test_steps_in_time_are_not_reported(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -85,7 +85,7 @@ def always_bad(model, tokens, labels, **options):
     return nats * jnp.inf, count
 
 
-def test_a_bad_batch_is_skipped_and_the_run_goes_on(
+def test_a_bad_batch_is_skipped_and_the_run_continues(
     tmp_path: Path, poisoned: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(tmp_path, batch_size=2, steps=12, log=LogConfig(every=100))
@@ -160,13 +160,13 @@ def test_few_or_equal_losses_are_no_spikes() -> None:
 
 
 @pytest.mark.parametrize("steps", ["13:10", "0:3", "5", "a:b", "3:3", "-1:4"])
-def test_what_is_no_range_of_steps_is_told(tmp_path: Path, steps: str) -> None:
+def test_an_invalid_range_of_steps_raises(tmp_path: Path, steps: str) -> None:
     config = small(tmp_path, profile=ProfileConfig(steps))
     with pytest.raises(ValueError, match=rf"profile\.steps='{steps}' must be FIRST:E"):
         build(config)
 
 
-def test_steps_to_trace_must_be_there(tmp_path: Path) -> None:
+def test_steps_to_trace_must_exist(tmp_path: Path) -> None:
     config = small(tmp_path, profile=ProfileConfig("19:22"))
     with pytest.raises(ValueError, match=r"must end at 21 or before, as steps=20"):
         build(config)
@@ -219,7 +219,7 @@ def known(row: dict) -> dict:
     return {name: value for name, value in row.items() if value is not None}
 
 
-def test_weights_and_biases_must_be_there(
+def test_weights_and_biases_must_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
