@@ -1,4 +1,4 @@
-"""Wrong input: each mistake is told by name, value and remedy, before compilation."""
+"""Wrong input raises an error with the name, the value and the remedy."""
 
 import functools
 
@@ -271,5 +271,5 @@ def test_windows_become_rules():
     assert mask_rule(True, None) == MaskRule(True)
     assert mask_rule(False, 3) == MaskRule(False, 3, 3)
     assert mask_rule(False, [3, None]) == MaskRule(False, 3, None)
-    # No two positions are farther apart than int32 tells.
+    # Two int32 positions are no farther apart than this.
     assert mask_rule(False, 2**40).left == 2**31 - 1

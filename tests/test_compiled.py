@@ -1,7 +1,7 @@
-"""The reader of compiled programs: snippets of each backend's text, and real programs.
+"""The reader of compiled programs, on snippets of each backend and on real programs.
 
-The snippets keep what the TPU and GPU backends print (tiled layouts, starts and dones,
-asynchronous fusions, no trip counts), shortened; the real programs are the CPU's.
+The snippets are shortened from the output of the TPU and GPU backends (tiled layouts,
+starts and dones, asynchronous fusions, no trip counts); the real programs are the CPU's.
 """
 
 # ruff: noqa: E501  (an instruction of HLO is one line)
@@ -344,7 +344,7 @@ def test_an_operation_wrapped_in_async_start_is_one():
     assert one.op_name == "jit(f)/psum_scatter"
 
 
-# Of a TPU program: a collective in flight stands in every fusion that it overlaps.
+# From a TPU program: a collective in flight appears in each fusion that it overlaps.
 IN_FLIGHT = """
 %fused.start (p: bf16[16]) -> (bf16[16], bf16[32], u32[]) {
   %p = bf16[16]{0:T(256)(128)(2,1)} parameter(0)
@@ -392,7 +392,7 @@ def test_fusions_of_a_tpu_program():
     )
     gather, scatter = collectives(text)
     assert (gather.kind, gather.name, gather.wire_bytes) == ("all-gather", "g1", 32)
-    # The fusion that it is in flight beside multiplies no matrices.
+    # The overlapping fusion has no matrix product.
     assert (gather.is_async, gather.beside) == (True, ())
     working = text.replace("tanh(%p)", "dot(%p, %p)")
     assert collectives(working)[0].beside == ("f",)
@@ -401,7 +401,7 @@ def test_fusions_of_a_tpu_program():
 
 
 def loop(trip="", bound="constant(5)", step="constant(1)", start="constant(0)"):
-    """A loop around a permute, and what stands in front of it."""
+    """A loop around a permute, with the instructions before it."""
     body = f"""
 %body (s: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {{
   %s = (s32[], f32[8]{{0}}, s32[]) parameter(0)

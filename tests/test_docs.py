@@ -1,4 +1,4 @@
-"""The documentation names tests that are there, and counts bytes as programs do."""
+"""The documentation names existing tests, and its byte formulas match programs."""
 
 import ast
 import pathlib
@@ -19,7 +19,7 @@ def named_tests() -> set[str]:
 
 
 def is_there(name: str) -> bool:
-    """Whether the file defines the test at its top level, found without importing."""
+    """Returns whether the file defines the test at its top level; imports nothing."""
     file, *path = name.split("::")
     if len(path) != 1 or not (ROOT / file).is_file():
         return False

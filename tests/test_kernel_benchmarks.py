@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py and tune.py at toy size, and the tables that tune writes."""
+"""benchmarks/kernels.py and tune.py at toy size, and the tables that tune.py writes."""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ PACKAGES = {
 
 
 def printed(main, arguments, capsys):
-    """The JSON lines of a command: what it ran on, and the rest."""
+    """The JSON lines that a command prints, without the header."""
     main(arguments)
     head, *lines = map(json.loads, capsys.readouterr().out.splitlines())
     assert {"date", "device", "jax"} <= head.keys()
@@ -101,7 +101,7 @@ def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None
     arguments = ["--toy", "--implementations", implementation]
     *tried, chosen = printed(tune.main, arguments, capsys)
     assert {x["part"] for x in tried} == {part.name for part in searches}
-    # The sizes of today come first in each, and all candidates after them.
+    # The current sizes come first in each, followed by all candidates.
     assert len(tried) == sum(1 + len(part.candidates) for part in searches)
     best = {}
     for line in tried:
@@ -174,12 +174,12 @@ def test_measured_rows_precede_the_others(implementation, tmp_path) -> None:
     for target, size in ((other, 128), (here, 256)):
         call = target, size, "bfloat16"
         assert lookup(table, *call) == lookup(module.TABLE, *call)
-    # Measured again it takes its own place.
+    # A new measurement replaces the old row.
     again = dataclasses.replace(row, source="tomorrow")
     twice = merged(table, [again])
     assert twice.count(again) == 1 and row not in twice
     assert len(twice) == len(table)
-    # What is written is what is read.
+    # The written table can be read back.
     source = replaced(Path(module.__file__).read_text(), table)
     path = tmp_path / "changed.py"
     path.write_text(source)

@@ -1,4 +1,4 @@
-"""Traps that a newcomer steps into: each is right, or says what to do instead."""
+"""Mistakes that newcomers make: the call works, or its error names the remedy."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""flax's own layers give the same with our attention as with theirs."""
+"""flax's layers give the same results with this attention as with flax's own."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def segments() -> jax.Array:
 
 
 def visible(segment_ids: jax.Array) -> jax.Array:
-    """What `segments` and causality let be seen, as flax's dense mask."""
+    """flax's dense mask for `segments` and causality."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     real = (segment_ids >= 0)[:, None, None, :]
     order = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None, None]
@@ -42,7 +42,7 @@ def visible(segment_ids: jax.Array) -> jax.Array:
 
 
 def nnx_layer(attention=None, **options) -> nnx.Module:
-    """The same parameters whatever the attention."""
+    """A layer whose parameters do not depend on the attention."""
     chosen = {} if attention is None else {"attention_fn": attention}
     return nnx.MultiHeadAttention(
         HEADS, FEATURES, decode=False, rngs=nnx.Rngs(0), **chosen, **options
@@ -111,7 +111,7 @@ def test_the_layers_own_is_causal_is_honoured():
 def test_a_sequence_mask_is_the_dense_mask():
     mesh, x, ids = usp_jax.make_mesh(**MESHES[0]), inputs(2), segments()
     weight = jax.random.normal(jax.random.key(2), x.shape)
-    # A padding query's output differs: exactly zero attention here, a mean there.
+    # A padding query's output differs: exactly zero here, a mean over keys in flax.
     weight = jnp.where((ids >= 0)[..., None], weight, 0)
     attention = attention_fn(mesh, is_causal=True)
     for layer, gradients in (

@@ -1,4 +1,4 @@
-"""What was kept of the peers' schemes says what the documentation says of them."""
+"""Stored byte counts of other projects' schemes agree with the documentation."""
 
 import json
 from pathlib import Path

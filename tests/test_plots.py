@@ -1,4 +1,4 @@
-"""Pictures of results that were kept."""
+"""Plots of stored results."""
 
 import json
 from pathlib import Path

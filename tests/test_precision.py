@@ -1,4 +1,4 @@
-"""16-bit inputs: no worse than one device, and no worse with a longer ring."""
+"""16-bit errors: at most twice one device's, and flat in the length of the ring."""
 
 import functools
 
@@ -15,7 +15,7 @@ from tests.sampling import thinned
 pytestmark = pytest.mark.xdist_group("precision")
 
 B, T, N, K, H = 1, 512, 8, 8, 16
-# What is rounded to 16 bits; lse never is.
+# Results that are rounded to 16 bits; lse is not.
 ROUNDED = ("out", "dq", "dk", "dv")
 DEGREES = ((1, 1), (1, 8), (2, 4), (4, 2), (8, 1))
 

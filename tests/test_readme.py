@@ -1,4 +1,4 @@
-"""The README: its reading list and its tree tell the truth."""
+"""The README's reading list and tree name existing files."""
 
 import pathlib
 import re

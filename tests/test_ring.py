@@ -27,7 +27,7 @@ def tokens(shard, length):
 
 
 def ring_of(size, rule):
-    """The ring as the device that calls it sees it."""
+    """The ring from the calling device's point of view."""
     tokens = RingTokens(None, None, "contiguous", size, T)
     return Ring(
         axis_name="ring" if size > 1 else None,

@@ -1,4 +1,4 @@
-"""The slices of the long tests are all of them, and the same everywhere."""
+"""The slices of the long tests cover all of them and are reproducible."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a device knows of all ring shards' tokens after one gathering."""
+"""Tokens of all ring shards, gathered once on each device."""
 
 import functools
 

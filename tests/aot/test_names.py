@@ -1,4 +1,4 @@
-"""Names of machines, facts of devices and messages: what needs no compiler."""
+"""Names of machines, facts of devices, and messages; no compiler is needed."""
 
 import importlib.util
 import re
@@ -50,7 +50,7 @@ def test_the_environment_is_restored(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_ID", "3")
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
     settings = plugins._libtpu_settings()
-    # What the user says of his TPU host is not touched.
+    # The user's own settings of a TPU host are left unchanged.
     assert "TPU_WORKER_ID" not in settings
     assert settings["TPU_ACCELERATOR_TYPE"]
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
@@ -75,7 +75,7 @@ def test_the_target_of_a_gpu(gpu):
     assert int(fields["device_memory_size"]) == gpu.hbm_bytes
     assert int(fields["major"]) == gpu.capability[0]
     assert f'device_description_str: "{gpu.kind}"' in text
-    # The oldest jax refuses what it does not know.
+    # The oldest supported jax rejects kinds that it does not know.
     for unknown in ("collective_memory_granularity", "mem_clock_ghz", "active_links"):
         assert unknown not in text
 

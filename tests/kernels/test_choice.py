@@ -1,4 +1,4 @@
-"""implementation=None takes what its devices run best, and says so."""
+"""The kernel that implementation=None selects for a device, and refusals by name."""
 
 import dataclasses
 import logging
@@ -139,7 +139,7 @@ def test_hopper_kernels_are_taken_on_hopper(capability) -> None:
     ids=lambda target: target.kind,
 )
 def test_hopper_kernels_are_refused_elsewhere_also_on_what_is_newer(target) -> None:
-    # WGMMA is of capability 9.0 alone: the compiler would fail, late and unclearly.
+    # Only capability 9.0 has WGMMA: the compiler would fail late and unclearly.
     call = {"target": target, "dtype": "bfloat16", "head_size": 128}
     message = re.escape(
         "implementation='mosaic_gpu' needs compute capability 9.0 to 9.x, the call is "

@@ -1,7 +1,7 @@
-"""A model in float64 has one device's loss and gradients on any mesh, to 1e-10.
+"""A float64 model has one device's loss and gradients on the tested meshes, to 1e-10.
 
-So has a ring schedule and a number of head groups, of which one each is tried by
-default and all schedules with the long tests; one device's are the plain model's.
+The same holds with a ring schedule and a number of head groups; the default run tries
+one of each, the long tests all schedules. One device's results are the plain model's.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ MESHES = (
     {"ring": 2, "ulysses": 2, "tensor": 2},
     {"ring": 2, "ulysses": 2, "fsdp": 2},
 )
-# Where transformers' own model is compared with, the tolerance that is asked for.
+# Tolerance of comparisons with transformers' own model.
 TOLERANCE = 1e-4
 
 needs_transformers = pytest.mark.skipif(
@@ -99,12 +99,12 @@ def test_transformers_and_usp_jax_read_each_others_checkpoints(tmp_path, case):
     chex.assert_trees_all_close(actual, expected, atol=TOLERANCE, rtol=0)
     hf.save(model, tmp_path / "second", file_bytes=50_000)
     again = hf_cases.transformers_logits(tmp_path / "second")
-    # Frequencies that are stretched once more are rounded once more.
+    # Frequencies that are stretched again are rounded again.
     chex.assert_trees_all_close(again, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-# Of each kind of model one, with tables that are tied and that are not.
+# One model of each kind, with tied and with untied tables.
 @pytest.mark.parametrize("case", ["theta", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_round_trip_keeps_every_bit(tmp_path, case, mesh, dtype):
@@ -162,7 +162,7 @@ def test_float16_is_read_exactly(tmp_path):
 
 
 def test_each_device_reads_its_own_slices_only(tmp_path, monkeypatch):
-    """So a process never reads what other processes' devices keep."""
+    """A process thus does not read slices that only other processes' devices hold."""
     sizes = []
     read = TensorFiles.read
 
@@ -226,7 +226,7 @@ def test_scalings_keep_their_config(scaling):
     config = LlamaConfig.preset("tiny", rope_scaling=scaling)
     written = write_config(config, "float32", {})
     assert read_config(written) == config
-    # The words of newer checkpoints.
+    # The keys of newer checkpoints.
     told = {**written.pop("rope_scaling"), "rope_theta": written.pop("rope_theta")}
     assert read_config({**written, "rope_parameters": told}) == config
 

@@ -1,4 +1,4 @@
-"""What a LLaMA can do to need less memory changes no number, and does need less."""
+"""Options that save memory keep the loss and gradients, and do save memory."""
 
 import chex
 import jax
@@ -113,10 +113,10 @@ def test_bytes_move_to_the_host_and_tiles_need_less(machine):
         peaks[name] = plain.peak_bytes
         assert plain.host_bytes == 0
         assert size <= moved.host_bytes < 1.1 * size, name
-        # All but the layers' that are on their way.
+        # All but those of the layers in transfer.
         assert moved.peak_bytes < plain.peak_bytes - size / 3, name
     assert peaks["attention"] > peaks["full"] + LAYERS * x / 2
-    # Where hidden activations are what is fullest, and not attention.
+    # Hidden activations, not attention, set the peak here.
     wide = 16 * WIDTH
     hidden = wide // WIDTH * x
     whole = report(machine, d_ff=wide).peak_bytes

@@ -1,4 +1,4 @@
-"""Machines: their facts, their shapes, and how long a collective takes on them."""
+"""Machines: facts, topologies, and the duration of collectives."""
 
 import collections
 import dataclasses
@@ -84,7 +84,7 @@ def test_a_switch():
     across = group("a800", ("ring",), ring=2, ulysses=8)
     permuted = across.seconds("collective-permute", sent)
     assert permuted == pytest.approx(sent / 25e9, rel=0.01)
-    # Eight devices of a node share a gather's way over the network.
+    # Eight devices of a node share the network path of a gather.
     both = group("a800", ("ring", "ulysses"), ring=2, ulysses=8)
     assert both.seconds("all-gather", sent) == pytest.approx(sent / 200e9, rel=0.02)
 
@@ -109,7 +109,7 @@ def test_a_torus():
 
 @dataclasses.dataclass
 class Chip:
-    """What jax reads of a TPU device to place it in a mesh."""
+    """The attributes of a TPU device that jax reads to place it in a mesh."""
 
     id: int
     coords: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Plans: what is considered, refused, ranked and told."""
+"""Plans: the choices that are considered, refused, ranked and printed."""
 
 import dataclasses
 import json
@@ -77,8 +77,8 @@ def test_the_three_currencies_are_in_order(rows):
         assert told["tflops_per_device"] == pytest.approx(told["mfu_causal"] * 459)
 
 
-# Calls of the project's own functions in a search over 39975 rows; without the type
-# checks of this process, which call more.
+# Calls of the project's own functions in a search over 39975 rows, without this
+# process's type checks, which make further calls.
 COUNT_CALLS = """
 import sys
 from usp_jax import plan
@@ -99,7 +99,7 @@ def test_most_of_4096_chips_splits_are_refused_before_they_are_evaluated():
         [sys.executable, "-c", COUNT_CALLS], cwd=ROOT, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr
-    # 730 thousand today; 24 million if each row's memory and seconds were computed.
+    # 730 thousand at present; 24 million if each row's memory and time were computed.
     assert int(child.stdout) < 1.5e6
 
 
@@ -243,7 +243,7 @@ def test_short_documents_leave_less_to_compute_and_as_much_to_send():
     assert len({row.transfers for row in rows}) == 1
     times = [row.seconds.attention for row in (whole, *shorter)]
     assert times == sorted(times, reverse=True)
-    # Hops are seen where little is computed beside them.
+    # Hops take visible time where little computation overlaps them.
     assert whole.seconds.ring == 0 < shorter[-1].seconds.ring
     assert whole.as_dict()["hfu"] > shorter[-1].as_dict()["hfu"]
 

@@ -1,4 +1,4 @@
-"""Each tip tells a choice that goes against it from one that does not."""
+"""Each tip distinguishes a choice that goes against it from one that does not."""
 
 import pytest
 
