@@ -1,4 +1,4 @@
-"""`--auto-mesh`: the planner's mesh in place of one that is told."""
+"""`--auto-mesh`: the planner's mesh in place of a given one."""
 
 import dataclasses
 import subprocess
@@ -14,7 +14,7 @@ from train.config import HERE
 from train.presets import preset
 from usp_jax import plan
 
-# As the planner's own tests are.
+# As in the planner's own tests.
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 
 

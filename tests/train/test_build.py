@@ -1,4 +1,4 @@
-"""Mistakes that only the text, the devices or the run directory show."""
+"""Mistakes that depend on the text, the devices or the run directory."""
 
 import dataclasses
 import json
@@ -126,7 +126,7 @@ def test_text_that_is_missing_or_changed_on_resume(config: Config) -> None:
 def test_a_run_directory_that_cannot_be_written_to(
     config: Config, tmp_path: Path
 ) -> None:
-    # What even the superuser cannot do.
+    # Fails even for the superuser.
     (tmp_path / "file").touch()
     config = dataclasses.replace(config, run_dir=tmp_path / "file" / "run")
     with pytest.raises(ValueError, match=r"run_dir=.* cannot be written to: .*nothing"):

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training; damage costs one of them, not the run."""
+"""Checkpoints are written during training; damage to one does not lose the run."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from train.state import State
 
 
 def some_state(step: int, **mesh: int) -> State:
-    """A state of a step, split over a mesh."""
+    """The state of a step, split over a mesh."""
     devices = usp_jax.make_mesh(**(mesh or {"ring": 4, "ulysses": 2}))
     split = NamedSharding(devices, jax.P(("fsdp", "ring", "ulysses")))
     draw = np.random.default_rng(step)
@@ -63,7 +63,7 @@ def fill(folder: Path, steps: tuple[int, ...] = (1, 2, 3), **config) -> None:
 
 
 def check_restored(folder: Path, expected: int) -> None:
-    """What is restored is the state of a step, on another mesh, and its data."""
+    """Checks that a step's state and data are restored on another mesh."""
     checkpoints, data = opened(folder), some_data()
     state, step = checkpoints.restore_newest(some_state(0, fsdp=2, ulysses=2), data)
     checkpoints.close()
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_due_by_steps_and_by_minutes(
 
 
 def flip_a_bit(step: Path) -> None:
-    """In the middle of the largest file, which holds an array."""
+    """Flips a bit in the middle of the largest file, which holds an array."""
     file = max(step.rglob("*"), key=lambda path: path.stat().st_size)
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 16
@@ -192,7 +192,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     kept = f"it is kept as {folder / 'damaged-3'}; the one before is used\n"
     assert told.endswith(kept) and told.count("\n") == 2
     assert re.search(DAMAGE[do], told)
-    # It is there to look at, and the step can be saved again.
+    # The damaged checkpoint is kept for inspection, and the step can be saved again.
     assert (folder / "damaged-3").is_dir()
     fill(folder, (3,), keep=2)
     check_restored(folder, 3)
@@ -217,7 +217,7 @@ def test_no_intact_checkpoint_raises(folder: Path) -> None:
         cut_short(folder / step)
     with pytest.raises(CheckpointError, match="none of the checkpoints .1, 2, 3. in "):
         check_restored(folder, 3)
-    # Nothing was taken away: started again, it does not begin anew.
+    # Nothing was deleted, so a restart does not begin from scratch.
     assert opened(folder).steps() == [1, 2, 3]
 
 

@@ -1,4 +1,4 @@
-"""What cannot be trained is told, with the option, its value and the remedy."""
+"""Errors of configurations name the option, its value and the remedy."""
 
 import dataclasses
 import json
@@ -184,13 +184,13 @@ def test_help_lists_every_option(
     assert exit_.value.code == 0
     for name in flatten(dataclasses.asdict(preset("tiny"))):
         dashed = name.replace("_", "-")
-        # What has fields of its own is a command: model.rope-scaling:none.
+        # An option with its own fields is a subcommand: model.rope-scaling:none.
         assert any(way in told for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
     assert ("presets:\n  tiny: " in told) == (arguments != ["tiny", "--help"])
 
 
 def test_every_option_of_a_model_is_one_of_the_trainer() -> None:
-    """And what the planner chooses of them is what a choice has, too."""
+    """Options that the planner chooses are fields of its choices, too."""
     model, mesh, llama, choice = (
         {field.name for field in dataclasses.fields(kind)}
         for kind in (ModelConfig, MeshConfig, LlamaConfig, Choice)

@@ -1,4 +1,4 @@
-"""What a run reads, in which order, and where on the mesh it goes."""
+"""The rows of a run: their text, their order and their place on the mesh."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_the_iterator_resumes_from_its_state(own: tuple[int, ...] | None) -> Non
     for _ in range(5):
         next(data)
     again.set_state(data.get_state())
-    # In a process that holds other rows, too.
+    # Also in a process that holds other rows.
     whole.set_state(data.get_state())
     rows = slice(None) if own is None else list(own)
     expected = {name: x[rows] for name, x in next(whole).items()}
@@ -155,7 +155,7 @@ def test_a_tokenizer_is_used_as_configured(tmp_path: Path) -> None:
     found = vocabulary.encode(b"keys ring", special=False)
     np.testing.assert_array_equal(found, [300, 1])
     assert vocabulary.decode(np.array([300, 1])) == "keys ring"
-    # What it says counts, not how that is written.
+    # Its content counts, not its formatting.
     spaced = tmp_path / "spaced.json"
     spaced.write_text(path.read_text() + "\n\n")
     assert Vocabulary.load(spaced).fingerprint == vocabulary.fingerprint

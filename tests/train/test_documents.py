@@ -1,4 +1,4 @@
-"""Text comes from files of several kinds, and what is no text is told."""
+"""Text comes from files of several kinds; files without text raise."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ def test_lines_and_rows_are_documents_of_their_file(tmp_path: Path) -> None:
         b"seven\neight",
     ]
     size = sum(file.stat().st_size for file in source_files(tmp_path))
-    # But for the empty line.
+    # Except the empty line.
     assert sum(share for _, share in found) == pytest.approx(size - 1)
 
 

@@ -1,4 +1,4 @@
-"""Passkeys: the texts, what is learnt from them, and how often keys are found."""
+"""Passkeys: the texts, the labels, and the accuracy of retrieval."""
 
 import dataclasses
 import json
@@ -145,7 +145,7 @@ def test_text_that_would_be_ignored_raises(tmp_path: Path) -> None:
 
 
 def oracle(reach: int):
-    """Finds keys among the last `reach` tokens, and says 00000 of others."""
+    """Finds keys among the last `reach` tokens, and answers 00000 otherwise."""
 
     def go_on(prompts, number):
         answers = []
@@ -182,7 +182,7 @@ def test_a_run_is_evaluated_at_every_length_and_depth(
     run.checkpoints.close()
     options = Passkey(run.config.run_dir, lengths=(40,), depths=(0, 1), examples=2)
     found = measure(options)
-    # Who has learnt nothing finds nothing.
+    # An untrained model finds no key.
     expected = [{"length": 40, "depth": depth, "accuracy": 0.0} for depth in (0, 1)]
     assert found == {"step": 1, "examples": 2, "accuracy": 0.0, "rows": expected}
     written = json.loads((run.config.run_dir / "passkey.json").read_text())

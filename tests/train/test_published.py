@@ -94,7 +94,7 @@ def test_the_model_is_the_folders_except_for_given_options(config: Config) -> No
     folder = str(config.init_from)
     found = parse(["tiny", "--init-from", folder])
     assert (found.model.d_model, found.model.d_ff, found.model.head_size) == (32, 64, 4)
-    # What is no matter of the weights is the preset's.
+    # Options that do not concern the weights come from the preset.
     assert found.model.remat == "attention_qkv"
     ntk = "model.rope-scaling:ntk-scaling --model.rope-scaling.factor 2".split()
     found = parse(["tiny", "--init-from", folder, "--model.rope-theta", "5e5", *ntk])
@@ -109,7 +109,7 @@ def test_an_existing_run_defines_its_model(config: Config, tmp_path: Path) -> No
     build(parse([*words, "--data.path", str(config.data.path)]))
     shutil.rmtree(config.init_from)
     assert parse(words).model.d_ff == 64
-    # Of a run that began otherwise nothing is taken.
+    # A run with another beginning is not used.
     words[2] = str(tmp_path / "other")
     with pytest.raises(ValueError, match="other/config.json does not exist"):
         parse(words)

@@ -1,4 +1,4 @@
-"""A folder of tokens is the text that it was made of, and is made in spite of kills."""
+"""A folder of tokens equals its text, and can be made across kills."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_folder_reads_as_the_text_does(
     np.testing.assert_array_equal(corpus.hashes, expected.hashes)
     stored = [np.load(file) for file in options.out.glob("*-tokens.npy")]
     assert {array.dtype for array in stored} == {np.dtype("u1" if not name else "<u2")}
-    # A document that alone is longer has a shard of its own.
+    # A longer document has its own shard.
     longest = expected.lengths.max()
     assert all(array.size <= max(200, longest) for array in stored)
 
@@ -143,7 +143,7 @@ def test_a_damaged_finished_folder_raises(options: Tokenize) -> None:
     file.write_bytes(whole)
     with pytest.raises(ValueError, match="00001-tokens.npy is not as it was written: "):
         tokenize(options)
-    # As the message says.
+    # The remedy in the message.
     (options.out / "00001.json").unlink()
     (options.out / "tokenized.json").unlink()
     told = tokenize(options)

@@ -1,4 +1,4 @@
-"""A process that hangs is named by those that wait for it."""
+"""A hanging process is named by the processes that wait for it."""
 
 import signal
 import time
@@ -33,7 +33,7 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     wait_until(lambda: len(losses(config.run_dir)) > 3, first.log)
     second.process.send_signal(signal.SIGSTOP)
     try:
-        # A step that is only slow may be told of before.
+        # A step that is only slow may be reported before.
         silent = "does not answer: it is stopped, or its host is gone"
         wait_until(lambda: silent in first.log.read_text(), first.log)
         told = first.log.read_text()
@@ -41,7 +41,7 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
         assert "takes longer than 3 s\n  process 1 " in told
     finally:
         second.process.send_signal(signal.SIGCONT)
-    # It was only asleep: the run goes on, and stops when it is told to.
+    # It was only suspended: the run continues, and stops at SIGTERM.
     rows = len(losses(config.run_dir))
     wait_until(lambda: len(losses(config.run_dir)) > rows + 3, first.log)
     first.process.terminate()
@@ -119,5 +119,5 @@ def test_stragglers_are_behind_or_silent() -> None:
         3: f"{behind} 6, and {silent}",
         4: "has not begun, or has ended",
     }
-    # Whoever reads runs itself; for another reader process 0 is silent.
+    # The reading process is running; to another reader process 0 is silent.
     assert stragglers(before, now, reader=2)[0] == silent
