@@ -137,7 +137,7 @@ def test_logits_without_documents():
 
 
 @pytest.mark.parametrize("mesh", thinned([{}, *MESHES], keep=3))
-def test_loss_and_gradients_are_the_plain_models_on_every_mesh(mesh):
+def test_loss_and_gradients_are_the_plain_models_on_several_meshes(mesh):
     expected, expected_gradients = expected_loss_and_gradients()
     ids = segments()
     value, gradients = loss_and_gradients(

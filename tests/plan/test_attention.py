@@ -102,7 +102,7 @@ def test_bytes_equal_the_program(case):
     sorted(set(itertools.product(DEGREES, HEADS, SCHEDULES)) - set(CASES)),
     ids=str,
 )
-def test_bytes_equal_the_program_everywhere(degrees, heads, schedule):
+def test_bytes_equal_the_program_in_the_other_cases(degrees, heads, schedule):
     check(degrees, heads, schedule)
 
 

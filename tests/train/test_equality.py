@@ -118,7 +118,7 @@ def test_losses_are_the_same_over_a_ring_and_ulysses(
 
 
 @pytest.mark.parametrize("name", thinned(MESHES, keep=5))
-def test_losses_are_the_same_on_every_mesh(
+def test_losses_are_the_same_on_other_meshes(
     plain: Config, name: str, tmp_path: Path
 ) -> None:
     check_losses(plain, tmp_path / "run", MESHES[name])
