@@ -92,7 +92,7 @@ def test_work_is_that_of_the_mask(row):
 
 
 @given(rows(), st.randoms(use_true_random=False))
-def test_theestimated_path_is_exact_without_a_window(row, random):
+def test_the_estimated_path_is_exact_without_a_window(row, random):
     lengths, ring, chunk, length, is_causal, _ = row
     shards = [r for r in range(ring) for _ in range(length // (ring * chunk))]
     random.shuffle(shards)
