@@ -62,7 +62,7 @@ EXTRA_PACKAGES = {
     # The training step, which the planner compiles.
     "usp_jax.models.optimizer": {"optax"},
     "usp_jax.models.training": {"flax", "optax"},
-    # Its command line: tables, pictures, and the step that the compiler checks.
+    # The planner's command line: tables, plots, and the step that the compiler checks.
     "usp_jax.plan": {"flax", "matplotlib", "rich"},
 }
 

@@ -30,8 +30,8 @@ MASKS = {
     "packed": MaskRule(is_causal=True),
     "window": MaskRule(left=700, right=90),
 }
-# What test_targets.py leaves out: its rings are causal, with heads of 128, and few of
-# them are not long.
+# Cases that test_targets.py leaves out: its rings are causal, with heads of 128, and
+# few of them are in the default run.
 CHEAP = (
     ("mosaic_tpu", "v5e:1x1", 80, "packed"),
     ("mosaic_tpu", "tpu7x:2x2x1", 192, "packed"),

@@ -273,7 +273,7 @@ def test_head_groups_are_in_flight_and_need_less_memory():
         )
         for chunks in (1, 2)
     )
-    # q, k and v together, and out; beside the first half's work and the second's.
+    # q, k and v together, and out, overlap the first half's work and the second's.
     assert halves[0].in_flight("all-to-all") == 3 / 6
     assert halves[1].in_flight("all-to-all") >= 4 / 10
     for one, two in zip(whole, halves, strict=True):

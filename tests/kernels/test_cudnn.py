@@ -155,7 +155,7 @@ def test_an_explicit_mesh(emulated) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_per_shard_with_sinks_and_chunks_of_heads(emulated, check_vma) -> None:
+def test_per_shard_with_sinks_and_head_groups(emulated, check_vma) -> None:
     """In the caller's shard_map, results vary over the same axes as their inputs."""
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     q, kv = (1, T, 8, 16), (1, T, 4, 16)

@@ -67,7 +67,7 @@ def parameters(model: Llama) -> dict[str, np.ndarray]:
 
 
 def change(folder: Path, **keys) -> Path:
-    """A plain checkpoint whose config.json says something else; `...` removes a key."""
+    """A plain checkpoint with a changed config.json; `...` removes a key."""
     config = {**CONFIGS["plain"], **keys}
     config = {key: value for key, value in config.items() if value is not ...}
     return write(folder, config, hf_cases.weights(CONFIGS["plain"]))
@@ -521,7 +521,7 @@ def test_wrong_saves_raise(tmp_path):
 
 
 def test_a_loaded_model_is_trained_on(tmp_path):
-    """Its graph and parameters are those of a model that was drawn."""
+    """The graph and parameters equal those of a randomly initialised model."""
     model = load(change(tmp_path), MESHES[2])
     drawn = nnx.eval_shape(
         lambda: Llama(model.config, mesh=model.mesh, rngs=nnx.Rngs(0))

@@ -203,8 +203,8 @@ def test_weights_are_not_kept_for_every_tick():
         program = compiled_gradient(config, microbatches, 32, pipe=2)
         return program.memory_analysis().temp_size_in_bytes
 
-    # Sixteen ticks more keep one layer's input each, which is small; kept beside it,
-    # the three matrices would be 96 MiB.
+    # Sixteen more ticks each keep one layer's input, which is small; keeping the three
+    # matrices too would take 96 MiB.
     assert temporaries(16) - temporaries(8) < 8 * 2**20
 
 
