@@ -1,4 +1,4 @@
-"""The mark of tests that compile for machines that are not here."""
+"""A mark for tests that compile for machines that are not attached."""
 
 import importlib.util
 

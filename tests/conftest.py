@@ -1,15 +1,15 @@
-"""The one place where tests get their devices, their strictness and their profiles.
+"""Devices, strictness and hypothesis profiles of the tests.
 
-Eight fake CPU devices, implicit rank promotion an error, warnings errors (pytest's
-settings), and the caller's own jax settings left out. Programs that a test starts
-inherit an environment that says "CPU" and nothing about devices or strictness: how
-many devices they have is their own argument.
+Tests have eight fake CPU devices; implicit rank promotion is an error, and so are
+warnings (in pytest's settings). The caller's own jax settings are removed. Programs
+that a test starts inherit an environment that sets the CPU platform and neither devices
+nor strictness; they take their number of devices as an argument.
 """
 
 import os
 from collections.abc import Iterator
 
-# `make test-gpu` says "cuda": the kernels' conformance suite then runs on the GPU.
+# `make test-gpu` sets "cuda": the kernels' conformance suite then runs on the GPU.
 _platform = os.environ.get("USP_JAX_TEST_PLATFORM", "cpu")
 for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
     del os.environ[_name]
@@ -17,9 +17,9 @@ for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
 _platforms = ",".join(dict.fromkeys((_platform, "cpu")))
 os.environ["JAX_PLATFORMS"] = _platforms
 if _platform == "cpu":
-    # Eight devices on two busy cores may reach a collective minutes apart; XLA's own
-    # limit of 40 seconds would abort the whole process. LLVM's optimiser would take a
-    # third of a small program's compile time, and change nothing that a test reads.
+    # Eight devices on two busy cores may reach a collective minutes apart; XLA's
+    # default limit of 40 seconds would abort the process. LLVM's optimiser would take a
+    # third of a small program's compile time and change nothing that a test reads.
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=0"
         " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
@@ -40,7 +40,7 @@ jax.config.update("jax_platforms", _platforms)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# An example that compiles is slow the first time, which is no reason to fail it.
+# No deadline: an example is slow the first time, when it compiles.
 settings.register_profile(
     "ci",
     deadline=None,
@@ -70,7 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Last, so that cases which -m or -k leave out are not the ones kept.
+# Runs last, so that a case deselected by -m or -k is not the one kept.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
@@ -98,7 +98,7 @@ def _global_jax_state() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def no_leaked_jax_state() -> Iterator[None]:
-    """Fails a test that leaves float64, rank promotion or a mesh set for the next."""
+    """Fails a test that leaves float64, rank promotion or a mesh changed."""
     before = _global_jax_state()
     yield
     assert _global_jax_state() == before
@@ -106,7 +106,7 @@ def no_leaked_jax_state() -> Iterator[None]:
 
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
-    """Lets wrong types through to the library's own checks, which users see."""
+    """Disables jaxtyping, so that the library's own checks see wrong types."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""What an attention call must give: the oracle in natural order, and its gradients."""
+"""Expected results of an attention call: the oracle in natural order, and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def normal(seed, *shapes, dtype=jnp.float32):
 
 
 def packed(batch, length, *, padding=True):
-    """Segment ids of documents that differ between rows, and padding in the end."""
+    """Segment ids of documents that differ between rows, with padding at the end."""
     ids = np.empty((batch, length), np.int32)
     for row in range(batch):
         rng = np.random.default_rng(row)
@@ -92,7 +92,7 @@ def expected(
 
 
 def assert_equal_to(expected, actual, tolerance):
-    """Every result within `tolerance` of the oracle's, told by its name."""
+    """Checks each result by name against the oracle's, within `tolerance`."""
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_allclose(
@@ -105,7 +105,7 @@ def assert_equal_to(expected, actual, tolerance):
 
 
 def assert_within_tolerances(expected, actual, dtype):
-    """Every result as near to the oracle's as the table of a dtype says."""
+    """Checks each result against the oracle's, within `TOLERANCES[dtype]`."""
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         largest = np.max(np.abs(x), where=np.isfinite(x), initial=1)
@@ -116,7 +116,7 @@ def assert_within_tolerances(expected, actual, dtype):
 
 
 class Order:
-    """How a sequence is stored: a layout, or an order of its own for each batch row."""
+    """Storage order of a sequence: a layout, or a separate order for each batch row."""
 
     def __init__(self, layout, mesh, batch, length):
         self.layout, self.mesh, self.length = layout, mesh, length
@@ -127,7 +127,7 @@ class Order:
 
     @property
     def positions(self):
-        """What the call has to be told; None where the layout's name says it."""
+        """The call's `positions=`; None where the layout's name implies them."""
         return jnp.asarray(self.permutation) if self.layout == "data" else None
 
     def store(self, x):

@@ -1,4 +1,4 @@
-"""The collectives of a call's forward and backward, each a program of its own."""
+"""The collectives of a call's forward and backward, each compiled separately."""
 
 import functools
 
@@ -9,9 +9,9 @@ from usp_jax.compiled import collectives
 
 
 def passes(attend, shapes):
-    """Those of the forward, and of the backward; arrays are made in their shardings.
+    """Collectives of the forward and of the backward; arrays get their shardings.
 
-    In one program XLA shares the first rotation of k, v between them.
+    In one program XLA would share the first rotation of k, v between them.
     """
     arrays = [jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding) for x in shapes]
     forward = jax.jit(functools.partial(jax.vjp, attend)).lower(*arrays).compile()

@@ -1,4 +1,4 @@
-"""Which of many alike cases `make test` runs; `make test-all` runs them all."""
+"""Selects the cases that `make test` runs; `make test-all` runs all of them."""
 
 import hashlib
 import itertools
@@ -10,7 +10,7 @@ SLICES = 7
 
 
 def slice_of(node_id: str) -> int:
-    """The slice of the long tests that a test is in: 1 to 7, the same everywhere."""
+    """The slice of the long tests that holds a test: 1 to 7, reproducible."""
     # pytest-xdist adds the name of a group to the ids of its tests.
     plain = re.sub(r"@[\w-]+$", "", node_id)
     digest = hashlib.sha256(plain.encode()).digest()
@@ -18,7 +18,7 @@ def slice_of(node_id: str) -> int:
 
 
 def in_the_default_run(test) -> list[tuple]:
-    """The cells of a parametrised test that `make test` runs: those not marked long."""
+    """Cells of a parametrised test that `make test` runs: those not marked long."""
     marks = {mark.name: mark for mark in test.pytestmark}
     _, params = marks["parametrize"].args
     if "long" in marks:
@@ -31,14 +31,14 @@ def in_the_default_run(test) -> list[tuple]:
 
 
 def pairs(cell) -> set:
-    """Every two values of a cell, each with the factor that it is of."""
+    """Pairs of values of a cell, each value with the index of its factor."""
     return set(itertools.combinations(enumerate(cell), 2))
 
 
 def covering(cells) -> list[tuple]:
-    """Some of the cells, in which every pair of values occurs that occurs in any.
+    """A subset of the cells that has each pair of values that any cell has.
 
-    Greedy: always the first of the cells with the most pairs that are still missing.
+    Greedy: repeatedly takes the first cell with the most pairs still missing.
     """
     of_cell = {cell: pairs(cell) for cell in cells}
     missing = set().union(*of_cell.values())
@@ -51,10 +51,10 @@ def covering(cells) -> list[tuple]:
 
 
 def thinned(*axes, keep: int):
-    """The product of some axes as parameters; all but each `keep`-th are long.
+    """The product of some axes as parameters; one in `keep` is run, the rest are long.
 
-    Which are kept moves by one from row to row of the product, so that they are spread
-    over the values of every axis.
+    The kept cell moves by one from row to row of the product, which spreads the kept
+    cells over the values of every axis.
     """
     cells = list(itertools.product(*axes))
     row = len(axes[-1])

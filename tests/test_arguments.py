@@ -1,4 +1,4 @@
-"""Wrong input: each mistake is told by name, value and remedy, before compilation."""
+"""Wrong input raises an error with the name, the value and the remedy."""
 
 import functools
 
@@ -205,7 +205,7 @@ MESHES = {
 
 @pytest.mark.parametrize("under_jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("case", MESHES)
-def test_what_a_mesh_cannot_split(case, under_jit, monkeypatch):
+def test_sizes_that_a_mesh_cannot_split(case, under_jit, monkeypatch):
     sizes, (query, key), options, message = MESHES[case]
     mesh = usp_jax.make_mesh(**sizes)
     call = functools.partial(usp_jax.usp_attention, mesh=mesh, **options)
@@ -214,12 +214,12 @@ def test_what_a_mesh_cannot_split(case, under_jit, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", ["ring", ("ring", 2), 8])
-def test_a_mesh_that_is_none(mesh):
+def test_a_mesh_of_a_wrong_type(mesh):
     with pytest.raises(ValueError, match="mesh=.* must be a jax.sharding.Mesh"):
         usp_jax.usp_attention(Q, KV, KV, mesh=mesh)
 
 
-def test_axes_that_are_none():
+def test_axes_of_a_wrong_type():
     with pytest.raises(ValueError, match="axes='ring' must be a usp_jax.MeshAxes"):
         mesh = usp_jax.make_mesh(ring=2)
         usp_jax.usp_attention(Q, KV, KV, axes="ring", mesh=mesh)
@@ -247,7 +247,7 @@ def test_global_call_inside_the_users_region():
         in_region(usp_jax.usp_attention, ring=4, ulysses=2)
 
 
-def test_shards_on_an_axis_that_is_not_bound():
+def test_shards_on_an_unbound_axis():
     call = functools.partial(
         usp_jax.usp_attention_per_shard, axes=usp_jax.MeshAxes(ring="rows")
     )
@@ -257,7 +257,7 @@ def test_shards_on_an_axis_that_is_not_bound():
         in_region(call, ring=4, ulysses=2)
 
 
-def test_shards_of_a_length_that_the_layout_cannot_have():
+def test_shards_of_an_impossible_length():
     """Three tokens a shard are not the two chunks of zigzag."""
     call = functools.partial(usp_jax.usp_attention_per_shard, layout="zigzag")
     shards = (jnp.zeros((4, B, 3, n, H)) for n in (N, K, K))
@@ -271,5 +271,5 @@ def test_windows_become_rules():
     assert mask_rule(True, None) == MaskRule(True)
     assert mask_rule(False, 3) == MaskRule(False, 3, 3)
     assert mask_rule(False, [3, None]) == MaskRule(False, 3, None)
-    # No two positions are farther apart than int32 tells.
+    # Two int32 positions are no farther apart than this.
     assert mask_rule(False, 2**40).left == 2**31 - 1

@@ -1,4 +1,4 @@
-"""The public functions as people use them: transformations, meshes, regions, dtypes."""
+"""The public functions under transformations, meshes, manual regions and dtypes."""
 
 import functools
 
@@ -56,7 +56,7 @@ def close(actual, expected, atol=TOLERANCE):
     ],
     ids=str,
 )
-def test_is_what_jax_computes(kind, options):
+def test_equals_jax_attention(kind, options):
     q, k, v = inputs()[0]
     mesh = mesh_4x2() if kind == "mesh" else None
     actual = jax.jit(functools.partial(usp_jax.usp_attention, mesh=mesh, **options))
@@ -300,7 +300,7 @@ def test_any_length_is_padded_inside(length, explicit):
 
 
 def test_one_number_on_an_explicit_mesh():
-    """The result of the cut is then a single number, whose sharding jax forgets."""
+    """Slicing off the padding leaves a single number, whose sharding jax drops."""
     mesh = usp_jax.make_mesh(ulysses=4, devices=jax.devices()[:4], explicit=True)
     one = jnp.ones((1, 1, 1, 1))
     attend = causal_on(mesh, return_residual=True)

@@ -1,4 +1,4 @@
-"""Balanced packing: a permutation whose work is counted right, even, and found fast."""
+"""Balanced packing: permutations, their counted work, its balance, and the cost."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from usp_jax.masking import Mask, MaskRule, Tokens, visible
 
 
 def heavy_tailed(seed, documents, length):
-    """Lengths of documents that fill nearly all of a row, a few of them most of it."""
+    """Document lengths that nearly fill a row, a few of them most of it."""
     rng = np.random.default_rng(seed)
     weights = (rng.pareto(1.1, documents) + 1, rng.lognormal(0, 1.5, documents))
     x = weights[seed % 2]
@@ -27,7 +27,7 @@ def heavy_tailed(seed, documents, length):
 
 
 def brute_force(positions, segment_ids, ring, is_causal, window):
-    """The pairs of every two shards from the mask of all tokens."""
+    """Visible pairs between each two shards, counted in the mask of all tokens."""
     tokens = Tokens(jnp.asarray(positions), jnp.asarray(segment_ids))
     seen = np.asarray(visible(Mask(MaskRule(is_causal, *window), tokens, tokens)))
     shard = len(positions) // ring
@@ -92,7 +92,7 @@ def test_work_is_that_of_the_mask(row):
 
 
 @given(rows(), st.randoms(use_true_random=False))
-def test_theestimated_path_is_exact_without_a_window(row, random):
+def test_the_estimated_path_is_exact_without_a_window(row, random):
     lengths, ring, chunk, length, is_causal, _ = row
     shards = [r for r in range(ring) for _ in range(length // (ring * chunk))]
     random.shuffle(shards)
@@ -114,7 +114,7 @@ def test_theestimated_path_is_exact_without_a_window(row, random):
 
 @given(st.integers(0, 9), st.integers(1, 3))
 def test_work_of_any_order(seed, ring):
-    """Also of negative and repeated positions, and of no segment ids."""
+    """Includes negative and repeated positions, and no segment ids."""
     rng = np.random.default_rng(seed)
     positions = rng.integers(-9, 9, 12 * ring).astype(np.int32)
     ids = rng.integers(-1, 3, 12 * ring).astype(np.int32)
@@ -150,7 +150,7 @@ def test_totals_of_heavy_tailed_packs(documents, length):
         work = usp_jax.ring_balance(plan.positions, plan.segment_ids, 8)
         assert work.totals <= 1.05
         paths.append(work.path)
-    # What is reached; shards of 1024 tokens hold 32 chunks of 32 tokens.
+    # The bound that is reached; shards of 1024 tokens hold 32 chunks of 32 tokens.
     assert np.mean(paths) <= (1.25 if length == 8192 else 1.15)
 
 
@@ -172,7 +172,7 @@ def test_an_even_row_stays_in_natural_order():
 
 
 def test_small_documents_stay_on_one_shard():
-    """Beside one long document whose work has to be spread."""
+    """Next to them is one long document, whose work has to be spread."""
     lengths = [2048] * 3 + [65536] + [2048] * 30
     plan = usp_jax.balance(lengths, 32)
     work = usp_jax.ring_balance(plan.positions, plan.segment_ids, 32)
@@ -181,7 +181,7 @@ def test_small_documents_stay_on_one_shard():
 
 
 def lines_run(function):
-    """How many lines of usp_jax a call runs: the turns of its loops."""
+    """Number of lines of usp_jax that a call executes, loop iterations included."""
     own, lines = str(Path(usp_jax.__file__).parent), 0
 
     def trace(frame, event, argument):
@@ -249,7 +249,7 @@ def test_arrays_of_any_rank_are_permuted():
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_attention_in_balanced_order_is_that_in_natural_order(explicit):
-    """Each row of the batch has its own documents, and so its own order."""
+    """Each batch row has its own documents and therefore its own order."""
     length, ring = 64, 4
     packs = ([40, 3, 9, 8], [5, 50])
     plans = [usp_jax.balance(x, ring, length=length, ulysses=2) for x in packs]

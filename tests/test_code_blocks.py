@@ -1,7 +1,7 @@
-"""Every block of code in the README and the documentation is run, or at least parsed.
+"""Code blocks of the README and the documentation are run, or at least parsed.
 
-Python runs. Of commands, which take minutes or a machine, the words go to the
-program's own parser; `make` has the target, and `pip` the extra.
+Python blocks run. Commands may take minutes or a machine, so their arguments go to the
+program's own parser; `make` must have the target, and `pip` the extra.
 """
 
 import argparse
@@ -27,10 +27,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# A line of a block, or words in a sentence.
+# A line of a code block, or inline code in a sentence.
 _PROGRAM = r"(?:make|pip install|python -m) "
 COMMAND = re.compile(rf"^({_PROGRAM}.*)$|`({_PROGRAM}[^`]*)`", re.MULTILINE)
-# What stands for a reader's own.
+# Placeholders for the reader's own values.
 STANDS_FOR = {"PRESET": "tiny", "RUN_DIR": "runs/mine", "PATH": "texts", "...": ""}
 
 
@@ -40,7 +40,7 @@ def blocks(page: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def commands() -> list[str]:
-    """Each once, with its continued lines, without the comment behind it."""
+    """Distinct commands, with continued lines joined and trailing comments removed."""
     texts = [page.read_text().replace("\\\n", " ") for page in PAGES]
     found = [
         " ".join(line.split("  #")[0].split())
@@ -52,7 +52,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def test_every_block_says_what_it_is() -> None:
+def test_every_block_names_its_language() -> None:
     for page in PAGES:
         languages = {language for language, _ in blocks(page)}
         assert languages <= {"text", "python", "diff"}, page
@@ -63,7 +63,7 @@ PYTHON = [page for page in PAGES if "python" in dict(blocks(page))]
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Blocks of a page go on from each other; folders of weights are tiny ones."""
+    """Blocks of a page share a namespace; folders of weights are tiny ones."""
     code = "\n".join(code for language, code in blocks(page) if language == "python")
     for folder in ("Llama-3.2-1B", "Llama-2-7b-hf"):
         write(tmp_path / folder, CONFIGS["plain"])
@@ -78,10 +78,10 @@ def test_python_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 
 class Parsed(Exception):
-    """A program has understood its arguments."""
+    """Raised once a program has parsed its arguments."""
 
 
-# Other tests of this process may have imported a program already: it runs anew.
+# Another test may have imported the program already, so it is run again.
 anew = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 
 
@@ -107,7 +107,7 @@ def test_mistakes_are_found(command: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether there is such a target, extra or program, which takes these words."""
+    """Checks that the target, extra or program exists and accepts the arguments."""
     given = command if "pip" in command else re.sub(r"\[(--.*?)\]", r"\1", command)
     words = [STANDS_FOR.get(word, word) for word in shlex.split(given, comments=True)]
     match [word for word in words if word]:

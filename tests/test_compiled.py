@@ -1,7 +1,7 @@
-"""The reader of compiled programs: snippets of each backend's text, and real programs.
+"""The reader of compiled programs, on snippets of each backend and on real programs.
 
-The snippets keep what the TPU and GPU backends print (tiled layouts, starts and dones,
-asynchronous fusions, no trip counts), shortened; the real programs are the CPU's.
+The snippets are shortened from the output of the TPU and GPU backends (tiled layouts,
+starts and dones, asynchronous fusions, no trip counts); the real programs are the CPU's.
 """
 
 # ruff: noqa: E501  (an instruction of HLO is one line)
@@ -65,7 +65,7 @@ def test_bytes_of_a_shape(text, expected):
     assert num_bytes(parse_shape(text)) == expected
 
 
-def test_a_shape_that_is_none_raises():
+def test_an_invalid_shape_raises():
     with pytest.raises(ValueError, match="'f32' is not the shape of an array"):
         parse_shape("f32")
 
@@ -223,7 +223,7 @@ WORK = """
 """
 
 
-def test_work_beside_a_collective_in_flight():
+def test_work_during_a_collective_in_flight():
     pairs = "source_target_pairs={{0,1},{1,0}}"
     text = program(
         f"""
@@ -256,7 +256,7 @@ def test_work_beside_a_collective_in_flight():
     assert "  yes" in table(collectives(text))
 
 
-def test_work_beside_what_an_async_start_runs():
+def test_work_during_an_async_start():
     text = program(
         """
         %x = f32[8,8]{1,0} parameter(0)
@@ -344,7 +344,7 @@ def test_an_operation_wrapped_in_async_start_is_one():
     assert one.op_name == "jit(f)/psum_scatter"
 
 
-# Of a TPU program: a collective in flight stands in every fusion that it overlaps.
+# From a TPU program: a collective in flight appears in each fusion that it overlaps.
 IN_FLIGHT = """
 %fused.start (p: bf16[16]) -> (bf16[16], bf16[32], u32[]) {
   %p = bf16[16]{0:T(256)(128)(2,1)} parameter(0)
@@ -392,7 +392,7 @@ def test_fusions_of_a_tpu_program():
     )
     gather, scatter = collectives(text)
     assert (gather.kind, gather.name, gather.wire_bytes) == ("all-gather", "g1", 32)
-    # The fusion that it is in flight beside multiplies no matrices.
+    # The overlapping fusion has no matrix product.
     assert (gather.is_async, gather.beside) == (True, ())
     working = text.replace("tanh(%p)", "dot(%p, %p)")
     assert collectives(working)[0].beside == ("f",)
@@ -401,7 +401,7 @@ def test_fusions_of_a_tpu_program():
 
 
 def loop(trip="", bound="constant(5)", step="constant(1)", start="constant(0)"):
-    """A loop around a permute, and what stands in front of it."""
+    """A loop around a permute, with the instructions before it."""
     body = f"""
 %body (s: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {{
   %s = (s32[], f32[8]{{0}}, s32[]) parameter(0)
@@ -469,7 +469,7 @@ def test_trips_of_a_loop(text, trips):
         loop().replace("direction=LT", "direction=EQ"),
     ],
 )
-def test_a_loop_whose_trips_are_not_known_raises(text):
+def test_a_loop_with_unknown_trips_raises(text):
     with pytest.raises(
         ValueError, match="trip count of the loop 'loop', .*unknown_trip"
     ):
@@ -477,7 +477,7 @@ def test_a_loop_whose_trips_are_not_known_raises(text):
     assert only(text, unknown_trips=3).executions == 3
 
 
-def test_a_loop_without_collectives_may_run_as_often_as_it_likes():
+def test_a_loop_without_collectives_needs_no_trip_count():
     text = loop(bound="get-tuple-element(%s), index=0")
     assert collectives(text.replace("collective-permute(%x)", "negate(%x)")) == ()
 
@@ -587,7 +587,7 @@ def test_a_computation_that_is_called_twice_counts_twice():
     assert (one.executions, one.is_conditional) == (2, False)
 
 
-def test_what_a_reduction_applies_is_not_run_by_itself():
+def test_the_function_of_a_reduction_is_not_counted():
     text = program(
         """
         %x = f32[8]{0} parameter(0)
@@ -633,7 +633,7 @@ def test_a_module_keeps_the_order_of_its_instructions():
         (program("what"), "'what' is not an instruction"),
     ],
 )
-def test_what_is_no_program_raises(text, message):
+def test_text_that_is_no_program_raises(text, message):
     with pytest.raises(ValueError, match=message):
         collectives(text)
 

@@ -1,4 +1,4 @@
-"""Decoding from a cache gives what attention to the whole sequence gives."""
+"""Decoding from a cache equals attention to the whole sequence."""
 
 import functools
 
@@ -34,7 +34,7 @@ def inputs(dtype="float64", heads=(N, K)):
 
 
 def ids():
-    """Row 1 has the shorter prompt, padded in its end, and stops before row 0."""
+    """Segment ids; row 1 has the shorter prompt, padded, and stops before row 0."""
     result = np.zeros((B, LENGTH), np.int32)
     result[1, PREFILL - 5 : PREFILL] = -1
     result[1, LENGTH - 2 :] = -1
@@ -42,7 +42,7 @@ def ids():
 
 
 def positions():
-    """Row 1 goes on counting where its prompt ended."""
+    """Positions: row 1 continues from the end of its own prompt."""
     result = np.tile(np.arange(LENGTH, dtype=np.int32), (B, 1))
     result[1, PREFILL:] -= 5
     return result
@@ -225,7 +225,7 @@ def test_one_merge_a_step(degrees, num_pages):
     totals = by_kind(found)
     assert set(totals) == {"all-reduce"}
     assert totals["all-reduce"].executions == 2
-    # Float32 numbers a query head: its maximum; its value and its sum.
+    # Float32 numbers per query head: its maximum, and then its value and its sum.
     assert totals["all-reduce"].operand_bytes == 4 * B * N * (1 + H + 1)
     assert totals["all-reduce"].wire_bytes == 2 * 7 * 4 * B * N * (1 + H + 1) // 8
 
@@ -243,7 +243,7 @@ def test_appending_moves_nothing():
 
 @pytest.mark.parametrize("mesh", [None, {"ring": 2, "ulysses": 2}], ids=str)
 def test_under_jit_in_a_loop(mesh):
-    """The same as outside, and NaN past the end of the last page."""
+    """Results equal those outside jit, and are NaN past the end of the last page."""
     own = mesh and usp_jax.make_mesh(**mesh, explicit=True)
     q, k, v, _ = inputs("float32")
     whole = (
@@ -276,7 +276,7 @@ def test_under_jit_in_a_loop(mesh):
     assert jnp.isnan(run(cache, 5)[1]).all()
 
 
-def test_per_shard_is_the_same():
+def test_per_shard_gives_the_same():
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     q, k, v, _ = inputs("float32")
     order = jnp.asarray(positions() + np.int32(0))
@@ -304,7 +304,7 @@ def test_per_shard_is_the_same():
     chex.assert_trees_all_close(actual, wanted, atol=1e-6)
 
 
-def test_wrong_caches_are_told(no_type_checks):
+def test_wrong_caches_raise(no_type_checks):
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     _, k, v, _ = inputs("float32")
     k, v = k[:, :PREFILL], v[:, :PREFILL]
@@ -335,7 +335,7 @@ def test_wrong_caches_are_told(no_type_checks):
         of(k, v, mesh=usp_jax.make_mesh(tensor=4))
 
 
-def test_wrong_steps_are_told(no_type_checks):
+def test_wrong_steps_raise(no_type_checks):
     q, k, v, _ = inputs("float32")
     cache = usp_jax.KVCache.of(k, v)
     at = jnp.zeros((B, 1), jnp.int32)

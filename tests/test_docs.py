@@ -1,4 +1,4 @@
-"""The documentation names tests that are there, and counts bytes as programs do."""
+"""The documentation names existing tests, and its byte formulas match programs."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ def named_tests() -> set[str]:
 
 
 def is_there(name: str) -> bool:
-    """Whether the file defines the test at its top level, found without importing."""
+    """Returns whether the file defines the test at its top level; imports nothing."""
     file, *path = name.split("::")
     if len(path) != 1 or not (ROOT / file).is_file():
         return False
@@ -33,7 +33,7 @@ def test_names_are_found():
     assert len(named_tests()) >= 15
 
 
-def test_named_tests_are_there():
+def test_named_tests_exist():
     assert [name for name in sorted(named_tests()) if not is_there(name)] == []
 
 
@@ -41,7 +41,7 @@ def test_named_tests_are_there():
     "name",
     ["tests/test_docs.py::test_nothing", "tests/test_nothing.py::test_names_are_found"],
 )
-def test_a_missing_test_is_told(name):
+def test_a_missing_test_is_found(name):
     assert not is_there(name)
 
 
@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_formulas(choice):
     assert result["equal"] and result["compiled"]["backward"]["collective-permute"] > 0
 
 
-def test_a_window_of_more_than_a_chunk_is_told():
+def test_a_window_of_more_than_a_chunk_raises():
     layer = bytes_per_layer.Layer(1, 4, "window, zigzag", tokens=64, window=34)
     with pytest.raises(ValueError, match="tokens=64 makes zigzag chunks of 32"):
         bytes_per_layer.formulas(layer)

@@ -1,4 +1,4 @@
-"""Every public name says what it takes, gives and raises, and is in the reference."""
+"""Public names are in the reference, with documented arguments and errors."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ IN_REFERENCE = [
     for page in sorted((ROOT / "docs" / "api").glob("*.md"))
     for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
 ]
-# Where the mathematics is others', it is said whose.
+# Their docstrings cite the paper of the mathematics.
 WITH_SOURCE = [
     "usp_jax.usp_attention",
     "usp_jax.usp_attention_per_shard",
@@ -28,7 +28,7 @@ WITH_SOURCE = [
 
 
 def find(name: str) -> object:
-    """What a dotted name is, modules imported on the way."""
+    """The object of a dotted name; imports its module."""
     module, _, rest = name.rpartition(".")
     try:
         return importlib.import_module(name)
@@ -37,7 +37,7 @@ def find(name: str) -> object:
 
 
 def public() -> dict[str, object]:
-    """All that the reference has; of a module and of a class, what they make public."""
+    """All objects in the reference, with the public members of modules and classes."""
     found: dict[str, object] = {}
     for name in IN_REFERENCE:
         thing = find(name)
@@ -70,8 +70,8 @@ def test_it_has_a_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_is_told(name: str) -> None:
-    """Each by its name, there or where the docstring sends the reader."""
+def test_every_argument_is_named(name: str) -> None:
+    """Each argument is named in the docstring, or in one that it refers to."""
     told = inspect.getdoc(FUNCTIONS[name]) or ""
     sent = re.findall(r"`(\w+)`", told)
     told += "".join(inspect.getdoc(f) or "" for f in map(by_last_name, sent) if f)
@@ -85,8 +85,8 @@ def by_last_name(last: str) -> object | None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_raised_is_told(name: str) -> None:
-    """Of a function that raises itself or calls what checks."""
+def test_raised_errors_are_documented(name: str) -> None:
+    """Functions that raise, or call a check, have a `Raises:` section."""
     if may_raise(FUNCTIONS[name]):
         assert "Raises:" in (inspect.getdoc(FUNCTIONS[name]) or "")
 
@@ -100,5 +100,5 @@ def may_raise(function) -> bool:
 
 
 @pytest.mark.parametrize("name", WITH_SOURCE)
-def test_the_source_is_told(name: str) -> None:
+def test_the_source_is_cited(name: str) -> None:
     assert re.search(r"arXiv \d{4}\.\d{5}", inspect.getdoc(PUBLIC[name]) or "")

@@ -1,4 +1,4 @@
-"""Ulysses in head chunks gives the oracle's results, and moves what it says."""
+"""Ulysses in head groups: the oracle's results, and the predicted traffic."""
 
 import functools
 
@@ -16,7 +16,7 @@ from usp_jax.compiled import by_kind
 from usp_jax.ulysses import Heads
 
 CASES = [
-    # Two parts of the keys for four chunks; keys cut like queries.
+    # Two parts of the keys for four head groups; keys cut like queries.
     ((4, 2), (16, 4), 4),
     ((4, 2), (8, 4), 2),
     ((2, 4), (8, 4), 2),
@@ -60,7 +60,7 @@ def test_gradients_of_shared_keys_are_rounded_once():
 
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_keys_travel_once(chunks):
-    """Each head once, and all once more in the backward; the ring as often as heads."""
+    """Heads travel once, and once more in the backward; the ring repeats per group."""
     (ring, ulysses), (n, k), size, length = (2, 4), (16, 8), 4, 64
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
     sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
@@ -79,8 +79,8 @@ def test_keys_travel_once(chunks):
     assert forward["all-to-all"].executions == 2 * chunks + kv_parts
     assert backward["all-to-all"].wire_bytes == (3 * n + 4 * k) * share
     assert backward["all-to-all"].executions == 3 * chunks + 2 * kv_parts
-    # A part of the keys goes round once for each chunk that it serves. XLA of jax 0.10
-    # sees that first hops send the same, and this ring has no second.
+    # A part of the keys goes around once for each head group that it serves. XLA of jax
+    # 0.10 merges equal first hops, and this ring has no second.
     turns = chunks // kv_parts
     sent = 1 if jax.__version_info__ < (0, 11) else turns
     hop = 4 * 2 * k // ulysses * length // ring * size

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CORE_PACKAGES = {"jax", "numpy", "jaxtyping"}
 
-# A module may import what stands in its own row or in one above it. A new module fails
-# the test until it is given its place here.
+# A module may import modules of its own row or of a row above. A new module fails the
+# test until it has a place here.
 LAYERS = (
     {
         "usp_jax._compat",
@@ -54,7 +54,7 @@ LAYERS = (
     {"train.evaluation"},
     {"train"},
 )
-# What the parts outside the core may import beside the core's packages.
+# Packages that parts outside the core may import in addition to the core's.
 EXTRA_PACKAGES = {
     "usp_jax.nn": {"flax"},
     "usp_jax.models": {"flax"},
@@ -62,7 +62,7 @@ EXTRA_PACKAGES = {
     # The training step, which the planner compiles.
     "usp_jax.models.optimizer": {"optax"},
     "usp_jax.models.training": {"flax", "optax"},
-    # Its command line: tables, pictures, and the step that the compiler checks.
+    # The planner's command line: tables, plots, and the step that the compiler checks.
     "usp_jax.plan": {"flax", "matplotlib", "rich"},
 }
 
@@ -79,7 +79,7 @@ def modules(root: Path) -> dict[str, ast.Module]:
 
 
 def imports(name: str, tree: ast.Module, known: set[str]) -> set[str]:
-    """Dotted names that `tree` imports; submodules are told from attributes."""
+    """Dotted names that `tree` imports, submodules and not attributes."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -121,14 +121,14 @@ def direction_faults(root: Path) -> list[str]:
 
 
 def extra_packages(name: str) -> set[str]:
-    """Those of the longest prefix of `name` that EXTRA_PACKAGES lists."""
+    """Extra packages of the longest prefix of `name` that EXTRA_PACKAGES lists."""
     while name and name not in EXTRA_PACKAGES:
         name = name.rpartition(".")[0]
     return EXTRA_PACKAGES.get(name, set())
 
 
 def package_faults(root: Path) -> list[str]:
-    """Third-party imports of usp_jax that its part of the package may not have."""
+    """Third-party imports that are not allowed in their part of usp_jax."""
     trees = modules(root)
     faults = []
     for name, tree in trees.items():
@@ -187,7 +187,7 @@ def test_private_jax_stays_in_compat() -> None:
 
 
 def hidden_modules(root: Path) -> list[str]:
-    """Modules whose name their package gives to something else."""
+    """Modules whose name their package binds to something else."""
     trees = modules(root)
     names = [
         f"{package}.{name}"
@@ -235,7 +235,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_the_checks_find_what_they_are_for(tmp_path: Path) -> None:
+def test_the_checks_find_faults(tmp_path: Path) -> None:
     root = write_tree(
         tmp_path,
         {
@@ -272,12 +272,12 @@ def test_a_hidden_module_is_found(tmp_path: Path) -> None:
     assert hidden_modules(root) == ["usp_jax.balance", "usp_jax.plan.best"]
 
 
-def test_a_module_without_a_place_is_told() -> None:
+def test_a_module_without_a_place_raises() -> None:
     with pytest.raises(ValueError, match="usp_jax.new has no place in LAYERS"):
         layer("usp_jax.new")
 
 
-def test_relative_imports_are_told(tmp_path: Path) -> None:
+def test_relative_imports_raise(tmp_path: Path) -> None:
     root = write_tree(tmp_path, {"usp_jax/ring.py": "from . import mesh\n"})
     with pytest.raises(ValueError, match="usp_jax.ring:1: write imports absolutely"):
         direction_faults(root)

@@ -1,4 +1,4 @@
-"""Joint attention is attention of the two sequences joined, on any mesh."""
+"""Joint attention equals attention of the two sequences concatenated."""
 
 import functools
 
@@ -92,8 +92,8 @@ def test_one_device_and_all_axes():
 @pytest.mark.parametrize(
     ("degrees", "joint_length"), thinned(DEGREES[1:], [5, 8], keep=3)
 )
-def test_no_image_token_moves_but_in_the_op(degrees, joint_length):
-    """The op's own traffic at the joined length, and one gather of the joint output."""
+def test_image_tokens_move_only_inside_the_op(degrees, joint_length):
+    """The op's traffic at the joined length, and one gather of the joint output."""
     ring, ulysses = degrees
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
     split = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
@@ -114,13 +114,13 @@ def test_no_image_token_moves_but_in_the_op(degrees, joint_length):
         assert found.get(kind) == own.get(kind)
     others = set(found) - {"all-to-all", "collective-permute"}
     assert others <= {"all-gather"}
-    # Outputs of joint tokens, and their ids where they are padded: never an image's.
+    # Outputs of joint tokens, and their ids where they are padded, but none of images.
     ids_bytes = 4 * B * (T + 8) if joint_length % 8 else 0
     gathered = (4 * B * 8 * N * H + ids_bytes) * 7 // 8
     assert found["all-gather"].wire_bytes <= gathered
 
 
-def test_wrong_arguments_are_told(no_type_checks):
+def test_wrong_arguments_raise(no_type_checks):
     q, k, v, jq, jk, jv, *_ = inputs("float32")
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     attend = functools.partial(usp_jax.usp_joint_attention, mesh=mesh)

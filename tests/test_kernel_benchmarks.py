@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py and tune.py at toy size, and the tables that tune writes."""
+"""benchmarks/kernels.py and tune.py at toy size, and the tables that tune.py writes."""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ PACKAGES = {
 
 
 def printed(main, arguments, capsys):
-    """The JSON lines of a command: what it ran on, and the rest."""
+    """The JSON lines that a command prints, without the header."""
     main(arguments)
     head, *lines = map(json.loads, capsys.readouterr().out.splitlines())
     assert {"date", "device", "jax"} <= head.keys()
@@ -101,7 +101,7 @@ def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None
     arguments = ["--toy", "--implementations", implementation]
     *tried, chosen = printed(tune.main, arguments, capsys)
     assert {x["part"] for x in tried} == {part.name for part in searches}
-    # The sizes of today come first in each, and all candidates after them.
+    # The current sizes come first in each, followed by all candidates.
     assert len(tried) == sum(1 + len(part.candidates) for part in searches)
     best = {}
     for line in tried:
@@ -117,7 +117,7 @@ def test_tune_at_toy_size(implementation, how_many, capsys, monkeypatch) -> None
         assert written(kernel.Tile(**tile)) in chosen["row"]
 
 
-def test_what_cannot_be_tuned_is_told_and_never_chosen(capsys, monkeypatch) -> None:
+def test_failed_candidates_are_reported_and_not_chosen(capsys, monkeypatch) -> None:
     (part, *_) = parts("triton", toy=True)
     ((name, tile),) = part.candidates[0].items()
 
@@ -162,7 +162,7 @@ def test_tables_are_as_they_are_written(implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", PACKAGES)
-def test_measured_rows_stand_in_front_of_the_others(implementation, tmp_path) -> None:
+def test_measured_rows_precede_the_others(implementation, tmp_path) -> None:
     module = importlib.import_module(PACKAGES[implementation])
     kind = {"mosaic_tpu": "TPU v5 lite"}.get(implementation, "NVIDIA H200")
     here = Target("gpu", kind, (9, 0))
@@ -174,12 +174,12 @@ def test_measured_rows_stand_in_front_of_the_others(implementation, tmp_path) ->
     for target, size in ((other, 128), (here, 256)):
         call = target, size, "bfloat16"
         assert lookup(table, *call) == lookup(module.TABLE, *call)
-    # Measured again it takes its own place.
+    # A new measurement replaces the old row.
     again = dataclasses.replace(row, source="tomorrow")
     twice = merged(table, [again])
     assert twice.count(again) == 1 and row not in twice
     assert len(twice) == len(table)
-    # What is written is what is read.
+    # The written table can be read back.
     source = replaced(Path(module.__file__).read_text(), table)
     path = tmp_path / "changed.py"
     path.write_text(source)
@@ -189,7 +189,7 @@ def test_measured_rows_stand_in_front_of_the_others(implementation, tmp_path) ->
     assert "source='today'" in source.replace('"', "'")
 
 
-def test_a_module_without_a_table_is_told() -> None:
+def test_a_module_without_a_table_raises() -> None:
     with pytest.raises(ValueError, match="no `TABLE = ...`"):
         replaced("x = 1\n", ())
 
@@ -203,7 +203,7 @@ def test_lookup_says_up_to_which_size_there_is_a_row() -> None:
         lookup(table, target, 65, "bfloat16")
 
 
-def test_every_candidate_can_be() -> None:
+def test_every_candidate_is_valid() -> None:
     for implementation in PACKAGES:
         for toy in (False, True):
             for part in parts(implementation, toy=toy):

@@ -1,12 +1,12 @@
 """The conformance suite of the chunk contract: one set of cases, all implementations.
 
-An implementation joins by its row in `KERNELS`, where the tests' device can run it:
-interpreted here, and as it is with `make test-gpu`. Every case is compared with the
-float32 oracle on the same rounded inputs (float64 for float64), which a CPU computes,
-forward and backward, and run twice, which must give the same bits.
+An implementation joins by its row in `KERNELS`, if the tests' device can run it:
+interpreted on a CPU, compiled with `make test-gpu`. Each case is compared, forward and
+backward, with the float32 oracle on the same rounded inputs (float64 for float64),
+computed on a CPU. It runs twice and must give the same bits.
 
-`make test` runs, of each implementation, a few cases that have every feature between
-them; those of one feature each are `make test-all`'s.
+`make test` runs a few cases of each implementation, which together have all features;
+`make test-all` also runs cases with one feature each.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Case:
     """One call of a chunk, or of `chunks` in a row that cut the keys.
 
     Attributes:
-      value_size: the head size of the values, where it is another.
-      order: how query and key positions are laid: "natural", "reversed", or "apart",
+      value_size: the head size of the values, if different.
+      order: the order of query and key positions: "natural", "reversed", or "apart",
         every key after every query.
     """
 
@@ -54,7 +54,7 @@ class Case:
     chunks: int = 1
 
 
-# Several features each: what `make test` runs.
+# Several features each; `make test` runs these.
 MIXED = {
     "long-carry-window-gqa": Case(
         700, 1400, batch=2, chunks=2, window=(900, 5), heads=(4, 2)
@@ -114,8 +114,7 @@ CASES = MIXED | {
     "carry": Case(90, 90, chunks=3, is_causal=True),
 }
 
-# What an implementation may get wrong by itself. That nothing is visible has a test of
-# its own below.
+# One feature each. A separate test below covers masks with nothing visible.
 FEATURES = {
     "several blocks": lambda case: min(case.q_length, case.kv_length) >= 700,
     "a rest of a block": lambda case: case.q_length % 128 and case.kv_length % 128,
@@ -147,13 +146,13 @@ TARGET = target_of(None)
 
 
 def widest(kernel):
-    """The dtype of all cases: float32, or else bfloat16; None if it is not for here."""
+    """The dtype of all cases: float32, or else bfloat16; None if it cannot run here."""
     if kernel.refuses:
-        return None  # Of cuDNN the cases are others: tests/kernels/test_cudnn.py.
+        return None  # cuDNN has its own cases, in tests/kernels/test_cudnn.py.
     on_cpu = TARGET.platform == "cpu"
     if kernel.name.endswith("_interpret") and not on_cpu:
         return None
-    # Interpreted, a kernel of 16 bits takes too long for all of them.
+    # An interpreted 16-bit kernel takes too long for all of them.
     dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
     able = (x for x in dtypes if not kernel.refusal(TARGET, x, head_size=128))
     return next(able, None)
@@ -212,7 +211,7 @@ def _oracle(case, dtype):
 
 
 def run(chunk, case, arrays, positions, ids):
-    """The contract as the ring uses it: chunks of the keys one after the other."""
+    """Runs the contract as the ring does: chunks of the keys one after the other."""
     q, k, v, dout, dlse = arrays
     rule = MaskRule(case.is_causal, *case.window)
     logits = Logits(case.head_size**-0.5, case.soft_cap)
@@ -315,7 +314,7 @@ def test_what_nothing_sees_is_exactly_zero(implementation):
 
 
 @pytest.mark.parametrize("implementation", HERE)
-def test_a_chunk_that_is_not_seen_leaves_the_carry_as_it_is(implementation):
+def test_an_invisible_chunk_leaves_the_carry_unchanged(implementation):
     case = CASES["nothing-visible"]
     (q, k, v, out, lse), positions, _ = inputs(case, DTYPES_HERE[implementation])
     out, lse = out.astype("float32"), lse.astype("float32")

@@ -162,7 +162,7 @@ def test_errors(call, message):
 
 @pytest.mark.parametrize("axis", [2, -3])
 @pytest.mark.parametrize("layout", NAMED)
-def test_an_axis_that_is_not_there_raises(layout, axis):
+def test_an_absent_axis_raises(layout, axis):
     with pytest.raises(ValueError, match=rf"axis={axis} .* 2 axes"):
         usp_jax.to_layout(X, layout, mesh_of(4, 2), axis=axis)
     with pytest.raises(ValueError, match=rf"axis={axis} .* 2 axes"):
@@ -170,7 +170,7 @@ def test_an_axis_that_is_not_there_raises(layout, axis):
 
 
 @pytest.mark.parametrize("length", [-1, 2.5, True])
-def test_a_length_that_is_none_raises(length, no_type_checks):
+def test_an_invalid_length_raises(length, no_type_checks):
     with pytest.raises(ValueError, match=rf"length={length} must be an int"):
         usp_jax.padded_length(length, "zigzag", mesh_of(4))
     with pytest.raises(ValueError, match=rf"length={length} must be an int"):

@@ -1,4 +1,4 @@
-"""Masks: what is visible, what a block is called, and which blocks are visited."""
+"""Masks: visible pairs, kinds of blocks, and the blocks that are visited."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def masks(draw):
 
 
 def sees(mask, row, i, j):
-    """Whether one query sees one key, in plain Python."""
+    """Returns whether one query sees one key, in plain Python."""
     p, s = int(mask.q.positions[row, i]), int(mask.kv.positions[row, j])
     rule = mask.rule
     seen = not (rule.is_causal and s > p)
@@ -169,7 +169,7 @@ def test_causal_zigzag_visits_half_of_the_blocks_and_is_balanced(ring_size, shar
     counts = visits("zigzag", ring_size, shard, block)
     ideal = (ring_size * shard // block) ** 2 / 2
     assert ideal < counts.sum() <= 1.02 * ideal
-    # Every device does the same at every step.
+    # All devices do the same work at each step.
     assert (counts == counts[:1]).all()
 
 

@@ -1,4 +1,4 @@
-"""Meshes: the six axes, who plays which role, which mesh a call runs on, and errors."""
+"""Meshes: the six axes, their roles, the mesh that a call runs on, and errors."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_takes_the_devices_it_is_given_in_their_order():
     devices = jax.devices()[::-1][:4]
     mesh = usp_jax.make_mesh(ring=2, ulysses=2, devices=devices)
     assert set(mesh.devices.flat) == set(devices)
-    # Ulysses shards are neighbours: they talk most.
+    # Ulysses shards are neighbours, because they communicate most.
     ids = np.vectorize(lambda d: d.id)(mesh.devices).reshape(2, 2)
     assert ids.size == len(set(ids.flat))
 
@@ -83,7 +83,7 @@ def test_which_mesh_a_call_runs_on():
             resolve_mesh(one, axes)
 
 
-def test_an_axis_that_is_asked_for_must_be_there():
+def test_a_named_axis_must_exist():
     axes = usp_jax.MeshAxes(ring="rows")
     with pytest.raises(
         ValueError, match="gives the role 'ring' to the axis 'rows', which is not among"
@@ -92,7 +92,7 @@ def test_an_axis_that_is_asked_for_must_be_there():
 
 
 @pytest.mark.parametrize("name", ["ring", "data", "tensor"])
-def test_a_region_that_is_manual_over_what_the_call_splits(name):
+def test_a_region_that_is_manual_over_axes_the_call_splits(name):
     mesh = usp_jax.make_mesh(**{name: 2})
 
     def inside(x):
@@ -114,7 +114,7 @@ def test_a_region_that_is_manual_over_what_the_call_splits(name):
 
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
-    """What placing looks at: of a TPU its coordinates, of a GPU its process."""
+    """Attributes that placement reads: coordinates of a TPU, the process of a GPU."""
 
     id: int
     platform: str
@@ -126,7 +126,7 @@ class FakeDevice:
 
 
 def slices(number):
-    """TPU v5p slices of 2x2x1 chips, their devices in a jumble."""
+    """TPU v5p slices of 2x2x1 chips, with their devices shuffled."""
     devices = [
         FakeDevice(4 * s + n, "tpu", "TPU v5", s, s, (n % 2, n // 2, 0))
         for s in range(number)
@@ -136,7 +136,7 @@ def slices(number):
 
 
 def nodes(number, gpus, per_process):
-    """GPU nodes that jax knows of by their processes only."""
+    """GPU nodes that jax distinguishes by their processes only."""
     return [
         FakeDevice(n, "gpu", "NVIDIA H100", n // per_process)
         for n in range(number * gpus)

@@ -1,4 +1,4 @@
-"""Traps that a newcomer steps into: each is right, or says what to do instead."""
+"""Mistakes that newcomers make: the call works, or its error names the remedy."""
 
 import functools
 
@@ -93,7 +93,7 @@ def test_without_a_mesh_the_inputs_own_is_taken(kind):
     chex.assert_trees_all_close(out, expected(*inputs()), atol=1e-5)
 
 
-def test_inputs_on_one_device_stay_there():
+def test_inputs_on_one_device_stay_on_it():
     q = inputs()[0]
     out = usp_jax.usp_attention(q, q, q)
     assert out.sharding == q.sharding

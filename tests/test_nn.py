@@ -1,4 +1,4 @@
-"""flax's own layers give the same with our attention as with theirs."""
+"""flax's layers give the same results with this attention as with flax's own."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def segments() -> jax.Array:
 
 
 def visible(segment_ids: jax.Array) -> jax.Array:
-    """What `segments` and causality let be seen, as flax's dense mask."""
+    """flax's dense mask for `segments` and causality."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     real = (segment_ids >= 0)[:, None, None, :]
     order = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None, None]
@@ -42,7 +42,7 @@ def visible(segment_ids: jax.Array) -> jax.Array:
 
 
 def nnx_layer(attention=None, **options) -> nnx.Module:
-    """The same parameters whatever the attention."""
+    """A layer whose parameters do not depend on the attention."""
     chosen = {} if attention is None else {"attention_fn": attention}
     return nnx.MultiHeadAttention(
         HEADS, FEATURES, decode=False, rngs=nnx.Rngs(0), **chosen, **options
@@ -78,7 +78,7 @@ def linen_gradients(layer: linen.Module, x: jax.Array, weight: jax.Array, **argu
     return out, grads[0], grads[1]
 
 
-def test_nnx_layer_is_flax_own(mesh):
+def test_nnx_layer_equals_flax_attention(mesh):
     x = inputs(2)
     weight = jax.random.normal(jax.random.key(2), x.shape)
     mask = linen.make_causal_mask(x[..., 0])
@@ -88,7 +88,7 @@ def test_nnx_layer_is_flax_own(mesh):
     chex.assert_trees_all_close(actual, expected, **TOLERANCE)
 
 
-def test_linen_layer_is_flax_own(mesh):
+def test_linen_layer_equals_flax_attention(mesh):
     x = inputs(2)
     weight = jax.random.normal(jax.random.key(2), x.shape)
     mask = linen.make_causal_mask(x[..., 0])
@@ -98,7 +98,7 @@ def test_linen_layer_is_flax_own(mesh):
     chex.assert_trees_all_close(actual, expected, **TOLERANCE)
 
 
-def test_the_layers_own_is_causal_is_heard():
+def test_the_layers_own_is_causal_is_honoured():
     mesh, x = usp_jax.make_mesh(**MESHES[0]), inputs(2)
     expected = nnx_layer()(x, is_causal=True)
     layer = nnx_layer(attention_fn(mesh))
@@ -111,7 +111,7 @@ def test_the_layers_own_is_causal_is_heard():
 def test_a_sequence_mask_is_the_dense_mask():
     mesh, x, ids = usp_jax.make_mesh(**MESHES[0]), inputs(2), segments()
     weight = jax.random.normal(jax.random.key(2), x.shape)
-    # A padding query's output differs: exactly zero attention here, a mean there.
+    # A padding query's output differs: exactly zero here, a mean over keys in flax.
     weight = jnp.where((ids >= 0)[..., None], weight, 0)
     attention = attention_fn(mesh, is_causal=True)
     for layer, gradients in (
@@ -127,7 +127,7 @@ def test_a_sequence_mask_is_the_dense_mask():
         chex.assert_trees_all_close(ours * real, out * real, **TOLERANCE)
 
 
-def test_batch_dims_are_any_number():
+def test_any_number_of_batch_dims():
     mesh = usp_jax.make_mesh(**MESHES[1])
     attention = attention_fn(mesh, is_causal=True)
     for batch in ((), (2, 3)):
@@ -181,7 +181,7 @@ def test_equal_functions_are_equal_modules():
     ],
     ids=["mask", "dropout", "precision", "sow"],
 )
-def test_what_cannot_be_honoured_is_told(options, arguments, message):
+def test_unsupported_options_raise(options, arguments, message):
     x = inputs(2)
     if "mask" in arguments:
         arguments = {"mask": linen.make_causal_mask(x[..., 0])}
@@ -193,7 +193,7 @@ def test_what_cannot_be_honoured_is_told(options, arguments, message):
         linen_layer(attention, **options).init(rngs, x, **arguments)
 
 
-def test_dropout_is_that_of_the_op():
+def test_dropout_equals_the_ops():
     mesh, rate, key = usp_jax.make_mesh(**MESHES[0]), 0.4, jax.random.key(5)
     (q,) = normal(0, (2, LENGTH, HEADS, 4))
     drop = {"dropout_rate": rate, "dropout_rng": key, "broadcast_dropout": False}
@@ -208,7 +208,7 @@ def test_dropout_is_that_of_the_op():
         attention(q, q, q, **drop | {"dropout_rng": None})
 
 
-def test_what_only_a_direct_call_can_ask_is_told():
+def test_unsupported_options_of_a_direct_call_raise():
     q = jnp.ones((1, LENGTH, HEADS, 4))
     attention = attention_fn(usp_jax.make_mesh(**MESHES[0]))
     with pytest.raises(ValueError, match="bias: a bias has T·S entries"):
@@ -219,7 +219,7 @@ def test_what_only_a_direct_call_can_ask_is_told():
         attention(q, q, q, input_positions=jnp.arange(LENGTH))
 
 
-def test_a_decoding_cache_is_told():
+def test_a_decoding_cache_raises():
     layer = nnx.MultiHeadAttention(
         HEADS,
         FEATURES,
@@ -306,7 +306,7 @@ def test_usp_attention_layer_takes_the_options_of_attention_fn():
     ],
     ids=["heads", "odd", "scaling", "twice"],
 )
-def test_wrong_layers_are_told(options, message):
+def test_wrong_layers_raise(options, message):
     with pytest.raises(ValueError, match=message):
         usp_layer(**options)
     with pytest.raises(ValueError, match="in_features=30 must be a multiple of num_h"):

@@ -1,4 +1,4 @@
-"""The notebooks run, and what is kept of them is what their sources say."""
+"""The notebooks run, and the stored notebooks match their sources."""
 
 import os
 import re
@@ -15,7 +15,7 @@ FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
 NAMES = [source.stem for source in SOURCES]
 
-# An absolute path with two parts or more, as the machine that ran a notebook has them.
+# An absolute path with two or more parts, as from the machine that ran a notebook.
 PATH = re.compile(r"(?<![\w.:/])/[\w.-]+/[\w.-]+")
 
 
@@ -33,7 +33,7 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
-    """What must not be in the outputs: errors, warnings, paths of a machine."""
+    """Errors, warnings and machine paths in the outputs; none are allowed."""
     found = []
     for output in (output for cell in code(notebook) for output in cell.outputs):
         text = output.get("text", "") + output.get("data", {}).get("text/plain", "")

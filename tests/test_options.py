@@ -1,4 +1,4 @@
-"""Every option of attention at every way in: passed on as it is, or refused by name."""
+"""Each option at each entry point: passed on unchanged, or refused by name."""
 
 import inspect
 import typing
@@ -20,7 +20,7 @@ X = jnp.ones((B, T, N, H))
 IDS = jnp.zeros((B, T), jnp.int32)
 SLOPES = (0.5, 0.25, 0.125, 0.0625)
 
-# A value for each option that is not its default.
+# A value other than the default for each option.
 VALUES = {
     "is_causal": True,
     "scale": 0.25,
@@ -42,7 +42,7 @@ VALUES = {
 
 
 class Reached(Exception):
-    """Raised in place of a call, with the options that it was given."""
+    """Raised in place of a call, with the call's options."""
 
     def __init__(self, options):
         super().__init__()
@@ -65,7 +65,7 @@ def mesh():
 
 
 def flax_layer(options):
-    """What changes from call to call goes into the mask, the rest into the layer."""
+    """Options that vary between calls go into the mask, the rest into the layer."""
     fields = ("segment_ids", "positions", "prefix_length", "sinks")
     mask = SequenceMask(**{n: x for n, x in options.items() if n in fields})
     fixed = {n: x for n, x in options.items() if n not in fields}
@@ -73,14 +73,14 @@ def flax_layer(options):
 
 
 def own_layer(options):
-    """As a flax layer; `sinks` are its own parameter."""
+    """Calls `USPAttention` like a flax layer; `sinks` are its parameter."""
     called = ("segment_ids", "positions", "prefix_length")
     call = {n: x for n, x in options.items() if n in called}
     fixed = {n: x for n, x in options.items() if n not in called}
     if "sinks" in fixed:
         fixed["sinks"] = True
     if "positions" in options:
-        # They are the order of tokens where the layout has none.
+        # They give the order of tokens, which this layout does not imply.
         fixed["layout"] = "data"
     layer = USPAttention(N * H, N, mesh=mesh(), rngs=nnx.Rngs(0), **fixed)
     if "sinks" in fixed:
@@ -93,7 +93,7 @@ def cached(options):
     usp_jax.decode_attention(X, cache, **{"positions": IDS, **options})
 
 
-# The ways in, and what each refuses.
+# The entry points, and the options that each refuses.
 NO_DROPOUT = {"dropout_rate", "dropout_seed"}
 DOORS = {
     "usp_attention": (
@@ -143,7 +143,7 @@ def test_every_option_is_passed_on_or_refused(door, option):
     found = reached.value.options
     assert set(found) == set(DEFAULTS)
     if door == "usp_joint_attention" and option == "segment_ids":
-        # Those of the joint tokens follow.
+        # Segment ids of the joint tokens follow.
         assert found[option].shape == (B, 2 * T)
         return
     np.testing.assert_array_equal(found[option], VALUES[option])
@@ -188,19 +188,19 @@ def test_an_unknown_option_is_an_error(door):
 
 @pytest.mark.parametrize("name", ["mask", "bias", "query_seq_lengths", "ring_inner"])
 @pytest.mark.parametrize("door", ["usp_attention_per_shard", "flash_attention"])
-def test_options_of_others_say_what_to_use(door, name):
+def test_options_of_other_libraries_raise_with_a_remedy(door, name):
     with pytest.raises(ValueError, match=f"{door} cannot honour {name}=: .*use "):
         DOORS[door][0]({name: X})
 
 
-def test_mask_and_bias_stand_where_jax_has_them(no_type_checks):
+def test_mask_and_bias_raise_with_a_remedy(no_type_checks):
     for name in ("mask", "bias"):
         with pytest.raises(ValueError, match=f"cannot honour {name}=: .*use "):
             usp_jax.usp_attention(X, X, X, **{name: X})
 
 
-def test_a_model_passes_on_what_changes_no_result():
-    """The options that a model's execution has, from its configuration to the call."""
+def test_a_model_passes_on_its_execution_options():
+    """Execution options reach the call from the model's configuration."""
     names = ("implementation", "ring_schedule", "ulysses_chunks")
     chosen = {"implementation": "xla", "ring_schedule": "double:2", "ulysses_chunks": 2}
     config = LlamaConfig.preset("tiny", num_layers=1, **chosen)

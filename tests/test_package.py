@@ -18,7 +18,7 @@ before = set(sys.modules)
 import usp_jax
 print(*sorted(set(sys.modules) - before))
 """
-# What jax does not import itself and is small.
+# Small modules that `import jax` does not load.
 SMALL = {
     "jax.ad_checkpoint",
     "jax.experimental.topologies",
@@ -44,16 +44,16 @@ def test_only_usp_jax_is_in_the_wheel(built: Path) -> None:
     assert there <= set(names)
 
 
-def test_the_source_archive_has_what_the_wheel_is_made_of(built: Path) -> None:
+def test_the_source_archive_has_the_wheels_sources(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "usp_jax/py.typed"} <= names
 
 
-def test_it_imports_itself_alone_in_an_empty_environment(
+def test_importing_it_in_an_empty_environment_loads_little_else(
     built: Path, tmp_path: Path
 ) -> None:
-    """Beside jax, numpy and jaxtyping; Pallas, say, would take half a second."""
+    """Only jax, numpy and jaxtyping load; Pallas alone would take half a second."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv" / "bin" / "python")
     (wheel,) = built.glob("*.whl")
@@ -75,6 +75,6 @@ def test_it_imports_itself_alone_in_an_empty_environment(
     assert "usp_jax.usp" in modules
     own = {name for name in modules if name.partition(".")[0] == "usp_jax"}
     assert modules - own <= SMALL
-    # What few calls need is imported by them.
+    # Modules that few calls need are imported by those calls.
     late = ("usp_jax.models", "usp_jax.plan", "usp_jax.kernels.mosaic", "usp_jax.nn")
     assert not [name for name in own if name.startswith(late)]

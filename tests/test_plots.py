@@ -1,4 +1,4 @@
-"""Pictures of results that were kept."""
+"""Plots of stored results."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize("kind", ["attention-cpu", "kernels-h100", "train-memory"])
-def test_kept_results_are_drawn(kind: str, tmp_path: Path) -> None:
+def test_stored_results_are_drawn(kind: str, tmp_path: Path) -> None:
     newest = max(RESULTS.glob(f"*-{kind}.jsonl"))
     lines = [json.loads(line) for line in newest.read_text().splitlines()]
     draw(lines, tmp_path / "it.svg")
@@ -19,7 +19,7 @@ def test_kept_results_are_drawn(kind: str, tmp_path: Path) -> None:
     assert told.startswith("<?xml") and len(told) > 5000
 
 
-def test_lines_of_nothing_are_told(tmp_path: Path) -> None:
+def test_lines_without_a_known_result_raise(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="no line has one of ratio_to_ringattention, tflops, peak"
     ):

@@ -1,4 +1,4 @@
-"""16-bit inputs: no worse than one device, and no worse with a longer ring."""
+"""16-bit errors: at most twice one device's, and flat in the length of the ring."""
 
 import functools
 
@@ -15,7 +15,7 @@ from tests.sampling import thinned
 pytestmark = pytest.mark.xdist_group("precision")
 
 B, T, N, K, H = 1, 512, 8, 8, 16
-# What is rounded to 16 bits; lse never is.
+# Results that are rounded to 16 bits; lse is not.
 ROUNDED = ("out", "dq", "dk", "dv")
 DEGREES = ((1, 1), (1, 8), (2, 4), (4, 2), (8, 1))
 
@@ -67,7 +67,7 @@ def test_flat_from_one_ring_shard_to_eight(dtype):
         assert max(row) <= 1.2 * row[0], (name, row)
 
 
-def test_the_error_is_what_rounding_once_makes():
+def test_the_error_is_about_that_of_one_rounding():
     """out of bfloat16 has about the error of rounding the exact result."""
     exact = truth("bfloat16")["out"]
     rounded = np.float64(jnp.asarray(exact, jnp.bfloat16))
@@ -78,5 +78,5 @@ def test_the_error_is_what_rounding_once_makes():
 @pytest.mark.parametrize(
     ("degrees", "dtype"), thinned(DEGREES, ["bfloat16", "float16"], keep=3)
 )
-def test_lse_is_exact_to_float32(degrees, dtype):
+def test_lse_has_float32_precision(degrees, dtype):
     assert errors(*degrees, dtype)["lse"] <= 1e-6

@@ -28,7 +28,7 @@ def test_reading_list(name, link):
     assert (ROOT / name).is_file()
 
 
-def test_tree_names_what_is_there():
+def test_tree_names_existing_files():
     (tree,) = re.findall(r"```text\nusp_jax/(.*?)```", CONTRIBUTING, re.DOTALL)
     named = set(re.findall(r"[a-z_]+\.py\b", tree))
     there = {path.name for path in (ROOT / "usp_jax").glob("*.py")}

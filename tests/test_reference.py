@@ -44,7 +44,7 @@ def by_loops(q, k, v, sees, scale, cap, sinks):
     ("rule", "sees"),
     [
         (MaskRule(), lambda b, t, s: True),
-        # Query t is at position t + 1: some keys are after all, none before the first.
+        # Query t is at position t + 1: some keys are after all queries.
         (MaskRule(True), lambda b, t, s: s <= t + 1),
         (MaskRule(False, 2, 0), lambda b, t, s: t - 1 <= s <= t + 1),
         # Nothing is visible for the last queries.

@@ -1,4 +1,4 @@
-"""What is tracked is source: no large file, and nothing that `make` itself makes."""
+"""The repository tracks sources: no large file, and no output of `make`."""
 
 import re
 import shutil
@@ -12,9 +12,9 @@ MOST_BYTES = 1_000_000
 
 
 def git(*arguments: str) -> list[str]:
-    """The names that git prints; skips, and says so, where there is no git."""
+    """The names that git prints; skips the test, with a reason, if there is no git."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        # Said at the end of a run, for pytest's -ra.
+        # Printed at the end of a run by pytest's -ra.
         pytest.skip("no git: what is tracked is NOT tested")
     command = ["git", "-C", str(ROOT), *arguments]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -25,12 +25,12 @@ def git(*arguments: str) -> list[str]:
 def test_nothing_tracked_is_large() -> None:
     tracked = git("ls-files", "-z")
     assert "usp_jax/usp.py" in tracked
-    # What is tracked may just have been deleted from the working tree.
+    # A tracked file may have been deleted from the working tree.
     paths = [ROOT / name for name in tracked if (ROOT / name).exists()]
     assert [path for path in paths if path.lstat().st_size > MOST_BYTES] == []
 
 
-def test_what_make_makes_is_ignored_and_not_tracked() -> None:
+def test_outputs_of_make_are_ignored_and_not_tracked() -> None:
     """So that `make docs` and `make clean` leave `git status` as it was."""
     rule = re.search(r"^clean:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert rule is not None

@@ -27,7 +27,7 @@ def tokens(shard, length):
 
 
 def ring_of(size, rule):
-    """The ring as the device that calls it sees it."""
+    """The ring from the calling device's point of view."""
     tokens = RingTokens(None, None, "contiguous", size, T)
     return Ring(
         axis_name="ring" if size > 1 else None,
@@ -85,7 +85,7 @@ def test_halves_of_an_odd_shard_travel_each_way():
     check(3, RULES["causal"], Bidirectional())
 
 
-def test_what_was_seen_before_the_ring_counts():
+def test_the_ring_adds_to_an_earlier_carry():
     q, kv, out, lse = normal(
         1, (2, B, T, N, H), (2, B, T, K, H + V), (2, B, T, N, V), (2, B, T, N)
     )

@@ -1,4 +1,4 @@
-"""The slices of the long tests are all of them, and the same everywhere."""
+"""The slices of the long tests cover all of them and are reproducible."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tests.sampling import SLICES, slice_of
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_test_is_in_one_slice_of_seven_whatever_runs_it():
+def test_a_test_is_in_one_slice_of_seven_on_any_worker():
     # Python's own hash() would differ from process to process.
     names = [f"tests/test_usp_grid.py::test_grid[cell-{n}]" for n in range(7)]
     assert [slice_of(name) for name in names] == [6, 1, 6, 5, 4, 7, 2]

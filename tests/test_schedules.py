@@ -1,4 +1,4 @@
-"""Every way round the ring gives the oracle's results, and moves what it says."""
+"""Ring schedules: the oracle's results, and the predicted traffic."""
 
 import functools
 
@@ -59,7 +59,7 @@ def sized(schedule, ring):
     thinned(SCHEDULES, CALLS, (False, True), keep=13),
 )
 def test_equals_the_oracle(schedule, call, explicit):
-    """Degrees take turns over the cells, so that all pairs are seen."""
+    """Degrees alternate over the cells, so that all pairs occur."""
     turn = list(SCHEDULES).index(schedule) + list(CALLS).index(call)
     degrees = DEGREES[(turn + explicit) % 3]
     check(degrees, explicit, sized(schedule, degrees[0]), **CALLS[call])
@@ -159,7 +159,7 @@ def test_bytes_and_hops(schedule, degrees):
     if schedule == "all_gather":
         assert forward[GATHER].wire_bytes == hops * kv
         assert backward[GATHER].wire_bytes == hops * kv
-        # psum_scatter's operand is dk, dv of the whole sequence.
+        # The operand of psum_scatter is dk, dv of the whole sequence.
         assert backward[SCATTER].wire_bytes == hops * kv
         assert PERMUTE not in forward and PERMUTE not in backward
     elif schedule == "pass_q":

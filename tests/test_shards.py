@@ -1,4 +1,4 @@
-"""Shards: how arrays are split, and whose spelling of it a result keeps."""
+"""Shards: how arrays are split, and the sharding of a result."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a device knows of all ring shards' tokens after one gathering."""
+"""Tokens of all ring shards, gathered once on each device."""
 
 import functools
 
@@ -36,7 +36,7 @@ def test_gathers_every_shard_in_ring_order():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-def test_without_arrays_the_layout_tells_and_nothing_is_gathered(layout):
+def test_without_arrays_the_layout_gives_the_order_and_nothing_is_gathered(layout):
     gather = functools.partial(
         gather_tokens,
         None,

@@ -1,4 +1,4 @@
-"""benchmarks/tpu_traffic.py counts what Pallas's pipeline fetches: a case by hand."""
+"""benchmarks/tpu_traffic.py counts Pallas's fetches; checked on a case by hand."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_lists_in_several_calls_cost_the_carry(monkeypatch) -> None:
     kernel, cut = kernel_of("forward", SHAPE, BLOCKS)
     assert kernel.walk.calls == 2
     moved = traffic("forward", kernel, cut)
-    # One block of queries a call; both heads of it, and what they had before.
+    # One block of queries per call: both of its heads, and their carry.
     assert moved.read["q"] == once.read["q"]
     assert moved.read["state"] == 4 * 2 * BLOCK + 4 * ROW
     assert moved.written == once.written

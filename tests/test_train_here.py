@@ -8,7 +8,7 @@ from benchmarks import train_here
 from usp_jax.models.presets import PRESETS
 
 
-def test_a_step_is_timed_and_what_cannot_be_says_so(capsys) -> None:
+def test_a_step_is_timed_and_a_failed_one_is_reported(capsys) -> None:
     train_here.main(["--toy", "--remat", "attention", "nothing"])
     head, line, failed = map(json.loads, capsys.readouterr().out.splitlines())
     assert {"date", "device", "jax"} <= head.keys()

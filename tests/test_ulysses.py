@@ -1,4 +1,4 @@
-"""Ulysses: who works on which heads, and all-to-alls that undo each other."""
+"""Ulysses: the heads of each device, and all-to-alls that undo each other."""
 
 import chex
 import jax
@@ -87,7 +87,7 @@ def test_pad_heads():
 @pytest.mark.parametrize("heads", [(8, 4), (8, 2), (12, 3), (6, 2), (5, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_kv_to_seq_is_the_transpose_of_kv_to_heads(heads, dtype):
-    """<A x, y> = <x, Aᵀ y>: what several devices have of one head is summed."""
+    """<A x, y> = <x, Aᵀ y>: parts of one head on several devices are summed."""
     size = 4
     heads = Heads(*heads, size)
     x, y = normal(
@@ -111,7 +111,7 @@ def test_kv_to_seq_is_the_transpose_of_kv_to_heads(heads, dtype):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_uneven_groups_equal_a_repeated_key_head(index):
-    """Five query heads a device over 2 and 3 key heads: unequal numbers of each."""
+    """Five query heads per device over 2 and 3 key heads: unequal groups."""
     heads = Heads(6, 2, 4) if index else Heads(12, 3, 2)
     device = index
     m, n = heads.sent.shape[1], heads.padded // heads.ulysses_size

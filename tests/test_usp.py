@@ -1,4 +1,4 @@
-"""The laws of the op: its ends, causality, padding, and what it must not change."""
+"""Laws of the op: its special cases, causality, padding, linearity, determinism."""
 
 import functools
 
@@ -41,7 +41,7 @@ def test_no_ring_and_no_ulysses_is_flash_attention_bit_for_bit():
     chex.assert_trees_all_equal(run(attend_on(1, 1, is_causal=True), *inputs()), one)
 
 
-def test_ulysses_alone_is_flash_attention_bit_for_bit():
+def test_ulysses_alone_is_flash_attention_to_2e_6():
     """R = 1: every device has all tokens of its heads, so nothing is merged."""
     flash = functools.partial(
         usp_jax.flash_attention, is_causal=True, return_residual=True
@@ -74,7 +74,7 @@ def test_ring_alone_exchanges_no_heads_and_ulysses_alone_rotates_nothing(
 
 @pytest.mark.parametrize("layout", usp_jax.layout.LAYOUTS)
 def test_causality(layout):
-    """What comes after position t has no part in it: its gradient is exactly 0."""
+    """Tokens after position t do not affect output t: their gradient is exactly 0."""
     t, mesh = 6, usp_jax.make_mesh(ring=4, ulysses=2)
     order = Order(layout, mesh, B, T)
     (q, k, v), _ = inputs()
@@ -108,7 +108,7 @@ def test_a_shard_of_padding_is_zero_and_nowhere_nan(degrees, explicit):
     ring, ulysses = degrees
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses, explicit=explicit)
     ids = np.zeros((B, T), np.int32)
-    # The last two devices of row 0 hold nothing else, and all of row 1's.
+    # The last two devices of row 0 hold only padding, and so do all of row 1's.
     ids[0, -T // 4 :], ids[1] = -1, -1
     ids = jnp.asarray(ids)
     attend = functools.partial(
@@ -130,7 +130,7 @@ def test_a_shard_of_padding_is_zero_and_nowhere_nan(degrees, explicit):
 
 
 def test_documents_do_not_see_each_other():
-    """A packed row is its documents one by one."""
+    """A packed row gives the results of its documents one by one."""
     ids = packed(1, T, padding=False)
     (q, k, v), _ = inputs()
     q, k, v = q[:1], k[:1], v[:1]
@@ -154,7 +154,7 @@ def test_is_a_linear_function_of_the_values(degrees):
 
 @pytest.mark.parametrize("degrees", [(1, 1), (4, 2)], ids=str)
 def test_equal_values_leave_queries_and_keys_no_gradient(degrees):
-    """Whatever is looked at gives the same; in 16 bits, too, as far as float32 goes."""
+    """Any weights give the same output; in 16 bits too, up to float32 rounding."""
     (q, k, v), (dout, dlse) = inputs(jnp.bfloat16)
     v = jnp.broadcast_to(v[:, :1], v.shape)
     attend = attend_on(*degrees, is_causal=True)
@@ -185,7 +185,7 @@ def test_implementations_agree_in_the_ring(implementation):
 
 
 def test_sinks_have_a_gradient_on_every_axis():
-    """Summed over batch, ring and ulysses, though each device sees its part only."""
+    """Gradients are summed over batch, ring and ulysses from each device's part."""
     mesh = usp_jax.make_mesh(ring=2, ulysses=2, data=2)
     arrays, cotangents = inputs()
     (sinks,) = normal(4, (N,))

@@ -1,8 +1,8 @@
-"""What the compiled program of a call moves, keeps and never makes.
+"""Traffic, saved residuals and buffers in the compiled program of a call.
 
 Counted in the programs of XLA's CPU backend, in float32: that backend widens bfloat16
-collectives, so bfloat16's are read from the traced program. The formulas are those of
-USP (arXiv 2405.07719, Table 2) for any numbers of heads.
+collectives, so bfloat16's are read from the traced program. The formulas are USP's
+(arXiv 2405.07719, Table 2), extended to other numbers of heads.
 """
 
 import functools
@@ -175,7 +175,7 @@ def test_bfloat16_travels_as_bfloat16_and_its_gradients_as_float32(heads):
     backward = both[len(forward) :]
     rotations = {dtype for name, dtype in backward if name == "ppermute"}
     assert rotations == {"bfloat16", "float32"}
-    # A head that several devices have a part of is summed in float32.
+    # A head with parts on several devices is summed in float32.
     exchanged = [dtype for name, dtype in backward if name == "all_to_all"]
     replicated = heads[1] < 2
     assert (
@@ -221,7 +221,7 @@ def test_what_a_rematerialised_block_runs_again(degrees, layout):
     rotations, exchanges = runs(*usp_jax.SAVED_NAMES)
     assert max(once - 1, 0) <= rotations <= once
     assert exchanges == (6 if ulysses > 1 else 0)
-    # XLA's older CPU backend undoes the rematerialisation of what is no loop.
+    # XLA's older CPU backend undoes rematerialisation outside loops.
     if ring > 1 and layout == "zigzag":
         assert runs()[0] > once
 

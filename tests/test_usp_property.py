@@ -1,8 +1,8 @@
-"""The op equals the oracle for whatever hypothesis draws, or says what it cannot do.
+"""The op equals the oracle for hypothesis's draws, or refuses an option by name.
 
 Meshes, axis types, odd lengths, different lengths of queries and keys, uneven heads,
 masks, positions and segment ids of one or both sides, sinks, ALiBi, dropout, layouts,
-ways round the ring, head chunks, two implementations and dtypes.
+ring schedules, head groups, two implementations and dtypes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ DEGREES = [
     if ring * ulysses * data * tensor <= 8
 ]
 VARIANTS = ("none", "alibi", "dropout", "both", "prefix")
-# The interpreter takes long, and has its own tests.
+# Interpreted kernels are slow and have their own tests.
 IMPLEMENTATIONS = ("reference", "xla") * 4 + ("triton_interpret",)
 TOLERANCES = {"float64": 1e-10, "float32": 3e-5}
 
@@ -109,7 +109,7 @@ def _divisors(n):
 
 
 def refused(case):
-    """The option that a call is told it cannot have, or None."""
+    """The message of the error for an option that the call cannot have, or None."""
     if case.implementation == "triton_interpret":
         if case.variant in ("alibi", "dropout", "both") or case.dtype == "float64":
             return "implementation='triton_interpret'"
@@ -173,7 +173,7 @@ def test_equals_the_oracle(case):
     rng = np.random.default_rng(case.seed)
 
     def order_of(length):
-        # Neither sorted nor distinct: whatever a data loader may say.
+        # Neither sorted nor distinct, as a data loader may give them.
         return rng.integers(0, 40, (case.batch, length), dtype=np.int32)
 
     def ids_of(length):

@@ -22,7 +22,7 @@ DROPOUT = {"dropout_rate": 0.3, "dropout_seed": 7}
 
 
 def distances():
-    """How far each key is ahead of each query, in natural order."""
+    """Distance of each key ahead of each query, in natural order."""
     return np.arange(T)[None, :] - np.arange(T)[:, None]
 
 
@@ -31,7 +31,7 @@ def alibi_bias():
 
 
 def prefix_seen():
-    """What only a causal query or a token of the prefix sees."""
+    """Visible pairs: causal ones, and those within the prefix."""
     within = np.arange(T) < PREFIX[:, None]
     seen = (distances() <= 0) | (within[:, :, None] & within[:, None, :])
     return seen
@@ -39,7 +39,7 @@ def prefix_seen():
 
 @functools.cache
 def dropout_factors(segments):
-    """What one device's weights are multiplied by, read off the op itself.
+    """Dropout's factors of one device's weights, read off the op itself.
 
     With q = 0 every key has the weight 1 / T, with v = 1 for one key and 0 for all
     others the output is that key's weight.
@@ -145,7 +145,7 @@ def check(
 
 @pytest.mark.parametrize(("name", "turn"), thinned(CASES, range(4), keep=7))
 def test_equals_the_oracle(name, turn):
-    """Degrees, axis types, layouts and packing take turns over the cells."""
+    """Degrees, axis types, layouts and packing alternate over the cells."""
     options, oracle_options = CASES[name]
     layout = ("zigzag", "contiguous", "striped", "data")[
         (turn + list(CASES).index(name)) % 4
@@ -158,7 +158,7 @@ def test_equals_the_oracle(name, turn):
 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 1, 2), (2, 2, 2, 1)], ids=str)
-def test_rows_and_heads_are_counted_over_the_mesh(degrees):
+def test_dropout_counts_rows_and_heads_over_the_mesh(degrees):
     """Batch rows over `data` and heads over `tensor` drop what one device drops."""
     options, oracle_options = CASES["all but prefix"]
     check(
@@ -203,7 +203,7 @@ def test_dropout_inside_a_shard_map_is_that_of_the_mesh():
 
 
 def test_what_is_dropped_looks_random():
-    """The right share, whatever varies; and nothing of it follows from a neighbour."""
+    """The kept share is right along any two axes; neighbours are uncorrelated."""
     rate, n = 0.25, 64
     tokens = Tokens(jnp.arange(n, dtype=jnp.int32)[None])
     dropout = Dropout(rate, jnp.uint32(3), jnp.arange(4), jnp.arange(8))
@@ -221,7 +221,7 @@ def test_what_is_dropped_looks_random():
     for axis in range(4):
         correlation = (centred * np.roll(centred, 1, axis)).mean() / variance
         assert abs(correlation) < 5 / kept.size**0.5
-    # Sums over a square's corners show what a hash of a sum or an xor would give.
+    # Products over a square's corners expose a hash of a sum or an xor.
     square = centred * np.roll(centred, 1, 2)
     square *= np.roll(square, 1, 3)
     assert abs(square.mean()) / variance**2 < 5 / kept.size**0.5

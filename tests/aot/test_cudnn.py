@@ -1,7 +1,7 @@
-"""Compiles the ring around cuDNN's fused attention and reads what came of it.
+"""The ring around cuDNN's fused attention, compiled for a GPU and inspected.
 
-XLA's compiler leaves cuDNN's attention a call by name until a GPU runs it, so this
-needs no cuDNN: the calls, their masks and the schedule around them are what is read.
+XLA's compiler leaves cuDNN's attention as a named call until a GPU runs it, so these
+tests need no cuDNN: they read the calls, their masks and the schedule around them.
 """
 
 import collections
@@ -25,7 +25,7 @@ T, N, K, H = 2**16, 8, 4, 128
 
 
 def calls(executable) -> collections.Counter:
-    """How many calls of cuDNN the program's text has, by target and mask."""
+    """Numbers of cuDNN calls in the program's text, by target and mask."""
     found = re.findall(
         r'custom_call_target="(__cudnn[^"]*)".*?"mask_type": "(\w+)"',
         executable.as_text(),
@@ -79,7 +79,7 @@ def test_the_ring_around_cudnn(name, ring, ulysses) -> None:
         permutes = by_kind(found)["collective-permute"]
         assert permutes.wire_bytes == hops * sizes * kv_bytes
         assert in_flight(found, "collective-permute") == 1
-    # First hop, loop and last step, each with the three cases of zigzag: one is causal.
+    # First hop, loop and last step each have zigzag's three cases, one of them causal.
     steps = min(ring, 3)
     assert calls(forward) == {
         (FORWARD, "CAUSAL"): steps,
@@ -89,8 +89,8 @@ def test_the_ring_around_cudnn(name, ring, ulysses) -> None:
     assert targets == {BACKWARD}
 
 
-def test_on_one_device_it_is_one_call_each_way() -> None:
-    """Without a switch, and with grouped heads as they are."""
+def test_one_device_makes_one_call_per_pass() -> None:
+    """There is no switch, and grouped heads are passed unchanged."""
     topology = aot.topology("h100:1x1")
     mesh = usp_jax.make_mesh(devices=topology.devices)
     shapes = [

@@ -1,4 +1,4 @@
-"""Compiles every chunk kernel for its hardware, forward and backward.
+"""Chunk kernels compiled for their hardware, forward and backward.
 
 `make test` compiles a few of each, `make test-all` all head sizes and masks on all
 targets. Needs the compilers, `pip install 'usp_jax[aot]'`.
@@ -30,8 +30,8 @@ MASKS = {
     "packed": MaskRule(is_causal=True),
     "window": MaskRule(left=700, right=90),
 }
-# What test_targets.py leaves out: its rings are causal, with heads of 128, and few of
-# them are not long.
+# Cases that test_targets.py leaves out: its rings are causal, with heads of 128, and
+# few of them are in the default run.
 CHEAP = (
     ("mosaic_tpu", "v5e:1x1", 80, "packed"),
     ("mosaic_tpu", "tpu7x:2x2x1", 192, "packed"),
@@ -80,13 +80,13 @@ def compiled(implementation, name, head_size, mask, *, soft_cap=None):
     options = {}
     if implementation == "triton" and name in UNSPILT and mask != "window":
         options["xla_gpu_fail_ptx_compilation_on_register_spilling"] = True
-        # The tests' own level, 0, spills what users' programs do not.
+        # At the tests' optimization level, 0, registers spill that otherwise would not.
         options["xla_backend_optimization_level"] = 3
     return aot.compile(both, *shapes, topology=topology, compiler_options=options)
 
 
 def check(report, head_size):
-    """It fits, and keeps nothing that is as large as all scores."""
+    """Checks that the program fits and has no buffer as large as all scores."""
     assert report.fits
     results = 4 * B * (2 * T * N + 2 * S * K) * head_size + 4 * B * T * N
     # A TPU lays the last axes out in whole tiles of 8 x 128.
@@ -123,7 +123,7 @@ def test_soft_caps(implementation, target) -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    """The compiler says so: what the other tests pass could have failed."""
+    """The compiler rejects them, so the other tests could have failed."""
     topology = aot.topology("v5e:1x1")
     tile = mosaic_tpu.Tile(1024, 1024, 1024)
     forward = functools.partial(

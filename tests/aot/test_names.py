@@ -1,4 +1,4 @@
-"""Names of machines, facts of devices and messages: what needs no compiler."""
+"""Names of machines, facts of devices, and messages; no compiler is needed."""
 
 import importlib.util
 import re
@@ -17,7 +17,7 @@ DEVICES = (*aot.TPUS, *aot.GPUS)
 @pytest.mark.parametrize(
     "name", ["v9:2x2", "v7x:2x2x1", "h100", "v5p:", "v5p:4,4", "v5e:0x4", "", "cpu:8"]
 )
-def test_unknown_names_tell_what_is_known(name):
+def test_unknown_names_raise_with_the_known_ones(name):
     with pytest.raises(ValueError, match=re.escape(repr(name))) as error:
         aot.topology(name)
     for known in ("v5p:4x4x4", "v5e:4x4", "tpu7x:2x2x1", "h100:2x8", "b200:1x8"):
@@ -39,18 +39,18 @@ def test_names_have_the_sizes_of_their_kind(name, message):
 
 
 @pytest.mark.parametrize("name", ["v5p:4x4x4", "h100:2x8"])
-def test_without_the_compilers_it_is_told_what_to_install(name, monkeypatch):
+def test_without_the_compilers_the_error_says_what_to_install(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'usp_jax\[aot\]'"):
         aot.topology(name)
 
 
-def test_the_environment_is_as_it_was(monkeypatch):
+def test_the_environment_is_restored(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_ID", "3")
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
     settings = plugins._libtpu_settings()
-    # What the user says of his TPU host is not touched.
+    # The user's own settings of a TPU host are left unchanged.
     assert "TPU_WORKER_ID" not in settings
     assert settings["TPU_ACCELERATOR_TYPE"]
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
@@ -75,7 +75,7 @@ def test_the_target_of_a_gpu(gpu):
     assert int(fields["device_memory_size"]) == gpu.hbm_bytes
     assert int(fields["major"]) == gpu.capability[0]
     assert f'device_description_str: "{gpu.kind}"' in text
-    # The oldest jax refuses what it does not know.
+    # The oldest supported jax rejects kinds that it does not know.
     for unknown in ("collective_memory_granularity", "mem_clock_ghz", "active_links"):
         assert unknown not in text
 

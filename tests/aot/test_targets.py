@@ -1,8 +1,8 @@
-"""Compiles attention for machines that are not here and reads what came of it.
+"""Attention compiled for machines that are not attached, and inspected.
 
-`make test` compiles the ring for one TPU, and for a GPU of each kernel; the ring on the
-other machines is `make test-all`'s. Needs the compilers, `pip install 'usp_jax[aot]'`;
-without them it is skipped, and the summary says so.
+`make test` compiles the ring for one TPU, and for one GPU per kernel; `make test-all`
+compiles it for the other machines. The tests need the compilers,
+`pip install 'usp_jax[aot]'`; without them they are skipped, and the summary says so.
 """
 
 import functools
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_compilers
 
 B, N, K, H = 1, 8, 4, 128
-# So long that no shard fits into a TPU's VMEM, as in earnest.
+# So long that no shard fits into a TPU's VMEM, as in real use.
 LONG = 2**18
 
 
@@ -130,7 +130,7 @@ def test_a_slice_that_libtpu_refuses():
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h200:1x1"])
-def test_what_does_not_fit_is_told(name):
+def test_a_program_that_does_not_fit_is_reported(name):
     topology = aot.topology(name)
     size = topology.device.hbm_bytes
     x = jax.ShapeDtypeStruct((size // 2**20, 2**20), jnp.float32)
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_told(name):
     if topology.platform == "tpu":
         assert report.error.startswith("RESOURCE_EXHAUSTED")
         assert report.peak_bytes is None
-        # What the tables say a program can have is what the compiler says.
+        # The table's memory size is the compiler's.
         assert f"{size / 2**30:.2f}G" in report.error
     else:
         assert report.peak_bytes > size
@@ -171,7 +171,7 @@ def test_the_command_line(capsys):
         "all-to-all",
         "collective-permute",
     }
-    # Tokens, of 8 query heads too few for 16 GiB: it says so and exits with 1.
+    # Too many tokens for 16 GiB at 8 query heads: it says so and exits with 1.
     assert main("v5e:2x2 --ulysses 4 --length 16M --heads 8".split()) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
@@ -216,7 +216,7 @@ if ours[0].platform == "cpu":
 
 
 @pytest.mark.parametrize("order", ["used", "not-used"])
-def test_the_own_devices_stay(order):
+def test_local_devices_are_unchanged(order):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     subprocess.run(
         [sys.executable, "-c", DEVICES_STAY, order],
@@ -226,7 +226,7 @@ def test_the_own_devices_stay(order):
     )
 
 
-def test_eight_fake_cpu_devices_are_still_here():
+def test_eight_fake_cpu_devices_remain():
     aot.topology("v5e:2x2")
     assert [d.platform for d in jax.devices()] == ["cpu"] * 8
 
@@ -242,7 +242,7 @@ def test_eight_fake_cpu_devices_are_still_here():
         {"ring_schedule": "pass_q"},
     ],
 )
-def test_every_hop_of_the_other_ways_round_is_in_flight(name, way):
+def test_hops_of_the_other_schedules_are_in_flight(name, way):
     fn, *shapes = attention(name, 8, 1, 2**16, **way)
     options = usp_jax.recommended_flags(aot.topology(name).platform)
     for report in aot.compile_vjp(fn, *shapes, compiler_options=options):
@@ -251,7 +251,7 @@ def test_every_hop_of_the_other_ways_round_is_in_flight(name, way):
 
 @pytest.mark.long
 def test_head_groups_are_in_flight_and_need_less_memory():
-    """Half of the heads' all-to-alls can be beside work: all but the first and last."""
+    """Half of the head groups' all-to-alls can overlap work: all but first and last."""
     devices = aot.topology("v5p:2x2x2").devices
     mesh = usp_jax.make_mesh(ring=2, ulysses=4, devices=devices)
     sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
@@ -273,7 +273,7 @@ def test_head_groups_are_in_flight_and_need_less_memory():
         )
         for chunks in (1, 2)
     )
-    # q, k and v together, and out; beside the first half's work and the second's.
+    # q, k and v together, and out, overlap the first half's work and the second's.
     assert halves[0].in_flight("all-to-all") == 3 / 6
     assert halves[1].in_flight("all-to-all") >= 4 / 10
     for one, two in zip(whole, halves, strict=True):

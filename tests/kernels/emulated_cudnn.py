@@ -1,7 +1,6 @@
-"""cuDNN's two calls in plain jax: their contract, in the inputs' dtype.
+"""cuDNN's two calls emulated in plain jax, with results in the inputs' dtype.
 
-What they give is rounded once; inside it is float32, so that what a test sees beyond
-rounding is the library's.
+They compute in float32 and round once, so any larger error is the library's.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ def attention(q, k, v, scale, is_causal):
 
 
 def backward(q, k, v, lse, out, dout, scale, is_causal):
-    """dq, dk, dv in the inputs' dtypes; out is read for one sum only."""
+    """dq, dk, dv in the inputs' dtypes; out is used only for delta."""
     s = _scores(q, k, scale, is_causal)
     p = jnp.exp(s - lse.reshape(*s.shape[:4], 1))
     delta = jnp.sum(out.astype(s.dtype) * dout.astype(s.dtype), -1)

@@ -1,4 +1,4 @@
-"""The static cases of a mask are what `visible` says, each pair once."""
+"""The static cases of a mask cover the pairs that `visible` shows, each once."""
 
 import functools
 
@@ -19,7 +19,7 @@ def ring(layout, size, length=LENGTH, **more):
 
 
 def counts(parts, shape):
-    """How often each pair is in a block of the cases that apply."""
+    """Number of times that each pair is in a block of the cases that apply."""
     total = np.zeros(shape, int)
     for cases in parts:
         for block in cases.each[int(cases.which)]:

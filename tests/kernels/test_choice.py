@@ -1,4 +1,4 @@
-"""implementation=None takes what its devices run best, and says so."""
+"""The kernel that implementation=None selects for a device, and refusals by name."""
 
 import dataclasses
 import logging
@@ -139,7 +139,7 @@ def test_hopper_kernels_are_taken_on_hopper(capability) -> None:
     ids=lambda target: target.kind,
 )
 def test_hopper_kernels_are_refused_elsewhere_also_on_what_is_newer(target) -> None:
-    # WGMMA is of capability 9.0 alone: the compiler would fail, late and unclearly.
+    # Only capability 9.0 has WGMMA: the compiler would fail late and unclearly.
     call = {"target": target, "dtype": "bfloat16", "head_size": 128}
     message = re.escape(
         "implementation='mosaic_gpu' needs compute capability 9.0 to 9.x, but the call "
@@ -149,7 +149,7 @@ def test_hopper_kernels_are_refused_elsewhere_also_on_what_is_newer(target) -> N
         choose("mosaic_gpu", **call)
 
 
-def test_an_unknown_name_is_told() -> None:
+def test_an_unknown_name_raises() -> None:
     with pytest.raises(ValueError, match="implementation='flash' must be None or one"):
         choose("flash", target=CPU, dtype="float32", head_size=64)
 
@@ -165,7 +165,7 @@ def test_an_unknown_name_is_told() -> None:
         (FakeDevice("tpu", TPU.kind), TPU),
     ],
 )  # fmt: skip
-def test_a_device_tells_what_it_is(device, expected) -> None:
+def test_devices_become_targets(device, expected) -> None:
     assert Target.of(device) == expected
 
 

@@ -1,7 +1,7 @@
 """The cudnn kernel around an emulation of cuDNN's two calls, against the oracle.
 
-There is no GPU here: what is tested is which calls are made of which slices, and how
-their results come together. tests/aot/test_cudnn.py compiles the calls themselves.
+No GPU is used: these tests check which calls are made with which slices, and how their
+results are merged. tests/aot/test_cudnn.py compiles the calls themselves.
 """
 
 import functools
@@ -38,7 +38,7 @@ def assert_close(actual, exact, dtype) -> None:
 
 
 def cut_keys(arrays, is_causal, parts, dtype):
-    """The contract on one device, with the keys in some parts."""
+    """The contract on one device, with the keys cut into parts."""
     q, k, v, dout, dlse = (x.astype(dtype) for x in arrays)
     chunk, logits = kernels.chunk("cudnn"), Logits(q.shape[3] ** -0.5)
     tokens = RingTokens(None, None, "contiguous", 1, q.shape[1]).shard(0)
@@ -64,7 +64,7 @@ def cut_keys(arrays, is_causal, parts, dtype):
     [
         ((16, 16), True, [slice(T)], "float32"),
         ((20, 12), True, [slice(16), slice(16, T)], "float32"),
-        # The first part has rows that see nothing of it.
+        # Some rows see nothing of the first part.
         ((16, 24), True, [slice(40, T), slice(40)], "bfloat16"),
         ((16, 16), False, [slice(T)], "float16"),
     ],
@@ -86,7 +86,7 @@ def test_the_contract(emulated, sizes, is_causal, parts, dtype) -> None:
 def ring_results(
     degrees, layout, schedule, is_causal, dtype, num_kv_heads, explicit=False
 ):
-    """(what the op gives, what it should) on 8 fake devices, in natural order."""
+    """(actual, expected) results on 8 fake devices, in natural order."""
     ring, ulysses = degrees
     mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses, explicit=explicit)
     q, kv = (1, T, 8, 16), (1, T, num_kv_heads, 16)
@@ -142,7 +142,7 @@ def test_in_a_ring(emulated, degrees, layout, is_causal, dtype, num_kv_heads) ->
 @pytest.mark.parametrize(
     ("schedule", "layout"), thinned(SCHEDULES[1:], LAYOUTS, keep=12)
 )
-def test_every_way_round_the_ring(emulated, schedule, layout) -> None:
+def test_every_ring_schedule(emulated, schedule, layout) -> None:
     pair = ring_results((4, 2), layout, schedule, True, "float32", 4)
     assert_close(*pair, "float32")
 
@@ -155,8 +155,8 @@ def test_an_explicit_mesh(emulated) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_per_shard_with_sinks_and_chunks_of_heads(emulated, check_vma) -> None:
-    """In the caller's own shard_map, where results vary as their inputs do."""
+def test_per_shard_with_sinks_and_head_groups(emulated, check_vma) -> None:
+    """In the caller's shard_map, results vary over the same axes as their inputs."""
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     q, kv = (1, T, 8, 16), (1, T, 4, 16)
     *arrays, sinks, dout, dlse = normal(5, q, kv, kv, (8,), q, q[:3])
@@ -220,7 +220,7 @@ def test_the_error_does_not_grow_with_the_ring(emulated, rings) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_delta_is_nearer_than_from_the_rounded_out(dtype) -> None:
-    """What cuDNN sums, out · dout, against the delta of the contract."""
+    """cuDNN's sum out · dout against the contract's delta."""
     out, dout, dlse = normal(7, *[(1, 512, 8, 128)] * 2, (1, 512, 8))
     dout = dout.astype(dtype)
     wide = dout.astype("float32")
@@ -232,7 +232,7 @@ def test_delta_is_nearer_than_from_the_rounded_out(dtype) -> None:
     ours = rms(summed(made, wide) - delta)
     # By a factor of about √(H / 3).
     assert ours < 0.25 * rounded
-    # With a cotangent of lse beside dout's, relative to what delta then is.
+    # With cotangents of lse and out, relative to the resulting delta.
     delta -= 100 * dlse
     made, same = jax.jit(out_for)(delta, dout)
     assert (same == dout).all()
@@ -242,7 +242,7 @@ def test_delta_is_nearer_than_from_the_rounded_out(dtype) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 0.0])
 def test_delta_of_rows_without_dout(dtype, size) -> None:
-    """Only lse has a cotangent there: a tiny dout, and no more where delta is 0."""
+    """If only lse has a cotangent, dout is made tiny, and stays 0 where delta is 0."""
     (delta,) = normal(8, (1, 64, 2))
     delta = (size * delta).at[:, :8].set(0)
     made, dout = jax.jit(out_for)(delta, jnp.zeros((*delta.shape, 64), dtype))
@@ -281,7 +281,7 @@ def test_a_gradient_through_lse_alone(emulated) -> None:
         (Logits(1.0), MaskRule(True), None, "positions are not those of one layout"),
     ],
 )
-def test_what_it_cannot_do_is_told(logits, rule, segment_ids, match) -> None:
+def test_unsupported_options_raise(logits, rule, segment_ids, match) -> None:
     positions = jnp.arange(8, dtype=jnp.int32)[None]
     ids = None if segment_ids is None else jnp.zeros_like(positions)
     tokens = Tokens(positions, ids)

@@ -1,9 +1,9 @@
-"""The Mosaic GPU kernels as jax's interpreter runs them, against the oracle.
+"""The Mosaic GPU kernels under jax's interpreter, against the oracle.
 
-The interpreter runs all warpgroups with their barriers and copies, tells races and
-reads of unset memory; its products are synchronous and take no operand in registers.
-It needs jax 0.11, and a host thread for each warpgroup, of which the tests' 8 fake
-devices give enough.
+The interpreter runs all warpgroups with their barriers and copies, and reports races
+and reads of unset memory; its products are synchronous and take no operand in
+registers. It needs jax 0.11 and a host thread for each warpgroup, which the tests' 8
+fake devices provide.
 """
 
 import functools
@@ -28,9 +28,9 @@ interpreted = pytest.mark.skipif(
 )
 
 
-# Several features each, between them all that the kernels have.
+# Several features each; together they have all features of the kernels.
 MIXED = {
-    # Three tiles and five blocks: entirely seen, in part, and not.
+    # Three tiles and five blocks: entirely visible, partly visible, and invisible.
     "causal-gqa-soft-cap": (
         Case(300, 300, heads=(2, 1), head_size=64, is_causal=True, soft_cap=3.0),
         "bfloat16",
@@ -88,7 +88,7 @@ def test_what_nothing_sees_is_exactly_zero() -> None:
 
 
 @interpreted
-def test_a_chunk_that_is_not_seen_leaves_the_carry_to_the_bit() -> None:
+def test_an_invisible_chunk_leaves_the_carry_bit_for_bit() -> None:
     (q, k, v, out, lse), positions, _ = inputs(CASES["nothing-visible"], "bfloat16")
     mask = Mask(MaskRule(True), *map(Tokens, positions))
     out, lse = out.astype("float32") / 3, lse.astype("float32") / 3
@@ -100,7 +100,7 @@ def test_a_chunk_that_is_not_seen_leaves_the_carry_to_the_bit() -> None:
 @pytest.mark.long
 @interpreted
 def test_inside_a_ring_and_ulysses_it_is_the_xla_op() -> None:
-    # Virtual devices: the interpreter cannot tell apart kernels of several real ones.
+    # Virtual devices: the interpreter cannot distinguish kernels of several real ones.
     rng = np.random.default_rng(0)
     q, k, v, dout = (
         jnp.asarray(rng.normal(size=(2, 2, 1, 64, n, 16)), "bfloat16")
@@ -133,7 +133,7 @@ def test_inside_a_ring_and_ulysses_it_is_the_xla_op() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_walks_list_what_is_seen_with_the_heaviest_tiles_first(transposed) -> None:
-    """Every block that is not empty once, entirely seen ones in front."""
+    """Each block that is not empty is listed once, entirely visible ones first."""
     rng = np.random.default_rng(4)
     ids = jnp.asarray(np.sort(rng.integers(-1, 4, (2, 512)), 1), "int32")
     tokens = Tokens(jnp.arange(512, dtype=jnp.int32)[None], ids)
@@ -151,7 +151,7 @@ def test_walks_list_what_is_seen_with_the_heaviest_tiles_first(transposed) -> No
             assert sorted(blocks[:listed]) == list(seen)
 
 
-def test_what_it_cannot_do_is_told() -> None:
+def test_unsupported_options_raise() -> None:
     chunk = kernels.chunk("mosaic_gpu")
     tokens = Tokens(jnp.arange(8, dtype=jnp.int32)[None])
     mask = Mask(MaskRule(), tokens, tokens)
@@ -181,7 +181,7 @@ def test_without_an_interpreter_it_says_so() -> None:
         ((64, 0), "stages=0 must be at least 1"),
     ],
 )
-def test_block_sizes_that_cannot_be_are_told(sizes, match) -> None:
+def test_impossible_block_sizes_raise(sizes, match) -> None:
     with pytest.raises(ValueError, match=match):
         Tile(*sizes)
 

@@ -1,4 +1,4 @@
-"""The Pallas TPU kernels, interpreted: their results, their lists and their races."""
+"""The Pallas TPU kernels, interpreted: results, block lists and races."""
 
 import functools
 
@@ -145,7 +145,7 @@ def test_lists_in_several_calls(name, with_carry, monkeypatch):
 
 
 RACY = {
-    # dq of a block is added to in steps that follow each other.
+    # Consecutive steps add to dq of a block.
     "one-head": {"rule": MaskRule(False, 60, 60), "length": 512, "kv_length": 512},
     "two-heads": {"rule": MaskRule(True, 60), "heads": (2, 1)},
     "three-heads": {"heads": (3, 1), "documents": True, "batch": 2},
@@ -174,7 +174,7 @@ def test_a_race_would_be_found(monkeypatch, capfd):
             q, k, v, dout, lse, lse * 0, mask, logits, **how
         )
         dq.block_until_ready()
-        # From jax 0.11 on a race raises, before it is only printed.
+        # Since jax 0.11 a race raises; before, it is only printed.
         found = "".join(capfd.readouterr())
     except jax.errors.JaxRuntimeError as error:
         found = str(error)
@@ -183,7 +183,7 @@ def test_a_race_would_be_found(monkeypatch, capfd):
 
 
 def walked(kinds, batch, **options):
-    """What the calls of a walk visit: (batch row, major, minor, kind), in order."""
+    """Blocks that a walk visits, in order: (batch row, major, minor, kind)."""
     lists_of = walk.Walk.of(jnp.asarray(kinds, jnp.int8), batch, **options)
     visited = []
     for lists in zip(lists_of.entries, lists_of.sizes, strict=True):
@@ -309,7 +309,7 @@ def test_block_sizes_that_do_not_fit(sizes, message):
         Tile(*sizes)
 
 
-def test_what_it_cannot_do():
+def test_unsupported_options_raise():
     arrays, carry, mask, logits = inputs(dtype="float16")
     with jax.enable_x64():
         q, k, v, _ = (x.astype(jnp.float64) for x in arrays)

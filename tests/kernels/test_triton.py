@@ -91,7 +91,7 @@ def test_inside_a_ring_and_ulysses_it_is_the_xla_op() -> None:
         ({"num_stages": 0}, "num_stages=0 must be >= 1"),
     ],
 )
-def test_a_tile_that_triton_cannot_have_is_told(change, match) -> None:
+def test_an_impossible_tile_raises(change, match) -> None:
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(Tile(64, 64, 4, 2), **change)
 

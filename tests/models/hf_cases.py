@@ -1,8 +1,8 @@
-"""Tiny checkpoints in the Hugging Face format, and what transformers makes of them.
+"""Tiny checkpoints in the Hugging Face format, and transformers' logits of them.
 
-Their weights are drawn here, the same everywhere; transformers' logits lie beside this
-file, and `python -m tests.models.hf_cases` writes them anew. That needs torch and
-transformers, which are too large for an ordinary run of the tests to install.
+Their weights are drawn reproducibly. transformers' logits are stored next to this file;
+`python -m tests.models.hf_cases` writes them again. That needs torch and transformers,
+which are too large to install for an ordinary test run.
 """
 
 import json
@@ -28,7 +28,7 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
-    # Fewer than LENGTH, so that stretching has something to do.
+    # Fewer than LENGTH, so that stretching has an effect.
     "max_position_embeddings": 24,
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
@@ -42,7 +42,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }
-# Each as a checkpoint of its kind tells it, in old words and in new ones.
+# Each scaling as its checkpoints write it, with old keys and with new ones.
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {**_SHAPE, "rope_theta": 10000.0, "rope_scaling": None},
     "theta": {
@@ -102,7 +102,7 @@ def tokens() -> np.ndarray:
 
 
 def weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors, of the size that makes attention choosy."""
+    """A checkpoint's tensors, scaled so that attention is far from uniform."""
     size, inner = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or size // config["num_attention_heads"]
     q, kv = (config[f"num_{name}_heads"] * head for name in ("attention", "key_value"))
@@ -143,7 +143,7 @@ def write(
     tensors: Mapping[str, np.ndarray] | None = None,
     files: int = 1,
 ) -> Path:
-    """A checkpoint in one file, or in several with an index."""
+    """Writes a checkpoint in one file, or in several with an index."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = weights(config) if tensors is None else tensors
@@ -162,10 +162,10 @@ def write(
 
 
 def transformers_logits(folder: Path, saved: Path | None = None) -> np.ndarray:
-    """What transformers' own model gives for `tokens()`: float32 [B, T, V].
+    """Logits of transformers' own model for `tokens()`: float32 [B, T, V].
 
     Args:
-      saved: where transformers writes the checkpoint anew, in its own words.
+      saved: folder where transformers saves the checkpoint again.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -187,7 +187,7 @@ def _draw(seed, shape):
 
 
 def _random(seed):
-    # numpy keeps this generator's numbers the same for ever, those of the new one not.
+    # numpy guarantees a stable stream for this generator, not for the new one.
     return np.random.RandomState(seed)
 
 

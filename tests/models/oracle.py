@@ -1,5 +1,5 @@
-"""A LLaMA written down plainly: float64 numpy-like code on whole arrays, no layers'
-stack, no sharding, RoPE as complex numbers, attention as its definition."""
+"""A plain LLaMA: float64 numpy-like code on whole arrays, with neither stacked layers
+nor sharding, RoPE as complex numbers, and attention by its definition."""
 
 import math
 
@@ -63,7 +63,7 @@ def norm(config, x, weight, xp):
 
 
 def rope(config, x, xp):
-    """Dims i and i + H/2 as one complex number, turned by position · frequency."""
+    """Dims i and i + H/2 as a complex number, rotated by position · frequency."""
     half = config.head_size // 2
     turned = xp.asarray(np.exp(1j * np.outer(np.arange(x.shape[1]), rates(config))))
     z = (x[..., :half] + 1j * x[..., half:]) * turned[None, :, None]
@@ -71,7 +71,7 @@ def rope(config, x, xp):
 
 
 def rates(config):
-    """Radians a position, one pair of dims after the other."""
+    """Radians per position, for each pair of dims."""
     result = []
     for pair in range(config.head_size // 2):
         rate = config.rope_theta ** (-2 * pair / config.head_size)

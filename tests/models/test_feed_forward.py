@@ -27,7 +27,7 @@ def out_and_gradients(x, matrices, dout, tile):
     return out, pull(dout)
 
 
-# 30 tokens: tiles that divide them, that do not, of one token, and of more than all.
+# For 30 tokens: tiles that divide them, tiles that do not, one token, and more than 30.
 @pytest.mark.parametrize("tile", [10, 7, 1, 31])
 def test_tiles_change_nothing(tile):
     with jax.enable_x64(True):
@@ -42,9 +42,9 @@ def test_tiles_change_nothing(tile):
 
 
 def test_many_tiles_add_gradients_up_in_float32():
-    """In bfloat16 a sum of 1024 terms would stand still long before its end."""
+    """In bfloat16 a sum of 1024 terms would stop growing long before its end."""
     x, matrices, dout = arrays(jnp.bfloat16, 512)
-    # One token many times: terms of different signs would not get that far.
+    # One token many times: terms of different signs would not grow that large.
     x, dout = (jnp.broadcast_to(a[:1, :1], a.shape) for a in (x, dout))
     exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, matrices, dout))
     with jax.default_matmul_precision("highest"):
@@ -63,7 +63,7 @@ def test_many_tiles_add_gradients_up_in_float32():
 
 
 def test_memory_is_that_of_a_tile():
-    """Of the hidden activations, forward and backward, as compiled."""
+    """Memory of the hidden activations, forward and backward, as compiled."""
     wide, length = 1024, 512
     struct = jax.ShapeDtypeStruct
     x = struct((1, length, 16), jnp.float32)

@@ -1,7 +1,7 @@
-"""A model in float64 has one device's loss and gradients on any mesh, to 1e-10.
+"""A float64 model has one device's loss and gradients on the tested meshes, to 1e-10.
 
-So has a ring schedule and a number of head groups, of which one each is tried by
-default and all schedules with the long tests; one device's are the plain model's.
+The same holds with a ring schedule and a number of head groups; the default run tries
+one of each, the long tests all schedules. One device's results are the plain model's.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def check_equal(actual, expected) -> None:
         assert error < 1e-10 * np.abs(x).max(), (name, error)
 
 
-def test_one_device_has_the_plain_models(one_device):
+def test_one_device_has_the_results_of_the_plain_model(one_device):
     params = nnx.to_pure_dict(nnx.state(Llama(CONFIG, rngs=nnx.Rngs(0))))
     tokens, labels, ids = batch()
 
@@ -109,7 +109,7 @@ def test_one_device_has_the_plain_models(one_device):
     ],
     ids=str,
 )
-def test_a_mesh_has_one_devices(mesh, one_device):
+def test_a_mesh_has_the_results_of_one_device(mesh, one_device):
     check_equal(loss_and_gradients(**mesh), one_device)
 
 
@@ -119,7 +119,7 @@ def test_a_ring_schedule_and_head_groups_change_nothing(way, one_device):
     check_equal(loss_and_gradients(config, **RING), one_device)
 
 
-def test_a_schedule_that_cannot_be_is_told():
+def test_an_impossible_schedule_raises():
     for wrong in ("spiral", "double", "double:0", "pass_q:2", "double:x"):
         with pytest.raises(ValueError, match=f"ring_schedule='{wrong}' must be one of"):
             dataclasses.replace(CONFIG, ring_schedule=wrong)

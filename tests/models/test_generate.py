@@ -1,4 +1,4 @@
-"""Sampling gives what computing each next token by itself gives."""
+"""Sampling equals computing each next token from the whole row."""
 
 import chex
 import jax
@@ -37,7 +37,7 @@ def test_greedy_takes_the_likeliest_token(model, mesh):
 
 
 def recomputed(model: Llama, prompt, num_tokens, key, temperature):
-    """Continues prompts by computing the whole row again for each token."""
+    """Continues prompts, recomputing the whole row for each token."""
     tokens = prompt
     for length in range(prompt.shape[1], prompt.shape[1] + num_tokens):
         logits = model(tokens)[:, -1] / temperature
@@ -98,7 +98,7 @@ def test_nothing_to_generate_is_the_prompt(model):
     ],
     ids=["tokens", "temperature", "key", "top_k"],
 )
-def test_wrong_arguments_are_told(model, options, message):
+def test_wrong_arguments_raise(model, options, message):
     options = {"num_tokens": 2, **options}
     if "top_k" in options:
         options["key"] = jax.random.key(0)

@@ -39,7 +39,7 @@ MESHES = (
     {"ring": 2, "ulysses": 2, "tensor": 2},
     {"ring": 2, "ulysses": 2, "fsdp": 2},
 )
-# Where transformers' own model is compared with, the tolerance that is asked for.
+# Tolerance of comparisons with transformers' own model.
 TOLERANCE = 1e-4
 
 needs_transformers = pytest.mark.skipif(
@@ -67,7 +67,7 @@ def parameters(model: Llama) -> dict[str, np.ndarray]:
 
 
 def change(folder: Path, **keys) -> Path:
-    """A plain checkpoint whose config.json says something else; `...` removes a key."""
+    """A plain checkpoint with a changed config.json; `...` removes a key."""
     config = {**CONFIGS["plain"], **keys}
     config = {key: value for key, value in config.items() if value is not ...}
     return write(folder, config, hf_cases.weights(CONFIGS["plain"]))
@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers(tmp_path, case, mesh):
 @needs_transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CONFIGS)
-def test_transformers_and_we_read_what_the_other_has_written(tmp_path, case):
+def test_transformers_and_usp_jax_read_each_others_checkpoints(tmp_path, case):
     first = write(tmp_path / "drawn", CONFIGS[case], files=3)
     expected = hf_cases.transformers_logits(first, saved=tmp_path / "first")
     model = load(tmp_path / "first", MESHES[1])
@@ -99,12 +99,12 @@ def test_transformers_and_we_read_what_the_other_has_written(tmp_path, case):
     chex.assert_trees_all_close(actual, expected, atol=TOLERANCE, rtol=0)
     hf.save(model, tmp_path / "second", file_bytes=50_000)
     again = hf_cases.transformers_logits(tmp_path / "second")
-    # Frequencies that are stretched once more are rounded once more.
+    # Frequencies that are stretched again are rounded again.
     chex.assert_trees_all_close(again, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-# Of each kind of model one, with tables that are tied and that are not.
+# One model of each kind, with tied and with untied tables.
 @pytest.mark.parametrize("case", ["theta", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_round_trip_keeps_every_bit(tmp_path, case, mesh, dtype):
@@ -162,7 +162,7 @@ def test_float16_is_read_exactly(tmp_path):
 
 
 def test_each_device_reads_its_own_slices_only(tmp_path, monkeypatch):
-    """So a process never reads what other processes' devices keep."""
+    """A process thus does not read slices that only other processes' devices hold."""
     sizes = []
     read = TensorFiles.read
 
@@ -226,7 +226,7 @@ def test_scalings_keep_their_config(scaling):
     config = LlamaConfig.preset("tiny", rope_scaling=scaling)
     written = write_config(config, "float32", {})
     assert read_config(written) == config
-    # The words of newer checkpoints.
+    # The keys of newer checkpoints.
     told = {**written.pop("rope_scaling"), "rope_theta": written.pop("rope_theta")}
     assert read_config({**written, "rope_parameters": told}) == config
 
@@ -420,7 +420,7 @@ WRONG_KEYS = {
 
 
 @pytest.mark.parametrize("given", WRONG_KEYS)
-def test_configs_that_are_something_else_are_told(tmp_path, given):
+def test_unsupported_configs_raise(tmp_path, given):
     keys, message = WRONG_KEYS[given]
     with pytest.raises(ValueError, match=message):
         hf.load(change(tmp_path, **keys))
@@ -434,14 +434,14 @@ def test_a_second_table_that_is_the_first_is_taken(tmp_path):
     assert "lm_head" not in parameters(model)
 
 
-def test_quantized_tensors_are_told(tmp_path):
+def test_quantized_tensors_raise(tmp_path):
     tensors = hf_cases.weights(CONFIGS["plain"])
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
     with pytest.raises(ValueError, match="lm_head.weight has the dtype I8; it must be"):
         hf.load(write(tmp_path, CONFIGS["plain"], tensors))
 
 
-def test_sizes_that_the_mesh_does_not_divide_are_told(tmp_path):
+def test_sizes_that_the_mesh_does_not_divide_raise(tmp_path):
     with pytest.raises(ValueError, match="num_kv_heads=2 must be a multiple of 4"):
         load(change(tmp_path), {"tensor": 4})
 
@@ -500,14 +500,14 @@ def _empty_index(folder):
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_damaged_folders_are_told(tmp_path, damage, message):
+def test_damaged_folders_raise(tmp_path, damage, message):
     folder = write(tmp_path, CONFIGS["plain"])
     damage(folder)
     with pytest.raises(ValueError, match=message):
         hf.load(folder)
 
 
-def test_what_cannot_be_written_is_told(tmp_path):
+def test_wrong_saves_raise(tmp_path):
     model = load(write(tmp_path, CONFIGS["plain"]), {})
     with pytest.raises(
         ValueError, match="already has model.safetensors; give an empty"
@@ -521,7 +521,7 @@ def test_what_cannot_be_written_is_told(tmp_path):
 
 
 def test_a_loaded_model_is_trained_on(tmp_path):
-    """Its graph and parameters are those of a model that was drawn."""
+    """The graph and parameters equal those of a randomly initialised model."""
     model = load(change(tmp_path), MESHES[2])
     drawn = nnx.eval_shape(
         lambda: Llama(model.config, mesh=model.mesh, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The LLaMA against a plain one, on every kind of mesh, and what its programs do."""
+"""The LLaMA against a plain one on several meshes, and its compiled programs."""
 
 import dataclasses
 from functools import lru_cache
@@ -32,7 +32,7 @@ MESHES = (
     {"ring": 2, "ulysses": 2, "data": 2},
     {"fsdp": 2, "ring": 2, "tensor": 2},
 )
-# 60 is no multiple of what any of the rings asks for.
+# 60 is not a multiple of the length that any of the rings requires.
 BATCH, LENGTH = 8, 60
 
 
@@ -53,7 +53,7 @@ def tokens(seed: int = 0) -> jax.Array:
 
 
 def segments() -> jax.Array:
-    """Other documents in every row; the last rows end in padding."""
+    """Segment ids that differ between rows; the last rows end in padding."""
     rows = np.zeros((BATCH, LENGTH), np.int32)
     for row in range(BATCH):
         rows[row, 5 * row + 3 :], rows[row, 5 * row + 20 :] = 1, 2
@@ -63,7 +63,7 @@ def segments() -> jax.Array:
 
 @lru_cache
 def build(config: LlamaConfig, **mesh: int) -> Llama:
-    """A model, made once: no test changes one."""
+    """A model, cached because no test changes it."""
     own = usp_jax.make_mesh(**mesh) if mesh else None
     return Llama(config, mesh=own, rngs=nnx.Rngs(0))
 
@@ -137,7 +137,7 @@ def test_logits_without_documents():
 
 
 @pytest.mark.parametrize("mesh", thinned([{}, *MESHES], keep=3))
-def test_loss_and_gradients_are_the_plain_models_on_every_mesh(mesh):
+def test_loss_and_gradients_are_the_plain_models_on_several_meshes(mesh):
     expected, expected_gradients = expected_loss_and_gradients()
     ids = segments()
     value, gradients = loss_and_gradients(
@@ -189,7 +189,7 @@ def test_zero_1_gathers_and_scatters_once():
     whole = {n: 4 * int(np.prod(s)) for n, s in parameter_shapes(config).items()}
     kinds = ("all-gather", "reduce-scatter")
     assert all(c.executions == 1 for c in found if c.kind in kinds)
-    # Whoever looks tokens up needs all of them.
+    # The embedding lookup needs all of them.
     gathered = sum(c.result_bytes for c in found if c.kind == "all-gather")
     ids = 2 * 64 * 4
     assert gathered == sum(whole.values()) - whole["embed"] + ids
@@ -259,8 +259,8 @@ def test_remat_runs_the_collectives_it_says(remat):
     layers = 5
     found = collectives(compiled_gradient(small(remat=remat, num_layers=layers)))
     total = by_kind(found)
-    # k and v go round the ring three times forward; backward, they do so again, and
-    # their gradients with them.
+    # k and v make three hops in the forward; in the backward they do so again, with
+    # their gradients.
     permutes = total["collective-permute"].executions
     if remat == "full":
         # The first rotation of the ring that is run again is also its backward's, and
@@ -341,8 +341,8 @@ def test_tensor_parallel_sums_are_few():
 def test_the_sequence_split_over_tensor_too_sends_megatrons_bytes(remat, scatters):
     """6 all-gathers and 4 reduce-scatters a layer (USP, Table 2).
 
-    The gathers of both inputs are made again in the backward; where nothing is kept,
-    attention's output too is summed again.
+    The backward repeats the gathers of both inputs; where nothing is saved, it also
+    sums attention's output again.
     """
     layers, tensor = 3, 4
     config = small(num_layers=layers, remat=remat)
@@ -351,8 +351,8 @@ def test_the_sequence_split_over_tensor_too_sends_megatrons_bytes(remat, scatter
     whole = 4 * rows * length * config.d_model
     gathers = [c for c in found if c.kind == "all-gather" and c.result_bytes == whole]
     sums = [c for c in found if c.kind == "reduce-scatter" and c.operand_bytes == whole]
-    # Beside the layers': the loss gathers what it is given, once for both passes, and
-    # scatters its gradient; the embedding scatters, and gathers the gradient.
+    # Besides the layers: the loss gathers its input, once for both passes, and scatters
+    # its gradient; the embedding scatters its output and gathers the gradient.
     assert sum(c.executions for c in gathers) == 6 * layers + 2
     assert sum(c.executions for c in sums) == scatters * layers + 2
     # A sum is as many bytes as a scatter and a gather: none is left but of the norms'
@@ -476,7 +476,7 @@ def test_shift_labels():
     chex.assert_trees_all_equal(nothing, jnp.full_like(ids, -1))
 
 
-def test_wrong_meshes_are_told():
+def test_wrong_meshes_raise():
     cases = (
         ({"ring": 2, "explicit": True}, {}, "has Explicit axes; .* needs Auto ones"),
         ({"pipe": 8}, {}, "num_layers=2 must be a multiple of pipe"),
@@ -489,7 +489,7 @@ def test_wrong_meshes_are_told():
             build(small(**overrides), **mesh)
 
 
-def test_wrong_calls_are_told():
+def test_wrong_calls_raise():
     model = build(small(), ring=2, data=2)
     ids = tokens()
     cases = (
@@ -522,7 +522,7 @@ def test_wrong_calls_are_told():
 
 
 def call_unchecked(model, *arrays, **options):
-    """Without the tests' own checks of annotations, which would raise first."""
+    """Calls without jaxtyping's checks, which would raise first."""
     return Llama.__call__.__wrapped__(model, *arrays, **options)
 
 

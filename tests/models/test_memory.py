@@ -1,4 +1,4 @@
-"""What a LLaMA can do to need less memory changes no number, and does need less."""
+"""Options that save memory keep the loss and gradients, and do save memory."""
 
 import chex
 import jax
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_the_same(mesh, options):
     assert_close_to(gradients, expected_gradients, 2e-6)
 
 
-def test_what_cannot_be_is_told():
+def test_impossible_options_raise():
     with pytest.raises(ValueError, match="mlp_tile=0 must be a positive int"):
         LlamaConfig.preset("tiny", mlp_tile=0)
     with pytest.raises(ValueError, match="'attention_offload'"):
@@ -113,10 +113,10 @@ def test_bytes_move_to_the_host_and_tiles_need_less(machine):
         peaks[name] = plain.peak_bytes
         assert plain.host_bytes == 0
         assert size <= moved.host_bytes < 1.1 * size, name
-        # All but the layers' that are on their way.
+        # All but those of the layers in transfer.
         assert moved.peak_bytes < plain.peak_bytes - size / 3, name
     assert peaks["attention"] > peaks["full"] + LAYERS * x / 2
-    # Where hidden activations are what is fullest, and not attention.
+    # Hidden activations, not attention, set the peak here.
     wide = 16 * WIDTH
     hidden = wide // WIDTH * x
     whole = report(machine, d_ff=wide).peak_bytes

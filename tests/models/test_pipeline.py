@@ -1,4 +1,4 @@
-"""Pipeline stages: the schedule, the model in stages, and what its programs send."""
+"""Pipeline stages: the schedule, the model in stages, and its programs' traffic."""
 
 import dataclasses
 
@@ -103,7 +103,7 @@ def test_gradients_of_many_uses_are_summed_in_float32():
 
     factors = jnp.full((1000,), 1.0, jnp.bfloat16)
     gradient = jax.grad(total_of)(jnp.ones((4,)))
-    # In bfloat16 the sum would stay at 256; what is rounded is the end.
+    # In bfloat16 the sum would stay at 256; only the result is rounded.
     chex.assert_trees_all_close(gradient, jnp.full((4,), 2000.0), rtol=4e-3)
     chex.assert_type(gradient, jnp.float32)
 
@@ -178,7 +178,7 @@ def test_bfloat16_loses_nothing_by_micro_batches():
 
 
 def test_what_the_stages_send():
-    """Ring and belt in every tick; the layers in other rounds, once each way."""
+    """The ring and the belt send in each tick; layers change stages once per pass."""
     config = small(num_layers=4, interleave=2, microbatches=4, dtype="float32")
     program = compiled_gradient(config, 8, 32, pipe=2)
     found = by_kind(collectives(program))["collective-permute"]
@@ -203,12 +203,12 @@ def test_weights_are_not_kept_for_every_tick():
         program = compiled_gradient(config, microbatches, 32, pipe=2)
         return program.memory_analysis().temp_size_in_bytes
 
-    # Sixteen ticks more keep one layer's input each, which is small; kept beside it,
-    # the three matrices would be 96 MiB.
+    # Sixteen more ticks each keep one layer's input, which is small; keeping the three
+    # matrices too would take 96 MiB.
     assert temporaries(16) - temporaries(8) < 8 * 2**20
 
 
-def test_wrong_schedules_are_told():
+def test_wrong_schedules_raise():
     cases = (
         (
             {"interleave": 2},

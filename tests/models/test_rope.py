@@ -119,6 +119,6 @@ def test_yarn_goes_from_the_plain_to_the_divided_frequencies():
         ),
     ],
 )
-def test_wrong_scalings_are_told(make, message):
+def test_wrong_scalings_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Weights gathered in turn: the same shards, the same gradients, and no all-reduce."""
+"""Weights gathered one axis at a time: same shards, same gradients, no all-reduce."""
 
 import dataclasses
 import math
@@ -94,8 +94,8 @@ def test_a_tpu_scatters_a_gradient(name, shape) -> None:
     shapes = of(shape, spec), of((8, *shape), jax.P(split.zero))
     found = by_kind(aot.compile(gradient, *shapes).collectives)
     assert "all-reduce" not in found
-    # First over the one axis, then over the other: as many bytes as over both, and what
-    # the compiler pads.
+    # Over one axis, then over the other: as many bytes as over both at once, and the
+    # compiler's padding.
     sent = sum(total.wire_bytes for total in found.values())
     assert sent == pytest.approx(2 * math.prod(shape) * 7 / 8, rel=0.1)
 

@@ -54,12 +54,12 @@ def test_bfloat16_parameters_are_the_rounded_results_of_float32():
         assert x.dtype == jnp.bfloat16
         assert moments.mu[name].dtype == moments.nu[name].dtype == jnp.float32
         near = np.asarray(expected.params[name])
-        # A step of Adam has the size of the learning rate, whichever way it goes.
+        # A step of Adam has the size of the learning rate, whatever its sign.
         np.testing.assert_allclose(x.astype(np.float32), near, rtol=2**-7, atol=0.021)
 
 
 def test_parts_of_a_batch_are_summed_in_float32():
-    """In bfloat16 a sum of ones would stand still at 256."""
+    """In bfloat16 a sum of ones would stop at 256."""
 
     def pull(weight: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.int32(rows.shape[0]), weight * jnp.sum(rows)
@@ -71,7 +71,7 @@ def test_parts_of_a_batch_are_summed_in_float32():
 
 
 def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
-    """Each without the other: a slope without bound, and then a value."""
+    """An infinite gradient with a finite loss, and then an infinite loss."""
 
     def broken(model, tokens, labels, **options):
         nats, count = loss(model, tokens, labels, **options)
@@ -116,6 +116,6 @@ def test_float64_parameters_are_updated_in_float64():
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_is_told(options, message):
+def test_wrong_options_raise(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Training(**{"adamw": AdamW(), "steps": 1, **options})

@@ -1,4 +1,4 @@
-"""The planner's tests, without the type checks of the others."""
+"""Fixtures of the planner's tests, which run without runtime type checks."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,13 @@ import jaxtyping
 import pytest
 
 
-# Of a module, so that fixtures of modules have it too.
+# Module scope, so that module fixtures have it too.
 @pytest.fixture(scope="module", autouse=True)
 def no_type_checks_here() -> Iterator[None]:
     """Leaves the planner's types to mypy.
 
-    A plan is tens of thousands of calls of small functions of numbers, no arrays, and
-    checking each call's types takes many times as long as the calls.
+    A plan makes tens of thousands of calls of small functions of numbers, without
+    arrays; checking their types takes many times as long as the calls.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

@@ -1,4 +1,4 @@
-"""A job and a choice of the planner as a run of the trainer."""
+"""Conversion of a planner's job and choice to a run of the trainer."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ from usp_jax.plan.choice import Choice, Job
 
 
 def config_of(job: Job, choice: Choice) -> Config:
-    """The run that trains a job in the way of a choice."""
+    """The configuration that trains a job with a choice of the planner."""
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     model = job.model_of(choice)
     return Config(

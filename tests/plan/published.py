@@ -1,4 +1,4 @@
-"""Measurements that others have published, as data."""
+"""Published measurements of other projects, as data."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
       degrees: (TP, Ulysses, ring).
-      tflops: a second and GPU, attention counted half; None: out of memory.
+      tflops: TFLOP/s per GPU, attention counted half; None: out of memory.
     """
 
     model: str

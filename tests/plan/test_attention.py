@@ -21,13 +21,13 @@ from usp_jax.ring import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, HEAD_SIZE = 2, 4
-# MHA, GQA, MQA, and heads that no degree divides.
+# MHA, GQA, MQA, and numbers of heads that no degree divides.
 HEADS = ((8, 8), (8, 2), (8, 1), (6, 3))
 DEGREES = ((8, 1), (4, 2), (2, 4), (1, 8))
 
 
 def sent(collectives) -> Sent:
-    """What a program sends, by axis: only Ulysses exchanges."""
+    """Bytes that a program sends, by axis; only Ulysses uses all-to-all."""
     totals = {kind: total.wire_bytes for kind, total in by_kind(collectives).items()}
     ulysses = totals.pop("all-to-all", 0)
     ring = ("collective-permute", "all-gather", "reduce-scatter")
@@ -80,7 +80,7 @@ def check(degrees, heads, schedule, chunks=1):
     assert backward_bytes(call) == sent(backward)
 
 
-# Each schedule meets each split, and each split all heads.
+# Each schedule is tried with each split, and each split with all heads.
 CASES = [
     *itertools.product(DEGREES, HEADS[:2], ["unidirectional"]),
     *[
@@ -102,21 +102,21 @@ def test_bytes_equal_the_program(case):
     sorted(set(itertools.product(DEGREES, HEADS, SCHEDULES)) - set(CASES)),
     ids=str,
 )
-def test_bytes_equal_the_program_everywhere(degrees, heads, schedule):
+def test_bytes_equal_the_program_in_the_other_cases(degrees, heads, schedule):
     check(degrees, heads, schedule)
 
 
-def test_an_unknown_schedule_is_told():
+def test_an_unknown_schedule_raises():
     with pytest.raises(ValueError, match="ring_schedule='spiral' must be one of"):
         Call(1, 1, 1, 1, 1, 1, ring_schedule="spiral")
 
 
 @pytest.mark.long
-def test_head_chunks_send_queries_and_keys_again():
-    # Two key/value heads of a device serve four query heads: a chunk has one.
+def test_head_groups_send_queries_and_keys_again():
+    # Two key/value heads of a device serve four query heads: one for each group.
     check((4, 1), (8, 2), "unidirectional", chunks=2)
-    # One serves both chunks, and goes round the ring for each. The compiler of jax 0.10
-    # finds that their first hops are the same.
+    # One serves both head groups, and goes around the ring for each. jax 0.10's
+    # compiler merges their equal first hops.
     if jax.__version_info__ >= (0, 11):
         check((4, 2), (8, 2), "unidirectional", chunks=2)
 
@@ -124,11 +124,11 @@ def test_head_chunks_send_queries_and_keys_again():
 @pytest.mark.long
 @pytest.mark.parametrize("schedule", ["bidirectional", "all_gather", "pass_q"])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)], ids=str)
-def test_head_chunks_on_every_way(heads, schedule):
+def test_head_groups_with_every_schedule(heads, schedule):
     check((4, 2), heads, schedule, chunks=2)
 
 
-def test_chunks_that_heads_do_not_have_are_told():
+def test_impossible_head_groups_raise():
     with pytest.raises(ValueError, match="chunks=3 must divide .* of a device, 4"):
         Call(1, 8, 8, 1, 1, 2, chunks=3)
 
@@ -137,7 +137,7 @@ def test_chunks_that_heads_do_not_have_are_told():
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["MHA", "GQA"])
 @pytest.mark.parametrize("devices", [8, 16, 64])
 def test_bytes_equal_the_programs_of_more_devices(devices, heads):
-    # Fake devices are set up once in a process: these need one of their own.
+    # The number of fake devices is fixed per process, so these need their own.
     command = [sys.executable, "-m", "benchmarks.bytes_per_layer"]
     command += ["--devices", str(devices), "--heads", *map(str, heads)]
     command += ["--tokens", "64", "--choices", "unidirectional"]

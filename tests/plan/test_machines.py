@@ -1,4 +1,4 @@
-"""Machines: their facts, their shapes, and how long a collective takes on them."""
+"""Machines: facts, topologies, and the duration of collectives."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from usp_jax.plan.links import Group
 from usp_jax.plan.machines import peak_of_kind
 
 
-def test_the_common_machines_are_there():
+def test_the_common_machines_are_known():
     names = {machine.name for machine in plan.MACHINES}
     assert names == set("a100 a800 h100 h200 b200 l20 v5e v5p v6e tpu7x".split())
 
@@ -55,7 +55,7 @@ def test_topologies(name, devices, topology):
     assert plan.machine(name).topology(devices) == topology
 
 
-def test_what_cannot_be_compiled_for_is_told():
+def test_machines_that_cannot_be_compiled_for_raise():
     with pytest.raises(ValueError, match="'l20' has no compiler"):
         plan.machine("l20").topology(8)
     with pytest.raises(ValueError, match="devices=12 must be a multiple of 8"):
@@ -84,7 +84,7 @@ def test_a_switch():
     across = group("a800", ("ring",), ring=2, ulysses=8)
     permuted = across.seconds("collective-permute", sent)
     assert permuted == pytest.approx(sent / 25e9, rel=0.01)
-    # Eight devices of a node share a gather's way over the network.
+    # Eight devices of a node share the network path of a gather.
     both = group("a800", ("ring", "ulysses"), ring=2, ulysses=8)
     assert both.seconds("all-gather", sent) == pytest.approx(sent / 200e9, rel=0.02)
 
@@ -109,7 +109,7 @@ def test_a_torus():
 
 @dataclasses.dataclass
 class Chip:
-    """What jax reads of a TPU device to place it in a mesh."""
+    """The attributes of a TPU device that jax reads to place it in a mesh."""
 
     id: int
     coords: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The planner's times against this library's own on a GPU."""
+"""The planner's times against this library's measurements on a GPU."""
 
 import json
 import math
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
 
 def kept(name):
-    """The lines of a file of results that have a time."""
+    """The lines with a time in a file of stored results."""
     lines = map(json.loads, (RESULTS / name).read_text().splitlines())
     return [line for line in lines if {"step_seconds", "seconds_median"} & line.keys()]
 
@@ -42,7 +42,7 @@ STEPS = [
 
 @pytest.mark.parametrize("line", STEPS, ids=lambda line: str(line["tokens"]))
 def test_a_training_step_on_an_h100_takes_what_is_planned(line):
-    """The first is what `matmul` is from."""
+    """The machine's `matmul` rate was fitted to the first measurement."""
     layers = {name: line[name] for name in ("num_layers", "vocab_size")}
     job = plan.Job(
         LlamaConfig.preset("llama3-8b", **layers),

@@ -1,6 +1,6 @@
-"""Memory and traffic predicted against what compilers for real machines say.
+"""Predicted memory and traffic against the reports of compilers for real machines.
 
-What they said of the cases of `benchmarks/plan_bytes.py` is kept; the long tests
+The reports for the cases of `benchmarks/plan_bytes.py` are stored; the long tests
 compile some of them again. That needs `pip install 'usp_jax[aot]'`; without it they are
 skipped, and the summary says so.
 """
@@ -21,7 +21,7 @@ CASES = list(cases())
 # On 16 devices its 11008 features are no whole number of tiles: the compiler pads them.
 PADDED = ("llama2-7b", "v6e", 2048)
 KEPT = kept(max(RESULTS.glob("*-plan-bytes.jsonl")))
-# Of LLaMA3-8B with what saves memory.
+# LLaMA3-8B with options that save memory.
 LONG = [
     line
     for line in kept(max(RESULTS.glob("*-train-memory.jsonl")))
@@ -41,20 +41,20 @@ def check(told):
 
 
 @pytest.mark.parametrize("line", KEPT, ids=lambda line: str(Case.of(line)))
-def test_bytes_are_those_that_compilers_told(line):
+def test_bytes_match_the_compilers_reports(line):
     check(compare(line))
 
 
 @pytest.mark.parametrize("line", LONG, ids=lambda line: line["name"])
-def test_peaks_of_longer_steps_are_those_that_compilers_told(line):
-    """`benchmarks/train_memory.py`: LLaMA3-8B with all that saves memory, to 12M."""
+def test_peaks_of_longer_steps_match_the_compilers_reports(line):
+    """`benchmarks/train_memory.py`: LLaMA3-8B with all memory options, up to 12M."""
     choice = plan.Choice(**line["mesh"], **line["options"])
     machine, tokens = line["machine"].partition(":")[0], line["tokens"]
     job = plan.job_of(line["model"], machine, sequence=tokens, devices=choice.devices)
     told = plan.evaluate(job, choice).memory.peak
     least, is_tpu = 0.9, job.machine.torus_dims > 0
     if is_tpu and choice.mlp_tile and choice.remat.endswith("_offload"):
-        # Beside tiles a chip holds more of what comes from the host than is counted.
+        # With tiles, a chip holds more data from the host than is counted.
         least = 0.75
     if is_tpu and choice.offload:
         # Copies that the program makes on the host are among the compiler's buffers.
@@ -62,7 +62,7 @@ def test_peaks_of_longer_steps_are_those_that_compilers_told(line):
     assert least <= told / line["peak_bytes"] <= 1.1
 
 
-def test_what_is_kept_is_of_today():
+def test_stored_reports_are_current():
     told = [Case.of(line) for line in KEPT]
     assert all(case in CASES for case in told)
     assert len({str(case) for case in told}) == len(told)
@@ -71,7 +71,7 @@ def test_what_is_kept_is_of_today():
     assert set(compiled) >= {"v5e", "v5p", "v6e", "h100", "a100"}
 
 
-def test_a_kept_line_is_predicted_again():
+def test_a_stored_line_is_predicted_again():
     choice = plan.Choice(ring=4, ulysses=2, zero=1, remat="attention")
     case = Case("llama3.2-1b", "h100", 8, 2**16, 8, choice)
     row = plan.evaluate(case.job, choice)

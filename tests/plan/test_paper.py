@@ -62,7 +62,7 @@ def test_what_the_paper_ran_fits(row):
     "row", ONE_NODE, ids=lambda row: f"{row.sequence} {row.degrees}"
 )
 def test_what_the_paper_ran_on_one_node_fits_row_by_row(row):
-    # It does not say in how many parts Megatron took the 16 rows.
+    # The paper does not say into how many parts Megatron split the 16 rows.
     choice = dataclasses.replace(row.choice, accumulate=row.batch)
     assert step_memory(row.job, choice).peak <= row.job.machine.memory_bytes
 

@@ -1,4 +1,4 @@
-"""Plans: what is considered, refused, ranked and told."""
+"""Plans: the choices that are considered, refused, ranked and printed."""
 
 import dataclasses
 import json
@@ -77,8 +77,8 @@ def test_the_three_currencies_are_in_order(rows):
         assert told["tflops_per_device"] == pytest.approx(told["mfu_causal"] * 459)
 
 
-# Calls of the project's own functions in a search over 39975 rows; without the type
-# checks of this process, which call more.
+# Calls of the project's own functions in a search over 39975 rows, without this
+# process's type checks, which make further calls.
 COUNT_CALLS = """
 import sys
 from usp_jax import plan
@@ -99,7 +99,7 @@ def test_most_of_4096_chips_splits_are_refused_before_they_are_evaluated():
         [sys.executable, "-c", COUNT_CALLS], cwd=ROOT, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr
-    # 730 thousand today; 24 million if each row's memory and seconds were computed.
+    # 730 thousand at present; 24 million if each row's memory and time were computed.
     assert int(child.stdout) < 1.5e6
 
 
@@ -149,12 +149,12 @@ def test_the_longest_fits_and_a_little_longer_does_not():
     ],
     ids=str,
 )
-def test_mistakes_are_told(model, machine, options, message):
+def test_mistakes_raise(model, machine, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan.best(model, machine, **{"sequence": 4096, **options})
 
 
-def test_a_dtype_without_a_known_speed_is_told():
+def test_a_dtype_without_a_known_speed_raises():
     model = LlamaConfig.preset("tiny", dtype="float64")
     with pytest.raises(ValueError, match="dtype='float64' must be one of"):
         plan.best(model, "v5p", sequence=4096)
@@ -194,7 +194,7 @@ def test_the_command_trains_what_was_planned():
     ],
     ids=lambda scaling: type(scaling).__name__,
 )
-def test_what_a_model_is_is_in_the_command(scaling):
+def test_the_command_describes_the_model(scaling):
     more = {"rope_scaling": scaling, "qkv_bias": True, "qk_norm": True}
     model = LlamaConfig.preset("llama3.2-1b", **more)
     job = plan.job_of(model, "h100", sequence=2**15, devices=8)
@@ -248,7 +248,7 @@ def test_short_documents_leave_less_to_compute_and_as_much_to_send():
     assert len({row.transfers for row in rows}) == 1
     times = [row.seconds.attention for row in (whole, *shorter)]
     assert times == sorted(times, reverse=True)
-    # Hops are seen where little is computed beside them.
+    # Hops take visible time where little computation overlaps them.
     assert whole.seconds.ring == 0 < shorter[-1].seconds.ring
     assert whole.as_dict()["hfu"] > shorter[-1].as_dict()["hfu"]
 
@@ -266,7 +266,7 @@ def test_a_shard_sees_more_of_its_own_keys_the_shorter_documents_are():
     assert shares[-1] > 0.99
 
 
-def test_head_chunks_hide_exchanges_when_asked_for():
+def test_head_groups_hide_exchanges_on_request():
     job = plan.job_of("llama3-8b", "a800", sequence=2**16, devices=16)
     whole, chunked = (
         plan.evaluate(job, plan.Choice(ring=2, ulysses=8, ulysses_chunks=n))
@@ -318,7 +318,7 @@ def test_every_choice_of_the_trainer_has_its_options(choice):
     assert config.accumulate == choice.accumulate
 
 
-def test_stages_of_which_there_cannot_be_any_are_told():
+def test_impossible_stages_raise():
     job = plan.job_of("llama2-7b", "h100", sequence=8192, batch=16)
     for message, choice in {
         "32 layers over pipe · interleave": {"pipe": 8, "interleave": 8},
@@ -345,7 +345,7 @@ def test_more_micro_batches_and_rounds_leave_less_idle():
     assert found[0].matmul == found[1].matmul == found[2].matmul
 
 
-def test_the_hosts_memory_is_used_when_asked_only():
+def test_host_memory_is_used_on_request_only():
     job = plan.job_of("llama3-8b", "h200", sequence=2**19, devices=1)
     assert not any(row.fits for row in plan.plan(job))
     rows = plan.plan(job, offload=True)
@@ -357,7 +357,7 @@ def test_the_hosts_memory_is_used_when_asked_only():
     assert less < 2**19 < more
 
 
-def test_what_is_kept_on_the_host_is_not_on_the_device():
+def test_offloaded_bytes_are_not_on_the_device():
     job = plan.job_of("llama3-8b", "h100", sequence=2**18)
     here = plan.Choice(ulysses=8, remat="attention")
     there = dataclasses.replace(here, remat="attention_offload", offload=True)
@@ -379,7 +379,7 @@ def test_the_feed_forward_is_in_tiles_where_it_would_not_fit_whole():
         assert not plan.evaluate(job, whole).fits
 
 
-def test_a_choice_that_cannot_be_is_not_evaluated():
+def test_an_impossible_choice_is_not_evaluated():
     job = plan.job_of("tiny", "a800", sequence=4096)
     with pytest.raises(ValueError, match="impossible: devices: the mesh has 4, not 8"):
         plan.evaluate(job, plan.Choice(ring=4))
@@ -392,7 +392,7 @@ def test_a_choice_that_cannot_be_is_not_evaluated():
         plan.evaluate(job, double)
 
 
-def test_other_ways_round_the_ring_are_chosen_when_asked():
+def test_other_ring_schedules_are_chosen_on_request():
     job = plan.job_of("llama3-8b", "v5p", sequence=2**16, devices=16)
     asked = plan.plan(job, schedules=("unidirectional", "bidirectional", "all_gather"))
     names = {row.choice.ring_schedule for row in asked}
@@ -440,7 +440,7 @@ def test_the_table_ends_with_the_command(capsys):
 
 @pytest.mark.long
 @needs_compilers
-def test_verify_puts_the_compilers_bytes_beside_the_predicted(capsys):
+def test_verify_prints_the_compilers_bytes_next_to_the_predicted(capsys):
     job = "--model llama3.2-1b --machine v5e --devices 8 --sequence 32K".split()
     code, out = told(capsys, *job, "--verify")
     assert code == 0

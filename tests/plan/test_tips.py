@@ -1,4 +1,4 @@
-"""Each tip tells a choice that goes against it from one that does not."""
+"""Each tip distinguishes a choice that goes against it from one that does not."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def wasted(model="llama3-8b", **choice):
     return " ".join(plan.wasteful(plan.evaluate(job, plan.Choice(**choice))))
 
 
-def test_few_heads_that_make_a_split_wasteful_are_told():
+def test_a_split_made_wasteful_by_few_heads_is_reported():
     assert wasted(ring=2, ulysses=8) == ""
     assert "ulysses=32 for 8 key/value heads: they are sent" in wasted(ulysses=32)
     assert "4 times over" in wasted(ulysses=32)

@@ -66,7 +66,7 @@ def test_a_step_sends_what_is_predicted():
     ],
     ids=str,
 )
-def test_every_split_and_policy(sizes, remat):
+def test_splits_and_policies(sizes, remat):
     check(Choice(**sizes, remat=remat))
 
 

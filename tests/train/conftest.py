@@ -7,10 +7,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
-# Of a module, so that it is there before the runs that are fixtures of modules.
+# Module scope, so that it precedes the runs that are module fixtures.
 @pytest.fixture(scope="module", autouse=True)
 def kept_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles each program once in a worker of pytest.
+    """Compiles each program once per pytest worker.
 
     Many tests train the same small model on the same mesh. The folder is the worker's
     own: jax reads what another process may have written in part. Programs that a test
@@ -23,7 +23,7 @@ def kept_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    # Whether there is a cache is looked up once in a process.
+    # jax looks for a cache once per process.
     compilation_cache.reset_cache()
     yield
     for name, value in before.items():

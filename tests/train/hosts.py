@@ -1,7 +1,7 @@
-"""Two hosts on this one: network namespaces with a cable between them.
+"""Two simulated hosts: network namespaces with a virtual cable between them.
 
-Each has a name of its own, its own address, and an /etc/hosts that knows both; what one
-binds to its loopback the other cannot reach.
+Each has its own name, address and an /etc/hosts with both; a port bound to one's
+loopback is unreachable from the other.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAMES = ("host0", "host1")
-# Run on a host, before its program.
+# Runs on a host before its program.
 SET_UP = """
 mount --make-rprivate /
 mount --bind "$0" /etc/hosts
@@ -23,7 +23,7 @@ exec "$@"
 
 
 def missing() -> str | None:
-    """Why there can be no hosts here."""
+    """The reason why hosts cannot be simulated on this machine."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need root and iproute2"
     probe = f"probe{os.getpid()}"
@@ -35,7 +35,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[list[list[str]]]:
-    """Gives, for each host, what to put before a command that it shall run."""
+    """Yields, for each host, the prefix of a command that runs there."""
     own = [f"{name}-{os.getpid()}" for name in NAMES]
     addresses = ["10.93.0.1", "10.93.0.2"]
     hosts = folder / "hosts"

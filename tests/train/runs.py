@@ -1,4 +1,4 @@
-"""Small runs for the tests: in this process, and as programs of their own."""
+"""Small runs for the tests: in this process, and as separate programs."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def small_config(tmp_path: Path, **changes: Any) -> Config:
 
 
 def never(step: int) -> bool:
-    """For `train`: no signal comes."""
+    """A `train` argument for runs that no signal stops."""
     del step
     return False
 
@@ -95,7 +95,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 
 def options(config: Config) -> list[str]:
-    """The command line that asks for `config`."""
+    """The command line for `config`."""
     found = []
 
     def add(prefix, section):
@@ -124,11 +124,11 @@ def start(
     place: Sequence[str] = (),
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[bytes]:
-    """Starts `python -m train` with a cache of compiled programs; it tells `log`.
+    """Starts `python -m train` with a cache of compiled programs, printing to `log`.
 
     Args:
       place: the command that starts it somewhere else.
-      more: of the environment.
+      more: further environment variables.
     """
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -153,7 +153,7 @@ class Program(NamedTuple):
 def start_processes(
     config: Config, number: int, *, devices: int, cache: Path
 ) -> list[Program]:
-    """Starts a run in so many processes, each with its devices."""
+    """Starts a run in several processes, each with its own devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"

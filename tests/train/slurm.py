@@ -1,4 +1,4 @@
-"""A SLURM cluster of this one host, from Debian's packages slurm-wlm and munge."""
+"""A one-host SLURM cluster from Debian's packages slurm-wlm and munge."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here."""
+    """The reason why there can be no cluster on this machine."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge)"
@@ -49,7 +49,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Gives the environment in which SLURM's commands find the cluster."""
+    """Yields the environment in which SLURM's commands find the cluster."""
     for name in ("state", "spool"):
         (folder / name).mkdir()
     key = folder / "munge.key"
@@ -92,7 +92,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def wait_for(environment: dict[str, str], word: str, *command: str) -> None:
-    """Repeats a command until it says `word`."""
+    """Repeats a command until its output has `word`."""
     deadline = time.monotonic() + 300
     while word not in (told := ask(environment, *command)):
         assert time.monotonic() < deadline, told
@@ -100,7 +100,7 @@ def wait_for(environment: dict[str, str], word: str, *command: str) -> None:
 
 
 def ask(environment: dict[str, str], *command: str) -> str:
-    """What a command of SLURM says."""
+    """The output of a SLURM command."""
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=60
     )

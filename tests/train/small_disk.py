@@ -1,6 +1,6 @@
-"""Run inside a mount namespace: what a real disk that is full, or read-only, does.
+"""Checkpoints on a full and on a read-only disk, inside a mount namespace.
 
-`unshare -Ur -m python -m tests.train.small_disk FOLDER`; prints what it finds.
+`unshare -Ur -m python -m tests.train.small_disk FOLDER` prints the results.
 """
 
 import os
@@ -25,7 +25,7 @@ def some_state(step: int) -> State:
 
 
 def tries(folder: Path, step: int) -> None:
-    """Writes a checkpoint, and tells what comes of it."""
+    """Writes a checkpoint and returns the outcome."""
     data = batches_of(corpus_of([50, 90]), length=8, batch_size=4, seed=1)
     try:
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=5))

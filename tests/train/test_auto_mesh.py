@@ -1,4 +1,4 @@
-"""`--auto-mesh`: the planner's mesh in place of one that is told."""
+"""`--auto-mesh`: the planner's mesh in place of a given one."""
 
 import dataclasses
 import subprocess
@@ -14,7 +14,7 @@ from train.config import HERE
 from train.presets import preset
 from usp_jax import plan
 
-# As the planner's own tests are.
+# As in the planner's own tests.
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 
 
@@ -31,7 +31,7 @@ def test_the_planners_best_is_taken(capsys):
     assert "the fastest plan on 8 x h100, with " in capsys.readouterr().out
 
 
-def test_cpu_devices_stand_for_a_machine_that_is_named(capsys):
+def test_cpu_devices_are_planned_as_the_named_machine(capsys):
     assert planned(config()).mesh.devices == 8
     assert "8 x v5e (assumed for these CPU devices)" in capsys.readouterr().out
 
@@ -54,7 +54,7 @@ def test_without_the_option_nothing_changes():
     assert planned(preset("tiny")) == preset("tiny")
 
 
-def test_what_cannot_be_planned_is_told():
+def test_runs_that_cannot_be_planned_raise():
     with pytest.raises(ValueError, match="machine 'v9' is not known"):
         planned(config("v9"))
     with pytest.raises(ValueError, match="not fit on .*: the lowest peak is"):
@@ -85,7 +85,7 @@ def test_the_machine_may_be_left_out(words, machine):
         "--accumulate 2",
     ],
 )
-def test_what_is_planned_cannot_be_told_too(told):
+def test_planned_options_cannot_be_given_too(told):
     with pytest.raises(ValueError, match=f"{told[:10]}.* cannot be combined with"):
         parse(["tiny", "--auto-mesh", *told.split()])
 

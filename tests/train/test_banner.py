@@ -1,4 +1,4 @@
-"""What a run prints before its first step."""
+"""The lines that a run prints before its first step."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from train.log.banner import alive, banner
 from train.presets import preset
 
 
-def test_a_run_says_what_it_is():
+def test_a_run_prints_its_description():
     config = preset("tiny")
     lines = banner(config, usp_jax.make_mesh(**config.mesh.sizes)).splitlines()
     assert lines[0] == (
@@ -24,7 +24,7 @@ def test_a_run_says_what_it_is():
     assert "1 x cpu as one device" in banner(config, usp_jax.make_mesh())
 
 
-def test_something_long_shows_that_it_is_alive(capsys):
+def test_a_long_wait_prints_its_progress(capsys):
     with alive("compiling the step", every=0.01):
         lines = ""
         while lines.count("\n") < 3:

@@ -1,4 +1,4 @@
-"""Mistakes that only the text, the devices or the run directory show."""
+"""Mistakes that depend on the text, the devices or the run directory."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def config(tmp_path: Path) -> Config:
     return small_config(tmp_path, steps=2)
 
 
-def test_more_devices_than_there_are(config: Config) -> None:
+def test_a_mesh_with_too_many_devices(config: Config) -> None:
     config = dataclasses.replace(config, mesh=MeshConfig(ring=8, ulysses=2))
     with pytest.raises(
         ValueError, match="needs 16 devices, but there are 8; --fake-devices 16 c"
@@ -36,7 +36,7 @@ def test_a_model_that_the_mesh_cannot_split(config: Config) -> None:
         build(config)
 
 
-def test_text_that_is_not_there(config: Config, tmp_path: Path) -> None:
+def test_missing_text(config: Config, tmp_path: Path) -> None:
     for name, message in (
         ("missing.txt", r"data\.path=.*missing\.txt does not exist; it must be a text"),
         ("empty.txt", "has no document of at least two tokens"),
@@ -52,7 +52,7 @@ def test_text_that_is_not_there(config: Config, tmp_path: Path) -> None:
     assert not config.run_dir.exists()
 
 
-def test_tokenizers_that_are_none(config: Config, tmp_path: Path) -> None:
+def test_invalid_tokenizers(config: Config, tmp_path: Path) -> None:
     missing = dataclasses.replace(config.data, tokenizer=tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer\.json does not exist; it must be"):
         build(dataclasses.replace(config, data=missing))
@@ -109,7 +109,7 @@ def test_a_tokenizer_of_another_run(config: Config, tmp_path: Path) -> None:
         build(dataclasses.replace(config, data=data))
 
 
-def test_text_that_has_gone_or_changed_since(config: Config) -> None:
+def test_text_that_is_missing_or_changed_on_resume(config: Config) -> None:
     build(config)
     file = config.data.path / "03.txt"
     text = file.read_text()
@@ -126,14 +126,14 @@ def test_text_that_has_gone_or_changed_since(config: Config) -> None:
 def test_a_run_directory_that_cannot_be_written_to(
     config: Config, tmp_path: Path
 ) -> None:
-    # What even the superuser cannot do.
+    # Fails even for the superuser.
     (tmp_path / "file").touch()
     config = dataclasses.replace(config, run_dir=tmp_path / "file" / "run")
     with pytest.raises(ValueError, match=r"run_dir=.* cannot be written to: .*nothing"):
         build(config)
 
 
-def test_what_may_change_when_a_run_goes_on(config: Config) -> None:
+def test_options_that_may_change_when_a_run_resumes(config: Config) -> None:
     run_here(config)
     changed = dataclasses.replace(
         config,
@@ -153,7 +153,7 @@ def test_what_may_change_when_a_run_goes_on(config: Config) -> None:
         build(dataclasses.replace(changed, steps=3))
 
 
-def test_the_program_tells_mistakes_in_one_line() -> None:
+def test_the_program_reports_mistakes_in_one_line() -> None:
     child = subprocess.run(
         [sys.executable, "-m", "train", "tiny", "--data.path", "nowhere"],
         cwd=ROOT,

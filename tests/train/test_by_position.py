@@ -1,4 +1,4 @@
-"""Perplexity by position is what the model's own logits say."""
+"""Perplexity by position matches the model's logits."""
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +43,7 @@ def rows() -> np.ndarray:
 
 
 def expected_nats(rows: np.ndarray, config: LlamaConfig = CONFIG) -> np.ndarray:
-    """From the logits, row by row on one device."""
+    """Nats from the logits, row by row on one device."""
     alone = Llama(config, rngs=nnx.Rngs(0))
     logits = np.asarray(alone(jnp.asarray(rows[:, :-1])), np.float64)
     lse = np.log(np.exp(logits).sum(-1))
@@ -65,7 +65,7 @@ def test_each_label_has_its_nats(model: Llama, rows: np.ndarray) -> None:
 
 
 def test_positions_have_the_mean_of_all_rows(model: Llama, rows: np.ndarray) -> None:
-    # Three rows on a mesh that splits two: one is filled up.
+    # Three rows on a mesh that splits the batch in two: one row is padding.
     actual = nats_by_position(model, iter(rows), 30, batch_size=2)
     np.testing.assert_allclose(actual, expected_nats(rows).mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="no document has the 31 tokens that length=3"):
@@ -107,7 +107,7 @@ def test_a_run_is_evaluated_on_its_text_and_on_other(
     options = ByPosition(run.config.run_dir, rows=3, buckets=2, batch_size=2)
     found = measure(options)
     assert [bucket["end"] for bucket in found["buckets"]] == [32, 64]
-    # Nothing is learnt yet: all bytes are alike.
+    # The model is untrained: all bytes are equally likely.
     for bucket in found["buckets"]:
         assert bucket["nats"] == pytest.approx(np.log(256), abs=0.1)
     assert "32 to 63" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training; damage costs one of them, not the run."""
+"""Checkpoints are written during training; damage to one does not lose the run."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from train.state import State
 
 
 def some_state(step: int, **mesh: int) -> State:
-    """A state of a step, split over a mesh."""
+    """The state of a step, split over a mesh."""
     devices = usp_jax.make_mesh(**(mesh or {"ring": 4, "ulysses": 2}))
     split = NamedSharding(devices, jax.P(("fsdp", "ring", "ulysses")))
     draw = np.random.default_rng(step)
@@ -63,7 +63,7 @@ def fill(folder: Path, steps: tuple[int, ...] = (1, 2, 3), **config) -> None:
 
 
 def check_restored(folder: Path, expected: int) -> None:
-    """What is restored is the state of a step, on another mesh, and its data."""
+    """Checks that a step's state and data are restored on another mesh."""
     checkpoints, data = opened(folder), some_data()
     state, step = checkpoints.restore_newest(some_state(0, fsdp=2, ulysses=2), data)
     checkpoints.close()
@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_a_step_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_due_by_steps_and_by_minutes(
 
 
 def flip_a_bit(step: Path) -> None:
-    """In the middle of the largest file, which holds an array."""
+    """Flips a bit in the middle of the largest file, which holds an array."""
     file = max(step.rglob("*"), key=lambda path: path.stat().st_size)
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 16
@@ -192,18 +192,18 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     kept = f"it is kept as {folder / 'damaged-3'}; the previous checkpoint is used\n"
     assert told.endswith(kept) and told.count("\n") == 2
     assert re.search(DAMAGE[do], told)
-    # It is there to look at, and the step can be saved again.
+    # The damaged checkpoint is kept for inspection, and the step can be saved again.
     assert (folder / "damaged-3").is_dir()
     fill(folder, (3,), keep=2)
     check_restored(folder, 3)
 
 
-def test_what_orbax_tells_of_a_checkpoint_may_be_damaged(folder: Path) -> None:
+def test_orbax_metadata_may_be_damaged(folder: Path) -> None:
     (folder / "3" / "_CHECKPOINT_METADATA").write_text("{")
     check_restored(folder, 3)
 
 
-def test_two_damaged_checkpoints_are_told_and_the_third_is_used(
+def test_two_damaged_checkpoints_are_reported_and_the_third_is_used(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip_a_bit(folder / "3")
@@ -212,16 +212,16 @@ def test_two_damaged_checkpoints_are_told_and_the_third_is_used(
     assert capsys.readouterr().err.count("is damaged: ") == 2
 
 
-def test_nothing_whole_is_told(folder: Path) -> None:
+def test_no_intact_checkpoint_raises(folder: Path) -> None:
     for step in "123":
         cut_short(folder / step)
     with pytest.raises(CheckpointError, match="all checkpoints .1, 2, 3. in "):
         check_restored(folder, 3)
-    # Nothing was taken away: started again, it does not begin anew.
+    # Nothing was deleted, so a restart does not begin from scratch.
     assert opened(folder).steps() == [1, 2, 3]
 
 
-def test_checkpoints_from_before_there_were_digests_are_used(
+def test_checkpoints_without_digests_are_used(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in "123":
@@ -277,7 +277,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
+def test_a_failed_checkpoint_raises_at_a_later_step(
     folder: Path, full_disk: None
 ) -> None:
     checkpoints = opened(folder, every=100, keep=3)
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
     check_restored(folder, 3)
 
 
-def test_the_last_checkpoint_that_cannot_be_written_is_told(
+def test_a_failed_last_checkpoint_raises_on_close(
     folder: Path, full_disk: None
 ) -> None:
     checkpoints = opened(folder)

@@ -1,4 +1,4 @@
-"""What cannot be trained is told, with the option, its value and the remedy."""
+"""Errors of configurations name the option, its value and the remedy."""
 
 import dataclasses
 import json
@@ -131,14 +131,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("given", WRONG)
-def test_mistakes_are_told(given: str) -> None:
+def test_mistakes_raise(given: str) -> None:
     arguments, message = WRONG[given]
     first = [] if given == "no preset" else ["tiny"]
     with pytest.raises(ValueError, match=message):
         parse([*first, *arguments])
 
 
-def test_an_unknown_preset_is_told() -> None:
+def test_an_unknown_preset_raises() -> None:
     with pytest.raises(ValueError, match="preset 'huge' must be one of: tiny"):
         parse(["huge"])
 
@@ -184,13 +184,13 @@ def test_help_lists_every_option(
     assert exit_.value.code == 0
     for name in flatten(dataclasses.asdict(preset("tiny"))):
         dashed = name.replace("_", "-")
-        # What has fields of its own is a command: model.rope-scaling:none.
+        # An option with its own fields is a subcommand: model.rope-scaling:none.
         assert any(way in told for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
     assert ("presets:\n  tiny: " in told) == (arguments != ["tiny", "--help"])
 
 
 def test_every_option_of_a_model_is_one_of_the_trainer() -> None:
-    """And what the planner chooses of them is what a choice has, too."""
+    """Options that the planner chooses are fields of its choices, too."""
     model, mesh, llama, choice = (
         {field.name for field in dataclasses.fields(kind)}
         for kind in (ModelConfig, MeshConfig, LlamaConfig, Choice)
@@ -227,7 +227,7 @@ def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_from_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
+def test_a_run_older_than_an_option_resumes(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     facts = {"tokens": 5, "tokenizer_fingerprint": "bytes"}
     old = record(config, data=facts)

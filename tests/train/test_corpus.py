@@ -1,4 +1,4 @@
-"""Rows hold every token once, and nobody predicts across documents."""
+"""Rows hold each token once, and no label crosses documents."""
 
 import chex
 import numpy as np
@@ -12,7 +12,7 @@ DOCUMENTS = st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(
 
 
 def documents_of(lengths: list[int]) -> list[np.ndarray]:
-    """Documents whose tokens are 0, 1, 2 ... all through the corpus."""
+    """Documents whose tokens are 0, 1, 2 ... throughout the corpus."""
     ends = np.cumsum([0, *lengths])
     return [
         np.arange(a, b, dtype=np.int32)
@@ -25,7 +25,7 @@ def corpus_of(lengths: list[int]) -> Corpus:
 
 
 def in_two_arrays(lengths: list[int], cut: int) -> Corpus:
-    """The same, its documents in two arrays of a small dtype."""
+    """`documents_of` with the documents in two arrays of a small dtype."""
     parts = [documents_of(lengths)[:cut], documents_of(lengths)[cut:]]
     parts = [[d for d in part if d.size] for part in parts]
     sizes = [np.array([d.size for d in part], int) for part in parts]
@@ -50,7 +50,7 @@ def test_rows_hold_each_token_once_with_what_follows(
     found = [rows[index] for index in range(len(rows))]
     whole = {name: np.concatenate([row[name] for row in found]) for name in found[0]}
     real = whole["segment_ids"] >= 0
-    # All but the last token of all, which is only a label.
+    # All but the last token of the corpus, which is only a label.
     count = sum(lengths) - 1
     np.testing.assert_array_equal(whole["tokens"][real], np.arange(count))
     assert real[:count].all() and not real[count:].any()
@@ -70,7 +70,7 @@ def test_rows_hold_each_token_once_with_what_follows(
 
 
 @given(DOCUMENTS, st.data())
-def test_arrays_and_what_is_chosen_of_them_read_as_one(
+def test_arrays_and_a_selection_of_them_read_as_one(
     lengths: list[int], data: st.DataObject
 ) -> None:
     corpus = corpus_of(lengths)
@@ -91,7 +91,7 @@ def test_arrays_and_what_is_chosen_of_them_read_as_one(
         np.testing.assert_array_equal(chosen.window(start, stop), expected)
 
 
-def test_a_document_is_held_out_wherever_it_stands() -> None:
+def test_a_document_is_held_out_regardless_of_its_place() -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 9, 12).astype(np.int32) for _ in range(2000)]
     learnt, held = Corpus.of(documents).divided(0.1)

@@ -1,4 +1,4 @@
-"""What a run reads, in which order, and where on the mesh it goes."""
+"""The rows of a run: their text, their order and their place on the mesh."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("own", [None, (1, 2)])
-def test_the_iterator_goes_on_where_its_state_says(own: tuple[int, ...] | None) -> None:
+def test_the_iterator_resumes_from_its_state(own: tuple[int, ...] | None) -> None:
     def make(own=None):
         corpus = corpus_of([30, 40])
         return batches_of(corpus, length=8, batch_size=4, seed=1, own=own)
@@ -45,7 +45,7 @@ def test_the_iterator_goes_on_where_its_state_says(own: tuple[int, ...] | None) 
     for _ in range(5):
         next(data)
     again.set_state(data.get_state())
-    # In a process that holds other rows, too.
+    # Also in a process that holds other rows.
     whole.set_state(data.get_state())
     rows = slice(None) if own is None else list(own)
     expected = {name: x[rows] for name, x in next(whole).items()}
@@ -70,7 +70,7 @@ def test_a_process_reads_its_own_rows_and_no_other() -> None:
         assert read == starts
 
 
-def test_a_mixture_draws_rows_by_weight_and_goes_on() -> None:
+def test_a_mixture_draws_rows_by_weight_and_resumes() -> None:
     def make():
         small, large = documents_of([41, 160])
         corpora = [Corpus.of([small]), Corpus.of([large])]
@@ -145,7 +145,7 @@ def test_bytes_are_tokens_without_a_tokenizer() -> None:
     assert vocabulary.decode(ids) == "é = 1"
 
 
-def test_a_tokenizer_is_used_as_it_says(tmp_path: Path) -> None:
+def test_a_tokenizer_is_used_as_configured(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "text.txt").write_text("ring of keys")
     vocabulary = Vocabulary.load(path)
@@ -155,7 +155,7 @@ def test_a_tokenizer_is_used_as_it_says(tmp_path: Path) -> None:
     found = vocabulary.encode(b"keys ring", special=False)
     np.testing.assert_array_equal(found, [300, 1])
     assert vocabulary.decode(np.array([300, 1])) == "keys ring"
-    # What it says counts, not how that is written.
+    # Its content counts, not its formatting.
     spaced = tmp_path / "spaced.json"
     spaced.write_text(path.read_text() + "\n\n")
     assert Vocabulary.load(spaced).fingerprint == vocabulary.fingerprint
@@ -163,7 +163,7 @@ def test_a_tokenizer_is_used_as_it_says(tmp_path: Path) -> None:
     assert len({v.fingerprint for v in (vocabulary, other, Vocabulary())}) == 3
 
 
-def test_facts_tell_one_text_from_another(tmp_path: Path) -> None:
+def test_facts_distinguish_texts(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "some"}, {"text": "words"}])
     write_parquet(tmp_path / "b.parquet", ["others", "here"])
     tokenize(Tokenize(tmp_path / "a.jsonl", tmp_path / "folder"))
@@ -185,7 +185,7 @@ def test_facts_tell_one_text_from_another(tmp_path: Path) -> None:
     }
 
 
-def test_a_split_of_too_few_documents_is_told(tmp_path: Path) -> None:
+def test_a_split_of_too_few_documents_raises(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one document")
     for fraction, purpose in ((1e-9, "hold out"), (1 - 1e-9, "train on")):
         config = DataConfig(tmp_path / "one.txt", eval_fraction=fraction)

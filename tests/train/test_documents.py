@@ -1,4 +1,4 @@
-"""Text comes from files of several kinds, and what is no text is told."""
+"""Text comes from files of several kinds; files without text raise."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def test_a_folder_is_read_sorted_without_hidden_files(tmp_path: Path) -> None:
     assert texts(tmp_path / "c.py") == [b"c.py"]
 
 
-def test_lines_and_rows_are_documents_and_stand_for_their_file(tmp_path: Path) -> None:
+def test_lines_and_rows_are_documents_of_their_file(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "zw\u00f6lf\n\ud800"}])
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("\n")
@@ -56,11 +56,11 @@ def test_lines_and_rows_are_documents_and_stand_for_their_file(tmp_path: Path) -
         b"seven\neight",
     ]
     size = sum(file.stat().st_size for file in source_files(tmp_path))
-    # But for the empty line.
+    # Except the empty line.
     assert sum(share for _, share in found) == pytest.approx(size - 1)
 
 
-def test_the_field_has_the_name_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_field_name_is_an_option(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"body": "one", "text": 3}])
     write_parquet(tmp_path / "b.parquet", ["two"], "body")
     assert texts(tmp_path, "body") == [b"one", b"two"]
@@ -75,14 +75,14 @@ WRONG_LINES = {
 
 
 @pytest.mark.parametrize("case", WRONG_LINES)
-def test_a_line_without_text_is_told(case: str, tmp_path: Path) -> None:
+def test_a_line_without_text_raises(case: str, tmp_path: Path) -> None:
     line, message = WRONG_LINES[case]
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
         texts(tmp_path)
 
 
-def test_parquet_without_text_is_told(tmp_path: Path) -> None:
+def test_parquet_without_text_raises(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     write_parquet(file, ["one", "two", "three", None])
     with pytest.raises(ValueError, match="row group 1 has rows without text in text_f"):
@@ -96,7 +96,7 @@ def test_parquet_without_text_is_told(tmp_path: Path) -> None:
         texts(file)
 
 
-def test_parquet_without_pyarrow_is_told(
+def test_parquet_without_pyarrow_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.parquet").touch()
@@ -105,7 +105,7 @@ def test_parquet_without_pyarrow_is_told(
         texts(tmp_path)
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_files_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path=.*nothing does not exist; it"):
         source_files(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"source=.* is a folder without files"):

@@ -1,4 +1,4 @@
-"""The losses do not depend on how the work is split, over devices or processes."""
+"""Losses are equal however the work is split over devices or processes."""
 
 import dataclasses
 import itertools
@@ -23,21 +23,21 @@ from train.build import build
 from train.config import Config, EvalConfig, MeshConfig, SampleConfig
 from train.loop import train
 
-# A run in groups of the tests that share `plain`: one worker makes it, once.
+# The tests share the run `plain`, which one worker makes once.
 pytestmark = pytest.mark.xdist_group("equality")
 
 RING_AND_ULYSSES = MeshConfig(ring=4, ulysses=2)
 MESHES = {
     "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),
     "fsdp2-ring4-zero1": MeshConfig(fsdp=2, ring=4, zero=1),
-    # As it is, but for its parts, in test_losses_are_the_same_in_parts.
+    # Except for its parts, the same as in test_losses_are_the_same_in_parts.
     "data2-ring2-ulysses2": MeshConfig(data=2, ring=2, ulysses=2),
     "ring8": MeshConfig(ring=8),
     "ulysses8": MeshConfig(ulysses=8),
 }
 
 
-# With a pipeline: what `make test` runs, and all kinds of meshes of eight devices.
+# With a pipeline: the meshes of `make test`, and all kinds of meshes of eight devices.
 PIPES = {
     "pipe2-ring2-tensor2": MeshConfig(pipe=2, ring=2, tensor=2),
     "pipe2-fsdp2-ulysses2-zero1": MeshConfig(
@@ -47,7 +47,7 @@ PIPES = {
 
 
 def drawn_meshes(count: int) -> list[MeshConfig]:
-    """Meshes of eight devices, spread over all that the model can be split into."""
+    """Meshes of eight devices, spread over all possible splits of the model."""
     possible = [
         MeshConfig(*(2**n for n in powers))
         for powers in itertools.product(range(4), repeat=6)
@@ -71,7 +71,7 @@ DRAWN = drawn_meshes(18)
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run that has ended, its rows whole on each of eight devices."""
+    """A finished run with whole rows on each of eight devices."""
     config = small_config(tmp_path_factory.mktemp("plain"), mesh=MeshConfig(data=8))
     model = dataclasses.replace(config.model, num_layers=4)
     config = dataclasses.replace(config, model=model)
@@ -81,7 +81,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def one_process(plain: Config) -> Config:
-    """The same run over a ring and Ulysses, in this process."""
+    """The run over a ring and Ulysses, in this process."""
     run_dir = plain.run_dir.with_name("one")
     config = dataclasses.replace(plain, mesh=RING_AND_ULYSSES, run_dir=run_dir)
     run_here(config)
@@ -118,7 +118,7 @@ def test_losses_are_the_same_over_a_ring_and_ulysses(
 
 
 @pytest.mark.parametrize("name", thinned(MESHES, keep=5))
-def test_losses_are_the_same_on_every_mesh(
+def test_losses_are_the_same_on_other_meshes(
     plain: Config, name: str, tmp_path: Path
 ) -> None:
     check_losses(plain, tmp_path / "run", MESHES[name])
@@ -151,7 +151,7 @@ def test_losses_are_the_same_on_drawn_meshes(
 
 @pytest.mark.long
 def test_losses_are_the_same_in_balanced_rows(plain: Config, tmp_path: Path) -> None:
-    """Each row in an order of its own, in parts, and evaluated the same."""
+    """Each row has its own order; also in parts, and in evaluation."""
     found = {}
     for layout, mesh in (
         ("balanced", MeshConfig(data=2, ring=4)),
@@ -185,10 +185,10 @@ def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_run_goes_on_over_other_meshes_and_levels(
+def test_a_run_resumes_on_other_meshes_and_levels(
     plain: Config, tmp_path: Path
 ) -> None:
-    """Steps on 8 devices, on 4 with ZeRO-1, in 2 stages, in 4, and on 8 again."""
+    """Trains on 8 devices, on 4 with ZeRO-1, in 2 stages, in 4, and on 8 again."""
     for last, mesh in (
         (6, MeshConfig(ring=4, ulysses=2)),
         (10, MeshConfig(ring=2, ulysses=2, zero=1)),

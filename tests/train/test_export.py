@@ -47,6 +47,6 @@ def test_a_stretched_model_is_read_from_the_runs_config(tmp_path: Path) -> None:
         export(Export(tmp_path, tmp_path / "out"))
 
 
-def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a run: it has no config.json"):
         export(Export(tmp_path, tmp_path / "out"))

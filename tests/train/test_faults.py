@@ -1,4 +1,4 @@
-"""What breaks while a run goes on is told, and nothing is lost."""
+"""Faults during a run are reported, and no checkpointed step is lost."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ from train.tokenize import Tokenize, tokenize
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run that nothing has happened to; its text is a folder of tokens."""
+    """An undisturbed run, whose text is a folder of tokens."""
     config = small_config(
         tmp_path_factory.mktemp("whole"),
         steps=12,
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def moved(whole: Config, tmp_path: Path, **changes) -> Config:
-    """The same run, with data of its own, in another folder."""
+    """A copy of the run with its own data, in another folder."""
     folder = tmp_path / "tokens"
     shutil.copytree(whole.data.path, folder)
     data = dataclasses.replace(whole.data, path=folder)
@@ -64,7 +64,7 @@ def train_until(config: Config, last: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("do", DAMAGE, ids=lambda do: do.__name__)
-def test_a_run_goes_on_from_before_a_damaged_checkpoint(
+def test_a_run_resumes_from_before_a_damaged_checkpoint(
     do, whole: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = moved(whole, tmp_path)
@@ -78,7 +78,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
 
 
 @pytest.mark.long
-def test_a_run_without_a_whole_checkpoint_tells_and_exits_with_1(
+def test_a_run_without_an_intact_checkpoint_exits_with_1(
     whole: Config, tmp_path: Path
 ) -> None:
     config = moved(whole, tmp_path, fake_devices=4)
@@ -95,7 +95,7 @@ def test_a_run_without_a_whole_checkpoint_tells_and_exits_with_1(
 
 @pytest.mark.long
 @pytest.mark.parametrize("do", [Path.unlink, lambda file: os.truncate(file, 99)])
-def test_data_that_goes_while_a_run_reads_it_costs_no_step(
+def test_data_that_disappears_during_a_run_costs_no_step(
     do: Callable[[Path], None], whole: Config, tmp_path: Path
 ) -> None:
     config = moved(whole, tmp_path)
@@ -110,7 +110,7 @@ def test_data_that_goes_while_a_run_reads_it_costs_no_step(
 
     with pytest.raises(DataGone, match="-tokens.npy had .* bytes when the run began"):
         train(build(config), stop)
-    # The step after the last checkpoint was saved, too.
+    # The step after the last periodic checkpoint was saved, too.
     assert (config.run_dir / "checkpoints" / "3").is_dir()
     with pytest.raises(ValueError, match="-tokens.npy cannot be read: "):
         build(config)
@@ -120,8 +120,8 @@ def test_data_that_goes_while_a_run_reads_it_costs_no_step(
     assert losses(config.run_dir) == losses(whole.run_dir)
 
 
-# $1 is where the disk goes, $2 the KiB of it that are free, $3 where its files go at
-# the end; the rest are options.
+# $1 is the mount point, $2 the free KiB, $3 where the files are copied at the end; the
+# rest are options.
 SMALL_DISK = """
 set -e
 mount -t tmpfs -o size=64m tmpfs "$1"
@@ -144,10 +144,10 @@ cp -r "$disk/run" "$keep"
 
 @pytest.mark.long
 @needs_mount
-def test_a_full_disk_and_a_read_only_one_are_told(
+def test_a_full_disk_and_a_read_only_one_are_reported(
     whole: Config, tmp_path: Path
 ) -> None:
-    """On a disk that is full when the second checkpoint is written."""
+    """The first disk is full when the second checkpoint is written."""
     disk = tmp_path / "disk"
     disk.mkdir()
     checkpoint = CheckpointConfig(every=4, keep=3)
@@ -181,7 +181,7 @@ def test_a_full_disk_and_a_read_only_one_are_told(
 
 
 def kib(folder: Path) -> int:
-    """What a folder takes, in KiB, its files rounded up to pages."""
+    """Size of a folder in KiB, its files rounded up to pages."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return 4 * sum(1 + file.stat().st_size // 4096 for file in files)
 
@@ -190,7 +190,7 @@ def kib(folder: Path) -> int:
 def test_one_of_four_processes_is_killed_twenty_times(
     whole: Config, tmp_path: Path
 ) -> None:
-    """Then all are started again, as a scheduler does."""
+    """After each kill all four are restarted, as a scheduler does."""
     config = dataclasses.replace(
         whole,
         mesh=MeshConfig(data=2, ring=2, ulysses=2),
@@ -219,7 +219,7 @@ def finish_four(config: Config, cache: Path) -> None:
 
 
 def kill_one(config: Config, cache: Path, draw: random.Random) -> None:
-    """Kills one of four at any moment, and soon after those that wait for it."""
+    """Kills one of four at a random moment, and soon after the other three."""
     config.run_dir.parent.mkdir(exist_ok=True)
     first = config.run_dir.with_name("0.log")
     starts = compiled(first)
@@ -240,7 +240,7 @@ def kill_one(config: Config, cache: Path, draw: random.Random) -> None:
 
 
 def compiled(log: Path) -> int:
-    """How often a run has come as far as its first step."""
+    """Number of times that a run has reached its first step."""
     return log.read_text().count("compiled the step") if log.exists() else 0
 
 

@@ -1,4 +1,4 @@
-"""The formulas against the matrix products that a step's program really has."""
+"""The FLOP formulas against the matrix products in a step's program."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from usp_jax.models.loss import loss
 def products(jaxpr: core.Jaxpr) -> int:
     """FLOPs of all dot_generals, loops counted by their trips.
 
-    What nobody uses is not counted: compilers drop it.
+    Unused products are not counted: compilers drop them.
     """
     total = 0
     used = {x for x in jaxpr.outvars if isinstance(x, core.Var)}
@@ -73,7 +73,7 @@ def counted(config: Config) -> int:
         ("attention_qkv", None, True),
         ("dots", None, False),
         ("dots", None, True),
-        # Of 512 tokens: in four tiles, and whole.
+        # 512 tokens: in four tiles, and whole.
         ("none", 128, False),
         ("full", 128, False),
         ("none", 512, False),
@@ -95,7 +95,7 @@ def test_the_hardware_currency_is_what_the_program_does(
     config = dataclasses.replace(config, model=model)
     pairs = 4 * config.batch_size * config.sequence_length**2
     attention = pairs * model.num_heads * model.head_size * model.num_layers
-    # The oracle computes what is not visible, too: the other half of each product.
+    # The oracle computes invisible pairs too: the other half of each product.
     unseen = attention / 2 * (3.5 + (remat == "full"))
     assert counted(config) == step_flops(config).hardware + unseen
 

@@ -1,4 +1,4 @@
-"""Runs are started, stopped and started again as each kind of cluster does it."""
+"""Runs are started, stopped and restarted as each kind of cluster does."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ def fast_config(tmp_path: Path, **changes) -> Config:
 
 
 def without_distributed(config: Config) -> list[str]:
-    """The options of a run whose launcher adds how its processes find each other."""
+    """The options of a run whose launcher adds those of the distributed setup."""
     found, kept = iter(options(config)), []
     for name in found:
         if name.startswith(("--distributed", "--checkpoint.stopped")):
@@ -66,7 +66,7 @@ def wait_until(happened: Callable[[], bool], what: Callable[[], str]) -> None:
 
 
 def check_whole(config: Config, tmp_path: Path) -> None:
-    """The losses are those of a run that nobody has stopped."""
+    """Checks that the losses are those of an uninterrupted run."""
     whole = dataclasses.replace(config, run_dir=tmp_path / "whole", fake_devices=None)
     run_here(whole)
     actual, expected = losses(config.run_dir), losses(whole.run_dir)
@@ -77,7 +77,7 @@ def check_whole(config: Config, tmp_path: Path) -> None:
 
 
 def fake_program(folder: Path, name: str, body: str) -> None:
-    """A program of a cluster that is not here."""
+    """A fake of a cluster's program."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -87,7 +87,7 @@ def fake_program(folder: Path, name: str, body: str) -> None:
 def run_script(
     script: str, *arguments: str, path: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script with programs of `path` before all others."""
+    """Runs a script with `path` first in PATH."""
     return subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
         env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **environment},
@@ -123,7 +123,7 @@ class TestOneHost:
         ]
 
     @pytest.mark.parametrize("arguments", [[], ["-n", "0", "tiny"], ["-n", "a", "t"]])
-    def test_mistakes_are_told(self, arguments: list[str]) -> None:
+    def test_mistakes_are_reported(self, arguments: list[str]) -> None:
         with launch(arguments) as done:
             told = finished(done)
         assert done.returncode == 2 and "error: " in told
@@ -178,23 +178,23 @@ def launch(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 def finished(process: subprocess.Popen[bytes]) -> str:
-    """What a program has told when it ends; one that does not is stopped."""
+    """The output of a program when it ends; one that does not end is stopped."""
     try:
         return process.communicate(timeout=600)[0].decode()
     except subprocess.TimeoutExpired:
-        # So that it stops what it has started.
+        # SIGTERM, so that it stops its children.
         process.terminate()
         return process.communicate(timeout=60)[0].decode()
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """Process ids of a process's children."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(number) for number in path.read_text().split()]
 
 
 class TestSlurmScript:
-    """slurm.sh with programs that only tell what they are asked."""
+    """slurm.sh with fake programs that print their arguments."""
 
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -219,7 +219,7 @@ class TestSlurmScript:
         assert run.returncode == status
         return (path.parent / "log").read_text().splitlines()
 
-    def test_the_run_is_one_that_can_be(self, path: Path) -> None:
+    def test_the_run_has_a_valid_configuration(self, path: Path) -> None:
         (told,) = self.run(path, 0)
         before, _, arguments = told.partition(" -m train ")
         assert before == "srun --kill-on-bad-exit=1 python3.x"
@@ -228,16 +228,18 @@ class TestSlurmScript:
         assert config.checkpoint.stopped_status == 75
 
     @pytest.mark.parametrize("status", [75, 137])
-    def test_what_did_not_end_is_queued_again(self, path: Path, status: int) -> None:
+    def test_an_unfinished_run_is_queued_again(self, path: Path, status: int) -> None:
         assert self.run(path, status)[1:] == ["scontrol requeue 9"]
 
     @pytest.mark.parametrize("case", [(0, 0), (1, 0), (2, 0), (75, 20)], ids=str)
-    def test_what_ended_is_not(self, path: Path, case: tuple[int, int]) -> None:
+    def test_a_finished_run_is_not_queued_again(
+        self, path: Path, case: tuple[int, int]
+    ) -> None:
         assert len(self.run(path, *case)) == 1
 
 
 def skip_if(missing: str | None) -> None:
-    """Skips a test on a machine that cannot have it, and says why."""
+    """Skips a test, with a reason, on a machine that cannot run it."""
     if missing is not None:
         pytest.skip(missing)
 
@@ -246,7 +248,7 @@ def skip_if(missing: str | None) -> None:
 class TestSlurm:
     """slurm.sh under SLURM itself."""
 
-    def test_a_preempted_job_goes_on(self, tmp_path: Path) -> None:
+    def test_a_preempted_job_resumes(self, tmp_path: Path) -> None:
         skip_if(slurm.missing())
         config = fast_config(tmp_path)
         config = dataclasses.replace(
@@ -270,7 +272,7 @@ class TestSlurm:
             assert job.isdigit(), job
             started = lambda: len(losses(config.run_dir)) > 3  # noqa: E731
             wait_until(started, lambda: output.read_text() if output.exists() else "")
-            # As before the end of the job's time.
+            # As SLURM does before the job's time limit.
             slurm.ask(environment, "scancel", "--signal=TERM", "--batch", job)
             try:
                 slurm.wait_for(
@@ -284,7 +286,7 @@ class TestSlurm:
 
 
 @pytest.mark.long
-def test_two_hosts_find_each_other_by_what_slurm_tells_them(tmp_path: Path) -> None:
+def test_two_hosts_find_each_other_from_slurms_variables(tmp_path: Path) -> None:
     skip_if(hosts.missing())
     config = fast_config(tmp_path)
     run = [*without_distributed(config), "--distributed.coordinator", "auto"]
@@ -311,7 +313,7 @@ def task(number: str) -> dict[str, str]:
 
 
 class TestTpuScript:
-    """tpu.sh with a gcloud that only tells what it is asked."""
+    """tpu.sh with a fake gcloud that prints its arguments."""
 
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -324,7 +326,7 @@ class TestTpuScript:
         assert done.returncode == 0, done.stderr
         return (path.parent / "log").read_text().splitlines()
 
-    def test_one_slice_is_asked_for(self, path: Path) -> None:
+    def test_one_slice_is_requested(self, path: Path) -> None:
         told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 --spot".split())
         assert told == [
             *"compute tpus queued-resources create n --zone=zone --node-id=n".split(),
@@ -333,18 +335,20 @@ class TestTpuScript:
             "--spot",
         ]
 
-    def test_many_slices_are_asked_for(self, path: Path) -> None:
+    def test_many_slices_are_requested(self, path: Path) -> None:
         told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 4".split())
         assert told[6:8] == ["--node-count=4", "--node-prefix=n"]
 
-    def test_the_run_is_one_that_can_be(self, path: Path, tmp_path: Path) -> None:
+    def test_the_run_has_a_valid_configuration(
+        self, path: Path, tmp_path: Path
+    ) -> None:
         told = self.run(path, "run", "n", "zone", "tiny", "--sample.prompt", "it's $x")
         assert told[:7] == (
             "compute tpus queued-resources ssh n --zone=zone --node=all".split()
         )
         assert told[7] == "--worker=all"
         command = "\n".join(told[8:]).removeprefix("--command=")
-        # As the shell over there takes it.
+        # As the remote shell parses it.
         over_there = tmp_path / "there"
         (over_there / "usp_jax" / ".venv" / "bin").mkdir(parents=True)
         log = tmp_path / "arguments"
@@ -359,7 +363,7 @@ class TestTpuScript:
         assert config.checkpoint.stopped_status == 75
         assert "git clone --quiet https://u/r\\ x usp_jax" in command
 
-    def test_slices_are_given_back(self, path: Path) -> None:
+    def test_slices_are_released(self, path: Path) -> None:
         told = self.run(path, "delete", "n", "zone")
         assert told[3:] == ["delete", "n", "--zone=zone", "--force", "--quiet"]
 
@@ -370,8 +374,8 @@ class TestTpuScript:
         assert done.stderr.startswith("A run on Cloud TPU slices")
 
 
-# The fields that these files use, as JobSet's v1alpha2, Job's batch/v1 and Pod's v1
-# have them; a list holds what each of its entries may have.
+# Schema of the fields that these files use, from JobSet's v1alpha2, Job's batch/v1 and
+# Pod's v1; a list holds the schema of its entries.
 CONTAINER = {
     "name": str,
     "image": str,
@@ -429,7 +433,7 @@ JOBSET = {
 
 
 def faults(found: object, wanted: object, path: str = "") -> list[str]:
-    """Where a document has what its schema has not."""
+    """Paths in a document that its schema does not have."""
     if isinstance(wanted, dict):
         if not isinstance(found, dict):
             return [path]
@@ -450,7 +454,7 @@ def faults(found: object, wanted: object, path: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
-def test_jobsets_are_as_kubernetes_wants_them(path: Path) -> None:
+def test_jobsets_match_the_kubernetes_schema(path: Path) -> None:
     told = yaml.safe_load(path.read_text())
     assert faults(told, JOBSET) == []
     assert (told["apiVersion"], told["kind"]) == (
@@ -460,7 +464,7 @@ def test_jobsets_are_as_kubernetes_wants_them(path: Path) -> None:
     (group,) = told["spec"]["replicatedJobs"]
     job = group["template"]["spec"]
     assert job["parallelism"] == job["completions"]
-    # A policy of exit codes needs this, and no second try of a pod alone.
+    # A policy of exit codes needs "Never"; 0 means that no pod is retried alone.
     pod = job["template"]["spec"]
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
     (rule,) = job["podFailurePolicy"]["rules"]
@@ -471,7 +475,7 @@ def test_jobsets_are_as_kubernetes_wants_them(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
-def test_the_runs_of_jobsets_can_be(path: Path) -> None:
+def test_the_runs_of_jobsets_are_valid(path: Path) -> None:
     told = yaml.safe_load(path.read_text())
     (group,) = told["spec"]["replicatedJobs"]
     job = group["template"]["spec"]

@@ -1,4 +1,4 @@
-"""What a run tells of itself: rows, events, the picture, the printed lines."""
+"""The reports of a run: metric rows, events, the plot and the printed lines."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ KEYS = (
 ).split()
 
 
-def test_a_run_leaves_what_it_promises(
+def test_a_run_leaves_its_promised_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_config(
@@ -41,11 +41,11 @@ def test_a_run_leaves_what_it_promises(
     for row in found:
         assert list(row) == KEYS
         assert row["tokens_per_second"] == pytest.approx(512 / row["step_seconds"])
-        # While the last step is computed there is no batch to make.
+        # No batch is prepared during the last step.
         assert (row["step"] == 5) == (row["data_seconds"] == 0)
         assert row["data_seconds"] < row["step_seconds"]
         assert not row["skipped"] and not row["spike"]
-        # Nobody knows a CPU's peak, and it does not count its memory.
+        # A CPU's peak FLOP/s is unknown, and it does not report its memory.
         assert [row[key] for key in KEYS[8:12]] == [None] * 4
     told = capsys.readouterr().out
     assert "MFU is not reported: the peak FLOP/s of a 'cpu' device is unknown" in told
@@ -77,7 +77,7 @@ def test_held_out_documents_are_evaluated(
     assert begun["eval_loss"] == pytest.approx(math.log(256), abs=0.2)
     train(run, never)
     second, third = rows(config.run_dir)
-    # A row of its own step, with two columns more, also where no row would be due.
+    # A row for its own step with two more columns, even where no row is due.
     for step, row in ((2, second), (3, third)):
         assert row["step"] == step
         assert list(row) == [*KEYS, "eval_loss", "eval_perplexity"]
@@ -88,7 +88,9 @@ def test_held_out_documents_are_evaluated(
     assert b"eval_loss" in events.read_bytes()
 
 
-def test_mfu_is_told_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_reported_where_the_peak_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     devices = [
         SimpleNamespace(memory_stats=lambda: None),
         SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7}),
@@ -124,8 +126,8 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
     ]
 
 
-def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
-    """Nothing waits for it, also where TensorBoard's events are too much for it."""
+def test_a_full_disk_raises(tmp_path: Path) -> None:
+    """The run does not hang, even when TensorBoard's events fill the disk."""
     metrics = MetricsFile(tmp_path, 0)
     row = {"loss": 1.0} | {f"a name that is long {n}": 0.5 for n in range(99)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -142,7 +144,7 @@ def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
 
 
-def test_what_is_no_number_is_told_as_json_can(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     metrics.close()

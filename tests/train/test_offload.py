@@ -1,4 +1,4 @@
-"""A state in the host's memory trains as one on the devices does."""
+"""A state in host memory trains like one on the devices."""
 
 import dataclasses
 from pathlib import Path
@@ -33,8 +33,8 @@ def test_everything_but_the_counts_lives_on_the_host(tmp_path: Path) -> None:
     )
 
 
-def test_losses_are_the_same_and_a_run_goes_on_either_way(tmp_path: Path) -> None:
-    """Steps on the host, on the devices, and on the host again, with checkpoints."""
+def test_losses_are_the_same_and_a_run_resumes_either_way(tmp_path: Path) -> None:
+    """Trains with the state on the host, on the devices, and on the host again."""
     mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
     plain = small_config(tmp_path, mesh=mesh, steps=6)
     run_here(plain)
@@ -55,7 +55,7 @@ def test_losses_are_the_same_and_a_run_goes_on_either_way(tmp_path: Path) -> Non
 @needs_compilers
 @pytest.mark.parametrize("machine", ["v5e:2x4", "h200:1x8"])
 def test_the_device_holds_no_optimizer(tmp_path: Path, machine: str) -> None:
-    """As compiled: 12 bytes a parameter are the host's, a layer at a time is here."""
+    """As compiled: 12 bytes per parameter are on the host, fetched by layer."""
     config = small_config(tmp_path, dtype="bfloat16", sequence_length=1024)
     model = dataclasses.replace(
         config.model, d_model=1024, num_layers=8, head_size=128, d_ff=4096
@@ -67,5 +67,5 @@ def test_the_device_holds_no_optimizer(tmp_path: Path, machine: str) -> None:
     assert plain.host_bytes == 0
     assert moved.host_bytes >= state
     assert plain.argument_bytes - moved.argument_bytes > 0.99 * state
-    # What is fetched is 4 bytes of the 12, before there are activations.
+    # 4 of the 12 bytes are fetched before there are activations.
     assert moved.peak_bytes < plain.peak_bytes - state / 2

@@ -1,4 +1,4 @@
-"""Passkeys: the texts, what is learnt from them, and how often keys are found."""
+"""Passkeys: the texts, the labels, and the accuracy of retrieval."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_documents_grow_to_whole_rows() -> None:
     assert max(map(longest, range(50, 90))) > 2048
 
 
-def test_a_run_goes_on_with_the_next_rows(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_next_rows(tmp_path: Path) -> None:
     config = passkey_config(tmp_path)
     data = build(config).data
     batches = [next(data) for _ in range(3)]
@@ -130,7 +130,7 @@ def passkey_config(tmp_path: Path, **changes) -> Config:
 
 
 @pytest.mark.parametrize("shortest", [SHORTEST - 1, 65])
-def test_lengths_without_room_are_told(tmp_path: Path, shortest: int) -> None:
+def test_lengths_without_room_raise(tmp_path: Path, shortest: int) -> None:
     config = passkey_config(tmp_path)
     config = dataclasses.replace(config, passkey=PasskeyConfig(True, shortest))
     match = rf"passkey\.shortest={shortest} must be at least {SHORTEST} and at most se"
@@ -138,14 +138,14 @@ def test_lengths_without_room_are_told(tmp_path: Path, shortest: int) -> None:
         build(config)
 
 
-def test_text_that_would_be_ignored_is_told(tmp_path: Path) -> None:
+def test_text_that_would_be_ignored_raises(tmp_path: Path) -> None:
     config = passkey_config(tmp_path, data=DataConfig(tmp_path))
     with pytest.raises(ValueError, match=r"data\.path=.* is not used with passkey\."):
         build(config)
 
 
 def oracle(reach: int):
-    """Finds keys among the last `reach` tokens, and says 00000 of others."""
+    """Finds keys among the last `reach` tokens, and answers 00000 otherwise."""
 
     def go_on(prompts, number):
         answers = []
@@ -182,7 +182,7 @@ def test_a_run_is_evaluated_at_every_length_and_depth(
     run.checkpoints.close()
     options = Passkey(run.config.run_dir, lengths=(40,), depths=(0, 1), examples=2)
     found = measure(options)
-    # Who has learnt nothing finds nothing.
+    # An untrained model finds no key.
     expected = [{"length": 40, "depth": depth, "accuracy": 0.0} for depth in (0, 1)]
     assert found == {"step": 1, "examples": 2, "accuracy": 0.0, "rows": expected}
     written = json.loads((run.config.run_dir / "passkey.json").read_text())

@@ -50,7 +50,7 @@ def expected_loss(config: Config, batch: dict[str, np.ndarray]) -> float:
     return float(nats / labels)
 
 
-def test_the_first_loss_is_the_published_models_and_the_folder_may_go_then(
+def test_the_first_loss_is_the_published_models_and_the_folder_may_then_be_deleted(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = dataclasses.replace(config, mesh=MeshConfig(ring=2, tensor=2))
@@ -90,11 +90,11 @@ def test_weights_are_read_into_their_shards(config: Config, mesh: MeshConfig) ->
     assert not np.array_equal(drawn.params["q"], state.params["q"])
 
 
-def test_the_model_is_the_folders_but_for_what_is_told(config: Config) -> None:
+def test_the_model_is_the_folders_except_for_given_options(config: Config) -> None:
     folder = str(config.init_from)
     found = parse(["tiny", "--init-from", folder])
     assert (found.model.d_model, found.model.d_ff, found.model.head_size) == (32, 64, 4)
-    # What is no matter of the weights is the preset's.
+    # Options that do not concern the weights come from the preset.
     assert found.model.remat == "attention_qkv"
     ntk = "model.rope-scaling:ntk-scaling --model.rope-scaling.factor 2".split()
     found = parse(["tiny", "--init-from", folder, "--model.rope-theta", "5e5", *ntk])
@@ -103,21 +103,19 @@ def test_the_model_is_the_folders_but_for_what_is_told(config: Config) -> None:
         parse(["tiny", "--init-from", "nowhere"])
 
 
-def test_a_run_that_is_there_says_what_its_model_is(
-    config: Config, tmp_path: Path
-) -> None:
+def test_an_existing_run_defines_its_model(config: Config, tmp_path: Path) -> None:
     words = ["tiny", "--init-from", str(config.init_from)]
     words += ["--run-dir", str(config.run_dir), "--fake-devices", "8"]
     build(parse([*words, "--data.path", str(config.data.path)]))
     shutil.rmtree(config.init_from)
     assert parse(words).model.d_ff == 64
-    # Of a run that began otherwise nothing is taken.
+    # A run with another beginning is not used.
     words[2] = str(tmp_path / "other")
     with pytest.raises(ValueError, match="other/config.json does not exist"):
         parse(words)
 
 
-def test_a_stretched_rope_is_said(
+def test_a_stretched_rope_is_printed(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = dataclasses.replace(config.model, rope_theta=5e5)
@@ -126,7 +124,7 @@ def test_a_stretched_rope_is_said(
     assert "; rope_theta is 10000.0 there, 500000.0 here\n" in told
 
 
-def test_another_model_is_told(config: Config) -> None:
+def test_another_model_raises(config: Config) -> None:
     model = dataclasses.replace(config.model, d_ff=128, tie_embeddings=True)
     with pytest.raises(
         ValueError,
@@ -137,7 +135,7 @@ def test_another_model_is_told(config: Config) -> None:
     assert not config.run_dir.exists()
 
 
-def test_another_tokenizer_is_told(config: Config) -> None:
+def test_another_tokenizer_raises(config: Config) -> None:
     path = config.init_from / "tokenizer.json"
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"ring": 0, "of": 1}, "of")
@@ -155,7 +153,7 @@ def test_another_tokenizer_is_told(config: Config) -> None:
     build(dataclasses.replace(config, data=data))
 
 
-def test_what_is_no_such_folder_is_told(config: Config) -> None:
+def test_an_invalid_folder_raises(config: Config) -> None:
     (config.init_from / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"init_from=.* has neither model.safetensors"):
         build(config)

@@ -1,4 +1,4 @@
-"""Runs that are killed or told to stop go on as if nothing had happened."""
+"""Runs that are killed or stopped by a signal resume with the same losses."""
 
 import dataclasses
 import random
@@ -16,7 +16,7 @@ from train.config import CheckpointConfig, Config, MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A run as a program, which can be started again and again."""
+    """A run as a program that can be restarted repeatedly."""
 
     config: Config
     cache: Path
@@ -26,7 +26,7 @@ class Program:
         return self.config.run_dir.with_suffix(".log")
 
     def compiled(self) -> int:
-        """How often the run has come as far as its first step."""
+        """Number of times that the run has reached its first step."""
         return self.log.read_text().count("compiled") if self.log.exists() else 0
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -37,13 +37,13 @@ class Program:
         return dataclasses.replace(self, config=config)
 
 
-# One worker makes the run that all compare with.
+# One worker makes the run that all tests compare with.
 pytestmark = pytest.mark.xdist_group("resume")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """A run that was never killed; what it compiled serves all that follow."""
+    """An uninterrupted run; later runs use its compiled programs."""
     folder = tmp_path_factory.mktemp("whole")
     config = small_config(
         folder,
@@ -63,14 +63,14 @@ def newest_row(program: Program) -> int:
 
 
 def half_written(program: Program) -> list[Path]:
-    """Checkpoints that have not got their names yet."""
+    """Checkpoints that do not have their final names yet."""
     return list((program.config.run_dir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
 
 
 def wait_for(
     program: Program, process: subprocess.Popen[bytes], happened: Callable[[], bool]
 ) -> None:
-    """Looks often until something has happened; the process must not end before."""
+    """Polls until a condition holds; the process must not end before."""
     deadline = time.monotonic() + 300
     while not happened():
         assert process.poll() is None, program.log.read_text()
@@ -79,7 +79,7 @@ def wait_for(
 
 
 def start_and_step(program: Program, steps: int) -> subprocess.Popen[bytes]:
-    """Starts a run and waits until it has told of so many steps more."""
+    """Starts a run and waits until it has reported some more steps."""
     starts = program.compiled()
     process = program.start()
     wait_for(program, process, lambda: program.compiled() > starts)
@@ -89,7 +89,7 @@ def start_and_step(program: Program, steps: int) -> subprocess.Popen[bytes]:
 
 
 def kill(program: Program, moment: str, draw: random.Random) -> bool:
-    """Starts a run and kills it; tells whether a checkpoint was half written."""
+    """Starts a run and kills it; returns whether a checkpoint was half written."""
     if moment == "start":
         process = program.start()
         time.sleep(draw.uniform(0.2, 4))
@@ -105,7 +105,7 @@ def kill(program: Program, moment: str, draw: random.Random) -> bool:
 
 
 def check_killed(whole: Program, run_dir: Path, moments: list[str], seed: int) -> None:
-    """Kills a run at some moments; in the end it must be as the one never killed."""
+    """Kills a run at several moments; its end must equal the uninterrupted run's."""
     program = whole.in_folder(run_dir)
     draw = random.Random(seed)
     half = [kill(program, moment, draw) for moment in moments]
@@ -114,7 +114,7 @@ def check_killed(whole: Program, run_dir: Path, moments: list[str], seed: int) -
     assert losses(run_dir) == losses(whole.config.run_dir)
 
 
-def test_killed_twice_it_ends_the_same(whole: Program, tmp_path: Path) -> None:
+def test_a_run_killed_twice_ends_the_same(whole: Program, tmp_path: Path) -> None:
     check_killed(whole, tmp_path / "run", ["checkpoint", "start"], seed=1)
 
 

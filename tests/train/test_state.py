@@ -1,4 +1,4 @@
-"""The optimizer's schedule, its sharding, and what it leaves alone."""
+"""The optimizer's schedule, sharding, weight decay and clipping."""
 
 from pathlib import Path
 

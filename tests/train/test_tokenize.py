@@ -1,4 +1,4 @@
-"""A folder of tokens is the text that it was made of, and is made in spite of kills."""
+"""A folder of tokens equals its text, and can be made across kills."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_folder_reads_as_the_text_does(
     np.testing.assert_array_equal(corpus.hashes, expected.hashes)
     stored = [np.load(file) for file in options.out.glob("*-tokens.npy")]
     assert {array.dtype for array in stored} == {np.dtype("u1" if not name else "<u2")}
-    # A document that alone is longer has a shard of its own.
+    # A longer document has its own shard.
     longest = expected.lengths.max()
     assert all(array.size <= max(200, longest) for array in stored)
 
@@ -85,7 +85,7 @@ def start(options: Tokenize) -> subprocess.Popen[bytes]:
     )
 
 
-def test_killed_it_goes_on_and_keeps_what_is_finished(tmp_path: Path) -> None:
+def test_a_killed_job_resumes_and_keeps_finished_shards(tmp_path: Path) -> None:
     source = tmp_path / "text.jsonl"
     draw = random.Random(1)
     with source.open("w") as file:
@@ -120,7 +120,7 @@ def test_killed_it_goes_on_and_keeps_what_is_finished(tmp_path: Path) -> None:
     assert tokenize(killed) == {"shards": told["shards"], "new": 0}
 
 
-def test_the_command_tells_and_exits_with_2(tmp_path: Path) -> None:
+def test_the_command_reports_mistakes_and_exits_with_2(tmp_path: Path) -> None:
     options = Tokenize(tmp_path / "nothing", tmp_path / "out")
     command = [
         sys.executable,
@@ -135,7 +135,7 @@ def test_the_command_tells_and_exits_with_2(tmp_path: Path) -> None:
     assert ended.stderr.startswith("error: source=") and "not exist" in ended.stderr
 
 
-def test_a_finished_folder_that_was_damaged_is_told(options: Tokenize) -> None:
+def test_a_damaged_finished_folder_raises(options: Tokenize) -> None:
     tokenize(options)
     file = options.out / "00001-tokens.npy"
     whole = bytearray(file.read_bytes())
@@ -143,7 +143,7 @@ def test_a_finished_folder_that_was_damaged_is_told(options: Tokenize) -> None:
     file.write_bytes(whole)
     with pytest.raises(ValueError, match="00001-tokens.npy has changed since it was"):
         tokenize(options)
-    # As the message says.
+    # The remedy in the message.
     (options.out / "00001.json").unlink()
     (options.out / "tokenized.json").unlink()
     told = tokenize(options)
@@ -193,14 +193,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("do", DAMAGE, ids=lambda do: do.__name__)
-def test_a_run_tells_of_a_damaged_folder(do, options: Tokenize) -> None:
+def test_a_run_on_a_damaged_folder_raises(do, options: Tokenize) -> None:
     tokenize(options)
     do(options.out)
     with pytest.raises(ValueError, match=DAMAGE[do]):
         open_folder(options.out, Vocabulary())
 
 
-def test_a_folder_of_another_tokenizer_is_told(
+def test_a_folder_of_another_tokenizer_raises(
     options: Tokenize, tmp_path: Path
 ) -> None:
     one = write_tokenizer(tmp_path / "one.json")
@@ -216,7 +216,7 @@ def test_a_folder_of_another_tokenizer_is_told(
         open_folder(options.out, other)
 
 
-def test_a_file_that_goes_while_it_is_read_is_told(options: Tokenize) -> None:
+def test_a_file_that_disappears_while_it_is_read_raises(options: Tokenize) -> None:
     tokenize(options)
     corpus, _ = open_folder(options.out, Vocabulary())
     first = options.out / "00000-tokens.npy"
@@ -235,7 +235,7 @@ def test_a_file_that_goes_while_it_is_read_is_told(options: Tokenize) -> None:
         corpus.window(0, 5)
 
 
-def test_another_job_in_the_folder_is_told(options: Tokenize, tmp_path: Path) -> None:
+def test_another_job_in_the_folder_raises(options: Tokenize, tmp_path: Path) -> None:
     tokenize(options)
     other = Tokenize(options.source, options.out, shard_tokens=7)
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_another_job_in_the_folder_is_told(options: Tokenize, tmp_path: Path) ->
     assert not is_token_folder(None)
 
 
-def test_wrong_numbers_and_empty_text_are_told(tmp_path: Path) -> None:
+def test_wrong_numbers_and_empty_text_raise(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     source = tmp_path / "empty.txt"
     with pytest.raises(ValueError, match="workers=0 must be positive"):

@@ -1,4 +1,4 @@
-"""A process that hangs is named by those that wait for it."""
+"""A hanging process is named by the processes that wait for it."""
 
 import signal
 import time
@@ -33,7 +33,7 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     wait_until(lambda: len(losses(config.run_dir)) > 3, first.log)
     second.process.send_signal(signal.SIGSTOP)
     try:
-        # A step that is only slow may be told of before.
+        # A step that is only slow may be reported before.
         silent = "is not responding: it is stopped, or its host is gone"
         wait_until(lambda: silent in first.log.read_text(), first.log)
         told = first.log.read_text()
@@ -41,7 +41,7 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
         assert "has taken longer than 3 s\n  process 1 " in told
     finally:
         second.process.send_signal(signal.SIGCONT)
-    # It was only asleep: the run goes on, and stops when it is told to.
+    # It was only suspended: the run continues, and stops at SIGTERM.
     rows = len(losses(config.run_dir))
     wait_until(lambda: len(losses(config.run_dir)) > rows + 3, first.log)
     first.process.terminate()
@@ -58,7 +58,7 @@ def hang_at_a_step(begins: Callable[[int], None], told: Callable[[], bool]) -> N
         time.sleep(0.05)
 
 
-def test_a_process_tells_where_it_hangs_itself(
+def test_a_process_reports_where_it_hangs(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     told = ""
@@ -76,7 +76,7 @@ def test_a_process_tells_where_it_hangs_itself(
     assert "all processes have started it" in told
 
 
-def test_steps_in_time_are_not_told(
+def test_steps_in_time_are_not_reported(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -119,5 +119,5 @@ def test_stragglers_are_behind_or_silent() -> None:
         3: f"{behind} 6), and {silent}",
         4: "has not started, or has exited",
     }
-    # Whoever reads runs itself; for another reader process 0 is silent.
+    # The reading process is running; to another reader process 0 is silent.
     assert stragglers(before, now, reader=2)[0] == silent

@@ -1,4 +1,4 @@
-"""What is seen of a run that goes wrong, or that somebody wants to look into."""
+"""Skipped steps, spikes, profiler traces and Weights & Biases."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small(tmp_path: Path, **changes: Any) -> Config:
-    """What compiles fast: one layer on one device."""
+    """A run that compiles fast: one layer on one device."""
     config = small_config(tmp_path, mesh=MeshConfig(), **changes)
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_layers=1)
@@ -85,7 +85,7 @@ def always_bad(model, tokens, labels, **options):
     return nats * jnp.inf, count
 
 
-def test_a_bad_batch_is_skipped_and_the_run_goes_on(
+def test_a_bad_batch_is_skipped_and_the_run_continues(
     tmp_path: Path, poisoned: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(tmp_path, batch_size=2, steps=12, log=LogConfig(every=100))
@@ -93,7 +93,7 @@ def test_a_bad_batch_is_skipped_and_the_run_goes_on(
     (config.data.path / "bad.txt").write_bytes(bad)
     run_here(config)
     found = rows(config.run_dir)
-    # The row of a skipped step is there though only every hundredth is due.
+    # A skipped step has a row even though only every hundredth is due.
     skipped = [row for row in found if row["skipped"]]
     assert 0 < len(skipped) < 12 and found[-1]["step"] == 12
     assert len(found) == len(skipped) + (not found[-1]["skipped"])
@@ -160,20 +160,20 @@ def test_few_or_equal_losses_are_no_spikes() -> None:
 
 
 @pytest.mark.parametrize("steps", ["13:10", "0:3", "5", "a:b", "3:3", "-1:4"])
-def test_what_is_no_range_of_steps_is_told(tmp_path: Path, steps: str) -> None:
+def test_an_invalid_range_of_steps_raises(tmp_path: Path, steps: str) -> None:
     config = small(tmp_path, profile=ProfileConfig(steps))
     with pytest.raises(ValueError, match=rf"profile\.steps='{steps}' must be FIRST:E"):
         build(config)
 
 
-def test_steps_to_trace_must_be_there(tmp_path: Path) -> None:
+def test_steps_to_trace_must_exist(tmp_path: Path) -> None:
     config = small(tmp_path, profile=ProfileConfig("19:22"))
     with pytest.raises(ValueError, match=r"must end at 21 or earlier, because st"):
         build(config)
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A package `wandb` that remembers what it is told."""
+    """A fake package `wandb` that records its calls."""
     told = SimpleNamespace(begun=[], logged=[], finished=0)
 
     def finish():
@@ -204,7 +204,7 @@ def test_spikes_traces_and_weights_and_biases(
     assert [row["step"] for row in found if row["spike"]] == [1, 2, 3]
     assert "warning: step 1: the loss 5.5" in capsys.readouterr().out
     assert list((config.run_dir / "profile").rglob("*.xplane.pb"))
-    # The second start of a run goes on with the same one over there.
+    # A resumed run continues the same run on Weights & Biases.
     run_here(config)
     assert [given["project"] for given in told.begun] == ["long-context"] * 2
     assert told.begun[0]["id"] == told.begun[1]["id"]
@@ -219,7 +219,7 @@ def known(row: dict) -> dict:
     return {name: value for name, value in row.items() if value is not None}
 
 
-def test_weights_and_biases_must_be_there(
+def test_weights_and_biases_must_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
