@@ -53,20 +53,6 @@ class Llama(nnx.Module):
     that the model has, with all layers stacked along the first dim. Their dtype is
     `config.stored_dtype`. The constructor draws them directly into their shards.
 
-    Call the model as `model(tokens, segment_ids=None, positions=None,
-    layout="natural")`. It takes int32 tokens [B, T], B a multiple of data · fsdp, and
-    returns the logits of the next token, [B, T, V], in the order of `tokens`. They are
-    float32, or float64 when the computation is.
-
-    Args:
-      config: a configuration, or the name of a preset such as "llama3.2-1b".
-      mesh: from `make_mesh`, with Auto axes; None is one device.
-      rngs: random streams; the parameters are drawn from `rngs.params`.
-
-    Raises:
-      ValueError: no preset has this name, the mesh does not divide the model's sizes,
-        or float64 is requested while jax is limited to 32 bits.
-
     Example:
       ```python
       mesh = usp_jax.make_mesh(ring=4, ulysses=2)
