@@ -42,7 +42,7 @@ help:
 	@echo 'make docs        build the documentation into site/; a warning is an error'
 	@echo 'make clean       remove the virtual environments and the caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter (now: $(PYTHON));'
-	@echo "ARGS='...' goes on to the program: make test ARGS='-k ring'"
+	@echo "ARGS='...' is passed to the program: make test ARGS='-k ring'"
 
 train: $(VENV)/.installed-train
 	$(PY) -m train tiny $(ARGS)

@@ -120,7 +120,7 @@ def losses(run):
 # On eight devices, `ring=4` × `ulysses=2`.
 
 # %%
-told = finish(start("whole", 8, ring=4, ulysses=2))
+result = finish(start("whole", 8, ring=4, ulysses=2))
 whole = losses("whole")
 assert list(whole) == list(range(1, STEPS + 1))
 print(f"loss {whole[1]:.2f} after one step, {whole[STEPS]:.2f} after {STEPS}")
@@ -152,9 +152,9 @@ assert process.returncode == -9 and max(killed) < STEPS
 # another arrangement; each device reads the parts that it needs now.
 
 # %%
-told = finish(start("killed", 4, data=2, ring=2, ulysses=1))
+result = finish(start("killed", 4, data=2, ring=2, ulysses=1))
 resumed = losses("killed")
-message = next(line for line in told.splitlines() if "resuming" in line)
+message = next(line for line in result.splitlines() if "resuming" in line)
 restored = int(message.split()[-1])
 print(message)
 assert 0 < restored <= max(killed) and restored % 10 == 0
@@ -207,7 +207,7 @@ draw_losses()
 # A run ends with a sample from the trained model. The prompt was `2 + 2 =`.
 
 # %%
-sample = told.partition("a sample from the trained model:\n")[2].strip()
+sample = result.partition("a sample from the trained model:\n")[2].strip()
 print(sample)
 assert sample.startswith("2 + 2 =")
 

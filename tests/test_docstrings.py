@@ -65,18 +65,18 @@ def test_the_reference_has_every_public_name() -> None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_it_has_a_docstring(name: str) -> None:
-    told = inspect.getdoc(PUBLIC[name])
-    assert told and told[0].isupper() or told.startswith("`") or told[0] in "([", told
+    text = inspect.getdoc(PUBLIC[name])
+    assert text and text[0].isupper() or text.startswith("`") or text[0] in "([", text
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_argument_is_named(name: str) -> None:
     """Each argument is named in the docstring, or in one that it refers to."""
-    told = inspect.getdoc(FUNCTIONS[name]) or ""
-    sent = re.findall(r"`(\w+)`", told)
-    told += "".join(inspect.getdoc(f) or "" for f in map(by_last_name, sent) if f)
+    text = inspect.getdoc(FUNCTIONS[name]) or ""
+    sent = re.findall(r"`(\w+)`", text)
+    text += "".join(inspect.getdoc(f) or "" for f in map(by_last_name, sent) if f)
     names = [x for x in inspect.signature(FUNCTIONS[name]).parameters if x != "self"]
-    missing = [x for x in names if not re.search(rf"\b{x}\b", told)]
+    missing = [x for x in names if not re.search(rf"\b{x}\b", text)]
     assert not missing or len(names) == 1, missing
 
 

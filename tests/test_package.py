@@ -62,7 +62,7 @@ def test_importing_it_in_an_empty_environment_loads_little_else(
     environment = {k: v for k, v in os.environ.items() if k not in unwanted}
     install = [python, "-m", "pip", "install", "--quiet", str(wheel)]
     subprocess.run(install, check=True, timeout=600, env=environment)
-    told = subprocess.run(
+    printed = subprocess.run(
         [python, "-c", IMPORT],
         check=True,
         stdout=subprocess.PIPE,
@@ -71,7 +71,7 @@ def test_importing_it_in_an_empty_environment_loads_little_else(
         env=environment,
         cwd=tmp_path,
     )
-    modules = set(told.stdout.split())
+    modules = set(printed.stdout.split())
     assert "usp_jax.usp" in modules
     own = {name for name in modules if name.partition(".")[0] == "usp_jax"}
     assert modules - own <= SMALL

@@ -15,8 +15,8 @@ def test_stored_results_are_drawn(kind: str, tmp_path: Path) -> None:
     newest = max(RESULTS.glob(f"*-{kind}.jsonl"))
     lines = [json.loads(line) for line in newest.read_text().splitlines()]
     draw(lines, tmp_path / "it.svg")
-    told = (tmp_path / "it.svg").read_text()
-    assert told.startswith("<?xml") and len(told) > 5000
+    drawing = (tmp_path / "it.svg").read_text()
+    assert drawing.startswith("<?xml") and len(drawing) > 5000
 
 
 def test_lines_without_a_known_result_raise(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ def git(*arguments: str) -> list[str]:
         # Printed at the end of a run by pytest's -ra.
         pytest.skip("no git: what is tracked is NOT tested")
     command = ["git", "-C", str(ROOT), *arguments]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert not told.stderr, told.stderr
-    return [name for name in re.split("[\0\n]", told.stdout) if name]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert not listed.stderr, listed.stderr
+    return [name for name in re.split("[\0\n]", listed.stdout) if name]
 
 
 def test_nothing_tracked_is_large() -> None:

@@ -202,13 +202,13 @@ def test_equals_the_oracle(case):
             "local_window_size": case.local_window_size,
             "logits_soft_cap": case.logits_soft_cap,
         }
-        more, told = variant(case, positions, segment_ids)
+        more, further = variant(case, positions, segment_ids)
         oracle = expected(
             arrays,
             (dout, dlse),
             positions=jax.tree.map(jnp.asarray, positions),
             segment_ids=jax.tree.map(jnp.asarray, segment_ids),
-            **options | told,
+            **options | further,
         )
         options |= more
         options["ring_schedule"] = case.schedule

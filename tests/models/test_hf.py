@@ -227,8 +227,8 @@ def test_scalings_keep_their_config(scaling):
     written = write_config(config, "float32", {})
     assert read_config(written) == config
     # The keys of newer checkpoints.
-    told = {**written.pop("rope_scaling"), "rope_theta": written.pop("rope_theta")}
-    assert read_config({**written, "rope_parameters": told}) == config
+    output = {**written.pop("rope_scaling"), "rope_theta": written.pop("rope_theta")}
+    assert read_config({**written, "rope_parameters": output}) == config
 
 
 def test_biases_and_head_norms_keep_their_config():
@@ -301,7 +301,7 @@ WRONG_KEYS = {
         {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
         "head_dim must be given",
     ),
-    "a window that is not told": (
+    "an unspecified window": (
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
         "sliding_window must be null, not left out: the default is a window of 4096",
     ),

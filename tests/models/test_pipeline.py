@@ -51,10 +51,10 @@ def test_every_row_goes_through_all_layers_in_order(sizes):
     shared = jnp.ones((pipeline.stages, 1))
 
     def run(x, facts, shared):
-        def stage(x, turn, told):
+        def stage(x, turn, output):
             chex.assert_shape(x, (2, 1, 1))
             group = turn * pipeline.stages + lax.axis_index("pipe")
-            return 2 * x + group + told[0][..., None] * told[1][..., None]
+            return 2 * x + group + output[0][..., None] * output[1][..., None]
 
         return pipeline.run(stage, x, (facts, shared))
 

@@ -37,8 +37,8 @@ def trained(config: LlamaConfig, steps: int = 2, **options):
     batch = {"tokens": tokens, "labels": shift_labels(tokens), "segment_ids": ids}
     step, metrics = jit_step(make_step(graphdef, training), state), []
     for _ in range(steps):
-        state, told = step(state, batch)
-        metrics.append(jax.device_get(told))
+        state, info = step(state, batch)
+        metrics.append(jax.device_get(info))
     return metrics, state
 
 
@@ -87,9 +87,12 @@ def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
         tokens = jnp.full((2, 8), token, jnp.int32)
         ids = jnp.zeros_like(tokens)
         batch = {"tokens": tokens, "labels": shift_labels(tokens), "segment_ids": ids}
-        state, told = step(state, batch)
-        assert (np.isfinite(told["loss"]), np.isfinite(told["grad_norm"])) == is_finite
-        assert told["skipped"]
+        state, info = step(state, batch)
+        assert (
+            np.isfinite(info["loss"]),
+            np.isfinite(info["grad_norm"]),
+        ) == is_finite
+        assert info["skipped"]
         chex.assert_trees_all_equal(state.params, before.params)
     assert state.step == 2
 

@@ -29,15 +29,15 @@ LONG = [
 ]
 
 
-def check(told):
-    assert told["predicted_fits"] == told["fits"]
-    if "peak_bytes" not in told:
+def check(report):
+    assert report["predicted_fits"] == report["fits"]
+    if "peak_bytes" not in report:
         return
-    assert told["peak_ratio"] == pytest.approx(1, abs=0.1)
-    near = 0.02 if plan.machine(told["machine"]).torus_dims else 0.001
-    if (told["model"], told["machine"], told["sequence"]) == PADDED:
+    assert report["peak_ratio"] == pytest.approx(1, abs=0.1)
+    near = 0.02 if plan.machine(report["machine"]).torus_dims else 0.001
+    if (report["model"], report["machine"], report["sequence"]) == PADDED:
         near = 0.026
-    assert told["sent_ratio"] == pytest.approx(1, abs=near)
+    assert report["sent_ratio"] == pytest.approx(1, abs=near)
 
 
 @pytest.mark.parametrize("line", KEPT, ids=lambda line: str(Case.of(line)))
@@ -51,7 +51,7 @@ def test_peaks_of_longer_steps_match_the_compilers_reports(line):
     choice = plan.Choice(**line["mesh"], **line["options"])
     machine, tokens = line["machine"].partition(":")[0], line["tokens"]
     job = plan.job_of(line["model"], machine, sequence=tokens, devices=choice.devices)
-    told = plan.evaluate(job, choice).memory.peak
+    report = plan.evaluate(job, choice).memory.peak
     least, is_tpu = 0.9, job.machine.torus_dims > 0
     if is_tpu and choice.mlp_tile and choice.remat.endswith("_offload"):
         # With tiles, a chip holds more data from the host than is counted.
@@ -59,13 +59,13 @@ def test_peaks_of_longer_steps_match_the_compilers_reports(line):
     if is_tpu and choice.offload:
         # Copies that the program makes on the host are among the compiler's buffers.
         least = 0.55
-    assert least <= told / line["peak_bytes"] <= 1.1
+    assert least <= report / line["peak_bytes"] <= 1.1
 
 
 def test_stored_reports_are_current():
-    told = [Case.of(line) for line in KEPT]
-    assert all(case in CASES for case in told)
-    assert len({str(case) for case in told}) == len(told)
+    report = [Case.of(line) for line in KEPT]
+    assert all(case in CASES for case in report)
+    assert len({str(case) for case in report}) == len(report)
     compiled = [line["machine"] for line in KEPT if "peak_bytes" in line]
     assert len(compiled) >= 20
     assert set(compiled) >= {"v5e", "v5p", "v6e", "h100", "a100"}
@@ -78,8 +78,8 @@ def test_a_stored_line_is_predicted_again():
     sent = row.sent
     line = {**vars(case), "choice": case.options, "fits": True}
     assert Case.of(line) == case
-    told = compare({**line, "peak_bytes": row.memory.peak / 2, "sent_bytes": sent})
-    assert (told["peak_ratio"], told["sent_ratio"]) == (2, 1)
+    report = compare({**line, "peak_bytes": row.memory.peak / 2, "sent_bytes": sent})
+    assert (report["peak_ratio"], report["sent_ratio"]) == (2, 1)
     assert "peak_ratio" not in compare(line)
 
 

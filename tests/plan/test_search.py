@@ -71,10 +71,10 @@ def test_the_three_currencies_are_in_order(rows):
     for row in rows:
         if row.seconds is None:
             continue
-        told = row.as_dict()
-        assert 0 < told["mfu_causal"] < told["mfu_full"]
-        assert told["mfu_causal"] < told["hfu"] < 1
-        assert told["tflops_per_device"] == pytest.approx(told["mfu_causal"] * 459)
+        output = row.as_dict()
+        assert 0 < output["mfu_causal"] < output["mfu_full"]
+        assert output["mfu_causal"] < output["hfu"] < 1
+        assert output["tflops_per_device"] == pytest.approx(output["mfu_causal"] * 459)
 
 
 # Calls of the project's own functions in a search over 39975 rows, without this
@@ -414,7 +414,7 @@ def test_the_inner_rings_of_a_double_ring_are_a_nodes():
         assert choice.ring_schedule == f"double:{inner}"
 
 
-def told(capsys, *arguments):
+def output(capsys, *arguments):
     code = main(arguments)
     return code, capsys.readouterr().out
 
@@ -423,14 +423,14 @@ SMALL = ("--model", "tiny", "--machine", "a800", "--devices", "8", "--sequence",
 
 
 def test_json_has_the_keys(capsys):
-    code, out = told(capsys, *SMALL, "--json")
+    code, out = output(capsys, *SMALL, "--json")
     rows = json.loads(out)
     assert code == 0 and rows and all(list(row) == KEYS for row in rows)
     assert rows[0]["fits"] and rows[0]["reason"] == ""
 
 
 def test_the_table_ends_with_the_command(capsys):
-    code, out = told(capsys, *SMALL)
+    code, out = output(capsys, *SMALL)
     assert code == 0
     assert out.splitlines()[-1].startswith(
         "python -m train tiny --model.vocab-size 256"
@@ -442,7 +442,7 @@ def test_the_table_ends_with_the_command(capsys):
 @needs_compilers
 def test_verify_prints_the_compilers_bytes_next_to_the_predicted(capsys):
     job = "--model llama3.2-1b --machine v5e --devices 8 --sequence 32K".split()
-    code, out = told(capsys, *job, "--verify")
+    code, out = output(capsys, *job, "--verify")
     assert code == 0
     title, row = re.findall(r"^[│┃].*$", out, re.MULTILINE)[-2:]
     assert "compiler's" in title and row.rstrip(" │").endswith("yes")
@@ -452,9 +452,9 @@ def test_verify_prints_the_compilers_bytes_next_to_the_predicted(capsys):
 
 def test_plot_and_longest(capsys, tmp_path):
     image = tmp_path / "plan.png"
-    code, _ = told(capsys, *SMALL, "--plot", str(image))
+    code, _ = output(capsys, *SMALL, "--plot", str(image))
     assert code == 0 and image.read_bytes().startswith(b"\x89PNG")
-    code, out = told(capsys, *SMALL, "--longest", "--batch", "8", "--json")
+    code, out = output(capsys, *SMALL, "--longest", "--batch", "8", "--json")
     assert code == 0 and json.loads(out)[0]["fits"]
 
 

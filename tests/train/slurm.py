@@ -94,8 +94,8 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 def wait_for(environment: dict[str, str], word: str, *command: str) -> None:
     """Repeats a command until its output has `word`."""
     deadline = time.monotonic() + 300
-    while word not in (told := ask(environment, *command)):
-        assert time.monotonic() < deadline, told
+    while word not in (answer := ask(environment, *command)):
+        assert time.monotonic() < deadline, answer
         time.sleep(0.2)
 
 

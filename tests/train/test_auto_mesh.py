@@ -75,7 +75,7 @@ def test_the_machine_may_be_left_out(words, machine):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "options",
     [
         "--mesh.ring 8",
         "--mesh.zero=1",
@@ -85,9 +85,9 @@ def test_the_machine_may_be_left_out(words, machine):
         "--accumulate 2",
     ],
 )
-def test_planned_options_cannot_be_given_too(told):
-    with pytest.raises(ValueError, match=f"{told[:10]}.* cannot be combined with"):
-        parse(["tiny", "--auto-mesh", *told.split()])
+def test_planned_options_cannot_be_given_too(options):
+    with pytest.raises(ValueError, match=f"{options[:10]}.* cannot be combined with"):
+        parse(["tiny", "--auto-mesh", *options.split()])
 
 
 @pytest.mark.long

@@ -87,10 +87,10 @@ def test_a_run_directory_of_another_run(config: Config, tmp_path: Path) -> None:
     }
     (tmp_path / "new.txt").write_text("nine char")
     for message, changes in others.items():
-        with pytest.raises(ValueError, match=message) as told:
+        with pytest.raises(ValueError, match=message) as raised:
             build(dataclasses.replace(config, **changes))
-        assert f"run_dir={config.run_dir} holds another run:" in str(told.value)
-        assert "or another --run-dir to start over" in str(told.value)
+        assert f"run_dir={config.run_dir} holds another run:" in str(raised.value)
+        assert "or another --run-dir to start over" in str(raised.value)
     assert (config.run_dir / "config.json").read_text() == before
 
 
@@ -143,8 +143,8 @@ def test_options_that_may_change_when_a_run_resumes(config: Config) -> None:
         model=dataclasses.replace(config.model, remat="none", loss_chunk=16),
     )
     assert [row["step"] for row in run_here(changed)] == [1, 2, 3, 4]
-    told = json.loads((config.run_dir / "config.json").read_text())
-    assert (told["steps"], told["mesh"]["fsdp"], told["model"]["remat"]) == (
+    raised = json.loads((config.run_dir / "config.json").read_text())
+    assert (raised["steps"], raised["mesh"]["fsdp"], raised["model"]["remat"]) == (
         4,
         2,
         "none",

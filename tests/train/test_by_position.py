@@ -113,8 +113,8 @@ def test_a_run_is_evaluated_on_its_text_and_on_other(
     assert "32 to 63" in capsys.readouterr().out
     other = tmp_path / "other.txt"
     other.write_text("ring " * 4)
-    told = "no document has the 65 tokens that length=64 needs"
-    with pytest.raises(ValueError, match=told):
+    message = "no document has the 65 tokens that length=64 needs"
+    with pytest.raises(ValueError, match=message):
         measure(ByPosition(run.config.run_dir, text=other, buckets=1))
     found = measure(ByPosition(run.config.run_dir, text=other, length=16, buckets=1))
     assert len(found["buckets"]) == 1

@@ -187,11 +187,11 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
 ) -> None:
     do(folder / "3")
     check_restored(folder, 2)
-    told = capsys.readouterr().err
-    assert told.startswith("error: the checkpoint of step 3 is damaged: ")
+    output = capsys.readouterr().err
+    assert output.startswith("error: the checkpoint of step 3 is damaged: ")
     kept = f"it is kept as {folder / 'damaged-3'}; the previous checkpoint is used\n"
-    assert told.endswith(kept) and told.count("\n") == 2
-    assert re.search(DAMAGE[do], told)
+    assert output.endswith(kept) and output.count("\n") == 2
+    assert re.search(DAMAGE[do], output)
     # The damaged checkpoint is kept for inspection, and the step can be saved again.
     assert (folder / "damaged-3").is_dir()
     fill(folder, (3,), keep=2)
@@ -254,10 +254,10 @@ def test_a_real_disk_that_is_full_or_read_only_costs_no_checkpoint(
         [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 0, ended.stderr
-    told = ended.stdout
-    assert "restored 1, the same: True\n" in told
-    assert "restored 3, the same: True\n" in told
-    full, read_only = (line for line in told.split("\n") if "CheckpointError" in line)
+    output = ended.stdout
+    assert "restored 1, the same: True\n" in output
+    assert "restored 3, the same: True\n" in output
+    full, read_only = (line for line in output.split("\n") if "CheckpointError" in line)
     for line, step, error, whole in (
         (full, 2, "No space left on device", "[1]"),
         (read_only, 4, "Read-only file system", "[1, 3]"),

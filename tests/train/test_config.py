@@ -180,13 +180,13 @@ def test_help_lists_every_option(
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse(arguments)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert exit_.value.code == 0
     for name in flatten(dataclasses.asdict(preset("tiny"))):
         dashed = name.replace("_", "-")
         # An option with its own fields is a subcommand: model.rope-scaling:none.
-        assert any(way in told for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
-    assert ("presets:\n  tiny: " in told) == (arguments != ["tiny", "--help"])
+        assert any(way in printed for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
+    assert ("presets:\n  tiny: " in printed) == (arguments != ["tiny", "--help"])
 
 
 def test_every_option_of_a_model_is_one_of_the_trainer() -> None:
@@ -215,9 +215,9 @@ def test_rope_can_be_stretched(tmp_path: Path) -> None:
 
 
 def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
-    told = record(small_config(tmp_path), data={"tokens": 5})
-    assert json.loads(json.dumps(told)) == told
-    assert told["data"] == {
+    printed = record(small_config(tmp_path), data={"tokens": 5})
+    assert json.loads(json.dumps(printed)) == printed
+    assert printed["data"] == {
         "path": str(tmp_path / "text"),
         "mixture": [],
         "tokenizer": None,

@@ -223,8 +223,8 @@ def test_processes_have_the_losses_of_one(
         finish(program.process, program.log)
     expected = losses(one_process.run_dir)
     np.testing.assert_allclose(losses(several.run_dir), expected, rtol=1e-6)
-    told = [program.log.read_text().count("a sample from") for program in programs]
-    assert told == [1] + (number - 1) * [0]
+    samples = [program.log.read_text().count("a sample from") for program in programs]
+    assert samples == [1] + (number - 1) * [0]
 
 
 @pytest.mark.long

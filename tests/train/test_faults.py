@@ -71,9 +71,9 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint(
     train_until(config, 7)
     do(config.run_dir / "checkpoints" / "7")
     run_here(config)
-    told = capsys.readouterr()
-    assert "error: the checkpoint of step 7 is damaged: " in told.err
-    assert "resuming from step 6\n" in told.out
+    output = capsys.readouterr()
+    assert "error: the checkpoint of step 7 is damaged: " in output.err
+    assert "resuming from step 6\n" in output.out
     assert losses(config.run_dir) == losses(whole.run_dir)
 
 
@@ -88,9 +88,9 @@ def test_a_run_without_an_intact_checkpoint_exits_with_1(
     log = tmp_path / "log"
     process = start(["tiny", *options(config)], tmp_path / "cache", log)
     assert process.wait(timeout=600) == 1
-    told = log.read_text()
-    assert "error: all checkpoints [10, 12] in " in told
-    assert "Traceback" not in told
+    output = log.read_text()
+    assert "error: all checkpoints [10, 12] in " in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.long

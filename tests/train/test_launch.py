@@ -125,14 +125,15 @@ class TestOneHost:
     @pytest.mark.parametrize("arguments", [[], ["-n", "0", "tiny"], ["-n", "a", "t"]])
     def test_mistakes_are_reported(self, arguments: list[str]) -> None:
         with launch(arguments) as done:
-            told = finished(done)
-        assert done.returncode == 2 and "error: " in told
+            printed = finished(done)
+        assert done.returncode == 2 and "error: " in printed
 
     def test_a_mistake_in_the_run_is_not_tried_again(self) -> None:
         with launch(["tiny", "--steps", "0"]) as done:
-            told = finished(done)
+            printed = finished(done)
         assert done.returncode == 2
-        assert told.count("steps=0 must be positive") == 1 and "restarts" not in told
+        assert printed.count("steps=0 must be positive") == 1
+        assert "restarts" not in printed
 
     @pytest.mark.long
     def test_a_killed_process_is_started_again_with_the_others(
@@ -147,9 +148,9 @@ class TestOneHost:
                 lambda: "no checkpoint",
             )
             os.kill(children(launcher.pid)[1], signal.SIGKILL)
-            told = finished(launcher)
-        assert launcher.returncode == 0, told
-        assert "10 restarts left" in told and "resuming from step" in told
+            printed = finished(launcher)
+        assert launcher.returncode == 0, printed
+        assert "10 restarts left" in printed and "resuming from step" in printed
         check_whole(config, tmp_path)
 
     @pytest.mark.long
@@ -161,9 +162,9 @@ class TestOneHost:
         with launch(["-n", "2", "tiny", *arguments]) as launcher:
             wait_until(lambda: len(losses(config.run_dir)) > 3, lambda: "no steps")
             launcher.terminate()
-            told = finished(launcher)
-        assert launcher.returncode == 75, told
-        assert "stopped after step" in told and "restarts left" not in told
+            printed = finished(launcher)
+        assert launcher.returncode == 75, printed
+        assert "stopped after step" in printed and "restarts left" not in printed
         last = losses(config.run_dir)[-1][0]
         assert (config.run_dir / "checkpoints" / str(last)).is_dir()
 
@@ -220,8 +221,8 @@ class TestSlurmScript:
         return (path.parent / "log").read_text().splitlines()
 
     def test_the_run_has_a_valid_configuration(self, path: Path) -> None:
-        (told,) = self.run(path, 0)
-        before, _, arguments = told.partition(" -m train ")
+        (printed,) = self.run(path, 0)
+        before, _, arguments = printed.partition(" -m train ")
         assert before == "srun --kill-on-bad-exit=1 python3.x"
         config = parse(arguments.split())
         assert config.steps == 7 and config.distributed.coordinator == "auto"
@@ -279,9 +280,11 @@ class TestSlurm:
                     environment, "JobState=COMPLETED", "scontrol", "show", "job", job
                 )
             finally:
-                told = output.read_text()
-        assert "status 75: the run will resume from its last checkpoint" in told, told
-        assert "resuming from step" in told and "the run is complete" in told
+                printed = output.read_text()
+        assert "status 75: the run will resume from its last checkpoint" in printed, (
+            printed
+        )
+        assert "resuming from step" in printed and "the run is complete" in printed
         check_whole(config, tmp_path)
 
 
@@ -327,8 +330,8 @@ class TestTpuScript:
         return (path.parent / "log").read_text().splitlines()
 
     def test_one_slice_is_requested(self, path: Path) -> None:
-        told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 --spot".split())
-        assert told == [
+        printed = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 --spot".split())
+        assert printed == [
             *"compute tpus queued-resources create n --zone=zone --node-id=n".split(),
             "--accelerator-type=v5p-128",
             "--runtime-version=v2-alpha-tpuv5",
@@ -336,18 +339,20 @@ class TestTpuScript:
         ]
 
     def test_many_slices_are_requested(self, path: Path) -> None:
-        told = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 4".split())
-        assert told[6:8] == ["--node-count=4", "--node-prefix=n"]
+        printed = self.run(path, *"create n zone v5p-128 v2-alpha-tpuv5 4".split())
+        assert printed[6:8] == ["--node-count=4", "--node-prefix=n"]
 
     def test_the_run_has_a_valid_configuration(
         self, path: Path, tmp_path: Path
     ) -> None:
-        told = self.run(path, "run", "n", "zone", "tiny", "--sample.prompt", "it's $x")
-        assert told[:7] == (
+        printed = self.run(
+            path, "run", "n", "zone", "tiny", "--sample.prompt", "it's $x"
+        )
+        assert printed[:7] == (
             "compute tpus queued-resources ssh n --zone=zone --node=all".split()
         )
-        assert told[7] == "--worker=all"
-        command = "\n".join(told[8:]).removeprefix("--command=")
+        assert printed[7] == "--worker=all"
+        command = "\n".join(printed[8:]).removeprefix("--command=")
         # As the remote shell parses it.
         over_there = tmp_path / "there"
         (over_there / "usp_jax" / ".venv" / "bin").mkdir(parents=True)
@@ -364,8 +369,8 @@ class TestTpuScript:
         assert "git clone --quiet https://u/r\\ x usp_jax" in command
 
     def test_slices_are_released(self, path: Path) -> None:
-        told = self.run(path, "delete", "n", "zone")
-        assert told[3:] == ["delete", "n", "--zone=zone", "--force", "--quiet"]
+        printed = self.run(path, "delete", "n", "zone")
+        assert printed[3:] == ["delete", "n", "--zone=zone", "--force", "--quiet"]
 
     @pytest.mark.parametrize("arguments", [[], ["create", "n"], ["ride"], ["run"]])
     def test_usage(self, path: Path, arguments: list[str]) -> None:
@@ -455,13 +460,13 @@ def faults(found: object, wanted: object, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
 def test_jobsets_match_the_kubernetes_schema(path: Path) -> None:
-    told = yaml.safe_load(path.read_text())
-    assert faults(told, JOBSET) == []
-    assert (told["apiVersion"], told["kind"]) == (
+    printed = yaml.safe_load(path.read_text())
+    assert faults(printed, JOBSET) == []
+    assert (printed["apiVersion"], printed["kind"]) == (
         "jobset.x-k8s.io/v1alpha2",
         "JobSet",
     )
-    (group,) = told["spec"]["replicatedJobs"]
+    (group,) = printed["spec"]["replicatedJobs"]
     job = group["template"]["spec"]
     assert job["parallelism"] == job["completions"]
     # A policy of exit codes needs "Never"; 0 means that no pod is retried alone.
@@ -476,8 +481,8 @@ def test_jobsets_match_the_kubernetes_schema(path: Path) -> None:
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
 def test_the_runs_of_jobsets_are_valid(path: Path) -> None:
-    told = yaml.safe_load(path.read_text())
-    (group,) = told["spec"]["replicatedJobs"]
+    printed = yaml.safe_load(path.read_text())
+    (group,) = printed["spec"]["replicatedJobs"]
     job = group["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"] == ["python3", "-m", "train"]
@@ -490,7 +495,7 @@ def test_the_runs_of_jobsets_are_valid(path: Path) -> None:
     if config.distributed.coordinator != "auto":
         # A pod has the names of JobSet, group, job and its own; the JobSet's is its
         # subdomain.
-        name = told["metadata"]["name"]
+        name = printed["metadata"]["name"]
         (port,) = (port["containerPort"] for port in container["ports"])
         address = f"{name}-{group['name']}-0-0.{name}:{port}"
         assert config.distributed.coordinator == address

@@ -47,16 +47,18 @@ def test_a_run_leaves_its_promised_files(
         assert not row["skipped"] and not row["spike"]
         # A CPU's peak FLOP/s is unknown, and it does not report its memory.
         assert [row[key] for key in KEYS[8:12]] == [None] * 4
-    told = capsys.readouterr().out
-    assert "MFU is not reported: the peak FLOP/s of a 'cpu' device is unknown" in told
-    assert "step 4/5  loss " in told and "step 2/5" not in told
-    assert told[told.index("a sample from the trained model:\n") :].count("ring") == 1
+    output = capsys.readouterr().out
+    assert "MFU is not reported: the peak FLOP/s of a 'cpu' device is unknown" in output
+    assert "step 4/5  loss " in output and "step 2/5" not in output
+    assert (
+        output[output.index("a sample from the trained model:\n") :].count("ring") == 1
+    )
     assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((config.run_dir / "tensorboard").glob("events*"))
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["5"]
-    told = json.loads((config.run_dir / "config.json").read_text())
-    assert told["environment"]["devices"] == 2
-    assert told["environment"]["jax"] == jax.__version__
+    output = json.loads((config.run_dir / "config.json").read_text())
+    assert output["environment"]["devices"] == 2
+    assert output["environment"]["jax"] == jax.__version__
 
 
 def test_held_out_documents_are_evaluated(
@@ -133,8 +135,10 @@ def test_a_full_disk_raises(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        told = r"run_dir=.* cannot be written to: .*File too large; the same command re"
-        with pytest.raises(OSError, match=told):
+        output = (
+            r"run_dir=.* cannot be written to: .*File too large; the same command re"
+        )
+        with pytest.raises(OSError, match=output):
             for step in range(1, 99):
                 metrics.write({"step": step, **row})
                 metrics.sync()
@@ -165,5 +169,5 @@ def test_a_terminal_gets_one_live_line(
     }
     progress.tell(row)
     progress.close()
-    told = capsys.readouterr().out
-    assert "\x1b[" in told and "loss 1.2500" in told and "MFU 50.0%" in told
+    output = capsys.readouterr().out
+    assert "\x1b[" in output and "loss 1.2500" in output and "MFU 50.0%" in output

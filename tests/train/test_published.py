@@ -58,12 +58,12 @@ def test_the_first_loss_is_the_published_models_and_the_folder_may_then_be_delet
     run_here(config)
     ((_, first),) = losses(config.run_dir)
     assert first == pytest.approx(expected, rel=1e-5)
-    told = capsys.readouterr().out
-    assert f"starting from the weights of {config.init_from}\n" in told
+    output = capsys.readouterr().out
+    assert f"starting from the weights of {config.init_from}\n" in output
     shutil.rmtree(config.init_from)
     run_here(config)
-    told = capsys.readouterr().out
-    assert "resuming from step 1\n" in told and "starting from" not in told
+    output = capsys.readouterr().out
+    assert "resuming from step 1\n" in output and "starting from" not in output
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_a_stretched_rope_is_printed(
 ) -> None:
     model = dataclasses.replace(config.model, rope_theta=5e5)
     build(dataclasses.replace(config, model=model))
-    told = capsys.readouterr().out
-    assert "; rope_theta is 10000.0 there, 500000.0 here\n" in told
+    output = capsys.readouterr().out
+    assert "; rope_theta is 10000.0 there, 500000.0 here\n" in output
 
 
 def test_another_model_raises(config: Config) -> None:

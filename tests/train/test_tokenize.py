@@ -55,8 +55,8 @@ def test_a_folder_reads_as_the_text_does(
 ) -> None:
     path = None if name is None else write_tokenizer(tmp_path / name)
     options = Tokenize(options.source, options.out, path, shard_tokens=200)
-    told = tokenize(options)
-    assert told["shards"] == told["new"] >= 5
+    report = tokenize(options)
+    assert report["shards"] == report["new"] >= 5
     vocabulary = Vocabulary.load(path)
     corpus, facts = open_folder(options.out, vocabulary)
     expected = in_memory(options.source, vocabulary)
@@ -112,12 +112,12 @@ def test_a_killed_job_resumes_and_keeps_finished_shards(tmp_path: Path) -> None:
     assert len(before) >= 12
     with pytest.raises(ValueError, match="is not finished: run the same python -m tr"):
         open_folder(killed.out, Vocabulary())
-    told = tokenize(killed)
-    assert told["new"] == told["shards"] - len(finished) > 0
+    report = tokenize(killed)
+    assert report["new"] == report["shards"] - len(finished) > 0
     assert contents(killed.out) == contents(whole.out)
     now = {path.name: path.stat().st_mtime_ns for path in killed.out.iterdir()}
     assert {name: now[name] for name in before} == before
-    assert tokenize(killed) == {"shards": told["shards"], "new": 0}
+    assert tokenize(killed) == {"shards": report["shards"], "new": 0}
 
 
 def test_the_command_reports_mistakes_and_exits_with_2(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_a_damaged_finished_folder_raises(options: Tokenize) -> None:
     # The remedy in the message.
     (options.out / "00001.json").unlink()
     (options.out / "tokenized.json").unlink()
-    told = tokenize(options)
-    assert told["new"] == told["shards"] - 1
+    report = tokenize(options)
+    assert report["new"] == report["shards"] - 1
     expected = in_memory(options.source, Vocabulary())
     corpus, _ = open_folder(options.out, Vocabulary())
     np.testing.assert_array_equal(

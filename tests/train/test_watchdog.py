@@ -36,9 +36,9 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
         # A step that is only slow may be reported before.
         silent = "is not responding: it is stopped, or its host is gone"
         wait_until(lambda: silent in first.log.read_text(), first.log)
-        told = first.log.read_text()
-        assert "watchdog: process 0 of 2: step " in told
-        assert "has taken longer than 3 s\n  process 1 " in told
+        output = first.log.read_text()
+        assert "watchdog: process 0 of 2: step " in output
+        assert "has taken longer than 3 s\n  process 1 " in output
     finally:
         second.process.send_signal(signal.SIGCONT)
     # It was only suspended: the run continues, and stops at SIGTERM.
@@ -50,10 +50,10 @@ def test_a_stopped_process_is_named(tmp_path: Path) -> None:
     assert not list((config.run_dir / "heartbeats").iterdir())
 
 
-def hang_at_a_step(begins: Callable[[int], None], told: Callable[[], bool]) -> None:
+def hang_at_a_step(begins: Callable[[int], None], output: Callable[[], bool]) -> None:
     begins(1)
     deadline = time.monotonic() + 120
-    while not told():
+    while not output():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -61,19 +61,19 @@ def hang_at_a_step(begins: Callable[[int], None], told: Callable[[], bool]) -> N
 def test_a_process_reports_where_it_hangs(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told = ""
+    output = ""
 
     def whole() -> bool:
-        nonlocal told
-        told += capfd.readouterr().err
-        return "in hang_at_a_step" in told and "Thread" in told
+        nonlocal output
+        output += capfd.readouterr().err
+        return "in hang_at_a_step" in output and "Thread" in output
 
     with watch(tmp_path, 0.4) as begins:
         hang_at_a_step(begins, whole)
         begins(2)
-    told += capfd.readouterr().err
-    assert told.count("process 0 of 1: step 1 has taken longer than 0.4 s") == 1
-    assert "all processes have started it" in told
+    output += capfd.readouterr().err
+    assert output.count("process 0 of 1: step 1 has taken longer than 0.4 s") == 1
+    assert "all processes have started it" in output
 
 
 def test_steps_in_time_are_not_reported(

@@ -62,10 +62,10 @@ def test_a_step_that_is_not_finite_changes_nothing(
     step = jax.jit(make_step(config, run.graphdef))
     good = place(next(run.data), config.layout, run.mesh)
     bad = good | {"tokens": good["tokens"].at[0, 0].set(BAD_BYTE)}
-    state, told = step(run.state, good)
-    assert not told["skipped"]
-    after, told = step(state, bad)
-    assert told["skipped"] and math.isnan(told["loss"])
+    state, info = step(run.state, good)
+    assert not info["skipped"]
+    after, info = step(state, bad)
+    assert info["skipped"] and math.isnan(info["loss"])
     assert after.step == state.step + 1
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -99,10 +99,10 @@ def test_a_bad_batch_is_skipped_and_the_run_continues(
     assert len(found) == len(skipped) + (not found[-1]["skipped"])
     assert all(row["loss"] is None for row in skipped)
     assert "NaN" not in (config.run_dir / "metrics.jsonl").read_text()
-    told = capsys.readouterr().out
+    info = capsys.readouterr().out
     number = skipped[0]["step"]
-    assert f"warning: skipped step {number}: its loss or gradient is not" in told
-    assert "(1 in a row, optimizer.max_skipped=10)" in told
+    assert f"warning: skipped step {number}: its loss or gradient is not" in info
+    assert "(1 in a row, optimizer.max_skipped=10)" in info
 
 
 def test_many_bad_steps_end_the_run_with_1(
@@ -123,10 +123,10 @@ def test_many_bad_steps_end_the_run_with_1(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 1
-    told = capsys.readouterr().err
+    info = capsys.readouterr().err
     folder = config.run_dir / "checkpoints"
-    assert "error: steps 5 to 7 had no finite loss and gradient" in told
-    assert f"the last good checkpoint is {folder / '3'}; remove {folder / '4'}" in told
+    assert "error: steps 5 to 7 had no finite loss and gradient" in info
+    assert f"the last good checkpoint is {folder / '3'}; remove {folder / '4'}" in info
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "4"]
     assert [row["skipped"] for row in rows(config.run_dir)] == [False] * 4 + [True] * 3
 
@@ -174,26 +174,26 @@ def test_steps_to_trace_must_exist(tmp_path: Path) -> None:
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A fake package `wandb` that records its calls."""
-    told = SimpleNamespace(begun=[], logged=[], finished=0)
+    info = SimpleNamespace(begun=[], logged=[], finished=0)
 
     def finish():
-        told.finished += 1
+        info.finished += 1
 
     def init(**given):
-        told.begun.append(given)
+        info.begun.append(given)
         return SimpleNamespace(
-            log=lambda row, step: told.logged.append((step, row)), finish=finish
+            log=lambda row, step: info.logged.append((step, row)), finish=finish
         )
 
     package = SimpleNamespace(init=init, __spec__=SimpleNamespace(name="wandb"))
     monkeypatch.setitem(sys.modules, "wandb", package)
-    return told
+    return info
 
 
 def test_spikes_traces_and_weights_and_biases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = fake_wandb(monkeypatch)
+    info = fake_wandb(monkeypatch)
     log = LogConfig(every=100, spike_window=5, wandb="long-context")
     config = small(tmp_path, steps=4, log=log, profile=ProfileConfig("2:4"))
     config.run_dir.mkdir()
@@ -206,13 +206,13 @@ def test_spikes_traces_and_weights_and_biases(
     assert list((config.run_dir / "profile").rglob("*.xplane.pb"))
     # A resumed run continues the same run on Weights & Biases.
     run_here(config)
-    assert [given["project"] for given in told.begun] == ["long-context"] * 2
-    assert told.begun[0]["id"] == told.begun[1]["id"]
-    assert told.begun[0]["resume"] == "allow"
+    assert [given["project"] for given in info.begun] == ["long-context"] * 2
+    assert info.begun[0]["id"] == info.begun[1]["id"]
+    assert info.begun[0]["resume"] == "allow"
     written = json.loads((config.run_dir / "config.json").read_text())
-    assert told.begun[0]["config"] == written
+    assert info.begun[0]["config"] == written
     rows_there = [(row["step"], known(row)) for row in found]
-    assert told.logged == rows_there and told.finished == 2
+    assert info.logged == rows_there and info.finished == 2
 
 
 def known(row: dict) -> dict:

@@ -258,9 +258,9 @@ def _loaded(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: {error}: {AGAIN}") from error
 
 
-def write_json(path: Path, told: Mapping[str, object]) -> None:
+def write_json(path: Path, fields: Mapping[str, object]) -> None:
     """Writes a JSON file atomically."""
-    write_atomically(path, json.dumps(told, indent=1) + "\n")
+    write_atomically(path, json.dumps(fields, indent=1) + "\n")
 
 
 def _save(path: Path, array: np.ndarray) -> None:
