@@ -1,4 +1,4 @@
-"""Gathers of shards, with gradients that are reduce-scatters on every platform.
+"""Gathers of shards, with gradients that compile to reduce-scatters on CPUs and TPUs.
 
 The TPU compiler turns some collectives into an all-reduce, which sends twice as many
 bytes: scatters along any dim but the first, scatters whose parts are not whole tiles of
