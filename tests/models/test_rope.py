@@ -76,7 +76,7 @@ def test_dynamic_ntk_grows_with_the_length():
     assert at_length(scaling, 1536) == NTKScaling(2.0)
     assert at_length(scaling, 2048) == NTKScaling(3.0)
     assert at_length(LinearScaling(2.0), 2048) == LinearScaling(2.0)
-    with pytest.raises(ValueError, match=r"fix it: rope_scaling.at\(length\)"):
+    with pytest.raises(ValueError, match=r"fix the length: rope_scaling.at\(length\)"):
         rope_frequencies(64, 10000.0, scaling)
 
 

@@ -33,7 +33,7 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(actual, run.state.params)
     with pytest.raises(ValueError, match=r"no checkpoint of step 2; it has \[3\]"):
         export(Export(*where, step=2))
-    with pytest.raises(ValueError, match="has model.safetensors already"):
+    with pytest.raises(ValueError, match="already has model.safetensors"):
         export(Export(*where))
 
 
