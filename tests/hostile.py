@@ -1,5 +1,8 @@
 """Generated cases of bad input: each must be refused in words, or be read right."""
 
+import contextlib
+import io
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -54,3 +57,30 @@ def check_all(cases: Iterable[Case]) -> None:
         f"{counts['right']} right, {len(wrong)} wrong"
     )
     assert not wrong, "\n".join(wrong)
+
+
+def command(main: Callable[[], object], *words: str) -> Callable[[], object]:
+    """Returns a `Case.read` that runs a command, which must refuse its input.
+
+    The command must exit with status 2 and print one line to stderr, or a parser's
+    usage; that text is raised as ValueError.
+    """
+
+    def read() -> None:
+        said, argv = io.StringIO(), sys.argv
+        sys.argv = ["command", *words]
+        try:
+            with contextlib.redirect_stderr(said):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    status = main()
+        except SystemExit as exit_:
+            status = exit_.code
+        finally:
+            sys.argv = argv
+        message = said.getvalue().strip()
+        assert status == 2, f"exit status {status}: {message[-200:]}"
+        is_usage = "usage:" in message or "--help" in message or "\u256d" in message
+        assert is_usage or message.startswith("error: "), message[:200]
+        raise ValueError(" ".join(message.split()) if is_usage else message)
+
+    return read

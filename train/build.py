@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import grain
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -71,6 +72,7 @@ def build(config: Config) -> Run:
             f"model.vocab_size={config.model.vocab_size} is less than the "
             f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
         )
+    _check_prompt(config, vocabulary)
     text = None if config.passkey.enabled else load_text(config.data, vocabulary)
     if text is None:
         rows = passkey_rows(config)
@@ -90,6 +92,23 @@ def build(config: Config) -> Run:
         graphdef=graphdef,
         state=state,
     )
+
+
+def _check_prompt(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises ValueError if the sample at the end of the run would have no tokens."""
+    sample = config.sample
+    if sample.length and not _encoded(sample.prompt, vocabulary).size:
+        raise ValueError(
+            f"sample.prompt={sample.prompt!r} has no tokens with {vocabulary.source}: "
+            "give another --sample.prompt, or --sample.length 0"
+        )
+
+
+def _encoded(prompt: str, vocabulary: Vocabulary) -> np.ndarray:
+    try:
+        return vocabulary.encode(prompt.encode(), special=False)
+    except ValueError as error:
+        raise ValueError(f"sample.prompt={prompt!r}: {error}") from error
 
 
 def _mesh(config: Config) -> Mesh:

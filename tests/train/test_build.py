@@ -11,7 +11,7 @@ import tokenizers
 
 from tests.train.runs import ROOT, run_here, small_config
 from train.build import build
-from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from train.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
 
 
 @pytest.fixture
@@ -59,6 +59,23 @@ def test_invalid_tokenizers(config: Config, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
         build(dataclasses.replace(config, data=missing))
+
+
+def test_a_prompt_without_tokens(config: Config, tmp_path: Path) -> None:
+    """The sample is drawn at the end of the run, which is too late for an error."""
+    sampled = dataclasses.replace(config, sample=SampleConfig("  ", 5))
+    data = dataclasses.replace(config.data, tokenizer=tmp_path / "words.json")
+    words = {"ring": 0, "of": 1}
+    for unknown, message in (
+        ("of", r"sample\.prompt='  ' has no tokens with data\.tokenizer=.*words"),
+        ("gone", r"sample\.prompt='xyz': data\.tokenizer=.* cannot encode the text"),
+    ):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unknown))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(data.tokenizer))
+        with pytest.raises(ValueError, match=message):
+            build(dataclasses.replace(sampled, data=data))
+        sampled = dataclasses.replace(config, sample=SampleConfig("xyz", 5))
 
 
 def test_a_vocabulary_that_is_too_small(config: Config, tmp_path: Path) -> None:
