@@ -67,27 +67,27 @@ def sizes() -> Iterator[Folder]:
     yield Folder("layers=10**12", config(num_hidden_layers=10**12))
     many = {"num_hidden_layers": 10**9, "layer_types": ["full_attention"]}
     yield Folder("layer_types of 10**9 layers", config(**many))
-    yield Folder("head_dim=null", config(head_dim=None), True)
+    yield Folder("head_dim=null", config(head_dim=None), good=True)
 
 
 def settings() -> Iterator[Folder]:
     bad = ["x", "", "nan", -1, 0, float("nan"), float("inf"), [], [1], {}, True, HUGE]
     for key, value in itertools.product(["rms_norm_eps", "rope_theta"], bad):
         yield Folder(f"{key}={str(value)[:20]!r}", config(**{key: value}))
-    yield Folder("eps as text", config(rms_norm_eps="1e-5"), True)
+    yield Folder("eps as text", config(rms_norm_eps="1e-5"), good=True)
     switches = ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_mrope"]
     for key, value in itertools.product(switches, ["false", "", 1.5, [], {}, [False]]):
         yield Folder(f"{key}={value!r}", config(**{key: value}))
     for key in switches:
-        yield Folder(f"{key}=false", config(**{key: False}), True)
+        yield Folder(f"{key}=false", config(**{key: False}), good=True)
     for key in ("model_type", "torch_dtype", "architectures", "hidden_act"):
         for value in (5, [], {}, "x", ["x"], True):
             yield Folder(f"{key}={value!r}", config(**{key: value}))
     yield Folder("layer_types of one", config(layer_types=["full_attention"]))
     yield Folder("layer_types as text", config(layer_types="full_attention"))
     whole = ["full_attention"] * CONFIG["num_hidden_layers"]
-    yield Folder("layer_types", config(layer_types=whole), True)
-    yield Folder("notes of any kind", config(eos_token_id={"a": [1]}), True)
+    yield Folder("layer_types", config(layer_types=whole), good=True)
+    yield Folder("notes of any kind", config(eos_token_id={"a": [1]}), good=True)
 
 
 def ropes() -> Iterator[Folder]:
@@ -123,7 +123,7 @@ def ropes() -> Iterator[Folder]:
         yield Folder(f"yarn of theta={theta}", config(**keys))
     for value in ("linear", "", 0, False, [], [1], 5, {"rope_type": []}, {"type": 1}):
         yield Folder(f"rope_scaling={value!r}", config(rope_scaling=value))
-    yield Folder("rope_scaling={}", config(rope_scaling={}), True)
+    yield Folder("rope_scaling={}", config(rope_scaling={}), good=True)
 
 
 def texts() -> Iterator[Folder]:
@@ -168,8 +168,8 @@ def indices() -> Iterator[Folder]:
     def all_in(place: object) -> Damage:
         return index_of(dict.fromkeys(NAMES, place))
 
-    yield Folder("index", all_in("a.safetensors"), True)
-    yield Folder("index of ./", all_in("./a.safetensors"), True)
+    yield Folder("index", all_in("a.safetensors"), good=True)
+    yield Folder("index of ./", all_in("./a.safetensors"), good=True)
     outside = "../outside/x.safetensors"
     for name in (outside, f"sub/../{outside}", "/etc/passwd", "/dev/zero", "~/x"):
         yield Folder(f"index names {name}", all_in(name))
@@ -202,7 +202,7 @@ def indices() -> Iterator[Folder]:
         text(json.dumps({"weight_map": places}), INDEX)(folder)
         save_file({n: WEIGHTS[n] for n in NAMES[:2]}, folder / "b.safetensors")
 
-    yield Folder("a tensor in two files", twice, True)
+    yield Folder("a tensor in two files", twice, good=True)
 
 
 def header(tensors: dict[str, object], data: bytes = b"") -> Damage:
