@@ -211,7 +211,7 @@ def _progress(files: Sequence[Path]) -> _Progress:
 def main() -> None:
     """Tokenizes; exits with 2 for errors that the user can fix, 1 for OS errors."""
     options = tyro.cli(Tokenize, prog="python -m train.tokenize")
-    if options.workers is not None and 1 <= options.workers <= MOST_WORKERS:
+    if options.workers is not None:
         # The tokenizers library reads this when it first encodes.
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     try:

@@ -11,7 +11,7 @@ import tokenizers
 
 from tests.train.runs import ROOT, run_here, small_config
 from train.build import build
-from train.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
+from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_invalid_tokenizers(config: Config, tmp_path: Path) -> None:
 
 def test_a_prompt_without_tokens(config: Config, tmp_path: Path) -> None:
     """The sample is drawn at the end of the run, which is too late for an error."""
-    sampled = dataclasses.replace(config, sample=SampleConfig("  ", 5))
+    sampled = dataclasses.replace(config.sample, prompt="  ", length=5)
     data = dataclasses.replace(config.data, tokenizer=tmp_path / "words.json")
     words = {"ring": 0, "of": 1}
     for unknown, message in (
@@ -74,8 +74,8 @@ def test_a_prompt_without_tokens(config: Config, tmp_path: Path) -> None:
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         tokenizer.save(str(data.tokenizer))
         with pytest.raises(ValueError, match=message):
-            build(dataclasses.replace(sampled, data=data))
-        sampled = dataclasses.replace(config, sample=SampleConfig("xyz", 5))
+            build(dataclasses.replace(config, sample=sampled, data=data))
+        sampled = dataclasses.replace(sampled, prompt="xyz")
 
 
 def test_a_vocabulary_that_is_too_small(config: Config, tmp_path: Path) -> None:
