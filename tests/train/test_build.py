@@ -36,6 +36,16 @@ def test_a_model_that_the_mesh_cannot_split(config: Config) -> None:
         build(config)
 
 
+def test_a_model_that_no_memory_holds(config: Config) -> None:
+    for sizes in ({"vocab_size": 2**31 - 1, "d_model": 2**16}, {"d_ff": 2**30}):
+        model = dataclasses.replace(config.model, num_layers=2**20, **sizes)
+        with pytest.raises(
+            ValueError, match=r"take at least [\d,]+ GiB with the optim"
+        ):
+            build(dataclasses.replace(config, model=model))
+    assert not config.run_dir.exists()
+
+
 def test_missing_text(config: Config, tmp_path: Path) -> None:
     for name, message in (
         ("missing.txt", r"data\.path=.*missing\.txt does not exist; it must be a text"),
