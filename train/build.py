@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -21,11 +23,12 @@ from train.data.vocabulary import Vocabulary
 from train.evaluation.held_out import Evaluation
 from train.files import write_atomically
 from train.log.wandb_run import check_wandb
-from train.mesh import make_mesh
+from train.mesh import make_mesh, memory_of
 from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
+from usp_jax.units import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ def build(config: Config) -> Run:
             f"model.vocab_size={config.model.vocab_size} is less than the "
             f"{vocabulary.size} tokens of data.tokenizer={config.data.tokenizer}"
         )
+    _check_prompt(config, vocabulary)
+    _check_memory(config, mesh)
     text = None if config.passkey.enabled else load_text(config.data, vocabulary)
     if text is None:
         rows = passkey_rows(config)
@@ -90,6 +95,37 @@ def build(config: Config) -> Run:
         graphdef=graphdef,
         state=state,
     )
+
+
+def _check_prompt(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises ValueError if the sample at the end of the run would have no tokens."""
+    sample = config.sample
+    if sample.length and not _encoded(sample.prompt, vocabulary).size:
+        raise ValueError(
+            f"sample.prompt={sample.prompt!r} has no tokens with {vocabulary.source}: "
+            "give another --sample.prompt, or --sample.length 0"
+        )
+
+
+def _encoded(prompt: str, vocabulary: Vocabulary) -> np.ndarray:
+    try:
+        return vocabulary.encode(prompt.encode(), special=False)
+    except ValueError as error:
+        raise ValueError(f"sample.prompt={prompt!r}: {error}") from error
+
+
+def _check_memory(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError for a model that all devices together cannot hold."""
+    parameters = config.llama.num_parameters
+    # The parameters and AdamW's two means; more, where a device holds a copy.
+    needed = 3 * parameters * jnp.dtype(config.llama.stored_dtype).itemsize
+    memory = memory_of(mesh)
+    if memory is not None and needed > memory and not config.optimizer.offload:
+        raise ValueError(
+            f"model.* describes {parameters:,} parameters, which take at least "
+            f"{needed / GIB:,.0f} GiB with the optimizer's state, but the devices have "
+            f"{memory / GIB:,.0f} GiB: choose smaller sizes"
+        )
 
 
 def _mesh(config: Config) -> Mesh:

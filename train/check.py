@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def _check_numbers(config: Config) -> None:
     positive = (
         "steps sequence_length batch_size accumulate "
         "optimizer.max_skipped checkpoint.every checkpoint.keep "
-        "log.every log.print_every log.spike_factor log.spike_window eval.batches"
+        "log.every log.print_every log.spike_factor log.spike_window eval.batches "
+        "passkey.shortest"
     )
     counts = (
         "seed sample.length "
@@ -85,9 +87,37 @@ def _check_numbers(config: Config) -> None:
             "exit status, at most 255"
         )
     check_adamw(config.optimizer, "optimizer.")
+    _check_ranges(flat)
     if config.sample.length and not config.sample.prompt:
         raise ValueError(
             "sample.prompt='' must have at least one character, unless sample.length=0"
+        )
+
+
+def _check_ranges(flat: Mapping[str, Any]) -> None:
+    # jax drops the higher bits of a seed.
+    if not flat["seed"] < 2**32:
+        raise ValueError(f"seed={flat['seed']} must be less than 2**32")
+    for name, value in flat.items():
+        # A gradient may have no maximum norm.
+        unbounded = name in ("seed", "optimizer.clip_norm")
+        if isinstance(value, int) and not unbounded and not value < 2**31:
+            raise ValueError(f"{name}={value} must be less than 2**31")
+        if isinstance(value, float) and not unbounded and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be finite")
+    tokens = flat["batch_size"] * flat["sequence_length"]
+    if not tokens < 2**31:
+        raise ValueError(
+            f"batch_size={flat['batch_size']} rows of sequence_length="
+            f"{flat['sequence_length']} have {tokens} tokens: a step must have less "
+            "than 2**31"
+        )
+    # Heartbeats are written to a disk eight times as often.
+    seconds = flat["log.watchdog_seconds"]
+    if seconds and not 0.1 <= seconds <= 1e9:
+        raise ValueError(
+            f"log.watchdog_seconds={seconds} must be 0, which disables the watchdog, "
+            "or between 0.1 and 1e9"
         )
 
 
@@ -134,6 +164,11 @@ def _check_distributed(config: DistributedConfig) -> None:
             f"num_processes={config.num_processes}, process_id={config.process_id}: "
             "give all three, with coordinator=host:port; or only coordinator=auto; or "
             "none of them"
+        )
+    address = re.fullmatch(r".+:(\d{1,5})", config.coordinator or "")
+    if explicit and not (address and int(address[1]) < 2**16):
+        raise ValueError(
+            f"distributed.coordinator={config.coordinator!r} must be host:port or auto"
         )
     if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(

@@ -130,7 +130,7 @@ class LogConfig:
         deviations above the median of the last `spike_window` losses.
       spike_window: number of last losses that a spike is measured against.
       watchdog_seconds: report a step that takes longer, and the processes that it
-        waits for; 0 disables the watchdog.
+        waits for; at least 0.1, and 0 disables the watchdog.
       wandb: Weights & Biases project to log to as well.
     """
 
@@ -215,7 +215,8 @@ class Config:
         gradients are summed, and activations take the memory of one part.
       layout: the order in which a row is stored on the mesh; "balanced" orders each
         row so that its documents are equal work for every device of the ring.
-      seed: seed of the initial parameters and of the order of the data.
+      seed: seed of the initial parameters and of the order of the data; less than
+        2**32.
       run_dir: folder of the run; a run that is already there is resumed.
       init_from: a folder in the Hugging Face format with the initial weights, which
         also sets the model's sizes; None draws random weights.

@@ -16,6 +16,7 @@ import tyro
 
 from train.config import DataConfig, MeshConfig
 from train.data.text import load_text
+from train.data.token_folder import DataGone
 from train.data.vocabulary import Vocabulary
 from train.evaluation.by_position import doubling, in_buckets, nats_by_position, windows
 from train.evaluation.retrieval import accuracies, greedy
@@ -81,7 +82,7 @@ def main() -> None:
         if run["fake_devices"] is not None:
             make_fake_devices(run["fake_devices"])
         measure(options)
-    except ValueError as error:
+    except (ValueError, DataGone) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -93,6 +94,7 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
       ValueError: there is no such run, checkpoint or text, or the options do not fit
         it.
     """
+    _check(options)
     run = read_run(options.run_dir)
     sizes = {name: run["mesh"][name] for name in ROLES}
     mesh = make_mesh(MeshConfig(**sizes))
@@ -105,6 +107,24 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
     write_atomically(options.run_dir / f"{name}.json", json.dumps(results) + "\n")
     rich.console.Console().print(table)
     return results
+
+
+def _check(options: ByPosition | Passkey) -> None:
+    """Raises ValueError, naming the option, for values that no run has."""
+    if isinstance(options, ByPosition):
+        names = ("length", "rows", "buckets", "batch_size")
+        counts = [(name, getattr(options, name)) for name in names]
+    else:
+        counts = [("lengths", length) for length in options.lengths]
+        counts.append(("examples", options.examples))
+        if options.seed < 0:
+            raise ValueError(f"seed={options.seed} must not be negative")
+        for depth in options.depths:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths: {depth} must be between 0 and 1")
+    for name, value in counts:
+        if value is not None and not 0 < value < 2**31:
+            raise ValueError(f"{name}={value} must be positive, and less than 2**31")
 
 
 def by_position(

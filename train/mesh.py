@@ -1,5 +1,6 @@
-"""Creates the mesh of a run from this machine's devices or from given ones."""
+"""The mesh of a run, from this machine's devices or from given ones."""
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -28,3 +29,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         tensor=config.tensor,
         devices=devices,
     )
+
+
+def memory_of(mesh: Mesh) -> int | None:
+    """Bytes of memory of all devices in a mesh, or None if they are not known.
+
+    CPU devices share the memory of their host.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return own * jax.process_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return None if limit is None else limit * mesh.devices.size

@@ -105,8 +105,12 @@ def check_same_run(path: Path, wanted: dict[str, object]) -> None:
 def read_record(path: Path) -> RunRecord:
     """Reads config.json; raises ValueError if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text())
+        for name in ("model", "mesh", "data"):
+            if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+                raise ValueError(f"it has no section {name!r}")
+        return content
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; remove it if the checkpoints next to it "
             "belong to this run, or give another --run-dir"

@@ -32,6 +32,9 @@ from train.data.token_folder import (
 from train.data.vocabulary import Vocabulary
 from train.files import write_atomically
 
+# Each is a thread.
+MOST_WORKERS = 10_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
@@ -68,6 +71,8 @@ def tokenize(options: Tokenize) -> dict[str, int]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be positive")
+    if options.workers is not None and options.workers > MOST_WORKERS:
+        raise ValueError(f"workers={options.workers} must be at most {MOST_WORKERS}")
     vocabulary = Vocabulary.load(options.tokenizer, "tokenizer")
     files = source_files(options.source, "source")
     _claim(options, _job(options, vocabulary, files))

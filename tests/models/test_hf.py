@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import chex
@@ -295,7 +296,7 @@ WRONG_KEYS = {
     ),
     "another kind's tensors": (
         {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-        "lacks model.layers.0.self_attn.k_proj.bias, .* and 3 more",
+        "lacks model.layers.0.self_attn.q_proj.bias, .* and more",
     ),
     "another kind's size": (
         {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
@@ -311,7 +312,7 @@ WRONG_KEYS = {
     ),
     "layers of two kinds": (
         {"layer_types": ["full_attention", "sliding_attention"]},
-        "layer_types=.*'sliding_attention'. is not supported; it must be ..full_att",
+        "layer_types=.*'sliding_attention'. is not supported; it must be 'full_att",
     ),
     "task": (
         {"architectures": ["LlamaForSequenceClassification"]},
@@ -407,7 +408,7 @@ WRONG_KEYS = {
         {"intermediate_size": 80},
         r"mlp.gate_proj.weight is \[96, 64\]; config.json requires \[80, 64\]",
     ),
-    "layers": ({"num_hidden_layers": 3}, r"lacks model.layers.2.* and 6 more"),
+    "layers": ({"num_hidden_layers": 3}, r"lacks model.layers.2.* and more, which"),
     "fewer layers": (
         {"num_hidden_layers": 1},
         r"has tensors that the model does not use: model.layers.1.* and 6 more",
@@ -505,6 +506,36 @@ def test_damaged_folders_raise(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         hf.load(folder)
+
+
+def test_sizes_are_compared_with_the_files_before_memory_is_taken(tmp_path):
+    layers = 10**8
+    folder = change(tmp_path, num_hidden_layers=layers, head_dim=10**12)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="lacks model.layers.2.* and more"):
+            hf.load(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_snapshot_in_the_hub_cache_is_loaded(tmp_path):
+    """Its files are links to blobs outside the folder."""
+    folder, blobs = tmp_path / "snapshots" / "1f0c", tmp_path / "blobs"
+    for path in (folder.parent, blobs):
+        path.mkdir()
+    write(folder, CONFIGS["plain"], files=2)
+    for number, file in enumerate(list(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    assert load(folder, {}).config == hf.load_config(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"].values()))
+    (folder / first).unlink()
+    (folder / first).symlink_to(write(tmp_path / "x", CONFIGS["plain"]) / first)
+    with pytest.raises(ValueError, match="outside the folder: .*/x/"):
+        load(folder, {})
 
 
 def test_wrong_saves_raise(tmp_path):

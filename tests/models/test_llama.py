@@ -14,9 +14,10 @@ import usp_jax
 from tests.models import oracle
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind, collectives
+from usp_jax.models.generate import generate
 from usp_jax.models.layer import rms_norm
 from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
-from usp_jax.models.loss import _nats_and_lse, loss, shift_labels
+from usp_jax.models.loss import _nats_and_lse, loss, shift_labels, token_nats
 from usp_jax.models.sharding import (
     TABLE,
     Split,
@@ -519,6 +520,44 @@ def test_wrong_calls_raise():
         ValueError, match=r"labels is float32\[8, 60\]; it must be int32"
     ):
         loss.__wrapped__(model, ids, ids * 1.0)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_ids_outside_the_vocabulary(mesh):
+    """They are embedded as zeros, and as labels they have a logit of 0."""
+    model = build(small(vocab_size=256, num_layers=1), **mesh)
+    ids = jnp.asarray([[5, -1, 6, 7], [5, 256, 6, 7]], jnp.int32)
+    first, second = np.asarray(model(ids))
+    chex.assert_trees_all_equal(first, second)
+    with pytest.raises(ValueError, match="tokens has values from -1 to 256; they must"):
+        model(ids, validate_args=True)
+    with pytest.raises(ValueError, match="prompt has values from -1 to 256"):
+        generate(model, ids, 3, temperature=0, validate_args=True)
+    # A model whose embedding is zeros embeds any token so.
+    embed = jnp.zeros_like(model.embed[...])
+    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]) | {"embed": embed}
+    zeros = Llama.of_parameters(model.config, params, mesh=model.mesh)
+    outside, inside = jnp.full((2, 4), -9, jnp.int32), jnp.full((2, 4), 9, jnp.int32)
+    chex.assert_trees_all_equal(model(outside), zeros(inside))
+
+
+def test_labels_outside_the_vocabulary():
+    model = build(small(vocab_size=256, num_layers=1))
+    ids, labels = jnp.asarray([[5, 6, 7]]), jnp.asarray([[300, 256, -5]])
+    nats = token_nats(model, ids, labels)
+    expected = jax.nn.logsumexp(model(ids)[0], -1).at[2].set(0)
+    chex.assert_trees_all_close(nats[0], expected, rtol=1e-6)
+    assert loss(model, ids, labels)[1] == 2
+    right = jnp.asarray([[0, -1, 255]])
+    good = loss(model, ids, right, validate_args=True)
+    chex.assert_trees_all_equal(good, loss(model, ids, right))
+    for f in (loss, token_nats):
+        with pytest.raises(ValueError, match="labels has values from -5 to 300; they"):
+            f(model, ids, labels, validate_args=True)
+        with pytest.raises(ValueError, match="tokens has values from 6 to 259; they m"):
+            f(model, ids.at[0, 0].set(259), right, validate_args=True)
+    with pytest.raises(ValueError, match="validate_args=True cannot see the values of"):
+        jax.jit(lambda ids: model(ids, validate_args=True))(ids)
 
 
 def call_unchecked(model, *arrays, **options):

@@ -36,6 +36,16 @@ def test_a_model_that_the_mesh_cannot_split(config: Config) -> None:
         build(config)
 
 
+def test_a_model_that_no_memory_holds(config: Config) -> None:
+    for sizes in ({"vocab_size": 2**31 - 1, "d_model": 2**16}, {"d_ff": 2**30}):
+        model = dataclasses.replace(config.model, num_layers=2**20, **sizes)
+        with pytest.raises(
+            ValueError, match=r"take at least [\d,]+ GiB with the optim"
+        ):
+            build(dataclasses.replace(config, model=model))
+    assert not config.run_dir.exists()
+
+
 def test_missing_text(config: Config, tmp_path: Path) -> None:
     for name, message in (
         ("missing.txt", r"data\.path=.*missing\.txt does not exist; it must be a text"),
@@ -59,6 +69,23 @@ def test_invalid_tokenizers(config: Config, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
         build(dataclasses.replace(config, data=missing))
+
+
+def test_a_prompt_without_tokens(config: Config, tmp_path: Path) -> None:
+    """The sample is drawn at the end of the run, which is too late for an error."""
+    sampled = dataclasses.replace(config.sample, prompt="  ", length=5)
+    data = dataclasses.replace(config.data, tokenizer=tmp_path / "words.json")
+    words = {"ring": 0, "of": 1}
+    for unknown, message in (
+        ("of", r"sample\.prompt='  ' has no tokens with data\.tokenizer=.*words"),
+        ("gone", r"sample\.prompt='xyz': data\.tokenizer=.* cannot encode the text"),
+    ):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unknown))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(data.tokenizer))
+        with pytest.raises(ValueError, match=message):
+            build(dataclasses.replace(config, sample=sampled, data=data))
+        sampled = dataclasses.replace(sampled, prompt="xyz")
 
 
 def test_a_vocabulary_that_is_too_small(config: Config, tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
     assert (next(other)["tokens"] != epochs[0][:8]).any()
 
 
+def test_a_batch_may_be_a_single_row() -> None:
+    data = batches_of(corpus_of([65]), length=4, batch_size=1, seed=1)
+    epoch = np.concatenate([next(data)["tokens"] for _ in range(16)])
+    np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.arange(0, 64, 4))
+
+
 @pytest.mark.parametrize("own", [None, (1, 2)])
 def test_the_iterator_resumes_from_its_state(own: tuple[int, ...] | None) -> None:
     def make(own=None):

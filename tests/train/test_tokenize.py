@@ -135,6 +135,22 @@ def test_the_command_reports_mistakes_and_exits_with_2(tmp_path: Path) -> None:
     assert ended.stderr.startswith("error: source=") and "not exist" in ended.stderr
 
 
+def test_a_token_that_is_not_in_the_vocabulary_is_reported(tmp_path: Path) -> None:
+    """Its id would be embedded as zeros, without an error."""
+    source, own = tmp_path / "text.txt", write_tokenizer(tmp_path / "words.json")
+    source.write_text("ring of ring of keys")
+    tokenize(Tokenize(source, tmp_path / "out", own))
+    file = tmp_path / "out" / "00000-tokens.npy"
+    tokens = np.load(file)
+    assert tokens.max() == 300 and tokens.dtype == np.uint16
+    tokens[2] = 301
+    np.save(file, tokens)
+    corpus, _ = open_folder(tmp_path / "out", Vocabulary.load(own))
+    corpus.window(0, 2)
+    with pytest.raises(DataGone, match="has the token 301, which is not among the 301"):
+        corpus.window(0, 3)
+
+
 def test_a_damaged_finished_folder_raises(options: Tokenize) -> None:
     tokenize(options)
     file = options.out / "00001-tokens.npy"

@@ -64,7 +64,9 @@ def batches(
     # Rows are slices of memory: threads would cost more than they save.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     size = batch_size if own is None else len(own)
-    return iter(rows.batch(size).to_iter_dataset(options))
+    # Rows are endless, and grain rounds the number of batches with a remainder up.
+    batched = rows.batch(size, drop_remainder=True)
+    return iter(batched.to_iter_dataset(options))
 
 
 def own_rows(batch_size: int, mesh: Mesh) -> list[int]:

@@ -119,7 +119,8 @@ def _json_lines(file: Path, text_field: str) -> Iterator[Document]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            # RecursionError: lists or objects that are nested too deeply.
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}:{number} is not JSON: {error}") from error
             text = record.get(text_field) if isinstance(record, dict) else None
             if not isinstance(text, str):
@@ -144,6 +145,7 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(file) as table:
             _check_column(file, table.schema_arrow, text_field)
             share = file.stat().st_size / max(table.metadata.num_rows, 1)
+            row = 0
             for group in range(table.num_row_groups):
                 column = table.read_row_group(group, [text_field]).column(0)
                 if column.null_count:
@@ -152,9 +154,17 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:
                         f"text_field={text_field!r}"
                     )
                 for text in column:
-                    yield text.as_py().encode(), share
+                    yield _bytes_of(text, file, row), share
+                    row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _bytes_of(text: "pyarrow.StringScalar", file: Path, row: int) -> bytes:
+    try:
+        return text.as_py().encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: row {row} is not UTF-8: {error}") from error
 
 
 def _check_column(file: Path, schema: "pyarrow.Schema", text_field: str) -> None:

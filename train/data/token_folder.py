@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -31,7 +31,7 @@ AGAIN = "remove the folder and run python -m train.tokenize again"
 
 
 class DataGone(Exception):
-    """Raised when a file has disappeared or changed since the run began."""
+    """Raised when a file has disappeared, has changed, or is damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +51,20 @@ class Shard:
     sha256: tuple[str, str]
 
 
-class _ShardRecord(TypedDict):
-    """A `Shard` in JSON."""
-
-    tokens: int
-    documents: int
-    read: int
-    sha256: list[str]
+_SHARD_TYPES = {"tokens": int, "documents": int, "read": int, "sha256": list}
 
 
-class _Record(Facts):
-    """The contents of `DONE`."""
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """The contents of `DONE`, apart from the format's version."""
 
-    format: int
     tokenizer: str
     vocab_size: int
     dtype: str
-    shards: list[_ShardRecord]
+    documents: int
+    tokens: int
+    sha256: str
+    shards: list[Shard]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +78,40 @@ class TokenFile:
     path: Path
     array: np.memmap
     bytes: int
+    vocab_size: int
 
     @classmethod
-    def open(cls, path: Path, tokens: int, dtype: np.dtype[np.integer]) -> "TokenFile":
+    def open(cls, path: Path, tokens: int, vocab_size: int) -> "TokenFile":
         """Maps a file; raises ValueError if its dtype or size is unexpected."""
-        array = _mapped(path)
+        array, dtype = _mapped(path), token_dtype(vocab_size)
         if array.dtype != dtype or array.shape != (tokens,):
             raise ValueError(
                 f"{path} is {array.dtype}{list(array.shape)} but must be "
                 f"{dtype}[{tokens}]: {AGAIN}"
             )
-        return cls(path, array, path.stat().st_size)
+        return cls(path, array, path.stat().st_size, vocab_size)
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Reads tokens; raises DataGone if the file is missing or changed size."""
+        """Reads tokens.
+
+        Raises:
+          DataGone: the file is missing or changed its size, or a token is not in the
+            vocabulary.
+        """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != self.bytes:
             raise DataGone(
                 f"{self.path} had {self.bytes} bytes when the run began and has {size} "
                 "now: restore it and run the same command to resume"
             )
-        return self.array[where]
+        tokens = self.array[where]
+        largest = tokens.max(initial=0)
+        if largest >= self.vocab_size:
+            raise DataGone(
+                f"{self.path} has the token {largest}, which is not among the "
+                f"{self.vocab_size} of its tokenizer: it is damaged; {AGAIN}"
+            )
+        return tokens
 
 
 def shard_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
@@ -143,7 +153,7 @@ def finished_shards(folder: Path) -> list[Shard]:
     """
     shards: list[Shard] = []
     while (files := shard_files(folder, len(shards)))[2].exists():
-        shard = _shard(_loaded(files[2]))
+        shard = _shard(files[2], read_json(files[2]))
         for path, expected in zip(files, shard.sha256, strict=False):
             if not path.exists() or sha256(path) != expected:
                 raise ValueError(
@@ -157,7 +167,7 @@ def finished_shards(folder: Path) -> list[Shard]:
 def finish(folder: Path, shards: Sequence[Shard], vocabulary: Vocabulary) -> None:
     """Marks the folder as finished, by writing the facts of all shards."""
     dtype = token_dtype(vocabulary.size)
-    corpus = _joined(folder, shards, dtype)
+    corpus = _joined(folder, shards, vocabulary.size)
     record = {
         "format": FORMAT,
         "tokenizer": vocabulary.fingerprint,
@@ -185,36 +195,34 @@ def open_folder(folder: Path, vocabulary: Vocabulary) -> tuple[Corpus, Facts]:
             f"data.path={folder} is not finished: run the same python -m "
             "train.tokenize command again to resume it"
         )
-    record: _Record = _loaded(folder / DONE)
-    if record.get("format") != FORMAT:
+    content = read_json(folder / DONE)
+    if content.get("format") != FORMAT:
         raise ValueError(
-            f"data.path={folder} has format {record.get('format')!r} but must have "
+            f"data.path={folder} has format {content.get('format')!r} but must have "
             f"{FORMAT}: {AGAIN}"
         )
-    if record["tokenizer"] != vocabulary.fingerprint:
+    record = _record(folder / DONE, content)
+    if record.tokenizer != vocabulary.fingerprint:
         own = folder / "tokenizer.json"
         option = f"--data.tokenizer {own}" if own.exists() else "no --data.tokenizer"
         raise ValueError(
-            f"data.path={folder} was tokenized with {record['tokenizer']}, but "
+            f"data.path={folder} was tokenized with {record.tokenizer}, but "
             f"data.tokenizer is {vocabulary.fingerprint}: give {option}"
         )
-    shards = [_shard(shard) for shard in record["shards"]]
-    corpus = _joined(folder, shards, np.dtype(record["dtype"]))
+    corpus = _joined(folder, record.shards, record.vocab_size)
     facts = Facts(
-        documents=record["documents"], tokens=record["tokens"], sha256=record["sha256"]
+        documents=record.documents, tokens=record.tokens, sha256=record.sha256
     )
     return corpus, facts
 
 
-def _joined(
-    folder: Path, shards: Sequence[Shard], dtype: np.dtype[np.integer]
-) -> Corpus:
+def _joined(folder: Path, shards: Sequence[Shard], vocab_size: int) -> Corpus:
     arrays: list[TokenFile] = []
     starts: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
     for number, shard in enumerate(shards):
         tokens, documents, _ = shard_files(folder, number)
-        arrays.append(TokenFile.open(tokens, shard.tokens, dtype))
+        arrays.append(TokenFile.open(tokens, shard.tokens, vocab_size))
         table = _mapped(documents)
         _check_table(documents, table, shard)
         starts.append(np.array(table["start"]))
@@ -238,24 +246,80 @@ def _mapped(path: Path) -> np.memmap:
         raise ValueError(f"{path} cannot be read: {error}: {AGAIN}") from error
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Reads a JSON file; raises ValueError if it is damaged."""
-    return _loaded(path)
-
-
-def _shard(record: _ShardRecord) -> Shard:
-    tokens, documents = record["sha256"]
-    return Shard(
-        record["tokens"], record["documents"], record["read"], (tokens, documents)
-    )
-
-
-def _loaded(path: Path) -> Any:
-    """Reads a JSON file; the type depends on the file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file; raises ValueError if it is damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}: {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object: {AGAIN}")
+    return content
+
+
+def _record(path: Path, content: Mapping[str, Any]) -> _Record:
+    """Checks the contents of `DONE`; raises ValueError if it is damaged."""
+    types = {
+        "tokenizer": str,
+        "vocab_size": int,
+        "dtype": str,
+        "documents": int,
+        "tokens": int,
+        "sha256": str,
+        "shards": list,
+    }
+    fields = _fields(path, content, types)
+    fields["shards"] = [_shard(path, shard) for shard in fields["shards"]]
+    record = _Record(**fields)
+    totals = {
+        "tokens": sum(shard.tokens for shard in record.shards),
+        "documents": sum(shard.documents for shard in record.shards),
+    }
+    for name, total in totals.items():
+        value = getattr(record, name)
+        if value != total or total < 1:
+            raise ValueError(
+                f"{path} is damaged: {name}={value}, but its shards have {total}: "
+                f"{AGAIN}"
+            )
+    if not 1 <= record.vocab_size <= 2**31:
+        raise ValueError(
+            f"{path} is damaged: vocab_size={record.vocab_size} must be between 1 and "
+            f"2**31: {AGAIN}"
+        )
+    if record.dtype != token_dtype(record.vocab_size).name:
+        raise ValueError(
+            f"{path} is damaged: dtype={record.dtype!r} is not that of vocab_size="
+            f"{record.vocab_size}: {AGAIN}"
+        )
+    return record
+
+
+def _shard(path: Path, content: object) -> Shard:
+    """Checks the record of a shard; raises ValueError if it is damaged."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: {content!r} is not a shard: {AGAIN}")
+    fields = _fields(path, content, _SHARD_TYPES)
+    digests = fields["sha256"]
+    if len(digests) != 2 or not all(isinstance(digest, str) for digest in digests):
+        raise ValueError(
+            f"{path} is damaged: sha256={digests!r} must be two digests: {AGAIN}"
+        )
+    return Shard(**{**fields, "sha256": tuple(digests)})
+
+
+def _fields(
+    path: Path, content: Mapping[str, Any], types: Mapping[str, type]
+) -> dict[str, Any]:
+    """Returns the fields that `types` lists; raises ValueError if one has another."""
+    for name, kind in types.items():
+        # `True` is an int, and no number here.
+        if type(content.get(name)) is not kind:
+            raise ValueError(
+                f"{path} is damaged: {name}={content.get(name)!r} must be "
+                f"{kind.__name__}: {AGAIN}"
+            )
+    return {name: content[name] for name in types}
 
 
 def write_json(path: Path, fields: Mapping[str, object]) -> None:

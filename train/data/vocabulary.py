@@ -20,10 +20,12 @@ class Vocabulary:
       tokenizer: the tokenizer; None uses bytes as tokens.
       fingerprint: identifies the tokenizer by the content of its file, not by its
         formatting.
+      source: the option that gave the tokenizer and its value, for errors.
     """
 
     tokenizer: Tokenizer | None = None
     fingerprint: str = BYTES
+    source: str = BYTES
 
     @classmethod
     def load(cls, path: Path | None, option: str = "data.tokenizer") -> "Vocabulary":
@@ -34,7 +36,8 @@ class Vocabulary:
           option: the name of `path` in errors.
 
         Raises:
-          ValueError: there is no file at `path`, or it cannot be read.
+          ValueError: there is no file at `path`, it cannot be read, or its vocabulary
+            is empty or has ids that do not fit into int32.
         """
         if path is None:
             return cls()
@@ -42,15 +45,22 @@ class Vocabulary:
             raise ValueError(
                 f"{option}={path} does not exist; it must be a tokenizer.json"
             )
+        source = f"{option}={path}"
         try:
             tokenizer = Tokenizer.from_file(str(path))
+            content = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
         # The library raises a bare Exception for any error.
         except Exception as error:
+            raise ValueError(f"{source} is not a tokenizer.json: {error}") from error
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError(f"{source} has an empty vocabulary")
+        if max(ids) >= 2**31:
             raise ValueError(
-                f"{option}={path} is not a tokenizer.json: {error}"
-            ) from error
-        content = json.dumps(json.loads(path.read_bytes()), sort_keys=True)
-        return cls(tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16])
+                f"{source} has the token id {max(ids)}, which must be less than 2**31"
+            )
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return cls(tokenizer, digest, source)
 
     @property
     def size(self) -> int:
@@ -67,13 +77,23 @@ class Vocabulary:
     def encode_all(
         self, texts: Sequence[bytes], *, special: bool = True
     ) -> list[np.ndarray]:
-        """Encodes each text as `encode` does; a tokenizer uses several cores."""
+        """Encodes each text as `encode` does; a tokenizer uses several cores.
+
+        Raises:
+          ValueError: the tokenizer cannot encode a text.
+        """
         if self.tokenizer is None:
             return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
         decoded = [text.decode(errors="replace") for text in texts]
-        encodings = self.tokenizer.encode_batch_fast(
-            decoded, add_special_tokens=special
-        )
+        try:
+            encodings = self.tokenizer.encode_batch_fast(
+                decoded, add_special_tokens=special
+            )
+        # A bare Exception again; for instance, an unknown word without a token for it.
+        except Exception as error:
+            raise ValueError(
+                f"{self.source} cannot encode the text: {error}"
+            ) from error
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> str:

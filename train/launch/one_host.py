@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,6 +23,8 @@ FINAL = (1, 2)
 # Seconds between polls, and seconds that the other processes have to exit by themselves
 # after one has failed.
 PAUSE, GRACE = 0.1, 10.0
+# Processes of a host, devices of a process, and restarts.
+MOST = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +134,13 @@ def _parse(arguments: Sequence[str]) -> Options:
         prog="python -m train.launch.one_host",
         description="Starts a run on this host, and restarts it when a process dies.",
     )
-    parser.add_argument("-n", "--processes", type=_positive, default=1)
+    parser.add_argument("-n", "--processes", type=_count(1), default=1)
     parser.add_argument(
         "--devices",
-        type=_positive,
+        type=_count(1),
         help="GPUs per process; by default each process sees all GPUs of the host",
     )
-    parser.add_argument("--restarts", type=int, default=10)
+    parser.add_argument("--restarts", type=_count(0), default=10)
     parser.add_argument(
         "run", nargs=argparse.REMAINDER, help="options of python -m train: PRESET ..."
     )
@@ -148,11 +150,18 @@ def _parse(arguments: Sequence[str]) -> Options:
     return options
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be positive")
-    return number
+def _count(least: int) -> Callable[[str], int]:
+    """A parser of numbers from `least` to `MOST`."""
+
+    def count(text: str) -> int:
+        number = int(text)
+        if not least <= number <= MOST:
+            raise argparse.ArgumentTypeError(
+                f"{text} must be between {least} and {MOST}"
+            )
+        return number
+
+    return count
 
 
 def _free_port() -> int:

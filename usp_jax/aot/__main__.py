@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 import usp_jax
 from usp_jax import aot
+from usp_jax.checks import check_positive_int
 from usp_jax.flags import Option
 from usp_jax.mesh import ROLES
 from usp_jax.units import tokens_of
@@ -45,15 +46,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
     length = tokens_of("length", args.length)
-    topology = aot.topology(args.topology)
+    kv_heads = args.heads if args.kv_heads is None else args.kv_heads
     sizes = {role: getattr(args, role) for role in ROLES}
+    shape = {"batch": args.batch, "heads": args.heads, "head_size": args.head_size}
+    for name, size in {
+        **sizes,
+        **shape,
+        "kv_heads": kv_heads,
+        "length": length,
+    }.items():
+        check_positive_int(name, size)
+        if size >= 2**31:
+            raise ValueError(f"{name}={size} must be less than 2**31")
+    try:
+        dtype = jnp.dtype(args.dtype)
+    except TypeError:
+        raise ValueError(f"dtype={args.dtype!r} is not a dtype") from None
+    topology = aot.topology(args.topology)
     mesh = usp_jax.make_mesh(devices=topology.devices, **sizes)
     spec = jax.P(("data", "fsdp"), ("ring", "ulysses"), "tensor")
     sharding = NamedSharding(mesh, spec)
 
     def struct(heads: int) -> jax.ShapeDtypeStruct:
         shape = (args.batch, length, heads, args.head_size)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def attention(
         query: jax.Array, key: jax.Array, value: jax.Array
@@ -68,7 +84,7 @@ def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
             implementation=args.implementation,
         )
 
-    arguments = struct(args.heads), *[struct(args.kv_heads or args.heads)] * 2
+    arguments = struct(args.heads), *[struct(kv_heads)] * 2
     options = dict(args.option)
     if args.recommended_flags:
         options = usp_jax.recommended_flags(topology.platform) | options

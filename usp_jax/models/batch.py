@@ -138,6 +138,31 @@ class Batch:
         return cls(order, order.store(tokens, 0), positions, segment_ids, counted)
 
 
+def check_ids(name: str, ids: jax.Array, vocab_size: int, *, least: int = 0) -> None:
+    """Checks that all ids are in the vocabulary, which reads them on the host.
+
+    Args:
+      name: the argument's name in messages.
+      ids: token ids of any shape.
+      vocab_size: number of tokens in the vocabulary.
+      least: the smallest allowed id.
+
+    Raises:
+      ValueError: an id is outside, or the ids are hidden by `jax.jit`.
+    """
+    if isinstance(ids, jax.core.Tracer):
+        raise ValueError(
+            f"validate_args=True cannot see the values of {name} inside jax.jit; check "
+            "them outside, or leave it out"
+        )
+    smallest, largest = int(jnp.min(ids)), int(jnp.max(ids))
+    if smallest < least or largest >= vocab_size:
+        raise ValueError(
+            f"{name} has values from {smallest} to {largest}; they must be from "
+            f"{least} to {vocab_size - 1}, because {vocab_size=}"
+        )
+
+
 def _check(name: str, x: jax.Array, tokens: jax.Array) -> None:
     expected = "[B, T]" if x is tokens else f"{tokens.shape}, like tokens"
     if x.ndim != 2 or 0 in x.shape or x.shape != tokens.shape:

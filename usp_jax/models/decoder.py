@@ -1,6 +1,7 @@
 """A decoder's architecture, apart from how it is computed: what config.json holds."""
 
 import dataclasses
+import math
 
 from usp_jax.checks import check_bool, check_positive_int
 from usp_jax.models.rope_scaling import RopeScaling
@@ -81,8 +82,17 @@ def check_decoder(decoder: Decoder) -> None:
         )
     if decoder.head_size % 2:
         raise ValueError(f"head_size={decoder.head_size} must be even, for RoPE")
+    # Token ids are int32.
+    if decoder.vocab_size > 2**31:
+        raise ValueError(f"vocab_size={decoder.vocab_size} must be at most 2**31")
     for name in ("rope_theta", "rms_norm_eps"):
-        if not getattr(decoder, name) > 0:
-            raise ValueError(f"{name}={getattr(decoder, name)!r} must be positive")
+        if not 0 < getattr(decoder, name) < math.inf:
+            raise ValueError(
+                f"{name}={getattr(decoder, name)!r} must be positive and finite"
+            )
+    if decoder.rope_scaling is not None and decoder.rope_theta <= 1:
+        raise ValueError(
+            f"rope_theta={decoder.rope_theta!r} must be more than 1 with rope_scaling="
+        )
     for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
         check_bool(name, getattr(decoder, name))

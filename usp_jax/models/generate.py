@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from usp_jax import KVCache
-from usp_jax.models.batch import Batch
+from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import Split
 from usp_jax.models.transformer import Transformer
@@ -29,6 +29,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     temperature: float | int = 1.0,
     top_k: int | None = None,
+    validate_args: bool = False,
 ) -> Int[Array, "B T"]:
     """Continues prompts with sampled tokens.
 
@@ -38,23 +39,29 @@ def generate(
 
     Args:
       model: on any mesh.
-      prompt: int32 [B, P], any B.
+      prompt: int32 [B, P], any B. An id that is not in the vocabulary is embedded as
+        zeros, without an error.
       num_tokens: number of tokens to append to each row.
       key: from `jax.random.key`; required unless `temperature` is 0.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: samples only from this many most likely tokens; None is all of them.
+      validate_args: whether ids that are not in the vocabulary raise. It reads the
+        prompt on the host, so it cannot be used inside `jax.jit`.
 
     Returns:
       int32 [B, P + num_tokens], the prompts included.
 
     Raises:
-      ValueError: an argument is out of range, or there is no key to sample with.
+      ValueError: an argument is out of range, or there is no key to sample with; with
+        `validate_args`, an id is not in the vocabulary, or the prompt is traced.
     """
     if prompt.ndim != 2 or 0 in prompt.shape or prompt.dtype != jnp.int32:
         raise ValueError(
             f"prompt is {prompt.dtype}{list(prompt.shape)}; it must be int32 [B, P] "
             "with at least one token"
         )
+    if validate_args:
+        check_ids("prompt", prompt, model.config.vocab_size)
     if num_tokens < 0:
         raise ValueError(f"{num_tokens=} must not be negative")
     if not temperature >= 0:

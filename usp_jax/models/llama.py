@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from usp_jax.models.batch import Batch
+from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.config import LlamaConfig as LlamaConfig
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope_scaling import (
@@ -116,26 +116,34 @@ class Llama(nnx.Module):
         segment_ids: Ids | None = None,
         positions: Ids | None = None,
         layout: str = "natural",
+        validate_args: bool = False,
     ) -> Float[Array, "B T V"]:
         """Computes the logits of the next token.
 
         Args:
-          tokens: int32 [B, T]; B a multiple of data · fsdp.
+          tokens: int32 [B, T]; B a multiple of data · fsdp. An id that is not in the
+            vocabulary, below 0 or from vocab_size on, is embedded as zeros, without an
+            error.
           segment_ids: int32 [B, T], the document of each token of a packed row, -1 for
             padding; None is one document per row.
           positions: int32 [B, T], for RoPE; None counts from the start of each row.
             Dynamic RoPE scaling requires None.
           layout: "natural" for tokens in their original order, of any length;
             otherwise the layout in which tokens, segment ids and positions are stored.
+          validate_args: whether ids that are not in the vocabulary raise. It reads the
+            tokens on the host, so it cannot be used inside `jax.jit`.
 
         Returns:
           Logits [B, T, V] in the order of `tokens`, float32, or float64 when the
             computation is.
 
         Raises:
-          ValueError: a shape, dtype or length does not fit.
+          ValueError: a shape, dtype or length does not fit; with `validate_args`, an id
+            is not in the vocabulary, or the tokens are traced.
         """
         batch = self.batch(tokens, segment_ids, positions, layout)
+        if validate_args:
+            check_ids("tokens", tokens, self.config.vocab_size)
         return batch.order.restore(self.run(_logits, batch, self.split.logits))
 
     def batch(

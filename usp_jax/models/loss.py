@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from usp_jax.models.batch import Batch
+from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import Split
@@ -32,6 +32,7 @@ def loss(
     segment_ids: Ids | None = None,
     positions: Ids | None = None,
     layout: str = "natural",
+    validate_args: bool = False,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Computes the summed negative log-likelihood of the labels, in nats.
 
@@ -40,23 +41,31 @@ def loss(
 
     Args:
       model: on any mesh.
-      tokens: int32 [B, T]; B a multiple of data · fsdp.
+      tokens: int32 [B, T]; B a multiple of data · fsdp. An id that is not in the
+        vocabulary is embedded as zeros, without an error.
       labels: int32 [B, T], in the order of `tokens`: the token that follows each token,
-        or -1 for none. `shift_labels` makes them.
+        or -1 for none. `shift_labels` makes them. Any negative label is none; one from
+        vocab_size on counts as a label whose logit is 0, without an error.
       segment_ids: int32 [B, T], the document of each token of a packed row, -1 for
         padding; None is one document per row.
       positions: int32 [B, T], for RoPE; None counts from the start of each row.
       layout: "natural" for tokens in their original order; otherwise the layout in
         which all these arrays are stored.
+      validate_args: whether tokens that are not in the vocabulary raise, and labels
+        that are neither in it nor -1. It reads both on the host, so it cannot be used
+        inside `jax.jit`.
 
     Returns:
       The sum of nats and the number of labels, scalars over all devices. The sum is
         float32, or float64 when the computation is; the number is int32.
 
     Raises:
-      ValueError: a shape, dtype or length does not fit.
+      ValueError: a shape, dtype or length does not fit; with `validate_args`, a token
+        or label is out of range, or they are traced.
     """
-    batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
+    batch, extra = _batch(
+        model, tokens, labels, segment_ids, positions, layout, validate_args
+    )
     return model.run(_loss, batch, (jax.P(), jax.P()), extra)
 
 
@@ -68,6 +77,7 @@ def token_nats(
     segment_ids: Ids | None = None,
     positions: Ids | None = None,
     layout: str = "natural",
+    validate_args: bool = False,
 ) -> Float[Array, "B T"]:
     """Computes the negative log-likelihood of each label, in nats.
 
@@ -76,7 +86,9 @@ def token_nats(
     Returns:
       [B, T] in the order of `tokens`, at least float32; 0 where there is no label.
     """
-    batch, extra = _batch(model, tokens, labels, segment_ids, positions, layout)
+    batch, extra = _batch(
+        model, tokens, labels, segment_ids, positions, layout, validate_args
+    )
     nats = model.run(_token_nats, batch, model.split.tokens, extra)
     return batch.order.restore(nats)
 
@@ -106,6 +118,7 @@ def _batch(
     segment_ids: jax.Array | None,
     positions: jax.Array | None,
     layout: str,
+    validate_args: bool,
 ) -> tuple[Batch, tuple[jax.Array, jax.P]]:
     """The checked batch, and its labels as an extra argument of `Llama.run`."""
     if labels.shape != tokens.shape or labels.dtype != jnp.int32:
@@ -114,6 +127,10 @@ def _batch(
             f"{list(tokens.shape)}, like tokens"
         )
     batch = model.batch(tokens, segment_ids, positions, layout)
+    if validate_args:
+        vocab_size = model.config.vocab_size
+        check_ids("tokens", tokens, vocab_size)
+        check_ids("labels", labels, vocab_size, least=NO_LABEL)
     return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
 
 

@@ -11,6 +11,9 @@ import math
 
 import numpy as np
 
+# Positions are int32, so no sequence is longer.
+_MOST = 2.0**31
+
 
 def plain_frequencies(head_size: int, theta: float) -> np.ndarray:
     """Returns RoPE's unscaled frequencies theta^(-2i/H): float64 [H/2].
@@ -141,13 +144,15 @@ class YarnScaling:
         _check_factor(self.factor)
         _check_original_length(self.original_length)
         slow, fast = self.beta_slow, self.beta_fast
-        if not 0 < slow <= fast:
+        if not 1 / _MOST <= slow <= fast <= _MOST:
             raise ValueError(
-                f"beta_slow={slow} must be positive and at most beta_fast={fast}"
+                f"beta_slow={slow} must be positive and at most beta_fast={fast}, both "
+                "between 2**-31 and 2**31"
             )
-        if self.attention_factor is not None and not self.attention_factor > 0:
+        amplitude = self.attention_factor
+        if amplitude is not None and not 0 < amplitude < math.inf:
             raise ValueError(
-                f"attention_factor={self.attention_factor} must be positive"
+                f"attention_factor={amplitude} must be positive and finite"
             )
 
     @property
@@ -198,10 +203,10 @@ class Llama3Scaling:
     def __post_init__(self) -> None:
         _check_factor(self.factor)
         low, high = self.low_frequency_factor, self.high_frequency_factor
-        if not 0 < low < high:
+        if not 0 < low < high < math.inf:
             raise ValueError(
                 f"low_frequency_factor={low} must be positive and less than "
-                f"high_frequency_factor={high}"
+                f"high_frequency_factor={high}, which must be finite"
             )
         _check_original_length(self.original_length)
 
@@ -225,10 +230,10 @@ RopeScaling = (
 
 
 def _check_factor(factor: float) -> None:
-    if not factor >= 1:
-        raise ValueError(f"{factor=} must be at least 1")
+    if not 1 <= factor <= _MOST:
+        raise ValueError(f"{factor=} must be at least 1, and at most 2**31")
 
 
 def _check_original_length(original_length: int) -> None:
-    if not original_length > 0:
-        raise ValueError(f"{original_length=} must be positive")
+    if not 0 < original_length <= _MOST:
+        raise ValueError(f"{original_length=} must be positive, and at most 2**31")

@@ -37,12 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps([row.as_dict() for row in rows]))
         else:
             _tell(args, rows)
-    except (ValueError, ImportError) as error:
+    # OSError: the plot cannot be written.
+    except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
     return 0 if rows and rows[0].can_train else 1
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:
+    for name in ("top", "verify"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name}={getattr(args, name)} must not be negative")
     model = LlamaConfig.preset(args.model, dtype=args.dtype)
     if args.longest:
         shortest = job_of(model, args.machine, sequence=1, **_asked(args))

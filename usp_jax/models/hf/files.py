@@ -5,6 +5,7 @@ The format: https://huggingface.co/docs/safetensors.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -35,11 +36,12 @@ def read_json(path: Path) -> dict[str, Json]:
     Raises:
       ValueError: the file is missing or is not a JSON object; the message has its path.
     """
+    _check_file(path)
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object")
@@ -50,11 +52,13 @@ def number(key: str, value: Json) -> float:
     """Converts a number, or the text of one, to a float.
 
     Raises:
-      ValueError: the value is not a number; a bad type's message names the key.
+      ValueError: the value is not a number; the message names the key.
     """
-    if not isinstance(value, int | float | str):
-        raise ValueError(f"{key}={value!r} must be a number")
-    return float(value)
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        # OverflowError: an integer that no float holds.
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    raise ValueError(f"{key}={value!r} must be a number")
 
 
 def positive_int(key: str, value: Json) -> int:
@@ -105,13 +109,16 @@ class TensorFiles:
             names = [SINGLE] if index is None else sorted(set(index.values()))
             for name in names:
                 files[name] = stack.enter_context(_open(folder / name))
-                places |= dict.fromkeys(files[name].keys(), name)
+            held = {name: set(file.keys()) for name, file in files.items()}
+            for name, tensors in held.items():
+                places |= dict.fromkeys(tensors, name)
             for tensor, name in ({} if index is None else index).items():
-                if places.get(tensor) != name:
+                if tensor not in held[name]:
                     raise ValueError(
                         f"{folder / INDEX} says that {tensor} is in {name}, "
                         "which does not have it"
                     )
+                places[tensor] = name
             yield cls(files, places)
 
     @property
@@ -166,13 +173,24 @@ def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, lis
 
 def _index(folder: Path) -> dict[str, str] | None:
     """Maps each tensor to its file's name; None if a single file has all tensors."""
-    if (folder / SINGLE).exists():
+    # A link that leads nowhere, or to itself, exists too: it is reported, not ignored.
+    if os.path.lexists(folder / SINGLE):
         return None
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise ValueError(f"{folder / INDEX} has no weight_map")
-        return {tensor: str(file) for tensor, file in index.items()}
+        places: dict[str, str] = {}
+        for tensor, file in index.items():
+            if not isinstance(file, str):
+                raise ValueError(
+                    f"{folder / INDEX} places {tensor} in {file!r}, which must be the "
+                    "name of a file"
+                )
+            places[tensor] = file
+        for file in sorted(set(places.values())):
+            _check_place(folder, file)
+        return places
     others = sorted(path.name for path in folder.glob("*.bin"))
     if others:
         raise ValueError(
@@ -183,10 +201,49 @@ def _index(folder: Path) -> dict[str, str] | None:
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
+def _check_place(folder: Path, file: str) -> None:
+    """Checks that a file named by the index is in the folder.
+
+    In the cache of Hugging Face a checkpoint's files are links to `../../blobs`, which
+    are followed.
+
+    Raises:
+      ValueError: the file is elsewhere, or its name is impossible.
+    """
+    try:
+        path, whole = (folder / file).resolve(), folder.resolve()
+    # RuntimeError: a loop of links, before Python 3.13.
+    except (ValueError, OSError, RuntimeError):
+        raise ValueError(
+            f"{folder / INDEX} names {file!r}, which no file has"
+        ) from None
+    allowed = [whole]
+    if whole.parent.name == "snapshots":
+        allowed.append(whole.parent.parent / "blobs")
+    if not any(path.is_relative_to(root) for root in allowed):
+        raise ValueError(
+            f"{folder / INDEX} names {file!r}, which is outside the folder: {path}"
+        )
+
+
 def _open(path: Path) -> safe_open:
+    if not os.path.lexists(path):
+        raise ValueError(f"{path} does not exist, but {INDEX} names it")
+    _check_file(path)
     try:
         return safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist, but {INDEX} names it") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _check_file(path: Path) -> None:
+    """Checks that a file can be read to its end, which a pipe or a device cannot.
+
+    Raises:
+      ValueError: there is no file.
+    """
+    if not path.is_file():
+        detail = "is not a file" if os.path.lexists(path) else "does not exist"
+        raise ValueError(f"{path} {detail}")

@@ -65,6 +65,7 @@ _READ = {
     *_SIZES,
     "num_key_value_heads",
     "head_dim",
+    "layer_types",
     "rms_norm_eps",
     "tie_word_embeddings",
     "rope_theta",
@@ -134,17 +135,23 @@ def read_config(config: Mapping[str, Json], **overrides: object) -> LlamaConfig:
       ValueError: a key is missing, unknown, or has an unsupported value.
     """
     _check(config)
-    heads = config["num_attention_heads"]
+    # Null counts as left out.
+    config = {key: value for key, value in config.items() if value is not None}
     theta, scaling = read_rope(config)
-    # `LlamaConfig` checks the types and values.
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings={tied!r} must be true or false")
+    sizes = {name: positive_int(key, config[key]) for key, name in _SIZES.items()}
+    heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    # `LlamaConfig` checks how they fit together, and the overrides.
     fields: dict[str, Any] = {
-        **{name: config[key] for key, name in _SIZES.items()},
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_size": config.get("head_dim") or _head_size(config),
+        **sizes,
+        "num_kv_heads": positive_int("num_key_value_heads", heads),
+        "head_size": _head_size(config),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rms_norm_eps": number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": config.get("tie_word_embeddings") or False,
+        "tie_embeddings": tied,
         **_KINDS[str(config["model_type"])].fields,
         **overrides,
     }
@@ -203,12 +210,9 @@ def _check(config: Mapping[str, Json]) -> None:
     windows: dict[str, tuple[Json, ...]] = {}
     if not kind.may_slide:
         windows = dict.fromkeys(_WINDOWS, ())
-    layers = config.get("num_hidden_layers")
-    full: list[Json] = ["full_attention"] * (layers if isinstance(layers, int) else 0)
     only: dict[str, tuple[Json, ...]] = {
         **_ONLY,
         "architectures": ([kind.architecture],),
-        "layer_types": (full,),
         **windows,
     }
     for key, values in only.items():
@@ -216,6 +220,7 @@ def _check(config: Mapping[str, Json]) -> None:
         if value is not None and value not in values:
             listed = " or ".join(map(repr, values)) or "null or left out"
             raise ValueError(f"{key}={value!r} is not supported; it must be {listed}")
+    _check_layer_types(config.get("layer_types"), config.get("num_hidden_layers"))
     if kind.slides and "sliding_window" not in config:
         raise ValueError(
             "sliding_window must be null, not left out: the default is a window of 4096"
@@ -233,7 +238,20 @@ def _check(config: Mapping[str, Json]) -> None:
         raise ValueError(f"{', '.join(missing)} must be given")
 
 
+def _check_layer_types(types: Json, layers: Json) -> None:
+    if types is None:
+        return
+    full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
+    if not isinstance(types, list) or not full or len(types) != layers:
+        raise ValueError(
+            f"layer_types={types!r} is not supported; it must be 'full_attention' for "
+            f"each of num_hidden_layers={layers!r}"
+        )
+
+
 def _head_size(config: Mapping[str, Json]) -> int:
+    if "head_dim" in config:
+        return positive_int("head_dim", config["head_dim"])
     size = positive_int("hidden_size", config["hidden_size"])
     heads = positive_int("num_attention_heads", config["num_attention_heads"])
     if size % heads:
@@ -245,7 +263,7 @@ def _head_size(config: Mapping[str, Json]) -> int:
 
 
 def _dtype(config: Mapping[str, Json]) -> str:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = config.get("dtype", config.get("torch_dtype", "float32"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
             f"dtype={dtype!r} is not supported: give dtype=, one of {DTYPES}"

@@ -12,6 +12,7 @@ contains whole heads, which is how the model is split.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,10 +69,11 @@ def tensors(config: LlamaConfig) -> Iterator[Tensor]:
     shapes = parameter_shapes(config)
     layered = [name for name in shapes if TABLE[name][0][0] == "L"]
     single = [name for name in shapes if name not in layered]
-    places: list[tuple[str, int | None]] = [("embed", None)]
-    places += [(name, i) for i in range(config.num_layers) for name in layered]
-    places += [(name, None) for name in single if name != "embed"]
-    for name, layer in places:
+    first: list[tuple[str, int | None]] = [("embed", None)]
+    last = [(name, None) for name in single if name != "embed"]
+    # Not a list: config.json may claim any number of layers.
+    middle = ((name, i) for i in range(config.num_layers) for name in layered)
+    for name, layer in chain(first, middle, last):
         template, dims = _TENSORS[name]
         sizes = dict(zip(TABLE[name][0], shapes[name], strict=True))
         shape = tuple(math.prod(sizes[letter] for letter in dim) for dim in dims)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -33,7 +34,8 @@ def load(
 
     Each process reads only the slices that its own devices hold, one parameter at a
     time. Apart from the shards themselves, it holds at most one parameter's slices in
-    memory.
+    memory. No memory is taken before config.json has been compared with the names,
+    shapes and dtypes in the files.
 
     Args:
       path: the folder of the checkpoint.
@@ -45,9 +47,9 @@ def load(
         and `rope_scaling` for contexts longer than the model was trained on.
 
     Raises:
-      ValueError: the checkpoint is missing or is of an unsupported kind of model, its
-        tensors are missing, unexpected or of the wrong shape, or the mesh does not
-        divide the model's sizes.
+      ValueError: the checkpoint is missing, damaged or of an unsupported kind of model,
+        its index names a file outside the folder, its tensors are missing, unexpected
+        or of the wrong shape, or the mesh does not divide the model's sizes.
 
     Example:
       ```python
@@ -121,13 +123,27 @@ def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> Non
     Raises:
       ValueError: tensors are missing, unexpected, or of the wrong shape or dtype.
     """
+    names = files.names
+    missing = (x.name for x in tensors(config) if x.name not in names)
+    # It ends within as many tensors as there are, however many config.json claims.
+    first = list(islice(missing, 4))
+    if first:
+        more = " and more" if len(first) > 3 else ""
+        raise ValueError(
+            f"{folder} lacks {', '.join(first[:3])}{more}, which {CONFIG} requires"
+        )
     expected = {tensor.name: tensor for tensor in tensors(config)}
-    _tell(folder, "lacks", expected.keys() - files.names)
-    extra = {name for name in files.names - expected.keys() if not _is_derived(name)}
+    extra = {name for name in names - expected.keys() if not _is_derived(name)}
     if config.tie_embeddings and LM_HEAD in extra:
         _check_tied(folder, files)
         extra.remove(LM_HEAD)
-    _tell(folder, "has tensors that the model does not use:", extra)
+    if extra:
+        unused = sorted(extra)[:3]
+        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        raise ValueError(
+            f"{folder} has tensors that the model does not use: "
+            f"{', '.join(unused)}{more}"
+        )
     floats = (*_FLOATS, "F64") if config.stored_dtype == "float64" else _FLOATS
     for name, tensor in expected.items():
         if files.shape(name) != tensor.shape:
@@ -140,13 +156,6 @@ def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> Non
                 f"{folder}: {name} has the dtype {files.dtype(name)}; it must be one "
                 f"of {', '.join(floats)}: quantized weights are not supported"
             )
-
-
-def _tell(folder: Path, what: str, names: set[str]) -> None:
-    if names:
-        first = sorted(names)[:3]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"{folder} {what} {', '.join(first)}{more}")
 
 
 def _is_derived(name: str) -> bool:

@@ -44,15 +44,13 @@ _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
-    """Reads theta and the scaling from a config.json.
+    """Reads theta and the scaling from a config.json without its nulls.
 
     Raises:
       ValueError: the type of scaling, or one of its keys, is not understood.
     """
     name, settings = _parameters(config)
-    theta = (
-        settings.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA
-    )
+    theta = settings.pop("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
     kind = _kind(name, settings)
     unknown = sorted(settings.keys() - _KEYS[kind])
     if unknown:
@@ -82,16 +80,20 @@ def write_rope(
 
 def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
     """The key of the dict that describes RoPE, and a copy of it without its Nones."""
-    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    old, new = _section(config, "rope_scaling"), _section(config, "rope_parameters")
     if old and new and old != new:
         raise ValueError(
             f"rope_scaling={old!r} and rope_parameters={new!r} differ; leave one out"
         )
-    name = "rope_scaling" if old else "rope_parameters"
-    settings = config.get(name) or {}
+    name, settings = ("rope_scaling", old) if old else ("rope_parameters", new)
+    return name, {key: value for key, value in settings.items() if value is not None}
+
+
+def _section(config: Mapping[str, Json], name: str) -> dict[str, Json]:
+    settings = config.get(name, {})
     if not isinstance(settings, dict):
         raise ValueError(f"{name}={settings!r} must be a JSON object or null")
-    return name, {key: value for key, value in settings.items() if value is not None}
+    return settings
 
 
 def _kind(name: str, settings: dict[str, Json]) -> str:
@@ -123,10 +125,9 @@ def _scaling(
     longest = config.get("max_position_embeddings")
     if kind == "dynamic":
         return DynamicNTKScaling(factor, _length(longest))
-    inside = settings.get("original_max_position_embeddings")
+    original = "original_max_position_embeddings"
     # A value outside the dict takes precedence.
-    outside = config.get("original_max_position_embeddings")
-    length = _length(outside or inside or longest)
+    length = _length(config.get(original, settings.get(original, longest)))
     if kind == "llama3":
         low, high = (
             number(key, settings[key])
@@ -139,15 +140,15 @@ def _scaling(
     return YarnScaling(
         factor,
         length,
-        beta_fast=number("beta_fast", settings.get("beta_fast") or 32),
-        beta_slow=number("beta_slow", settings.get("beta_slow") or 1),
+        beta_fast=number("beta_fast", settings.get("beta_fast", 32)),
+        beta_slow=number("beta_slow", settings.get("beta_slow", 1)),
         attention_factor=_attention_factor(factor, settings),
         truncate=truncate,
     )
 
 
 def _length(length: Json) -> int:
-    if not isinstance(length, int):
+    if not isinstance(length, int) or isinstance(length, bool):
         detail = "" if length is None else f", an int, not {length!r}"
         raise ValueError(
             "this type of RoPE scaling needs max_position_embeddings, or "
@@ -160,13 +161,17 @@ def _attention_factor(factor: float, settings: Mapping[str, Json]) -> float | No
     """YaRN's attention factor, or None to derive it from the scaling factor."""
     if "attention_factor" in settings:
         return number("attention_factor", settings["attention_factor"])
-    # DeepSeek gives it as the ratio of two numbers.
-    over, under = settings.get("mscale"), settings.get("mscale_all_dim")
-    if not (over and under):
+    # DeepSeek gives it as the ratio of two numbers; 0 counts as left out.
+    over, under = (
+        number(key, settings.get(key, 0)) for key in ("mscale", "mscale_all_dim")
+    )
+    # `YarnScaling` refuses a smaller factor.
+    if not (over and under) or factor < 1:
         return None
+    if over < 0 or under < 0:
+        raise ValueError(f"mscale={over} and mscale_all_dim={under} must be positive")
     log = 0.1 * math.log(factor)
-    numerator = number("mscale", over) * log + 1
-    return numerator / (number("mscale_all_dim", under) * log + 1)
+    return (over * log + 1) / (under * log + 1)
 
 
 def _written(
