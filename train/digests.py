@@ -48,15 +48,21 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         expected = json.loads((folder / NAME).read_bytes())
     except ValueError:
         return f"{NAME} is not JSON"
+    if not isinstance(expected, dict):
+        return f"{NAME} is not a JSON object"
     files = _files(folder)
     if missing := sorted(expected.keys() - files.keys()):
         return f"{missing[0]} is missing"
     own = sorted(expected)[part::parts]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(sha256, [files[name] for name in own])
-        for name, digest in zip(own, digests, strict=True):
-            if digest != expected[name]:
-                return f"{name} has changed since it was written"
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = list(pool.map(sha256, [files[name] for name in own]))
+    # The disk is broken, or the run has just removed the folder.
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    for name, digest in zip(own, digests, strict=True):
+        if digest != expected[name]:
+            return f"{name} has changed since it was written"
     return None
 
 

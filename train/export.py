@@ -1,7 +1,8 @@
 """`python -m train.export RUN_DIR OUT`: exports a model as a Hugging Face checkpoint.
 
-Only the parameters of the run's checkpoint are read, and the run may continue
-meanwhile. The run's tokenizer.json, if it has one, is not copied.
+Only the parameters of the run's checkpoint are exported, and the run may continue
+meanwhile. A damaged checkpoint is refused. The run's tokenizer.json, if it has one, is
+not copied.
 """
 
 import dataclasses
@@ -39,7 +40,8 @@ def export(options: Export) -> int:
     """Exports the checkpoint and returns its step.
 
     Raises:
-      ValueError: there is no such run or checkpoint, or `out` is taken.
+      ValueError: there is no such run or checkpoint, the checkpoint is damaged, or
+        `out` is taken.
     """
     mesh = _all_devices(read_config(options.run_dir))
     step, model = load_model(options.run_dir, options.step, mesh)

@@ -1,7 +1,8 @@
 """`python -m train.long_context by-position|passkey RUN_DIR`: evaluates long contexts.
 
-Evaluates the model of a run's checkpoint, on the mesh of the run. The printed tables
-are also written to the run directory, as by_position.json and passkey.json.
+Evaluates the model of a run's checkpoint, on the mesh of the run. A damaged checkpoint
+is refused. The printed tables are also written to the run directory, as
+by_position.json and passkey.json.
 """
 
 import dataclasses
@@ -90,8 +91,8 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
     """Runs an evaluation, prints and writes its results, and returns them.
 
     Raises:
-      ValueError: there is no such run, checkpoint or text, or the options do not fit
-        it.
+      ValueError: there is no such run, checkpoint or text, the checkpoint is damaged,
+        or the options do not fit it.
     """
     run = read_run(options.run_dir)
     sizes = {name: run["mesh"][name] for name in ROLES}
