@@ -24,6 +24,7 @@ from train.log.wandb_run import check_wandb
 from train.mesh import make_mesh
 from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
+from train.run_lock import RunLock, lock_run_dir
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
 
@@ -41,6 +42,7 @@ class Run:
       checkpoints: the checkpoints in the run directory.
       graphdef: the model without its parameters.
       state: the state before the first training step.
+      lock: the lock of the run directory, until the end of `train`.
     """
 
     config: Config
@@ -51,13 +53,18 @@ class Run:
     checkpoints: Checkpoints
     graphdef: nnx.GraphDef[Llama]
     state: State
+    lock: RunLock
 
 
 def build(config: Config) -> Run:
     """Reads the text, and creates the model or loads its initial weights.
 
+    Locks the run directory before it writes or removes anything there. The lock is
+    held until `train` returns, or until this process ends.
+
     Raises:
-      ValueError: the config is invalid, or the run directory holds another run.
+      ValueError: the config is invalid, or the run directory is in use or holds
+        another run.
     """
     check(config)
     check_wandb(config.log.wandb)
@@ -77,19 +84,25 @@ def build(config: Config) -> Run:
     else:
         rows = text.rows(config.sequence_length, config.seed)
     facts = {} if text is None else text.facts
-    checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
-    params = published_weights(config, mesh) if begins else None
-    graphdef, state = first_state(config, mesh, params)
-    return Run(
-        config=config,
-        mesh=mesh,
-        vocabulary=vocabulary,
-        data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
-        evaluation=Evaluation.of(config, mesh, text, graphdef),
-        checkpoints=checkpoints,
-        graphdef=graphdef,
-        state=state,
-    )
+    lock = _lock(config)
+    try:
+        checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
+        params = published_weights(config, mesh) if begins else None
+        graphdef, state = first_state(config, mesh, params)
+        return Run(
+            config=config,
+            mesh=mesh,
+            vocabulary=vocabulary,
+            data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
+            evaluation=Evaluation.of(config, mesh, text, graphdef),
+            checkpoints=checkpoints,
+            graphdef=graphdef,
+            state=state,
+            lock=lock,
+        )
+    except Exception:
+        lock.release()
+        raise
 
 
 def _mesh(config: Config) -> Mesh:
@@ -114,6 +127,13 @@ def _record(
         "processes": jax.process_count(),
     }
     return record(config, data=facts, environment=environment)
+
+
+def _lock(config: Config) -> RunLock:
+    try:
+        return lock_run_dir(config.run_dir)
+    except OSError as error:
+        raise _unwritable(config, error) from error
 
 
 def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:

@@ -60,9 +60,10 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     checkpoints.close()
     if step < config.steps:
         tell(f"stopped after step {step}; the same command resumes from there")
-        return False
-    _report(run, state)
-    return True
+    else:
+        _report(run, state)
+    run.lock.release()
+    return step == config.steps
 
 
 def _steps(
