@@ -18,6 +18,7 @@ from train.data.batches import batches, own_rows
 from train.data.passkey import passkey_rows
 from train.data.text import load_text
 from train.data.vocabulary import Vocabulary
+from train.digests import RECORD
 from train.evaluation.held_out import Evaluation
 from train.files import write_atomically
 from train.log.wandb_run import check_wandb
@@ -137,11 +138,11 @@ def _lock(config: Config) -> RunLock:
 
 
 def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
-    """Writes config.json, unless the directory holds another run."""
-    path = config.run_dir / "config.json"
-    check_same_run(path, wanted)
+    """Writes config.json, unless the directory or a checkpoint is of another run."""
+    check_same_run(config.run_dir, wanted)
+    folder = config.run_dir / "checkpoints"
     try:
-        checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+        checkpoints = Checkpoints(folder, config.checkpoint, wanted)
     except OSError as error:
         raise _unwritable(config, error) from error
     done = checkpoints.newest() or 0
@@ -154,7 +155,8 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
     multihost_utils.sync_global_devices("run directory is compared")
     if jax.process_index() == 0:
         try:
-            write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+            text = json.dumps(wanted, indent=2) + "\n"
+            write_atomically(config.run_dir / RECORD, text)
         except OSError as error:
             raise _unwritable(config, error) from error
     return checkpoints

@@ -5,9 +5,10 @@ killed process leaves no partial checkpoint. Writing runs in the background of t
 its errors are raised at the next training step.
 """
 
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import CheckpointConfig
-from train.digests import damage, has_digests, write_digests
+from train.digests import RECORD, damage, has_digests, write_digests
+from train.run_dir import checkpoint_folders
 from train.state import State
 
 T = TypeVar("T")
@@ -33,14 +35,20 @@ class CheckpointError(Exception):
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Returns True if the run has a checkpoint to resume from, damaged or not."""
-    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
+    return bool(checkpoint_folders(run_dir))
 
 
 class Checkpoints:
-    """The checkpoints of a run, limited to those that the config keeps."""
+    """The checkpoints of a run, limited to those that the config keeps.
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    Each new one carries the record of the run.
+    """
+
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, record: Mapping[str, object]
+    ):
         self._folder, self._config = folder.absolute(), config
+        self._record = json.dumps(record, indent=2) + "\n"
         self._saved = time.monotonic()
         kept = [managers.LatestN(config.keep)]
         if config.keep_period is not None:
@@ -62,6 +70,7 @@ class Checkpoints:
     def _written(self) -> None:
         # Process 0 calls this before the folder is renamed. Only one is being written.
         (folder,) = self._folder.glob("*.orbax-checkpoint-tmp*")
+        (folder / RECORD).write_text(self._record)
         write_digests(folder)
 
     def steps(self) -> list[int]:

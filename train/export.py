@@ -43,7 +43,7 @@ def export(options: Export) -> int:
       ValueError: there is no such run or checkpoint, the checkpoint is damaged, or
         `out` is taken.
     """
-    mesh = _all_devices(read_config(options.run_dir))
+    mesh = _all_devices(read_config(options.run_dir, options.step))
     step, model = load_model(options.run_dir, options.step, mesh)
     hf.save(model, options.out, dtype=options.dtype)
     return step

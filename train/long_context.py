@@ -78,7 +78,7 @@ def main() -> None:
     """Runs an evaluation; exits with 2 for errors that the user can fix."""
     options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
     try:
-        run = read_run(options.run_dir)
+        run = read_run(options.run_dir, options.step)
         if run["fake_devices"] is not None:
             make_fake_devices(run["fake_devices"])
         measure(options)
@@ -94,7 +94,7 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
       ValueError: there is no such run, checkpoint or text, the checkpoint is damaged,
         or the options do not fit it.
     """
-    run = read_run(options.run_dir)
+    run = read_run(options.run_dir, options.step)
     sizes = {name: run["mesh"][name] for name in ROLES}
     mesh = make_mesh(MeshConfig(**sizes))
     step, model = load_model(options.run_dir, options.step, mesh)

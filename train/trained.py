@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from train.digests import damage, has_digests
-from train.run_dir import RunRecord, read_record
+from train.run_dir import RunRecord, find_record
 from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from usp_jax.models.sharding import parameter_shapes, parameter_shardings
@@ -34,7 +34,7 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
       ValueError: there is no such run or checkpoint, the checkpoint is damaged, or the
         mesh cannot split the model.
     """
-    config = read_config(run_dir)
+    config = read_config(run_dir, step)
     shardings, dtype = parameter_shardings(config, mesh), config.stored_dtype
     wanted = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
@@ -44,13 +44,13 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
     return step, Llama.of_parameters(config, params, mesh=mesh)
 
 
-def read_config(run_dir: Path) -> LlamaConfig:
-    """Reads the model configuration of a run from its config.json.
+def read_config(run_dir: Path, step: int | None = None) -> LlamaConfig:
+    """Reads the model configuration of a run, as `read_run` does.
 
     Raises:
       ValueError: there is no run.
     """
-    record = read_run(run_dir)
+    record = read_run(run_dir, step)
     model = record["model"]
     scaling = model.get("rope_scaling")
     if scaling is not None:
@@ -62,16 +62,20 @@ def read_config(run_dir: Path) -> LlamaConfig:
     return LlamaConfig(**model, dtype=record["dtype"])
 
 
-def read_run(run_dir: Path) -> RunRecord:
-    """Reads the config.json of a run.
+def read_run(run_dir: Path, step: int | None = None) -> RunRecord:
+    """Reads the record that a checkpoint was made with, or the run's config.json.
+
+    Args:
+      run_dir: folder of the run.
+      step: step of the checkpoint; None is the newest.
 
     Raises:
       ValueError: there is no run.
     """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise ValueError(f"run_dir={run_dir} is not a run: it has no {path.name}")
-    return read_record(path)
+    record = find_record(run_dir, step)
+    if record is None:
+        raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
+    return record
 
 
 def _restore(

@@ -209,9 +209,9 @@ def test_rope_can_be_stretched(tmp_path: Path) -> None:
     other = parse(["tiny", "--steps", "5", *linear.replace("linear", "ntk").split()])
     path = tmp_path / "config.json"
     path.write_text(json.dumps(record(config)))
-    check_same_run(path, record(config))
+    check_same_run(tmp_path, record(config))
     with pytest.raises(ValueError, match="'LinearScaling' there, 'NTKScaling' now"):
-        check_same_run(path, record(other))
+        check_same_run(tmp_path, record(other))
 
 
 def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
@@ -235,12 +235,12 @@ def test_a_run_older_than_an_option_resumes(tmp_path: Path) -> None:
         del old["data"][name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(old))
-    check_same_run(path, record(config, data=facts))
+    check_same_run(tmp_path, record(config, data=facts))
     data = dataclasses.replace(config.data, eval_fraction=0.5)
     other = dataclasses.replace(config, data=data)
     message = r"data\.eval_fraction: 0\.0 there, 0\.5 now"
     with pytest.raises(ValueError, match=message):
-        check_same_run(path, record(other, data=facts))
+        check_same_run(tmp_path, record(other, data=facts))
     path.write_text(json.dumps(old)[:50])
     with pytest.raises(ValueError, match=r"config\.json is damaged: .* remove it if"):
-        check_same_run(path, record(config, data=facts))
+        check_same_run(tmp_path, record(config, data=facts))
