@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 import usp_jax
 from train.trained import load_model, read_config
+from train.words import check_no_empty_value
 from usp_jax.models import hf
 from usp_jax.models.llama import LlamaConfig
 
@@ -59,8 +60,9 @@ def _all_devices(config: LlamaConfig) -> Mesh:
 
 def main() -> None:
     """Exports a run; exits with 2 for errors that the user can fix."""
-    options = tyro.cli(Export, prog="python -m train.export")
     try:
+        check_no_empty_value(sys.argv[1:])
+        options = tyro.cli(Export, prog="python -m train.export")
         step = export(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

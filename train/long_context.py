@@ -25,6 +25,7 @@ from train.files import write_atomically
 from train.mesh import make_mesh
 from train.run_dir import RunRecord
 from train.trained import load_model, read_run
+from train.words import check_no_empty_value
 from usp_jax.mesh import ROLES
 from usp_jax.models.llama import Llama
 
@@ -76,8 +77,9 @@ class Passkey:
 
 def main() -> None:
     """Runs an evaluation; exits with 2 for errors that the user can fix."""
-    options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
     try:
+        check_no_empty_value(sys.argv[1:])
+        options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
         run = read_run(options.run_dir, options.step)
         if run["fake_devices"] is not None:
             make_fake_devices(run["fake_devices"])

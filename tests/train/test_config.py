@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.train.runs import options, small_config
+from train import export, long_context, tokenize
 from train.check import check
 from train.cli import parse
 from train.config import (
@@ -39,6 +42,15 @@ WRONG = {
         r"optimizer\.final_fraction=2\.0 must be between 0 and 1",
     ),
     "prompt": (["--sample.prompt", ""], r"sample\.prompt='' must have at least one"),
+    "empty run directory": (["--run-dir", ""], "--run-dir='' must not be empty"),
+    "empty path": (
+        ["--data.path="],
+        r"--data\.path='' must not be empty: leave it out",
+    ),
+    "empty path of a mixture": (
+        ["--data.mixture", "a", "0.5", "", "2"],
+        r"--data\.mixture='' must not be empty",
+    ),
     "layout": (
         ["--layout", "spiral"],
         r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped', 'bala",
@@ -212,6 +224,21 @@ def test_rope_can_be_stretched(tmp_path: Path) -> None:
     check_same_run(tmp_path, record(config))
     with pytest.raises(ValueError, match="'LinearScaling' there, 'NTKScaling' now"):
         check_same_run(tmp_path, record(other))
+
+
+@pytest.mark.parametrize("command", [export, long_context, tokenize])
+def test_the_other_commands_refuse_empty_paths(
+    command: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "", "out"])
+    with pytest.raises(SystemExit, match="^2$"):
+        command.main()
+    assert capsys.readouterr().err == (
+        "error: path='' must not be empty: leave it out or give a value; "
+        "the current directory is '.'\n"
+    )
 
 
 def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
