@@ -43,6 +43,7 @@ def export(options: Export) -> int:
     Raises:
       ValueError: there is no such run or checkpoint, the checkpoint is damaged, or
         `out` is taken.
+      OSError: `out` cannot be written.
     """
     mesh = _all_devices(read_config(options.run_dir, options.step))
     step, model = load_model(options.run_dir, options.step, mesh)
@@ -59,14 +60,14 @@ def _all_devices(config: LlamaConfig) -> Mesh:
 
 
 def main() -> None:
-    """Exports a run; exits with 2 for errors that the user can fix."""
+    """Exports a run; exits with 2 for errors that the user can fix, 1 for OS errors."""
     try:
         check_no_empty_value(sys.argv[1:])
         options = tyro.cli(Export, prog="python -m train.export")
         step = export(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     print(f"exported step {step} of {options.run_dir} to {options.out}")
 
 
