@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import CheckpointConfig
 from train.digests import RECORD, damage, has_digests, write_digests
+from train.files import free_path
 from train.run_dir import checkpoint_folders
 from train.state import State
 
@@ -190,7 +191,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in damaged:
-                aside = _free(self._folder / f"damaged-{step}")
+                aside = free_path(self._folder / f"damaged-{step}")
                 (self._folder / str(step)).rename(aside)
                 print(
                     f"it is kept as {aside}; the previous checkpoint is used",
@@ -235,14 +236,6 @@ def _anywhere(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).any())
-
-
-def _free(path: Path) -> Path:
-    """Returns `path`, or the path with a number added if it exists."""
-    number, free = 1, path
-    while free.exists():
-        number, free = number + 1, path.with_name(f"{path.name}-{number}")
-    return free
 
 
 def _line(error: Exception) -> str:
