@@ -112,10 +112,10 @@ def test_a_run_without_its_config_is_compared_with_its_checkpoints(
         r"data\.tokens: \d+ there, 9 now": {"data": DataConfig(tmp_path / "new.txt")},
     }
     for message, changes in others.items():
-        with pytest.raises(ValueError, match=message) as told:
+        with pytest.raises(ValueError, match=message) as raised:
             build(dataclasses.replace(config, **changes))
         carried = config.run_dir / "checkpoints" / "2" / "config.json"
-        assert f"holds another run, see {carried}:\n" in str(told.value)
+        assert f"holds another run, see {carried}:\n" in str(raised.value)
     assert not (config.run_dir / "config.json").exists()
     # Exports and evaluations read the model from the checkpoint, too.
     assert read_config(config.run_dir) == config.llama

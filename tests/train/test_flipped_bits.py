@@ -62,15 +62,15 @@ def test_a_flipped_bit_is_found_or_harmless(
         for path in sorted(newest.rglob("*"))
         if path.is_file() and path.stat().st_size
     ]
-    found, without_digest = 0, 0
+    refused, without_digest = 0, 0
     for number in range(flips):
         name, run_dir = names[number % len(names)], tmp_path / str(number)
         shutil.copytree(written.run.config.run_dir, run_dir)
         flip(run_dir / "checkpoints" / "2" / name, draw)
-        found += is_found(written, run_dir)
+        refused += is_refused(written, run_dir)
         shutil.rmtree(run_dir)
         without_digest += str(name) in WITHOUT_DIGEST
-    assert found == flips - without_digest
+    assert refused == flips - without_digest
 
 
 def flip(path: Path, draw: random.Random) -> None:
@@ -79,7 +79,7 @@ def flip(path: Path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def is_found(written: Written, run_dir: Path) -> bool:
+def is_refused(written: Written, run_dir: Path) -> bool:
     """Reads the newest checkpoint in every way; returns whether it is refused."""
     wanted = read_record(run_dir / "config.json")
     check_same_run(run_dir, dict(wanted))

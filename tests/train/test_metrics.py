@@ -167,15 +167,15 @@ def test_lost_rows_are_reported(
         path.write_bytes(content)
     MetricsFile(tmp_path, 6).close()
     assert [row["step"] for row in rows(tmp_path)] == left
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if message is None:
-        assert told == ""
+        assert printed == ""
         return
-    assert told.startswith(f"warning: {path} has lost rows: {message}")
+    assert printed.startswith(f"warning: {path} has lost rows: {message}")
     kept = tmp_path / "metrics.jsonl.damaged"
     if "row of" not in message:
         assert kept.read_bytes() == content
-        assert f"; the file is kept as {kept}" in told
+        assert f"; the file is kept as {kept}" in printed
 
 
 def test_a_finished_run_without_its_rows_ends_well(
@@ -187,9 +187,9 @@ def test_a_finished_run_without_its_rows_ends_well(
     (config.run_dir / "metrics.jsonl").unlink()
     capsys.readouterr()
     assert train(build(config), never)
-    told = capsys.readouterr()
-    assert "has lost rows: no row of steps 1 to 2\n" in told.err
-    assert f"step 2: loss unknown; {config.run_dir}\n" in told.out
+    printed = capsys.readouterr()
+    assert "has lost rows: no row of steps 1 to 2\n" in printed.err
+    assert f"step 2: loss unknown; {config.run_dir}\n" in printed.out
     # The plot is all that is left of the losses.
     assert (config.run_dir / "loss.png").read_bytes() == plot
 

@@ -114,9 +114,9 @@ def test_a_holder_on_another_host_is_waited_for(
     path = config.run_dir / "lock"
     with pytest.raises(ValueError, match=f"; if that host is gone, remove {path}$"):
         lock_run_dir(config.run_dir)
-    told = capsys.readouterr().err
-    assert f"is locked by process {holder.pid} on host " in told
-    assert "waiting up to 0.5 s, in case that host has crashed\n" in told
+    printed = capsys.readouterr().err
+    assert f"is locked by process {holder.pid} on host " in printed
+    assert "waiting up to 0.5 s, in case that host has crashed\n" in printed
     # The server has noticed the crash.
     monkeypatch.setattr(run_lock, "LEASE", 60)
     monkeypatch.setattr(run_lock.time, "sleep", lambda _: holder.kill())
@@ -164,10 +164,10 @@ def start_two(config: Config, tmp_path: Path, number: int) -> None:
         for log in logs
     ]
     statuses = [program.wait(timeout=600) for program in programs]
-    told = [log.read_text() for log in logs]
-    assert sorted(statuses) == [0, 2], told
+    printed = [log.read_text() for log in logs]
+    assert sorted(statuses) == [0, 2], printed
     runs, refused = statuses.index(0), statuses.index(2)
-    assert told[refused] == (
+    assert printed[refused] == (
         f"error: run_dir={config.run_dir} is in use by process {programs[runs].pid} on "
         f"host {socket.gethostname()}: wait until that run ends, or give another "
         "--run-dir\n"
