@@ -20,12 +20,14 @@ from train.data.batches import batches, own_rows
 from train.data.passkey import passkey_rows
 from train.data.text import load_text
 from train.data.vocabulary import Vocabulary
+from train.digests import RECORD
 from train.evaluation.held_out import Evaluation
 from train.files import write_atomically
 from train.log.wandb_run import check_wandb
 from train.mesh import make_mesh, memory_of
 from train.published import check_published, published_weights
 from train.run_dir import check_same_run, record
+from train.run_lock import RunLock, lock_run_dir
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
 from usp_jax.units import GIB
@@ -44,6 +46,7 @@ class Run:
       checkpoints: the checkpoints in the run directory.
       graphdef: the model without its parameters.
       state: the state before the first training step.
+      lock: the lock of the run directory, until the end of `train`.
     """
 
     config: Config
@@ -54,13 +57,18 @@ class Run:
     checkpoints: Checkpoints
     graphdef: nnx.GraphDef[Llama]
     state: State
+    lock: RunLock
 
 
 def build(config: Config) -> Run:
     """Reads the text, and creates the model or loads its initial weights.
 
+    Locks the run directory before it writes or removes anything there. The lock is
+    held until `train` returns, or until this process ends.
+
     Raises:
-      ValueError: the config is invalid, or the run directory holds another run.
+      ValueError: the config is invalid, or the run directory is in use or holds
+        another run.
     """
     check(config)
     check_wandb(config.log.wandb)
@@ -82,19 +90,25 @@ def build(config: Config) -> Run:
     else:
         rows = text.rows(config.sequence_length, config.seed)
     facts = {} if text is None else text.facts
-    checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
-    params = published_weights(config, mesh) if begins else None
-    graphdef, state = first_state(config, mesh, params)
-    return Run(
-        config=config,
-        mesh=mesh,
-        vocabulary=vocabulary,
-        data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
-        evaluation=Evaluation.of(config, mesh, text, graphdef),
-        checkpoints=checkpoints,
-        graphdef=graphdef,
-        state=state,
-    )
+    lock = _lock(config)
+    try:
+        checkpoints = _claim_run_dir(config, _record(config, mesh, facts))
+        params = published_weights(config, mesh) if begins else None
+        graphdef, state = first_state(config, mesh, params)
+        return Run(
+            config=config,
+            mesh=mesh,
+            vocabulary=vocabulary,
+            data=batches(rows, config.batch_size, own_rows(config.batch_size, mesh)),
+            evaluation=Evaluation.of(config, mesh, text, graphdef),
+            checkpoints=checkpoints,
+            graphdef=graphdef,
+            state=state,
+            lock=lock,
+        )
+    except Exception:
+        lock.release()
+        raise
 
 
 def _check_prompt(config: Config, vocabulary: Vocabulary) -> None:
@@ -152,12 +166,19 @@ def _record(
     return record(config, data=facts, environment=environment)
 
 
-def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
-    """Writes config.json, unless the directory holds another run."""
-    path = config.run_dir / "config.json"
-    check_same_run(path, wanted)
+def _lock(config: Config) -> RunLock:
     try:
-        checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint)
+        return lock_run_dir(config.run_dir)
+    except OSError as error:
+        raise _unwritable(config, error) from error
+
+
+def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
+    """Writes config.json, unless the directory or a checkpoint is of another run."""
+    check_same_run(config.run_dir, wanted)
+    folder = config.run_dir / "checkpoints"
+    try:
+        checkpoints = Checkpoints(folder, config.checkpoint, wanted)
     except OSError as error:
         raise _unwritable(config, error) from error
     done = checkpoints.newest() or 0
@@ -170,7 +191,8 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
     multihost_utils.sync_global_devices("run directory is compared")
     if jax.process_index() == 0:
         try:
-            write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+            text = json.dumps(wanted, indent=2) + "\n"
+            write_atomically(config.run_dir / RECORD, text)
         except OSError as error:
             raise _unwritable(config, error) from error
     return checkpoints

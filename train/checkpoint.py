@@ -5,9 +5,10 @@ killed process leaves no partial checkpoint. Writing runs in the background of t
 its errors are raised at the next training step.
 """
 
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import CheckpointConfig
-from train.digests import damage, has_digests, write_digests
+from train.digests import RECORD, damage, has_digests, write_digests
+from train.files import free_path
+from train.run_dir import checkpoint_folders
 from train.state import State
 
 T = TypeVar("T")
@@ -33,14 +36,20 @@ class CheckpointError(Exception):
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Returns True if the run has a checkpoint to resume from, damaged or not."""
-    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
+    return bool(checkpoint_folders(run_dir))
 
 
 class Checkpoints:
-    """The checkpoints of a run, limited to those that the config keeps."""
+    """The checkpoints of a run, limited to those that the config keeps.
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    Each new one carries the record of the run.
+    """
+
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, record: Mapping[str, object]
+    ):
         self._folder, self._config = folder.absolute(), config
+        self._record = json.dumps(record, indent=2) + "\n"
         self._saved = time.monotonic()
         kept = [managers.LatestN(config.keep)]
         if config.keep_period is not None:
@@ -62,6 +71,7 @@ class Checkpoints:
     def _written(self) -> None:
         # Process 0 calls this before the folder is renamed. Only one is being written.
         (folder,) = self._folder.glob("*.orbax-checkpoint-tmp*")
+        (folder / RECORD).write_text(self._record)
         write_digests(folder)
 
     def steps(self) -> list[int]:
@@ -181,7 +191,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in damaged:
-                aside = _free(self._folder / f"damaged-{step}")
+                aside = free_path(self._folder / f"damaged-{step}")
                 (self._folder / str(step)).rename(aside)
                 print(
                     f"it is kept as {aside}; the previous checkpoint is used",
@@ -226,14 +236,6 @@ def _anywhere(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).any())
-
-
-def _free(path: Path) -> Path:
-    """Returns `path`, or the path with a number added if it exists."""
-    number, free = 1, path
-    while free.exists():
-        number, free = number + 1, path.with_name(f"{path.name}-{number}")
-    return free
 
 
 def _line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from train.check import check
 from train.config import HERE, Config, MeshConfig
 from train.presets import PRESETS, preset
 from train.published import with_published_model
+from train.words import check_no_empty_value
 from usp_jax.models.execution import Tuning
 
 USAGE = "python -m train PRESET [--section.key value ...]"
@@ -18,8 +19,9 @@ def parse(arguments: Sequence[str]) -> Config:
     """Parses the command line into a run; exits after `--help` or a bad option.
 
     Raises:
-      ValueError: the preset is unknown, the config is invalid, a mesh is given together
-        with `--auto-mesh`, or the folder of `--init-from` has no model.
+      ValueError: the preset is unknown, a value is empty, the config is invalid, a mesh
+        is given together with `--auto-mesh`, or the folder of `--init-from` has no
+        model.
     """
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
@@ -34,6 +36,7 @@ def parse(arguments: Sequence[str]) -> Config:
         raise ValueError(
             f"the first argument {name!r} must be a preset: {', '.join(PRESETS)}"
         )
+    check_no_empty_value(options, allowed=["--sample.prompt"])
     config = tyro.cli(
         Config,
         default=preset(name),

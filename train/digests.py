@@ -2,9 +2,11 @@
 
 Neither orbax nor the format that it writes detects a flipped bit in an array. The
 digests are written before the folder is renamed into place, so a finished checkpoint
-without digests is from a version that did not write them.
+without digests is from a version that did not write them. Such a version did not write
+the run's record either.
 """
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from train.files import sha256
 
 NAME = "sha256.json"
+# The record of the run, see `train.run_dir`.
+RECORD = "config.json"
 # Files without a digest. orbax writes the time into the second one at the very end.
 _NOT_IN_IT = {NAME, "_CHECKPOINT_METADATA"}
 # Hashing releases the GIL.
@@ -31,6 +35,20 @@ def has_digests(folder: Path) -> bool:
     return (folder / NAME).exists()
 
 
+def read_intact(folder: Path, name: str) -> bytes | None:
+    """Reads a file of a folder; None if it is missing, damaged or has no digest."""
+    try:
+        content = (folder / name).read_bytes()
+        expected = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(expected, dict):
+        return None
+    return (
+        content if expected.get(name) == hashlib.sha256(content).hexdigest() else None
+    )
+
+
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """Describes the damage to a folder.
 
@@ -40,23 +58,30 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
       parts: number of shares into which the files are divided.
 
     Returns:
-      A description, or None if there is no damage or there are no digests.
+      A description, or None if there is no damage, or if the checkpoint is of a
+      version without digests.
     """
     if not has_digests(folder):
-        return None
+        return f"{NAME} is missing" if (folder / RECORD).exists() else None
     try:
         expected = json.loads((folder / NAME).read_bytes())
     except ValueError:
         return f"{NAME} is not JSON"
+    if not isinstance(expected, dict):
+        return f"{NAME} is not a JSON object"
     files = _files(folder)
     if missing := sorted(expected.keys() - files.keys()):
         return f"{missing[0]} is missing"
     own = sorted(expected)[part::parts]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(sha256, [files[name] for name in own])
-        for name, digest in zip(own, digests, strict=True):
-            if digest != expected[name]:
-                return f"{name} has changed since it was written"
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = list(pool.map(sha256, [files[name] for name in own]))
+    # The disk is broken, or the run has just removed the folder.
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    for name, digest in zip(own, digests, strict=True):
+        if digest != expected[name]:
+            return f"{name} has changed since it was written"
     return None
 
 

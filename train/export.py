@@ -1,7 +1,8 @@
 """`python -m train.export RUN_DIR OUT`: exports a model as a Hugging Face checkpoint.
 
-Only the parameters of the run's checkpoint are read, and the run may continue
-meanwhile. The run's tokenizer.json, if it has one, is not copied.
+Only the parameters of the run's checkpoint are exported, and the run may continue
+meanwhile. A damaged checkpoint is refused. The run's tokenizer.json, if it has one, is
+not copied.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 import usp_jax
 from train.trained import load_model, read_config
+from train.words import check_no_empty_value
 from usp_jax.models import hf
 from usp_jax.models.llama import LlamaConfig
 
@@ -39,9 +41,11 @@ def export(options: Export) -> int:
     """Exports the checkpoint and returns its step.
 
     Raises:
-      ValueError: there is no such run or checkpoint, or `out` is taken.
+      ValueError: there is no such run or checkpoint, the checkpoint is damaged, or
+        `out` is taken.
+      OSError: `out` cannot be written.
     """
-    mesh = _all_devices(read_config(options.run_dir))
+    mesh = _all_devices(read_config(options.run_dir, options.step))
     step, model = load_model(options.run_dir, options.step, mesh)
     hf.save(model, options.out, dtype=options.dtype)
     return step
@@ -56,13 +60,14 @@ def _all_devices(config: LlamaConfig) -> Mesh:
 
 
 def main() -> None:
-    """Exports a run; exits with 2 for errors that the user can fix."""
-    options = tyro.cli(Export, prog="python -m train.export")
+    """Exports a run; exits with 2 for errors that the user can fix, 1 for OS errors."""
     try:
+        check_no_empty_value(sys.argv[1:])
+        options = tyro.cli(Export, prog="python -m train.export")
         step = export(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     print(f"exported step {step} of {options.run_dir} to {options.out}")
 
 

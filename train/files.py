@@ -1,4 +1,4 @@
-"""Atomic writes and digests of files."""
+"""Atomic writes, unused names and digests of files."""
 
 import hashlib
 import os
@@ -13,6 +13,14 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def free_path(path: Path) -> Path:
+    """Returns `path`, or the path with a number added if it exists."""
+    number, free = 1, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def sha256(path: Path) -> str:

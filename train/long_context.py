@@ -1,7 +1,8 @@
 """`python -m train.long_context by-position|passkey RUN_DIR`: evaluates long contexts.
 
-Evaluates the model of a run's checkpoint, on the mesh of the run. The printed tables
-are also written to the run directory, as by_position.json and passkey.json.
+Evaluates the model of a run's checkpoint, on the mesh of the run. A damaged checkpoint
+is refused. The printed tables are also written to the run directory, as
+by_position.json and passkey.json.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from train.files import write_atomically
 from train.mesh import make_mesh
 from train.run_dir import RunRecord
 from train.trained import load_model, read_run
+from train.words import check_no_empty_value
 from usp_jax.mesh import ROLES
 from usp_jax.models.llama import Llama
 
@@ -76,9 +78,10 @@ class Passkey:
 
 def main() -> None:
     """Runs an evaluation; exits with 2 for errors that the user can fix."""
-    options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
     try:
-        run = read_run(options.run_dir)
+        check_no_empty_value(sys.argv[1:])
+        options = tyro.cli(ByPosition | Passkey, prog="python -m train.long_context")
+        run = read_run(options.run_dir, options.step)
         if run["fake_devices"] is not None:
             make_fake_devices(run["fake_devices"])
         measure(options)
@@ -91,11 +94,11 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
     """Runs an evaluation, prints and writes its results, and returns them.
 
     Raises:
-      ValueError: there is no such run, checkpoint or text, or the options do not fit
-        it.
+      ValueError: there is no such run, checkpoint or text, the checkpoint is damaged,
+        or the options do not fit it.
     """
     _check(options)
-    run = read_run(options.run_dir)
+    run = read_run(options.run_dir, options.step)
     sizes = {name: run["mesh"][name] for name in ROLES}
     mesh = make_mesh(MeshConfig(**sizes))
     step, model = load_model(options.run_dir, options.step, mesh)

@@ -2,19 +2,20 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 
 from train.build import Run
+from train.config import Config
 from train.data.batches import Batch, describe, place
 from train.data.token_folder import DataGone
 from train.evaluation.sample import sample
 from train.log.banner import alive, banner
 from train.log.draw import draw_loss
 from train.log.profiler import Profiler
-from train.log.rows import read_rows
+from train.log.rows import SavedRow, read_rows
 from train.log.steps import GaveUp, Log
 from train.log.watchdog import watch
 from train.state import State, on_devices, with_params
@@ -60,9 +61,10 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     checkpoints.close()
     if step < config.steps:
         tell(f"stopped after step {step}; the same command resumes from there")
-        return False
-    _report(run, state)
-    return True
+    else:
+        _report(run, state)
+    run.lock.release()
+    return step == config.steps
 
 
 def _steps(
@@ -154,14 +156,21 @@ def _describe(pipeline: Pipeline) -> str:
     )
 
 
+def _last_loss(rows: Sequence[SavedRow], config: Config) -> str:
+    if not rows or rows[-1]["step"] != config.steps:
+        return "unknown"
+    loss = rows[-1]["loss"]
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def _report(run: Run, state: State) -> None:
     config = run.config
     if jax.process_index() == 0:
-        rows = read_rows(config.run_dir / "metrics.jsonl")
-        draw_loss(rows, config.run_dir / "loss.png")
-        loss = rows[-1]["loss"]
-        shown = "not finite" if loss is None else f"{loss:.4f}"
-        tell(f"step {config.steps}: loss {shown}; {config.run_dir}")
+        rows, _ = read_rows(config.run_dir / "metrics.jsonl")
+        # Without rows, an earlier plot is all that is left of the losses.
+        if rows:
+            draw_loss(rows, config.run_dir / "loss.png")
+        tell(f"step {config.steps}: loss {_last_loss(rows, config)}; {config.run_dir}")
     if config.sample.length:
         params = on_devices(state.params, config, run.mesh)
         model = with_params(run.graphdef, params)

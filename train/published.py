@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from train.config import Config
 from train.data.vocabulary import Vocabulary
-from train.trained import read_config, read_run
+from train.run_dir import find_record
+from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
@@ -116,9 +117,8 @@ def _folder_config(folder: Path) -> LlamaConfig:
 
 def _begun(config: Config) -> LlamaConfig | None:
     """The model of the existing run, if it was initialized from the same folder."""
-    if not (config.run_dir / "config.json").exists():
-        return None
-    if read_run(config.run_dir).get("init_from") != str(config.init_from):
+    record = find_record(config.run_dir)
+    if record is None or record.get("init_from") != str(config.init_from):
         return None
     return read_config(config.run_dir)
 

@@ -1,12 +1,19 @@
-"""The run directory: config.json, and the check that it belongs to the same run."""
+"""The record of a run, and the check that a run directory belongs to the same run.
+
+The record is in config.json, and each checkpoint carries the one that it was made with.
+"""
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import jax
+
 from train.config import Config, ModelConfig, flatten
+from train.digests import RECORD, read_intact
 from usp_jax.models.execution import Computation
 
 # Options that may change when a run is resumed: where and how fast it is computed, what
@@ -83,23 +90,80 @@ def record(config: Config, **facts: Mapping[str, object]) -> dict[str, object]:
     return tree
 
 
-def check_same_run(path: Path, wanted: dict[str, object]) -> None:
-    """Raises ValueError if config.json describes another run."""
-    if not path.exists():
-        return
-    old, new = flatten(read_record(path)), flatten(wanted)
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's finished checkpoints, damaged or not, by step."""
+    folders = (run_dir / "checkpoints").glob("*")
+    steps = (folder for folder in folders if folder.name.isdigit())
+    return sorted(steps, key=lambda folder: int(folder.name))
+
+
+def check_same_run(run_dir: Path, wanted: dict[str, object]) -> None:
+    """Raises ValueError if config.json or a checkpoint is of another run.
+
+    A checkpoint with a damaged record is not compared: its digests refuse it.
+    """
+    path, records = run_dir / RECORD, {}
+    if path.exists():
+        records[path] = read_record(path)
+    folders = checkpoint_folders(run_dir)
+    for folder in folders:
+        carried = carried_record(folder)
+        if carried is not None:
+            records[folder / RECORD] = carried
+    if folders and not records and jax.process_index() == 0:
+        print(
+            f"warning: {path} is missing, and no checkpoint carries a copy: it is not "
+            "known whether the options are those of the run",
+            file=sys.stderr,
+        )
+    for path, old in records.items():
+        if differing := _differences(old, wanted):
+            lines = [f"run_dir={run_dir} holds another run, see {path}:", *differing]
+            raise ValueError(
+                "\n".join(lines)
+                + "\ngive its values to resume it, or another --run-dir to start over"
+            )
+
+
+def _differences(old_record: RunRecord, wanted: dict[str, object]) -> list[str]:
+    """Describes each difference between two records that makes them other runs."""
+    old, new = flatten(old_record), flatten(wanted)
     # Options that did not exist yet had the effect of their defaults.
     old = _defaults() | {name: new.get(name) for name in NEWER_FACTS} | old
-    differing = [
+    return [
         f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not _is_free(name)
     ]
-    if differing:
-        raise ValueError(
-            "\n".join([f"run_dir={path.parent} holds another run:", *differing])
-            + "\ngive its values to resume it, or another --run-dir to start over"
-        )
+
+
+def carried_record(checkpoint: Path) -> RunRecord | None:
+    """The record that a checkpoint carries; None if there is none or it is damaged."""
+    content = read_intact(checkpoint, RECORD)
+    return None if content is None else json.loads(content)
+
+
+def find_record(run_dir: Path, step: int | None = None) -> RunRecord | None:
+    """The record of a run at a checkpoint.
+
+    Args:
+      run_dir: folder of the run.
+      step: step of the checkpoint; None is the newest.
+
+    Returns:
+      The checkpoint's own record, else config.json, else None.
+
+    Raises:
+      ValueError: config.json is damaged.
+    """
+    folders = checkpoint_folders(run_dir)
+    if step is not None:
+        folders = [folder for folder in folders if int(folder.name) == step]
+    carried = carried_record(folders[-1]) if folders else None
+    path = run_dir / RECORD
+    if carried is None and path.exists():
+        return read_record(path)
+    return carried
 
 
 def read_record(path: Path) -> RunRecord:

@@ -31,6 +31,7 @@ from train.data.token_folder import (
 )
 from train.data.vocabulary import Vocabulary
 from train.files import write_atomically
+from train.words import check_no_empty_value
 
 # Each is a thread.
 MOST_WORKERS = 10_000
@@ -210,11 +211,12 @@ def _progress(files: Sequence[Path]) -> _Progress:
 
 def main() -> None:
     """Tokenizes; exits with 2 for errors that the user can fix, 1 for OS errors."""
-    options = tyro.cli(Tokenize, prog="python -m train.tokenize")
-    if options.workers is not None:
-        # The tokenizers library reads this when it first encodes.
-        os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     try:
+        check_no_empty_value(sys.argv[1:])
+        options = tyro.cli(Tokenize, prog="python -m train.tokenize")
+        if options.workers is not None:
+            # The tokenizers library reads this when it first encodes.
+            os.environ["RAYON_NUM_THREADS"] = str(options.workers)
         counts = tokenize(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,17 +1,19 @@
 """Loads the model of a run from a checkpoint; the run may continue meanwhile.
 
-Only the parameters of the checkpoint are read.
+Only the parameters of the checkpoint are restored, but the digests of all its files are
+checked before.
 """
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from train.run_dir import RunRecord, read_record
+from train.digests import damage, has_digests
+from train.run_dir import RunRecord, find_record
 from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from usp_jax.models.sharding import parameter_shapes, parameter_shardings
@@ -29,10 +31,10 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
       The step of the checkpoint, and the model.
 
     Raises:
-      ValueError: there is no such run or checkpoint, or the mesh cannot split the
-        model.
+      ValueError: there is no such run or checkpoint, the checkpoint is damaged, or the
+        mesh cannot split the model.
     """
-    config = read_config(run_dir)
+    config = read_config(run_dir, step)
     shardings, dtype = parameter_shardings(config, mesh), config.stored_dtype
     wanted = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
@@ -42,13 +44,13 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
     return step, Llama.of_parameters(config, params, mesh=mesh)
 
 
-def read_config(run_dir: Path) -> LlamaConfig:
-    """Reads the model configuration of a run from its config.json.
+def read_config(run_dir: Path, step: int | None = None) -> LlamaConfig:
+    """Reads the model configuration of a run, as `read_run` does.
 
     Raises:
       ValueError: there is no run.
     """
-    record = read_run(run_dir)
+    record = read_run(run_dir, step)
     model = record["model"]
     scaling = model.get("rope_scaling")
     if scaling is not None:
@@ -60,16 +62,20 @@ def read_config(run_dir: Path) -> LlamaConfig:
     return LlamaConfig(**model, dtype=record["dtype"])
 
 
-def read_run(run_dir: Path) -> RunRecord:
-    """Reads the config.json of a run.
+def read_run(run_dir: Path, step: int | None = None) -> RunRecord:
+    """Reads the record that a checkpoint was made with, or the run's config.json.
+
+    Args:
+      run_dir: folder of the run.
+      step: step of the checkpoint; None is the newest.
 
     Raises:
       ValueError: there is no run.
     """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise ValueError(f"run_dir={run_dir} is not a run: it has no {path.name}")
-    return read_record(path)
+    record = find_record(run_dir, step)
+    if record is None:
+        raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
+    return record
 
 
 def _restore(
@@ -88,11 +94,41 @@ def _restore(
             raise ValueError(
                 f"run_dir={run_dir} has no checkpoint of step {step}; it has {steps}"
             )
+        _check_intact(run_dir, folder, step, steps)
         tree = {"params": wanted}
         state = ocp.args.PyTreeRestore(
             tree,
             restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
             partial_restore=True,
         )
-        restored = manager.restore(step, args=ocp.args.Composite(state=state))
+        args = ocp.args.Composite(state=state)
+        try:
+            restored = manager.restore(step, args=args)
+        # The readers may raise anything for an old checkpoint without digests.
+        except Exception as error:
+            if has_digests(folder / str(step)):
+                raise
+            raise ValueError(
+                f"run_dir={run_dir}: the checkpoint of step {step} cannot be read: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
     return step, restored.state["params"]
+
+
+def _check_intact(run_dir: Path, folder: Path, step: int, steps: Sequence[int]) -> None:
+    """Raises ValueError if a checkpoint is damaged, naming the intact one before it."""
+    wrong = damage(folder / str(step))
+    if wrong is None:
+        return
+    older = (other for other in reversed(steps) if other < step)
+    intact = (other for other in older if damage(folder / str(other)) is None)
+    before = next(intact, None)
+    remedy = (
+        "no checkpoint before it is intact"
+        if before is None
+        else f"give --step {before} for the one before"
+    )
+    raise ValueError(
+        f"run_dir={run_dir}: the checkpoint of step {step} is damaged: {wrong}; "
+        f"{remedy}"
+    )

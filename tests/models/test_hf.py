@@ -1,8 +1,10 @@
 """Checkpoints in the Hugging Face format: transformers' logits, bits, and mistakes."""
 
+import errno
 import importlib.util
 import itertools
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -549,6 +551,55 @@ def test_wrong_saves_raise(tmp_path):
     with pytest.raises(ValueError, match="file_bytes=0 must be positive"):
         hf.save(model, tmp_path / "new", file_bytes=0)
     assert not (tmp_path / "new").exists()
+
+
+def no_space(path, *_):
+    """Fails as on a disk that fills up: the file is there, but empty."""
+    path.touch()
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_full_disk_leaves_nothing_that_blocks_a_retry(tmp_path, monkeypatch):
+    first, second = write(tmp_path / "first", CONFIGS["plain"]), tmp_path / "second"
+    model = load(first, {})
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", no_space)
+        with pytest.raises(OSError, match="No space left on device"):
+            hf.save(model, second)
+    assert not list(second.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*"):
+            hf.save(model, second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(second.iterdir())
+    hf.save(model, second)
+    chex.assert_trees_all_equal(folder_tensors(second), folder_tensors(first))
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_a_save_that_was_killed_is_repeated(tmp_path, monkeypatch, moved):
+    """Killed between the renames, with another division into files afterwards."""
+    first, second = write(tmp_path / "first", CONFIGS["plain"]), tmp_path / "second"
+    model, left, rename = load(first, {}), [True] * moved, Path.rename
+
+    def killed(path, target):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return rename(path, target)
+
+    with monkeypatch.context() as kill:
+        kill.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            hf.save(model, second, file_bytes=50_000)
+    assert not (second / "config.json").exists()
+    hf.save(model, second)
+    names = {path.name for path in second.iterdir()}
+    assert names == {"config.json", "model.safetensors"}
+    chex.assert_trees_all_equal(folder_tensors(second), folder_tensors(first))
 
 
 def test_a_loaded_model_is_trained_on(tmp_path):

@@ -28,7 +28,7 @@ def tries(folder: Path, step: int) -> None:
     """Writes a checkpoint and returns the outcome."""
     data = batches_of(corpus_of([50, 90]), length=8, batch_size=4, seed=1)
     try:
-        checkpoints = Checkpoints(folder, CheckpointConfig(keep=5))
+        checkpoints = Checkpoints(folder, CheckpointConfig(keep=5), {})
         checkpoints.save(step, some_state(step), data)
         checkpoints.close()
     except (CheckpointError, OSError) as error:
@@ -39,7 +39,7 @@ def tries(folder: Path, step: int) -> None:
 
 def restores(folder: Path) -> None:
     data = batches_of(corpus_of([50, 90]), length=8, batch_size=4, seed=1)
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=5))
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=5), {})
     state, step = checkpoints.restore_newest(some_state(0), data)
     same = np.array_equal(state.params["w"], some_state(step).params["w"])
     print(f"restored {step}, the same: {same}")

@@ -12,6 +12,8 @@ import tokenizers
 from tests.train.runs import ROOT, run_here, small_config
 from train.build import build
 from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from train.run_dir import check_same_run, record
+from train.trained import read_config
 
 
 @pytest.fixture
@@ -116,9 +118,48 @@ def test_a_run_directory_of_another_run(config: Config, tmp_path: Path) -> None:
     for message, changes in others.items():
         with pytest.raises(ValueError, match=message) as raised:
             build(dataclasses.replace(config, **changes))
-        assert f"run_dir={config.run_dir} holds another run:" in str(raised.value)
+        assert f"run_dir={config.run_dir} holds another run, see " in str(raised.value)
         assert "or another --run-dir to start over" in str(raised.value)
     assert (config.run_dir / "config.json").read_text() == before
+
+
+def test_a_run_without_its_config_is_compared_with_its_checkpoints(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    run_here(config)
+    (config.run_dir / "config.json").unlink()
+    (tmp_path / "new.txt").write_text("nine char")
+    others = {
+        r"optimizer\.learning_rate: 0\.003 there, 0\.5 now": {
+            "optimizer": OptimizerConfig(learning_rate=0.5, warmup_steps=5)
+        },
+        "seed: 0 there, 7 now": {"seed": 7},
+        "batch_size: 8 there, 4 now": {"batch_size": 4},
+        r"data\.tokens: \d+ there, 9 now": {"data": DataConfig(tmp_path / "new.txt")},
+    }
+    for message, changes in others.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            build(dataclasses.replace(config, **changes))
+        carried = config.run_dir / "checkpoints" / "2" / "config.json"
+        assert f"holds another run, see {carried}:\n" in str(raised.value)
+    assert not (config.run_dir / "config.json").exists()
+    # Exports and evaluations read the model from the checkpoint, too.
+    assert read_config(config.run_dir) == config.llama
+    build(config)
+    assert (config.run_dir / "config.json").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_run_without_any_record_resumes_with_a_warning(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The checkpoint of a version that wrote neither digests nor records.
+    (config.run_dir / "checkpoints" / "2").mkdir(parents=True)
+    check_same_run(config.run_dir, record(config))
+    assert (
+        "config.json is missing, and no checkpoint carries" in capsys.readouterr().err
+    )
 
 
 def test_a_tokenizer_of_another_run(config: Config, tmp_path: Path) -> None:

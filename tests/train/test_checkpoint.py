@@ -52,7 +52,7 @@ def values(state: State):
 
 
 def opened(folder: Path, **config) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(**config))
+    return Checkpoints(folder, CheckpointConfig(**config), {"seed": 1})
 
 
 def fill(folder: Path, steps: tuple[int, ...] = (1, 2, 3), **config) -> None:
@@ -171,6 +171,16 @@ def half_the_digests(step: Path) -> None:
     os.truncate(step / "sha256.json", 100)
 
 
+def other_record(step: Path) -> None:
+    """Changes an option without making the file invalid."""
+    path = step / "config.json"
+    path.write_text(path.read_text().replace("1", "3"))
+
+
+def no_digests(step: Path) -> None:
+    (step / "sha256.json").unlink()
+
+
 DAMAGE = {
     flip_a_bit: "state/.* has changed since it was written",
     cut_short: "state/.* has changed since it was written",
@@ -178,6 +188,8 @@ DAMAGE = {
     no_data: "data/.* is missing",
     no_metadata: "state/_METADATA is missing",
     half_the_digests: "sha256.json is not JSON",
+    other_record: "config.json has changed since it was written",
+    no_digests: "sha256.json is missing",
 }
 
 
@@ -225,7 +237,8 @@ def test_checkpoints_without_digests_are_used(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in "123":
-        (folder / step / "sha256.json").unlink()
+        for name in ("sha256.json", "config.json"):
+            (folder / step / name).unlink()
     check_restored(folder, 3)
     no_state(folder / "3")
     check_restored(folder, 2)

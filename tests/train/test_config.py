@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.train.runs import options, small_config
+from train import export, long_context, tokenize
 from train.check import check
 from train.cli import parse
 from train.config import (
@@ -39,6 +42,15 @@ WRONG = {
         r"optimizer\.final_fraction=2\.0 must be between 0 and 1",
     ),
     "prompt": (["--sample.prompt", ""], r"sample\.prompt='' must have at least one"),
+    "empty run directory": (["--run-dir", ""], "--run-dir='' must not be empty"),
+    "empty path": (
+        ["--data.path="],
+        r"--data\.path='' must not be empty: leave it out",
+    ),
+    "empty path of a mixture": (
+        ["--data.mixture", "a", "0.5", "", "2"],
+        r"--data\.mixture='' must not be empty",
+    ),
     "layout": (
         ["--layout", "spiral"],
         r"layout='spiral' must be one of \('contiguous', 'zigzag', 'striped', 'bala",
@@ -209,9 +221,24 @@ def test_rope_can_be_stretched(tmp_path: Path) -> None:
     other = parse(["tiny", "--steps", "5", *linear.replace("linear", "ntk").split()])
     path = tmp_path / "config.json"
     path.write_text(json.dumps(record(config)))
-    check_same_run(path, record(config))
+    check_same_run(tmp_path, record(config))
     with pytest.raises(ValueError, match="'LinearScaling' there, 'NTKScaling' now"):
-        check_same_run(path, record(other))
+        check_same_run(tmp_path, record(other))
+
+
+@pytest.mark.parametrize("command", [export, long_context, tokenize])
+def test_the_other_commands_refuse_empty_paths(
+    command: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "", "out"])
+    with pytest.raises(SystemExit, match="^2$"):
+        command.main()
+    assert capsys.readouterr().err == (
+        "error: path='' must not be empty: leave it out or give a value; "
+        "the current directory is '.'\n"
+    )
 
 
 def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
@@ -235,12 +262,12 @@ def test_a_run_older_than_an_option_resumes(tmp_path: Path) -> None:
         del old["data"][name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(old))
-    check_same_run(path, record(config, data=facts))
+    check_same_run(tmp_path, record(config, data=facts))
     data = dataclasses.replace(config.data, eval_fraction=0.5)
     other = dataclasses.replace(config, data=data)
     message = r"data\.eval_fraction: 0\.0 there, 0\.5 now"
     with pytest.raises(ValueError, match=message):
-        check_same_run(path, record(other, data=facts))
+        check_same_run(tmp_path, record(other, data=facts))
     path.write_text(json.dumps(old)[:50])
     with pytest.raises(ValueError, match=r"config\.json is damaged: .* remove it if"):
-        check_same_run(path, record(config, data=facts))
+        check_same_run(tmp_path, record(config, data=facts))

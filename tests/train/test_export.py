@@ -1,7 +1,11 @@
-"""A run's checkpoint in the Hugging Face format is the run's model."""
+"""A run's checkpoint in the Hugging Face format is the run's model.
+
+Evaluations read checkpoints by the same function, and refuse the same ones.
+"""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -9,9 +13,11 @@ import pytest
 from flax import nnx
 
 from tests.train.runs import small_config
+from tests.train.test_checkpoint import DAMAGE
 from train.build import build
 from train.config import MeshConfig
 from train.export import Export, export
+from train.long_context import ByPosition, measure
 from train.run_dir import record
 from train.trained import read_config
 from usp_jax.models import hf
@@ -50,3 +56,34 @@ def test_a_stretched_model_is_read_from_the_runs_config(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a run: it has no config.json"):
         export(Export(tmp_path, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with the checkpoints of steps 1 and 2."""
+    run = build(small_config(tmp_path_factory.mktemp("two"), mesh=MeshConfig()))
+    for step in (1, 2):
+        run.checkpoints.save(step, run.state, run.data)
+    run.checkpoints.close()
+    return run.config.run_dir
+
+
+@pytest.mark.parametrize("do", DAMAGE, ids=lambda do: do.__name__)
+def test_a_damaged_checkpoint_is_refused(do, two_steps: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_steps, run_dir)
+    do(run_dir / "checkpoints" / "2")
+    message = (
+        rf"run_dir=.*: the checkpoint of step 2 is damaged: {DAMAGE[do]}; give --step "
+        "1 for the one before"
+    )
+    for step in (None, 2):
+        with pytest.raises(ValueError, match=message):
+            export(Export(run_dir, tmp_path / "out", step=step))
+        with pytest.raises(ValueError, match=message):
+            measure(ByPosition(run_dir, step=step))
+    assert not (tmp_path / "out").exists()
+    assert export(Export(run_dir, tmp_path / "out", step=1)) == 1
+    do(run_dir / "checkpoints" / "1")
+    with pytest.raises(ValueError, match=r"; no checkpoint before it is intact"):
+        export(Export(run_dir, tmp_path / "out"))

@@ -117,7 +117,7 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
     # Killed while it wrote a row.
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(path)[0]] == [1, 2, 3]
     metrics = MetricsFile(tmp_path, 2)
     metrics.write({"step": 3, "loss": 9.0, "mfu_full": None})
     metrics.close()
@@ -126,6 +126,74 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
         {"step": 2, "loss": 2.5},
         {"step": 3, "loss": 9.0, "mfu_full": None},
     ]
+
+
+def row_lines(*steps: int) -> str:
+    return "".join(f'{{"step": {n}, "loss": {n}.5}}\n' for n in steps)
+
+
+# What a metrics.jsonl of six steps has become, the steps whose rows are left, and what
+# is printed on resuming from step 6.
+LOST = {
+    "gone": (None, [], "no row of steps 1 to 6"),
+    "empty": (b"", [], "no row of steps 1 to 6"),
+    "cut short": (row_lines(1, 2, 3)[:-5].encode(), [1, 2], "no row of steps 3 to 6"),
+    "broken": (
+        (row_lines(1, 2) + '{"step": 3, "lo' + row_lines(4, 5, 6)).encode(),
+        [1, 2, 5, 6],
+        "line 3 is not a row",
+    ),
+    "not text": (
+        row_lines(1, 2).encode() + b"\xff\x00\n[" + row_lines(4, 5, 6).encode(),
+        [1, 2, 5, 6],
+        "lines 3, 4 are not rows",
+    ),
+    "not rows": (
+        (row_lines(1) + '[]\n{"step": "2"}\n{"step": 3}\n' + row_lines(4, 6)).encode(),
+        [1, 4, 6],
+        "lines 2, 3, 4 are not rows",
+    ),
+    "whole": (row_lines(1, 2, 3, 4, 5, 6, 7).encode(), [1, 2, 3, 4, 5, 6], None),
+    "every second step": (row_lines(2, 4).encode(), [2, 4], "no row of steps 5 to 6"),
+    "every fifth step": (row_lines(5).encode(), [5], None),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_lost_rows_are_reported(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, left, message = LOST[case]
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    MetricsFile(tmp_path, 6).close()
+    assert [row["step"] for row in rows(tmp_path)] == left
+    printed = capsys.readouterr().err
+    if message is None:
+        assert printed == ""
+        return
+    assert printed.startswith(f"warning: {path} has lost rows: {message}")
+    kept = tmp_path / "metrics.jsonl.damaged"
+    if "row of" not in message:
+        assert kept.read_bytes() == content
+        assert f"; the file is kept as {kept}" in printed
+
+
+def test_a_finished_run_without_its_rows_ends_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path, mesh=MeshConfig(data=2), steps=2)
+    run_here(config)
+    plot = (config.run_dir / "loss.png").read_bytes()
+    (config.run_dir / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert train(build(config), never)
+    printed = capsys.readouterr()
+    assert "has lost rows: no row of steps 1 to 2\n" in printed.err
+    assert f"step 2: loss unknown; {config.run_dir}\n" in printed.out
+    # The plot is all that is left of the losses.
+    assert (config.run_dir / "loss.png").read_bytes() == plot
 
 
 def test_a_full_disk_raises(tmp_path: Path) -> None:
@@ -145,7 +213,7 @@ def test_a_full_disk_raises(tmp_path: Path) -> None:
         metrics.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")[0]]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from train.files import write_atomically
+from train.files import free_path, write_atomically
 from train.log.flops import StepFlops
-from train.log.rows import MetricsRow, Rates, line_of, read_rows
+from train.log.rows import MetricsRow, Rates, line_of, lost_rows, read_rows
 from train.log.tensorboard import Events
 
 
@@ -44,11 +46,18 @@ def peak_bytes() -> int | None:
 
 
 class MetricsFile:
-    """A metrics.jsonl and its TensorBoard events, resumed after a given step."""
+    """A metrics.jsonl and its TensorBoard events, resumed after a given step.
 
-    def __init__(self, run_dir: Path, step: int):
+    Rows that are lost are reported, and a file with other lines is kept.
+    """
+
+    def __init__(self, run_dir: Path, step: int, every: int = 1):
         path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        rows, broken = read_rows(path)
+        kept = [row for row in rows if row["step"] <= step]
+        lost = lost_rows(kept, broken, step=step, every=every)
+        if lost is not None:
+            _report(path, lost, keep=bool(broken))
         write_atomically(path, "".join(map(line_of, kept)))
         self._run_dir, self._file = run_dir, path.open("a")
         self._events = Events(run_dir / "tensorboard", step)
@@ -84,6 +93,16 @@ class MetricsFile:
         for file in (self._file, self._events):
             with contextlib.suppress(OSError):
                 file.close()
+
+
+def _report(path: Path, lost: str, *, keep: bool) -> None:
+    """Prints what a file has lost, and keeps a copy of it."""
+    message = f"warning: {path} has lost rows: {lost}"
+    if keep:
+        copy = free_path(path.with_name(f"{path.name}.damaged"))
+        shutil.copyfile(path, copy)
+        message += f"; the file is kept as {copy}"
+    print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

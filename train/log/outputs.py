@@ -24,14 +24,14 @@ class Outputs:
             print(
                 f"MFU is not reported: the peak FLOP/s of a {kind!r} device is unknown"
             )
-        self._file = MetricsFile(config.run_dir, step)
+        self._file = MetricsFile(config.run_dir, step, config.log.every)
         self._progress = Progress(config.log, step=step, steps=config.steps)
         self._wandb = None if config.log.wandb is None else WandbRun(config)
-        losses = [row["loss"] for row in read_rows(config.run_dir / "metrics.jsonl")]
+        rows, _ = read_rows(config.run_dir / "metrics.jsonl")
         self._spikes = Spikes(
             factor=config.log.spike_factor,
             window=config.log.spike_window,
-            losses=[loss for loss in losses if loss is not None],
+            losses=[row["loss"] for row in rows if row["loss"] is not None],
         )
 
     def write(

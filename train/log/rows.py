@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 
 class StepMetrics(TypedDict):
@@ -49,12 +50,57 @@ class SavedRow(TypedDict):
     loss: float | None
 
 
-def read_rows(path: Path) -> list[SavedRow]:
-    """Reads the rows of a metrics.jsonl, without an incomplete last line."""
+def read_rows(path: Path) -> tuple[list[SavedRow], list[int]]:
+    """Reads a metrics.jsonl, without an incomplete last line.
+
+    Returns:
+      The rows, and the numbers of the lines that are not rows, from 1.
+    """
     if not path.exists():
-        return []
-    *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
+        return [], []
+    *lines, _ = path.read_bytes().split(b"\n")
+    read = [_row(line) for line in lines]
+    rows = [row for row in read if row is not None]
+    return rows, [number for number, row in enumerate(read, 1) if row is None]
+
+
+def _row(line: bytes) -> SavedRow | None:
+    """Reads a line; None if it is not a row."""
+    try:
+        row = json.loads(line)
+    # Lines of damaged files may be anything, such as a hundred thousand brackets.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    is_row = "loss" in row and isinstance(row["loss"], float | int | None)
+    return cast(SavedRow, row) if is_row else None
+
+
+def lost_rows(
+    rows: Sequence[SavedRow], broken: Sequence[int], *, step: int, every: int
+) -> str | None:
+    """Describes the rows that a metrics.jsonl has lost.
+
+    Args:
+      rows: the rows that are left, up to `step`.
+      broken: the numbers of the lines that are not rows.
+      step: the number of training steps done.
+      every: the number of steps between rows; it may have been another one before.
+
+    Returns:
+      A description, or None if no row is known to be lost.
+    """
+    lost = []
+    if broken:
+        numbers = ", ".join(map(str, broken))
+        one = f"line {numbers} is not a row"
+        lost.append(one if len(broken) == 1 else f"lines {numbers} are not rows")
+    steps = [0, *(row["step"] for row in rows)]
+    longest = max((after - before for before, after in pairwise(steps)), default=0)
+    if steps[-1] + max(longest, every) <= step:
+        lost.append(f"no row of steps {steps[-1] + 1} to {step}")
+    return ", and ".join(lost) or None
 
 
 def line_of(row: Mapping[str, object]) -> str:

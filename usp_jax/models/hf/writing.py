@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from usp_jax.models.execution import DTYPES
@@ -20,6 +21,8 @@ from usp_jax.models.hf.keys import write_config
 from usp_jax.models.hf.names import Tensor, tensors, to_tensor
 from usp_jax.models.llama import Llama
 
+# Subfolder of the files that are being written.
+_UNFINISHED = ".unfinished"
 # Files of a checkpoint that do not concern the model's weights.
 _COMPANIONS = (
     "chat_template.jinja",
@@ -43,8 +46,9 @@ def save(
 
     `load` and transformers can read them. Every process must call this; process 0
     writes, into a folder that all processes see. Process 0 holds one file's tensors in
-    memory, the others one tensor. config.json is written last, so a folder that has it
-    is complete.
+    memory, the others one tensor. All files are written to the subfolder `.unfinished`
+    and then renamed, config.json last: a folder that has it is complete, and a save
+    that failed or was killed can be repeated.
 
     Args:
       model: on any mesh.
@@ -57,6 +61,7 @@ def save(
 
     Raises:
       ValueError: the folder already has a checkpoint, or an argument is invalid.
+      OSError: a file cannot be written; nothing of the new checkpoint is left.
     """
     stored = model.config.stored_dtype
     folder, dtype = Path(path), jnp.dtype(stored if dtype is None else dtype)
@@ -64,7 +69,10 @@ def save(
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
     if file_bytes < 1:
         raise ValueError(f"{file_bytes=} must be positive")
-    existing = [*folder.glob("*.safetensors"), *folder.glob(CONFIG)]
+    beside = folder / _UNFINISHED
+    # Those of a save that was killed while it renamed its files do not count.
+    weights = [] if beside.exists() else folder.glob("*.safetensors")
+    existing = [*weights, *folder.glob(CONFIG)]
     notes = {} if like is None else read_json(Path(like) / CONFIG)
     # All processes must look before process 0 writes.
     multihost_utils.sync_global_devices("folder is looked at")
@@ -75,12 +83,45 @@ def save(
     config = write_config(model.config, dtype.name, notes)
     is_writer = jax.process_index() == 0
     if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
-        _copy_companions(like, folder)
-    _write_tensors(model, folder, dtype, file_bytes, is_writer)
+        _begin(beside)
+    try:
+        if is_writer:
+            _copy_companions(like, beside)
+        _write_tensors(model, beside, dtype, file_bytes, is_writer)
+        if is_writer:
+            (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            _sync(beside)
+    except BaseException:
+        if is_writer:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
     if is_writer:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _move_up(beside)
     multihost_utils.sync_global_devices("checkpoint is written")
+
+
+def _begin(beside: Path) -> None:
+    """Creates the folder of unfinished files, without those of a killed save."""
+    if beside.exists():
+        # Some may have been renamed already.
+        for path in [*beside.parent.glob("*.safetensors"), beside.parent / INDEX]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True)
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the files of a folder are on disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _move_up(beside: Path) -> None:
+    """Renames all files into the parent folder, config.json last."""
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == CONFIG):
+        path.rename(beside.parent / path.name)
+    beside.rmdir()
 
 
 def _write_tensors(
@@ -96,7 +137,10 @@ def _write_tensors(
             if is_writer:
                 contents[name] = to_tensor(by_name[name].parameter, x).astype(dtype)
         if is_writer:
-            save_file(contents, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(contents, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder / file} cannot be written: {error}") from error
     if is_writer and len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
         index = {

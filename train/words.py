@@ -1,0 +1,27 @@
+"""A check of a command's words that is impossible once they are parsed."""
+
+from collections.abc import Sequence
+
+
+def check_no_empty_value(words: Sequence[str], allowed: Sequence[str] = ()) -> None:
+    """Raises ValueError if an option or a position has the empty string as its value.
+
+    Such a value comes from an unset variable of a shell. As a path, it would be the
+    current directory.
+
+    Args:
+      words: the words of a command line.
+      allowed: options whose value may be empty.
+    """
+    name = "path"
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            name, has_value, value = word.partition("=")
+            if not has_value:
+                continue
+        if not value and name.replace("_", "-") not in allowed:
+            raise ValueError(
+                f"{name}='' must not be empty: leave it out or give a value; the "
+                "current directory is '.'"
+            )
