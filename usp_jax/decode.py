@@ -59,7 +59,8 @@ def decode_attention(
         sequence. N must be a multiple of the cache's K.
       cache: from `KVCache.of` or, inside a `jax.shard_map`, from `KVCache.of_shards`.
       **options: the options of `usp_attention`. `positions`, integers [B, T], is
-        required: causal and window masks compare it with the cache's positions.
+        required: causal and window masks compare it with the cache's positions, and
+        the differences must fit into int32.
         `segment_ids`, integers [B, T], are those of the queries; None means document 0,
         and a query with id -1 has output 0. `is_causal` defaults to True. `layout`,
         `prefix_length`, dropout, `ring_schedule` and `ulysses_chunks` are refused.
@@ -95,7 +96,9 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     needs = ("positions", *(("alibi_slopes",) if by_head[1] is not None else ()))
     step = _Step(
         cache.shards,
-        arguments.logits(options["scale"], options["logits_soft_cap"], head_size),
+        arguments.logits(
+            options["scale"], options["logits_soft_cap"], head_size, query.dtype
+        ),
         arguments.mask_rule(options["is_causal"], options["local_window_size"]),
         kernels.choose(
             options["implementation"],
