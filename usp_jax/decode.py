@@ -19,6 +19,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -67,6 +68,7 @@ def decode_attention(
 
     Returns:
       The result of `usp_attention`, replicated over the devices that share a sequence.
+        NaN if tokens were appended past the end of the cache.
 
     Raises:
       ValueError: shapes, dtypes or names do not fit, or an option is refused.
@@ -109,7 +111,8 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
         ),
     )
     tokens = tokens_of(options["positions"], options["segment_ids"], query.shape)
-    out, lse = _attend_on_all(step, query, by_head, tokens, cache.pages)
+    lost = None if cache.overflowed is np.False_ else cache.overflowed
+    out, lse = _attend_on_all(step, query, by_head, tokens, cache.pages, lost)
     return (out, lse) if options["return_residual"] else out
 
 
@@ -134,6 +137,7 @@ def _attend_on_all(
     by_head: ByHead,
     tokens: Tokens,
     pages: tuple[Page, ...],
+    lost: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     shards = step.shards
     kvs, kv_tokens = zip(*(page.parts for page in pages), strict=True)
@@ -142,6 +146,8 @@ def _attend_on_all(
     args = vary_like(args, (args, shards.bound_indices()))
     run = shards.run(partial(_attend, step), dims, (NEW, NEW))
     out, lse = run(*shards.place(args, dims))
+    if lost is not None:
+        out, lse = (jnp.where(lost, jnp.nan, x) for x in (out, lse))
     if shards.mesh is None:
         return out, lse
     return shards.spelled_like(out, query), shards.spelled_like(lse, query)
