@@ -71,6 +71,20 @@ OPTIONS = {
     ),
     "cap-nan": ({"logits_soft_cap": float("nan")}, "logits_soft_cap=nan must be"),
     "cap-inf": ({"logits_soft_cap": float("inf")}, "logits_soft_cap=inf must be"),
+    "cap-underflow": (
+        {"logits_soft_cap": 1e-46},
+        "logits_soft_cap=1e-46 must be between 1.18e-38 and 1.7e[+]38 in float32",
+    ),
+    "cap-overflow": ({"logits_soft_cap": 1e39}, r"logits_soft_cap=1e\+39 must be betw"),
+    "cap-huge-int": ({"logits_soft_cap": 10**400}, "logits_soft_cap=10.* must be None"),
+    "scale-overflow": (
+        {"scale": -1e39},
+        r"scale=-1e\+39 must be between -1.7e\+38 and 1.7e\+38 in float32",
+    ),
+    "rate": (
+        {"dropout_rate": 1 - 2**-26, "dropout_seed": 0},
+        "dropout_rate=0.99999998.* must not round to 1 in float32",
+    ),
     "cap-text": ({"logits_soft_cap": "2"}, "logits_soft_cap='2' must be None or"),
     "window-negative": (
         {"local_window_size": -1},
@@ -98,6 +112,10 @@ OPTIONS = {
         {"positions": (IDS, IDS[:1])},
         r"positions of the key/value side has shape \(1, 16\)",
     ),
+    "positions-apart": (
+        {"positions": (IDS - 1, np.full((B, T), 2**31 - 1))},
+        "positions are from -1 to 2147483647, but the difference of any two must fit",
+    ),
     "positions-three": (
         {"positions": (IDS, IDS, IDS)},
         "positions must be an array or a pair, not 3 arrays",
@@ -119,6 +137,10 @@ OPTIONS = {
         "segment_ids has values from 2147483648 to 2147483648, they must fit into int",
     ),
     "ids-shape": ({"segment_ids": IDS[0]}, r"segment_ids of the query side has shape"),
+    "prefix-negative": (
+        {"prefix_length": jnp.array([3, -1]), "is_causal": True},
+        "prefix_length has the value -1, it must not be negative",
+    ),
     "sinks-shape": ({"sinks": zeros(K)}, r"sinks is float32\[2\], .* \[N\] = \[4\]"),
     "sinks-dtype": ({"sinks": zeros(N, dtype=jnp.int32)}, r"sinks is int32\[4\]"),
     "sinks-list": ({"sinks": [0.0] * N}, r"sinks must be an array .*, not list"),
@@ -151,6 +173,24 @@ def test_options(function, case):
         return
     with pytest.raises(ValueError, match=message):
         FUNCTIONS[function](Q, KV, KV, **options)
+
+
+def test_a_cap_and_a_rate_at_the_limits():
+    """The smallest cap makes all weights equal, the largest rate drops nearly all."""
+    q, k, v = (jnp.ones(x.shape, x.dtype).at[:, 3:].set(2) for x in (Q, KV, KV))
+    out = usp_jax.flash_attention(q, k, v, logits_soft_cap=1.2e-38)
+    np.testing.assert_allclose(out, (3 * 1 + 13 * 2) / 16, rtol=1e-6)
+    rate = 1 - 2**-24
+    assert jnp.isfinite(
+        usp_jax.flash_attention(q, k, v, dropout_rate=rate, dropout_seed=0)
+    ).all()
+
+
+def test_positions_as_far_apart_as_int32_allows():
+    ends = np.zeros((B, T), np.int64)
+    ends[:, -1] = 2**31 - 1
+    out = usp_jax.flash_attention(Q, KV, KV + 1, is_causal=True, positions=ends)
+    assert (out == 1).all()
 
 
 @pytest.mark.parametrize("name", ["positions", "segment_ids"])

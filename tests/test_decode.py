@@ -276,6 +276,64 @@ def test_under_jit_in_a_loop(mesh):
     assert jnp.isnan(run(cache, 5)[1]).all()
 
 
+@pytest.mark.parametrize("kind", ["one device", "auto", "explicit", "per shard"])
+def test_what_is_lost_past_the_end_stays_marked(kind):
+    """Also if the token past the end is padding, and after the cache has grown."""
+    mesh = usp_jax.make_mesh(ring=2, ulysses=2, explicit=kind == "explicit")
+    k, v = (x[:, :PREFILL] for x in inputs("float32")[1:3])
+    at, padding = (jnp.full((B, 1), x, jnp.int32) for x in (LENGTH, -1))
+    whole = jax.P()
+    if kind != "one device":
+        placed = NamedSharding(mesh, whole)
+        k, v, at, padding = (jax.device_put(x, placed) for x in (k, v, at, padding))
+    options = {"page_tokens": 4}
+    if kind != "per shard":
+        options["mesh"] = None if kind == "one device" else mesh
+    of = usp_jax.KVCache.of_shards if kind == "per shard" else usp_jax.KVCache.of
+
+    def run(k, v, at, padding, count):
+        order = jnp.zeros_like(k[..., 0, 0], jnp.int32)
+        layout = {} if kind == "per shard" else {"layout": "data"}
+        cache = of(k, v, positions=order, **layout, **options).grow()
+        new = k[:, :1], v[:, :1]
+
+        def step(i, cache):
+            cache = cache.append(*new, positions=at)
+            return cache.append(*new, positions=at, segment_ids=padding)
+
+        cache = jax.lax.fori_loop(0, count, step, cache)
+        cache = cache.append(*new, positions=at, segment_ids=padding).grow()
+        cache = cache.append(*new, positions=at)
+        return usp_jax.decode_attention(
+            new[0].repeat(2, 2), cache, positions=at, return_residual=True
+        )
+
+    if kind == "per shard":
+        run = jax.shard_map(
+            run, mesh=mesh, in_specs=(whole,) * 5, out_specs=(whole,) * 2
+        )
+    run = jax.jit(run)
+    # A page has 4 slots: the second cache writes one token of padding past its end.
+    for count, lost in ((1, False), (2, True)):
+        for x in run(k, v, at, padding, jnp.asarray(count)):
+            assert jnp.isnan(x).all() if lost else jnp.isfinite(x).all()
+
+
+def test_a_cache_that_overflowed_under_jit_stays_marked_outside():
+    _, k, v, _ = inputs("float32")
+    cache = usp_jax.KVCache.of(k[:, :PREFILL], v[:, :PREFILL], page_tokens=4).grow()
+    new, at = (k[:, :3], v[:, :3]), jnp.zeros((B, 3), jnp.int32)
+    append = jax.jit(lambda cache: cache.append(*new, positions=at))
+    for overflowed in (False, True):
+        cache = append(cache)
+        assert bool(cache.overflowed) == overflowed
+        last = cache.append(*new, positions=at)
+        out = usp_jax.decode_attention(k[:, :3], last, positions=at)
+        assert jnp.isnan(out).all() == overflowed
+    # What was there before stays.
+    assert jnp.isfinite(cache.pages[-1].value).all()
+
+
 def test_per_shard_gives_the_same():
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     q, k, v, _ = inputs("float32")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -50,6 +51,18 @@ def test_takes_the_devices_it_is_given_in_their_order():
 def test_errors(sizes, message, no_type_checks):
     with pytest.raises(ValueError, match=message):
         usp_jax.make_mesh(**sizes)
+
+
+def test_a_mesh_with_a_device_twice_is_refused():
+    twice = jax.devices()[:1] * 2
+    with pytest.raises(ValueError, match="^devices= has .*:0 2 times; once"):
+        usp_jax.make_mesh(ring=2, devices=twice)
+    mesh = jax.sharding.Mesh(np.array(twice), "ring")
+    x = jnp.zeros((1, 8, 2, 4))
+    with pytest.raises(ValueError, match=r"mesh=Mesh\(.* has .*:0 2 times; once"):
+        usp_jax.usp_attention(x, x, x, mesh=mesh)
+    with pytest.raises(ValueError, match=r"mesh=Mesh\(.* has .*:0 2 times; once"):
+        usp_jax.to_layout(np.zeros((1, 8)), "zigzag", mesh)
 
 
 def test_several_processes_must_not_leave_devices_idle(monkeypatch):

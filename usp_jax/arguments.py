@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from usp_jax.checks import check_bool, check_positive_int
 from usp_jax.kernels.logits import Logits
@@ -62,18 +63,33 @@ def check_array(name: str, x: jax.Array, letters: str) -> None:
 
 
 def logits(
-    scale: float | None, logits_soft_cap: float | None, head_size: int
+    scale: float | None,
+    logits_soft_cap: float | None,
+    head_size: int,
+    dtype: DTypeLike,
 ) -> Logits:
     """Makes the rule from products q·k to logits; scale defaults to 1 / sqrt(H)."""
+    limits = jnp.finfo(jnp.promote_types(dtype, jnp.float32))
+    # Kernels multiply both by log2(e).
+    least, most = float(limits.tiny), float(limits.max) / 2
     if scale is None:
         scale = 1 / math.sqrt(head_size)
     elif not _is_finite(scale):
         raise ValueError(f"{scale=} must be None or a finite Python number")
+    elif abs(scale) > most:
+        raise ValueError(
+            f"{scale=} must be between {-most:.3g} and {most:.3g} in {limits.dtype}"
+        )
     cap = logits_soft_cap
     if cap is not None:
         if not _is_finite(cap) or cap <= 0:
             raise ValueError(
                 f"{logits_soft_cap=} must be None or a finite positive number"
+            )
+        if not least <= cap <= most:
+            raise ValueError(
+                f"{logits_soft_cap=} must be between {least:.3g} and {most:.3g} in "
+                f"{limits.dtype}"
             )
         cap = float(cap)
     return Logits(float(scale), cap)
@@ -126,6 +142,28 @@ def sides_of(
     return tuple(int32(name, x) for x in sides)
 
 
+def positions_of(
+    value: object, query_shape: tuple[int, ...], key_shape: tuple[int, ...]
+) -> tuple[jax.Array, ...] | None:
+    """Converts positions like `sides_of`.
+
+    Raises:
+      ValueError: as in `sides_of`, or a difference is known not to fit into int32.
+    """
+    sides = sides_of("positions", value, query_shape, key_shape)
+    arrays = value if isinstance(value, tuple | list) else (value,)
+    known = [x for x in map(_known, arrays) if x is not None]
+    if known:
+        least = min(int(x.min()) for x in known)
+        most = max(int(x.max()) for x in known)
+        if most - least > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"positions are from {least} to {most}, but the difference of any two "
+                "must fit into int32"
+            )
+    return sides
+
+
 def int32(name: str, x: object) -> jax.Array:
     """Converts integers of any width to int32.
 
@@ -136,8 +174,9 @@ def int32(name: str, x: object) -> jax.Array:
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {dtype}, it must be an integer dtype")
     limits = np.iinfo(np.int32)
-    if isinstance(x, np.ndarray) and x.size:
-        least, most = x.min(), x.max()
+    values = None if np.can_cast(dtype, np.int32) else _known(x)
+    if values is not None:
+        least, most = values.min(), values.max()
         if least < limits.min or most > limits.max:
             raise ValueError(
                 f"{name} has values from {least} to {most}, they must fit into int32"
@@ -160,6 +199,8 @@ def dropout_rate(rate: float) -> float:
     """Checks the fraction of weights to drop."""
     if not _is_finite(rate) or not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate!r} must be a number in [0, 1)")
+    if np.float32(rate) == 1:
+        raise ValueError(f"dropout_rate={rate!r} must not round to 1 in float32")
     return float(rate)
 
 
@@ -198,6 +239,11 @@ def prefix(length: object, batch: int) -> jax.Array | None:
         raise ValueError(
             f"prefix_length is {dtype}{list(shape)}, it must be integers "
             f"[B] = [{batch}]"
+        )
+    values = _known(length)
+    if values is not None and values.min() < 0:
+        raise ValueError(
+            f"prefix_length has the value {values.min()}, it must not be negative"
         )
     return int32("prefix_length", length)
 
@@ -251,6 +297,20 @@ def _array_type(name: str, x: object, letters: str) -> tuple[tuple[int, ...], np
     return shape, dtype
 
 
+def _known(x: object) -> np.ndarray | None:
+    """Returns the values of an array; None if traced, empty or on other hosts."""
+    if isinstance(x, jax.Array):
+        if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+            return None
+        x = jax.device_get(x)
+    return x if isinstance(x, np.ndarray) and x.size else None
+
+
 def _is_finite(x: object) -> bool:
-    """Returns True if `x` is a finite Python number."""
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    """Returns True if `x` is a finite Python number that a float can hold."""
+    if not isinstance(x, Real) or isinstance(x, bool):
+        return False
+    try:
+        return math.isfinite(x)
+    except OverflowError:
+        return False

@@ -72,15 +72,16 @@ def usp_attention(
         -1 is padding; its output and gradients are exactly 0.
       positions: integers [B, T], or a pair ([B, T], [B, S]), converted to int32: the
         positions that causal and window masks compare. Defaults to the positions of
-        `layout`.
+        `layout`. The difference of any two must fit into int32, which cannot be checked
+        for traced arrays.
       local_window_size: (left, right); a query at position p sees positions p - left to
         p + right. An int sets both sides; None means no bound.
       logits_soft_cap: if c is given, each logit x becomes c · tanh(x / c).
       sinks: floating [N]; for each head, an extra logit that takes part in the softmax
         and has no value.
-      prefix_length: integers [B]. With `is_causal`, tokens at positions below it see
-        each other in both directions (a prefix LM). Cannot be combined with a window,
-        ALiBi or dropout.
+      prefix_length: integers [B], none negative. With `is_causal`, tokens at positions
+        below it see each other in both directions (a prefix LM). Cannot be combined
+        with a window, ALiBi or dropout.
       alibi_slopes: floating [N]; subtracts slope · |query position - key position| from
         each logit, after the soft cap (ALiBi, arXiv 2108.12409). Treated as constants:
         they receive no gradient.

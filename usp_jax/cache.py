@@ -65,12 +65,14 @@ class KVCache:
     Attributes:
       pages: the page of the prefill, then the pages that tokens were appended to.
       used: int32 [], the number of used slots in the last page.
+      overflowed: bool [], whether tokens were lost past the end of a page.
       page_tokens: number of tokens in a new page, over all devices.
       shards: the devices that each page is split over.
     """
 
     pages: tuple[Page, ...]
     used: Any
+    overflowed: Any
     page_tokens: int = dataclasses.field(metadata={"static": True})
     shards: Shards = dataclasses.field(metadata={"static": True})
 
@@ -188,7 +190,7 @@ class KVCache:
         # The page of a prefill counts as full: it is never written to. `used` is a
         # numpy number, so that `append` can read it under jit too.
         used = np.int32(_whole_length(shards, key.shape[1]))
-        return cls((page,), used, page_tokens, shards)
+        return cls((page,), used, np.False_, page_tokens, shards)
 
     def append(
         self,
@@ -203,8 +205,8 @@ class KVCache:
         Device i % P holds slot i of a page, so the devices' parts differ by at most one
         token. If `used` is known, a new page is added when the last one is full. It is
         unknown under jit if the cache is an argument or the state of a loop. No page
-        can be added then: call `grow` first, every `page_tokens` tokens. Writing past
-        the end there sets values of the cache to NaN.
+        can be added then: call `grow` first, every `page_tokens` tokens. Tokens past
+        the end are lost there, and every later result of `decode_attention` is NaN.
 
         Args:
           key: [B, T, K, H], replicated over the devices that share a sequence.
@@ -234,7 +236,9 @@ class KVCache:
             k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
         new = Page(k, v, tokens)
         if isinstance(self.used, jax.core.Tracer):
-            return self._written(new)
+            written = self._written(new)
+            overflowed = self.overflowed | (written.used > self._capacity)
+            return dataclasses.replace(written, overflowed=overflowed)
         cache, done, count = self, 0, key.shape[1]
         while done < count:
             if int(cache.used) >= cache._capacity:
@@ -279,16 +283,13 @@ def _write(
     new_tokens: Tokens,
     used: jax.Array,
 ) -> tuple[Pair, Tokens]:
-    """Writes this device's share of the new tokens into its part of a page."""
+    """Writes this device's share of the new tokens into its part of a page.
+
+    Tokens past the end of the page are left out.
+    """
     index, parts = place_on(shards)
     length, count = tokens.positions.shape[1], new_tokens.positions.shape[1]
     places = used + lax.iota(jnp.int32, count)
-    last = length * parts - 1
-    # Do not drop silently what does not fit: the last slot becomes NaN.
-    fits = (places <= last)[None, :, None, None]
-    k, v = new_kv
-    new_kv = k, jnp.where(fits, v, jnp.nan)
-    places = jnp.minimum(places, last)
     mine = jnp.where(places % parts == index, places // parts, length)
 
     def write(old: T, new: T) -> T:

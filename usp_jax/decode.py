@@ -19,6 +19,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -59,13 +60,15 @@ def decode_attention(
         sequence. N must be a multiple of the cache's K.
       cache: from `KVCache.of` or, inside a `jax.shard_map`, from `KVCache.of_shards`.
       **options: the options of `usp_attention`. `positions`, integers [B, T], is
-        required: causal and window masks compare it with the cache's positions.
+        required: causal and window masks compare it with the cache's positions, and
+        the differences must fit into int32.
         `segment_ids`, integers [B, T], are those of the queries; None means document 0,
         and a query with id -1 has output 0. `is_causal` defaults to True. `layout`,
         `prefix_length`, dropout, `ring_schedule` and `ulysses_chunks` are refused.
 
     Returns:
       The result of `usp_attention`, replicated over the devices that share a sequence.
+        NaN if tokens were appended past the end of the cache.
 
     Raises:
       ValueError: shapes, dtypes or names do not fit, or an option is refused.
@@ -95,7 +98,9 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     needs = ("positions", *(("alibi_slopes",) if by_head[1] is not None else ()))
     step = _Step(
         cache.shards,
-        arguments.logits(options["scale"], options["logits_soft_cap"], head_size),
+        arguments.logits(
+            options["scale"], options["logits_soft_cap"], head_size, query.dtype
+        ),
         arguments.mask_rule(options["is_causal"], options["local_window_size"]),
         kernels.choose(
             options["implementation"],
@@ -106,7 +111,8 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
         ),
     )
     tokens = tokens_of(options["positions"], options["segment_ids"], query.shape)
-    out, lse = _attend_on_all(step, query, by_head, tokens, cache.pages)
+    lost = None if cache.overflowed is np.False_ else cache.overflowed
+    out, lse = _attend_on_all(step, query, by_head, tokens, cache.pages, lost)
     return (out, lse) if options["return_residual"] else out
 
 
@@ -131,6 +137,7 @@ def _attend_on_all(
     by_head: ByHead,
     tokens: Tokens,
     pages: tuple[Page, ...],
+    lost: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     shards = step.shards
     kvs, kv_tokens = zip(*(page.parts for page in pages), strict=True)
@@ -139,6 +146,8 @@ def _attend_on_all(
     args = vary_like(args, (args, shards.bound_indices()))
     run = shards.run(partial(_attend, step), dims, (NEW, NEW))
     out, lse = run(*shards.place(args, dims))
+    if lost is not None:
+        out, lse = (jnp.where(lost, jnp.nan, x) for x in (out, lse))
     if shards.mesh is None:
         return out, lse
     return shards.spelled_like(out, query), shards.spelled_like(lse, query)

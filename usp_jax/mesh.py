@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -126,8 +126,8 @@ def make_mesh(
       A mesh with the axes (pipe, data, fsdp, ring, ulysses, tensor).
 
     Raises:
-      ValueError: a size is not a positive int, or the sizes do not match the number of
-        devices.
+      ValueError: a size is not a positive int, the sizes do not match the number of
+        devices, or a device is given twice.
 
     Example:
       ```python
@@ -143,6 +143,8 @@ def make_mesh(
         raise ValueError(
             f"the sizes {shape} need {wanted} devices, but devices= has {len(devices)}"
         )
+    if devices is not None:
+        _check_distinct("devices=", devices)
     if devices is None and wanted > jax.device_count():
         raise ValueError(
             f"the sizes {shape} need {wanted} devices, but there are "
@@ -305,10 +307,12 @@ def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
     """Checks that `axes` fits a mesh.
 
     Raises:
-      ValueError: `axes` names an axis that the mesh lacks, or an axis of several
-        devices plays no role.
+      ValueError: `axes` names an axis that the mesh lacks, an axis of several devices
+        plays no role, or a device is in the mesh twice.
     """
     check_asked_for(axes, tuple(mesh.shape))
+    if isinstance(mesh, Mesh):
+        _check_distinct(f"{mesh=}", mesh.devices.flat)
     idle = {
         name: size
         for name, size in mesh.shape.items()
@@ -322,6 +326,12 @@ def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
             f"it or MeshAxes(data={name!r}) to split the batch over it; with "
             f"MeshAxes(unused=({name!r},)), its devices all compute the same"
         )
+
+
+def _check_distinct(name: str, devices: Iterable[jax.Device]) -> None:
+    device, count = collections.Counter(devices).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{name} has {device} {count} times; once is possible")
 
 
 def check_asked_for(axes: MeshAxes, names: Sequence[str]) -> None:

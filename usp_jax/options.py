@@ -197,7 +197,7 @@ def checked(
         shards=shards,
         heads=heads,
         logits=arguments.logits(
-            options["scale"], options["logits_soft_cap"], query.shape[3]
+            options["scale"], options["logits_soft_cap"], query.shape[3], query.dtype
         ),
         rule=rule,
         layouts=layouts,
@@ -232,7 +232,7 @@ def _facts(
         return shards.bound_index(axes) * count + np.arange(count, dtype=np.int32)
 
     return Facts(
-        positions=arguments.sides_of("positions", options["positions"], *shapes),
+        positions=arguments.positions_of(options["positions"], *shapes),
         segment_ids=arguments.sides_of("segment_ids", options["segment_ids"], *shapes),
         prefix=arguments.prefix(options["prefix_length"], batch),
         rows=numbers(batch, shards.axes.batch),

@@ -332,6 +332,38 @@ def test_calls_that_it_cannot_do_raise_before_compiling(
         usp_jax.usp_attention(x, x, x, mesh=mesh, implementation="cudnn", **options)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_arrays_of_two_to_the_31_elements_are_refused(emulated, is_causal) -> None:
+    def shape_of(length, *, mesh=None, layout="contiguous", grad=False):
+        def attend(q, k, v):
+            out = usp_jax.usp_attention(
+                q,
+                k,
+                v,
+                is_causal=is_causal,
+                layout=layout,
+                mesh=mesh,
+                implementation="cudnn",
+            )
+            return out.sum(dtype=jnp.float32)
+
+        x = jax.ShapeDtypeStruct((1, length, 128, 124), jnp.bfloat16)
+        return jax.eval_shape(jax.grad(attend) if grad else attend, x, x, x)
+
+    # Heads of 124 are padded to 128: 128 tokens have 2**21 elements.
+    most = 2**17
+    match = rf"the query of one call on one device is \[1, {most}, 128, 128\], {2**31} "
+    with pytest.raises(ValueError, match=match + "elements: use a smaller batch, more"):
+        shape_of(most)
+    assert shape_of(most - 128, grad=True).shape == (1, most - 128, 128, 124)
+    # What counts is a device's shard after the exchange of heads.
+    mesh = usp_jax.make_mesh(ring=4, ulysses=2)
+    assert shape_of(4 * most, mesh=mesh, layout="zigzag", grad=True).shape
+    match = rf"one device is \[1, {2 * most}, 64, 128\], {2**31} elements"
+    with pytest.raises(ValueError, match=match):
+        shape_of(8 * most, mesh=mesh, layout="zigzag")
+
+
 def test_a_cache_is_refused(emulated) -> None:
     x = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     positions = jnp.arange(8, dtype=jnp.int32)[None]

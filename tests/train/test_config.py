@@ -37,6 +37,14 @@ WRONG = {
         ["--optimizer.learning-rate", "nan"],
         r"optimizer\.learning_rate=nan must be positive",
     ),
+    "infinite rate": (
+        ["--optimizer.learning-rate", "inf"],
+        r"optimizer\.learning_rate=inf must be positive and finite",
+    ),
+    "infinite decay": (
+        ["--optimizer.weight-decay", "inf"],
+        r"optimizer\.weight_decay=inf must not be negative or infinite",
+    ),
     "final fraction": (
         ["--optimizer.final-fraction", "2"],
         r"optimizer\.final_fraction=2\.0 must be between 0 and 1",

@@ -11,6 +11,7 @@ contributions get smaller as the ring gets longer, so the error is about √2 ti
 of one rounding for any ring size. lse is float32.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax import _compat
-from usp_jax.kernels.cases import Case, Cases, static_cases
+from usp_jax.kernels.cases import Block, Case, Cases, static_cases
 from usp_jax.kernels.contract import Carry, Grads
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask
@@ -32,6 +33,9 @@ Result = TypeVar("Result")
 
 # Head sizes must be multiples of this.
 _PIECE = 8
+
+# An array of this many elements and more has wrong gradients, without an error.
+_TOO_MANY = 2**31
 
 
 def chunk_forward(
@@ -45,7 +49,7 @@ def chunk_forward(
     """Computes the attention of q over k, v and merges it into `carry`.
 
     Raises:
-      ValueError: cuDNN does not support the mask or the logits.
+      ValueError: cuDNN does not support the mask, the logits or the size.
     """
     attend = partial(_attend, logits.scale, v.shape[3])
     arrays = _of_one_size(q, k, v)
@@ -68,7 +72,7 @@ def chunk_backward(
     """Computes dq, dk, dv of one chunk from the global lse and delta.
 
     Raises:
-      ValueError: cuDNN does not support the mask or the logits.
+      ValueError: cuDNN does not support the mask, the logits or the size.
     """
     pull_back = partial(_pull_back, logits.scale)
     out, dout = out_for(delta, dout.astype(q.dtype))
@@ -139,6 +143,22 @@ def _checked(mask: Mask, logits: Logits) -> tuple[Cases, ...]:
     )
 
 
+def _cut(
+    block: Block, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns q, k and v of one call to cuDNN; raises if one of them is too large."""
+    q, k, v = q[:, block.q], k[:, block.kv], v[:, block.kv]
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if math.prod(x.shape) >= _TOO_MANY:
+            raise ValueError(
+                f"implementation='cudnn' gives wrong gradients without an error from "
+                f"2**31 elements of an array on, and the {name} of one call on one "
+                f"device is {list(x.shape)}, {math.prod(x.shape)} elements: use a "
+                "smaller batch, more devices, or implementation=None"
+            )
+    return q, k, v
+
+
 def _switch(
     cases: Cases, run: Callable[..., Result], *arrays: jax.Array | Carry | None
 ) -> Result:
@@ -162,9 +182,7 @@ def _attend(
 ) -> Carry:
     """Merges the blocks of one case into `carry`."""
     for block in case:
-        part = _compat.cudnn_attention(
-            q[:, block.q], k[:, block.kv], v[:, block.kv], scale, block.is_causal
-        )
+        part = _compat.cudnn_attention(*_cut(block, q, k, v), scale, block.is_causal)
         out, lse = part[0][..., :value_size], part[1].swapaxes(1, 2)
         carry = _merged(carry, block.q, out.astype(lse.dtype), lse, q)
     return _nothing(q, value_size) if carry is None else carry
@@ -204,9 +222,7 @@ def _pull_back(
     dq, dk, dv = vary_like([jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)], q)
     for block in case:
         parts = _compat.cudnn_attention_backward(
-            q[:, block.q],
-            k[:, block.kv],
-            v[:, block.kv],
+            *_cut(block, q, k, v),
             lse[:, block.q].swapaxes(1, 2),
             out[:, block.q],
             dout[:, block.q],

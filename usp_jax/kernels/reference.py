@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax.kernels.contract import Carry, Grads
-from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.logits import Logits, at_most_0, one_rounding
 from usp_jax.masking import Mask, visible
 from usp_jax.merge import finite, merge, normalize
 
@@ -23,7 +23,7 @@ def chunk_forward(
     logits: Logits,
 ) -> Carry:
     """Computes the attention of q over k, v and merges it into `carry`."""
-    s = _biased(_scores(q, k, mask, logits), mask, logits)
+    s = one_rounding(_biased(_scores(q, k, mask, logits), mask, logits))
     m = finite(s.max(-1, initial=-jnp.inf))
     p = jnp.exp(s - m[..., None])
     row_sum = p.sum(-1)
@@ -47,7 +47,7 @@ def chunk_backward(
     """Computes dq, dk, dv of one chunk from the global lse and delta."""
     s = _scores(q, k, mask, logits)
     lse, delta = (_from_rows(x, k.shape[2])[..., None] for x in (lse, delta))
-    p = jnp.exp(_biased(s, mask, logits) - finite(lse))
+    p = jnp.exp(at_most_0(_biased(s, mask, logits) - finite(lse)))
     p = jnp.where(s == -jnp.inf, 0, p)
     q5, do5 = (_grouped(x, k.shape[2]).astype(s.dtype) for x in (q, dout))
     k, v = k.astype(s.dtype), v.astype(s.dtype)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from usp_jax.kernels.contract import Carry, Grads
 from usp_jax.kernels.dropout import Dropout
-from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.logits import Logits, at_most_0, one_rounding
 from usp_jax.kernels.padding import pad_length, pad_mask
 from usp_jax.masking import (
     FULL,
@@ -80,6 +80,7 @@ def chunk_forward(
         s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
         if logits.slopes is not None:
             s += by_row(logits.bias(tokens.q, tokens.kv, dtype))
+        s = one_rounding(s)
         if is_masked:
             s = _masked(s, visible(tokens), -jnp.inf)
         m_next = jnp.maximum(m, s.max(-1))
@@ -146,7 +147,7 @@ def chunk_backward(
         biased = s
         if logits.slopes is not None:
             biased += by_key(logits.bias(tokens.q, tokens.kv, dtype))
-        p = jnp.exp(biased - lse[:, None])
+        p = jnp.exp(at_most_0(biased - lse[:, None]))
         dp = _einsum("KSH,KTH->KST", v, do, dtype)
         factors: jax.Array | int = 1
         if logits.dropout is not None:

@@ -7,6 +7,7 @@ the device holds the state of only a layer or two.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -67,15 +68,19 @@ def check_adamw(config: AdamW, section: str = "") -> None:
     Raises:
       ValueError: a value is invalid; the message names the field and its value.
     """
-    for name in ("learning_rate", "eps", "clip_norm"):
-        if not getattr(config, name) > 0:
+    for name in ("learning_rate", "eps"):
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(
-                f"{section}{name}={getattr(config, name)} must be positive"
+                f"{section}{name}={getattr(config, name)} must be positive and finite"
             )
+    # Infinity means no clipping.
+    if not config.clip_norm > 0:
+        raise ValueError(f"{section}clip_norm={config.clip_norm} must be positive")
     for name in ("warmup_steps", "weight_decay"):
-        if not getattr(config, name) >= 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(
-                f"{section}{name}={getattr(config, name)} must not be negative"
+                f"{section}{name}={getattr(config, name)} must not be negative or "
+                "infinite"
             )
     for name in ("b1", "b2"):
         if not 0 <= getattr(config, name) < 1:

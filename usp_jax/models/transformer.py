@@ -142,7 +142,7 @@ class Transformer:
 
         def attend(
             q: Array, k: Array, v: Array, cache: KVCache | None
-        ) -> tuple[Array, tuple[Page, Array]]:
+        ) -> tuple[Array, tuple[Page, Array, Array]]:
             assert cache is not None
             cache = cache.append(k, v, positions=positions)
             out = decode_attention(
@@ -153,15 +153,17 @@ class Transformer:
             )
             assert not isinstance(out, tuple)
             # The scan copies its results: return only the page that was written.
-            return out, (cache.pages[-1], cache.used)
+            return out, (cache.pages[-1], cache.used, cache.overflowed)
 
         x = self._embed(weights.embed, tokens)
-        x, (page, used) = self._scan(
+        x, (page, used, overflowed) = self._scan(
             x, weights.layers, _own_weights, positions, attend, cache
         )
         pages = (*cache.pages[:-1], page)
         x = rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
-        return x, dataclasses.replace(cache, pages=pages, used=used)
+        return x, dataclasses.replace(
+            cache, pages=pages, used=used, overflowed=overflowed
+        )
 
     def cache_specs(self, page_tokens: int) -> KVCache:
         """Returns the partition specs of `prefill`'s cache, as a `KVCache`."""
@@ -173,7 +175,7 @@ class Transformer:
         names = ("ring", "ulysses")
         axes = (n if axis_size(split.mesh, n) > 1 else None for n in names)
         shards = Shards(None, MeshAxes(), *axes)
-        return KVCache((page, page), jax.P(), page_tokens, shards)
+        return KVCache((page, page), jax.P(), jax.P(), page_tokens, shards)
 
     def _scan(
         self,

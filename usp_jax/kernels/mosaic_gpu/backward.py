@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Grads
-from usp_jax.kernels.logits import LOG2E, Logits
+from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
@@ -57,7 +57,7 @@ def chunk_backward(
     spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
     operands = {"q": q, "k": k, "v": v, "do": dout.astype(q.dtype)}
     operands = {name: padded(x) for name, x in operands.items()}
-    operands["lse"] = tokens_last(finite(lse) * LOG2E, 0.0)
+    operands["lse"] = tokens_last(raised(finite(lse) * LOG2E, 2.5, q.dtype), 0.0)
     operands["delta"] = tokens_last(delta, 0.0)
     streams = ("k",), ("v",)
     kernel = Kernel("dq", _dq, ("q", "do"), streams, spec.blocks.dq)

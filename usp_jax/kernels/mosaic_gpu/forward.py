@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Carry
-from usp_jax.kernels.logits import LOG2E, Logits
+from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
@@ -95,7 +95,8 @@ def _forward(cta: Cta) -> None:
         s, scale = spec.base2(s)
         if seen is not None:
             s = jnp.where(seen, s, -jnp.inf)
-        m_next = jnp.maximum(m, s.max(axis=1) * scale)
+        highest = raised(s.max(axis=1) * scale, 0.5, k_s.dtype)
+        m_next = jnp.maximum(m, highest)
         # For a row that has seen nothing yet, exp2(-inf - 0) is 0 and not NaN.
         safe = m_next if seen is None else finite(m_next)
         p = jnp.exp2(s * scale - by_row(safe, shape))
@@ -153,7 +154,7 @@ def _forward(cta: Cta) -> None:
         )
         inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
         gpu_store(out_ref, o * by_row(inverse, o.shape))
-        gpu_store(lse_ref, (m + jnp.log2(l)) / LOG2E)
+        gpu_store(lse_ref, (m + jnp.log2(jnp.where(l > 0.0, l, 1.0))) / LOG2E)
 
     @pl.when(walk.listed == 0)
     def hand_through() -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Grads
-from usp_jax.kernels.logits import LOG2E, Logits
+from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
 from usp_jax.kernels.mosaic_tpu.in_place import InPlace
@@ -78,6 +78,8 @@ def backward_kernel(
     """Builds the kernel of a chunk with its operands."""
     walk = Walk.of(cut.kinds.swapaxes(1, 2), cut.batch, visit_all=False)
     num_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    # All scores of a row without a visible key are masked, so any finite lse will do.
+    lse = raised(finite(lse) * LOG2E, 2.5, q.dtype)
 
     def place(
         b: jax.Array, h: jax.Array, t: jax.Array, g: jax.Array, *lists: Ref
@@ -107,9 +109,7 @@ def backward_kernel(
         operands=(
             cut.tokens,
             *(queries, cut.q(dout), keys, values),
-            # All scores of a row without a visible key are masked, so any finite lse
-            # will do.
-            *(cut.row(finite(lse) * LOG2E, 0.0), cut.row(delta, 0.0)),
+            *(cut.row(lse, 0.0), cut.row(delta, 0.0)),
         ),
         operand_specs=(
             specs.tokens(),

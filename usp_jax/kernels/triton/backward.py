@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Grads
-from usp_jax.kernels.logits import LOG2E, Logits
+from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.triton.blocks import BlockSizes, Tile
 from usp_jax.kernels.triton.launch import (
     batch_specs,
@@ -62,7 +62,8 @@ def chunk_backward(
     head_size, value_size = q.shape[3], v.shape[3]
     q, k, v, dout = map(whole_pieces, (q, k, v, dout.astype(q.dtype)))
     # All scores of a row without a visible key are masked, so any finite lse will do.
-    operands = (q, k, v, dout, finite(lse) * LOG2E, delta)
+    lse = raised(finite(lse) * LOG2E, 2.5, q.dtype)
+    operands = (q, k, v, dout, lse, delta)
     operands, mask = vary_like((operands, mask), (operands, mask))
     dq = _dq(*operands, mask, logits, blocks.dq, interpret)
     dk, dv = _dkv(*operands, mask, logits, blocks.dkv, interpret)

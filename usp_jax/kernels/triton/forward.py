@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Carry
-from usp_jax.kernels.logits import LOG2E, Logits
+from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.triton.blocks import BlockSizes, Tile
 from usp_jax.kernels.triton.launch import (
     batch_specs,
@@ -125,7 +125,7 @@ def _forward_kernel(
         if is_partial:
             visible = seen(lists, i, tile.block_q, j, tile.block_kv)
             s = jnp.where(visible, s, -jnp.inf)
-        m_next = jnp.maximum(m, s.max(1))
+        m_next = jnp.maximum(m, raised(s.max(1), 0.5, v_ref.dtype))
         safe = finite(m_next)
         p = jnp.exp2(s - safe[:, None])
         decay = jnp.exp2(m - safe)
