@@ -23,6 +23,7 @@ from usp_jax.models.rope_scaling import (
     Llama3Scaling,
     YarnScaling,
 )
+from usp_jax.plan import considered, search
 from usp_jax.plan.__main__ import main
 from usp_jax.plan.choice import obstacle
 from usp_jax.plan.memory import host_bytes
@@ -77,8 +78,8 @@ def test_the_three_currencies_are_in_order(rows):
         assert output["tflops_per_device"] == pytest.approx(output["mfu_causal"] * 459)
 
 
-# Calls of the project's own functions in a search over 39975 rows, without this
-# process's type checks, which make further calls.
+# Calls of the project's own functions in a search, without this process's type checks,
+# which make further calls.
 COUNT_CALLS = """
 import sys
 from usp_jax import plan
@@ -87,20 +88,66 @@ def count(frame, event, argument):
     global calls
     calls += event == "call" and frame.f_code.co_filename.startswith(own)
 sys.setprofile(count)
-row = plan.best("llama3-8b", "v5p", sequence=10 * 2**20, devices=4096)
+rows = plan.plan(plan.job_of(sys.argv[1], "v5p", **eval(sys.argv[2])))
 sys.setprofile(None)
-assert row.can_train and row.choice.devices == 4096
-print(calls)
+print(calls, rows[0].can_train)
 """
 
 
-def test_most_of_4096_chips_splits_are_refused_before_they_are_evaluated():
+@pytest.mark.parametrize(
+    ("model", "job", "fits"),
+    [
+        ("llama3-8b", {"devices": 4096, "sequence": 10 * 2**20}, True),
+        # A number with many factors.
+        ("llama3-8b", {"devices": 98280, "sequence": 2**18}, False),
+        pytest.param(
+            "llama3-70b",
+            {"devices": 8192, "sequence": 8192, "batch": 8192},
+            True,
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["4096", "98280", "8192"],
+)
+def test_a_search_ends_in_seconds(model, job, fits):
     child = subprocess.run(
-        [sys.executable, "-c", COUNT_CALLS], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", COUNT_CALLS, model, repr(job)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr
-    # 730 thousand at present; 24 million if each row's memory and time were computed.
-    assert int(child.stdout) < 1.5e6
+    calls, can_train = child.stdout.split()
+    assert can_train == str(fits)
+    # A million takes a second.
+    assert int(calls) < 5e6
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        plan.job_of("llama3-8b", "v5p", sequence=2**18, devices=16, batch=4),
+        pytest.param(
+            plan.job_of("llama3-8b", "v5p", sequence=2**18, devices=64, batch=16),
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["16", "64"],
+)
+def test_a_narrowed_search_finds_the_same(job, monkeypatch):
+    monkeypatch.setattr(search, "EVALUATED", 10**9)
+    whole = plan.plan(job)
+    monkeypatch.setattr(search, "EVALUATED", 300)
+    monkeypatch.setattr(considered, "LISTED", 0)
+    narrow = plan.plan(job)
+    assert narrow[0] == whole[0]
+    possible = [[row for row in rows if row.memory] for rows in (whole, narrow)]
+    assert len(possible[1]) < len(possible[0])
+    # Every possible mesh has a row, and so have a few impossible ones.
+    meshes = [{tuple(r.choice.sizes.values()) for r in rows} for rows in possible]
+    assert meshes[0] == meshes[1]
+    kinds = {row.reason.partition(":")[0] for row in narrow if row.memory is None}
+    assert "divisibility" in kinds
 
 
 def test_a_larger_model_or_a_longer_row_never_needs_less():
@@ -135,6 +182,7 @@ def test_the_longest_fits_and_a_little_longer_does_not():
         ("tiny", "v9", {}, "machine 'v9' is not known; it must be one of: a100"),
         ("tiny", "v5p", {"devices": 0}, "devices=0 must be a positive int"),
         ("tiny", "a800", {"devices": 12}, "devices=12 must be a multiple of 8"),
+        ("tiny", "v5p", {"devices": 720720}, "devices=720720 must be at most 100000"),
         ("tiny", "v5p", {"sequence": 0}, "sequence=0 must be a positive int"),
         ("tiny", "v5p", {"batch": -1}, "batch=-1 must be a positive int"),
         ("tiny", "v5p", {"layout": "data"}, "layout='data' must be one of"),

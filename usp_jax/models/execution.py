@@ -168,6 +168,7 @@ def with_fields_of(options: T, source: Options, *kinds: type[Options]) -> T:
     )
 
 
+@functools.cache
 def wide(dtype: DTypeLike) -> str:
     """Returns the name of the dtype for norms and sums: at least float32."""
     return jnp.promote_types(dtype, jnp.float32).name

@@ -21,6 +21,8 @@ from usp_jax.plan.machines import Machine
 from usp_jax.ring import schedule_of
 
 PROGRAMS = ("train", "megatron")
+MOST_DEVICES = 100_000
+"""The most devices of a job, so that a search ends in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("devices", "sequence", "batch"):
             check_positive_int(name, getattr(self, name))
+        if self.devices > MOST_DEVICES:
+            raise ValueError(f"devices={self.devices} must be at most {MOST_DEVICES}")
         if self.documents is not None:
             check_positive_int("documents", self.documents)
         stored = tuple(name for name in LAYOUTS if name != "data")

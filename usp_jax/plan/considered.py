@@ -5,6 +5,8 @@ A row is a mesh with a ZeRO level and a remat policy. The other options are list
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,34 +16,104 @@ from usp_jax.plan.traffic import microbatch_of
 
 TILE = 4096
 """Tokens per tile of the feed-forward network, when it is tiled."""
+LISTED = 5000
+"""Number of meshes up to which the impossible ones are listed too."""
 
 
 def meshes(job: Job) -> Iterator[Choice]:
-    """Yields every mesh that uses all the devices."""
-    usual = Choice()
-    for sizes in _factors(job.devices, len(usual.sizes)):
-        yield with_fields_of(usual, MeshSizes(*sizes), MeshSizes)
+    """Yields every mesh that uses all the devices.
+
+    If there are more than `LISTED`, it leaves out those that are certainly impossible,
+    except for meshes of a single axis.
+    """
+    usual, axes = Choice(), len(MeshSizes().sizes)
+    if _count(job.devices, axes) <= LISTED:
+        found = [MeshSizes(*sizes) for sizes in _factors(job.devices, (0,) * axes)]
+    else:
+        found = _perhaps_possible(job)
+        single = [MeshSizes(**{name: job.devices}) for name in MeshSizes().sizes]
+        found += [mesh for mesh in single if mesh not in found]
+    for mesh in found:
+        yield with_fields_of(usual, mesh, MeshSizes)
 
 
-def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Yields all ordered factorizations of a number into `count` factors."""
-    if count == 1:
-        yield (number,)
+def _perhaps_possible(job: Job) -> list[MeshSizes]:
+    """Lists the meshes whose axes divide what they split."""
+    model = job.model
+    shards = math.gcd(job.devices, model.d_model)
+    limits = MeshSizes(
+        pipe=math.gcd(model.num_layers, shards),
+        data=math.gcd(job.batch, shards),
+        fsdp=math.gcd(job.batch, shards),
+        ring=shards,
+        ulysses=shards,
+        tensor=math.gcd(
+            model.num_heads, model.num_kv_heads, model.d_ff, model.vocab_size
+        ),
+    )
+    found = []
+    for sizes in _factors(job.devices, tuple(limits.sizes.values())):
+        mesh = MeshSizes(*sizes)
+        if (
+            model.d_model % (job.devices // mesh.tensor) == 0
+            and job.batch % (mesh.data * mesh.fsdp) == 0
+            and mesh.tensor * mesh.ulysses <= model.num_heads
+        ):
+            found.append(mesh)
+    return found
+
+
+def _factors(number: int, limits: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yields all ordered factorizations of a number, with a factor for each limit.
+
+    A factor divides its limit; every number divides 0.
+    """
+    limit, *others = limits
+    if not others:
+        if limit % number == 0:
+            yield (number,)
         return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            for rest in _factors(number // first, count - 1):
+    for first in divisors(number):
+        if limit % first == 0:
+            for rest in _factors(number // first, tuple(others)):
                 yield first, *rest
+
+
+def _count(number: int, count: int) -> int:
+    """Returns the number of ordered factorizations of a number into `count` factors."""
+    ways, rest = 1, number
+    for prime in range(2, math.isqrt(number) + 1):
+        power = 0
+        while rest % prime == 0:
+            power, rest = power + 1, rest // prime
+        ways *= math.comb(power + count - 1, power)
+    return ways * (count if rest > 1 else 1)
+
+
+@functools.cache
+def divisors(number: int) -> tuple[int, ...]:
+    """Returns the divisors of a number, the smallest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return *small, *(number // n for n in reversed(small) if n * n != number)
 
 
 def variants(mesh: Choice, offload: bool) -> Iterator[Choice]:
     """Yields a mesh with each remat policy and each ZeRO level that differs on it."""
-    levels = (3,) if mesh.fsdp > 1 else (1, 3)
-    if mesh.split == 1 and mesh.pipe == 1:
-        levels = (1,)
-    for zero in levels:
-        for remat in REMAT + OFFLOAD if offload else REMAT:
+    for zero in levels(mesh):
+        for remat in policies(offload):
             yield dataclasses.replace(mesh, zero=zero, remat=remat)
+
+
+def levels(mesh: Choice) -> tuple[int, ...]:
+    """Returns the ZeRO levels that differ on a mesh, the lowest first."""
+    if mesh.split == 1 and mesh.pipe == 1:
+        return (1,)
+    return (3,) if mesh.fsdp > 1 else (1, 3)
+
+
+def policies(offload: bool) -> tuple[str, ...]:
+    """Returns the remat policies to consider."""
+    return REMAT + OFFLOAD if offload else REMAT
 
 
 def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
@@ -92,10 +164,9 @@ def on_the_way(job: Job, choice: Choice, name: str, chunks: int) -> Choice:
     return dataclasses.replace(choice, **fields) if fields else choice
 
 
-def parts_of(job: Job, choice: Choice) -> list[int]:
+def parts_of(job: Job, choice: Choice) -> tuple[int, ...]:
     """Lists the numbers of parts in which a device can process its rows."""
-    rows = job.batch // choice.rows
-    return [parts for parts in range(1, rows + 1) if rows % parts == 0]
+    return divisors(job.batch // choice.rows)
 
 
 def tiles(job: Job, choice: Choice) -> tuple[int | None, ...]:

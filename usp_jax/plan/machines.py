@@ -13,6 +13,7 @@ PCIe 3 is assumed.
 """
 
 import dataclasses
+import functools
 
 from usp_jax.aot.devices import GPUS, TPUS, of_kind
 from usp_jax.plan.efficiency import CALIBRATED, HOPPER, Efficiency
@@ -91,13 +92,7 @@ class Machine:
         The shape is near a cube or a square, as far as factors allow. tpu7x has two
         devices per chip; each counts as a chip with half the bandwidth of the links.
         """
-        sides = []
-        for dims in range(self.torus_dims, 0, -1):
-            root = round(devices ** (1 / dims) + 0.5)
-            side = next(n for n in range(root, 0, -1) if devices % n == 0)
-            sides.append(side)
-            devices //= side
-        return tuple(sorted(sides, reverse=True))
+        return _torus(self.torus_dims, devices)
 
     def topology(self, devices: int) -> str:
         """Returns the name of the topology for `usp_jax.aot.topology`.
@@ -115,6 +110,17 @@ class Machine:
             return f"{self.name}:{devices // node}x{node}"
         chips = -(-devices // 2) if self.name == "tpu7x" else devices
         return f"{self.name}:{'x'.join(map(str, reversed(self.shape(chips))))}"
+
+
+@functools.cache
+def _torus(torus_dims: int, devices: int) -> tuple[int, ...]:
+    sides = []
+    for dims in range(torus_dims, 0, -1):
+        root = round(devices ** (1 / dims) + 0.5)
+        side = next(n for n in range(root, 0, -1) if devices % n == 0)
+        sides.append(side)
+        devices //= side
+    return tuple(sorted(sides, reverse=True))
 
 
 _HBM = {device.name: device.hbm_bytes for device in (*TPUS, *GPUS)}

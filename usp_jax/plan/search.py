@@ -1,5 +1,6 @@
 """Searches all choices for a job: the cost of each, and the fastest that fits."""
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.considered import (
     details,
     least,
+    levels,
     meshes,
     on_the_way,
     parts_of,
+    policies,
     tiles,
     variants,
 )
@@ -21,6 +24,9 @@ from usp_jax.plan.memory import Memory, step_memory
 from usp_jax.plan.seconds import Seconds, step_seconds, work_of
 from usp_jax.plan.traffic import Transfer, transfers
 from usp_jax.units import GIB
+
+EVALUATED = 2000
+"""Number of choices to evaluate before a search is narrowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +165,10 @@ def plan(
     The search is over micro-batches and rounds of a pipeline, splitting the sequence
     over tensor, feed-forward tiles and parts of the batch.
 
+    A search that would take longer than seconds is narrowed. If there are more than
+    `EVALUATED` choices, only the meshes that look fastest get all their rows, and the
+    others one; and of very many meshes, most impossible ones are left out.
+
     Args:
       job: the training step.
       offload: whether to consider the host's memory too, for layers' activations (as
@@ -167,20 +177,65 @@ def plan(
         None is the model's.
       chunks: numbers of head groups to consider; None is the model's.
     """
-    rows = []
+    rows: list[Row] = []
+    possible: list[tuple[Choice, list[Choice]]] = []
     schedules = schedules or (job.model.ring_schedule,)
     chunks = chunks or (job.model.ulysses_chunks,)
     schedule_chunks = [(schedule, n) for schedule in schedules for n in chunks]
     for mesh in meshes(job):
         open_choices = details(job, mesh, offload)
         allowed = [detail for detail in open_choices if obstacle(job, detail) is None]
-        why = None if allowed else obstacle(job, open_choices[0])
+        if allowed:
+            possible.append((mesh, allowed))
+            continue
+        why = obstacle(job, open_choices[0]) or ""
+        rows += [Row(job, choice, False, why) for choice in variants(mesh, offload)]
+    promising, others = _narrowed(job, possible, offload, len(schedule_chunks))
+    rows += others
+    for mesh, allowed in promising:
         for choice in variants(mesh, offload):
-            if why is None:
-                rows.append(_fastest(job, choice, allowed, schedule_chunks))
-            else:
-                rows.append(Row(job, choice, False, why))
+            rows.append(_fastest(job, choice, allowed, schedule_chunks))
     return sorted(rows, key=_rank)
+
+
+def _narrowed(
+    job: Job,
+    possible: list[tuple[Choice, list[Choice]]],
+    offload: bool,
+    ways: int,
+) -> tuple[list[tuple[Choice, list[Choice]]], list[Row]]:
+    """Splits possible meshes into those to search, and rows for the others.
+
+    All are searched if that needs no more than `EVALUATED` evaluations. Otherwise each
+    mesh is evaluated once, with the most ZeRO and full recomputation, and those that
+    are fastest so are searched.
+
+    Args:
+      job: the training step.
+      possible: meshes with their possible choices.
+      offload: whether the host's memory is considered.
+      ways: number of ring schedules and head groups to consider.
+    """
+
+    def cost(mesh: Choice, allowed: list[Choice]) -> int:
+        return len(allowed) * ways * len(levels(mesh)) * len(policies(offload))
+
+    if sum(cost(*each) for each in possible) <= EVALUATED:
+        return possible, []
+    drafts = []
+    for mesh, allowed in possible:
+        draft = dataclasses.replace(allowed[0], zero=levels(mesh)[-1], remat="full")
+        drafts.append((_in_few_parts(job, draft), mesh, allowed))
+    drafts.sort(key=lambda draft: _rank(draft[0]))
+    left, others = EVALUATED, list[Row]()
+    promising: list[tuple[Choice, list[Choice]]] = []
+    for row, mesh, allowed in drafts:
+        left -= cost(mesh, allowed)
+        if left > 0 or not promising:
+            promising.append((mesh, allowed))
+        else:
+            others.append(row)
+    return promising, others
 
 
 def best(
@@ -342,17 +397,30 @@ def _in_few_parts(job: Job, choice: Choice) -> Row:
 
     Tiling the feed-forward network is tried before splitting the batch further.
     """
-    for parts in parts_of(job, choice):
-        if parts > 1:
-            choice = dataclasses.replace(choice, accumulate=parts)
-        for tile in tiles(job, choice):
-            tiled = choice
-            if tile is not None:
-                tiled = dataclasses.replace(choice, mlp_tile=tile)
-            memory = step_memory(job, tiled)
-            if memory.peak <= job.machine.memory_bytes:
-                return _evaluate(job, tiled, memory)
+    one, *more = parts_of(job, choice)
+    tiled, memory = _tiled(job, choice, one)
+    if more and memory.peak > job.machine.memory_bytes:
+        # From two parts on, more parts take less memory.
+        def fits(parts: int) -> bool:
+            return _tiled(job, choice, parts)[1].peak <= job.machine.memory_bytes
+
+        index = bisect.bisect_left(more, True, key=fits)
+        tiled, memory = _tiled(job, choice, more[min(index, len(more) - 1)])
     return _evaluate(job, tiled, memory)
+
+
+def _tiled(job: Job, choice: Choice, parts: int) -> tuple[Choice, Memory]:
+    """Returns a choice with a number of parts and the first tile that fits, if any."""
+    if parts > 1:
+        choice = dataclasses.replace(choice, accumulate=parts)
+    for tile in tiles(job, choice):
+        tiled = choice
+        if tile is not None:
+            tiled = dataclasses.replace(choice, mlp_tile=tile)
+        memory = step_memory(job, tiled)
+        if memory.peak <= job.machine.memory_bytes:
+            break
+    return tiled, memory
 
 
 def _rank(row: Row) -> tuple[bool, bool, int | float]:

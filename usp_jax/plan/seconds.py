@@ -68,7 +68,7 @@ class Seconds:
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return sum(dataclasses.astuple(self))
+        return sum(vars(self).values())
 
 
 def step_seconds(

@@ -19,6 +19,7 @@ X along tensor:
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from usp_jax.models.pipeline import deal_tables
@@ -246,24 +247,25 @@ def _weights(job: Job, choice: Choice) -> _Weights:
 
 def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
     """Sends a stage's layers to the stages that use them, with several rounds."""
-    times = dealing_turns(choice)
+    times = dealing_turns(choice.pipe, choice.interleave)
     layers = sizes.norms + layers_of(job, choice) * sizes.layer
     sent = layers / choice.everyone / choice.interleave
     return Transfer(what, "collective-permute", ("pipe",), times, sent)
 
 
-def dealing_turns(choice: Choice) -> int:
+@functools.cache
+def dealing_turns(stages: int, rounds: int) -> int:
     """Returns the number of turns of `Pipeline.deal` that send anything."""
-    if choice.interleave == 1:
+    if rounds == 1:
         return 0
-    kept, _ = deal_tables(choice.pipe, choice.interleave)
+    kept, _ = deal_tables(stages, rounds)
     users = [
-        [(device * choice.interleave + group) % choice.pipe for group in groups]
+        [(device * rounds + group) % stages for group in groups]
         for device, groups in enumerate(kept.T.tolist())
     ]
     return sum(
-        any(users[device][turn] != device for device in range(choice.pipe))
-        for turn in range(choice.interleave)
+        any(users[device][turn] != device for device in range(stages))
+        for turn in range(rounds)
     )
 
 
