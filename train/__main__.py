@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import jax
@@ -16,19 +17,30 @@ from train.data.token_folder import DataGone
 from train.fake_devices import make_fake_devices
 from train.log.steps import GaveUp
 from train.loop import train
-from train.stopping import stop_at_sigterm
+from train.stopping import stop_at_signals
 
 
 def main() -> None:
-    """Trains a run; exits with 2 for bad options or files, 1 if the run fails."""
+    """Trains a run.
+
+    Exits with 2 for bad options or files, 1 if the run fails, and 130 at a second
+    Ctrl-C; the first one stops it after the current step.
+    """
     _quiet_orbax()
     try:
-        config = parse(sys.argv[1:])
+        _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        _break_off("interrupted; the same command resumes the run", status=130)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    try:
+        config = parse(arguments)
         start_jax(config)
         config = planned(config)
     except ValueError as error:
         _give_up(error, status=2)
-    with stop_at_sigterm(alone=config.distributed.coordinator is None) as should_stop:
+    with stop_at_signals(alone=config.distributed.coordinator is None) as should_stop:
         try:
             run = build(config)
         # OSError: for instance, a text file that cannot be read.
@@ -39,7 +51,7 @@ def main() -> None:
         except GaveUp as error:
             _give_up(error, status=1)
         except (CheckpointError, DataGone, OSError) as error:
-            _break_off(error)
+            _break_off(f"error: {error}", status=1)
     if not complete:
         sys.exit(config.checkpoint.stopped_status)
 
@@ -75,11 +87,11 @@ def _give_up(error: Exception, *, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _break_off(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+def _break_off(message: str, *, status: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Threads waiting for a disk or other processes would delay the exit by minutes.
-    os._exit(1)
+    os._exit(status)
 
 
 if __name__ == "__main__":

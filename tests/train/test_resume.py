@@ -127,12 +127,15 @@ def test_killed_ten_times_it_ends_the_same(
     check_killed(whole, tmp_path / "run", moments, seed)
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_with_0(
-    whole: Program, tmp_path: Path
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
+def test_a_signal_writes_a_checkpoint_and_exits_with_0(
+    whole: Program, tmp_path: Path, number: int
 ) -> None:
     program = whole.in_folder(tmp_path / "run", checkpoint=CheckpointConfig(every=1000))
     process = start_and_step(program, 5)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(timeout=120) == 0, program.log.read_text()
     last = newest_row(program)
     assert 5 <= last < program.config.steps
