@@ -24,6 +24,8 @@ SIZES = (3e4, 5e4, 1e6)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_huge_logits_give_finite_results(implementation, is_causal):
+    if implementation in ("xla", "reference") and jax.__version_info__ < (0, 12):
+        pytest.skip("THE COMPILER OF THIS JAX IGNORES THE ROUNDING: xla MAY GIVE NaN")
     attend = functools.partial(
         usp_jax.flash_attention,
         implementation=implementation,

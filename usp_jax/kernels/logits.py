@@ -70,7 +70,10 @@ class Logits:
 
 
 def one_rounding(logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Makes XLA round the logits before anything uses them, so that all uses agree."""
+    """Makes XLA round the logits before anything uses them, so that all uses agree.
+
+    The CPU compiler of jax 0.10 ignores it.
+    """
     return lax.optimization_barrier(logits)
 
 
