@@ -109,14 +109,17 @@ def _divisors(n):
 
 
 def refused(case):
-    """The message of the error for an option that the call cannot have, or None."""
-    if case.implementation == "triton_interpret":
-        if case.variant in ("alibi", "dropout", "both") or case.dtype == "float64":
-            return "implementation='triton_interpret'"
+    """The message of the error for an option that the call cannot have, or None.
+
+    The options are checked with each other before the kernel is asked.
+    """
     windows = (None, (None, None))
     if case.variant == "prefix":
         if not case.is_causal or case.local_window_size not in windows:
             return "prefix_length= (needs is_causal|cannot be combined with local_wind)"
+    if case.implementation == "triton_interpret":
+        if case.variant in ("alibi", "dropout", "both") or case.dtype == "float64":
+            return "implementation='triton_interpret'"
     return None
 
 
