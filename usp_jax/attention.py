@@ -322,6 +322,7 @@ def _attend(
     # `out` is 0 in padding already; what this zeroes is its cotangent.
     out = zero_padding(out, q_ids)
     if lse is not None:
+        # A sink has weight even in padding.
         lse = jnp.where(q_ids[..., None] == PADDING, -jnp.inf, lse)
     return out, lse
 

@@ -25,7 +25,6 @@ from jax.ad_checkpoint import checkpoint_name
 from usp_jax.call import FACTS, Call, Facts, own_heads, ring_of
 from usp_jax.first_order import first_order
 from usp_jax.kernels import Carry
-from usp_jax.masking import PADDING
 from usp_jax.ring import apart, schedule_backward, schedule_forward, side_by_side
 from usp_jax.shards import BY_HEAD, HEADS, SEQ
 from usp_jax.ulysses import kv_to_heads, kv_to_seq, pad_heads, to_heads, to_seq
@@ -132,10 +131,6 @@ def attend(
     ring = ring_of(call, q, kv, facts)
     before = _before(call, q, kv.shape[-1] - q.shape[-1], sinks)
     out, lse = schedule_forward(call.schedule, ring, q, kv, before)
-    if sinks is not None:
-        ids = ring.q_tokens.shard(ring.index).segment_ids
-        if ids is not None:
-            lse = jnp.where((ids == PADDING)[..., None], -jnp.inf, lse)
     return out.astype(q.dtype), lse
 
 
