@@ -143,8 +143,8 @@ def make_mesh(
         raise ValueError(
             f"the sizes {shape} need {wanted} devices, but devices= has {len(devices)}"
         )
-    if devices is not None:
-        _check_distinct("devices=", devices)
+    if devices is not None and (repeated := _repeated(devices)):
+        raise ValueError(f"devices= has {repeated}; once is possible")
     if devices is None and wanted > jax.device_count():
         raise ValueError(
             f"the sizes {shape} need {wanted} devices, but there are "
@@ -311,8 +311,8 @@ def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
         plays no role, or a device is in the mesh twice.
     """
     check_asked_for(axes, tuple(mesh.shape))
-    if isinstance(mesh, Mesh):
-        _check_distinct(f"{mesh=}", mesh.devices.flat)
+    if isinstance(mesh, Mesh) and (repeated := _repeated(mesh.devices.flat)):
+        raise ValueError(f"{mesh=} has {repeated}; once is possible")
     idle = {
         name: size
         for name, size in mesh.shape.items()
@@ -328,10 +328,10 @@ def check_axes(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def _check_distinct(name: str, devices: Iterable[jax.Device]) -> None:
+def _repeated(devices: Iterable[jax.Device]) -> str | None:
+    """Names a device that is there more than once, and how often."""
     device, count = collections.Counter(devices).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{name} has {device} {count} times; once is possible")
+    return f"{device} {count} times" if count > 1 else None
 
 
 def check_asked_for(axes: MeshAxes, names: Sequence[str]) -> None:
