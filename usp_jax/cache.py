@@ -183,10 +183,7 @@ class KVCache:
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = _laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ)
-        tokens = _laid(shards, tokens, TOKENS)
-        if segment_ids is not None:
-            k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
-        page = Page(k, v, tokens)
+        page = _page(k, v, _laid(shards, tokens, TOKENS), segment_ids)
         # The page of a prefill counts as full: it is never written to. `used` is a
         # numpy number, so that `append` can read it under jit too.
         used = np.int32(_whole_length(shards, key.shape[1]))
@@ -231,10 +228,7 @@ class KVCache:
             raise ValueError(f"{key.dtype=} must be the cache's, {page.dtype}")
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = self.shards.place((key, value), NEW)
-        tokens = self.shards.place(tokens, NEW_TOKENS)
-        if segment_ids is not None:
-            k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
-        new = Page(k, v, tokens)
+        new = _page(k, v, self.shards.place(tokens, NEW_TOKENS), segment_ids)
         if isinstance(self.used, jax.core.Tracer):
             written = self._written(new)
             overflowed = self.overflowed | (written.used > self._capacity)
@@ -264,6 +258,13 @@ class KVCache:
         page = _write_page(self.shards, self.pages[-1], new, self.used)
         used = self.used + np.int32(new.key.shape[1])
         return dataclasses.replace(self, pages=(*self.pages[:-1], page), used=used)
+
+
+def _page(k: jax.Array, v: jax.Array, tokens: Tokens, segment_ids: object) -> Page:
+    """Makes a page, with zeros in padded tokens if the caller gave segment ids."""
+    if segment_ids is not None:
+        k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
+    return Page(k, v, tokens)
 
 
 @partial(jax.jit, static_argnames=("shards",))
