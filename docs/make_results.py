@@ -250,15 +250,10 @@ def errors() -> str:
             for line in lines
             if line["dtype"] == dtype
         }
-        one, ring = own[1, 1], own[8, 1]
-        worst = max(ring[name] for name in ("dq", "dk", "dv"))
-        cells = (
-            one["out"],
-            ring["out"],
-            max(one[n] for n in ("dq", "dk", "dv")),
-            worst,
-        )
-        rows.append((dtype, *(f"{cell:.1e}" for cell in cells)))
+        pair = own[1, 1], own[8, 1]
+        outs = [line["out"] for line in pair]
+        grads = [max(line[name] for name in ("dq", "dk", "dv")) for line in pair]
+        rows.append((dtype, *(f"{cell:.1e}" for cell in (*outs, *grads))))
     head = "out, one device", "ring 8", "gradients, one device", "ring 8"
     return markdown(("", *head), rows)
 

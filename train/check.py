@@ -124,8 +124,8 @@ def _check_ranges(flat: Mapping[str, Any]) -> None:
 def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
     if data.mixture and data.path is not None:
         raise ValueError(
-            f"data.path={data.path} and data.mixture={_told(data.mixture)} cannot be "
-            "combined: give one of them"
+            f"data.path={data.path} and data.mixture={_as_option(data.mixture)} cannot "
+            "be combined: give one of them"
         )
     for path, weight in data.mixture:
         if not 0 < weight < math.inf:
@@ -141,7 +141,7 @@ def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
         )
 
 
-def _told(mixture: Sequence[tuple[Path, float]]) -> str:
+def _as_option(mixture: Sequence[tuple[Path, float]]) -> str:
     return " ".join(f"{path} {weight}" for path, weight in mixture)
 
 

@@ -182,7 +182,7 @@ class Checkpoints:
             saved, wrong = self._manager.restore(step, args=items), None
         # An old checkpoint without digests: its readers may raise anything.
         except Exception as error:
-            saved, wrong = None, f"{type(error).__name__}: {_line(error)}"
+            saved, wrong = None, f"{type(error).__name__}: {one_line(error)}"
         return (None, wrong) if _anywhere(saved is None) else (saved, None)
 
     def _set_aside(self, damaged: Sequence[int]) -> None:
@@ -217,7 +217,7 @@ class Checkpoints:
             names = (path.name for path in self._folder.iterdir())
             whole = sorted(int(name) for name in names if name.isdigit())
             raise CheckpointError(
-                f"a checkpoint cannot be written to {self._folder}: {_line(error)}; "
+                f"a checkpoint cannot be written to {self._folder}: {one_line(error)}; "
                 f"those of steps {whole} are intact, and the same command resumes from "
                 "the last of them"
             ) from error
@@ -238,5 +238,6 @@ def _anywhere(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The message of an error, without its line breaks."""
     return " ".join(str(error).split())

@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> Config:
     )
     config = with_published_model(config, options)
     if config.auto_mesh is not None:
-        _check_nothing_told(options)
+        _check_left_to_planner(options)
         # The preset's mesh is unused, and must not be checked.
         config = dataclasses.replace(config, mesh=MeshConfig(), accumulate=1)
     check(config)
@@ -63,7 +63,7 @@ def _with_machine(options: Sequence[str]) -> list[str]:
     return words
 
 
-def _check_nothing_told(options: Sequence[str]) -> None:
+def _check_left_to_planner(options: Sequence[str]) -> None:
     """Raises ValueError if an option is given that the planner chooses."""
     names = [
         field.name.replace("_", "-")

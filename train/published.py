@@ -42,7 +42,7 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
     if config.init_from is None:
         return config
     model = _begun(config) or _folder_config(config.init_from)
-    overridden = _told(options)
+    overridden = _fields_in(options)
     fields = {
         name: getattr(model, name)
         for name in (*_OF_WEIGHTS, *_ROPE)
@@ -123,7 +123,7 @@ def _begun(config: Config) -> LlamaConfig | None:
     return read_config(config.run_dir)
 
 
-def _told(options: Sequence[str]) -> set[str]:
+def _fields_in(options: Sequence[str]) -> set[str]:
     """Names of the model's fields that the command line sets."""
     matches = (
         re.match(r"(?:--)?model\.(?:no-)?([\w-]+)", word.replace("_", "-"))

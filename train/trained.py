@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from train.checkpoint import one_line
 from train.digests import damage, has_digests
 from train.run_dir import RunRecord, find_record
 from train.state import Params
@@ -110,7 +111,7 @@ def _restore(
                 raise
             raise ValueError(
                 f"run_dir={run_dir}: the checkpoint of step {step} cannot be read: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
     return step, restored.state["params"]
 

@@ -73,7 +73,7 @@ class MetricsFile:
             for name, value in row.items()
             if name != "step" and isinstance(value, int | float)
         }
-        with _told(self._run_dir):
+        with _with_remedy(self._run_dir):
             self._file.write(line_of(row))
             self._file.flush()
             self._events.write(row["step"], values)
@@ -84,7 +84,7 @@ class MetricsFile:
         Raises:
           OSError: the disk cannot be written to.
         """
-        with _told(self._run_dir):
+        with _with_remedy(self._run_dir):
             os.fsync(self._file.fileno())
             self._events.sync()
 
@@ -106,7 +106,7 @@ def _report(path: Path, lost: str, *, keep: bool) -> None:
 
 
 @contextlib.contextmanager
-def _told(run_dir: Path) -> Iterator[None]:
+def _with_remedy(run_dir: Path) -> Iterator[None]:
     """Adds the run directory and the remedy to an OSError."""
     try:
         yield

@@ -126,17 +126,7 @@ def job_of(
     layout: str = "zigzag",
     documents: int | None = None,
 ) -> Job:
-    """Makes a `Job`, given names of presets or objects.
-
-    Args:
-      model: a configuration, or the name of a preset.
-      machine: a machine, or its name.
-      sequence: tokens per row.
-      batch: rows per training step, over all devices.
-      devices: number of devices; None is the machine's default.
-      layout: the layout in which tokens are stored.
-      documents: mean tokens per document in packed rows; None means one document per
-        row.
+    """Makes a `Job`, given names of presets or objects, as in `best`.
 
     Raises:
       ValueError: a name is unknown, or a number is invalid.

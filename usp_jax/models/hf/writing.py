@@ -69,9 +69,9 @@ def save(
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
     if file_bytes < 1:
         raise ValueError(f"{file_bytes=} must be positive")
-    beside = folder / _UNFINISHED
+    unfinished = folder / _UNFINISHED
     # Those of a save that was killed while it renamed its files do not count.
-    weights = [] if beside.exists() else folder.glob("*.safetensors")
+    weights = [] if unfinished.exists() else folder.glob("*.safetensors")
     existing = [*weights, *folder.glob(CONFIG)]
     notes = {} if like is None else read_json(Path(like) / CONFIG)
     # All processes must look before process 0 writes.
@@ -83,31 +83,34 @@ def save(
     config = write_config(model.config, dtype.name, notes)
     is_writer = jax.process_index() == 0
     if is_writer:
-        _begin(beside)
+        _begin(unfinished)
     try:
         if is_writer:
-            _copy_companions(like, beside)
-        _write_tensors(model, beside, dtype, file_bytes, is_writer)
+            _copy_companions(like, unfinished)
+        _write_tensors(model, unfinished, dtype, file_bytes, is_writer)
         if is_writer:
-            (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            _sync(beside)
+            (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            _sync(unfinished)
     except BaseException:
         if is_writer:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if is_writer:
-        _move_up(beside)
+        _move_up(unfinished)
     multihost_utils.sync_global_devices("checkpoint is written")
 
 
-def _begin(beside: Path) -> None:
+def _begin(unfinished: Path) -> None:
     """Creates the folder of unfinished files, without those of a killed save."""
-    if beside.exists():
+    if unfinished.exists():
         # Some may have been renamed already.
-        for path in [*beside.parent.glob("*.safetensors"), beside.parent / INDEX]:
+        for path in [
+            *unfinished.parent.glob("*.safetensors"),
+            unfinished.parent / INDEX,
+        ]:
             path.unlink(missing_ok=True)
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
 
 
 def _sync(folder: Path) -> None:
@@ -117,11 +120,11 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _move_up(beside: Path) -> None:
+def _move_up(unfinished: Path) -> None:
     """Renames all files into the parent folder, config.json last."""
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == CONFIG):
-        path.rename(beside.parent / path.name)
-    beside.rmdir()
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG):
+        path.rename(unfinished.parent / path.name)
+    unfinished.rmdir()
 
 
 def _write_tensors(
