@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax.kernels.contract import Carry, Grads
-from usp_jax.kernels.logits import Logits, at_most_0, one_rounding
+from usp_jax.kernels.logits import Logits, at_most_0, lowered
 from usp_jax.masking import Mask, visible
 from usp_jax.merge import finite, merge, normalize
 
@@ -23,9 +23,9 @@ def chunk_forward(
     logits: Logits,
 ) -> Carry:
     """Computes the attention of q over k, v and merges it into `carry`."""
-    s = one_rounding(_biased(_scores(q, k, mask, logits), mask, logits))
-    m = finite(s.max(-1, initial=-jnp.inf))
-    p = jnp.exp(s - m[..., None])
+    s = _biased(_scores(q, k, mask, logits), mask, logits)
+    m = finite(lowered(s.max(-1, initial=-jnp.inf)))
+    p = jnp.exp(at_most_0(s - m[..., None]))
     row_sum = p.sum(-1)
     p = _dropped(p, mask, logits)
     out = _einsum("BKGTS,BSKH->BTKGH", p, v.astype(p.dtype))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from usp_jax.kernels.contract import Carry, Grads
 from usp_jax.kernels.dropout import Dropout
-from usp_jax.kernels.logits import Logits, at_most_0, one_rounding
+from usp_jax.kernels.logits import Logits, at_most_0, lowered
 from usp_jax.kernels.padding import pad_length, pad_mask
 from usp_jax.masking import (
     FULL,
@@ -80,12 +80,11 @@ def chunk_forward(
         s = logits.of(_einsum("KTH,KSH->KTS", q, k, dtype))
         if logits.slopes is not None:
             s += by_row(logits.bias(tokens.q, tokens.kv, dtype))
-        s = one_rounding(s)
         if is_masked:
             s = _masked(s, visible(tokens), -jnp.inf)
-        m_next = jnp.maximum(m, s.max(-1))
+        m_next = jnp.maximum(m, lowered(s.max(-1)))
         safe = finite(m_next)
-        p = jnp.exp(s - safe[..., None])
+        p = jnp.exp(at_most_0(s - safe[..., None]))
         decay = jnp.exp(m - safe)
         l = l * decay + p.sum(-1)
         if logits.dropout is not None:
