@@ -17,7 +17,8 @@ from train.digests import damage, has_digests
 from train.run_dir import RunRecord, find_record
 from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
-from usp_jax.models.sharding import parameter_shapes, parameter_shardings
+from usp_jax.models.parameters import parameter_shapes
+from usp_jax.models.sharding import parameter_shardings
 
 
 def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]:

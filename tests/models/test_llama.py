@@ -17,13 +17,15 @@ from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.generate import generate
 from usp_jax.models.layer import rms_norm
 from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
-from usp_jax.models.loss import _nats_and_lse, loss, shift_labels, token_nats
-from usp_jax.models.sharding import (
-    TABLE,
-    Split,
-    parameter_shapes,
-    parameter_shardings,
+from usp_jax.models.loss import (
+    _nats_and_lse,
+    _Output,
+    loss,
+    shift_labels,
+    token_nats,
 )
+from usp_jax.models.parameters import TABLE, parameter_shapes
+from usp_jax.models.sharding import Split, parameter_shardings
 
 MESHES = (
     {"data": 8},
@@ -417,7 +419,7 @@ def test_the_loss_of_16_bits_has_logits_of_float32():
     )
     labels = jax.random.randint(jax.random.key(2), (2, 10), -1, 48, jnp.int32)
     blocks = matrix.reshape(3, 16, 16)
-    nats, lse = _nats_and_lse(Split.of(None), 8, x, blocks, labels)
+    nats, lse = _nats_and_lse(_Output(Split.of(None), 8, None), x, blocks, labels)
     logits = np.asarray(x, np.float64).reshape(20, 16) @ np.asarray(matrix, "float64").T
     expected = np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(lse.reshape(-1)[:20], expected, rtol=1e-5)

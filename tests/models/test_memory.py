@@ -21,7 +21,8 @@ from tests.sampling import thinned
 from usp_jax import aot
 from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.models.loss import shift_labels
-from usp_jax.models.sharding import parameter_shapes, parameter_shardings
+from usp_jax.models.parameters import parameter_shapes
+from usp_jax.models.sharding import parameter_shardings
 
 OPTIONS = (
     {"remat": "attention_offload", "mlp_tile": 7},

@@ -16,7 +16,8 @@ from train.config import Config, MeshConfig, ModelConfig
 from usp_jax import aot, gathering
 from usp_jax.compiled import by_kind
 from usp_jax.gathering import groups_in_turn
-from usp_jax.models.sharding import TABLE, Split
+from usp_jax.models.parameters import TABLE
+from usp_jax.models.sharding import Split
 
 
 def test_groups_cover_an_axis() -> None:

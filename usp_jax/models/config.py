@@ -44,4 +44,8 @@ class LlamaConfig(Execution, Decoder):
     def at_length(self, length: int) -> "LlamaConfig":
         """Returns a copy with dynamic RoPE scaling fixed for `length` tokens."""
         scaling = at_length(self.rope_scaling, length)
-        return dataclasses.replace(self, rope_scaling=scaling)
+        variants = tuple(
+            dataclasses.replace(x, rope_scaling=at_length(x.rope_scaling, length))
+            for x in self.variants
+        )
+        return dataclasses.replace(self, rope_scaling=scaling, variants=variants)

@@ -1,4 +1,4 @@
-"""The feed-forward network (SwiGLU, arXiv 2002.05202), whole or in tiles of tokens.
+"""The gated feed-forward network (arXiv 2002.05202), whole or in tiles of tokens.
 
 Computed whole, the hidden activations [T, F] of all of a device's tokens are in memory
 at once, and several such arrays in the backward pass. In tiles, only one tile's are:
@@ -24,48 +24,54 @@ Matrices = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
 
 
 def feed_forward(
-    x: Float[Array, "b t D"], matrices: Matrices, tile: int | None = None
+    x: Float[Array, "b t D"],
+    matrices: Matrices,
+    tile: int | None = None,
+    activation: str = "silu",
 ) -> Float[Array, "b t D"]:
-    """Computes (silu(x · gate) * (x · up)) · down.
+    """Computes (activation(x · gate) * (x · up)) · down.
 
     Args:
       x: [b, t, D].
       matrices: gate, up and down.
       tile: maximum number of tokens computed at once; None is all of them.
+      activation: "silu" or "gelu_tanh".
     """
     tokens = x.shape[0] * x.shape[1]
     if tile is None or tokens <= tile:
-        return _whole(x, matrices)
+        return _whole(activation, x, matrices)
     number = -(-tokens // tile)
     # Tiles are equal, so the padding is less than one token per tile.
     size = -(-tokens // number)
     flat = x.reshape(tokens, -1)
     tiles = jnp.pad(flat, ((0, number * size - tokens), (0, 0)))
-    out = _tiled(tiles.reshape(number, size, -1), matrices)
+    out = _tiled(activation, tiles.reshape(number, size, -1), matrices)
     return out.reshape(number * size, -1)[:tokens].reshape(x.shape)
 
 
-def _whole(x: jax.Array, matrices: Matrices) -> jax.Array:
+def _whole(activation: str, x: jax.Array, matrices: Matrices) -> jax.Array:
     gate, up, down = matrices
     gate = checkpoint_name(jnp.einsum("...D,DF->...F", x, gate), "mlp_gate")
     up = checkpoint_name(jnp.einsum("...D,DF->...F", x, up), "mlp_up")
-    return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, down)
+    # jax's default form of GELU is the one with tanh.
+    gate = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate)
+    return jnp.einsum("...F,FD->...D", gate * up, down)
 
 
-@jax.custom_vjp
-def _tiled(tiles: jax.Array, matrices: Matrices) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(activation: str, tiles: jax.Array, matrices: Matrices) -> jax.Array:
     """[n, c, D] -> [n, c, D], one tile of c tokens at a time."""
-    return lax.map(partial(_whole, matrices=matrices), tiles)
+    return lax.map(partial(_whole, activation, matrices=matrices), tiles)
 
 
 def _tiled_fwd(
-    tiles: jax.Array, matrices: Matrices
+    activation: str, tiles: jax.Array, matrices: Matrices
 ) -> tuple[jax.Array, tuple[jax.Array, Matrices]]:
-    return _tiled(tiles, matrices), (tiles, matrices)
+    return _tiled(activation, tiles, matrices), (tiles, matrices)
 
 
 def _tiled_bwd(
-    saved: tuple[jax.Array, Matrices], dout: jax.Array
+    activation: str, saved: tuple[jax.Array, Matrices], dout: jax.Array
 ) -> tuple[jax.Array, Matrices]:
     tiles, matrices = saved
 
@@ -73,7 +79,7 @@ def _tiled_bwd(
         total: Matrices, tile: tuple[jax.Array, jax.Array]
     ) -> tuple[Matrices, jax.Array]:
         x, dout = tile
-        _, pull = jax.vjp(_whole, x, matrices)
+        _, pull = jax.vjp(partial(_whole, activation), x, matrices)
         dx, dmatrices = pull(dout)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
 

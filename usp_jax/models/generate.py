@@ -16,9 +16,13 @@ from jaxtyping import Array, Int, Key
 from usp_jax import KVCache
 from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.llama import Llama
+from usp_jax.models.segments import PerRun
 from usp_jax.models.sharding import Split
 from usp_jax.models.transformer import Transformer
 from usp_jax.models.weights import Weights
+
+# The cache of each run of layers.
+Caches = PerRun[KVCache]
 
 
 def generate(
@@ -100,7 +104,7 @@ def _generate(
     padding = -rows % split.size(split.batch)
     prompt = jnp.pad(prompt, ((0, padding), (0, 0)), mode="edge")
     tokens = jnp.pad(prompt, ((0, 0), (0, num_tokens)))
-    logits, cache = _prefill(model, prompt, num_tokens - 1)
+    logits, caches = _prefill(model, prompt, num_tokens - 1)
 
     def write(
         tokens: jax.Array, logits: jax.Array, length: int | jax.Array
@@ -109,22 +113,22 @@ def _generate(
         return lax.dynamic_update_slice(tokens, token[:, None], (0, length))
 
     def body(
-        length: jax.Array, state: tuple[jax.Array, KVCache]
-    ) -> tuple[jax.Array, KVCache]:
-        tokens, cache = state
+        length: jax.Array, state: tuple[jax.Array, Caches]
+    ) -> tuple[jax.Array, Caches]:
+        tokens, caches = state
         last = lax.dynamic_slice_in_dim(tokens, length - 1, 1, 1)
-        logits, cache = _step(model, last, length - 1, cache)
-        return write(tokens, logits, length), cache
+        logits, caches = _step(model, last, length - 1, caches)
+        return write(tokens, logits, length), caches
 
     tokens = write(tokens, logits, start)
-    state = lax.fori_loop(start + 1, start + num_tokens, body, (tokens, cache))
+    state = lax.fori_loop(start + 1, start + num_tokens, body, (tokens, caches))
     return state[0][:rows]
 
 
 def _prefill(
     model: Llama, prompt: jax.Array, num_tokens: int
-) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after the prompts, and a cache with room for more tokens."""
+) -> tuple[jax.Array, Caches]:
+    """Logits [B, V] after the prompts, and caches with room for more tokens."""
     split = model.split
     batch = Batch.of(split, prompt, None, None, "natural")
     parts = split.size(split.sequence)
@@ -143,30 +147,32 @@ def _prefill_shards(
     positions: jax.Array,
     segment_ids: jax.Array | None,
     last: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    x, cache = transformer.prefill(weights, tokens, positions, segment_ids, page_tokens)
+) -> tuple[jax.Array, Caches]:
+    x, caches = transformer.prefill(
+        weights, tokens, positions, segment_ids, page_tokens
+    )
     here = positions == last
     if segment_ids is not None:
         here = here & (segment_ids >= 0)
     split = transformer.split
     x = jnp.sum(jnp.where(here[..., None], split.enter(x), 0), 1)
     # Only one shard of the sequence has the token; the others add zeros.
-    return split.sum(transformer.logits(weights, x), split.sequence), cache
+    return split.sum(transformer.logits(weights, x), split.sequence), caches
 
 
 def _step(
-    model: Llama, token: jax.Array, position: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after one more token [B, 1], and the updated cache."""
+    model: Llama, token: jax.Array, position: jax.Array, caches: Caches
+) -> tuple[jax.Array, Caches]:
+    """Logits [B, V] after one more token [B, 1], and the updated caches."""
     split = model.split
     rows = jax.P(split.batch or None)
-    specs = _specs(model, cache.page_tokens)
+    specs = _specs(model, caches[0][0].page_tokens)
     return model.run_on(
         _step_shards,
         (_logits_spec(split), specs),
         (token, rows),
         (position, jax.P()),
-        (cache, specs),
+        (caches, specs),
     )
 
 
@@ -175,17 +181,17 @@ def _step_shards(
     weights: Weights,
     tokens: jax.Array,
     position: jax.Array,
-    cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
+    caches: Caches,
+) -> tuple[jax.Array, Caches]:
     positions = jnp.zeros_like(tokens) + position
-    x, cache = transformer.decode(weights, tokens, positions, cache)
+    x, caches = transformer.decode(weights, tokens, positions, caches)
     # All shards of the sequence have the same value: use the first one's.
     split = transformer.split
     x = jnp.where(split.index(split.sequence) == 0, x[:, 0], 0)
-    return split.sum(transformer.logits(weights, x), split.sequence), cache
+    return split.sum(transformer.logits(weights, x), split.sequence), caches
 
 
-def _specs(model: Llama, page_tokens: int) -> KVCache:
+def _specs(model: Llama, page_tokens: int) -> Caches:
     transformer = Transformer(model.config, model.split, "contiguous")
     return transformer.cache_specs(page_tokens)
 

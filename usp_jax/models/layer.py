@@ -9,6 +9,8 @@
 
 Lower-case letters are this device's sizes; s is t, or t/tensor with `tensor_sequence`:
 `Split.enter` gathers the tokens, and `Split.leave` sums and splits what is added to x.
+Some models have norms after `leave`, instead of the others or as well. A layer's
+configuration is that of its kind, from `of_kind`.
 """
 
 from collections.abc import Callable
@@ -23,15 +25,16 @@ from usp_jax import KVCache, usp_attention_per_shard
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.feed_forward import feed_forward
-from usp_jax.models.remat import HEADS, INPUT, MIDDLE
+from usp_jax.models.parameters import is_small
+from usp_jax.models.remat import HEADS, INPUT, MIDDLE, OUT
 from usp_jax.models.rope import rotate
 from usp_jax.models.sharding import Split
-from usp_jax.models.weights import is_small
 
 State = TypeVar("State")
 # (q, k, v, this layer's cache) -> (attention's output, the layer's state).
 Attend = Callable[[Array, Array, Array, KVCache | None], tuple[Array, State]]
-Angles = tuple[Float[Array, "#b t h"], Float[Array, "#b t h"]]
+# Cosine and sine; nothing without RoPE.
+Angles = tuple[Float[Array, "#b t h"], Float[Array, "#b t h"]] | tuple[()]
 
 
 def layer(
@@ -46,9 +49,9 @@ def layer(
     """Returns x after one layer, and the state that `attend` returns.
 
     Args:
-      config: the model's configuration.
+      config: the configuration of the layer's kind.
       split: how the mesh splits arrays.
-      weights: this layer's shards, keyed by the names of `sharding.TABLE`.
+      weights: this layer's shards, keyed by the names of `parameters.TABLE`.
       x: the residual stream.
       angles: cosine and sine of RoPE.
       attend: computes attention from q, k, v and the cache.
@@ -59,18 +62,19 @@ def layer(
         name: shard if is_small(name) else split.gather(shard, name, split.each)
         for name, shard in weights.items()
     }
-    eps = config.rms_norm_eps
 
-    y = split.enter(rms_norm(x, w["attention_norm"], eps))
-    q, k, v = (_heads(y, w, name, eps) for name in "qkv")
-    q, k = rotate(q, *angles), rotate(k, *angles)
+    y = split.enter(_before(config, w, "attention_norm", x))
+    q, k, v = (_heads(config, split, w, name, y) for name in "qkv")
+    if angles:
+        q, k = rotate(q, *angles), rotate(k, *angles)
     out, state = attend(q, k, v, cache)
-    out = jnp.einsum("BTNH,NHD->BTD", out, w["o"])
-    x = checkpoint_name(x + split.leave(out), MIDDLE)
+    out = split.leave(jnp.einsum("BTNH,NHD->BTD", out, w["o"]))
+    x = checkpoint_name(x + _after(config, w, "attention_out_norm", out), MIDDLE)
 
-    y = split.enter(rms_norm(x, w["mlp_norm"], eps))
-    out = feed_forward(y, (w["gate"], w["up"], w["down"]), config.mlp_tile)
-    return x + split.leave(out), state
+    y = split.enter(_before(config, w, "mlp_norm", x))
+    matrices = w["gate"], w["up"], w["down"]
+    out = split.leave(feed_forward(y, matrices, config.mlp_tile, config.activation))
+    return x + _after(config, w, "mlp_out_norm", out), state
 
 
 def self_attention(
@@ -80,6 +84,7 @@ def self_attention(
     segment_ids: Int[Array, "b t"] | None,
 ) -> Attend[None]:
     """Returns the `Attend` for causal attention of whole sequences to themselves."""
+    window = None if config.window is None else (config.window - 1, 0)
 
     def attend(q: Array, k: Array, v: Array, _: KVCache | None) -> tuple[Array, None]:
         out = usp_attention_per_shard(
@@ -87,6 +92,9 @@ def self_attention(
             k,
             v,
             is_causal=True,
+            local_window_size=window,
+            scale=config.attention_scale,
+            logits_soft_cap=config.logits_soft_cap,
             layout=layout,
             segment_ids=segment_ids,
             positions=(
@@ -102,14 +110,51 @@ def self_attention(
     return attend
 
 
-def _heads(y: Array, w: dict[str, Array], name: str, eps: float) -> Array:
+def _before(config: LlamaConfig, w: dict[str, Array], name: str, x: Array) -> Array:
+    """Applies the norm before a part of the layer, if the model has it."""
+    return norm(config, x, w[name]) if name in w else x
+
+
+def _after(config: LlamaConfig, w: dict[str, Array], name: str, x: Array) -> Array:
+    """Applies the norm after a part of the layer, if the model has it."""
+    return norm(config, checkpoint_name(x, OUT), w[name]) if name in w else x
+
+
+def _heads(
+    config: LlamaConfig, split: Split, w: dict[str, Array], name: str, y: Array
+) -> Array:
     """Projects to q, k or v before RoPE, with the bias or norm some models have."""
     x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
     if f"{name}_bias" in w:
         x = x + w[f"{name}_bias"].astype(x.dtype)[None, None]
-    if f"{name}_norm" not in w:
-        return x
-    return rms_norm(checkpoint_name(x, HEADS), w[f"{name}_norm"], eps)
+    if f"{name}_norm" in w:
+        return norm(config, checkpoint_name(x, HEADS), w[f"{name}_norm"])
+    if f"whole_{name}_norm" in w:
+        x = checkpoint_name(x, HEADS)
+        return _whole_norm(config, split, x, w[f"whole_{name}_norm"])
+    return x
+
+
+def _whole_norm(
+    config: LlamaConfig, split: Split, x: Array, weight: Array
+) -> Float[Array, "b t n H"]:
+    """Applies one norm to all heads, of which this device has some."""
+    y = x.astype(wide(x.dtype))
+    total = split.sum(jnp.sum(jnp.square(y), (-2, -1), keepdims=True), split.tensor)
+    number = x.shape[-2] * x.shape[-1] * split.size(split.tensor)
+    y = y * lax.rsqrt(total / number + config.rms_norm_eps)
+    return (y * _factor(config, weight)[None, None]).astype(x.dtype)
+
+
+def norm(
+    config: LlamaConfig, x: Float[Array, "... D"], weight: Float[Array, " D"]
+) -> Float[Array, "... D"]:
+    """Applies a model's RMSNorm."""
+    return rms_norm(x, _factor(config, weight), config.rms_norm_eps)
+
+
+def _factor(config: LlamaConfig, weight: Array) -> Array:
+    return 1 + weight if config.zero_centered_norms else weight
 
 
 def rms_norm(

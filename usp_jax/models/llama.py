@@ -22,6 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.config import LlamaConfig as LlamaConfig
+from usp_jax.models.parameters import (
+    dims_of,
+    in_table,
+    is_small,
+    parameter_shapes,
+)
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling as DynamicNTKScaling,
@@ -31,12 +37,7 @@ from usp_jax.models.rope_scaling import (
     RopeScaling as RopeScaling,
     YarnScaling as YarnScaling,
 )
-from usp_jax.models.sharding import (
-    Split,
-    check_mesh,
-    parameter_shapes,
-    parameter_shardings,
-)
+from usp_jax.models.sharding import Split, check_mesh, parameter_shardings
 from usp_jax.models.transformer import Transformer
 from usp_jax.models.weights import Weights, working_copy
 
@@ -49,8 +50,8 @@ Placed = tuple[object, object]
 class Llama(nnx.Module):
     """A LLaMA language model.
 
-    The parameters are the only state: one `nnx.Param` for each name in `sharding.TABLE`
-    that the model has, with all layers stacked along the first dim. Their dtype is
+    The parameters are the only state: one `nnx.Param` for each name of
+    `parameters.stacks`, with all layers stacked along the first dim. Their dtype is
     `config.stored_dtype`. The constructor draws them directly into their shards.
 
     Example:
@@ -102,7 +103,7 @@ class Llama(nnx.Module):
 
         Args:
           config: the configuration.
-          params: arrays keyed by the names of `sharding.TABLE`, already sharded as
+          params: arrays keyed by the names of `parameters.stacks`, already sharded as
             `sharding.parameter_shardings` says.
           mesh: from `make_mesh`, with Auto axes; None is one device.
         """
@@ -298,25 +299,25 @@ def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
     initial logits are near 0. Contributions to the residual stream shrink with the
     number of layers.
     """
-    residual = 2 * config.num_layers
-    inputs = {
-        "q": config.d_model,
-        "k": config.d_model,
-        "v": config.d_model,
-        "o": config.num_heads * config.head_size * residual,
-        "gate": config.d_model,
-        "up": config.d_model,
-        "down": config.d_ff * residual,
+    # Dims over which a product with the parameter sums.
+    inputs = dict.fromkeys(("q", "k", "v", "gate", "up"), "D") | {
+        "o": "NH",
+        "down": "F",
     }
     values, dtype = {}, config.stored_dtype
     for number, (name, shape) in enumerate(parameter_shapes(config).items()):
-        if name.endswith("norm"):
-            values[name] = jnp.ones(shape, dtype)
+        kind = in_table(name)
+        if is_small(name):
+            is_one = kind.endswith("norm") and not config.zero_centered_norms
+            values[name] = jnp.full(shape, int(is_one), dtype)
             continue
-        if name.endswith("bias"):
-            values[name] = jnp.zeros(shape, dtype)
-            continue
-        scale = 1 / math.sqrt(inputs[name]) if name in inputs else 0.02
+        scale = 0.02
+        if kind in inputs:
+            sizes = dict(zip(dims_of(name), shape, strict=True))
+            width = math.prod(sizes[dim] for dim in inputs[kind])
+            if kind in ("o", "down"):
+                width *= 2 * config.num_layers
+            scale = 1 / math.sqrt(width)
         own = jax.random.fold_in(key, number)
         # Drawn in float32 for any dtype, so that all dtypes start from the same values.
         drawn = scale * jax.random.normal(own, shape, jnp.float32)

@@ -6,6 +6,7 @@ backward pass computes them again. No [T, V] array exists, no sequence is gather
 only one block of the output matrix and of its gradient is whole at a time.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
 from usp_jax.models.sharding import Split
-from usp_jax.models.transformer import Transformer
+from usp_jax.models.transformer import Transformer, capped
 from usp_jax.models.weights import Weights
 
 Ids = Int[Array, "B T"]
@@ -111,6 +112,21 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
     return jnp.where((ids == segment_ids) & (ids >= 0), following, NO_LABEL)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """How logits are computed.
+
+    Attributes:
+      split: how the mesh splits arrays.
+      limit: maximum number of tokens whose logits are computed at once.
+      soft_cap: soft cap of the logits, or None.
+    """
+
+    split: Split
+    limit: int
+    soft_cap: float | None
+
+
 def _batch(
     model: Llama,
     tokens: jax.Array,
@@ -144,7 +160,7 @@ def _loss(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of nats, number of labels) over all devices."""
     terms = _terms(transformer, weights, tokens, positions, segment_ids, labels)
-    split = terms[0]
+    split = terms[0].split
     nats = split.sum(_nats(*terms), split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
     return nats, split.sum(count, split.batch + split.sequence)
@@ -171,12 +187,12 @@ def _terms(
     positions: jax.Array,
     segment_ids: jax.Array | None,
     labels: jax.Array,
-) -> tuple[Split, int, jax.Array, jax.Array, jax.Array]:
+) -> tuple[_Output, jax.Array, jax.Array, jax.Array]:
     """The arguments of `_nats` for a device's part of a batch."""
     x = transformer.hidden(weights, tokens, positions, segment_ids)
-    split, config = transformer.split.ends, transformer.config
-    blocks = _blocks(weights.lm_head, config.loss_block)
-    return split, config.loss_chunk, x, blocks, labels
+    config = transformer.config
+    output = _Output(transformer.split.ends, config.loss_chunk, config.final_soft_cap)
+    return output, x, _blocks(weights.lm_head, config.loss_block), labels
 
 
 def _blocks(matrix: jax.Array, limit: int) -> jax.Array:
@@ -195,32 +211,32 @@ def _chunks(x: jax.Array, limit: int, pad_value: int = 0) -> jax.Array:
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nats(
-    split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+    output: _Output, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """Sums the nats of this device's labels.
 
     Args:
-      split: how the mesh splits arrays.
-      limit: maximum number of tokens whose logits are computed at once.
+      output: how logits are computed.
       x: [b, t, D], or the part of it that `Split.enter` completes.
       blocks: [m, w, d], this device's part of the output matrix in m blocks.
       labels: int32 [b, t].
     """
-    return _nats_fwd(split, limit, x, blocks, labels)[0]
+    return _nats_fwd(output, x, blocks, labels)[0]
 
 
 def _nats_fwd(
-    split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+    output: _Output, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    nats, lse = _nats_and_lse(split, limit, x, blocks, labels)
+    nats, lse = _nats_and_lse(output, x, blocks, labels)
     return jnp.sum(nats), (x, blocks, labels, lse)
 
 
 def _nats_bwd(
-    split: Split, limit: int, saved: tuple[jax.Array, ...], dnats: jax.Array
+    output: _Output, saved: tuple[jax.Array, ...], dnats: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
+    split, limit = output.split, output.limit
     part, blocks, labels, lse = saved
     shape = *labels.shape, part.shape[-1]
     x, labels = _chunks(split.enter(part), limit), _chunks(labels, limit, NO_LABEL)
@@ -235,8 +251,10 @@ def _nats_bwd(
             dmatrix: jax.Array, chunk: tuple[jax.Array, ...]
         ) -> tuple[jax.Array, jax.Array]:
             x, labels, lse, weight, dx = chunk
-            logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
+            logits, hot = _tile(output, x, matrix, labels, block[0], blocks)
             dlogits = (jnp.exp(logits - lse[:, None]) - hot) * weight[:, None]
+            if output.soft_cap is not None:
+                dlogits *= 1 - jnp.square(logits / output.soft_cap)
             dlogits = dlogits.astype(x.dtype)
             dx += _matmul("TV,VD->TD", dlogits, matrix)
             return dmatrix + _matmul("TV,TD->VD", dlogits, x), dx
@@ -255,9 +273,10 @@ _nats.defvjp(_nats_fwd, _nats_bwd)
 
 
 def _nats_and_lse(
-    split: Split, limit: int, x: jax.Array, blocks: jax.Array, labels: jax.Array
+    output: _Output, x: jax.Array, blocks: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Nats and log-sum-exp of each label, [n, c]: n chunks of c tokens, padded."""
+    split, limit = output.split, output.limit
     x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
 
     def body(
@@ -270,7 +289,7 @@ def _nats_and_lse(
             _: None, chunk: tuple[jax.Array, ...]
         ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
             x, labels, top, total, hit = chunk
-            logits, hot = _tile(split, x, matrix, labels, block[0], blocks)
+            logits, hot = _tile(output, x, matrix, labels, block[0], blocks)
             higher = jnp.maximum(top, jnp.max(logits, -1))
             now = jnp.sum(jnp.exp(logits - higher[:, None]), -1)
             total = total * jnp.exp(top - higher) + now
@@ -292,7 +311,7 @@ def _numbered(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _tile(
-    split: Split,
+    output: _Output,
     x: jax.Array,
     matrix: jax.Array,
     labels: jax.Array,
@@ -300,9 +319,11 @@ def _tile(
     blocks: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits of a chunk of tokens for one block, and a mask of those of the labels."""
-    first = (split.index(split.tensor) * blocks.shape[0] + number) * blocks.shape[1]
+    part = output.split.index(output.split.tensor)
+    first = (part * blocks.shape[0] + number) * blocks.shape[1]
     own = first + lax.iota(jnp.int32, blocks.shape[1])
-    return _matmul("TD,VD->TV", x, matrix), labels[:, None] == own[None]
+    logits = capped(_matmul("TD,VD->TV", x, matrix), output.soft_cap)
+    return logits, labels[:, None] == own[None]
 
 
 def _matmul(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from usp_jax.models.execution import wide
-from usp_jax.models.weights import is_of_layers, is_small
+from usp_jax.models.parameters import is_of_layers, is_small
 
 Params = dict[str, Array]
 # Optax state: a pytree of counts and of dicts of arrays like `Params`.
@@ -225,12 +225,20 @@ def _streamed(
         own = [{name: x[name] for name in names} for x in (gradient, params)]
         return own[0], own[1], _kept(memory, names)
 
+    new: Params = {}
+    kept: Kept = _kept(memory, ())
     layers = [name for name in params if is_of_layers(name)]
-    rest = [name for name in params if name not in layers]
-    _, (new, kept) = lax.scan(lambda _, x: (None, update(*x)[:2]), None, of(layers))
-    more, others, after = update(*of(rest))
-    kept = [a | b for a, b in zip(kept, others, strict=True)]
-    return new | more, _with(after, kept)
+    # Parameters that only some layers have are a scan of their own.
+    for number in sorted({params[name].shape[0] for name in layers}):
+        own = of([name for name in layers if params[name].shape[0] == number])
+        _, (more, others) = lax.scan(lambda _, x: (None, update(*x)[:2]), None, own)
+        new, kept = new | more, _joined(kept, others)
+    more, others, after = update(*of([name for name in params if name not in layers]))
+    return new | more, _with(after, _joined(kept, others))
+
+
+def _joined(kept: Kept, others: Kept) -> Kept:
+    return [a | b for a, b in zip(kept, others, strict=True)]
 
 
 def _widened(params: Params) -> Params:

@@ -76,6 +76,7 @@ class Pipeline:
                 f"num_layers={config.num_layers} must be a multiple of pipe · "
                 f"interleave = {stages} · {config.interleave} = {groups}"
             )
+        _check_kinds(config, groups)
         microbatches = config.microbatches or stages
         if microbatches % stages:
             raise ValueError(
@@ -206,6 +207,22 @@ class Pipeline:
             ]
             arrived.append(lax.ppermute(own, self.axis, sends))
         return jnp.stack(arrived)[jnp.asarray(turns)[index]].reshape(x.shape)
+
+
+def _check_kinds(config: LlamaConfig, groups: int) -> None:
+    """Checks that the stages' groups of layers are alike: they run one program.
+
+    Raises:
+      ValueError: they are not.
+    """
+    kinds = config.kinds
+    size = len(kinds) // groups
+    if kinds != groups * kinds[:size]:
+        raise ValueError(
+            f"the {groups} groups of num_layers={config.num_layers} layers, for pipe · "
+            "interleave, must have the same kinds of layers in the same order, but "
+            f"layer_types={config.layer_types}: give pipe or interleave another value"
+        )
 
 
 def deal_tables(stages: int, rounds: int) -> tuple[np.ndarray, np.ndarray]:

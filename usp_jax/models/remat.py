@@ -9,13 +9,14 @@ from usp_jax import SAVED_NAMES
 from usp_jax.models.feed_forward import INNER_PRODUCTS
 
 # Checkpoint names of a layer, apart from those of attention and feed-forward.
-INPUT, MIDDLE, HEADS = "layer_input", "layer_middle", "layer_heads"
+# OUT is what a norm after a part of the layer is applied to.
+INPUT, MIDDLE, HEADS, OUT = "layer_input", "layer_middle", "layer_heads", "layer_out"
 
 _KEPT = {
     "full": (),
     "attention": ("usp_out", "usp_lse"),
     "attention_qkv": SAVED_NAMES,
-    "dots": (*SAVED_NAMES, HEADS, MIDDLE, *INNER_PRODUCTS),
+    "dots": (*SAVED_NAMES, HEADS, MIDDLE, OUT, *INNER_PRODUCTS),
 }
 
 

@@ -88,11 +88,12 @@ def rotate(
     cos: Float[Array, "#B T h"],
     sin: Float[Array, "#B T h"],
 ) -> Float[Array, "B T N H"]:
-    """Applies RoPE to the heads of q or k.
+    """Applies RoPE to the heads of q or k, or to their first 2·h dims.
 
     It is computed in the angles' dtype and returned in x's.
     """
     cos, sin = cos[..., None, :], sin[..., None, :]
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(cos.dtype), (half, 2 * half), axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""How a LLaMA's parameters and activations are split over a mesh.
+"""How a decoder's parameters and activations are split over a mesh.
 
 Parameters and optimizer state are split over all ZeRO axes. The forward pass casts them
 to the computation's dtype, then gathers them over some axes once (ZeRO-1) and over the
@@ -23,36 +23,13 @@ from usp_jax.gathering import Turns, gathered, groups_in_turn, scattered
 from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Decoder
+from usp_jax.models.decoder import Decoder, kinds_of
+from usp_jax.models.parameters import TABLE, in_table, is_of_layers, parameter_shapes
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.ring import schedule_of
 from usp_jax.varying import vary_over
 
 Result = TypeVar("Result")
-
-# Parameter -> (its dims, the dim split over `tensor`, the dim split over ZeRO axes).
-# L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
-# vocabulary. L is split over `pipe`; for parameters without L, `pipe` is one more ZeRO
-# axis. Parameters as small as a head are not split by ZeRO.
-TABLE: dict[str, tuple[str, str | None, str | None]] = {
-    "embed": ("VD", "V", "D"),
-    "attention_norm": ("LD", None, "D"),
-    "q": ("LDNH", "N", "D"),
-    "k": ("LDKH", "K", "D"),
-    "v": ("LDKH", "K", "D"),
-    "q_bias": ("LNH", "N", None),
-    "k_bias": ("LKH", "K", None),
-    "v_bias": ("LKH", "K", None),
-    "q_norm": ("LH", None, None),
-    "k_norm": ("LH", None, None),
-    "o": ("LNHD", "N", "D"),
-    "mlp_norm": ("LD", None, "D"),
-    "gate": ("LDF", "F", "D"),
-    "up": ("LDF", "F", "D"),
-    "down": ("LFD", "F", "D"),
-    "final_norm": ("D", None, "D"),
-    "lm_head": ("VD", "V", "D"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +132,11 @@ class Split:
 
     def of_parameter(self, name: str) -> "Split":
         """Returns `self` for a parameter with layers, and `ends` for another."""
-        return self if "L" in TABLE[name][0] else self.ends
+        return self if is_of_layers(name) else self.ends
 
     def parameter(self, name: str) -> jax.P:
         """Returns the partition spec of a parameter."""
-        dims, tensor, zero = TABLE[name]
+        dims, tensor, zero = TABLE[in_table(name)]
         axes = {tensor: self.tensor, zero: self.of_parameter(name).zero}
         axes["L"] = self.stages
         return jax.P(*(axes.get(dim) or None for dim in dims))
@@ -176,10 +153,10 @@ class Split:
 
         Args:
           x: this device's shard.
-          name: the parameter's name in `TABLE`.
+          name: the parameter's name.
           axes: names of the axes.
         """
-        dims, _, zero = TABLE[name]
+        dims, _, zero = TABLE[in_table(name)]
         if zero is None:
             return vary_over(x, frozenset(axes))
         dim = x.ndim - len(dims) + dims.index(zero)
@@ -187,7 +164,7 @@ class Split:
 
     def scatter(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
         """Sums over devices and splits: the transpose of `gather`."""
-        dims, _, zero = TABLE[name]
+        dims, _, zero = TABLE[in_table(name)]
         assert zero is not None, name
         dim = x.ndim - len(dims) + dims.index(zero)
         return scattered(x, self.turns(axes), dim)
@@ -255,29 +232,6 @@ class Split:
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def parameter_shapes(config: Decoder) -> dict[str, tuple[int, ...]]:
-    """Returns the global shape of each parameter."""
-    sizes = {
-        "L": config.num_layers,
-        "D": config.d_model,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
-        "H": config.head_size,
-        "F": config.d_ff,
-        "V": config.vocab_size,
-    }
-    absent = {
-        *(("lm_head",) if config.tie_embeddings else ()),
-        *(() if config.qkv_bias else ("q_bias", "k_bias", "v_bias")),
-        *(() if config.qk_norm else ("q_norm", "k_norm")),
-    }
-    return {
-        name: tuple(sizes[dim] for dim in dims)
-        for name, (dims, _, _) in TABLE.items()
-        if name not in absent
-    }
-
-
 def parameter_shardings(
     config: Decoder, mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
@@ -314,10 +268,11 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
         ("d_ff", "tensor"),
         ("vocab_size", "tensor"),
     )
-    for name, kind in needs:
-        size, parts = getattr(config, name), split.size(shards[kind])
-        if size % parts:
-            raise ValueError(
-                f"{name}={size} must be a multiple of {parts}, the devices along the "
-                f"mesh axes {shards[kind]}; give one of them fewer devices"
-            )
+    for own, _ in kinds_of(config):
+        for name, kind in needs:
+            size, parts = getattr(own, name), split.size(shards[kind])
+            if size % parts:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of {parts}, the devices along "
+                    f"the mesh axes {shards[kind]}; give one of them fewer devices"
+                )

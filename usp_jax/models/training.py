@@ -54,7 +54,7 @@ class State:
 
     Attributes:
       step: number of training steps done, int32.
-      params: parameters, keyed by the names of `sharding.TABLE`.
+      params: parameters, keyed by the names of `parameters.stacks`.
       optimizer: the optimizer's state.
     """
 

@@ -1,9 +1,10 @@
-"""The LLaMA transformer (arXiv 2307.09288) as a function of one device's shards.
+"""The transformer (LLaMA: arXiv 2307.09288) as a function of one device's shards.
 
     tokens [b, t]
       | embed          each device looks up all tokens in its slice of D; all-to-all
     x [b, t, D]
-      | L layers       `layer.py`; weights gathered one layer at a time, in one scan
+      | L layers       `layer.py`; weights gathered one layer at a time, in one scan for
+      |                each run of equal layers (`segments.py`)
     x [b, t, D]        the final norm's output
 
 Weights are the working copy of the parameters (`weights.py`), split over `Split.each`
@@ -24,20 +25,39 @@ from usp_jax.cache import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import of_kind
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import add_to
-from usp_jax.models.layer import Attend, State, layer, rms_norm, self_attention
+from usp_jax.models.layer import Angles, Attend, State, layer, norm, self_attention
+from usp_jax.models.layer_scan import scan_layers
+from usp_jax.models.parameters import layer_stacks
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.remat import policy
 from usp_jax.models.rope import rope_amplitude, rope_angles, rope_frequencies
+from usp_jax.models.segments import PerRun, Segment, segments
 from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
 from usp_jax.shards import Shards
 
 # A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
-Layers = TypeVar("Layers")
+Row = TypeVar("Row")
+# What a decoding step changes in a layer's cache: its last page, `used`, `overflowed`.
+Written = tuple[Page, Array, Array]
 # Positions and segment ids.
 Facts = tuple[Int[Array, "#b t"], Int[Array, "b t"] | None]
+
+
+def capped(logits: Float[Array, "..."], soft_cap: float | None) -> Array:
+    """Applies the soft cap that some models have on their output logits."""
+    if soft_cap is None:
+        return logits
+    return soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _own_row(name: str, row: Array) -> Array:
+    """Returns a row: it is the layer's weight itself."""
+    del name
+    return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,31 +89,45 @@ class Transformer:
         if self.split.stages:
             x = self._stages(weights, x, (positions, segment_ids))
         else:
-            attend = self_attention(self.config, self.layout, positions, segment_ids)
-            x, _ = self._scan(x, weights.layers, _own_weights, positions, attend)
-        return rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
+            x, _ = self._run_layers(
+                x,
+                weights.layers,
+                _own_row,
+                positions,
+                lambda own: self_attention(own, self.layout, positions, segment_ids),
+            )
+        return norm(self.config, x, weights.final_norm)
 
     def _stages(self, weights: Weights, x: Array, facts: Facts) -> Array:
         """Runs this device's share of the rows through all pipeline stages."""
         config, copies = self.config, weights.layers
         pipeline = Pipeline.of(config, self.split.size(self.split.stages))
-        per_round = config.num_layers // (pipeline.stages * pipeline.rounds)
+        groups = pipeline.stages * pipeline.rounds
+        kinds = config.kinds[: config.num_layers // groups]
         sums = {
-            name: total.reshape(-1, per_round, *total.shape[1:])
+            name: total.reshape(pipeline.rounds, -1, *total.shape[1:])
             for name, total in weights.sums.items()
         }
 
-        def weights_of(layer: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
-            number, sums = layer
+        def weight_of(name: str, row: tuple[Array, Array]) -> Array:
             # Indexed inside the layer, so that weights are not kept for every tick.
-            return {n: add_to(sums[n], copies[n][number]) for n in copies}
+            number, total = row
+            return add_to(total, copies[name][number])
 
         def stage(x: Array, turn: Array, facts: Facts) -> Array:
-            own = {name: total[turn] for name, total in sums.items()}
-            first = turn * per_round
-            numbers = first + lax.iota(jnp.int32, per_round)
-            attend = self_attention(config, self.layout, *facts)
-            return self._scan(x, (numbers, own), weights_of, facts[0], attend)[0]
+            own = {}
+            for name, total in sums.items():
+                number = total.shape[1]
+                own[name] = turn * number + lax.iota(jnp.int32, number), total[turn]
+            x, _ = self._run_layers(
+                x,
+                own,
+                weight_of,
+                facts[0],
+                lambda own: self_attention(own, self.layout, *facts),
+                kinds=kinds,
+            )
+            return x
 
         return pipeline.run(stage, x, facts)
 
@@ -104,122 +138,145 @@ class Transformer:
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
         page_tokens: int,
-    ) -> tuple[Float[Array, "b s D"], KVCache]:
-        """Returns `hidden`, and a cache with room for `page_tokens` more tokens.
+    ) -> tuple[Float[Array, "b s D"], PerRun[KVCache]]:
+        """Returns `hidden`, and caches with room for `page_tokens` more tokens.
 
-        The caches of all layers are stacked: the arrays have a leading dim L.
+        The caches of a run's layers are stacked: the arrays have a leading dim for
+        them, after one for the repeats of a repeated segment.
         """
-        itself = self_attention(self.config, self.layout, positions, segment_ids)
 
-        def attend(
-            q: Array, k: Array, v: Array, _: KVCache | None
-        ) -> tuple[Array, KVCache]:
-            cache = KVCache.of_shards(
-                k,
-                v,
-                positions=jnp.broadcast_to(positions, tokens.shape),
-                segment_ids=segment_ids,
-                page_tokens=page_tokens,
-            )
-            return itself(q, k, v, None)[0], cache.grow()
+        def attend_of(kind: LlamaConfig) -> Attend[KVCache]:
+            itself = self_attention(kind, self.layout, positions, segment_ids)
+
+            def attend(
+                q: Array, k: Array, v: Array, _: KVCache | None
+            ) -> tuple[Array, KVCache]:
+                cache = KVCache.of_shards(
+                    k,
+                    v,
+                    positions=jnp.broadcast_to(positions, tokens.shape),
+                    segment_ids=segment_ids,
+                    page_tokens=page_tokens,
+                )
+                return itself(q, k, v, None)[0], cache.grow()
+
+            return attend
 
         x = self._embed(weights.embed, tokens)
-        x, cache = self._scan(x, weights.layers, _own_weights, positions, attend)
-        return rms_norm(x, weights.final_norm, self.config.rms_norm_eps), cache
+        x, caches = self._run_layers(x, weights.layers, _own_row, positions, attend_of)
+        return norm(self.config, x, weights.final_norm), caches
 
     def decode(
         self,
         weights: Weights,
         tokens: Int[Array, "b t"],
         positions: Int[Array, "b t"],
-        cache: KVCache,
-    ) -> tuple[Float[Array, "b t D"], KVCache]:
-        """Returns `hidden` for tokens that follow those in a cache, and the new cache.
+        caches: PerRun[KVCache],
+    ) -> tuple[Float[Array, "b t D"], PerRun[KVCache]]:
+        """Returns `hidden` for tokens that follow those in caches, and the new caches.
 
         The tokens are replicated on all devices that share a sequence, and are too few
         for `tensor_sequence`.
         """
 
-        def attend(
-            q: Array, k: Array, v: Array, cache: KVCache | None
-        ) -> tuple[Array, tuple[Page, Array, Array]]:
-            assert cache is not None
-            cache = cache.append(k, v, positions=positions)
-            out = decode_attention(
-                q,
-                cache,
-                positions=positions,
-                implementation=self.config.implementation,
-            )
-            assert not isinstance(out, tuple)
-            # The scan copies its results: return only the page that was written.
-            return out, (cache.pages[-1], cache.used, cache.overflowed)
+        def attend_of(kind: LlamaConfig) -> Attend[Written]:
+            window = None if kind.window is None else (kind.window - 1, 0)
+
+            def attend(
+                q: Array, k: Array, v: Array, cache: KVCache | None
+            ) -> tuple[Array, Written]:
+                assert cache is not None
+                cache = cache.append(k, v, positions=positions)
+                out = decode_attention(
+                    q,
+                    cache,
+                    positions=positions,
+                    local_window_size=window,
+                    scale=kind.attention_scale,
+                    logits_soft_cap=kind.logits_soft_cap,
+                    implementation=kind.implementation,
+                )
+                assert not isinstance(out, tuple)
+                # The scan copies its results: return only the page that was written.
+                return out, (cache.pages[-1], cache.used, cache.overflowed)
+
+            return attend
 
         x = self._embed(weights.embed, tokens)
-        x, (page, used, overflowed) = self._scan(
-            x, weights.layers, _own_weights, positions, attend, cache
+        x, written = self._run_layers(
+            x, weights.layers, _own_row, positions, attend_of, caches=caches
         )
-        pages = (*cache.pages[:-1], page)
-        x = rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
-        return x, dataclasses.replace(
-            cache, pages=pages, used=used, overflowed=overflowed
+        caches = tuple(
+            tuple(map(_with_written, *runs))
+            for runs in zip(caches, written, strict=True)
         )
+        return norm(self.config, x, weights.final_norm), caches
 
-    def cache_specs(self, page_tokens: int) -> KVCache:
-        """Returns the partition specs of `prefill`'s cache, as a `KVCache`."""
+    def cache_specs(self, page_tokens: int) -> PerRun[KVCache]:
+        """Returns the partition specs of `prefill`'s caches, as `KVCache`s."""
         split = self.split
         batch, sequence = split.batch or None, split.sequence or None
-        kv = jax.P(None, batch, sequence, split.tensor or None)
-        tokens = jax.P(None, batch, sequence)
-        page = Page(kv, kv, Tokens(tokens, tokens))
         names = ("ring", "ulysses")
         axes = (n if axis_size(split.mesh, n) > 1 else None for n in names)
         shards = Shards(None, MeshAxes(), *axes)
-        return KVCache((page, page), jax.P(), jax.P(), page_tokens, shards)
 
-    def _scan(
+        def specs(segment: Segment) -> KVCache:
+            layers = (None,) if segment.repeats == 1 else (None, None)
+            kv = jax.P(*layers, batch, sequence, split.tensor or None)
+            tokens = jax.P(*layers, batch, sequence)
+            page = Page(kv, kv, Tokens(tokens, tokens))
+            return KVCache((page, page), jax.P(), jax.P(), page_tokens, shards)
+
+        found = segments(self.config.kinds)
+        return tuple(tuple(specs(segment) for _ in segment.runs) for segment in found)
+
+    def _run_layers(
         self,
         x: Array,
-        layers: Layers,
-        weights_of: Callable[[Layers], dict[str, Array]],
+        stacks: dict[str, Row],
+        weight_of: Callable[[str, Row], Array],
         positions: Array,
-        attend: Attend[State],
-        cache: KVCache | None = None,
-    ) -> tuple[Array, State]:
-        """Returns x after some layers, and the stacked states of `attend`.
+        attend_of: Callable[[LlamaConfig], Attend[State]],
+        *,
+        kinds: tuple[str, ...] | None = None,
+        caches: PerRun[KVCache] | None = None,
+    ) -> tuple[Array, PerRun[State]]:
+        """Returns x after some layers, and the states of `attend`, as `scan_layers`.
 
         Args:
           x: the residual stream.
-          layers: arrays with a leading dim for the layers.
-          weights_of: maps one layer's slice of `layers` to its weights.
+          stacks: for each parameter, arrays with a row for each layer that has it.
+          weight_of: maps a parameter's name and one row to a layer's weight.
           positions: positions of the tokens.
-          attend: computes attention, as for `layer`.
-          cache: arrays with a leading dim for the layers, or None.
+          attend_of: returns what computes attention in a kind of layer, see `layer`.
+          kinds: the layers' kinds; None is all layers.
+          caches: as in `scan_layers`.
         """
         config, split = self.config, self.split
-        angles = rope_angles(
-            positions,
-            rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling),
-            rope_amplitude(config.rope_scaling),
-            wide(config.dtype),
-        )
+        kinds = self.config.kinds if kinds is None else kinds
+        names = {kind: layer_stacks(config, kind) for kind in kinds}
+        uniform = {kind: of_kind(config, kind) for kind in names}
+        angles = {kind: _angles(own, positions) for kind, own in uniform.items()}
 
-        def body(
-            x: Array, inputs: tuple[Layers, KVCache | None]
+        def apply(
+            kind: str, x: Array, rows: dict[str, Row], cache: KVCache | None
         ) -> tuple[Array, State]:
-            own, cache = inputs
-            return layer(config, split, weights_of(own), x, angles, attend, cache)
+            own = uniform[kind]
+            w = {name: weight_of(names[kind][name], row) for name, row in rows.items()}
+            return layer(own, split, w, x, angles[kind], attend_of(own), cache)
 
-        kept = policy(config.remat)
-        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
-        return lax.scan(body, x, (layers, cache))
+        step = jax.checkpoint(
+            apply, policy=policy(config.remat), prevent_cse=False, static_argnums=(0,)
+        )
+        return scan_layers(step, kinds, names, x, stacks, caches)
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
         """Returns logits of this device's part of the vocabulary, at least float32."""
         split = self.split.ends
         matrix = split.gather(weights.lm_head, "lm_head", split.each)
         dtype = wide(x.dtype)
-        return jnp.einsum("...D,VD->...V", x, matrix, preferred_element_type=dtype)
+        logits = jnp.einsum("...D,VD->...V", x, matrix, preferred_element_type=dtype)
+        return capped(logits, self.config.final_soft_cap)
 
     def _embed(self, table: Array, tokens: Array) -> Array:
         """Embeds tokens, [b, t] -> [b, t, D], by sending activations, not the table.
@@ -232,11 +289,28 @@ class Transformer:
         all_tokens = lax.all_gather(tokens, axes) if axes else tokens[None]
         ids = all_tokens - split.index(split.tensor) * table.shape[0]
         x = jnp.take(table.astype(wide(dtype)), ids, axis=0, mode="clip").astype(dtype)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, dtype)
         here = (ids >= 0) & (ids < table.shape[0])
         x = split.leave(jnp.where(here[..., None], x, 0), axis=2)
         return lax.all_to_all(x, axes, 0, 3, tiled=True)[0] if axes else x[0]
 
 
-def _own_weights(layer: dict[str, Array]) -> dict[str, Array]:
-    """Returns its argument: the scanned arrays are the layer's weights themselves."""
-    return layer
+def _angles(config: LlamaConfig, positions: Array) -> Angles:
+    """Cosine and sine of RoPE in a kind of layer, or nothing if it has none."""
+    size = config.head_size if config.rotary_size is None else config.rotary_size
+    if size == 0:
+        return ()
+    return rope_angles(
+        positions,
+        rope_frequencies(size, config.rope_theta, config.rope_scaling),
+        rope_amplitude(config.rope_scaling),
+        wide(config.dtype),
+    )
+
+
+def _with_written(cache: KVCache, written: Written) -> KVCache:
+    """A cache with its last page replaced."""
+    page, used, overflowed = written
+    pages = (*cache.pages[:-1], page)
+    return dataclasses.replace(cache, pages=pages, used=used, overflowed=overflowed)

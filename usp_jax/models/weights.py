@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import with_sum
+from usp_jax.models.parameters import in_table, is_of_layers, is_small
 from usp_jax.models.pipeline import Pipeline
-from usp_jax.models.sharding import TABLE, Split
+from usp_jax.models.sharding import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Weights:
     """One device's shards in the computation's dtype.
 
     Attributes:
-      layers: weights of the layers, keyed by the names of `sharding.TABLE`, with a
-        leading dim for the layers.
+      layers: weights of the layers, keyed like the parameters, with a leading dim for
+        the layers.
       sums: in a pipeline, arrays like `layers`, in at least float32, that collect the
         layers' gradients (`gradient_sum.py`); otherwise empty.
       embed: the embedding table, as stored.
@@ -75,15 +76,5 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     x = split.gather(x, name, split.zero)
     # Each device along `tensor` applies these to other tokens or heads. Marking them
     # here sums their gradients once, not in every layer.
-    apart = split.tensor_sequence or name in ("q_norm", "k_norm")
+    apart = split.tensor_sequence or in_table(name) in ("q_norm", "k_norm")
     return split.vary(x) if apart else x
-
-
-def is_small(name: str) -> bool:
-    """Returns whether a parameter is a norm or a bias."""
-    return name.endswith(("norm", "bias"))
-
-
-def is_of_layers(name: str) -> bool:
-    """Returns whether a parameter has a leading dim for the layers."""
-    return TABLE[name][0][0] == "L"

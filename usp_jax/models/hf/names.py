@@ -18,12 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.sharding import TABLE, parameter_shapes
+from usp_jax.models.parameters import (
+    dims_of,
+    in_table,
+    is_of_layers,
+    layer_stacks,
+    layers_with,
+    parameter_shapes,
+)
 
 # Parameter -> (its tensor's name, the tensor's dims in the letters of `TABLE`).
 _LAYER = "model.layers.{}."
 _TENSORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "embed": ("model.embed_tokens.weight", ("V", "D")),
+    "whole_q_norm": (_LAYER + "self_attn.q_norm.weight", ("NH",)),
+    "whole_k_norm": (_LAYER + "self_attn.k_norm.weight", ("KH",)),
     "attention_norm": (_LAYER + "input_layernorm.weight", ("D",)),
     "q": (_LAYER + "self_attn.q_proj.weight", ("NH", "D")),
     "k": (_LAYER + "self_attn.k_proj.weight", ("KH", "D")),
@@ -55,29 +64,35 @@ class Tensor:
       name: the tensor's name in the checkpoint.
       shape: the tensor's shape in the checkpoint.
       parameter: name of the parameter it belongs to.
-      layer: index of its layer, or None if the parameter has no layers.
+      row: index of its row of the parameter, or None if the parameter has no layers.
     """
 
     name: str
     shape: tuple[int, ...]
     parameter: str
-    layer: int | None
+    row: int | None
 
 
 def tensors(config: LlamaConfig) -> Iterator[Tensor]:
     """Yields all tensors of a model, layer by layer."""
     shapes = parameter_shapes(config)
-    layered = [name for name in shapes if TABLE[name][0][0] == "L"]
-    single = [name for name in shapes if name not in layered]
+    single = [name for name in shapes if not is_of_layers(name)]
     first: list[tuple[str, int | None]] = [("embed", None)]
     last = [(name, None) for name in single if name != "embed"]
     # Not a list: config.json may claim any number of layers.
-    middle = ((name, i) for i in range(config.num_layers) for name in layered)
+    middle = (
+        (name, i)
+        for i in range(config.num_layers)
+        for name in layer_stacks(config, config.kind_at(i)).values()
+    )
+    rows = dict.fromkeys(shapes, 0)
     for name, layer in chain(first, middle, last):
-        template, dims = _TENSORS[name]
-        sizes = dict(zip(TABLE[name][0], shapes[name], strict=True))
+        template, dims = _TENSORS[in_table(name)]
+        sizes = dict(zip(dims_of(name), shapes[name], strict=True))
         shape = tuple(math.prod(sizes[letter] for letter in dim) for dim in dims)
-        yield Tensor(template.format(layer), shape, name, layer)
+        row = None if layer is None else rows[name]
+        yield Tensor(template.format(layer), shape, name, row)
+        rows[name] += 1
 
 
 def read_parameter(
@@ -95,8 +110,8 @@ def read_parameter(
       index: the slice of the parameter, one slice per dim; heads must be whole.
     """
     dtype = jnp.dtype(config.stored_dtype)
-    template, dims = _TENSORS[name]
-    letters = TABLE[name][0]
+    template, dims = _TENSORS[in_table(name)]
+    letters = dims_of(name)
     sizes = dict(zip(letters, parameter_shapes(config)[name], strict=True))
     ranges = {
         letter: range(*part.indices(sizes[letter]))
@@ -114,15 +129,16 @@ def read_parameter(
     if inner == letters:
         return np.ascontiguousarray(one(template), dtype)
     out = np.empty([len(ranges[letter]) for letter in letters], dtype)
-    for place, layer in enumerate(ranges["L"]):
-        out[place] = one(template.format(layer))
+    layers = list(layers_with(config, name))
+    for place, row in enumerate(ranges["L"]):
+        out[place] = one(template.format(layers[row]))
     return out
 
 
 def to_tensor(name: str, x: np.ndarray) -> np.ndarray:
     """Reorders and reshapes a parameter, or one layer of it, to its tensor's form."""
-    _, dims = _TENSORS[name]
-    inner = TABLE[name][0].removeprefix("L")
+    _, dims = _TENSORS[in_table(name)]
+    inner = dims_of(name).removeprefix("L")
     sizes = dict(zip(inner, x.shape, strict=True))
     shape = [math.prod(sizes[letter] for letter in dim) for dim in dims]
     order = [inner.index(letter) for letter in "".join(dims)]

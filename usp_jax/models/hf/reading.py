@@ -17,7 +17,8 @@ from usp_jax.models.hf.files import CONFIG, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
 from usp_jax.models.hf.names import EMBED, LM_HEAD, Index, read_parameter, tensors
 from usp_jax.models.llama import Llama, check_dtypes
-from usp_jax.models.sharding import check_mesh, parameter_shapes, parameter_shardings
+from usp_jax.models.parameters import parameter_shapes
+from usp_jax.models.sharding import check_mesh, parameter_shardings
 
 # Dtypes that float32 represents without loss.
 _FLOATS = ("F32", "BF16", "F16")

@@ -156,8 +156,8 @@ def _write_tensors(
 def _on_host(model: Llama, tensor: Tensor) -> np.ndarray:
     """A parameter, or one layer of it, gathered from all devices."""
     x = getattr(model, tensor.parameter)[...]
-    if tensor.layer is not None:
-        x = _layer(x, tensor.layer)
+    if tensor.row is not None:
+        x = _layer(x, tensor.row)
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
