@@ -1,4 +1,4 @@
-"""A plain LLaMA: float64 numpy-like code on whole arrays, with neither stacked layers
+"""A plain decoder: float64 numpy-like code on whole arrays, with neither stacked layers
 nor sharding, RoPE as complex numbers, and attention by its definition."""
 
 import math
@@ -6,46 +6,77 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from usp_jax.models.decoder import of_kind
 from usp_jax.models.llama import LlamaConfig
+from usp_jax.models.parameters import layer_stacks
 
 
 def logits(config: LlamaConfig, params: dict, tokens, segment_ids=None, xp=np):
     """[B, T, V]; `xp` is numpy for float64, or jax.numpy to be differentiated."""
     length = tokens.shape[1]
-    order = np.tril(np.ones((length, length), bool))[None]
-    seen = order
+    seen = np.tril(np.ones((length, length), bool))[None]
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        seen = order & same & (segment_ids >= 0)[:, None, :]
-    x = params["embed"][tokens]
+        seen = seen & same & (segment_ids >= 0)[:, None, :]
+    x = params["embed"][tokens] * config.embedding_scale
+    rows = dict.fromkeys(params, 0)
     for number in range(config.num_layers):
-        w = {name: params[name][number] for name in (*LAYER, *MORE) if name in params}
-        y = norm(config, x, w["attention_norm"], xp)
-        q, k, v = (xp.einsum("btd,dnh->btnh", y, w[name]) for name in "qkv")
-        if config.qkv_bias:
-            added = (w[f"{name}_bias"] for name in "qkv")
-            q, k, v = (x + b[None, None] for x, b in zip((q, k, v), added, strict=True))
-        if config.qk_norm:
-            q, k = norm(config, q, w["q_norm"], xp), norm(config, k, w["k_norm"], xp)
-        groups = config.num_heads // config.num_kv_heads
-        q, k = rope(config, q, xp), rope(config, k, xp)
-        k, v = (xp.repeat(part, groups, 2) for part in (k, v))
-        scores = xp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(config.head_size)
-        scores = xp.where(seen[:, None], scores, -1e30)
-        weights = xp.exp(scores - scores.max(-1, keepdims=True))
-        weights = weights / weights.sum(-1, keepdims=True)
-        out = xp.einsum("bnts,bsnh->btnh", weights, v)
-        x = x + xp.einsum("btnh,nhd->btd", out, w["o"])
-        y = norm(config, x, w["mlp_norm"], xp)
-        gate = xp.einsum("btd,df->btf", y, w["gate"])
-        up = xp.einsum("btd,df->btf", y, w["up"])
-        x = x + xp.einsum("btf,fd->btd", gate / (1 + xp.exp(-gate)) * up, w["down"])
+        kind = config.kind_at(number)
+        w = {}
+        for name, full in layer_stacks(config, kind).items():
+            w[name] = params[full][rows[full]]
+            rows[full] += 1
+        x = layer(of_kind(config, kind), w, x, seen, xp)
     x = norm(config, x, params["final_norm"], xp)
-    return xp.einsum("btd,vd->btv", x, params.get("lm_head", params["embed"]))
+    x = xp.einsum("btd,vd->btv", x, params.get("lm_head", params["embed"]))
+    return cap(x, config.final_soft_cap, xp)
 
 
-LAYER = ("attention_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
-MORE = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+def layer(config: LlamaConfig, w: dict, x, seen, xp):
+    """One layer of the default kind."""
+    out = attention(config, w, maybe_norm(config, x, w, "attention_norm", xp), seen, xp)
+    x = x + maybe_norm(config, out, w, "attention_out_norm", xp)
+    y = maybe_norm(config, x, w, "mlp_norm", xp)
+    gate = xp.einsum("btd,df->btf", y, w["gate"])
+    up = xp.einsum("btd,df->btf", y, w["up"])
+    out = xp.einsum("btf,fd->btd", activation(config, gate, xp) * up, w["down"])
+    return x + maybe_norm(config, out, w, "mlp_out_norm", xp)
+
+
+def attention(config: LlamaConfig, w: dict, y, seen, xp):
+    q, k, v = (xp.einsum("btd,dnh->btnh", y, w[name]) for name in "qkv")
+    if config.qkv_bias:
+        added = (w[f"{name}_bias"] for name in "qkv")
+        q, k, v = (x + b[None, None] for x, b in zip((q, k, v), added, strict=True))
+    if config.qk_norm:
+        q, k = norm(config, q, w["q_norm"], xp), norm(config, k, w["k_norm"], xp)
+    if config.whole_qk_norm:
+        q = whole_norm(config, q, w["whole_q_norm"], xp)
+        k = whole_norm(config, k, w["whole_k_norm"], xp)
+    groups = config.num_heads // config.num_kv_heads
+    q, k = rope(config, q, xp), rope(config, k, xp)
+    k, v = (xp.repeat(part, groups, 2) for part in (k, v))
+    scores = xp.einsum("btnh,bsnh->bnts", q, k)
+    scores = scores * (config.attention_scale or 1 / math.sqrt(config.head_size))
+    scores = cap(scores, config.logits_soft_cap, xp)
+    if config.window is not None:
+        places = np.arange(y.shape[1])
+        seen = seen & (places[:, None] - places[None] < config.window)[None]
+    scores = xp.where(seen[:, None], scores, -1e30)
+    weights = xp.exp(scores - scores.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    out = xp.einsum("bnts,bsnh->btnh", weights, v)
+    return xp.einsum("btnh,nhd->btd", out, w["o"])
+
+
+def activation(config: LlamaConfig, x, xp):
+    if config.activation == "silu":
+        return x / (1 + xp.exp(-x))
+    return x / 2 * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def cap(x, soft_cap, xp):
+    return x if soft_cap is None else soft_cap * xp.tanh(x / soft_cap)
 
 
 def nats(config: LlamaConfig, params: dict, tokens, labels, segment_ids=None):
@@ -57,24 +88,38 @@ def nats(config: LlamaConfig, params: dict, tokens, labels, segment_ids=None):
     return jnp.sum(jnp.where(labels >= 0, lse - hit, 0))
 
 
+def maybe_norm(config, x, w, name, xp):
+    return norm(config, x, w[name], xp) if name in w else x
+
+
 def norm(config, x, weight, xp):
     mean = xp.mean(x * x, axis=-1, keepdims=True)
+    weight = weight + 1 if config.zero_centered_norms else weight
     return x / xp.sqrt(mean + config.rms_norm_eps) * weight[(None,) * (x.ndim - 1)]
 
 
+def whole_norm(config, x, weight, xp):
+    flat = norm(config, x.reshape(*x.shape[:2], -1), weight.reshape(-1), xp)
+    return flat.reshape(x.shape)
+
+
 def rope(config, x, xp):
-    """Dims i and i + H/2 as a complex number, rotated by position · frequency."""
-    half = config.head_size // 2
+    """Dims i and i + h as a complex number, rotated by position · frequency."""
+    half = rotary_size(config) // 2
     turned = xp.asarray(np.exp(1j * np.outer(np.arange(x.shape[1]), rates(config))))
-    z = (x[..., :half] + 1j * x[..., half:]) * turned[None, :, None]
-    return xp.concatenate([z.real, z.imag], -1)
+    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * turned[None, :, None]
+    return xp.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
+
+
+def rotary_size(config):
+    return config.head_size if config.rotary_size is None else config.rotary_size
 
 
 def rates(config):
     """Radians per position, for each pair of dims."""
     result = []
-    for pair in range(config.head_size // 2):
-        rate = config.rope_theta ** (-2 * pair / config.head_size)
+    for pair in range(rotary_size(config) // 2):
+        rate = config.rope_theta ** (-2 * pair / rotary_size(config))
         scaling = config.rope_scaling
         if scaling is not None:
             wavelength = 2 * math.pi / rate
