@@ -48,7 +48,7 @@ def positions():
     return result
 
 
-def prefill(k, v, order, segments, mesh, layout, explicit=False):
+def prefill(k, v, order, segments, mesh, layout, explicit=False, window=None):
     def store(x):
         x = usp_jax.to_layout(np.asarray(x)[:, :PREFILL], layout, mesh)
         if mesh is None:
@@ -63,6 +63,7 @@ def prefill(k, v, order, segments, mesh, layout, explicit=False):
         positions=jnp.asarray(store(order)),
         segment_ids=jnp.asarray(store(segments)),
         page_tokens=8,
+        window=window,
         mesh=mesh,
     )
 
@@ -109,16 +110,20 @@ def oracle(mask):
     return [np.asarray(results[name])[:, PREFILL:] for name in ("out", "lse")]
 
 
-def check(mesh, layout, mask, explicit=False):
+def check(mesh, layout, mask, explicit=False, window=None):
     with jax.enable_x64(True):
         q, k, v, sinks = inputs()
         order, segments = positions(), ids()
         options = dict(MASKS[mask])
         if mask == "sinks":
             options["sinks"] = sinks
-        cache = prefill(k, v, order, segments, mesh, layout, explicit)
+        cache = prefill(k, v, order, segments, mesh, layout, explicit, window)
         out, lse, cache = decode(q, k, v, order, segments, cache, **options)
-        assert len(cache.pages) == 3 and int(cache.used) == 5
+        if window is None:
+            assert len(cache.pages) == 3 and int(cache.used) == 5
+        else:
+            (page,) = cache.pages
+            assert window + 8 <= page.key.shape[1] < window + 16
         np.testing.assert_allclose(out, oracle(mask)[0], rtol=0, atol=1e-10)
         np.testing.assert_allclose(lse, oracle(mask)[1], rtol=0, atol=1e-10)
         assert np.isneginf(lse[1, -2:]).all() and not out[1, -2:].any()
@@ -138,6 +143,37 @@ def test_equals_the_oracle(degrees, layout, explicit):
 def test_masks(mask, ring):
     mesh = ring and usp_jax.make_mesh(ring=ring, ulysses=2, explicit=True)
     check(mesh, "zigzag" if ring else "contiguous", mask, explicit=bool(ring))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "layout"), thinned([*DEGREES, None], ["contiguous", "zigzag"], keep=6)
+)
+def test_a_cache_of_the_window_gives_what_a_whole_cache_gives(degrees, layout):
+    """Row 1's tokens lag behind row 0's, so its last ones are in other slots."""
+    mesh = degrees and usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
+    check(mesh, layout if mesh else "contiguous", "window", window=7)
+
+
+def test_a_cache_of_the_window_with_batch_and_heads_split():
+    mesh = usp_jax.make_mesh(data=2, ring=2, tensor=2)
+    check(mesh, "zigzag", "window", window=9)
+
+
+def test_a_cache_of_the_window_refuses_what_it_has_dropped():
+    q, k, v, _ = inputs("float32")
+    order, segments = positions(), ids()
+    cache = prefill(k, v, order, segments, None, "contiguous", window=7)
+    places = jnp.asarray(order[:, PREFILL : PREFILL + 9])
+    for wrong in (None, 7, (7, 0), (None, 0)):
+        with pytest.raises(ValueError, match=r"allows local_window_size=\(6, 0\)"):
+            usp_jax.decode_attention(
+                q[:, :9], cache, positions=places, local_window_size=wrong
+            )
+    with pytest.raises(ValueError, match=r"at most page_tokens=8 for a cache with win"):
+        cache.append(k[:, :9], v[:, :9], positions=places)
+    with pytest.raises(ValueError, match="window=0 must be a positive int"):
+        prefill(k, v, order, segments, None, "contiguous", window=0)
+    assert cache.grow() is cache
 
 
 def test_batch_and_heads_are_split_too():

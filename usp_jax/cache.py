@@ -4,7 +4,7 @@ The keys and values of a prefill are already split over the `ring` and `ulysses`
 and become the first page of a cache without moving. New tokens are few: every device
 receives all of them, and keeps every P-th (P = ring · ulysses) in its part of the last
 page. When a page is full, a new one follows, as a separate array, so growing copies
-nothing.
+nothing. For layers with a window, a cache keeps the window only (`rolling.py`).
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
 from usp_jax.masking import PADDING, Tokens, zero_padding
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
+from usp_jax.rolling import roll, write_rolling
 from usp_jax.shards import SEQ, TOKENS, Dims, Shards
 from usp_jax.varying import vary_like
 
@@ -68,6 +69,7 @@ class KVCache:
       overflowed: bool [], whether tokens were lost past the end of a page.
       page_tokens: number of tokens in a new page, over all devices.
       shards: the devices that each page is split over.
+      window: number of last tokens that are kept; None is all.
     """
 
     pages: tuple[Page, ...]
@@ -75,6 +77,7 @@ class KVCache:
     overflowed: Any
     page_tokens: int = dataclasses.field(metadata={"static": True})
     shards: Shards = dataclasses.field(metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(
@@ -86,6 +89,7 @@ class KVCache:
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
         page_tokens: int = 1024,
+        window: int | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         axes: MeshAxes = MeshAxes(),
     ) -> "KVCache":
@@ -99,6 +103,11 @@ class KVCache:
           segment_ids: int32 [B, S], -1 for padding, so rows may differ in length. None
             means document 0, which is also the default of new tokens and queries.
           page_tokens: number of tokens in a new page, a multiple of ring · ulysses.
+          window: number of tokens that later queries see, their own included, as with
+            local_window_size=(window - 1, 0). The cache then has one page of at least
+            window + page_tokens slots, and each row keeps its last tokens by position,
+            which must rise within a row. At most `page_tokens` may be appended at a
+            time. None keeps all tokens.
           mesh: as in `usp_attention`.
           axes: as in `usp_attention`.
 
@@ -128,7 +137,7 @@ class KVCache:
             positions = layout_positions(key.shape[1], layout, mesh, axes=axes)
             positions = jnp.broadcast_to(positions[None], key.shape[:2])
         return cls._prefilled(
-            key, value, positions, segment_ids, page_tokens, shards, parts
+            key, value, positions, segment_ids, page_tokens, window, shards, parts
         )
 
     @classmethod
@@ -140,6 +149,7 @@ class KVCache:
         positions: Int[Array, "B s"],
         segment_ids: Int[Array, "B s"] | None = None,
         page_tokens: int = 1024,
+        window: int | None = None,
         axes: MeshAxes = MeshAxes(),
     ) -> "KVCache":
         """Makes a cache like `of`, from shards inside a `jax.shard_map`.
@@ -153,6 +163,7 @@ class KVCache:
           positions: int32 [B, s].
           segment_ids: int32 [B, s], as in `of`.
           page_tokens: as in `of`.
+          window: as in `of`.
           axes: the axes that play the roles `ring` and `ulysses`.
 
         Returns:
@@ -165,7 +176,7 @@ class KVCache:
         shards = Shards.of_bound(axes)
         parts = shards.ring_size * shards.ulysses_size
         return cls._prefilled(
-            key, value, positions, segment_ids, page_tokens, shards, parts
+            key, value, positions, segment_ids, page_tokens, window, shards, parts
         )
 
     @classmethod
@@ -176,6 +187,7 @@ class KVCache:
         positions: jax.Array,
         segment_ids: jax.Array | None,
         page_tokens: int,
+        window: int | None,
         shards: Shards,
         parts: int,
     ) -> "KVCache":
@@ -184,6 +196,12 @@ class KVCache:
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = _laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ)
         page = _page(k, v, _laid(shards, tokens, TOKENS), segment_ids)
+        if window is not None:
+            check_positive_int("window", window)
+            capacity = -(-window // parts) * parts + page_tokens
+            page = _rolling_page(shards, capacity, page)
+            used = np.int32(0)
+            return cls((page,), used, np.False_, page_tokens, shards, window)
         # The page of a prefill counts as full: it is never written to. `used` is a
         # numpy number, so that `append` can read it under jit too.
         used = np.int32(_whole_length(shards, key.shape[1]))
@@ -229,6 +247,8 @@ class KVCache:
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = self.shards.place((key, value), NEW)
         new = _page(k, v, self.shards.place(tokens, NEW_TOKENS), segment_ids)
+        if self.window is not None:
+            return self._rolled(new)
         if isinstance(self.used, jax.core.Tracer):
             written = self._written(new)
             overflowed = self.overflowed | (written.used > self._capacity)
@@ -244,7 +264,12 @@ class KVCache:
         return cache
 
     def grow(self) -> "KVCache":
-        """Returns the cache with an empty page, to which the next tokens go."""
+        """Returns the cache with an empty page, to which the next tokens go.
+
+        A cache with a window has room already.
+        """
+        if self.window is not None:
+            return self
         page = _empty_page(self.shards, self.page_tokens, self.pages[0])
         pages = (*self.pages, page)
         return dataclasses.replace(self, pages=pages, used=np.int32(0))
@@ -253,6 +278,17 @@ class KVCache:
     def _capacity(self) -> int:
         """Number of slots in the last page, over all devices."""
         return _whole_length(self.shards, self.pages[-1].key.shape[1])
+
+    def _rolled(self, new: Page) -> "KVCache":
+        """The cache of a window with new tokens."""
+        count = new.key.shape[1]
+        if count > self.page_tokens:
+            raise ValueError(
+                f"key.shape[1]={count} must be at most page_tokens={self.page_tokens} "
+                f"for a cache with window={self.window}: append them in parts"
+            )
+        page = _write_rolling_page(self.shards, self.pages[0], new)
+        return dataclasses.replace(self, pages=(page,))
 
     def _written(self, new: Page) -> "KVCache":
         page = _write_page(self.shards, self.pages[-1], new, self.used)
@@ -264,6 +300,25 @@ def _page(k: jax.Array, v: jax.Array, tokens: Tokens, segment_ids: object) -> Pa
     """Makes a page, with zeros in padded tokens if the caller gave segment ids."""
     if segment_ids is not None:
         k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
+    return Page(k, v, tokens)
+
+
+@partial(jax.jit, static_argnames=("shards", "capacity"))
+def _rolling_page(shards: Shards, capacity: int, page: Page) -> Page:
+    dims = (SEQ, TOKENS)
+    run = shards.run(partial(roll, shards, capacity), dims, dims)
+    (k, v), tokens = run(*shards.place(page.parts, dims))
+    return Page(k, v, tokens)
+
+
+@partial(jax.jit, static_argnames=("shards",))
+def _write_rolling_page(shards: Shards, page: Page, new: Page) -> Page:
+    def write(*args: Any) -> tuple[Pair, Tokens]:
+        return write_rolling(*place_on(shards), *args)
+
+    dims = (SEQ, TOKENS, NEW, NEW_TOKENS)
+    run = shards.run(write, dims, (SEQ, TOKENS))
+    (k, v), tokens = run(*shards.place((*page.parts, *new.parts), dims))
     return Page(k, v, tokens)
 
 

@@ -30,7 +30,7 @@ from usp_jax.kernels import Carry
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, Mask, MaskRule, Tokens
 from usp_jax.merge import finite, normalize
-from usp_jax.options import DEFAULTS, Options, completed
+from usp_jax.options import DEFAULTS, Options, Window, completed
 from usp_jax.shards import BY_HEAD, SEQ, TOKENS, Shards
 from usp_jax.varying import vary_like
 
@@ -89,6 +89,7 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     """Runs the call with completed options."""
     for page in cache.pages:
         arguments.check_arrays(query, page.key, page.value)
+    _check_window(cache.window, options["local_window_size"])
     num_heads, head_size = query.shape[2:]
     by_head = options["sinks"], options["alibi_slopes"]
     for name, x in zip(("sinks", "alibi_slopes"), by_head, strict=True):
@@ -114,6 +115,22 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     lost = None if cache.overflowed is np.False_ else cache.overflowed
     out, lse = _attend_on_all(step, query, by_head, tokens, cache.pages, lost)
     return (out, lse) if options["return_residual"] else out
+
+
+def _check_window(kept: int | None, window: Window) -> None:
+    """Checks that no query sees a token that a cache with a window has dropped.
+
+    Raises:
+      ValueError: one may.
+    """
+    if kept is None:
+        return
+    left = window[0] if isinstance(window, tuple) else window
+    if left is None or left >= kept:
+        raise ValueError(
+            f"local_window_size={window} may need tokens that the cache has dropped: "
+            f"its window={kept} allows local_window_size=({kept - 1}, 0)"
+        )
 
 
 # The sinks and ALiBi's slopes of a call, [N] or None.

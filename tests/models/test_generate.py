@@ -8,8 +8,10 @@ from flax import nnx
 
 import usp_jax
 from tests.sampling import thinned
+from usp_jax.models.decoder import Variant
 from usp_jax.models.generate import generate
 from usp_jax.models.llama import Llama, LlamaConfig
+from usp_jax.models.transformer import Room
 
 PROMPT = jax.random.randint(jax.random.key(0), (3, 7), 0, 256, jnp.int32)
 
@@ -63,6 +65,32 @@ def test_the_cache_gives_what_recomputing_gives(model, mesh):
     expected = recomputed(model, PROMPT, 9, key, 0.7)
     out = generate(build(**mesh), PROMPT, 9, key=key, temperature=0.7)
     chex.assert_trees_all_equal(out, expected)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"ring": 2, "ulysses": 2, "tensor": 2}], ids=str)
+def test_windowed_layers_keep_their_window(mesh):
+    """19 tokens pass a window of 5 and a cache of fewer slots, in some layers."""
+    config = LlamaConfig.preset(
+        "tiny",
+        num_layers=3,
+        dtype="float32",
+        layer_types=("local", "default"),
+        variants=(Variant("local", window=5, rope_theta=100.0),),
+    )
+    own = usp_jax.make_mesh(**mesh) if mesh else None
+    windowed = Llama(config, mesh=own, rngs=nnx.Rngs(0))
+    key = jax.random.key(3)
+    whole = Llama(config, rngs=nnx.Rngs(0))
+    expected = recomputed(whole, PROMPT, 12, key, 0.7)
+    out = generate(windowed, PROMPT, 12, key=key, temperature=0.7)
+    chex.assert_trees_all_equal(out, expected)
+
+
+def test_a_window_bounds_what_its_layers_keep():
+    config = LlamaConfig.preset("tiny", window=128)
+    assert Room(1000, 64, 8).of(config) == (8, 128)
+    assert Room(100, 40, 8).of(config) == (40, None)
+    assert Room(1000, 64, 8).of(LlamaConfig.preset("tiny")) == (64, None)
 
 
 def test_sampling_follows_key_temperature_and_top_k(model):

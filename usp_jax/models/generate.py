@@ -2,6 +2,7 @@
 
 The prompts' keys and values stay on the devices that computed them, split over the
 sequence (`usp_jax.decode`). Those of the new tokens are split too, in a second page.
+Layers with a window keep only the last tokens that it holds.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.llama import Llama
 from usp_jax.models.segments import PerRun
 from usp_jax.models.sharding import Split
-from usp_jax.models.transformer import Transformer
+from usp_jax.models.transformer import Room, Transformer
 from usp_jax.models.weights import Weights
 
 # The cache of each run of layers.
@@ -104,7 +105,10 @@ def _generate(
     padding = -rows % split.size(split.batch)
     prompt = jnp.pad(prompt, ((0, padding), (0, 0)), mode="edge")
     tokens = jnp.pad(prompt, ((0, 0), (0, num_tokens)))
-    logits, caches = _prefill(model, prompt, num_tokens - 1)
+    parts = split.size(split.sequence)
+    room = Room(start, -(-max(num_tokens - 1, 1) // parts) * parts, parts)
+    specs = Transformer(model.config, split, "contiguous").cache_specs(room)
+    logits, caches = _prefill(model, prompt, room, specs)
 
     def write(
         tokens: jax.Array, logits: jax.Array, length: int | jax.Array
@@ -117,7 +121,7 @@ def _generate(
     ) -> tuple[jax.Array, Caches]:
         tokens, caches = state
         last = lax.dynamic_slice_in_dim(tokens, length - 1, 1, 1)
-        logits, caches = _step(model, last, length - 1, caches)
+        logits, caches = _step(model, last, length - 1, caches, specs)
         return write(tokens, logits, length), caches
 
     tokens = write(tokens, logits, start)
@@ -126,21 +130,18 @@ def _generate(
 
 
 def _prefill(
-    model: Llama, prompt: jax.Array, num_tokens: int
+    model: Llama, prompt: jax.Array, room: Room, specs: Caches
 ) -> tuple[jax.Array, Caches]:
     """Logits [B, V] after the prompts, and caches with room for more tokens."""
     split = model.split
     batch = Batch.of(split, prompt, None, None, "natural")
-    parts = split.size(split.sequence)
-    page_tokens = -(-max(num_tokens, 1) // parts) * parts
-    specs = _specs(model, page_tokens)
-    run = partial(_prefill_shards, page_tokens)
+    run = partial(_prefill_shards, room)
     last = prompt.shape[1] - 1
     return model.run(run, batch, (_logits_spec(split), specs), (last, jax.P()))
 
 
 def _prefill_shards(
-    page_tokens: int,
+    room: Room,
     transformer: Transformer,
     weights: Weights,
     tokens: jax.Array,
@@ -148,9 +149,7 @@ def _prefill_shards(
     segment_ids: jax.Array | None,
     last: jax.Array,
 ) -> tuple[jax.Array, Caches]:
-    x, caches = transformer.prefill(
-        weights, tokens, positions, segment_ids, page_tokens
-    )
+    x, caches = transformer.prefill(weights, tokens, positions, segment_ids, room)
     here = positions == last
     if segment_ids is not None:
         here = here & (segment_ids >= 0)
@@ -161,12 +160,15 @@ def _prefill_shards(
 
 
 def _step(
-    model: Llama, token: jax.Array, position: jax.Array, caches: Caches
+    model: Llama,
+    token: jax.Array,
+    position: jax.Array,
+    caches: Caches,
+    specs: Caches,
 ) -> tuple[jax.Array, Caches]:
     """Logits [B, V] after one more token [B, 1], and the updated caches."""
     split = model.split
     rows = jax.P(split.batch or None)
-    specs = _specs(model, caches[0][0].page_tokens)
     return model.run_on(
         _step_shards,
         (_logits_spec(split), specs),
@@ -189,11 +191,6 @@ def _step_shards(
     split = transformer.split
     x = jnp.where(split.index(split.sequence) == 0, x[:, 0], 0)
     return split.sum(transformer.logits(weights, x), split.sequence), caches
-
-
-def _specs(model: Llama, page_tokens: int) -> Caches:
-    transformer = Transformer(model.config, model.split, "contiguous")
-    return transformer.cache_specs(page_tokens)
 
 
 def _logits_spec(split: Split) -> jax.P:

@@ -34,7 +34,7 @@ from usp_jax.models.parameters import layer_stacks
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.remat import policy
 from usp_jax.models.rope import rope_amplitude, rope_angles, rope_frequencies
-from usp_jax.models.segments import PerRun, Segment, segments
+from usp_jax.models.segments import PerRun, Run, Segment, segments
 from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
 from usp_jax.shards import Shards
@@ -45,6 +45,28 @@ Row = TypeVar("Row")
 Written = tuple[Page, Array, Array]
 # Positions and segment ids.
 Facts = tuple[Int[Array, "#b t"], Int[Array, "b t"] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The tokens that caches have to hold, over all devices that share a sequence.
+
+    Attributes:
+      prompt: number of tokens in a prompt, with its padding.
+      new: number of tokens after it, a multiple of `parts`.
+      parts: number of devices that share a sequence.
+    """
+
+    prompt: int
+    new: int
+    parts: int
+
+    def of(self, config: LlamaConfig) -> tuple[int, int | None]:
+        """Returns `page_tokens` and `window` of the caches of a kind of layer."""
+        window = config.window
+        if window is None or window + 2 * self.parts > self.prompt + self.new:
+            return self.new, None
+        return self.parts, window
 
 
 def capped(logits: Float[Array, "..."], soft_cap: float | None) -> Array:
@@ -137,9 +159,9 @@ class Transformer:
         tokens: Int[Array, "b t"],
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
-        page_tokens: int,
+        room: Room,
     ) -> tuple[Float[Array, "b s D"], PerRun[KVCache]]:
-        """Returns `hidden`, and caches with room for `page_tokens` more tokens.
+        """Returns `hidden`, and caches with room for more tokens.
 
         The caches of a run's layers are stacked: the arrays have a leading dim for
         them, after one for the repeats of a repeated segment.
@@ -147,6 +169,7 @@ class Transformer:
 
         def attend_of(kind: LlamaConfig) -> Attend[KVCache]:
             itself = self_attention(kind, self.layout, positions, segment_ids)
+            pages, window = room.of(kind)
 
             def attend(
                 q: Array, k: Array, v: Array, _: KVCache | None
@@ -156,7 +179,8 @@ class Transformer:
                     v,
                     positions=jnp.broadcast_to(positions, tokens.shape),
                     segment_ids=segment_ids,
-                    page_tokens=page_tokens,
+                    page_tokens=pages,
+                    window=window,
                 )
                 return itself(q, k, v, None)[0], cache.grow()
 
@@ -212,23 +236,27 @@ class Transformer:
         )
         return norm(self.config, x, weights.final_norm), caches
 
-    def cache_specs(self, page_tokens: int) -> PerRun[KVCache]:
+    def cache_specs(self, room: Room) -> PerRun[KVCache]:
         """Returns the partition specs of `prefill`'s caches, as `KVCache`s."""
-        split = self.split
+        split, config = self.split, self.config
         batch, sequence = split.batch or None, split.sequence or None
         names = ("ring", "ulysses")
         axes = (n if axis_size(split.mesh, n) > 1 else None for n in names)
         shards = Shards(None, MeshAxes(), *axes)
 
-        def specs(segment: Segment) -> KVCache:
+        def specs(segment: Segment, run: Run) -> KVCache:
             layers = (None,) if segment.repeats == 1 else (None, None)
             kv = jax.P(*layers, batch, sequence, split.tensor or None)
             tokens = jax.P(*layers, batch, sequence)
             page = Page(kv, kv, Tokens(tokens, tokens))
-            return KVCache((page, page), jax.P(), jax.P(), page_tokens, shards)
+            page_tokens, window = room.of(of_kind(config, run.kind))
+            pages = (page, page) if window is None else (page,)
+            return KVCache(pages, jax.P(), jax.P(), page_tokens, shards, window)
 
-        found = segments(self.config.kinds)
-        return tuple(tuple(specs(segment) for _ in segment.runs) for segment in found)
+        return tuple(
+            tuple(specs(segment, run) for run in segment.runs)
+            for segment in segments(config.kinds)
+        )
 
     def _run_layers(
         self,
