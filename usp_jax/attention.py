@@ -19,6 +19,7 @@ from usp_jax.ring import Schedule
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.usp import Result, usp
 from usp_jax.varying import vary_like
+from usp_jax.windowed import takes_halo, usp_windowed
 
 NO_AXES = MeshAxes(*(None,) * 6)
 
@@ -311,8 +312,11 @@ def _attend(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """Runs the algorithm over all of a device's heads at once, or in head groups."""
-    run = usp_in_groups if call.head_groups > 1 else usp
+    """Runs the algorithm: with a halo, in head groups, or over all heads at once."""
+    if takes_halo(call, query.shape[1], key.shape[1], facts):
+        run = usp_windowed
+    else:
+        run = usp_in_groups if call.head_groups > 1 else usp
     if facts.segment_ids is None:
         return run(call, query, key, value, sinks, facts)
     q_ids, kv_ids = facts.segment_ids[0], facts.segment_ids[-1]
