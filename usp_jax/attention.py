@@ -76,7 +76,8 @@ def usp_attention(
         `layout`. The difference of any two must fit into int32, which cannot be checked
         for traced arrays.
       local_window_size: (left, right); a query at position p sees positions p - left to
-        p + right. An int sets both sides; None means no bound.
+        p + right. An int sets both sides; None means no bound. With two bounds, where
+        that is less, devices send only the keys around their own tokens.
       logits_soft_cap: if c is given, each logit x becomes c · tanh(x / c).
       sinks: floating [N]; for each head, an extra logit that takes part in the softmax
         and has no value.

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from usp_jax.layout import shard_runs
 from usp_jax.masking import MaskRule, Tokens
-from usp_jax.mesh import AxisName
+
+Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Hop:
     """
 
     rows: slice
-    pairs: tuple[tuple[int, int], ...]
+    pairs: Pairs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,18 +89,19 @@ class Halo:
         return sum(block.length * len(block.hops) for block in self.blocks)
 
     def receive(
-        self, x: Shaped[Array, "B t *rest"], axis_name: AxisName
+        self, x: Shaped[Array, "B t *rest"], axes: tuple[str, ...]
     ) -> Shaped[Array, "B s *rest"]:
         """Sends the ends of this device's pieces, and receives the halo.
 
         Tokens that a device does not receive are 0.
+
+        Args:
+          axes: the axes of the chain, outermost first.
         """
 
         def arrived(block: Block) -> jax.Array:
-            # A device that receives nothing in a permute gets zeros.
-            parts = (
-                lax.ppermute(x[:, hop.rows], axis_name, hop.pairs) for hop in block.hops
-            )
+            # All but at most one of the parts are zeros.
+            parts = (_permuted(x[:, hop.rows], axes, hop.pairs) for hop in block.hops)
             return functools.reduce(operator.add, parts)
 
         if not self.blocks:
@@ -107,12 +109,13 @@ class Halo:
         return jnp.concatenate([arrived(block) for block in self.blocks], 1)
 
     def send_back(
-        self, dx: Float[Array, "B S *rest"], axis_name: AxisName
+        self, dx: Float[Array, "B S *rest"], axes: tuple[str, ...]
     ) -> Float[Array, "B t *rest"]:
         """Adds the gradients of the halo to those of the devices that own the tokens.
 
         Args:
           dx: gradients of this device's tokens and, after them, of its halo.
+          axes: the axes of the chain, outermost first.
         """
         start = dx.shape[1] - self.length
         total = dx[:, :start]
@@ -120,8 +123,8 @@ class Halo:
             part = dx[:, start : start + block.length]
             start += block.length
             for hop in block.hops:
-                back = [(target, source) for source, target in hop.pairs]
-                total = total.at[:, hop.rows].add(lax.ppermute(part, axis_name, back))
+                back = tuple((target, source) for source, target in hop.pairs)
+                total = total.at[:, hop.rows].add(_permuted(part, axes, back))
         return total
 
     def own_positions(self, device: Int[Array, ""] | int) -> Int[Array, " t"]:
@@ -165,6 +168,18 @@ class Halo:
 def has_runs(layout: str, ring_size: int) -> bool:
     """Returns True if a ring shard of a layout is runs of consecutive positions."""
     return bool((shard_runs(layout, ring_size, 2 * ring_size)["stride"] == 1).all())
+
+
+def _permuted(x: jax.Array, axes: tuple[str, ...], pairs: Pairs) -> jax.Array:
+    """`lax.ppermute` over a chain; a device that receives nothing gets zeros."""
+    # jax numbers the devices by the axes in the order of the mesh.
+    names = jax.sharding.get_abstract_mesh().axis_names
+    ordered = tuple(name for name in names if name in axes)
+    sizes = [lax.axis_size(name) for name in axes]
+    chain = np.arange(math.prod(sizes)).reshape(sizes)
+    chain = chain.transpose([axes.index(name) for name in ordered]).ravel()
+    number = np.argsort(chain).tolist()
+    return lax.ppermute(x, ordered, [(number[i], number[j]) for i, j in pairs])
 
 
 @functools.cache

@@ -12,6 +12,13 @@ ulysses degree:
     out [B, T/(R·U), N, H]
 
 Pure Ulysses (R = 1), pure Ring (U = 1) and one device are special cases of this path.
+A window takes another one if that sends less (`windowed.py`):
+
+    q [B, T/(R·U), N, H], k, v [B, T/(R·U), K, H]
+      | receive_halo        permutes of the keys around a device's own tokens
+      | window_attention    one chunk
+    out [B, T/(R·U), N, H]
+
 Each of the three stages, and the backward pass as a whole, is a function of one
 device's shards; `Shards` runs it on all devices.
 """
