@@ -1,11 +1,13 @@
 """Visits of shards that see something of each other, if known before running.
 
 In the contiguous layout, a device with a causal mask sees no later shard, and with a
-window no shard beyond it. In zigzag, a window leaves only the neighbours. (Most windows
-do not get here: `windowed.py` attends without a ring.) A hop without
+window no shard beyond it. In zigzag, a window leaves only the neighbours. A hop without
 visible pairs is left out, and one that only a window crosses sends only the window's
-tokens: a halo. The hops, and the tokens that each sends, are computed with numpy on the
-host from the layout's runs of positions. The two functions below run these visits.
+tokens. The hops, and the tokens that each sends, are computed with numpy on the host
+from the layout's runs of positions. The two functions below run these visits.
+
+Most windows need no ring (`windowed.py`). Those left are of cross-attention, have one
+bound, or are long.
 """
 
 import dataclasses
