@@ -1,4 +1,4 @@
-"""Entry point of `python -m train PRESET [--section.key value ...]`."""
+"""Entry point of `python -m train PRESET|MODEL|FOLDER [--section.key value ...]`."""
 
 import logging
 import os

@@ -1,48 +1,48 @@
-"""The command line: a preset's name, then options that replace its fields."""
+"""The command line: a preset or a model, then options that replace its fields."""
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 
 import tyro
 
 from train.check import check
 from train.config import HERE, Config, MeshConfig
-from train.presets import PRESETS, preset
+from train.presets import PRESETS, run_of
 from train.published import with_published_model
 from train.words import check_no_empty_value
 from usp_jax.models.execution import Tuning
+from usp_jax.models.presets import PRESETS as MODELS
 
-USAGE = "python -m train PRESET [--section.key value ...]"
+USAGE = "python -m train PRESET|MODEL|FOLDER [--section.key value ...]"
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """Parses the command line into a run; exits after `--help` or a bad option.
 
     Raises:
-      ValueError: the preset is unknown, a value is empty, the config is invalid, a mesh
-        is given together with `--auto-mesh`, or the folder of `--init-from` has no
-        model.
+      ValueError: the preset or model is unknown, a value is empty, the config is
+        invalid, a mesh is given together with `--auto-mesh`, or the folder of
+        `--init-from` has no model.
     """
     name, *options = arguments or ["--help"]
     if name in ("-h", "--help"):
         name, options = next(iter(PRESETS)), ["--help"]
-        lines = [
-            f"  {key}: {str(make.__doc__).splitlines()[0]}"
-            for key, make in PRESETS.items()
-        ]
-        print("\n".join([f"{USAGE}\n\npresets:", *lines]))
+        _print_names()
         print(f"\noptions, with the defaults of {name}:\n")
     elif name.startswith("-"):
+        names = ", ".join(dict.fromkeys((*PRESETS, *MODELS)))
         raise ValueError(
-            f"the first argument {name!r} must be a preset: {', '.join(PRESETS)}"
+            f"the first argument {name!r} must be a folder with a config.json, or one "
+            f"of: {names}"
         )
     check_no_empty_value(options, allowed=["--sample.prompt"])
     config = tyro.cli(
         Config,
-        default=preset(name),
+        default=run_of(name),
         args=_with_machine(options),
         prog=f"python -m train {name}",
-        description="Trains a LLaMA with its sequence split over devices.",
+        description="Trains a language model with its sequence split over devices.",
     )
     config = with_published_model(config, options)
     if config.auto_mesh is not None:
@@ -51,6 +51,17 @@ def parse(arguments: Sequence[str]) -> Config:
         config = dataclasses.replace(config, mesh=MeshConfig(), accumulate=1)
     check(config)
     return config
+
+
+def _print_names() -> None:
+    """Prints the presets and the models."""
+    lines = [
+        f"  {key}: {str(make.__doc__).splitlines()[0]}" for key, make in PRESETS.items()
+    ]
+    print("\n".join([f"{USAGE}\n\npresets:", *lines]))
+    models = ", ".join(name for name in MODELS if name not in PRESETS)
+    words = f"{models}; or a folder with a config.json, whose weights --init-from loads"
+    print(f"\n{textwrap.fill(f'models, with random weights: {words}', 80)}")
 
 
 def _with_machine(options: Sequence[str]) -> list[str]:

@@ -8,10 +8,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from usp_jax.layout import LAYOUTS
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Decoder
+from usp_jax.models.decoder import DEFAULT, Decoder, Variant
 from usp_jax.models.execution import Computation, MeshSizes, Staging, with_fields_of
 from usp_jax.models.optimizer import AdamW
 from usp_jax.models.pipeline import Pipeline
@@ -20,6 +23,8 @@ from usp_jax.models.training import Training
 # "balanced" is called "data" in the op: each row has its own order.
 STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUTS)
 HERE = "here"
+CONTINUED_LEARNING_RATE = 1e-5
+"""Learning rate of a run that starts from trained weights, unless it is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,13 @@ class MeshConfig(Staging, MeshSizes):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Computation, Decoder):
-    """Sizes of the LLaMA, and how each device computes its part."""
+    """Sizes of the model, and how each device computes its part."""
+
+    # The model that the command line names has them; they are not options.
+    layer_types: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = (
+        DEFAULT,
+    )
+    variants: Annotated[tuple[Variant, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +230,8 @@ class Config:
         2**32.
       run_dir: folder of the run; a run that is already there is resumed.
       init_from: a folder in the Hugging Face format with the initial weights, which
-        also sets the model's sizes; None draws random weights.
+        also sets the model's sizes; the learning rate is then 1e-5 unless it is given.
+        None draws random weights.
       fake_devices: use this many fake CPU devices in each process.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for this machine; the planner
         then chooses mesh.*, accumulate and, of model.*, the fields of

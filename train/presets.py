@@ -1,4 +1,4 @@
-"""Named runs: functions that return a `Config`."""
+"""Runs by name: presets, and runs of published models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,8 @@ from train.config import (
     PasskeyConfig,
     SampleConfig,
 )
+from usp_jax.models.config import architecture
+from usp_jax.models.lookup import find_config
 from usp_jax.models.presets import PRESETS as MODELS
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
@@ -62,6 +64,30 @@ def passkey() -> Config:
 
 
 PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "passkey": passkey}
+
+
+def run_of(name: str) -> Config:
+    """Returns the config of a preset, or of a published model's run.
+
+    Args:
+      name: a key of `PRESETS`, or a model as in `find_config`. The run of a model has
+        the default of each option that has one, and random weights.
+
+    Raises:
+      ValueError: there is no preset or model of this name.
+    """
+    if name in PRESETS:
+        return preset(name)
+    model = find_config(name, dtype=Config.dtype, others=PRESETS)
+    path = Path(name).resolve()
+    folder = path.parent if path.is_file() else path
+    return Config(
+        model=ModelConfig(**vars(architecture(model))),
+        steps=1000,
+        sequence_length=8192,
+        batch_size=1,
+        run_dir=RUNS / folder.name,
+    )
 
 
 def preset(name: str) -> Config:

@@ -1,7 +1,8 @@
 """Initializes a run from published weights: `--init-from FOLDER`.
 
 The folder is in the Hugging Face format. It defines the model, and its tokenizer must
-be the run's. It is read only until the run has its first checkpoint.
+be the run's. It is read only until the run has its first checkpoint. The learning rate
+is for continued training unless it is given.
 """
 
 import dataclasses
@@ -13,13 +14,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from train.config import Config
+from train.config import CONTINUED_LEARNING_RATE, Config
 from train.data.vocabulary import Vocabulary
 from train.run_dir import find_record
 from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
+from usp_jax.models.lookup import download_hint
 
 # RoPE may differ from that of the weights, as when training continues on longer
 # contexts. All other fields must match the weights.
@@ -30,14 +32,16 @@ _OF_WEIGHTS = tuple(
 
 
 def with_published_model(config: Config, options: Sequence[str]) -> Config:
-    """Returns the run with the folder's model, except for fields on the command line.
+    """Returns the run with the folder's model and a learning rate for its weights.
+
+    Fields on the command line stay as they are.
 
     Args:
       config: the run.
       options: the words of the command line.
 
     Raises:
-      ValueError: there is no such folder, or its model is not a LLaMA.
+      ValueError: there is no such folder, or a `Llama` cannot represent its model.
     """
     if config.init_from is None:
         return config
@@ -48,8 +52,15 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
         for name in (*_OF_WEIGHTS, *_ROPE)
         if name not in overridden
     }
+    optimizer = config.optimizer
+    if not _gives_learning_rate(options):
+        optimizer = dataclasses.replace(
+            optimizer, learning_rate=CONTINUED_LEARNING_RATE
+        )
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **fields)
+        config,
+        model=dataclasses.replace(config.model, **fields),
+        optimizer=optimizer,
     )
 
 
@@ -112,7 +123,8 @@ def _folder_config(folder: Path) -> LlamaConfig:
         # The computation dtype does not matter here.
         return hf.load_config(folder, dtype="float32")
     except ValueError as error:
-        raise ValueError(f"init_from={folder}: {error}") from error
+        hint = "" if folder.exists() else download_hint(str(folder))
+        raise ValueError(f"init_from={folder}: {error}{hint}") from error
 
 
 def _begun(config: Config) -> LlamaConfig | None:
@@ -121,6 +133,11 @@ def _begun(config: Config) -> LlamaConfig | None:
     if record is None or record.get("init_from") != str(config.init_from):
         return None
     return read_config(config.run_dir)
+
+
+def _gives_learning_rate(options: Sequence[str]) -> bool:
+    names = (word.partition("=")[0].replace("_", "-") for word in options)
+    return "--optimizer.learning-rate" in names
 
 
 def _fields_in(options: Sequence[str]) -> set[str]:

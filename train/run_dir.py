@@ -14,6 +14,7 @@ import jax
 
 from train.config import Config, ModelConfig, flatten
 from train.digests import RECORD, read_intact
+from train.model_record import model_record
 from usp_jax.models.execution import Computation
 
 # Options that may change when a run is resumed: where and how fast it is computed, what
@@ -81,10 +82,7 @@ class RunRecord(TypedDict):
 def record(config: Config, **facts: Mapping[str, object]) -> dict[str, object]:
     """The contents of config.json: the config, with facts added to its sections."""
     tree = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    scaling = config.model.rope_scaling
-    if scaling is not None:
-        # Different kinds of scaling may have the same fields.
-        tree["model"]["rope_scaling"]["type"] = type(scaling).__name__
+    tree["model"] = model_record(config.model)
     for section, values in facts.items():
         tree[section] = {**tree.get(section, {}), **values}
     return tree

@@ -4,7 +4,6 @@ Only the parameters of the checkpoint are restored, but the digests of all its f
 checked before.
 """
 
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from jax.sharding import Mesh
 
 from train.checkpoint import one_line
 from train.digests import damage, has_digests
+from train.model_record import model_fields
 from train.run_dir import RunRecord, find_record
 from train.state import Params
-from usp_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.models.parameters import parameter_shapes
 from usp_jax.models.sharding import parameter_shardings
 
@@ -53,11 +53,7 @@ def read_config(run_dir: Path, step: int | None = None) -> LlamaConfig:
       ValueError: there is no run.
     """
     record = read_run(run_dir, step)
-    model = record["model"]
-    scaling = model.get("rope_scaling")
-    if scaling is not None:
-        kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
-        model["rope_scaling"] = kinds[scaling.pop("type")](**scaling)
+    model = model_fields(record["model"])
     # These are chosen for the run's mesh, not the caller's.
     for name in ("ring_schedule", "ulysses_chunks"):
         model.pop(name, None)

@@ -14,6 +14,7 @@ import usp_jax
 from tests.models import oracle
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind, collectives
+from usp_jax.models.decoder import of_kind
 from usp_jax.models.generate import generate
 from usp_jax.models.layer import rms_norm
 from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
@@ -25,6 +26,7 @@ from usp_jax.models.loss import (
     token_nats,
 )
 from usp_jax.models.parameters import TABLE, parameter_shapes
+from usp_jax.models.presets import PRESETS
 from usp_jax.models.sharding import Split, parameter_shardings
 
 MESHES = (
@@ -593,7 +595,9 @@ def test_configurations():
         LlamaConfig.preset("tiny").d_model = 3
 
 
-# From the model cards and the number of elements in the published checkpoints.
+# Elements of the published checkpoints, as huggingface.co shows them with each model; a
+# tied table counts once. Gemma 3 from 4B on has 416,866,032 more for images, and a
+# projection from 1152 to d_model.
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
@@ -604,6 +608,19 @@ PUBLISHED = {
     "llama3.1-70b": 70_553_706_496,
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
+    "llama3.3-70b": 70_553_706_496,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 4_300_079_472 - 416_866_032 - (2560 + 1) * 1152,
+    "gemma3-12b": 12_187_325_040 - 416_866_032 - (3840 + 1) * 1152,
+    "gemma3-27b": 27_432_406_640 - 416_866_032 - (5376 + 1) * 1152,
+    "olmo3-7b": 7_298_011_136,
+    "olmo3-32b": 32_233_522_176,
 }
 
 
@@ -615,6 +632,30 @@ def test_presets_have_the_published_sizes(name):
     assert (
         sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) == PUBLISHED[name]
     )
+
+
+def test_every_published_preset_has_a_known_size():
+    assert PUBLISHED.keys() == PRESETS.keys() - {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "layers", "every"),
+    [
+        ("gemma3-1b", 512, 26, 6),
+        ("gemma3-4b", 1024, 34, 6),
+        ("gemma3-12b", 1024, 48, 6),
+        ("gemma3-27b", 1024, 62, 6),
+        ("olmo3-7b", 4096, 32, 4),
+        ("olmo3-32b", 4096, 64, 4),
+    ],
+)
+def test_presets_have_the_published_windows(name, window, layers, every):
+    config = LlamaConfig.preset(name)
+    full = [layer for layer, kind in enumerate(config.kinds) if kind == "default"]
+    assert full == list(range(every - 1, layers, every))
+    assert config.num_layers == layers and config.window is None
+    sliding = of_kind(config, "sliding")
+    assert (sliding.window, sliding.rope_scaling) == (window, None)
 
 
 def test_biases_and_head_norms_are_counted():

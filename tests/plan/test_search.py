@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from tests.compilers import needs_compilers
+from tests.train.runs import run_here
 from train.auto_mesh import planned
 from train.cli import parse
 from train.presets import preset
 from usp_jax import plan
+from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import MeshSizes, Staging, Tuning, with_fields_of
+from usp_jax.models.llama import Llama
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
     LinearScaling,
@@ -178,7 +182,7 @@ def test_the_longest_fits_and_a_little_longer_does_not():
 @pytest.mark.parametrize(
     ("model", "machine", "options", "message"),
     [
-        ("llama9", "v5p", {}, "preset 'llama9' must be one of"),
+        ("llama9", "v5p", {}, "model 'llama9' must be a folder with a config.json"),
         ("tiny", "v9", {}, "machine 'v9' is not known; it must be one of: a100"),
         ("tiny", "v5p", {"devices": 0}, "devices=0 must be a positive int"),
         ("tiny", "a800", {"devices": 12}, "devices=12 must be a multiple of 8"),
@@ -248,6 +252,39 @@ def test_the_command_describes_the_model(scaling):
     job = plan.job_of(model, "h100", sequence=2**15, devices=8)
     config = parse(shlex.split(plan.train_command(job, plan.Choice(ring=8)))[3:])
     assert config.llama == model
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama3.3-70b", "gemma3-27b", "olmo3-7b"])
+def test_the_command_names_the_model(name):
+    job = plan.job_of(name, "h100", sequence=2**15, devices=8)
+    choice = plan.Choice(ring=2, ulysses=4, remat="attention")
+    words = shlex.split(plan.train_command(job, choice, name))
+    assert words[3] == name
+    config = parse(words[3:])
+    assert config.llama == job.model_of(choice)
+    assert config.mesh.sizes == choice.sizes
+    short = f"python -m train {name} --sequence-length 32768 --batch-size 1 "
+    short += "--model.remat attention --mesh.ring 2 --mesh.ulysses 4"
+    assert (" ".join(words) == short) == (name != "tiny")
+
+
+def test_layers_of_several_kinds_need_a_name():
+    model = LlamaConfig.preset("olmo3-7b", d_ff=512)
+    job = plan.job_of(model, "h100", sequence=2**15, devices=8)
+    with pytest.raises(ValueError, match="are not options of the trainer: give the mo"):
+        plan.train_command(job, plan.Choice(ring=8))
+
+
+def test_the_printed_command_of_a_folder_trains(tmp_path, capsys):
+    folder = tmp_path / "a model"
+    hf.save(Llama("tiny", rngs=nnx.Rngs(0)), folder)
+    options = "--machine v5e --devices 8 --sequence 1K".split()
+    assert main(["--model", str(folder / "config.json"), *options]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:4] == ["python", "-m", "train", str(folder / "config.json")]
+    more = f"--steps 2 --sample.length 0 --run-dir {tmp_path / 'run'}"
+    run = run_here(parse([*words[3:], *more.split()]))
+    assert [row["step"] for row in run] == [1, 2]
 
 
 @pytest.mark.parametrize("machine", ["h100", "v6e"])
@@ -481,7 +518,7 @@ def test_the_table_ends_with_the_command(capsys):
     code, out = output(capsys, *SMALL)
     assert code == 0
     assert out.splitlines()[-1].startswith(
-        "python -m train tiny --model.vocab-size 256"
+        "python -m train tiny --sequence-length 8192 --batch-size 1 "
     )
     assert "x divisibility" in out and "not in the trainer" not in out
 

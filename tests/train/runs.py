@@ -105,6 +105,8 @@ def options(config: Config) -> list[str]:
                 add(f"{prefix}{field.name}.", value)
             elif field.name == "rope_scaling":
                 assert value is None, "not an option but a command of its own"
+            elif field.name in ("layer_types", "variants"):
+                assert value == field.default, "the model's name gives it"
             elif isinstance(value, tuple):
                 words = [str(word) for pair in value for word in pair]
                 found.extend([f"--{prefix}{field.name}", *words] if words else [])

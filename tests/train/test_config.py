@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from flax import nnx
 
 from tests.train.runs import options, small_config
 from train import export, long_context, tokenize
@@ -22,8 +23,12 @@ from train.config import (
 )
 from train.presets import PRESETS, preset
 from train.run_dir import check_same_run, record
+from usp_jax.models import hf
+from usp_jax.models.config import architecture
+from usp_jax.models.decoder import of_kind
 from usp_jax.models.execution import Tuning
-from usp_jax.models.llama import LinearScaling, LlamaConfig
+from usp_jax.models.llama import LinearScaling, Llama, LlamaConfig
+from usp_jax.models.presets import PRESETS as MODELS
 from usp_jax.plan import Choice
 
 WRONG = {
@@ -146,7 +151,7 @@ WRONG = {
         ["--checkpoint.stopped-status", "256"],
         r"checkpoint\.stopped_status=256 must be an exit status, at most 255",
     ),
-    "no preset": (["--steps", "3"], "the first argument '--steps' must be a preset"),
+    "no preset": (["--steps", "3"], "the first argument '--steps' must be a folder"),
 }
 
 
@@ -158,9 +163,50 @@ def test_mistakes_raise(given: str) -> None:
         parse([*first, *arguments])
 
 
-def test_an_unknown_preset_raises() -> None:
-    with pytest.raises(ValueError, match="preset 'huge' must be one of: tiny"):
+def test_an_unknown_name_raises() -> None:
+    names = "must be a folder with a config.json, or one of: tiny, passkey, llama2-7b,"
+    with pytest.raises(ValueError, match=f"^model 'huge' {names}"):
         parse(["huge"])
+    with pytest.raises(ValueError, match="preset 'llama3-8b' must be one of: tiny, p"):
+        preset("llama3-8b")
+
+
+@pytest.mark.parametrize("name", ["llama3.2-1b", "qwen3-8b", "gemma3-27b", "olmo3-7b"])
+def test_published_models_have_runs(name: str) -> None:
+    config = parse([name])
+    assert architecture(config.model) == MODELS[name]
+    assert config.run_dir.name == name and config.mesh == MeshConfig()
+    assert (config.dtype, config.fake_devices) == ("bfloat16", None)
+
+
+def test_options_replace_sizes_of_layers_of_several_kinds() -> None:
+    words = "--model.num-layers 7 --model.d-ff 64 --model.window 32".split()
+    model = parse(["gemma3-1b", *words, "model.rope-scaling:none"]).llama
+    whole = MODELS["gemma3-1b"]
+    assert (model.num_layers, model.window, model.d_model) == (7, 32, whole.d_model)
+    sliding = of_kind(model, "sliding")
+    assert (sliding.window, sliding.d_ff) == (512, 64)
+    assert model.kinds[5:] == ("default", "sliding")
+    found = parse(["gemma3-4b", *words]).llama
+    assert found.rope_scaling == MODELS["gemma3-4b"].rope_scaling
+
+
+@pytest.mark.parametrize("name", ["layer-types", "variants"])
+def test_kinds_of_layers_are_not_options(name: str) -> None:
+    with pytest.raises(SystemExit):
+        parse(["tiny", f"--model.{name}", "default"])
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_folder_is_a_model(tmp_path: Path, is_file: bool) -> None:
+    folder = tmp_path / "mine"
+    model = Llama("tiny", rngs=nnx.Rngs(0))
+    hf.save(model, folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    config = parse([str(folder / "config.json" if is_file else folder)])
+    assert architecture(config.model) == MODELS["tiny"]
+    assert (config.run_dir.name, config.dtype) == ("mine", "bfloat16")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -202,7 +248,8 @@ def test_help_lists_every_option(
         parse(arguments)
     printed = capsys.readouterr().out
     assert exit_.value.code == 0
-    for name in flatten(dataclasses.asdict(preset("tiny"))):
+    kinds = {"model.layer_types", "model.variants"}
+    for name in flatten(dataclasses.asdict(preset("tiny"))).keys() - kinds:
         dashed = name.replace("_", "-")
         # An option with its own fields is a subcommand: model.rope-scaling:none.
         assert any(way in printed for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))

@@ -12,11 +12,13 @@ import pytest
 import tokenizers
 from flax import nnx
 
+import usp_jax
 from tests.train.runs import losses, run_here, small_config
 from train.build import build
 from train.cli import parse
 from train.config import Config, MeshConfig
 from train.data.vocabulary import Vocabulary
+from train.log.banner import banner
 from train.published import check_published
 from usp_jax.models import hf
 from usp_jax.models.llama import Llama, NTKScaling
@@ -101,6 +103,24 @@ def test_the_model_is_the_folders_except_for_given_options(config: Config) -> No
     assert (found.model.rope_theta, found.model.rope_scaling) == (5e5, NTKScaling(2.0))
     with pytest.raises(ValueError, match="init_from=nowhere: nowhere/config.json does"):
         parse(["tiny", "--init-from", "nowhere"])
+    with pytest.raises(ValueError, match="hf download org/model --local-dir model$"):
+        parse(["tiny", "--init-from", "org/model"])
+
+
+def test_the_learning_rate_is_for_continued_training(config: Config) -> None:
+    words = ["tiny", "--init-from", str(config.init_from)]
+    found = parse(words)
+    assert found.optimizer.learning_rate == 1e-5
+    assert found.optimizer.warmup_steps == parse(["tiny"]).optimizer.warmup_steps
+    line = banner(found, usp_jax.make_mesh()).splitlines()[-1]
+    assert line == (
+        f"run: 300 steps from the weights of {config.init_from}, learning rate 1e-05 "
+        f"(the default of --init-from), in {found.run_dir}"
+    )
+    for option in ("--optimizer.learning_rate 3e-3", "--optimizer.learning-rate=3e-3"):
+        found = parse([*words, *option.split()])
+        assert found.optimizer.learning_rate == 3e-3
+        assert "learning rate 0.003, in" in banner(found, usp_jax.make_mesh())
 
 
 def test_an_existing_run_defines_its_model(config: Config, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import rich.console
 from jax.sharding import Mesh
 
-from train.config import Config
+from train.config import CONTINUED_LEARNING_RATE, Config
 
 # Seconds between lines when the output is not a terminal.
 EVERY = 30.0
@@ -26,7 +26,7 @@ def banner(config: Config, mesh: Mesh) -> str:
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
         f"data: {data}; {config.batch_size} rows of {config.sequence_length:,} tokens "
         f"= {tokens:,} tokens per step, stored {config.layout}\n"
-        f"run: {config.steps} steps, in {config.run_dir}"
+        f"run: {config.steps} steps{_start(config)}, in {config.run_dir}"
     )
 
 
@@ -58,6 +58,15 @@ def alive(doing: str, every: float = EVERY) -> Iterator[None]:
     finally:
         done.set()
         reporter.join()
+
+
+def _start(config: Config) -> str:
+    """Describes how a run starts, unless its weights are random."""
+    if config.init_from is None:
+        return ""
+    rate = config.optimizer.learning_rate
+    usual = " (the default of --init-from)" if rate == CONTINUED_LEARNING_RATE else ""
+    return f" from the weights of {config.init_from}, learning rate {rate:g}{usual}"
 
 
 def _source(config: Config) -> str:

@@ -49,3 +49,9 @@ class LlamaConfig(Execution, Decoder):
             for x in self.variants
         )
         return dataclasses.replace(self, rope_scaling=scaling, variants=variants)
+
+
+def architecture(config: Decoder) -> Decoder:
+    """Returns the fields of `Decoder`, without those that a subclass adds."""
+    names = [field.name for field in dataclasses.fields(Decoder)]
+    return Decoder(**{name: getattr(config, name) for name in names})

@@ -1,10 +1,18 @@
-"""Sizes of the published LLaMA models, and of one that trains on a laptop."""
+"""Architectures of published models, by family, and of one that trains on a laptop.
 
+The values are those of the config.json published with the weights of each model. Of a
+model that also sees images, a preset is the part for text.
+"""
+
+import math
 from dataclasses import replace
 
-from usp_jax.models.decoder import Decoder
+from usp_jax.models.decoder import DEFAULT, Decoder, Variant
 from usp_jax.models.execution import Execution
-from usp_jax.models.rope_scaling import Llama3Scaling
+from usp_jax.models.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
+
+# Name of the layers with a window, in models whose other layers see all tokens.
+SLIDING = "sliding"
 
 # Llama 2, arXiv 2307.09288.
 _LLAMA2_7B = Decoder(
@@ -31,18 +39,7 @@ _LLAMA3_70B = replace(_LLAMA3_8B, d_model=8192, num_layers=80, num_heads=64, d_f
 _LLAMA32 = replace(
     _LLAMA3_8B, d_ff=8192, rope_scaling=Llama3Scaling(32.0), tie_embeddings=True
 )
-
-PRESETS: dict[str, Decoder] = {
-    # Tokens are bytes. Chosen to divide over 8 devices, whichever axes they are on.
-    "tiny": Decoder(
-        vocab_size=256,
-        d_model=128,
-        num_layers=4,
-        num_heads=8,
-        num_kv_heads=4,
-        head_size=16,
-        d_ff=384,
-    ),
+_LLAMA = {
     "llama2-7b": _LLAMA2_7B,
     "llama2-13b": replace(
         _LLAMA2_7B,
@@ -66,6 +63,141 @@ PRESETS: dict[str, Decoder] = {
     "llama3.1-70b": replace(_LLAMA3_70B, rope_scaling=Llama3Scaling(8.0)),
     "llama3.2-1b": replace(_LLAMA32, d_model=2048, num_layers=16, head_size=64),
     "llama3.2-3b": replace(_LLAMA32, d_model=3072, num_layers=28, num_heads=24),
+    "llama3.3-70b": replace(_LLAMA3_70B, rope_scaling=Llama3Scaling(8.0)),
+}
+
+# Qwen3, arXiv 2505.09388: the dense models.
+_QWEN3_8B = Decoder(
+    vocab_size=151936,
+    d_model=4096,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    d_ff=12288,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    qk_norm=True,
+)
+_QWEN3_SMALL = replace(_QWEN3_8B, num_layers=28, num_heads=16, tie_embeddings=True)
+_QWEN3 = {
+    "qwen3-0.6b": replace(_QWEN3_SMALL, d_model=1024, d_ff=3072),
+    "qwen3-1.7b": replace(_QWEN3_SMALL, d_model=2048, d_ff=6144),
+    "qwen3-4b": replace(_QWEN3_8B, d_model=2560, d_ff=9728, tie_embeddings=True),
+    "qwen3-8b": _QWEN3_8B,
+    "qwen3-14b": replace(
+        _QWEN3_8B, d_model=5120, num_layers=40, num_heads=40, d_ff=17408
+    ),
+    "qwen3-32b": replace(
+        _QWEN3_8B, d_model=5120, num_layers=64, num_heads=64, d_ff=25600
+    ),
+}
+
+# Gemma 3, arXiv 2503.19786: five layers with a window, then one without. Only the
+# latter were stretched from 32K to 128K tokens.
+_GEMMA3_4B = Decoder(
+    vocab_size=262208,
+    d_model=2560,
+    num_layers=34,
+    num_heads=8,
+    num_kv_heads=4,
+    head_size=256,
+    d_ff=10240,
+    rope_theta=1e6,
+    rope_scaling=LinearScaling(8.0),
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    qk_norm=True,
+    norm_placement="both",
+    zero_centered_norms=True,
+    activation="gelu_tanh",
+    embedding_scale=math.sqrt(2560),
+    layer_types=(SLIDING,) * 5 + (DEFAULT,),
+    variants=(Variant(SLIDING, window=1024, rope_theta=10000.0),),
+)
+_GEMMA3 = {
+    # For text and 32K tokens only.
+    "gemma3-1b": replace(
+        _GEMMA3_4B,
+        vocab_size=262144,
+        d_model=1152,
+        num_layers=26,
+        num_heads=4,
+        num_kv_heads=1,
+        d_ff=6912,
+        rope_scaling=None,
+        embedding_scale=math.sqrt(1152),
+        variants=(Variant(SLIDING, window=512, rope_theta=10000.0),),
+    ),
+    "gemma3-4b": _GEMMA3_4B,
+    "gemma3-12b": replace(
+        _GEMMA3_4B,
+        d_model=3840,
+        num_layers=48,
+        num_heads=16,
+        num_kv_heads=8,
+        d_ff=15360,
+        embedding_scale=math.sqrt(3840),
+    ),
+    "gemma3-27b": replace(
+        _GEMMA3_4B,
+        d_model=5376,
+        num_layers=62,
+        num_heads=32,
+        num_kv_heads=16,
+        head_size=128,
+        d_ff=21504,
+        # From d_model / num_heads instead of the size of a head.
+        attention_scale=1 / math.sqrt(168),
+        embedding_scale=math.sqrt(5376),
+    ),
+}
+
+# Olmo 3, arXiv 2512.13961: three layers with a window, then one without. Only the
+# latter were stretched from 8K to 64K tokens.
+_OLMO3_7B = Decoder(
+    vocab_size=100278,
+    d_model=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    d_ff=11008,
+    rope_theta=500000.0,
+    rope_scaling=YarnScaling(8.0, 8192, attention_factor=1.2079441541679836),
+    rms_norm_eps=1e-6,
+    whole_qk_norm=True,
+    norm_placement="after",
+    layer_types=(SLIDING,) * 3 + (DEFAULT,),
+    variants=(Variant(SLIDING, window=4096, rope_theta=500000.0),),
+)
+_OLMO3 = {
+    "olmo3-7b": _OLMO3_7B,
+    "olmo3-32b": replace(
+        _OLMO3_7B,
+        d_model=5120,
+        num_layers=64,
+        num_heads=40,
+        num_kv_heads=8,
+        d_ff=27648,
+    ),
+}
+
+PRESETS: dict[str, Decoder] = {
+    # Tokens are bytes. Chosen to divide over 8 devices, whichever axes they are on.
+    "tiny": Decoder(
+        vocab_size=256,
+        d_model=128,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_size=16,
+        d_ff=384,
+    ),
+    **_LLAMA,
+    **_QWEN3,
+    **_GEMMA3,
+    **_OLMO3,
 }
 # Execution options of presets that do not use the defaults.
 EXECUTIONS: dict[str, Execution] = {"tiny": Execution(dtype="float32")}

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from usp_jax.models.config import LlamaConfig
+from usp_jax.models.lookup import find_config
 from usp_jax.models.presets import PRESETS
 from usp_jax.plan.machines import MACHINES
 from usp_jax.plan.search import Row, job_of, longest, plan
@@ -47,7 +47,7 @@ def _rows(args: argparse.Namespace) -> list[Row]:
     for name in ("top", "verify"):
         if getattr(args, name) < 0:
             raise ValueError(f"{name}={getattr(args, name)} must not be negative")
-    model = LlamaConfig.preset(args.model, dtype=args.dtype)
+    model = find_config(args.model, dtype=args.dtype)
     if args.longest:
         shortest = job_of(model, args.machine, sequence=1, **_asked(args))
         job = longest(shortest, offload=args.offload)
@@ -83,7 +83,7 @@ def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
     if not rows:
         print("no length fits")
         return
-    show(rows, args.top)
+    show(rows, args.top, args.model)
     if args.plot is not None:
         from usp_jax.plan.draw import draw
 
@@ -103,11 +103,13 @@ def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m usp_jax.plan",
-        description="Ranks the ways to split a LLaMA's training step over a machine.",
+        description="Ranks the ways to split a model's training step over a machine.",
         epilog=f"Models: {', '.join(PRESETS)}. Machines: "
         f"{', '.join(machine.name for machine in MACHINES)}. 1K is 1024, 1M is 1024K.",
     )
-    parser.add_argument("--model", required=True, help="a preset's name")
+    parser.add_argument(
+        "--model", required=True, help="name, or folder with config.json"
+    )
     parser.add_argument("--machine", required=True)
     parser.add_argument("--devices", type=int, help="default: set by the machine")
     parser.add_argument("--sequence", default="64K", help="tokens per row")

@@ -2,48 +2,93 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator
 
+from usp_jax.models.config import LlamaConfig, architecture
 from usp_jax.models.decoder import Decoder
-from usp_jax.models.execution import Computation, MeshSizes, Options, Staging
+from usp_jax.models.execution import Computation, Execution, MeshSizes, Staging
+from usp_jax.models.presets import PRESETS
 from usp_jax.models.rope_scaling import RopeScaling
 from usp_jax.plan.choice import Choice, Job, check_is_trained_here
 
+# A preset of the trainer too, whose defaults are not those of the options.
+_TINY = "tiny"
 
-def train_command(job: Job, choice: Choice) -> str:
+
+def train_command(job: Job, choice: Choice, model: str | None = None) -> str:
     """Returns the `python -m train ...` command for a job and a choice.
 
-    Run it on the machine's devices. The command names a preset first; its options
-    replace all sizes of the preset.
+    Run it on the machine's devices. It names the model, and gives the options that
+    differ from their defaults. A model without a name is `tiny` with all its fields.
 
     Args:
       job: the training step.
       choice: how to split and compute it.
+      model: name or folder of the job's model, as in `models.lookup.find_config`; None
+        finds the preset of the same architecture.
 
     Raises:
-      ValueError: the choice is for another program than the trainer.
+      ValueError: the choice is for another program than the trainer, or a model with
+        several kinds of layers has no name.
     """
     check_is_trained_here(choice)
-    model = job.model_of(choice)
+    config = job.model_of(choice)
+    model = model or _preset_of(config)
     options = {
-        **_options("model", model, Decoder, Computation),
-        "dtype": model.dtype,
         "sequence_length": job.sequence,
         "batch_size": job.batch,
-        "layout": job.layout,
+        **_computation(config, choice, job.layout),
+    }
+    words = []
+    if model is None:
+        options = _sizes(config) | options
+        # The kind of scaling is a separate word, which has to come last.
+        words = list(_rope_scaling(config.rope_scaling))
+    elif model != _TINY:
+        usual = _computation(Execution(), Choice(), "zigzag")
+        options = {
+            name: value
+            for name, value in options.items()
+            if name not in usual or value != usual[name]
+        }
+    start = f"python -m train {shlex.quote(model or _TINY)}"
+    return " ".join([start, *(_option(*option) for option in options.items()), *words])
+
+
+def _preset_of(config: LlamaConfig) -> str | None:
+    """The first preset with the architecture of a model."""
+    wanted = architecture(config)
+    return next((name for name, found in PRESETS.items() if found == wanted), None)
+
+
+def _sizes(config: LlamaConfig) -> dict[str, object]:
+    """The options of an architecture, apart from its RoPE scaling."""
+    if config.variants:
+        raise ValueError(
+            f"variants={config.variants} are not options of the trainer: give the "
+            "model's name, or a folder with its config.json"
+        )
+    sizes = _options("model", config, Decoder)
+    for name in ("rope_scaling", "layer_types", "variants"):
+        del sizes[f"model.{name}"]
+    return sizes
+
+
+def _computation(model: Execution, choice: Choice, layout: str) -> dict[str, object]:
+    """The options of how a step is computed."""
+    return {
+        **_options("model", model, Computation),
+        "dtype": model.dtype,
+        "layout": layout,
         "accumulate": choice.accumulate,
         "fake_devices": None,
         **_options("mesh", choice, MeshSizes, Staging),
         "optimizer.offload": choice.offload,
     }
-    del options["model.rope_scaling"]
-    words = [_option(name, value) for name, value in options.items()]
-    # The kind of scaling is a separate word, which has to come last.
-    words.extend(_rope_scaling(model.rope_scaling))
-    return " ".join(["python -m train tiny", *words])
 
 
-def _options(section: str, values: Options, *kinds: type) -> dict[str, object]:
+def _options(section: str, values: object, *kinds: type) -> dict[str, object]:
     """A section's options, from the fields of some dataclasses."""
     names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     return {f"{section}.{name}": getattr(values, name) for name in names}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.lookup import find_config
 from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.considered import (
     details,
@@ -126,13 +127,13 @@ def job_of(
     layout: str = "zigzag",
     documents: int | None = None,
 ) -> Job:
-    """Makes a `Job`, given names of presets or objects, as in `best`.
+    """Makes a `Job`, given names or objects, as in `best`.
 
     Raises:
       ValueError: a name is unknown, or a number is invalid.
     """
     if isinstance(model, str):
-        model = LlamaConfig.preset(model)
+        model = find_config(model)
     if isinstance(machine, str):
         machine = machine_of(machine)
     devices = machine.devices if devices is None else devices
@@ -242,7 +243,7 @@ def best(
     """Returns the fastest choice that fits and that the trainer supports.
 
     Args:
-      model: a configuration, or the name of a preset.
+      model: a configuration; or a name or folder, as in `models.lookup.find_config`.
       machine: a machine, or its name.
       sequence: tokens per row.
       batch: rows per training step, over all devices.

@@ -19,12 +19,13 @@ WIDTH = 160
 """Columns of text that fit a table without cutting words."""
 
 
-def show(rows: Sequence[Row], top: int) -> None:
+def show(rows: Sequence[Row], top: int, model: str | None = None) -> None:
     """Prints the best rows, why others were rejected, and the best one's command.
 
     Args:
       rows: the plan, best first.
       top: number of rows in the table.
+      model: the model's name or folder, as in `train_command`.
     """
     job, console = rows[0].job, _console()
     machine = job.machine
@@ -52,7 +53,7 @@ def show(rows: Sequence[Row], top: int) -> None:
         console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
     for waste in wasteful(best):
         console.print(f"  {waste}")
-    console.print(train_command(job, best.choice), soft_wrap=True)
+    console.print(train_command(job, best.choice, model), soft_wrap=True)
 
 
 def _table(rows: Sequence[Row]) -> rich.table.Table:

@@ -1,0 +1,50 @@
+"""The model in a run's config.json: the fields of a `ModelConfig` as JSON, and back."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from train.config import ModelConfig
+from usp_jax.models.decoder import DEFAULT, Variant
+from usp_jax.models.rope_scaling import RopeScaling
+
+
+def model_record(model: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of a model as values of JSON."""
+    record = json.loads(json.dumps(dataclasses.asdict(model)))
+    record["rope_scaling"] = _scaling_record(model.rope_scaling)
+    for entry, variant in zip(record["variants"], model.variants, strict=True):
+        entry["rope_scaling"] = _scaling_record(variant.rope_scaling)
+    return record
+
+
+def model_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a model, given its record, maybe of an older version."""
+    variants = record.get("variants", ())
+    return {
+        **record,
+        "rope_scaling": _scaling(record.get("rope_scaling")),
+        "layer_types": tuple(record.get("layer_types", (DEFAULT,))),
+        "variants": tuple(
+            Variant(**{**entry, "rope_scaling": _scaling(entry["rope_scaling"])})
+            for entry in variants
+        ),
+    }
+
+
+def _scaling_record(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    # Different kinds of scaling may have the same fields.
+    return {**vars(scaling), "type": type(scaling).__name__}
+
+
+def _scaling(record: Mapping[str, Any] | None) -> RopeScaling | None:
+    if record is None:
+        return None
+    kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
+    fields = {name: value for name, value in record.items() if name != "type"}
+    scaling: RopeScaling = kinds[record["type"]](**fields)
+    return scaling
