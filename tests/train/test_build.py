@@ -202,6 +202,7 @@ def test_a_run_directory_that_cannot_be_written_to(
 
 
 def test_options_that_may_change_when_a_run_resumes(config: Config) -> None:
+    config = dataclasses.replace(config, mesh=MeshConfig())
     run_here(config)
     changed = dataclasses.replace(
         config,
