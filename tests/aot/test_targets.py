@@ -23,6 +23,9 @@ from tests.compilers import needs_compilers
 from usp_jax import aot, plugins
 from usp_jax.aot.__main__ import main
 from usp_jax.compiled import by_kind
+from usp_jax.halo import halo_of
+from usp_jax.masking import MaskRule
+from usp_jax.plan.attention import Call, halo_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_compilers
@@ -99,6 +102,24 @@ def test_the_ring_on_each_target(name, ring, ulysses, length):
         assert forward.flops > 0
     else:
         assert forward.flops is None
+
+
+@pytest.mark.long
+def test_a_window_sends_a_halo_alone_on_64_chips():
+    ring, ulysses, window = 8, 8, 1024
+    length = 2048 * ring * ulysses
+    fn, *shapes = attention(
+        "v5e:8x8", ring, ulysses, length, local_window_size=(window - 1, 0)
+    )
+    call = Call(length // (ring * ulysses), N, K, H, ring, ulysses)
+    rule = MaskRule(True, left=window - 1)
+    halo = halo_of("zigzag", ring, ulysses, call.tokens, rule)
+    for report, expected in zip(
+        aot.compile_vjp(fn, *shapes), halo_bytes(call, halo), strict=True
+    ):
+        totals = by_kind(report.collectives)
+        assert list(totals) == ["collective-permute"]
+        assert totals["collective-permute"].wire_bytes == expected
 
 
 @pytest.mark.parametrize(
