@@ -16,8 +16,8 @@ from usp_jax.compiled import by_kind, collectives
 
 DEGREES = ((4, 2), (2, 4), (8, 1), (1, 8))
 B, N, K, H = 2, 4, 2, 4
-# A prefill of 16, then 13 tokens in a few steps, the third over two pages of 8.
-PREFILL, STEPS = 16, (4, 1, 5, 3)
+# A prefill of 16, then 13 tokens in a few steps, the second over two pages of 8.
+PREFILL, STEPS = 16, (1, 9, 3)
 LENGTH = PREFILL + sum(STEPS)
 MASKS = {
     "window": {"local_window_size": (6, 0)},

@@ -157,7 +157,15 @@ def test_equals_the_oracle(name, turn):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("degrees", [(2, 2, 1, 2), (2, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        (2, 1, 2, 2),
+        pytest.param((2, 2, 1, 2), marks=pytest.mark.long),
+        pytest.param((2, 2, 2, 1), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_dropout_counts_rows_and_heads_over_the_mesh(degrees):
     """Batch rows over `data` and heads over `tensor` drop what one device drops."""
     options, oracle_options = CASES["all but prefix"]

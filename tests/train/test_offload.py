@@ -35,8 +35,7 @@ def test_everything_but_the_counts_lives_on_the_host(tmp_path: Path) -> None:
 
 def test_losses_are_the_same_and_a_run_resumes_either_way(tmp_path: Path) -> None:
     """Trains with the state on the host, on the devices, and on the host again."""
-    # A ring would take as long again to compile, and has no part in this.
-    mesh = MeshConfig(fsdp=2, ulysses=2)
+    mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
     plain = small_config(tmp_path, mesh=mesh, steps=6)
     run_here(plain)
     config = dataclasses.replace(plain, run_dir=tmp_path / "moved")

@@ -55,7 +55,7 @@ def expected_loss(config: Config, batch: dict[str, np.ndarray]) -> float:
 def test_the_first_loss_is_the_published_models_and_the_folder_may_then_be_deleted(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = dataclasses.replace(config, mesh=MeshConfig(ulysses=2, tensor=2))
+    config = dataclasses.replace(config, mesh=MeshConfig(ring=2, tensor=2))
     expected = expected_loss(config, next(build(config).data))
     run_here(config)
     ((_, first),) = losses(config.run_dir)

@@ -47,9 +47,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Program:
     folder = tmp_path_factory.mktemp("whole")
     config = small_config(
         folder,
-        # The mesh of two devices that compiles fastest.
-        fake_devices=2,
-        mesh=MeshConfig(ulysses=2),
+        fake_devices=4,
+        mesh=MeshConfig(ring=2, ulysses=2),
         steps=100,
         checkpoint=CheckpointConfig(every=3),
     )
