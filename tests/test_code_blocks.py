@@ -31,7 +31,12 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PROGRAM = r"(?:make|pip install|python -m) "
 COMMAND = re.compile(rf"^({_PROGRAM}.*)$|`({_PROGRAM}[^`]*)`", re.MULTILINE)
 # Placeholders for the reader's own values.
-STANDS_FOR = {"PRESET": "tiny", "RUN_DIR": "runs/mine", "PATH": "texts", "...": ""}
+STANDS_FOR = {
+    "NAME": "tiny",
+    "RUN_DIR": "runs/mine",
+    "PATH": "texts",
+    "...": "",
+}
 
 
 def blocks(page: pathlib.Path) -> list[tuple[str, str]]:

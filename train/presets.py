@@ -1,5 +1,6 @@
 """Runs by name: presets, and runs of published models."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def run_of(name: str) -> Config:
     if name in PRESETS:
         return preset(name)
     model = find_config(name, dtype=Config.dtype, others=PRESETS)
-    path = Path(name).resolve()
-    folder = path.parent if path.is_file() else path
+    # Not resolved: in a download cache, config.json is a link to a file without a name.
+    path = Path(os.path.abspath(name))
+    folder = path.parent if path.name == "config.json" else path
     return Config(
         model=ModelConfig(**vars(architecture(model))),
         steps=1000,

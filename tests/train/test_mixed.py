@@ -27,9 +27,9 @@ LOCAL = Variant(
 )
 
 
-def mixed(tmp_path: Path, **changes: object) -> Config:
+def mixed(tmp_path: Path) -> Config:
     """A run of five steps, of a model with much of what Gemma and Olmo have."""
-    config = small_config(tmp_path, steps=5, mesh=MeshConfig(), **changes)
+    config = small_config(tmp_path, steps=5, mesh=MeshConfig())
     model = dataclasses.replace(
         config.model,
         num_layers=3,
