@@ -28,8 +28,8 @@ LOCAL = Variant(
 
 
 def mixed(tmp_path: Path) -> Config:
-    """A run of five steps, of a model with much of what Gemma and Olmo have."""
-    config = small_config(tmp_path, steps=5, mesh=MeshConfig())
+    """A run of 20 steps, of a model with much of what Gemma and Olmo have."""
+    config = small_config(tmp_path, steps=20, mesh=MeshConfig())
     model = dataclasses.replace(
         config.model,
         num_layers=3,
@@ -64,10 +64,25 @@ def check_rows(actual: Config, expected: Config) -> None:
         )
 
 
-def test_losses_are_the_same_over_a_ring_and_ulysses(
-    alone: Config, tmp_path: Path
+MESHES = (
+    MeshConfig(ring=2, ulysses=4),
+    *(
+        pytest.param(mesh, marks=pytest.mark.long)
+        for mesh in (
+            MeshConfig(ring=8),
+            MeshConfig(ulysses=8),
+            MeshConfig(data=2, ring=2, ulysses=2),
+            MeshConfig(fsdp=2, ring=2, tensor=2),
+            MeshConfig(fsdp=2, ring=4, zero=1),
+        )
+    ),
+)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=repr)
+def test_losses_are_the_same_over_devices(
+    mesh: MeshConfig, alone: Config, tmp_path: Path
 ) -> None:
-    mesh = MeshConfig(ring=2, ulysses=4)
     split = dataclasses.replace(alone, mesh=mesh, run_dir=tmp_path / "run")
     run_here(split)
     check_rows(split, alone)
