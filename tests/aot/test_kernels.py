@@ -47,8 +47,10 @@ ALL = tuple(
 # Lengths that are no multiple of a block; two query heads of each key head.
 B, T, S, N, K = 2, 1500, 2100, 4, 2
 # The Triton blocks are chosen so that no register is spilt on these; under a window
-# with two bounds heads of 192 spill on an A100.
+# with two bounds heads of 192 spill on an A100. The blocks of `TIMED` are those that
+# were fastest on the machine: they spill.
 UNSPILT = ("a100:1x1", "h100:1x1")
+TIMED = ("h100:1x1", 128)
 
 
 def compiled(implementation, name, head_size, mask, *, soft_cap=None):
@@ -77,7 +79,8 @@ def compiled(implementation, name, head_size, mask, *, soft_cap=None):
     )
     shapes = q, k, k, q, carry, Mask(MASKS[mask], *tokens)
     options = {}
-    if implementation == "triton" and name in UNSPILT and mask != "window":
+    unspilt = name in UNSPILT and (name, head_size) != TIMED
+    if implementation == "triton" and unspilt and mask != "window":
         options["xla_gpu_fail_ptx_compilation_on_register_spilling"] = True
         # At the tests' optimization level, 0, registers spill that otherwise would not.
         options["xla_backend_optimization_level"] = 3
