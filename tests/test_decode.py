@@ -62,7 +62,8 @@ def prefill(k, v, order, segments, mesh, layout, explicit=False, window=None):
         layout=layout,
         positions=jnp.asarray(store(order)),
         segment_ids=jnp.asarray(store(segments)),
-        page_tokens=8,
+        # A window's cache takes no more tokens at a time.
+        page_tokens=8 if window is None else 16,
         window=window,
         mesh=mesh,
     )
@@ -123,7 +124,7 @@ def check(mesh, layout, mask, explicit=False, window=None):
             assert len(cache.pages) == 3 and int(cache.used) == 5
         else:
             (page,) = cache.pages
-            assert window + 8 <= page.key.shape[1] < window + 16
+            assert window + 16 <= page.key.shape[1] < window + 24
         np.testing.assert_allclose(out, oracle(mask)[0], rtol=0, atol=1e-10)
         np.testing.assert_allclose(lse, oracle(mask)[1], rtol=0, atol=1e-10)
         assert np.isneginf(lse[1, -2:]).all() and not out[1, -2:].any()
@@ -163,14 +164,15 @@ def test_a_cache_of_the_window_refuses_what_it_has_dropped():
     q, k, v, _ = inputs("float32")
     order, segments = positions(), ids()
     cache = prefill(k, v, order, segments, None, "contiguous", window=7)
+    many = jnp.asarray(order[:, :17])
     places = jnp.asarray(order[:, PREFILL : PREFILL + 9])
     for wrong in (None, 7, (7, 0), (None, 0)):
         with pytest.raises(ValueError, match=r"allows local_window_size=\(6, 0\)"):
             usp_jax.decode_attention(
                 q[:, :9], cache, positions=places, local_window_size=wrong
             )
-    with pytest.raises(ValueError, match=r"at most page_tokens=8 for a cache with win"):
-        cache.append(k[:, :9], v[:, :9], positions=places)
+    with pytest.raises(ValueError, match="at most page_tokens=16 for a cache with win"):
+        cache.append(k[:, :17], v[:, :17], positions=many)
     with pytest.raises(ValueError, match="window=0 must be a positive int"):
         prefill(k, v, order, segments, None, "contiguous", window=0)
     assert cache.grow() is cache
