@@ -51,13 +51,6 @@ _GEMMA = {
     "sliding_window": 12,
     "rms_norm_eps": 1e-6,
 }
-_SMOLLM = {
-    **_SHAPE,
-    "architectures": ["SmolLM3ForCausalLM"],
-    "model_type": "smollm3",
-    "num_hidden_layers": 6,
-    "tie_word_embeddings": True,
-}
 # The config.json of each case, in the keys of old checkpoints where there are such.
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -72,7 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHAPE,
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "use_sliding_window": True,
         "sliding_window": 12,
         "max_window_layers": 1,
@@ -81,14 +74,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHAPE,
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 5,
         "head_dim": 16,
         "use_sliding_window": True,
         "sliding_window": 12,
-        # A head, two periods and a tail.
+        # A head before two periods.
         "layer_types": [
-            *["full_attention"] * 2,
-            *["sliding_attention", "full_attention"] * 2,
+            "full_attention",
+            *["full_attention", "sliding_attention"] * 2,
         ],
     },
     # Longer than the original length: the long factors.
@@ -113,18 +106,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "sliding_window": 12,
     },
-    "smollm3": {**_SMOLLM, "rope_theta": 5e6},
-    "smollm3 windowed": {
-        **_SMOLLM,
-        "no_rope_layers": [1, 0, 1, 0, 1, 1],
-        "use_sliding_window": True,
-        "sliding_window": 12,
+    "smollm3": {
+        **_SHAPE,
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 5e6,
     },
     "gemma2": {
         **_GEMMA,
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 4,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
@@ -132,6 +126,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_GEMMA,
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
+        # Two periods and a tail.
         "num_hidden_layers": 8,
         "sliding_window_pattern": 3,
         "rope_theta": 1e6,
@@ -142,7 +137,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHAPE,
         "architectures": ["Olmo3ForCausalLM"],
         "model_type": "olmo3",
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "sliding_window": 12,
         "rope_theta": 5e5,
         "rope_scaling": {
