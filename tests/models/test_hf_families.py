@@ -1,5 +1,6 @@
 """Families of models in the Hugging Face format, compared with transformers."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,29 @@ def test_unsupported_configs_raise(given):
     case, keys, message = WRONG[given]
     with pytest.raises(ValueError, match=message):
         wrong(case, **keys)
+
+
+HOSTILE = [-1, 0, True, "2", "", 2.5, float("nan"), [], [2], {}, {"a": 1}, 10**400]
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_hostile_values_raise_value_errors_only(case):
+    """Of each key, and of each key of RoPE's settings."""
+    config, changed = CONFIGS[case], []
+    for key, value in itertools.product(config, HOSTILE):
+        changed.append({**config, key: value})
+    scaling = config.get("rope_scaling", {})
+    for key, value in itertools.product(scaling, HOSTILE):
+        changed.append({**config, "rope_scaling": {**scaling, key: value}})
+    refused = 0
+    for own in changed:
+        try:
+            read_config(own)
+        except ValueError as error:
+            assert str(error)
+            refused += 1
+    # Notes may have any value.
+    assert refused > len(changed) / 2
 
 
 def test_other_models_with_images_raise():

@@ -158,7 +158,8 @@ def _head_size(size: int, heads: int) -> int:
 
 
 def _dtype(config: Mapping[str, Json]) -> str:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    given = (config.get(key) for key in ("dtype", "torch_dtype"))
+    dtype = next((name for name in given if name is not None), "float32")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
             f"dtype={dtype!r} is not supported: give dtype=, one of {DTYPES}"
