@@ -8,7 +8,6 @@ weights work here unchanged. To use only a larger base, set `rope_theta` instead
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -232,7 +231,7 @@ class PairScaling:
     amplitude: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", _checked_pairs("factors", self.factors))
+        _check_pairs("factors", self.factors)
         _check_amplitude("amplitude", self.amplitude)
 
     @property
@@ -281,8 +280,8 @@ class LongRopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("short_factors", "long_factors"):
-            object.__setattr__(self, name, _checked_pairs(name, getattr(self, name)))
+        _check_pairs("short_factors", self.short_factors)
+        _check_pairs("long_factors", self.long_factors)
         short, long = len(self.short_factors), len(self.long_factors)
         if short != long:
             raise ValueError(
@@ -292,7 +291,9 @@ class LongRopeScaling:
         _check_factor(self.factor)
         _check_original_length(self.original_length)
         if self.original_length == 1 and self.attention_factor is None:
-            raise ValueError("original_length=1 needs attention_factor=")
+            raise ValueError(
+                "original_length=1 must be more than 1: its logarithm is 0"
+            )
         if self.attention_factor is not None:
             _check_amplitude("attention_factor", self.attention_factor)
 
@@ -346,15 +347,12 @@ def _unfixed(scaling: DynamicNTKScaling | LongRopeScaling) -> ValueError:
     )
 
 
-def _checked_pairs(name: str, factors: Sequence[float]) -> tuple[float, ...]:
-    """Returns the factors of pairs of dims as a tuple: in JSON they are a list."""
-    factors = tuple(factors)
+def _check_pairs(name: str, factors: tuple[float, ...]) -> None:
     if not factors or not all(1 / _MOST <= factor <= _MOST for factor in factors):
         raise ValueError(
             f"{name}={factors} must be numbers between 2**-31 and 2**31, one for each "
             "pair of dims"
         )
-    return factors
 
 
 def _check_amplitude(name: str, amplitude: float) -> None:
