@@ -255,7 +255,9 @@ def test_biases_and_head_norms_keep_their_config():
     with pytest.raises(ValueError, match="'qwen2' comes closest, but without qk_norm"):
         write_config(config, "float32", {})
     config = LlamaConfig.preset("tiny", rope_scaling=PairScaling((2.0,) * 8))
-    with pytest.raises(ValueError, match="closest, but without rope_scaling=PairScal"):
+    with pytest.raises(
+        ValueError, match="rope_scaling=PairScaling.* is not a type of the f"
+    ):
         write_config(config, "float32", {})
 
 

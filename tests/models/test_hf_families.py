@@ -1,5 +1,7 @@
 """Families of models in the Hugging Face format, compared with transformers."""
 
+import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.models.test_hf import TOLERANCE, folder_tensors, needs_transformers
 from usp_jax.models import hf
 from usp_jax.models.decoder import Variant
 from usp_jax.models.hf.allowed import family_of
+from usp_jax.models.hf.files import TensorFiles
 from usp_jax.models.hf.keys import read_config, write_config
 from usp_jax.models.hf.names import tensors, to_tensor
 from usp_jax.models.llama import Llama, LlamaConfig, LongRopeScaling
@@ -36,7 +39,7 @@ def config_of(case: str) -> LlamaConfig:
     return read_config(CONFIGS[case])
 
 
-@jax.jit(static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def results(config: LlamaConfig, params: dict) -> tuple:
     """Logits, and the gradients of the mean nats of all next tokens."""
     ids = jnp.asarray(hf_cases.tokens())
@@ -119,6 +122,25 @@ def test_transformers_reads_what_is_saved(tmp_path, case):
     chex.assert_trees_all_close(actual, expected, atol=1e-5, rtol=0)
 
 
+def test_slices_of_fused_tensors_are_read_once(tmp_path, monkeypatch):
+    sizes, read = {}, TensorFiles.read
+
+    def counted(self, name, index):
+        x = read(self, name, index)
+        sizes[name] = sizes.get(name, 0) + x.size
+        return x
+
+    first = checkpoint(tmp_path, "phi3 long")
+    expected = nnx.to_pure_dict(nnx.state(hf.load(first)))
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    mesh = usp_jax.make_mesh(ring=2, ulysses=2, tensor=2)
+    actual = nnx.to_pure_dict(nnx.state(hf.load(first, mesh=mesh)))
+    chex.assert_trees_all_equal(actual, expected)
+    for name, x in folder_tensors(first).items():
+        if "proj" in name:
+            assert sizes[name] == x.size, name
+
+
 def test_the_text_part_of_a_model_with_images_is_read(tmp_path):
     shapes = golden("gemma3")["shapes"]
     config, named = with_images(CONFIGS["gemma3"], weights(shapes))
@@ -193,6 +215,22 @@ def test_without_like_the_first_family_that_fits_is_written():
         written = write_config(config, "float32", {})
         assert written["model_type"] == expected[case], case
         assert read_config(written).kinds == config.kinds
+
+
+def test_models_that_no_family_holds_raise():
+    config = config_of("gemma2")
+    for changes, message in (
+        ({"attention_scale": 0.3}, "'gemma2' comes closest, but without attention_sc"),
+        ({"attention_scale": 1e-200}, "but without attention_scale=1e-200"),
+        ({"embedding_scale": 1.0}, "but without embedding_scale=1.0"),
+        ({"rotary_size": 4}, "but without rotary_size=4"),
+        (
+            {"variants": (Variant("windowed", window=12, d_ff=96),)},
+            "'gemma2' comes closest, but without d_ff=96",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_config(dataclasses.replace(config, **changes), "float32", {})
 
 
 def wrong(case: str, **keys: Any) -> LlamaConfig:

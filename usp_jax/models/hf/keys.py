@@ -5,6 +5,7 @@ no key is ignored, and `layers.py` converts what differs between layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from usp_jax.models.hf.files import Json
 from usp_jax.models.hf.layers import read_layers, write_layers
 from usp_jax.models.rope_scaling import NTKScaling
 
+_LONGEST = "max_position_embeddings"
 # Values of keys that are left out, where a family has no other.
 _DEFAULTS: dict[str, Json] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
@@ -53,40 +55,40 @@ def write_config(
     Raises:
       ValueError: no supported `model_type` can hold the model.
     """
-    decoder = _explicit(
-        Decoder(
-            **{x.name: getattr(config, x.name) for x in dataclasses.fields(Decoder)}
-        )
-    )
-    named, like = family_of(like) if "model_type" in like else (FAMILIES[0], like)
-    wanted = named.text_of or named.model_type
+    fields = {x.name: getattr(config, x.name) for x in dataclasses.fields(Decoder)}
+    decoder = _explicit(Decoder(**fields))
+    wanted, like = _with_model_type(like)
     families = [family for family in FAMILIES if family.text_of is None]
     families.sort(key=lambda family: family.model_type != wanted)
-    notes = {key: x for key, x in like.items() if key in NOTES}
-    longest = {key: like[key] for key in ("max_position_embeddings",) if key in like}
-    closest = ""
-    fewest = len(dataclasses.fields(Decoder))
+    # (Number of fields that are lost, the reason why a family does not hold the model.)
+    misfits: list[tuple[float, str]] = []
     for family in families:
-        written: dict[str, Json] = {
-            "architectures": [family.architecture],
-            "model_type": family.model_type,
-            **_write_fields(family, decoder),
-            "torch_dtype": dtype,
-            **longest,
-        }
         try:
-            written |= write_layers(family, decoder)
+            written = _write_decoder(family, decoder)
             lost = _differences(decoder, _read_decoder(family, written))
-        except ValueError:
-            # The family does not have this type of RoPE scaling.
-            lost = ["rope_scaling"]
+        except ValueError as error:
+            # The family does not have this type of RoPE scaling, for instance.
+            misfits.append((math.inf, f"as a {family.model_type!r}, {error}"))
+            continue
         if not lost:
-            return {**written, **notes}
-        if len(lost) < fewest:
-            values = ", ".join(f"{name}={getattr(decoder, name)!r}" for name in lost)
-            closest = f"{family.model_type!r} comes closest, but without {values}"
-            fewest = len(lost)
+            notes = {key: x for key, x in like.items() if key in NOTES}
+            # Dynamic RoPE scaling has written its own.
+            longest = {_LONGEST: like[_LONGEST]} if _LONGEST in like else {}
+            return {**longest, **written, "torch_dtype": dtype, **notes}
+        values = ", ".join(f"{name}={value!r}" for name, value in lost.items())
+        reason = f"{family.model_type!r} comes closest, but without {values}"
+        misfits.append((len(lost), reason))
+    _, closest = min(misfits, key=lambda misfit: misfit[0])
     raise ValueError(f"no model_type of the format holds this model: {closest}")
+
+
+def _with_model_type(like: Mapping[str, Json]) -> tuple[Json, Mapping[str, Json]]:
+    """The `model_type` to write like another model's, and that model's keys."""
+    name = like.get("model_type")
+    if all(family.model_type != name for family in FAMILIES):
+        return None, like
+    family, like = family_of(like)
+    return family.text_of or family.model_type, like
 
 
 def _read_decoder(family: Family, config: Mapping[str, Json]) -> Decoder:
@@ -112,25 +114,36 @@ def _read_decoder(family: Family, config: Mapping[str, Json]) -> Decoder:
     return Decoder(**fields)
 
 
-def _write_fields(family: Family, decoder: Decoder) -> dict[str, Json]:
-    return {
+def _write_decoder(family: Family, decoder: Decoder) -> dict[str, Json]:
+    """Returns the keys of config.json for a model as one of a family.
+
+    Reading them returns another model if the family does not hold this one.
+    """
+    fields = {
         key.name: key.write(key.name, getattr(decoder, key.field))
         for key in family.field_keys
         if key.write is not None
     }
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **fields,
+        **write_layers(family, decoder),
+    }
 
 
-def _differences(decoder: Decoder, other: Decoder) -> list[str]:
-    """Names of the fields in which layers of two models differ."""
+def _differences(decoder: Decoder, other: Decoder) -> dict[str, object]:
+    """The fields in which layers of two models differ, with one value of the first."""
     pairs = {
         (_explicit(of_kind(decoder, kind)), _explicit(of_kind(other, again)))
         for kind, again in zip(decoder.kinds, other.kinds, strict=True)
     }
-    return [
-        field.name
-        for field in dataclasses.fields(Decoder)
-        if any(getattr(a, field.name) != getattr(b, field.name) for a, b in pairs)
-    ]
+    return {
+        name: value
+        for own, again in pairs
+        for name, value in vars(own).items()
+        if value != getattr(again, name)
+    }
 
 
 def _explicit(decoder: Decoder) -> Decoder:

@@ -80,12 +80,14 @@ def write_layers(family: Family, decoder: Decoder) -> dict[str, Json]:
         "no_rope_layers": [int(x.rotary_size != 0) for x in layers],
     }
     written = {key: keys[key] for key in WRITTEN if key in family.layer_keys}
-    return {**written, **write_ropes(family, _rope(full[0]), _rope(windowed[0]))}
+    ropes = (_rope(family, layer) for layer in (full[0], windowed[0]))
+    return {**written, **write_ropes(family, *ropes)}
 
 
-def _rope(layer: Decoder) -> Rope:
-    size = layer.head_size if layer.rotary_size is None else layer.rotary_size
-    part = size / layer.head_size if size else 1.0
+def _rope(family: Family, layer: Decoder) -> Rope:
+    part = 1.0
+    if layer.rotary_size and family.rotates_part:
+        part = layer.rotary_size / layer.head_size
     return Rope(layer.rope_theta, layer.rope_scaling, part)
 
 

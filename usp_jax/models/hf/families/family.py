@@ -136,11 +136,11 @@ class Family:
       keys: keys of config.json, beside those that all families have.
       activation: the key of the activation's name.
       layer_keys: keys that say how layers differ, of those that `layers.py` knows.
-      required: keys, apart from the sizes, whose default in transformers is another
-        family's.
+      required: keys that must be given, beside the sizes: their default in
+        transformers is not that of LLaMA.
       nullable: keys that must be given too, but may be null, which means none.
-      defaults: values of keys that are left out.
-      only: the supported values of keys that change nothing then.
+      defaults: transformers' values of keys that are left out.
+      only: supported values of keys that are not read, and of some that are.
       unused: keys that do not change the logits.
       windows: says which layers have the window.
       rope_theta: the base of RoPE, if left out.

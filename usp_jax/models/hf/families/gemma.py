@@ -18,7 +18,8 @@ def _read_scale(name: str, value: Json) -> float:
 
 def _write_scale(name: str, value: Json) -> Json:
     """The integer whose inverse square root is the scale, or the nearest one."""
-    return round(number(name, value) ** -2)
+    # A smaller scale has no such integer that a float can hold.
+    return round(max(number(name, value), 1e-9) ** -2)
 
 
 def _root(name: str, value: Json) -> float:
