@@ -133,7 +133,7 @@ def weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not config["tie_word_embeddings"]:
         shapes |= {"lm_head.weight": (VOCABULARY, size)}
     return {
-        name: _draw(seed, shape) for seed, (name, shape) in enumerate(shapes.items(), 1)
+        name: draw(seed, shape) for seed, (name, shape) in enumerate(shapes.items(), 1)
     }
 
 
@@ -179,7 +179,8 @@ def transformers_logits(folder: Path, saved: Path | None = None) -> np.ndarray:
         return model(torch.from_numpy(tokens()).long()).logits.numpy()
 
 
-def _draw(seed, shape):
+def draw(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor's float32 values: norms near 1, matrices that about keep a norm."""
     x = _random(seed).standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
         return 1 + x / 4

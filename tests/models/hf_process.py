@@ -11,6 +11,7 @@ import jax
 
 import usp_jax
 from usp_jax.models import hf
+from usp_jax.models.hf.families import LLAMA
 from usp_jax.models.hf.files import TensorFiles
 from usp_jax.models.hf.names import tensors
 
@@ -30,7 +31,7 @@ def main(coordinator: str, process: str, source: str, target: str) -> None:
     TensorFiles.read = counted
     mesh = usp_jax.make_mesh(fsdp=2, ring=2, ulysses=2)
     model = hf.load(source, mesh=mesh)
-    whole = sum(math.prod(tensor.shape) for tensor in tensors(model.config))
+    whole = sum(math.prod(tensor.shape) for tensor in tensors(LLAMA, model.config))
     print(numbers / whole)
     hf.save(model, target, file_bytes=50_000)
 

@@ -23,6 +23,7 @@ import usp_jax
 from tests.models import hf_cases
 from tests.models.hf_cases import CONFIGS, write
 from usp_jax.models import hf
+from usp_jax.models.decoder import of_kind
 from usp_jax.models.generate import generate
 from usp_jax.models.hf.files import TensorFiles
 from usp_jax.models.hf.keys import read_config, write_config
@@ -32,7 +33,9 @@ from usp_jax.models.llama import (
     Llama,
     Llama3Scaling,
     LlamaConfig,
+    LongRopeScaling,
     NTKScaling,
+    PairScaling,
     YarnScaling,
 )
 from usp_jax.models.presets import PRESETS
@@ -209,11 +212,17 @@ def test_two_processes_read_a_half_each_and_write_the_whole(tmp_path):
         assert written[name].tobytes() == x.tobytes(), name
 
 
-# Layers of several kinds cannot be written yet.
-@pytest.mark.parametrize("name", [x for x in PRESETS if not PRESETS[x].variants])
+def layers(config: LlamaConfig) -> list[LlamaConfig]:
+    """The description of each layer."""
+    return [of_kind(config, kind) for kind in config.kinds]
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_keep_their_config(name):
     config = LlamaConfig.preset(name)
-    assert read_config(write_config(config, config.dtype, {})) == config
+    again = read_config(write_config(config, config.dtype, {}))
+    # The names of the kinds of layers are not in the format.
+    assert layers(again) == layers(config)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +232,7 @@ def test_presets_keep_their_config(name):
         DynamicNTKScaling(2.0, 64),
         YarnScaling(4.0, 64, beta_fast=16.0, attention_factor=1.25, truncate=False),
         Llama3Scaling(8.0, 1.5, 5.0, 64),
+        LongRopeScaling((1.0,) * 8, (1.0, 2.5) * 4, 64, 2.0, attention_factor=1.25),
     ],
     ids=lambda scaling: type(scaling).__name__,
 )
@@ -230,9 +240,11 @@ def test_scalings_keep_their_config(scaling):
     config = LlamaConfig.preset("tiny", rope_scaling=scaling)
     written = write_config(config, "float32", {})
     assert read_config(written) == config
-    # The keys of newer checkpoints.
-    output = {**written.pop("rope_scaling"), "rope_theta": written.pop("rope_theta")}
-    assert read_config({**written, "rope_parameters": output}) == config
+    # The keys of older checkpoints.
+    settings = written.pop("rope_parameters")
+    theta = settings.pop("rope_theta")
+    old = {**written, "rope_scaling": settings, "rope_theta": theta}
+    assert read_config(old) == config
 
 
 def test_biases_and_head_norms_keep_their_config():
@@ -240,14 +252,19 @@ def test_biases_and_head_norms_keep_their_config():
         config = LlamaConfig.preset("tiny", **more)
         assert read_config(write_config(config, "float32", {})) == config
     config = LlamaConfig.preset("tiny", qkv_bias=True, qk_norm=True)
-    with pytest.raises(ValueError, match="qkv_bias=True with qk_norm=True is not a mo"):
+    with pytest.raises(ValueError, match="'qwen2' comes closest, but without qk_norm"):
+        write_config(config, "float32", {})
+    config = LlamaConfig.preset("tiny", rope_scaling=PairScaling((2.0,) * 8))
+    with pytest.raises(
+        ValueError, match="rope_scaling=PairScaling.* is not a type of the f"
+    ):
         write_config(config, "float32", {})
 
 
 def test_a_fixed_ntk_scaling_is_written_as_the_base_that_it_is():
     config = LlamaConfig.preset("tiny", rope_scaling=NTKScaling(4.0))
-    written = write_config(config, "float32", {})
-    assert written["rope_scaling"] is None
+    written = write_config(config, "float32", {})["rope_parameters"]
+    assert written["rope_type"] == "default"
     # tiny has heads of 16.
     assert written["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14), rel=1e-12)
 
@@ -294,8 +311,8 @@ def test_a_dynamic_scaling_follows_the_length_of_the_call(tmp_path):
 
 WRONG_KEYS = {
     "kind": (
-        {"model_type": "gemma2"},
-        "model_type='gemma2' is not supported; it must be 'llama' or 'mistral' or 'qw",
+        {"model_type": "mixtral"},
+        "model_type='mixtral' is not supported; it must be 'llama' or 'mistral' or 'qw",
     ),
     "another kind's tensors": (
         {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
@@ -307,11 +324,11 @@ WRONG_KEYS = {
     ),
     "an unspecified window": (
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-        "sliding_window must be null, not left out: the default is a window of 4096",
+        "sliding_window must be given, as null if there is none",
     ),
-    "a window of some layers": (
-        {"model_type": "qwen2", "architectures": None, "use_sliding_window": True},
-        "use_sliding_window=True is not supported; it must be False",
+    "a switch that is no switch": (
+        {"model_type": "qwen2", "architectures": None, "use_sliding_window": 1},
+        "use_sliding_window=1 must be true or false",
     ),
     "layers of two kinds": (
         {"layer_types": ["full_attention", "sliding_attention"]},
@@ -346,8 +363,8 @@ WRONG_KEYS = {
         "hidden_size=64 must be a multiple of num_attention_heads=5 where head_dim",
     ),
     "RoPE's type": (
-        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-        "rope_scaling has the type 'longrope'; it must be one of",
+        {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+        "rope_scaling has the type 'proportional'; it must be one of",
     ),
     "RoPE's keys": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}},

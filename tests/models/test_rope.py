@@ -11,7 +11,9 @@ from usp_jax.models.llama import (
     LinearScaling,
     Llama3Scaling,
     LlamaConfig,
+    LongRopeScaling,
     NTKScaling,
+    PairScaling,
     YarnScaling,
 )
 from usp_jax.models.rope import (
@@ -93,6 +95,26 @@ def test_yarn_goes_from_the_plain_to_the_divided_frequencies():
     assert rope_amplitude(YarnScaling(4.0, 4096, attention_factor=0.5)) == 0.5
 
 
+def test_long_rope_switches_on_the_length():
+    short, long = (1.0, 1.5, 2.0, 4.0), (1.0, 3.0, 8.0, 16.0)
+    scaling = LongRopeScaling(short, long, 1024, 4.0)
+    amplitude = np.sqrt(1 + np.log(4) / np.log(1024))
+    assert at_length(scaling, 1024) == PairScaling(short, amplitude)
+    assert at_length(scaling, 1025) == PairScaling(long, amplitude)
+    assert rope_amplitude(scaling) == rope_amplitude(scaling.at(7)) == amplitude
+    actual = rope_frequencies(8, 10000.0, scaling.at(2048))
+    expected = rope_frequencies(8, 10000.0) / [1, 3, 8, 16]
+    np.testing.assert_allclose(actual, expected, rtol=1e-14)
+    with pytest.raises(ValueError, match=r"fix the length: rope_scaling.at\(length\)"):
+        rope_frequencies(8, 10000.0, scaling)
+    own = LongRopeScaling(short, long, 1024, 4.0, attention_factor=1.25)
+    assert rope_amplitude(own) == 1.25
+    with pytest.raises(ValueError, match="a factor for each of the 8 pairs of dims"):
+        LlamaConfig.preset("tiny", rope_scaling=scaling)
+    config = LlamaConfig.preset("tiny", rope_scaling=scaling, rotary_size=8)
+    assert config.at_length(2048).rope_scaling == scaling.at(2048)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -112,6 +134,23 @@ def test_yarn_goes_from_the_plain_to_the_divided_frequencies():
         (
             lambda: YarnScaling(4.0, 64, attention_factor=0.0),
             "attention_factor=0.0 must be positive",
+        ),
+        (
+            lambda: PairScaling((1.0, 0.0)),
+            r"factors=\(1.0, 0.0\) must be numbers between 2\*\*-31 and 2\*\*31",
+        ),
+        (lambda: PairScaling((1.0,), 0.0), "amplitude=0.0 must be positive"),
+        (
+            lambda: rope_frequencies(4, 1e4, PairScaling((1.0,))),
+            "head_size=4 must be 2, twice the number of factors",
+        ),
+        (
+            lambda: LongRopeScaling((1.0,), (1.0, 2.0), 64),
+            "the number of short_factors, 1, must be that of long_factors, 2",
+        ),
+        (
+            lambda: LongRopeScaling((1.0,), (1.0,), 1),
+            "original_length=1 must be more than 1",
         ),
         (
             lambda: rope_frequencies(2, 1e4, NTKScaling(2.0)),

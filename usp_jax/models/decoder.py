@@ -12,7 +12,7 @@ import math
 from typing import TypeVar
 
 from usp_jax.checks import check_bool, check_positive_int
-from usp_jax.models.rope_scaling import RopeScaling
+from usp_jax.models.rope_scaling import LongRopeScaling, PairScaling, RopeScaling
 
 # The kind of layers that the decoder's own fields describe.
 DEFAULT = "default"
@@ -262,7 +262,17 @@ def _check_positions(decoder: Decoder) -> None:
             f"rotary_size={size} must be even and between 0 and "
             f"head_size={decoder.head_size}"
         )
-    if decoder.rope_scaling is not None and decoder.rope_theta <= 1:
+    scaling = decoder.rope_scaling
+    if size == 0:
+        return
+    if isinstance(scaling, LongRopeScaling | PairScaling):
+        rotated = decoder.head_size if size is None else size
+        if scaling.rotary_size != rotated:
+            raise ValueError(
+                f"rope_scaling={scaling} must have a factor for each of the "
+                f"{rotated // 2} pairs of dims that RoPE rotates"
+            )
+    if scaling is not None and decoder.rope_theta <= 1:
         raise ValueError(
             f"rope_theta={decoder.rope_theta!r} must be more than 1 with rope_scaling="
         )

@@ -33,7 +33,9 @@ from usp_jax.models.rope_scaling import (
     DynamicNTKScaling as DynamicNTKScaling,
     LinearScaling as LinearScaling,
     Llama3Scaling as Llama3Scaling,
+    LongRopeScaling as LongRopeScaling,
     NTKScaling as NTKScaling,
+    PairScaling as PairScaling,
     RopeScaling as RopeScaling,
     YarnScaling as YarnScaling,
 )

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
+    LongRopeScaling,
+    PairScaling,
     RopeScaling,
     YarnScaling,
     plain_frequencies,
@@ -42,13 +44,17 @@ def rope_frequencies(
 
 
 def rope_amplitude(scaling: RopeScaling | None) -> float:
-    """Returns the factor of cosine and sine, which is 1 except for YaRN."""
-    return scaling.amplitude if isinstance(scaling, YarnScaling) else 1.0
+    """Returns the factor of cosine and sine, which YaRN and LongRoPE have."""
+    if isinstance(scaling, YarnScaling | PairScaling | LongRopeScaling):
+        return scaling.amplitude
+    return 1.0
 
 
 def at_length(scaling: RopeScaling | None, length: int) -> RopeScaling | None:
     """Returns the scaling for sequences of `length` tokens; fixes a dynamic one."""
-    return scaling.at(length) if isinstance(scaling, DynamicNTKScaling) else scaling
+    if isinstance(scaling, DynamicNTKScaling | LongRopeScaling):
+        return scaling.at(length)
+    return scaling
 
 
 def rope_angles(

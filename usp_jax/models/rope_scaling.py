@@ -113,10 +113,7 @@ class DynamicNTKScaling:
           ValueError: always.
         """
         del head_size, theta
-        raise ValueError(
-            f"rope_scaling={self} depends on the sequence length, which positions= "
-            "does not give: leave it out, or fix the length: rope_scaling.at(length)"
-        )
+        raise _unfixed(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +146,8 @@ class YarnScaling:
                 f"beta_slow={slow} must be positive and at most beta_fast={fast}, both "
                 "between 2**-31 and 2**31"
             )
-        amplitude = self.attention_factor
-        if amplitude is not None and not 0 < amplitude < math.inf:
-            raise ValueError(
-                f"attention_factor={amplitude} must be positive and finite"
-            )
+        if self.attention_factor is not None:
+            _check_amplitude("attention_factor", self.attention_factor)
 
     @property
     def amplitude(self) -> float:
@@ -224,9 +218,146 @@ class Llama3Scaling:
         return plain * (kept + (1 - kept) / self.factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class PairScaling:
+    """A factor for each pair of dims, which divides the pair's frequency.
+
+    Attributes:
+      factors: one for each pair, those of the highest frequencies first.
+      amplitude: factor of cosine and sine, whose square scales the logits.
+    """
+
+    factors: tuple[float, ...]
+    amplitude: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_pairs("factors", self.factors)
+        _check_amplitude("amplitude", self.amplitude)
+
+    @property
+    def rotary_size(self) -> int:
+        """Number of dims that have factors."""
+        return 2 * len(self.factors)
+
+    def frequencies(self, head_size: int, theta: float) -> np.ndarray:
+        """Returns the plain frequencies divided by `factors`: float64 [H/2].
+
+        Args:
+          head_size: H.
+          theta: the base.
+
+        Raises:
+          ValueError: there is not one factor for each pair.
+        """
+        if head_size != self.rotary_size:
+            raise ValueError(
+                f"{head_size=} must be {self.rotary_size}, twice the number of factors "
+                f"of {self}"
+            )
+        return plain_frequencies(head_size, theta) / np.array(self.factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753): one `PairScaling` up to a length, another above.
+
+    The length is that of the call, as in `DynamicNTKScaling`.
+
+    Attributes:
+      short_factors: factors of calls of at most `original_length` tokens, one for each
+        pair of dims.
+      long_factors: factors of longer calls.
+      original_length: number of tokens up to which the short factors are used.
+      factor: how much longer than `original_length` contexts are.
+      attention_factor: factor of cosine and sine at any length; None is
+        sqrt(1 + ln(factor) / ln(original_length)).
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_length: int
+    factor: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_pairs("short_factors", self.short_factors)
+        _check_pairs("long_factors", self.long_factors)
+        short, long = len(self.short_factors), len(self.long_factors)
+        if short != long:
+            raise ValueError(
+                f"the number of short_factors, {short}, must be that of long_factors, "
+                f"{long}"
+            )
+        _check_factor(self.factor)
+        _check_original_length(self.original_length)
+        if self.original_length == 1 and self.attention_factor is None:
+            raise ValueError(
+                "original_length=1 must be more than 1: its logarithm is 0"
+            )
+        if self.attention_factor is not None:
+            _check_amplitude("attention_factor", self.attention_factor)
+
+    @property
+    def amplitude(self) -> float:
+        """Factor of cosine and sine."""
+        if self.attention_factor is None:
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+        return self.attention_factor
+
+    @property
+    def rotary_size(self) -> int:
+        """Number of dims that have factors."""
+        return 2 * len(self.short_factors)
+
+    def at(self, length: int) -> PairScaling:
+        """Returns the scaling for sequences of `length` tokens."""
+        is_long = length > self.original_length
+        factors = self.long_factors if is_long else self.short_factors
+        return PairScaling(factors, self.amplitude)
+
+    def frequencies(self, head_size: int, theta: float) -> np.ndarray:
+        """Not available: the frequencies depend on a length. Use `at` first.
+
+        Args:
+          head_size: unused.
+          theta: unused.
+
+        Raises:
+          ValueError: always.
+        """
+        del head_size, theta
+        raise _unfixed(self)
+
+
 RopeScaling = (
-    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling
+    LinearScaling
+    | NTKScaling
+    | DynamicNTKScaling
+    | YarnScaling
+    | Llama3Scaling
+    | PairScaling
+    | LongRopeScaling
 )
+
+
+def _unfixed(scaling: DynamicNTKScaling | LongRopeScaling) -> ValueError:
+    return ValueError(
+        f"rope_scaling={scaling} depends on the sequence length, which positions= does "
+        "not give: leave it out, or fix the length: rope_scaling.at(length)"
+    )
+
+
+def _check_pairs(name: str, factors: tuple[float, ...]) -> None:
+    if not factors or not all(1 / _MOST <= factor <= _MOST for factor in factors):
+        raise ValueError(
+            f"{name}={factors} must be numbers between 2**-31 and 2**31, one for each "
+            "pair of dims"
+        )
+
+
+def _check_amplitude(name: str, amplitude: float) -> None:
+    if not 0 < amplitude < math.inf:
+        raise ValueError(f"{name}={amplitude} must be positive and finite")
 
 
 def _check_factor(factor: float) -> None:

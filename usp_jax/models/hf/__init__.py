@@ -1,13 +1,14 @@
-"""Loads and saves LLaMA checkpoints in the Hugging Face format, shard by shard.
+"""Loads and saves checkpoints in the Hugging Face format, shard by shard.
 
     from usp_jax.models import hf
 
     model = hf.load("Llama-3.2-1B", mesh=mesh, dtype="bfloat16")
     hf.save(model, "my-llama", like="Llama-3.2-1B")
 
-A checkpoint is a folder with config.json and safetensors files. `keys.py` lists the
-keys of config.json that are understood, `rope.py` reads and writes its RoPE settings,
-`names.py` maps tensors to parameters, and `files.py` reads and plans files.
+A checkpoint is a folder with config.json and safetensors files. `families` has what
+distinguishes models; `keys.py` converts config.json, of which `allowed.py` knows every
+key, `layers.py` what differs between layers and `rope.py` the RoPE settings; `names.py`
+maps tensors to parameters, and `files.py` reads and plans files.
 """
 
 from usp_jax.models.hf.reading import load as load, load_config as load_config

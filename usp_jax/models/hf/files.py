@@ -73,6 +73,17 @@ def positive_int(key: str, value: Json) -> int:
     return value
 
 
+def boolean(key: str, value: Json) -> bool:
+    """Returns a value after checking that it is true or false.
+
+    Raises:
+      ValueError: it is not; the message names the key.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} must be true or false")
+    return value
+
+
 @runtime_checkable
 class _Slice(Protocol):
     """A tensor in a file, as safetensors returns it from a class it does not export."""

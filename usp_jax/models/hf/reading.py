@@ -1,7 +1,8 @@
 """Loads a checkpoint in the Hugging Face format directly into a `Llama`'s shards."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.hf.files import CONFIG, TensorFiles, read_json
+from usp_jax.models.hf.allowed import family_of
+from usp_jax.models.hf.families import Family
+from usp_jax.models.hf.files import CONFIG, Json, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
-from usp_jax.models.hf.names import EMBED, LM_HEAD, Index, read_parameter, tensors
+from usp_jax.models.hf.names import Index, read_parameter, tensor_name, tensors
 from usp_jax.models.llama import Llama, check_dtypes
 from usp_jax.models.parameters import parameter_shapes
 from usp_jax.models.sharding import check_mesh, parameter_shardings
@@ -33,10 +36,10 @@ def load(
 ) -> Llama:
     """Loads a model from a folder with config.json and safetensors files.
 
-    Each process reads only the slices that its own devices hold, one parameter at a
-    time. Apart from the shards themselves, it holds at most one parameter's slices in
-    memory. No memory is taken before config.json has been compared with the names,
-    shapes and dtypes in the files.
+    `hf.families` lists the supported families. Each process reads only the slices that
+    its own devices hold, one parameter at a time. Apart from the shards themselves, it
+    holds at most one parameter's slices in memory. No memory is taken before
+    config.json has been compared with the names, shapes and dtypes in the files.
 
     Args:
       path: the folder of the checkpoint.
@@ -59,15 +62,17 @@ def load(
       ```
     """
     folder = Path(path)
-    config = load_config(folder, dtype=dtype, **overrides)
+    content = _content(path)
+    config = _config(folder, content, dtype, overrides)
+    family, _ = family_of(content)
     check_mesh(config, mesh)
     check_dtypes(config)
     shardings = {} if mesh is None else parameter_shardings(config, mesh)
     with TensorFiles.open(folder) as files:
-        _check_tensors(folder, files, config)
+        _check_tensors(folder, files, family, config)
         params = {
             name: _place(
-                shape, shardings.get(name), partial(_read, files, config, name)
+                shape, shardings.get(name), partial(_read, files, family, config, name)
             )
             for name, shape in parameter_shapes(config).items()
         }
@@ -88,13 +93,32 @@ def load_config(
       ValueError: config.json is missing, or describes a model that a `Llama` cannot
         represent; the message names the key and its value.
     """
-    file = Path(path) / CONFIG
+    return _config(Path(path), _content(path), dtype, overrides)
+
+
+def _content(path: str | os.PathLike[str]) -> dict[str, Json]:
+    """Reads config.json; a name on the Hugging Face hub is not a folder."""
+    name = os.fspath(path)
+    if not os.path.lexists(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        folder = name.partition("/")[2]
+        raise ValueError(
+            f"{name} does not exist; if it is a name on the Hugging Face hub, download "
+            f"it and give the folder: hf download {name} --local-dir {folder}"
+        )
+    return read_json(Path(path) / CONFIG)
+
+
+def _config(
+    folder: Path,
+    content: Mapping[str, Json],
+    dtype: DTypeLike | None,
+    overrides: Mapping[str, object],
+) -> LlamaConfig:
     name = None if dtype is None else jnp.dtype(dtype).name
-    content = read_json(file)
     try:
         return read_config(content, dtype=name, **overrides)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
 def _place(
@@ -111,21 +135,24 @@ def _place(
 
 
 def _read(
-    files: TensorFiles, config: LlamaConfig, name: str, index: Index
+    files: TensorFiles, family: Family, config: LlamaConfig, name: str, index: Index
 ) -> np.ndarray:
-    return read_parameter(config, name, files.read, index)
+    return read_parameter(family, config, name, files.read, index)
 
 
-def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> None:
+def _check_tensors(
+    folder: Path, files: TensorFiles, family: Family, config: LlamaConfig
+) -> None:
     """Checks that the files have exactly the model's tensors.
 
-    RoPE's frequencies and a copy of a tied embedding are allowed too.
+    RoPE's frequencies, a copy of a tied embedding, and the family's unused tensors are
+    allowed too.
 
     Raises:
       ValueError: tensors are missing, unexpected, or of the wrong shape or dtype.
     """
     names = files.names
-    missing = (x.name for x in tensors(config) if x.name not in names)
+    missing = (x.name for x in tensors(family, config) if x.name not in names)
     # It ends within as many tensors as there are, however many config.json claims.
     first = list(islice(missing, 4))
     if first:
@@ -133,11 +160,16 @@ def _check_tensors(folder: Path, files: TensorFiles, config: LlamaConfig) -> Non
         raise ValueError(
             f"{folder} lacks {', '.join(first[:3])}{more}, which {CONFIG} requires"
         )
-    expected = {tensor.name: tensor for tensor in tensors(config)}
-    extra = {name for name in names - expected.keys() if not _is_derived(name)}
-    if config.tie_embeddings and LM_HEAD in extra:
-        _check_tied(folder, files)
-        extra.remove(LM_HEAD)
+    expected = {tensor.name: tensor for tensor in tensors(family, config)}
+    extra = {
+        name
+        for name in names - expected.keys()
+        if not (_is_derived(name) or name.startswith(family.unused_tensors))
+    }
+    lm_head = tensor_name(family, "lm_head")
+    if config.tie_embeddings and lm_head in extra:
+        _check_tied(folder, files, tensor_name(family, "embed"), lm_head)
+        extra.remove(lm_head)
     if extra:
         unused = sorted(extra)[:3]
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
@@ -168,19 +200,21 @@ def _blocks(length: int, rows: int) -> list[Index]:
     return [(slice(i, min(i + rows, length)),) for i in range(0, length, rows)]
 
 
-def _check_tied(folder: Path, files: TensorFiles, rows: int = 4096) -> None:
+def _check_tied(
+    folder: Path, files: TensorFiles, embed: str, lm_head: str, rows: int = 4096
+) -> None:
     """Checks that the output matrix of a tied model equals its embedding table.
 
     Raises:
       ValueError: the two tensors differ.
     """
-    shape = files.shape(EMBED)
-    same = files.shape(LM_HEAD) == shape and all(
-        (files.read(EMBED, part) == files.read(LM_HEAD, part)).all()
+    shape = files.shape(embed)
+    same = files.shape(lm_head) == shape and all(
+        (files.read(embed, part) == files.read(lm_head, part)).all()
         for part in _blocks(shape[0], rows)
     )
     if not same:
         raise ValueError(
-            f"{folder}: {LM_HEAD} differs from {EMBED}, though {CONFIG} says "
+            f"{folder}: {lm_head} differs from {embed}, though {CONFIG} says "
             "tie_word_embeddings=true; give tie_embeddings=False to use it"
         )

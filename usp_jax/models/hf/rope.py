@@ -1,115 +1,181 @@
 """RoPE settings of config.json, in the keys of both old and new checkpoints.
 
 Old checkpoints have `rope_theta` and `rope_scaling`; new ones have both in
-`rope_parameters`. Only the old keys are written, since old and new readers know them.
+`rope_parameters`, for each kind of layer where families have two. New keys are written.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
-from usp_jax.models.hf.files import Json, number
+from usp_jax.models.hf.families import Family
+from usp_jax.models.hf.files import Json, boolean, number
 from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
-    NTKScaling,
+    LongRopeScaling,
     RopeScaling,
     YarnScaling,
 )
 
-_DEFAULT_THETA = 10000.0
-# Keys of each type of scaling, apart from its name and `rope_theta`.
-_KEYS: dict[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
+FULL, WINDOWED = "full_attention", "sliding_attention"
+_ORIGINAL = "original_max_position_embeddings"
+# Type of scaling -> the keys that it must have, and those that it may have, apart from
+# its name and `rope_theta`.
+_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (_ORIGINAL,)),
+    "yarn": (
+        ("factor",),
+        (
+            _ORIGINAL,
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        (_ORIGINAL, "attention_factor", "factor"),
+    ),
 }
-_REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 
 
-def read_rope(config: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
-    """Reads theta and the scaling from a config.json without its nulls.
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The RoPE of a kind of layer.
+
+    Attributes:
+      theta: the base.
+      scaling: the scaling, or None.
+      part: part of each head that is rotated.
+    """
+
+    theta: float
+    scaling: RopeScaling | None
+    part: float = 1.0
+
+
+def read_ropes(family: Family, config: Mapping[str, Json]) -> tuple[Rope, Rope]:
+    """Reads the RoPE of full and of windowed layers from a config.json without nulls.
 
     Raises:
       ValueError: the type of scaling, or one of its keys, is not understood.
     """
-    name, settings = _parameters(config)
-    theta = settings.pop("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
-    kind = _kind(name, settings)
-    unknown = sorted(settings.keys() - _KEYS[kind])
-    if unknown:
-        raise ValueError(
-            f"{name}={config[name]!r} has keys that are not understood: "
-            f"{', '.join(unknown)}; type {kind!r} has {sorted(_KEYS[kind])}"
-        )
-    missing = [key for key in _REQUIRED if key in _KEYS[kind] and key not in settings]
-    if missing:
-        raise ValueError(f"{name}={config[name]!r} must have {', '.join(missing)}")
-    return number("rope_theta", theta), _scaling(kind, settings, config)
-
-
-def write_rope(
-    theta: float, scaling: RopeScaling | None, head_size: int
-) -> dict[str, Json]:
-    """Returns the keys of config.json for theta and the scaling."""
-    if isinstance(scaling, NTKScaling):
-        # The format has no such type, but it only enlarges the base.
-        return {"rope_theta": scaling.theta(head_size, theta), "rope_scaling": None}
-    written = None if scaling is None else _written(scaling)
-    keys: dict[str, Json] = {"rope_theta": theta, "rope_scaling": written}
-    if isinstance(scaling, DynamicNTKScaling):
-        keys["max_position_embeddings"] = scaling.original_length
-    return keys
-
-
-def _parameters(config: Mapping[str, Json]) -> tuple[str, dict[str, Json]]:
-    """The key of the dict that describes RoPE, and a copy of it without its Nones."""
     old, new = _section(config, "rope_scaling"), _section(config, "rope_parameters")
     if old and new and old != new:
         raise ValueError(
             f"rope_scaling={old!r} and rope_parameters={new!r} differ; leave one out"
         )
-    name, settings = ("rope_scaling", old) if old else ("rope_parameters", new)
-    return name, {key: value for key, value in settings.items() if value is not None}
+    theta = config.get("rope_theta", family.rope_theta)
+    if family.local_theta is None:
+        name = "rope_scaling" if old else "rope_parameters"
+        rope = _rope(family, config, name, old or new, theta)
+        return rope, rope
+    if old:
+        # Windowed layers are not scaled.
+        new = {FULL: old}
+    unknown = sorted(new.keys() - {FULL, WINDOWED})
+    if unknown:
+        raise ValueError(
+            f"rope_parameters={new!r} must have {FULL!r} and {WINDOWED!r}, not "
+            f"{', '.join(unknown)}"
+        )
+    local = config.get("rope_local_base_freq", family.local_theta)
+    return (
+        _rope(family, config, FULL, _section(new, FULL), theta),
+        _rope(family, config, WINDOWED, _section(new, WINDOWED), local),
+    )
+
+
+def write_ropes(family: Family, full: Rope, windowed: Rope) -> dict[str, Json]:
+    """Returns the keys of config.json for the RoPE of full and of windowed layers."""
+    keys: dict[str, Json] = {}
+    if family.local_theta is None:
+        keys["rope_parameters"] = _written(full)
+    else:
+        keys["rope_parameters"] = {FULL: _written(full), WINDOWED: _written(windowed)}
+    if isinstance(full.scaling, DynamicNTKScaling):
+        keys["max_position_embeddings"] = full.scaling.original_length
+    if isinstance(full.scaling, LongRopeScaling):
+        # Phi-3 looks for it here.
+        keys[_ORIGINAL] = full.scaling.original_length
+    return keys
 
 
 def _section(config: Mapping[str, Json], name: str) -> dict[str, Json]:
-    settings = config.get(name, {})
+    """A copy of a JSON object in config.json; null counts as left out."""
+    settings = config.get(name)
+    if settings is None:
+        return {}
     if not isinstance(settings, dict):
         raise ValueError(f"{name}={settings!r} must be a JSON object or null")
-    return settings
+    return dict(settings)
 
 
-def _kind(name: str, settings: dict[str, Json]) -> str:
-    """Pops the name of the type, under `type` in very old checkpoints."""
-    kinds = {str(settings.pop(key)) for key in ("rope_type", "type") if key in settings}
-    kind = kinds.pop() if kinds else "default"
-    if kinds or kind not in _KEYS:
+def _rope(
+    family: Family,
+    config: Mapping[str, Json],
+    name: str,
+    given: Mapping[str, Json],
+    theta: Json,
+) -> Rope:
+    """Reads one RoPE; `name` is the key of its settings."""
+    settings: dict[str, Json] = {
+        key: value for key, value in given.items() if value is not None
+    }
+    theta = settings.pop("rope_theta", theta)
+    part = settings.pop(
+        "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
+    )
+    kind = _kind(family, name, settings)
+    required, optional = _KEYS[kind]
+    unknown = sorted(settings.keys() - {*required, *optional})
+    if unknown:
         raise ValueError(
-            f"{name} has the type {' and '.join(map(repr, sorted({kind, *kinds})))}; "
-            f"it must be one of {tuple(_KEYS)}"
+            f"{name}={given!r} has keys that are not understood: {', '.join(unknown)}; "
+            f"type {kind!r} has {sorted((*required, *optional))}"
         )
-    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
+    missing = [key for key in required if key not in settings]
+    if missing:
+        raise ValueError(f"{name}={given!r} must have {', '.join(missing)}")
+    return Rope(
+        number("rope_theta", theta),
+        _scaling(kind, settings, config),
+        _part(family, name, part),
+    )
+
+
+def _kind(family: Family, name: str, settings: dict[str, Json]) -> str:
+    """Pops the name of the type, under `type` in very old checkpoints."""
+    names = [str(settings.pop(key)) for key in ("rope_type", "type") if key in settings]
+    kinds = {family.rope_types.get(own) for own in names or ["default"]}
+    kind = kinds.pop()
+    if kinds or kind is None:
+        raise ValueError(
+            f"{name} has the type {' and '.join(map(repr, sorted(names)))}; it must be "
+            f"one of {tuple(family.rope_types)}"
+        )
+    return kind
+
+
+def _part(family: Family, name: str, value: Json) -> float:
+    part = number("partial_rotary_factor", value)
+    if part != 1 and not family.rotates_part:
         raise ValueError(
             f"{name} has a partial_rotary_factor; it must be 1: whole heads are rotated"
         )
-    return kind
+    if not 0 < part <= 1:
+        raise ValueError(
+            f"partial_rotary_factor={part} must be more than 0 and at most 1"
+        )
+    return part
 
 
 def _scaling(
@@ -119,32 +185,52 @@ def _scaling(
 ) -> RopeScaling | None:
     if kind == "default":
         return None
+    longest = config.get("max_position_embeddings")
+    # A value outside the dict takes precedence.
+    original = config.get(_ORIGINAL, settings.get(_ORIGINAL, longest))
+    if kind == "longrope":
+        return _long_rope(settings, _length(original), longest)
     factor = number("factor", settings["factor"])
     if kind == "linear":
         return LinearScaling(factor)
-    longest = config.get("max_position_embeddings")
     if kind == "dynamic":
         return DynamicNTKScaling(factor, _length(longest))
-    original = "original_max_position_embeddings"
-    # A value outside the dict takes precedence.
-    length = _length(config.get(original, settings.get(original, longest)))
+    length = _length(original)
     if kind == "llama3":
         low, high = (
             number(key, settings[key])
             for key in ("low_freq_factor", "high_freq_factor")
         )
         return Llama3Scaling(factor, low, high, length)
-    truncate = settings.get("truncate", True)
-    if not isinstance(truncate, bool):
-        raise ValueError(f"{truncate=} must be true or false")
     return YarnScaling(
         factor,
         length,
         beta_fast=number("beta_fast", settings.get("beta_fast", 32)),
         beta_slow=number("beta_slow", settings.get("beta_slow", 1)),
         attention_factor=_attention_factor(factor, settings),
-        truncate=truncate,
+        truncate=boolean("truncate", settings.get("truncate", True)),
     )
+
+
+def _long_rope(
+    settings: Mapping[str, Json], length: int, longest: Json
+) -> LongRopeScaling:
+    factors = []
+    for key in ("short_factor", "long_factor"):
+        listed = settings[key]
+        if not isinstance(listed, list):
+            raise ValueError(f"{key}={listed!r} must be a list of numbers")
+        factors.append(tuple(number(key, x) for x in listed))
+    own = settings.get("attention_factor")
+    amplitude = None if own is None else number("attention_factor", own)
+    factor = 1.0
+    if "factor" in settings:
+        factor = number("factor", settings["factor"])
+    elif amplitude is None:
+        new, old = _length(longest), max(length, 1)
+        factor = number("max_position_embeddings", new) / number(_ORIGINAL, old)
+    # Contexts that are not longer have no attention factor.
+    return LongRopeScaling(factors[0], factors[1], length, max(factor, 1.0), amplitude)
 
 
 def _length(length: Json) -> int:
@@ -152,7 +238,7 @@ def _length(length: Json) -> int:
         detail = "" if length is None else f", an int, not {length!r}"
         raise ValueError(
             "this type of RoPE scaling needs max_position_embeddings, or "
-            f"original_max_position_embeddings if the type has it{detail}"
+            f"{_ORIGINAL} if the type has it{detail}"
         )
     return length
 
@@ -174,31 +260,48 @@ def _attention_factor(factor: float, settings: Mapping[str, Json]) -> float | No
     return (over * log + 1) / (under * log + 1)
 
 
-def _written(
-    scaling: LinearScaling | DynamicNTKScaling | Llama3Scaling | YarnScaling,
-) -> dict[str, Json]:
-    factor: dict[str, Json] = {"factor": scaling.factor}
+def _written(rope: Rope) -> dict[str, Json]:
+    part = {} if rope.part == 1 else {"partial_rotary_factor": rope.part}
+    return {"rope_theta": rope.theta, **part, **_written_scaling(rope.scaling)}
+
+
+def _written_scaling(scaling: RopeScaling | None) -> dict[str, Json]:
+    if scaling is None:
+        return {"rope_type": "default"}
     if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", **factor}
+        return {"rope_type": "linear", "factor": scaling.factor}
     if isinstance(scaling, DynamicNTKScaling):
-        return {"rope_type": "dynamic", **factor}
-    original: dict[str, Json] = {
-        "original_max_position_embeddings": scaling.original_length
-    }
+        return {"rope_type": "dynamic", "factor": scaling.factor}
     if isinstance(scaling, Llama3Scaling):
         return {
             "rope_type": "llama3",
-            **factor,
-            **original,
+            "factor": scaling.factor,
+            _ORIGINAL: scaling.original_length,
             "low_freq_factor": scaling.low_frequency_factor,
             "high_freq_factor": scaling.high_frequency_factor,
         }
-    return {
-        "rope_type": "yarn",
-        **factor,
-        **original,
-        "beta_fast": scaling.beta_fast,
-        "beta_slow": scaling.beta_slow,
-        "attention_factor": scaling.amplitude,
-        "truncate": scaling.truncate,
-    }
+    if isinstance(scaling, YarnScaling):
+        return {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            _ORIGINAL: scaling.original_length,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "truncate": scaling.truncate,
+            **_written_amplitude(scaling),
+        }
+    if isinstance(scaling, LongRopeScaling):
+        return {
+            "rope_type": "longrope",
+            "factor": scaling.factor,
+            _ORIGINAL: scaling.original_length,
+            "short_factor": list(scaling.short_factors),
+            "long_factor": list(scaling.long_factors),
+            **_written_amplitude(scaling),
+        }
+    raise ValueError(f"rope_scaling={scaling} is not a type of the format")
+
+
+def _written_amplitude(scaling: YarnScaling | LongRopeScaling) -> dict[str, Json]:
+    factor = scaling.attention_factor
+    return {} if factor is None else {"attention_factor": factor}

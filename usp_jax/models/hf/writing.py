@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from usp_jax.models.execution import DTYPES
+from usp_jax.models.hf.allowed import family_of
+from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
 from usp_jax.models.hf.keys import write_config
-from usp_jax.models.hf.names import Tensor, tensors, to_tensor
+from usp_jax.models.hf.names import tensors, to_tensor
 from usp_jax.models.llama import Llama
 
 # Subfolder of the files that are being written.
@@ -57,10 +59,12 @@ def save(
         rounds them, which is lossless if they were loaded from bfloat16.
       file_bytes: maximum bytes of tensors in a file, unless a single tensor has more.
       like: a checkpoint from which to copy the tokenizer's files and the notes of
-        config.json (maximum length, token ids).
+        config.json (maximum length, token ids). Its `model_type` is used too, if it can
+        hold the model; otherwise the first of `hf.families` that can.
 
     Raises:
-      ValueError: the folder already has a checkpoint, or an argument is invalid.
+      ValueError: the folder already has a checkpoint, an argument is invalid, or no
+        family can hold the model.
       OSError: a file cannot be written; nothing of the new checkpoint is left.
     """
     stored = model.config.stored_dtype
@@ -87,7 +91,8 @@ def save(
     try:
         if is_writer:
             _copy_companions(like, unfinished)
-        _write_tensors(model, unfinished, dtype, file_bytes, is_writer)
+        family, _ = family_of(config)
+        _write_tensors(model, family, unfinished, dtype, file_bytes, is_writer)
         if is_writer:
             (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             _sync(unfinished)
@@ -128,17 +133,22 @@ def _move_up(unfinished: Path) -> None:
 
 
 def _write_tensors(
-    model: Llama, folder: Path, dtype: np.dtype, file_bytes: int, is_writer: bool
+    model: Llama,
+    family: Family,
+    folder: Path,
+    dtype: np.dtype,
+    file_bytes: int,
+    is_writer: bool,
 ) -> None:
-    by_name = {tensor.name: tensor for tensor in tensors(model.config)}
+    by_name = {tensor.name: tensor for tensor in tensors(family, model.config)}
     sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in by_name.items()}
     files = split_into_files(sizes, file_bytes)
     for file, names in files.items():
         contents = {}
         for name in names:
-            x = _on_host(model, by_name[name])
+            parts = [(own, _on_host(model, own, i)) for own, i in by_name[name].rows]
             if is_writer:
-                contents[name] = to_tensor(by_name[name].parameter, x).astype(dtype)
+                contents[name] = to_tensor(parts).astype(dtype)
         if is_writer:
             try:
                 save_file(contents, folder / file, metadata={"format": "pt"})
@@ -153,11 +163,11 @@ def _write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _on_host(model: Llama, tensor: Tensor) -> np.ndarray:
+def _on_host(model: Llama, name: str, row: int | None) -> np.ndarray:
     """A parameter, or one layer of it, gathered from all devices."""
-    x = getattr(model, tensor.parameter)[...]
-    if tensor.row is not None:
-        x = _layer(x, tensor.row)
+    x = getattr(model, name)[...]
+    if row is not None:
+        x = _layer(x, row)
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)

@@ -1,0 +1,26 @@
+"""The families of models that are read and written, one file for each of their makers.
+
+To add a family, add a `Family` to `FAMILIES`.
+"""
+
+from usp_jax.models.hf.families.family import Family as Family
+from usp_jax.models.hf.families.gemma import GEMMA2, GEMMA3, GEMMA3_IMAGES
+from usp_jax.models.hf.families.llama import LLAMA, MISTRAL
+from usp_jax.models.hf.families.olmo import OLMO3
+from usp_jax.models.hf.families.phi import PHI3
+from usp_jax.models.hf.families.qwen import QWEN2, QWEN3
+from usp_jax.models.hf.families.smollm import SMOLLM3
+
+# Of families that can hold a model, the first is written.
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    PHI3,
+    SMOLLM3,
+    GEMMA2,
+    GEMMA3,
+    GEMMA3_IMAGES,
+    OLMO3,
+)
