@@ -108,6 +108,7 @@ _GEMMA3_4B = Decoder(
     rms_norm_eps=1e-6,
     tie_embeddings=True,
     qk_norm=True,
+    attention_scale=1 / math.sqrt(256),
     norm_placement="both",
     zero_centered_norms=True,
     activation="gelu_tanh",
