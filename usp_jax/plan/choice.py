@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from usp_jax.checks import check_positive_int
 from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import DEFAULT, kinds_of
 from usp_jax.models.execution import (
     MeshSizes,
     Staging,
@@ -80,6 +81,17 @@ class Job:
         """
         return with_fields_of(self.model, choice, Staging, Tuning)
 
+    @functools.cached_property
+    def kinds(self) -> tuple["Job", ...]:
+        """The job for each kind of layers: its model has the layers of that kind."""
+        model = self.model
+        if model.layer_types == (DEFAULT,):
+            return (self,)
+        return tuple(
+            dataclasses.replace(self, model=dataclasses.replace(kind, num_layers=count))
+            for kind, count in kinds_of(model)
+        )
+
     @property
     def itemsize(self) -> int:
         """Bytes per element of the computation."""
@@ -94,13 +106,6 @@ class Job:
     def state_itemsize(self) -> int:
         """Bytes per stored parameter with its two moments."""
         return self.stored_itemsize + 2 * max(4, self.stored_itemsize)
-
-    @property
-    def visible(self) -> float:
-        """Fraction of a row's causal half that is visible within documents."""
-        if self.documents is None:
-            return 1.0
-        return min(1.0, self.documents / self.sequence)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from usp_jax.models.execution import OFFLOAD, REMAT, MeshSizes, with_fields_of
 from usp_jax.plan.choice import Choice, Job
-from usp_jax.plan.traffic import microbatch_of
+from usp_jax.plan.share import microbatch_of
 
 TILE = 4096
 """Tokens per tile of the feed-forward network, when it is tiled."""

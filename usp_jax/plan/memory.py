@@ -15,19 +15,20 @@ from collections.abc import Iterator
 
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job
-from usp_jax.plan.flops import layer_weights
-from usp_jax.plan.traffic import (
+from usp_jax.plan.share import (
     call_of,
     end_tokens_of,
-    gradient_itemsize,
+    has_out_norms,
     is_tiled,
     kept_of,
+    layer_sizes,
     layers_of,
     loss_blocks,
     microbatch_of,
     runs_of,
     tokens_of,
 )
+from usp_jax.plan.traffic import gradient_itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,16 @@ def step_memory(job: Job, choice: Choice) -> Memory:
 
 def host_bytes(job: Job, choice: Choice) -> int | float:
     """Returns the bytes that a device keeps in the host's memory."""
-    kept_there = choice.remat.endswith("_offload")
-    activations = runs_of(job, choice) * kept(job, choice) * kept_there
+    activations = host_activations(job, choice)
     numbers = _Sizes.of(job, choice).numbers
     return activations + job.state_itemsize * numbers * choice.offload
+
+
+def host_activations(job: Job, choice: Choice) -> int | float:
+    """Returns the bytes that a device's layers keep in the host's memory."""
+    if not choice.remat.endswith("_offload"):
+        return 0
+    return sum(runs_of(kind, choice) * kept(kind, choice) for kind in job.kinds)
 
 
 def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
@@ -117,7 +124,7 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     loss = _loss(job, choice)
     yield Memory(state, whole, sizes.output_gradient, activations, loss)
     gradients += sizes.output_gradient
-    layer = _layer(job, choice) + _belt(job, choice)
+    layer = max(_layer(kind, choice) for kind in job.kinds) + _belt(job, choice)
     yield Memory(state, weights, gradients, activations, layer)
     yield Memory(state, 0, gradients, 0, _embedding(job, choice))
     update = 4 * sizes.numbers
@@ -149,12 +156,16 @@ class _Sizes:
     @classmethod
     def of(cls, job: Job, choice: Choice) -> "_Sizes":
         model, size = job.model, job.itemsize
-        layers = layers_of(job, choice) * layer_weights(model) / choice.tensor
         output = model.vocab_size * model.d_model / choice.tensor
-        norms = 2 * layers_of(job, choice) * model.d_model
+        layers, norms, whole = 0.0, 0, 0.0
+        for kind in job.kinds:
+            number, sizes = layers_of(kind, choice), layer_sizes(kind, choice)
+            layers += number * sizes.matrices
+            norms += number * sizes.norms
+            whole += number * (sizes.whole + sizes.per_head)
         # A tied embedding is stored once, but its output matrix is a separate copy.
         tables = output * (1 if model.tie_embeddings else 2) + model.d_model
-        numbers = (layers + norms + tables / choice.pipe) / choice.everyone
+        numbers = (layers + norms + tables / choice.pipe) / choice.everyone + whole
         copies, shared = 1, 1
         if choice.zero == 3:
             copies, shared = choice.split, choice.pipe
@@ -184,16 +195,24 @@ def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
 
 def _activations(job: Job, choice: Choice) -> int | float:
     """Bytes that all layers keep on the device for the backward pass."""
-    runs, per_layer = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
-        return _arrays(job).fetched * per_layer
-    # A tick's arrays are assembled before they are copied next to other ticks'.
-    tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
-    return (runs + tick) * per_layer
+        return _arrays(job).fetched * max(kept(kind, choice) for kind in job.kinds)
+    total = 0.0
+    for kind in job.kinds:
+        runs = runs_of(kind, choice)
+        # A tick's arrays are assembled before they are copied next to other ticks'.
+        tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
+        total += (runs + tick) * kept(kind, choice)
+    return total
 
 
 def kept(job: Job, choice: Choice) -> int | float:
-    """Returns the bytes one layer keeps for its backward, on the device or the host."""
+    """Returns the bytes one layer keeps for its backward, on the device or the host.
+
+    Args:
+      job: the job of one kind of layers, from `Job.kinds`.
+      choice: how it is split and computed.
+    """
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = call_of(job, choice)
     narrow = tokens * model.d_model
@@ -205,8 +224,11 @@ def kept(job: Job, choice: Choice) -> int | float:
     wide = tokens * model.d_ff * size / choice.tensor
     if policy == "dots":
         inner = 2 * wide * (not is_tiled(job, choice))
-        normed = (call.q_elements + call.kv_elements / 2) * size * model.qk_norm
-        return 2 * x + normed + of_attention + inner
+        has_norm = model.qk_norm or model.whole_qk_norm
+        normed = (call.q_elements + call.kv_elements / 2) * size * has_norm
+        # The inputs of norms after the two parts of the layer.
+        outs = 2 * x * has_out_norms(job)
+        return 2 * x + outs + normed + of_attention + inner
     if choice.program == "megatron":
         # Inputs and outputs of both norms, and those of the gate.
         return 4 * x + of_attention + 3 * wide
@@ -235,7 +257,7 @@ def _layer(job: Job, choice: Choice) -> int | float:
     arrays = _arrays(job)
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = _padded(job, call_of(job, choice))
-    whole = layer_weights(model) * size / choice.tensor
+    whole = layer_sizes(job, choice).matrices * size
     gathered = whole * (arrays.weights if choice.zero == 3 and choice.split > 1 else 1)
     # With TP-sp, these arrays are gathered, and not yet scattered.
     narrow = arrays.narrow * tokens * model.d_model * size

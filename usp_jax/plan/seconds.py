@@ -24,9 +24,8 @@ from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.efficiency import MEMORY
 from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
-from usp_jax.plan.memory import kept
-from usp_jax.plan.traffic import (
-    Transfer,
+from usp_jax.plan.memory import host_activations
+from usp_jax.plan.share import (
     again_of,
     call_of,
     end_tokens_of,
@@ -34,8 +33,8 @@ from usp_jax.plan.traffic import (
     layers_of,
     runs_of,
     tokens_of,
-    transfers,
 )
+from usp_jax.plan.traffic import Transfer, transfers
 from usp_jax.ring import AllGather, Bidirectional, Double, schedule_of
 
 
@@ -82,7 +81,7 @@ def step_seconds(
       found: `transfers(job, choice)`, if already computed.
     """
     found = transfers(job, choice) if found is None else found
-    work = work_of(job, choice, job.visible)
+    work = work_of(job, choice, job.documents)
     peak = job.machine.peak(job.model.dtype) * choice.devices
     chunks, ring = _ring(job, choice, work.attention / peak)
     sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
@@ -121,19 +120,19 @@ def step_seconds(
     )
 
 
-def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
+def work_of(job: Job, choice: Choice, documents: int | None = None) -> Work:
     """Returns the FLOPs of a training step, over all devices.
 
     Args:
       job: the training step.
       choice: how it is split and computed.
-      visible: fraction of attention's causal half to count.
+      documents: tokens per document; None means one document per row.
     """
     return step_work(
         job.model,
         sequence=job.sequence,
         batch=job.batch,
-        visible=visible,
+        documents=documents,
         remat=choice.remat,
         tiled=is_tiled(job, choice),
     )
@@ -146,9 +145,7 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
     # are fetched and sent back.
     each = job.stored_itemsize + job.state_itemsize
     waited = each * numbers * choice.offload
-    beside = 0.0
-    if choice.remat.endswith("_offload"):
-        beside = 2 * choice.accumulate * runs_of(job, choice) * kept(job, choice)
+    beside = 2 * choice.accumulate * host_activations(job, choice)
     bandwidth = job.machine.host_bandwidth
     return waited / bandwidth + max(0.0, beside / bandwidth - computed)
 

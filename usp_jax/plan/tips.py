@@ -10,7 +10,7 @@ from collections.abc import Callable
 from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.memory import step_memory
 from usp_jax.plan.search import Row
-from usp_jax.plan.traffic import call_of
+from usp_jax.plan.share import call_of
 
 TIPS = {
     1: "use ring and Ulysses together instead of either alone",
