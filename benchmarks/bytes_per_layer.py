@@ -88,10 +88,10 @@ class Layer:
     def is_possible(self) -> bool:
         """True if the heads of a device split into head groups, and there is a ring.
 
-        Choices other than "unidirectional" and "ulysses_chunks=2" need a ring.
+        Windows and the choices "unidirectional" and "ulysses_chunks=2" need no ring.
         """
         own = self.heads.padded // self.ulysses
-        is_of_ring = self.choice not in ("unidirectional", "ulysses_chunks=2")
+        is_of_ring = self.choice in ("bidirectional", "double", "all_gather", "pass_q")
         return own % self.heads.parts == 0 and (self.ring > 1 or not is_of_ring)
 
     @property
@@ -106,6 +106,9 @@ def formulas(layer: Layer) -> dict[str, dict[str, int]]:
     that pad them to a multiple of the Ulysses axis, and the received key/value heads,
     counted once for each device that receives them. Zeros are left out.
     """
+    if layer.choice.startswith("window"):
+        kv = 2 * layer.num_kv_heads * FLOAT_BYTES * layer.head_size
+        return {name: {PERMUTE: _window_tokens(layer) * kv} for name in PASSES}
     heads, ring, ulysses = layer.heads, layer.ring, layer.ulysses
     head = FLOAT_BYTES * layer.tokens * layer.head_size
     q, kv = heads.padded * head, 2 * heads.sent.size * head
@@ -151,26 +154,23 @@ def _rotated(layer, q, kv, lse):
             "backward": {PERMUTE: hops * (3 * q + 2 * lse)},
         }
     sent = hops * kv
-    if layer.choice.startswith("window"):
-        sent = _window_tokens(layer) * kv // (layer.length // layer.ring)
     return {"forward": {PERMUTE: sent}, "backward": {PERMUTE: 2 * sent}}
 
 
 def _window_tokens(layer: Layer) -> int:
-    """Returns the tokens of keys that a device sends if its neighbours see a window."""
-    before, shard = layer.window - 1, layer.length // layer.ring
-    if layer.options["layout"] == "contiguous":
-        return min(before, layer.length - shard)
-    chunk = shard // 2
+    """Returns the tokens of keys that a device sends to those whose window has them."""
+    before = layer.window - 1
+    if layer.options["layout"] == "contiguous" or layer.ulysses > 1:
+        return min(before, layer.length - layer.tokens)
+    chunk = layer.tokens // 2
     if before > chunk:
         raise ValueError(
             f"tokens={layer.tokens} makes zigzag chunks of {chunk}, but the formula "
             f"needs a window of at most one chunk, not {layer.window}"
         )
     # The end of the first chunk goes to the next device, that of the second to the
-    # previous one. With two devices these are the same, and one hop carries everything
-    # between the ends.
-    return chunk + before if layer.ring == 2 else 2 * before
+    # previous one.
+    return 2 * before
 
 
 def compiled_bytes(layer: Layer) -> dict[str, dict[str, int]]:
@@ -262,6 +262,7 @@ def main() -> int:
     parser.add_argument(
         "--heads", type=int, nargs=2, default=(32, 8), help="query, key/value heads"
     )
+    parser.add_argument("--window", type=int, default=4096, help="tokens in sight")
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--table", action="store_true", help="print Markdown instead")
     options = parser.parse_args()
@@ -278,7 +279,14 @@ def main() -> int:
     results = []
     for ulysses, ring in degrees(options.devices):
         for choice in options.choices:
-            layer = Layer(ulysses, ring, choice, *options.heads, tokens=options.tokens)
+            layer = Layer(
+                ulysses,
+                ring,
+                choice,
+                *options.heads,
+                tokens=options.tokens,
+                window=options.window,
+            )
             if not layer.is_possible:
                 continue
             results.append(measure(layer))

@@ -35,13 +35,10 @@ CALLS = {
     "zigzag packed": {"layout": "zigzag", "is_causal": True, "packs": True},
     "contiguous full": {"layout": "contiguous"},
     "contiguous causal": {"layout": "contiguous", "is_causal": True},
-    "contiguous halo": {
-        "layout": "contiguous",
-        "is_causal": True,
-        "local_window_size": (3, 0),
-    },
-    "contiguous both sides": {"layout": "contiguous", "local_window_size": (9, 5)},
-    "zigzag window": {"layout": "zigzag", "local_window_size": (2, 1)},
+    # With bounds on both sides a window sends a halo, whatever the schedule.
+    "contiguous left": {"layout": "contiguous", "local_window_size": (9, None)},
+    "contiguous right": {"layout": "contiguous", "local_window_size": (None, 5)},
+    "zigzag window": {"layout": "zigzag", "local_window_size": (None, 1)},
     "data packed": {"layout": "data", "is_causal": True, "packs": True},
 }
 
@@ -121,15 +118,16 @@ def check(degrees, explicit, options, *, layout, packs=False, **masks):
         assert_equal_to(oracle, restored, 1e-10)
 
 
-def passes(degrees, length, heads, **options):
+def passes(degrees, length, heads, *, keys=None, **options):
     """The collectives by kind of the forward, and of the backward."""
+    keys = length if keys is None else keys
     mesh = usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
     sharding = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
     shapes = [
         jax.ShapeDtypeStruct(
-            (BATCH, length, n, HEAD_SIZE), jnp.float32, sharding=sharding
+            (BATCH, tokens, n, HEAD_SIZE), jnp.float32, sharding=sharding
         )
-        for n in (heads[0], heads[1], heads[1])
+        for tokens, n in ((length, heads[0]), (keys, heads[1]), (keys, heads[1]))
     ]
     attend = functools.partial(usp_jax.usp_attention, mesh=mesh, **options)
     return map(by_kind, programs.passes(attend, shapes))
@@ -191,10 +189,21 @@ def test_a_window_moves_its_tokens_only(window, tokens):
         (4, 1), 64, (4, 2), layout="contiguous", local_window_size=window
     )
     kv = 4 * 2 * 2 * BATCH * HEAD_SIZE * sum(tokens)
-    for found, times in ((forward, 1), (backward, 2)):
+    for found in (forward, backward):
         permutes = found.get(PERMUTE)
-        assert (permutes.executions if permutes else 0) == times * len(tokens)
-        assert (permutes.wire_bytes if permutes else 0) == times * kv
+        assert (permutes.executions if permutes else 0) == len(tokens)
+        assert (permutes.wire_bytes if permutes else 0) == kv
+
+
+def test_hops_of_cross_attention_carry_what_a_window_reaches():
+    """A ring with shards of 16 queries and of 32 keys."""
+    forward, _ = passes(
+        (4, 1), 64, (4, 2), keys=128, is_causal=True, local_window_size=(3, 0)
+    )
+    # Shard 1 needs keys 13 to 31 of shard 0, shard 2 its last 3 and 16 of shard 1, and
+    # shard 3 keys 13 to 31 of shard 1: one hop of all tokens, one of the last 19.
+    assert forward[PERMUTE].executions == 2
+    assert forward[PERMUTE].wire_bytes == 4 * 2 * 2 * BATCH * HEAD_SIZE * (32 + 19)
 
 
 def test_causal_contiguous_sends_to_later_shards_only():

@@ -19,6 +19,7 @@ from usp_jax.ring import Schedule
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.usp import Result, usp
 from usp_jax.varying import vary_like
+from usp_jax.windowed import takes_halo, usp_windowed
 
 NO_AXES = MeshAxes(*(None,) * 6)
 
@@ -75,7 +76,8 @@ def usp_attention(
         `layout`. The difference of any two must fit into int32, which cannot be checked
         for traced arrays.
       local_window_size: (left, right); a query at position p sees positions p - left to
-        p + right. An int sets both sides; None means no bound.
+        p + right. An int sets both sides; None means no bound. With two bounds, where
+        that is less, devices send only the keys around their own tokens.
       logits_soft_cap: if c is given, each logit x becomes c · tanh(x / c).
       sinks: floating [N]; for each head, an extra logit that takes part in the softmax
         and has no value.
@@ -311,8 +313,11 @@ def _attend(
     sinks: jax.Array | None,
     facts: Facts,
 ) -> Result:
-    """Runs the algorithm over all of a device's heads at once, or in head groups."""
-    run = usp_in_groups if call.head_groups > 1 else usp
+    """Runs the algorithm: with a halo, in head groups, or over all heads at once."""
+    if takes_halo(call, query.shape[1], key.shape[1], facts):
+        run = usp_windowed
+    else:
+        run = usp_in_groups if call.head_groups > 1 else usp
     if facts.segment_ids is None:
         return run(call, query, key, value, sinks, facts)
     q_ids, kv_ids = facts.segment_ids[0], facts.segment_ids[-1]

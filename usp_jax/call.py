@@ -111,7 +111,7 @@ def ring_of(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
         index=shards.index(shards.ring),
         chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
         rule=call.rule,
-        logits=_logits(call, facts),
+        logits=logits_of(call, facts),
         q_tokens=dataclasses.replace(q_tokens, prefix=facts.prefix),
         kv_tokens=kv_tokens,
     )
@@ -131,7 +131,7 @@ def own_heads(call: Call, x: Shaped[Array, " N"]) -> Shaped[Array, " n"]:
     return x[call.shards.index(call.shards.ulysses)]
 
 
-def _logits(call: Call, facts: Facts) -> Logits:
+def logits_of(call: Call, facts: Facts) -> Logits:
     """The logits rule for this device's rows and heads."""
     slopes = dropout = None
     if facts.slopes is not None:

@@ -12,6 +12,13 @@ ulysses degree:
     out [B, T/(R·U), N, H]
 
 Pure Ulysses (R = 1), pure Ring (U = 1) and one device are special cases of this path.
+A window takes another one if that sends less (`windowed.py`):
+
+    q [B, T/(R·U), N, H], k, v [B, T/(R·U), K, H]
+      | receive_halo        permutes of the keys around a device's own tokens
+      | window_attention    one chunk
+    out [B, T/(R·U), N, H]
+
 Each of the three stages, and the backward pass as a whole, is a function of one
 device's shards; `Shards` runs it on all devices.
 """
@@ -129,7 +136,7 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Attends with this device's heads: (out, lse)."""
     ring = ring_of(call, q, kv, facts)
-    before = _before(call, q, kv.shape[-1] - q.shape[-1], sinks)
+    before = sinks_carry(call, q, kv.shape[-1] - q.shape[-1], sinks)
     out, lse = schedule_forward(call.schedule, ring, q, kv, before)
     return out.astype(q.dtype), lse
 
@@ -146,13 +153,10 @@ def attend_backward(
     dlse: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """dq, dk and dv side by side, and the sinks' gradient, of `attend`."""
-    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
-    if dlse is not None:
-        # d lse / d logit is the softmax, so lse's cotangent is subtracted from delta.
-        delta -= dlse
+    delta = delta_of(out, lse, dout, dlse)
     ring = ring_of(call, q, kv, facts)
     dq, dkv = schedule_backward(call.schedule, ring, q, kv, dout, lse, delta)
-    return dq, dkv, None if sinks is None else _dsinks(call, sinks, lse, delta)
+    return dq, dkv, sinks_gradient(call, sinks, lse, delta)
 
 
 def _backward(
@@ -182,10 +186,19 @@ def _to_seq(call: Call, x: jax.Array) -> jax.Array:
     return to_seq(x, call.shards.ulysses)[:, :, : call.heads.num_heads]
 
 
-def _before(
+def delta_of(
+    out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None
+) -> jax.Array:
+    """The delta of the chunk contract, [B, T, n], for the cotangents of out and lse."""
+    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
+    # d lse / d logit is the softmax, so lse's cotangent is subtracted from delta.
+    return delta if dlse is None else delta - dlse
+
+
+def sinks_carry(
     call: Call, q: jax.Array, value_size: int, sinks: jax.Array | None
 ) -> Carry | None:
-    """The carry before the ring: a sink acts like a key that was seen, with value 0."""
+    """The carry before any key: a sink acts like a key that was seen, with value 0."""
     if sinks is None:
         return None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -194,10 +207,12 @@ def _before(
     return out, jnp.zeros_like(out[..., 0]) + sinks[None, None]
 
 
-def _dsinks(
-    call: Call, sinks: jax.Array, lse: jax.Array, delta: jax.Array
-) -> jax.Array:
-    """The gradient of the sinks, [N]."""
+def sinks_gradient(
+    call: Call, sinks: jax.Array | None, lse: jax.Array, delta: jax.Array
+) -> jax.Array | None:
+    """The gradient of the sinks, [N], or None without sinks."""
+    if sinks is None:
+        return None
     local = own_heads(call, sinks.astype(lse.dtype))
     weight = jnp.exp(local[None, None] - lse)
     weight = jnp.where(lse == -jnp.inf, 0, weight)

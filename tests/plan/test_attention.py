@@ -1,5 +1,6 @@
 """The formulas of attention's bytes against compiled programs: equal."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,7 +17,15 @@ import usp_jax
 from tests import programs
 from tests.sampling import thinned
 from usp_jax.compiled import by_kind
-from usp_jax.plan.attention import Call, Sent, backward_bytes, forward_bytes
+from usp_jax.halo import halo_of
+from usp_jax.masking import MaskRule
+from usp_jax.plan.attention import (
+    Call,
+    Sent,
+    backward_bytes,
+    forward_bytes,
+    halo_bytes,
+)
 from usp_jax.ring import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +115,47 @@ def test_bytes_equal_the_program_in_the_other_cases(degrees, heads, schedule):
     check(degrees, heads, schedule)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "layout", "window"),
+    thinned(DEGREES, ("contiguous", "zigzag"), ((3, 0), (9, 0), (2, 3)), keep=5),
+)
+def test_bytes_of_a_halo_equal_the_program(degrees, layout, window):
+    ring, ulysses = degrees
+    tokens, heads = 8, (8, 2)
+    mesh = usp_jax.make_mesh(ring=ring, ulysses=ulysses)
+    attend = functools.partial(
+        usp_jax.usp_attention,
+        mesh=mesh,
+        layout=layout,
+        local_window_size=window,
+        ring_schedule="bidirectional",
+    )
+    args = shapes(mesh, tokens * 8, heads, jnp.float32)
+    passes = programs.passes(attend, args)
+    call = Call(BATCH * tokens, *heads, HEAD_SIZE, ring, ulysses, itemsize=4)
+    halo = halo_of(layout, ring, ulysses, tokens, MaskRule(False, *window))
+    forward, backward = halo_bytes(call, halo, BATCH)
+    assert [Sent(0, forward), Sent(0, backward)] == [sent(x) for x in passes]
+    if layout == "contiguous" or ulysses > 1:
+        assert halo.sent == sum(window)
+    elif max(window) <= tokens // 2:
+        assert halo.sent == 2 * sum(window)
+
+
+def test_a_halo_of_gemma_3_at_a_million_tokens():
+    """A windowed layer of Gemma 3 12B on 8 x 8: W = 1024, 16 heads, 8 of keys."""
+    tokens = 2**20 // 64
+    call = Call(tokens, 16, 8, 256, ring=8, ulysses=8)
+    others = [
+        sum(dataclasses.astuple(x(call))) for x in (forward_bytes, backward_bytes)
+    ]
+    for layout in ("contiguous", "zigzag"):
+        halo = halo_of(layout, 8, 8, tokens, MaskRule(True, left=1023))
+        assert halo.sent == halo.length == 1023
+        for other, bytes_sent in zip(others, halo_bytes(call, halo), strict=True):
+            assert other >= 40 * bytes_sent
+
+
 def test_an_unknown_schedule_raises():
     with pytest.raises(ValueError, match="ring_schedule='spiral' must be one of"):
         Call(1, 1, 1, 1, 1, 1, ring_schedule="spiral")
@@ -162,3 +212,22 @@ def test_bytes_equal_the_programs_of_more_devices(devices, heads):
             found = line["compiled"][name]
             assert predicted.ulysses == found.get("all-to-all", 0)
             assert predicted.ring == found.get("collective-permute", 0)
+
+
+@pytest.mark.long
+def test_bytes_of_a_halo_on_64_devices():
+    command = [sys.executable, "-m", "benchmarks.bytes_per_layer", "--devices", "64"]
+    command += ["--tokens", "64", "--window", "17", "--heads", "4", "2", "--choices"]
+    child = subprocess.run(
+        [*command, "window, zigzag", "window, contiguous"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    lines = [json.loads(line) for line in child.stdout.splitlines()]
+    (line,) = [x for x in lines if (x["ring"], x["choice"]) == (8, "window, zigzag")]
+    call = Call(64, 4, 2, 128, ring=8, ulysses=8, itemsize=4)
+    halo = halo_of("zigzag", 8, 8, 64, MaskRule(True, left=16))
+    found = [line["compiled"][name] for name in ("forward", "backward")]
+    assert found == [{"collective-permute": x} for x in halo_bytes(call, halo)]

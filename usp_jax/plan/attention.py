@@ -1,4 +1,4 @@
-"""Bytes that one attention call sends, by mesh axis, for each ring schedule.
+"""Bytes that one attention call sends, by mesh axis, for each ring schedule or window.
 
 The formulas are those of USP (arXiv 2405.07719, Table 2), made exact for any number of
 heads, plus what the table leaves out: dk and dv are sent too, in float32. Tests compare
@@ -8,6 +8,7 @@ them with compiled programs, byte for byte.
 import dataclasses
 import functools
 
+from usp_jax.halo import Halo
 from usp_jax.ring import SCHEDULES
 from usp_jax.ulysses import Heads
 
@@ -115,6 +116,17 @@ def backward_bytes(call: Call) -> Sent:
     """
     rotated = call.turns * (call.ring - 1) * sum(backward_hop(call))
     return Sent(_exchanged(call, sum(backward_exchanges(call))), rotated)
+
+
+def halo_bytes(call: Call, halo: Halo, rows: int = 1) -> tuple[int, int]:
+    """Bytes sent in the two passes of a windowed call: k, v forward, dk, dv backward.
+
+    Args:
+      halo: the tables for one row's tokens on a device, from `usp_jax.halo.halo_of`.
+      rows: B, the rows of a device.
+    """
+    elements = rows * halo.sent * 2 * call.num_kv_heads * call.head_size
+    return elements * call.itemsize, elements * call.accumulated
 
 
 def forward_exchanges(call: Call) -> tuple[int, ...]:

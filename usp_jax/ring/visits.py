@@ -3,8 +3,11 @@
 In the contiguous layout, a device with a causal mask sees no later shard, and with a
 window no shard beyond it. In zigzag, a window leaves only the neighbours. A hop without
 visible pairs is left out, and one that only a window crosses sends only the window's
-tokens: a halo. The hops, and the tokens that each sends, are computed with numpy on the
-host from the layout's runs of positions. The two functions below run these visits.
+tokens. The hops, and the tokens that each sends, are computed with numpy on the host
+from the layout's runs of positions. The two functions below run these visits.
+
+Most windows need no ring (`windowed.py`). Those left are of cross-attention, have one
+bound, or are long.
 """
 
 import dataclasses
