@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from usp_jax.plan.attention import Call
-from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.choice import Choice, Job, halo_of_layer
 from usp_jax.plan.share import (
     call_of,
     end_tokens_of,
@@ -25,6 +25,7 @@ from usp_jax.plan.share import (
     layers_of,
     loss_blocks,
     microbatch_of,
+    rows_of,
     runs_of,
     tokens_of,
 )
@@ -249,7 +250,17 @@ def _kept_of_attention(job: Job, choice: Choice) -> int:
     if policy == "attention":
         return seen
     sides = 1 + (call.ulysses > 1 and choice.program == "train")
-    return seen + (sides * call.q_elements + call.kv_elements) * size
+    kv = call.kv_elements + _halo_elements(job, choice)
+    return seen + (sides * call.q_elements + kv) * size
+
+
+def _halo_elements(job: Job, choice: Choice) -> int:
+    """Elements of k and v together that a layer receives in a halo."""
+    halo, call = halo_of_layer(job, choice), call_of(job, choice)
+    if halo is None:
+        return 0
+    tokens = rows_of(job, choice) * halo.length
+    return 2 * tokens * call.num_kv_heads * call.head_size
 
 
 def _layer(job: Job, choice: Choice) -> int | float:
@@ -268,7 +279,10 @@ def _layer(job: Job, choice: Choice) -> int | float:
         wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
-    if choice.ring > 1:
+    if (halo := _halo_elements(job, choice)) > 0:
+        # k, v and float32 dk, dv of a device's tokens and their halo, side by side.
+        heads += (call.kv_elements + halo) * (size + 4)
+    if call.ring > 1:
         heads += 4 * call.q_elements
         heads += arrays.rotating * 2 * call.kv_elements * (size + 4)
     if choice.remat.endswith("_offload"):

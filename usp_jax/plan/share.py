@@ -7,7 +7,7 @@ import dataclasses
 
 from usp_jax.models.decoder import layer_matrices, layer_parameters
 from usp_jax.plan.attention import Call
-from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.choice import Choice, Job, halo_of_layer
 
 
 def tokens_of(job: Job, choice: Choice) -> int:
@@ -82,18 +82,29 @@ def has_out_norms(job: Job) -> bool:
 
 
 def call_of(job: Job, choice: Choice) -> Call:
-    """Returns a layer's attention call, for all rows a device has at a time."""
+    """Returns a layer's attention call, for all rows a device has at a time.
+
+    With a halo, it is a call on one device: heads and shards stay where they are.
+    """
+    ring, ulysses, chunks = choice.ring, choice.ulysses, choice.ulysses_chunks
+    if halo_of_layer(job, choice) is not None:
+        ring = ulysses = chunks = 1
     return Call(
         tokens=microbatch_of(job, choice),
         num_heads=job.model.num_heads // choice.tensor,
         num_kv_heads=job.model.num_kv_heads // choice.tensor,
         head_size=job.model.head_size,
-        ring=choice.ring,
-        ulysses=choice.ulysses,
+        ring=ring,
+        ulysses=ulysses,
         itemsize=job.itemsize,
         ring_schedule=choice.ring_schedule.partition(":")[0],
-        chunks=choice.ulysses_chunks,
+        chunks=chunks,
     )
+
+
+def rows_of(job: Job, choice: Choice) -> int:
+    """Returns the rows that a device's layer processes at a time."""
+    return microbatch_of(job, choice) * choice.sequence_shards // job.sequence
 
 
 @dataclasses.dataclass(frozen=True)

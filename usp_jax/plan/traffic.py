@@ -9,7 +9,9 @@ X along tensor:
   and again in the backward; the output matrix likewise, in blocks of the vocabulary;
   each gradient is scattered once;
 * the embedding exchanges activations, not its table;
-* attention sends the bytes of `attention.py`, and repeats some for the remat policy;
+* attention sends the bytes of `attention.py`, and repeats some for the remat policy; a
+  window's halo replaces all-to-alls and ring; if a window spans more than 8 devices'
+  tokens, its layers are counted as if they had none;
 * along tensor, activations are gathered before each product with weights and summed and
   scattered after it (TP-sp), or summed whole;
 * along pipe, a micro-batch's activations are sent twice per tick, and a stage's weights
@@ -24,7 +26,7 @@ from collections.abc import Iterator
 
 from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
-from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.choice import Choice, Job, halo_of_layer
 from usp_jax.plan.share import (
     again_of,
     call_of,
@@ -35,6 +37,7 @@ from usp_jax.plan.share import (
     layers_of,
     loss_blocks,
     microbatch_of,
+    rows_of,
     runs_of,
 )
 from usp_jax.ring import Double, PassQ, schedule_of
@@ -51,7 +54,7 @@ class Transfer:
     """A collective that a device takes part in.
 
     Attributes:
-      what: "weights", "gradients", "attention", "activations" or "tokens".
+      what: "weights", "gradients", "attention", "halo", "activations" or "tokens".
       kind: a name in `usp_jax.compiled.KINDS`.
       axes: mesh axes of its group, outermost first.
       times: number of times per training step.
@@ -82,7 +85,11 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
         *_pipe(job, choice),
     ]
     for kind in job.kinds:
-        collectives += [*_attention(kind, choice), *_tensor(kind, choice)]
+        collectives += [
+            *_attention(kind, choice),
+            *_halo(kind, choice),
+            *_tensor(kind, choice),
+        ]
     parts = choice.accumulate
     if parts > 1:
         collectives = [
@@ -243,13 +250,7 @@ def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
     ends = end_tokens_of(job, choice)
     axes, size = _axes(choice, END_AXES)
     yield Transfer("tokens", "all-gather", axes, 1, 4 * ends * (size - 1))
-    # Document ids, for attention's masks: in each tick those of its micro-batch.
-    rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
-    times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
-    yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
-    yield Transfer(
-        "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
-    )
+    yield from _document_ids(job, choice)
     # Positions have one row for all; with a single row they are sent like the ids.
     kinds = 1 + (ends * choice.sequence_shards == job.sequence)
     sent = kinds * 4 * ends * (choice.pipe - 1)
@@ -258,10 +259,44 @@ def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
 
 
+def _document_ids(job: Job, choice: Choice) -> Iterator[Transfer]:
+    """Transfers for attention's masks: in each tick those of its micro-batch."""
+    rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
+    times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
+    halos = [halo_of_layer(kind, choice) for kind in job.kinds]
+    if None in halos:
+        yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
+        yield Transfer(
+            "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
+        )
+    axes, _ = _axes(choice, ("ring", "ulysses"))
+    for halo in halos:
+        if halo is not None:
+            sent = 4 * rows_of(job, choice) * halo.sent
+            yield Transfer("tokens", "collective-permute", axes, times, sent)
+
+
+def _halo(job: Job, choice: Choice) -> Iterator[Transfer]:
+    """Permutes of the keys and values around a device's tokens, and of gradients."""
+    halo = halo_of_layer(job, choice)
+    if halo is None:
+        return
+    forward, backward = attention.halo_bytes(
+        call_of(job, choice), halo, rows_of(job, choice)
+    )
+    axes, _ = _axes(choice, ("ring", "ulysses"))
+    runs = runs_of(job, choice)
+    times, permute = runs * (1 + again_of(choice).exchanges), "collective-permute"
+    yield Transfer("halo", permute, axes, times, forward)
+    yield Transfer("halo", permute, axes, runs, backward)
+
+
 def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
     """All-to-alls and ring transfers, forward, backward and recomputed."""
     call, layers = call_of(job, choice), runs_of(job, choice)
     again = again_of(choice)
+    if halo_of_layer(job, choice) is not None:
+        return
     stays = (choice.ulysses - 1) / choice.ulysses
     exchanges = [
         *attention.forward_exchanges(call),
