@@ -287,7 +287,7 @@ def _pipeline_obstacle(model: LlamaConfig, choice: Choice) -> str | None:
     if model.num_layers % groups:
         return f"divisibility: {model.num_layers} layers over pipe · interleave"
     if not are_alike(model.kinds, groups):
-        return f"pipe: the {groups} groups of layers differ in their kinds"
+        return f"pipe: the {groups} groups of layers are not alike"
     if choice.pipeline.microbatches % choice.pipe:
         return f"divisibility: {choice.microbatches} micro-batches over pipe"
     return None
