@@ -250,13 +250,13 @@ def _kept_of_attention(job: Job, choice: Choice) -> int:
     if policy == "attention":
         return seen
     sides = 1 + (call.ulysses > 1 and choice.program == "train")
-    kv = call.kv_elements + _halo_elements(job, choice)
+    kv = call.kv_elements + _halo_elements(job, choice, call)
     return seen + (sides * call.q_elements + kv) * size
 
 
-def _halo_elements(job: Job, choice: Choice) -> int:
-    """Elements of k and v together that a layer receives in a halo."""
-    halo, call = halo_of_layer(job, choice), call_of(job, choice)
+def _halo_elements(job: Job, choice: Choice, call: Call) -> int:
+    """Elements of k and v together that a layer's call receives in a halo."""
+    halo = halo_of_layer(job, choice)
     if halo is None:
         return 0
     tokens = rows_of(job, choice) * halo.length
@@ -279,7 +279,7 @@ def _layer(job: Job, choice: Choice) -> int | float:
         wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
-    if (halo := _halo_elements(job, choice)) > 0:
+    if (halo := _halo_elements(job, choice, call)) > 0:
         # k, v and float32 dk, dv of a device's tokens and their halo, side by side.
         heads += (call.kv_elements + halo) * (size + 4)
     if call.ring > 1:

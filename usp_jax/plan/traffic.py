@@ -4,7 +4,8 @@ Bytes are those that one device sends, as `usp_jax.compiled.Collective.wire_byte
 counts them. With A devices along data, fsdp, ring and ulysses, Z along the last three,
 X along tensor:
 
-* norms are gathered whole once, in float32, and their gradients scattered;
+* norms are gathered whole once, in float32, and their gradients scattered; those of
+  heads, and biases, are not split, and their gradients are summed;
 * matrices are gathered over data once, and over Z one layer at a time, in the forward
   and again in the backward; the output matrix likewise, in blocks of the vocabulary;
   each gradient is scattered once;
@@ -13,9 +14,12 @@ X along tensor:
   window's halo replaces all-to-alls and ring; if a window spans more than 8 devices'
   tokens, its layers are counted as if they had none;
 * along tensor, activations are gathered before each product with weights and summed and
-  scattered after it (TP-sp), or summed whole;
+  scattered after it (TP-sp), or summed whole; so are the sums of squares of a norm over
+  all heads;
 * along pipe, a micro-batch's activations are sent twice per tick, and a stage's weights
   are gathered in each tick;
+* layers run in loops; if the last layer is alone of its kind it has no loop, and the
+  compiler merges some of what is counted twice;
 * if the rows are processed in parts, everything is sent once per part, except what is
   gathered once: XLA does that before the loop over parts.
 """
