@@ -64,8 +64,9 @@ def test_kinds_of_layers_add_up(remat):
     for name in ("attention", "ring", "exchanges"):
         total = sum(getattr(part.seconds, name) for part in parts)
         assert getattr(whole.seconds, name) == pytest.approx(total)
-    kept = sum(part.memory.activations for part in parts)
-    assert whole.memory.activations == pytest.approx(kept)
+    # A device also has copies of what a period's layers keep.
+    kept = [part.memory.activations for part in parts]
+    assert sum(kept) < whole.memory.activations <= sum(kept) * (1 + 2 / 8)
     assert whole.memory.transient == max(part.memory.transient for part in parts)
     for name in ("layers", "attention", "layers_again"):
         total = sum(getattr(part.work, name) for part in parts)
@@ -93,9 +94,7 @@ def test_only_layers_that_exchange_heads_need_enough_of_them():
 def test_stages_need_the_same_kinds():
     assert why_not(MIXED, pipe=8, ring=2) is None
     assert why_not(MIXED, pipe=4, interleave=2, ring=2) is None
-    assert (
-        why_not(MIXED, pipe=12) == "pipe: the 12 groups of layers differ in their kinds"
-    )
+    assert why_not(MIXED, pipe=12) == "pipe: the 12 groups of layers are not alike"
     mesh = plan.Choice(pipe=2, ring=2, ulysses=4)
     job = dataclasses.replace(job_of(MIXED), batch=8)
     # Four rounds of three layers; three would be of four.

@@ -13,6 +13,8 @@ reports the accuracy).
 import dataclasses
 from collections.abc import Iterator
 
+from usp_jax.models.decoder import counts_of
+from usp_jax.models.segments import segments
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 from usp_jax.plan.share import (
@@ -43,6 +45,7 @@ class Arrays:
       rotating: copies of k, v and of float32 dk, dv in flight around the ring.
       fetched: copies of what a layer keeps, when that is fetched from the host.
       early: copies of attention's part of that during its backward.
+      period: copies of what a period of layers of several kinds keeps.
     """
 
     narrow: int | float
@@ -51,10 +54,13 @@ class Arrays:
     rotating: int | float
     fetched: int | float
     early: int | float
+    period: int | float
 
 
-GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0)
-TPU = Arrays(narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2)
+GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0, period=2)
+TPU = Arrays(
+    narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2, period=1.5
+)
 LANES = 128
 """Multiple to which a TPU pads the last dim of an array, here the head size."""
 
@@ -105,7 +111,7 @@ def host_activations(job: Job, choice: Choice) -> int | float:
     """Returns the bytes that a device's layers keep in the host's memory."""
     if not choice.remat.endswith("_offload"):
         return 0
-    return sum(runs_of(kind, choice) * kept(kind, choice) for kind in job.kinds)
+    return sum([runs_of(kind, choice) * kept(kind, choice) for kind in job.kinds])
 
 
 def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
@@ -125,7 +131,7 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     loss = _loss(job, choice)
     yield Memory(state, whole, sizes.output_gradient, activations, loss)
     gradients += sizes.output_gradient
-    layer = max(_layer(kind, choice) for kind in job.kinds) + _belt(job, choice)
+    layer = max([_layer(kind, choice) for kind in job.kinds]) + _belt(job, choice)
     yield Memory(state, weights, gradients, activations, layer)
     yield Memory(state, 0, gradients, 0, _embedding(job, choice))
     update = 4 * sizes.numbers
@@ -197,14 +203,33 @@ def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
 def _activations(job: Job, choice: Choice) -> int | float:
     """Bytes that all layers keep on the device for the backward pass."""
     if choice.remat.endswith("_offload"):
-        return _arrays(job).fetched * max(kept(kind, choice) for kind in job.kinds)
-    total = 0.0
+        return _arrays(job).fetched * max([kept(kind, choice) for kind in job.kinds])
+    total = _arrays(job).period * _period(job, choice)
     for kind in job.kinds:
         runs = runs_of(kind, choice)
         # A tick's arrays are assembled before they are copied next to other ticks'.
         tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
         total += (runs + tick) * kept(kind, choice)
     return total
+
+
+def _period(job: Job, choice: Choice) -> int | float:
+    """Bytes that a period of a stage's layers keeps; 0 if none is repeated.
+
+    A period's layers run in loops inside a loop: what they keep is assembled for one
+    period, then copied next to that of the others, and back again.
+    """
+    model = job.model
+    if len(job.kinds) == 1:
+        return 0
+    kinds = dict(zip(counts_of(model), job.kinds, strict=True))
+    layers = model.kinds[: model.num_layers // (choice.pipe * choice.interleave)]
+    sizes = [
+        sum([run.count * kept(kinds[run.kind], choice) for run in segment.runs])
+        for segment in segments(layers)
+        if segment.repeats > 1
+    ]
+    return max(sizes, default=0)
 
 
 def kept(job: Job, choice: Choice) -> int | float:
@@ -256,8 +281,7 @@ def _kept_of_attention(job: Job, choice: Choice) -> int:
 
 def _halo_elements(job: Job, choice: Choice, call: Call) -> int:
     """Elements of k and v together that a layer's call receives in a halo."""
-    halo = halo_of_layer(job, choice)
-    if halo is None:
+    if job.model.window is None or (halo := halo_of_layer(job, choice)) is None:
         return 0
     tokens = rows_of(job, choice) * halo.length
     return 2 * tokens * call.num_kv_heads * call.head_size

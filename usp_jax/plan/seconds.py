@@ -21,7 +21,7 @@ import dataclasses
 import math
 
 from usp_jax.plan import attention
-from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.efficiency import MEMORY
 from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
@@ -88,9 +88,10 @@ def step_seconds(
     chunks = ring = exchanging = 0.0
     for kind in job.kinds:
         own = work if kind is job else work_of(kind, choice, job.documents)
-        computed, waited = _ring(kind, choice, own.attention / peak)
+        call = call_of(kind, choice)
+        computed, waited = _ring(kind, choice, call, own.attention / peak)
         chunks, ring = chunks + computed, ring + waited
-        exchanging += computed * (call_of(kind, choice).ulysses > 1)
+        exchanging += computed * (call.ulysses > 1)
     sums = dict.fromkeys(("weights", "gradients", "halo", "activations", "tokens"), 0.0)
     exchanges = hops = 0.0
     groups: dict[tuple[str, ...], Group] = {}
@@ -159,7 +160,7 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
 
 
 def _ring(
-    job: Job, choice: Choice, attention_seconds: int | float
+    job: Job, choice: Choice, call: attention.Call, attention_seconds: int | float
 ) -> tuple[float, float]:
     """(Seconds of chunks, seconds by which hops exceed them), over layers and passes.
 
@@ -171,15 +172,14 @@ def _ring(
     Args:
       job: the job of one kind of layers.
       choice: how it is split and computed.
+      call: its attention call.
       attention_seconds: seconds of one forward pass of all layers, at a device's peak.
     """
     useful = layers_of(job, choice) * choice.pipeline.microbatches * choice.accumulate
     runs = runs_of(job, choice) * choice.accumulate
-    call = call_of(job, choice)
     padded = call.heads.padded / call.num_heads
     # Seconds of one chunk: one layer, forward, on one device.
-    has_halo = halo_of_layer(job, choice) is not None
-    queries = job.sequence / (choice.sequence_shards if has_halo else call.ring)
+    queries = job.sequence / choice.sequence_shards * call.ulysses
     keys = job.sequence / (1 if choice.ring_schedule == "all_gather" else call.ring)
     keys = min(keys, job.model.window or keys)
     length = math.sqrt(queries * keys)
@@ -263,9 +263,7 @@ def _beside_chunks(choice: Choice, exchanges: float, computed: float) -> float:
 def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     """Seconds of memory-bound work outside matrix products: (layers, all else)."""
     model, parts = job.model, choice.accumulate
-    layers = sum(
-        layers_of(kind, choice) * _layer_moved(kind, choice) for kind in job.kinds
-    )
+    moved = [_layer_moved(kind, choice) for kind in job.kinds]
     # float32 logits, written and read twice forward and once backward.
     ends = parts * end_tokens_of(job, choice)
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
@@ -273,11 +271,11 @@ def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     parameters = model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     state = (2 * job.state_itemsize + 4 + 8 * (parts - 1)) * parameters
     bandwidth = job.machine.memory_bandwidth * MEMORY
-    return layers / bandwidth, (logits + state) / bandwidth
+    return sum(moved) / bandwidth, (logits + state) / bandwidth
 
 
 def _layer_moved(job: Job, choice: Choice) -> float:
-    """Bytes that a layer reads and writes outside matrix products."""
+    """Bytes that a kind's layers read and write outside matrix products."""
     model, tokens = job.model, choice.accumulate * tokens_of(job, choice)
     heads = model.num_heads + model.num_kv_heads
     wide = 2 * heads * model.head_size + 3 * model.d_ff
@@ -290,4 +288,4 @@ def _layer_moved(job: Job, choice: Choice) -> float:
         # Each tile reads the matrices twice, and adds to float32 gradients.
         matrices = 3 * model.d_model * model.d_ff / choice.tensor
         moved += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
-    return moved
+    return layers_of(job, choice) * moved

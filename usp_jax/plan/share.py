@@ -87,7 +87,7 @@ def call_of(job: Job, choice: Choice) -> Call:
     With a halo, it is a call on one device: heads and shards stay where they are.
     """
     ring, ulysses, chunks = choice.ring, choice.ulysses, choice.ulysses_chunks
-    if halo_of_layer(job, choice) is not None:
+    if job.model.window is not None and halo_of_layer(job, choice) is not None:
         ring = ulysses = chunks = 1
     return Call(
         tokens=microbatch_of(job, choice),

@@ -28,6 +28,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+from usp_jax.halo import Halo
 from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
@@ -82,18 +83,20 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
 
     Collectives that send nothing are left out.
     """
+    halos = [halo_of_layer(kind, choice) for kind in job.kinds]
     collectives = [
         *_parameters(job, choice),
         *_tokens(job, choice),
+        *_document_ids(job, choice, halos),
         *_ends(job, choice),
         *_pipe(job, choice),
     ]
-    for kind in job.kinds:
-        collectives += [
-            *_attention(kind, choice),
-            *_halo(kind, choice),
-            *_tensor(kind, choice),
-        ]
+    for kind, halo in zip(job.kinds, halos, strict=True):
+        collectives += _tensor(kind, choice)
+        if halo is None:
+            collectives += _attention(kind, choice)
+        else:
+            collectives += _halo(kind, choice, halo)
     parts = choice.accumulate
     if parts > 1:
         collectives = [
@@ -118,7 +121,7 @@ def _axes(choice: Choice, names: tuple[str, ...]) -> tuple[tuple[str, ...], int]
     size = 1
     for name in names:
         size *= choice.sizes[name]
-    return tuple(name for name in names if choice.sizes[name] > 1), size
+    return tuple([name for name in names if choice.sizes[name] > 1]), size
 
 
 def _gathered(
@@ -250,11 +253,10 @@ def dealing_turns(stages: int, rounds: int) -> int:
 
 
 def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Transfers of token ids, document ids and positions, and of the embedding."""
+    """Transfers of token ids and positions, and of the embedding."""
     ends = end_tokens_of(job, choice)
     axes, size = _axes(choice, END_AXES)
     yield Transfer("tokens", "all-gather", axes, 1, 4 * ends * (size - 1))
-    yield from _document_ids(job, choice)
     # Positions have one row for all; with a single row they are sent like the ids.
     kinds = 1 + (ends * choice.sequence_shards == job.sequence)
     sent = kinds * 4 * ends * (choice.pipe - 1)
@@ -263,11 +265,18 @@ def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
 
 
-def _document_ids(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Transfers for attention's masks: in each tick those of its micro-batch."""
+def _document_ids(
+    job: Job, choice: Choice, halos: list[Halo | None]
+) -> Iterator[Transfer]:
+    """Transfers for attention's masks: in each tick those of its micro-batch.
+
+    Args:
+      job: the training step.
+      choice: how it is split and computed.
+      halos: the halo of each kind of layers, or None.
+    """
     rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
     times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
-    halos = [halo_of_layer(kind, choice) for kind in job.kinds]
     if None in halos:
         yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
         yield Transfer(
@@ -280,14 +289,10 @@ def _document_ids(job: Job, choice: Choice) -> Iterator[Transfer]:
             yield Transfer("tokens", "collective-permute", axes, times, sent)
 
 
-def _halo(job: Job, choice: Choice) -> Iterator[Transfer]:
+def _halo(job: Job, choice: Choice, halo: Halo) -> Iterator[Transfer]:
     """Permutes of the keys and values around a device's tokens, and of gradients."""
-    halo = halo_of_layer(job, choice)
-    if halo is None:
-        return
-    forward, backward = attention.halo_bytes(
-        call_of(job, choice), halo, rows_of(job, choice)
-    )
+    call, rows = call_of(job, choice), rows_of(job, choice)
+    forward, backward = attention.halo_bytes(call, halo, rows)
     axes, _ = _axes(choice, ("ring", "ulysses"))
     runs = runs_of(job, choice)
     times, permute = runs * (1 + again_of(choice).exchanges), "collective-permute"
@@ -299,8 +304,6 @@ def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
     """All-to-alls and ring transfers, forward, backward and recomputed."""
     call, layers = call_of(job, choice), runs_of(job, choice)
     again = again_of(choice)
-    if halo_of_layer(job, choice) is not None:
-        return
     stays = (choice.ulysses - 1) / choice.ulysses
     exchanges = [
         *attention.forward_exchanges(call),
@@ -379,7 +382,7 @@ def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def _ends(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """The same of the embedding and the output matrix."""
+    """Activations of the embedding and the output matrix along tensor."""
     if choice.program == "megatron":
         return
     ends, size = end_tokens_of(job, choice), choice.tensor
