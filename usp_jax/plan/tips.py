@@ -104,7 +104,7 @@ def _zero3_would_help(job: Job, choice: Choice) -> bool:
 def _few_heads(job: Job, choice: Choice) -> bool:
     """Returns whether key/value heads go to several devices of the Ulysses axis."""
     calls = [call_of(kind, choice) for kind in job.kinds]
-    return any(1 < call.ulysses > call.num_kv_heads for call in calls)
+    return any(call.ulysses > call.num_kv_heads for call in calls)
 
 
 def _crosses_nodes(job: Job, choice: Choice) -> bool:
