@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.models import model_of
 from usp_jax import plan
 from usp_jax.compiled import by_kind
 from usp_jax.plan.choice import obstacle
@@ -53,7 +54,7 @@ class Case:
     def job(self) -> plan.Job:
         """The training job."""
         return plan.job_of(
-            self.model,
+            model_of(self.model),
             self.machine,
             devices=self.devices,
             sequence=self.sequence,
@@ -76,7 +77,8 @@ class Case:
 
 
 # (model, machine, devices, sequence, batch) and the choices to compile it with.
-STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], ...] = (
+Steps = tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], ...]
+STEPS: Steps = (
     (
         ("llama3.2-1b", "v5e", 8, 32 * K, 8),
         (
@@ -217,9 +219,9 @@ STEPS: tuple[tuple[tuple[str, str, int, int, int], tuple[dict[str, Any], ...]], 
 )
 
 
-def cases() -> Iterator[Case]:
+def cases(steps: Steps = STEPS) -> Iterator[Case]:
     """Yields each training step with each of its choices."""
-    for step, choices in STEPS:
+    for step, choices in steps:
         for options in choices:
             case = Case(*step, plan.Choice(**options))
             if (why := obstacle(case.job, case.choice)) is not None:
@@ -267,9 +269,9 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, **predicted}
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None, steps: Steps = STEPS) -> None:
     """Compiles the selected cases, or compares saved lines."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_bytes")
+    parser = argparse.ArgumentParser()
     parser.add_argument("numbers", nargs="*", type=int, help="numbers of cases")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--tpu", action="store_true")
@@ -284,7 +286,7 @@ def main(words: Sequence[str] | None = None) -> None:
     saved = []
     if options.into is not None and options.into.exists():
         saved = [Case.of(line) for line in kept(options.into)]
-    for number, case in enumerate(cases()):
+    for number, case in enumerate(cases(steps)):
         is_tpu = case.job.machine.torus_dims > 0
         wanted = not options.numbers or number in options.numbers
         wanted &= (options.tpu if is_tpu else options.gpu) or options.tpu == options.gpu

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.peer_bytes import table as peer_bytes_table
 from benchmarks.plan_bytes import compare
 from benchmarks.train_memory import MAXTEXT, SPLITS
+from benchmarks.windowed_layers import table as windowed_layers_table
 from usp_jax import plan
 from usp_jax.units import GIB
 
@@ -258,7 +259,14 @@ def errors() -> str:
     return markdown(("", *head), rows)
 
 
+def windowed_layers() -> str:
+    """A step of a model with windowed layers, and in parentheses with full ones."""
+    head = "machine", "tokens", "sent, GiB a device", "peak, GiB", "modelled seconds"
+    return markdown(head, windowed_layers_table(kept("windowed-layers")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "windowed-layers": windowed_layers,
     "kernels": kernels,
     "training-step": training_step,
     "attention-cpu": attention_cpu,

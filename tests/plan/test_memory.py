@@ -1,6 +1,7 @@
 """Predicted memory and traffic against the reports of compilers for real machines.
 
-The reports for the cases of `benchmarks/plan_bytes.py` are stored; the long tests
+The reports for the cases of `benchmarks/plan_bytes.py`, and of
+`benchmarks/windowed_layers.py` for layers of several kinds, are stored; the long tests
 compile some of them again. That needs `pip install 'usp_jax[aot]'`; without it they are
 skipped, and the summary says so.
 """
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import windowed_layers
 from benchmarks.plan_bytes import Case, cases, compare, compile_case, kept
 from tests.compilers import needs_compilers
 from tests.plan.program import config_of
@@ -17,10 +19,14 @@ from usp_jax import plan
 from usp_jax.plan.verify import compile_step
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-CASES = list(cases())
+CASES = [*cases(), *cases(windowed_layers.STEPS)]
 # On 16 devices its 11008 features are no whole number of tiles: the compiler pads them.
 PADDED = ("llama2-7b", "v6e", 2048)
-KEPT = kept(max(RESULTS.glob("*-plan-bytes.jsonl")))
+KEPT = [
+    line
+    for name in ("plan-bytes", "windowed-layers")
+    for line in kept(max(RESULTS.glob(f"*-{name}.jsonl")))
+]
 # LLaMA3-8B with options that save memory.
 LONG = [
     line
@@ -69,6 +75,9 @@ def test_stored_reports_are_current():
     compiled = [line["machine"] for line in KEPT if "peak_bytes" in line]
     assert len(compiled) >= 20
     assert set(compiled) >= {"v5e", "v5p", "v6e", "h100", "a100"}
+    windowed = {(x["model"], x["machine"]) for x in KEPT if "peak_bytes" in x}
+    for model in ("gemma3-12b", "windowed-8b"):
+        assert windowed >= {(model, "v5p"), (model, "h100")}
 
 
 def test_a_stored_line_is_predicted_again():

@@ -9,6 +9,7 @@ from tests.plan.program import config_of
 from train.ahead import step_of
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import Variant
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.machines import machine
 from usp_jax.plan.traffic import by_axis, transfers
@@ -26,11 +27,25 @@ MODEL = LlamaConfig(
     loss_chunk=64,
     dtype="float32",
 )
+WINDOWED = dataclasses.replace(
+    MODEL, window=20, norm_placement="after", whole_qk_norm=True
+)
+# Gemma 3's layers, with other sizes in those with a window.
+MIXED = dataclasses.replace(
+    MODEL,
+    qk_norm=True,
+    norm_placement="both",
+    layer_types=("windowed", "windowed", "default"),
+    variants=(Variant("windowed", window=20, num_kv_heads=4, d_ff=256),),
+)
 
 
-def check(choice: Choice, batch: int = 4) -> None:
+def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
     layers = 8 if choice.pipe > 1 else 3
-    model = dataclasses.replace(MODEL, num_layers=layers)
+    if len(model.layer_types) > 1:
+        # A last layer alone is compiled without a loop, so XLA merges what it repeats.
+        layers = 12 if choice.pipe > 1 else 8
+    model = dataclasses.replace(model, num_layers=layers)
     job = Job(model, machine("a100"), 8, 512, batch)
     jitted, arguments = step_of(config_of(job, choice))
     program = by_kind(collectives(jitted.lower(*arguments).compile()))
@@ -68,6 +83,37 @@ def test_a_step_sends_what_is_predicted():
 )
 def test_splits_and_policies(sizes, remat):
     check(Choice(**sizes, remat=remat))
+
+
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        (MIXED, Choice(ring=2, ulysses=2, tensor=2)),
+        (WINDOWED, Choice(ring=2, ulysses=2, tensor=2, remat="attention")),
+    ],
+    ids=["mixed", "windowed"],
+)
+def test_a_step_of_windows_sends_what_is_predicted(model, choice):
+    check(choice, model=model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "attention_qkv"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"ring": 8},
+        {"ulysses": 8},
+        {"ring": 4, "ulysses": 2},
+        {"data": 2, "ring": 2, "tensor": 2},
+        {"fsdp": 2, "ulysses": 2, "tensor": 2, "tensor_sequence": False},
+        {"pipe": 2, "ring": 2, "ulysses": 2, "zero": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", [MIXED, WINDOWED], ids=["mixed", "windowed"])
+def test_kinds_of_layers(model, sizes, remat):
+    check(Choice(**sizes, remat=remat), model=model)
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from jax.extend import core
 
 from tests.train.runs import small_config
 from train.config import Config, MeshConfig
-from train.log.flops import step_flops
+from train.log.flops import StepFlops, step_flops
+from usp_jax.models.decoder import Variant, kinds_of
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 
@@ -63,41 +65,81 @@ def counted(config: Config) -> int:
     return products(jax.make_jaxpr(jax.grad(f))(params, ids, ids).jaxpr)
 
 
+# Two kinds of layers, of which one sees 24 tokens and has other sizes.
+KINDS = {
+    "num_layers": 5,
+    "layer_types": ("windowed", "windowed", "default"),
+    "variants": (Variant("windowed", window=24, num_kv_heads=4, d_ff=96),),
+}
+QK_NORM, WHOLE = {"qk_norm": True}, {"whole_qk_norm": True}
+BOTH = {"norm_placement": "both", **QK_NORM, **KINDS}
+AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
+
+
 @pytest.mark.parametrize(
-    ("remat", "tile", "qk_norm"),
+    ("remat", "tile", "fields"),
     [
-        ("none", None, False),
-        ("full", None, False),
-        ("attention", None, False),
-        ("attention_qkv", None, False),
-        ("attention_qkv", None, True),
-        ("dots", None, False),
-        ("dots", None, True),
+        ("none", None, {}),
+        ("full", None, {}),
+        ("attention", None, {}),
+        ("attention_qkv", None, {}),
+        ("attention_qkv", None, QK_NORM),
+        ("dots", None, {}),
+        ("dots", None, QK_NORM),
         # 512 tokens: in four tiles, and whole.
-        ("none", 128, False),
-        ("full", 128, False),
-        ("none", 512, False),
-        ("dots", 128, False),
+        ("none", 128, {}),
+        ("full", 128, {}),
+        ("none", 512, {}),
+        ("dots", 128, {}),
+        ("none", None, AFTER),
+        ("full", None, BOTH),
+        ("full", 128, BOTH),
+        ("attention", None, AFTER),
+        ("attention_qkv", None, BOTH),
+        ("attention_qkv", 128, AFTER),
+        ("dots", None, BOTH),
+        ("dots", 128, AFTER),
     ],
 )
 def test_the_hardware_currency_is_what_the_program_does(
-    tmp_path: Path, remat: str, tile: int | None, qk_norm: bool
+    tmp_path: Path, remat: str, tile: int | None, fields: dict[str, Any]
 ) -> None:
     config = small_config(tmp_path, mesh=MeshConfig())
     model = dataclasses.replace(
         config.model,
         remat=remat,
         mlp_tile=tile,
-        qk_norm=qk_norm,
         implementation="reference",
         loss_chunk=64,
+        **fields,
     )
     config = dataclasses.replace(config, model=model)
-    pairs = 4 * config.batch_size * config.sequence_length**2
-    attention = pairs * model.num_heads * model.head_size * model.num_layers
-    # The oracle computes invisible pairs too: the other half of each product.
-    unseen = attention / 2 * (3.5 + (remat == "full"))
+    length, heads = config.sequence_length, model.num_heads * model.head_size
+    # The oracle computes all pairs, visible or not.
+    unseen = 0.0
+    for kind, count in kinds_of(model):
+        seen = np.minimum(np.arange(length) + 1, kind.window or length).sum()
+        seen = length**2 / 2 if kind.window is None else seen
+        unseen += 4 * config.batch_size * count * heads * (length**2 - seen)
+    unseen *= 3.5 + (remat == "full")
     assert counted(config) == step_flops(config).hardware + unseen
+
+
+def test_a_window_counts_its_pairs_in_every_currency(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+
+    def flops(**fields: Any) -> StepFlops:
+        model = dataclasses.replace(config.model, remat="none", **fields)
+        return step_flops(dataclasses.replace(config, model=model))
+
+    full, windowed = flops(), flops(window=16)
+    # B=8, N·H=32, L=2; 64 queries see 1, 2, ..., 16, 16, ... tokens.
+    pairs = 16 * 64 - 120
+    less = [3 * 4 * 8 * 32 * 2 * (seen - pairs) for seen in (64**2, 64**2 / 2)]
+    assert windowed.full == windowed.causal
+    assert (full.full - windowed.full, full.causal - windowed.causal) == tuple(less)
+    # This window hides nothing.
+    assert flops(window=64) == full
 
 
 def test_the_three_currencies_differ_by_attention_and_recomputation(

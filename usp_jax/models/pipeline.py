@@ -209,15 +209,23 @@ class Pipeline:
         return jnp.stack(arrived)[jnp.asarray(turns)[index]].reshape(x.shape)
 
 
+def are_alike(kinds: tuple[str, ...], groups: int) -> bool:
+    """Returns whether groups of layers have the same kinds in the same order.
+
+    Args:
+      kinds: the kind of each layer.
+      groups: number of groups, which divides the number of layers.
+    """
+    return kinds == groups * kinds[: len(kinds) // groups]
+
+
 def _check_kinds(config: LlamaConfig, groups: int) -> None:
     """Checks that the stages' groups of layers are alike: they run one program.
 
     Raises:
       ValueError: they are not.
     """
-    kinds = config.kinds
-    size = len(kinds) // groups
-    if kinds != groups * kinds[:size]:
+    if not are_alike(config.kinds, groups):
         raise ValueError(
             f"the {groups} groups of num_layers={config.num_layers} layers, for pipe · "
             "interleave, must have the same kinds of layers in the same order, but "

@@ -6,8 +6,11 @@ import functools
 import jax.numpy as jnp
 
 from usp_jax.checks import check_positive_int
+from usp_jax.halo import Halo, halo_of, has_runs
 from usp_jax.layout import LAYOUTS, length_multiple
+from usp_jax.masking import MaskRule
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import DEFAULT, kinds_of
 from usp_jax.models.execution import (
     MeshSizes,
     Staging,
@@ -16,9 +19,11 @@ from usp_jax.models.execution import (
     check_tuning,
     with_fields_of,
 )
-from usp_jax.models.pipeline import Pipeline
+from usp_jax.models.pipeline import Pipeline, are_alike
 from usp_jax.plan.machines import Machine
 from usp_jax.ring import schedule_of
+from usp_jax.ulysses import Heads
+from usp_jax.windowed import MOST_SHARDS
 
 PROGRAMS = ("train", "megatron")
 MOST_DEVICES = 100_000
@@ -80,6 +85,17 @@ class Job:
         """
         return with_fields_of(self.model, choice, Staging, Tuning)
 
+    @functools.cached_property
+    def kinds(self) -> tuple["Job", ...]:
+        """The job for each kind of layers: its model has the layers of that kind."""
+        model = self.model
+        if model.layer_types == (DEFAULT,):
+            return (self,)
+        return tuple(
+            dataclasses.replace(self, model=dataclasses.replace(kind, num_layers=count))
+            for kind, count in kinds_of(model)
+        )
+
     @property
     def itemsize(self) -> int:
         """Bytes per element of the computation."""
@@ -94,13 +110,6 @@ class Job:
     def state_itemsize(self) -> int:
         """Bytes per stored parameter with its two moments."""
         return self.stored_itemsize + 2 * max(4, self.stored_itemsize)
-
-    @property
-    def visible(self) -> float:
-        """Fraction of a row's causal half that is visible within documents."""
-        if self.documents is None:
-            return 1.0
-        return min(1.0, self.documents / self.sequence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,29 +190,65 @@ def check_is_trained_here(choice: Choice) -> None:
         )
 
 
+def halo_of_layer(job: Job, choice: Choice) -> Halo | None:
+    """Returns the tables of the halo of one row that a layer's attention receives.
+
+    None means that it sends none: it has no window, or all-to-alls and a ring send
+    less, as `usp_jax.windowed.takes_halo` decides.
+
+    Args:
+      job: the job of one kind of layers, from `Job.kinds`.
+      choice: how it is split and computed.
+    """
+    model = job.model
+    if model.window is None or choice.sequence_shards == 1:
+        return None
+    return _halo(
+        job.layout,
+        Heads(
+            model.num_heads // choice.tensor,
+            model.num_kv_heads // choice.tensor,
+            choice.ulysses,
+        ),
+        choice.ring,
+        job.sequence // choice.sequence_shards,
+        model.window,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _halo(
+    layout: str, heads: Heads, ring: int, length: int, window: int
+) -> Halo | None:
+    """The halo around the `length` tokens of each device, if one is sent."""
+    before, ulysses = window - 1, heads.ulysses_size
+    if before > MOST_SHARDS * length or not has_runs(layout, ring):
+        return None
+    halo = halo_of(layout, ring, ulysses, length, MaskRule(True, before, 0))
+    sent = halo.sent * heads.num_kv_heads * ulysses
+    exchanged = heads.padded * (ulysses - 1) + heads.sent.size * (ring * ulysses - 1)
+    return halo if sent < exchanged * length else None
+
+
 def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
-    model = job.model
-    heads = choice.tensor * choice.ulysses
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
-    if (why := _pipeline_obstacle(model, choice)) is not None:
+    if (why := _pipeline_obstacle(job.model, choice)) is not None:
         return why
     if job.batch % choice.rows:
         ways = "data · fsdp" + " · micro-batches" * (choice.pipe > 1)
         ways += " · accumulate" * (choice.accumulate > 1)
         return f"divisibility: batch {job.batch} over {ways} = {choice.rows}"
-    if heads > model.num_heads:
-        return f"heads: {model.num_heads} over tensor · ulysses = {heads}"
-    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
-        if getattr(model, name) % choice.tensor:
-            return f"divisibility: {name} {getattr(model, name)} over tensor"
-    own = -(-model.num_heads // heads)
-    if own % choice.ulysses_chunks:
-        return f"heads: {own} per device in {choice.ulysses_chunks} head groups"
+    for kind in job.kinds:
+        if kind.model.window is None and (why := _heads_obstacle(kind, choice)):
+            return why
+        for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+            if (size := getattr(kind.model, name)) % choice.tensor:
+                return f"divisibility: {name} {size} over tensor"
     shards = choice.everyone * choice.pipe
-    if model.d_model % shards:
-        return f"divisibility: d_model {model.d_model} over {shards} ZeRO shards"
+    if job.model.d_model % shards:
+        return f"divisibility: d_model {job.model.d_model} over {shards} ZeRO shards"
     try:
         schedule_of(choice.ring_schedule, choice.ring)
     except ValueError as error:
@@ -213,6 +258,22 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     )
     if job.sequence % multiple:
         return f"divisibility: sequence {job.sequence} is not a multiple of {multiple}"
+    for kind in job.kinds:
+        # A halo needs whole shards, and leaves heads where they are.
+        has_halo = halo_of_layer(kind, choice) is not None
+        if not has_halo and (why := _heads_obstacle(kind, choice)):
+            return why
+    return None
+
+
+def _heads_obstacle(job: Job, choice: Choice) -> str | None:
+    """Returns why the heads of a kind of layers cannot be exchanged, or None."""
+    number, parts = job.model.num_heads, choice.tensor * choice.ulysses
+    if parts > number:
+        return f"heads: {number} over tensor · ulysses = {parts}"
+    own = -(-number // parts)
+    if own % choice.ulysses_chunks:
+        return f"heads: {own} per device in {choice.ulysses_chunks} head groups"
     return None
 
 
@@ -225,6 +286,8 @@ def _pipeline_obstacle(model: LlamaConfig, choice: Choice) -> str | None:
     groups = choice.pipe * choice.interleave
     if model.num_layers % groups:
         return f"divisibility: {model.num_layers} layers over pipe · interleave"
+    if not are_alike(model.kinds, groups):
+        return f"pipe: the {groups} groups of layers are not alike"
     if choice.pipeline.microbatches % choice.pipe:
         return f"divisibility: {choice.microbatches} micro-batches over pipe"
     return None

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from usp_jax.models.execution import OFFLOAD, REMAT, MeshSizes, with_fields_of
+from usp_jax.models.pipeline import are_alike
 from usp_jax.plan.choice import Choice, Job
-from usp_jax.plan.traffic import microbatch_of
+from usp_jax.plan.share import microbatch_of
 
 TILE = 4096
 """Tokens per tile of the feed-forward network, when it is tiled."""
@@ -40,6 +41,11 @@ def meshes(job: Job) -> Iterator[Choice]:
 def _perhaps_possible(job: Job) -> list[MeshSizes]:
     """Lists the meshes whose axes divide what they split."""
     model = job.model
+    kinds = [kind.model for kind in job.kinds]
+    # Layers with a window may leave their heads where they are.
+    heads = min(
+        (kind.num_heads for kind in kinds if kind.window is None), default=job.devices
+    )
     shards = math.gcd(job.devices, model.d_model)
     limits = MeshSizes(
         pipe=math.gcd(model.num_layers, shards),
@@ -48,7 +54,8 @@ def _perhaps_possible(job: Job) -> list[MeshSizes]:
         ring=shards,
         ulysses=shards,
         tensor=math.gcd(
-            model.num_heads, model.num_kv_heads, model.d_ff, model.vocab_size
+            model.vocab_size,
+            *(math.gcd(kind.num_kv_heads, kind.d_ff) for kind in kinds),
         ),
     )
     found = []
@@ -57,7 +64,7 @@ def _perhaps_possible(job: Job) -> list[MeshSizes]:
         if (
             model.d_model % (job.devices // mesh.tensor) == 0
             and job.batch % (mesh.data * mesh.fsdp) == 0
-            and mesh.tensor * mesh.ulysses <= model.num_heads
+            and mesh.tensor * mesh.ulysses <= heads
         ):
             found.append(mesh)
     return found
@@ -124,8 +131,16 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
     stages: list[tuple[int | None, int]] = [(None, 1)]
     if mesh.pipe > 1:
         rows = job.batch // (mesh.data * mesh.fsdp)
-        layers = job.model.num_layers // mesh.pipe
-        most = next(n for n in (4, 3, 2, 1) if layers % n == 0)
+        layers, kinds = job.model.num_layers // mesh.pipe, job.model.kinds
+        # Few rounds are possible if kinds of layers alternate; one may not be either.
+        most = next(
+            (
+                n
+                for n in (4, 3, 2)
+                if layers % n == 0 and are_alike(kinds, mesh.pipe * n)
+            ),
+            1,
+        )
         stages = [
             (mesh.pipe * n, rounds)
             for n in (1, 4)

@@ -1,28 +1,31 @@
 """FLOPs of a training step, counted in the three ways that papers use.
 
-A multiply-add is 2 FLOPs; only matrix products count. With D model size, L layers, N
-query and K key/value heads of size H, F feed-forward size, V vocabulary, B rows of T
-tokens:
+A multiply-add is 2 FLOPs; only matrix products count. With D model size, N query and K
+key/value heads of size H, F feed-forward size, V vocabulary, B rows of T tokens, and a
+sum over layers, whose sizes and windows may differ:
 
-    forward products with weights   P = 2·B·T·(L·(D·H·(2N + 2K) + 3·D·F) + D·V)
-    forward attention, q·k and p·v  A = 4·B·T²·N·H·L
+    forward products with weights   P = 2·B·T·(sum of D·H·(2N + 2K) + 3·D·F, + D·V)
+    forward attention, q·k and p·v  A = 4·B·(sum of N·H · pairs)
 
 * full model:   3·P + 3·A, since the backward is twice the forward (PaLM, arXiv
-  2204.02311, appendix B, which counts attention in full);
-* causal model: 3·P + 3·A/2, with attention counted half, as in FlashAttention (arXiv
-  2307.08691, section 4.1) and the USP paper;
+  2204.02311, appendix B), with T² pairs, as if nothing were masked;
+* causal model: 3·P + 3·A, with T²/2 pairs, as in FlashAttention (arXiv 2307.08691,
+  section 4.1) and the USP paper;
 * hardware:     what is really computed. Flash attention's backward recomputes q·k (5
   products instead of 4), and the remat policy recomputes parts of the forward.
 
-Tokens of packed documents see less than the causal half. The model's counts ignore
-that: rows of the same shape count the same, whatever text they hold. The hardware's
-count is reduced by `visible`.
+A layer with a window of W < T tokens has the same pairs in all three, those that its
+queries see: the sum over t < T of min(t + 1, W), which is nearly T·W. A window of T
+tokens or more hides nothing: such a layer counts like one without.
+
+Tokens of packed documents see less. The model's counts ignore that: rows of the same
+shape count the same, whatever text they hold. The hardware's count is for `documents`.
 """
 
 import dataclasses
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Decoder
+from usp_jax.models.decoder import kinds_of, layer_matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Work:
     Attributes:
       layers: forward products with the layers' weights.
       output: forward products with the output matrix.
-      attention: forward attention, the causal half.
+      attention: forward attention, of the causal half or a window's pairs.
+      masked: forward attention of the other half, in layers without a window.
       layers_again: the part of `layers` that the backward repeats.
       attention_again: the part of `attention` that the backward repeats.
     """
@@ -40,18 +44,19 @@ class Work:
     layers: int | float
     output: int | float
     attention: int | float
+    masked: int | float
     layers_again: int | float
     attention_again: int | float
 
     @property
     def causal(self) -> int | float:
-        """FLOPs of the model, with attention counted half."""
+        """FLOPs of the model, with unmasked attention counted half."""
         return 3 * (self.layers + self.output + self.attention)
 
     @property
     def full(self) -> int | float:
-        """FLOPs of the model, with attention counted in full."""
-        return self.causal + 3 * self.attention
+        """FLOPs of the model, with unmasked attention counted in full."""
+        return self.causal + 3 * self.masked
 
     @property
     def hardware(self) -> int | float:
@@ -66,7 +71,7 @@ def step_work(
     *,
     sequence: int,
     batch: int,
-    visible: int | float = 1,
+    documents: int | None = None,
     remat: str | None = None,
     tiled: bool = False,
 ) -> Work:
@@ -76,42 +81,70 @@ def step_work(
       model: the model's configuration.
       sequence: tokens per row.
       batch: rows per step.
-      visible: fraction of attention's causal half to count.
+      documents: tokens per document; None means one document per row.
       remat: the remat policy; None is the model's.
       tiled: whether the feed-forward network is tiled, which keeps no activations.
     """
     tokens = batch * sequence
-    per_weight = 2 * tokens * model.num_layers
-    layers = per_weight * layer_weights(model)
-    # The output of a layer's last product, `down`, is not needed by the backward.
-    needed = layers - per_weight * model.d_model * model.d_ff
-    heads = model.num_heads + 2 * model.num_kv_heads
-    if model.qk_norm:
-        # The norms' backward needs their inputs, so q and k are projected again.
-        heads = model.num_kv_heads
-    projections = per_weight * model.d_model * heads * model.head_size
-    inner = 2 * per_weight * model.d_model * model.d_ff
-    pairs = 2 * tokens * sequence * visible
-    attention = pairs * model.num_heads * model.head_size * model.num_layers
+    length = min(documents or sequence, sequence)
     # Where activations are kept does not change the FLOPs.
     policy = (remat or model.remat).removesuffix("_offload")
-    again = {
-        "none": tiled * inner,
-        "full": needed,
-        "attention": needed,
-        "attention_qkv": needed - projections,
-        "dots": tiled * inner,
-    }[policy]
+    layers = attention = masked = again = 0.0
+    for kind, count in kinds_of(model):
+        layers += 2 * tokens * count * layer_matrices(kind)
+        again += 2 * tokens * count * _weights_again(kind, policy, tiled)
+        each = 4 * kind.num_heads * kind.head_size * count * tokens / length
+        attention += each * visible_pairs(kind.window, length)
+        if kind.window is None or kind.window >= length:
+            masked += each * visible_pairs(None, length)
     return Work(
         layers=layers,
         output=2 * tokens * model.d_model * model.vocab_size,
         attention=attention,
+        masked=masked,
         layers_again=again,
         attention_again=attention if policy == "full" else 0.0,
     )
 
 
-def layer_weights(model: Decoder) -> int:
-    """Returns the number of weights in a layer's matrices."""
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    return model.d_model * (heads * model.head_size + 3 * model.d_ff)
+def visible_pairs(window: int | None, length: int) -> float:
+    """Returns the pairs of a query and a key that count in a document.
+
+    Without a window, or if the window hides nothing, they are half of all pairs.
+
+    Args:
+      window: number of tokens that a query sees, its own included; None is all.
+      length: tokens of the document.
+    """
+    if window is None or window >= length:
+        return length**2 / 2
+    return window * length - window * (window - 1) / 2
+
+
+def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
+    """Returns the weights of a layer whose products the backward repeats.
+
+    Args:
+      model: a model of the layer's kind.
+      policy: the remat policy, without "_offload".
+      tiled: whether the feed-forward network is tiled.
+    """
+    part = model.d_model * model.d_ff
+    # Each tile's backward repeats its gate and up.
+    inner = 2 * part * tiled
+    if policy in ("none", "dots"):
+        return inner
+    again = layer_matrices(model)
+    if model.norm_placement == "before":
+        # Nothing needs the output of a layer's last product, `down`.
+        again -= part
+    else:
+        # The norm after `down` needs it, and so all of the forward pass.
+        again += inner
+    if policy == "attention_qkv":
+        heads = model.num_heads + 2 * model.num_kv_heads
+        if model.qk_norm or model.whole_qk_norm:
+            # The norms' backward needs their inputs, so q and k are projected again.
+            heads = model.num_kv_heads
+        again -= model.d_model * heads * model.head_size
+    return again

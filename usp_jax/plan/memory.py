@@ -13,21 +13,25 @@ reports the accuracy).
 import dataclasses
 from collections.abc import Iterator
 
+from usp_jax.models.decoder import counts_of
+from usp_jax.models.segments import segments
 from usp_jax.plan.attention import Call
-from usp_jax.plan.choice import Choice, Job
-from usp_jax.plan.flops import layer_weights
-from usp_jax.plan.traffic import (
+from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.share import (
     call_of,
     end_tokens_of,
-    gradient_itemsize,
+    has_out_norms,
     is_tiled,
     kept_of,
+    layer_sizes,
     layers_of,
     loss_blocks,
     microbatch_of,
+    rows_of,
     runs_of,
     tokens_of,
 )
+from usp_jax.plan.traffic import gradient_itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Arrays:
       rotating: copies of k, v and of float32 dk, dv in flight around the ring.
       fetched: copies of what a layer keeps, when that is fetched from the host.
       early: copies of attention's part of that during its backward.
+      period: copies of what a period of layers of several kinds keeps.
     """
 
     narrow: int | float
@@ -49,10 +54,13 @@ class Arrays:
     rotating: int | float
     fetched: int | float
     early: int | float
+    period: int | float
 
 
-GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0)
-TPU = Arrays(narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2)
+GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0, period=2)
+TPU = Arrays(
+    narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2, period=1.5
+)
 LANES = 128
 """Multiple to which a TPU pads the last dim of an array, here the head size."""
 
@@ -94,10 +102,16 @@ def step_memory(job: Job, choice: Choice) -> Memory:
 
 def host_bytes(job: Job, choice: Choice) -> int | float:
     """Returns the bytes that a device keeps in the host's memory."""
-    kept_there = choice.remat.endswith("_offload")
-    activations = runs_of(job, choice) * kept(job, choice) * kept_there
+    activations = host_activations(job, choice)
     numbers = _Sizes.of(job, choice).numbers
     return activations + job.state_itemsize * numbers * choice.offload
+
+
+def host_activations(job: Job, choice: Choice) -> int | float:
+    """Returns the bytes that a device's layers keep in the host's memory."""
+    if not choice.remat.endswith("_offload"):
+        return 0
+    return sum([runs_of(kind, choice) * kept(kind, choice) for kind in job.kinds])
 
 
 def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
@@ -117,7 +131,7 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     loss = _loss(job, choice)
     yield Memory(state, whole, sizes.output_gradient, activations, loss)
     gradients += sizes.output_gradient
-    layer = _layer(job, choice) + _belt(job, choice)
+    layer = max([_layer(kind, choice) for kind in job.kinds]) + _belt(job, choice)
     yield Memory(state, weights, gradients, activations, layer)
     yield Memory(state, 0, gradients, 0, _embedding(job, choice))
     update = 4 * sizes.numbers
@@ -149,12 +163,16 @@ class _Sizes:
     @classmethod
     def of(cls, job: Job, choice: Choice) -> "_Sizes":
         model, size = job.model, job.itemsize
-        layers = layers_of(job, choice) * layer_weights(model) / choice.tensor
         output = model.vocab_size * model.d_model / choice.tensor
-        norms = 2 * layers_of(job, choice) * model.d_model
+        layers, norms, whole = 0.0, 0, 0.0
+        for kind in job.kinds:
+            number, sizes = layers_of(kind, choice), layer_sizes(kind, choice)
+            layers += number * sizes.matrices
+            norms += number * sizes.norms
+            whole += number * (sizes.whole + sizes.per_head)
         # A tied embedding is stored once, but its output matrix is a separate copy.
         tables = output * (1 if model.tie_embeddings else 2) + model.d_model
-        numbers = (layers + norms + tables / choice.pipe) / choice.everyone
+        numbers = (layers + norms + tables / choice.pipe) / choice.everyone + whole
         copies, shared = 1, 1
         if choice.zero == 3:
             copies, shared = choice.split, choice.pipe
@@ -184,16 +202,43 @@ def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
 
 def _activations(job: Job, choice: Choice) -> int | float:
     """Bytes that all layers keep on the device for the backward pass."""
-    runs, per_layer = runs_of(job, choice), kept(job, choice)
     if choice.remat.endswith("_offload"):
-        return _arrays(job).fetched * per_layer
-    # A tick's arrays are assembled before they are copied next to other ticks'.
-    tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
-    return (runs + tick) * per_layer
+        return _arrays(job).fetched * max([kept(kind, choice) for kind in job.kinds])
+    total = _arrays(job).period * _period(job, choice)
+    for kind in job.kinds:
+        runs = runs_of(kind, choice)
+        # A tick's arrays are assembled before they are copied next to other ticks'.
+        tick = 0 if choice.pipe == 1 else runs // choice.pipeline.ticks
+        total += (runs + tick) * kept(kind, choice)
+    return total
+
+
+def _period(job: Job, choice: Choice) -> int | float:
+    """Bytes that a period of a stage's layers keeps; 0 if none is repeated.
+
+    A period's layers run in loops inside a loop: what they keep is assembled for one
+    period, then copied next to that of the others, and back again.
+    """
+    model = job.model
+    if len(job.kinds) == 1:
+        return 0
+    kinds = dict(zip(counts_of(model), job.kinds, strict=True))
+    layers = model.kinds[: model.num_layers // (choice.pipe * choice.interleave)]
+    sizes = [
+        sum([run.count * kept(kinds[run.kind], choice) for run in segment.runs])
+        for segment in segments(layers)
+        if segment.repeats > 1
+    ]
+    return max(sizes, default=0)
 
 
 def kept(job: Job, choice: Choice) -> int | float:
-    """Returns the bytes one layer keeps for its backward, on the device or the host."""
+    """Returns the bytes one layer keeps for its backward, on the device or the host.
+
+    Args:
+      job: the job of one kind of layers, from `Job.kinds`.
+      choice: how it is split and computed.
+    """
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = call_of(job, choice)
     narrow = tokens * model.d_model
@@ -205,8 +250,11 @@ def kept(job: Job, choice: Choice) -> int | float:
     wide = tokens * model.d_ff * size / choice.tensor
     if policy == "dots":
         inner = 2 * wide * (not is_tiled(job, choice))
-        normed = (call.q_elements + call.kv_elements / 2) * size * model.qk_norm
-        return 2 * x + normed + of_attention + inner
+        has_norm = model.qk_norm or model.whole_qk_norm
+        normed = (call.q_elements + call.kv_elements / 2) * size * has_norm
+        # The inputs of norms after the two parts of the layer.
+        outs = 2 * x * has_out_norms(job)
+        return 2 * x + outs + normed + of_attention + inner
     if choice.program == "megatron":
         # Inputs and outputs of both norms, and those of the gate.
         return 4 * x + of_attention + 3 * wide
@@ -227,7 +275,16 @@ def _kept_of_attention(job: Job, choice: Choice) -> int:
     if policy == "attention":
         return seen
     sides = 1 + (call.ulysses > 1 and choice.program == "train")
-    return seen + (sides * call.q_elements + call.kv_elements) * size
+    kv = call.kv_elements + _halo_elements(job, choice, call)
+    return seen + (sides * call.q_elements + kv) * size
+
+
+def _halo_elements(job: Job, choice: Choice, call: Call) -> int:
+    """Elements of k and v together that a layer's call receives in a halo."""
+    if job.model.window is None or (halo := halo_of_layer(job, choice)) is None:
+        return 0
+    tokens = rows_of(job, choice) * halo.length
+    return 2 * tokens * call.num_kv_heads * call.head_size
 
 
 def _layer(job: Job, choice: Choice) -> int | float:
@@ -235,7 +292,7 @@ def _layer(job: Job, choice: Choice) -> int | float:
     arrays = _arrays(job)
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = _padded(job, call_of(job, choice))
-    whole = layer_weights(model) * size / choice.tensor
+    whole = layer_sizes(job, choice).matrices * size
     gathered = whole * (arrays.weights if choice.zero == 3 and choice.split > 1 else 1)
     # With TP-sp, these arrays are gathered, and not yet scattered.
     narrow = arrays.narrow * tokens * model.d_model * size
@@ -246,7 +303,10 @@ def _layer(job: Job, choice: Choice) -> int | float:
         wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
-    if choice.ring > 1:
+    if (halo := _halo_elements(job, choice, call)) > 0:
+        # k, v and float32 dk, dv of a device's tokens and their halo, side by side.
+        heads += (call.kv_elements + halo) * (size + 4)
+    if call.ring > 1:
         heads += 4 * call.q_elements
         heads += arrays.rotating * 2 * call.kv_elements * (size + 4)
     if choice.remat.endswith("_offload"):

@@ -111,7 +111,7 @@ class Row:
             "tflops_per_device": None if causal is None else causal / 1e12,
             "mfu_causal": part(work.causal),
             "mfu_full": part(work.full),
-            "hfu": part(work_of(self.job, self.choice, self.job.visible).hardware),
+            "hfu": part(work_of(self.job, self.choice, self.job.documents).hardware),
             "peak_bytes": None if self.memory is None else round(self.memory.peak),
             "traffic_bytes": None if self.memory is None else round(self.sent),
         }

@@ -3,6 +3,7 @@
 * A hop of the ring overlaps the computation of a chunk, so the longer of the two
   counts; one chunk of each turn overlaps no hop. An all-gather is not overlapped. A
   ring also takes time to sum its chunks' results in memory.
+* A window's halo is not overlapped.
 * Sums along tensor are not overlapped, nor are all-to-alls, except that with head
   groups, each all-to-all but the first overlaps the previous group's attention.
 * Documents shorter than a row need less compute, most of it in a device's own shard;
@@ -24,18 +25,18 @@ from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.efficiency import MEMORY
 from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
-from usp_jax.plan.memory import kept
-from usp_jax.plan.traffic import (
-    Transfer,
+from usp_jax.plan.memory import host_activations
+from usp_jax.plan.share import (
     again_of,
     call_of,
     end_tokens_of,
     is_tiled,
+    layer_sizes,
     layers_of,
     runs_of,
     tokens_of,
-    transfers,
 )
+from usp_jax.plan.traffic import Transfer, transfers
 from usp_jax.ring import AllGather, Bidirectional, Double, schedule_of
 
 
@@ -47,7 +48,7 @@ class Seconds:
       matmul: products with weights.
       attention: attention's chunks, and the sums of their results.
       memory: memory-bound work of norms, activations, the loss and the optimizer.
-      ring: time by which hops exceed the chunks they overlap.
+      ring: time by which hops exceed the chunks they overlap, and that of halos.
       exchanges: attention's all-to-alls.
       weights: transfers of parameters and gradients.
       activations: transfers along tensor and pipe, and of the embedding.
@@ -82,10 +83,16 @@ def step_seconds(
       found: `transfers(job, choice)`, if already computed.
     """
     found = transfers(job, choice) if found is None else found
-    work = work_of(job, choice, job.visible)
+    work = work_of(job, choice, job.documents)
     peak = job.machine.peak(job.model.dtype) * choice.devices
-    chunks, ring = _ring(job, choice, work.attention / peak)
-    sums = {"weights": 0.0, "gradients": 0.0, "activations": 0.0, "tokens": 0.0}
+    chunks = ring = exchanging = 0.0
+    for kind in job.kinds:
+        own = work if kind is job else work_of(kind, choice, job.documents)
+        call = call_of(kind, choice)
+        computed, waited = _ring(kind, choice, call, own.attention / peak)
+        chunks, ring = chunks + computed, ring + waited
+        exchanging += computed * (call.ulysses > 1)
+    sums = dict.fromkeys(("weights", "gradients", "halo", "activations", "tokens"), 0.0)
     exchanges = hops = 0.0
     groups: dict[tuple[str, ...], Group] = {}
     for transfer in found:
@@ -101,7 +108,8 @@ def step_seconds(
             hops += taken
     parameters = sums["weights"] + sums["gradients"]
     activations = sums["activations"] + sums["tokens"]
-    exchanges = _beside_chunks(choice, exchanges, chunks)
+    exchanges = _beside_chunks(choice, exchanges, exchanging)
+    ring, hops = ring + sums["halo"], hops + sums["halo"]
     rate = peak * job.machine.efficiency.matmul
     layers = (3 * work.layers + work.layers_again) / rate
     output = 4 * work.output / rate
@@ -121,19 +129,19 @@ def step_seconds(
     )
 
 
-def work_of(job: Job, choice: Choice, visible: float = 1) -> Work:
+def work_of(job: Job, choice: Choice, documents: int | None = None) -> Work:
     """Returns the FLOPs of a training step, over all devices.
 
     Args:
       job: the training step.
       choice: how it is split and computed.
-      visible: fraction of attention's causal half to count.
+      documents: tokens per document; None means one document per row.
     """
     return step_work(
         job.model,
         sequence=job.sequence,
         batch=job.batch,
-        visible=visible,
+        documents=documents,
         remat=choice.remat,
         tiled=is_tiled(job, choice),
     )
@@ -146,51 +154,56 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
     # are fetched and sent back.
     each = job.stored_itemsize + job.state_itemsize
     waited = each * numbers * choice.offload
-    beside = 0.0
-    if choice.remat.endswith("_offload"):
-        beside = 2 * choice.accumulate * runs_of(job, choice) * kept(job, choice)
+    beside = 2 * choice.accumulate * host_activations(job, choice)
     bandwidth = job.machine.host_bandwidth
     return waited / bandwidth + max(0.0, beside / bandwidth - computed)
 
 
 def _ring(
-    job: Job, choice: Choice, attention_seconds: int | float
+    job: Job, choice: Choice, call: attention.Call, attention_seconds: int | float
 ) -> tuple[float, float]:
     """(Seconds of chunks, seconds by which hops exceed them), over layers and passes.
+
+    With a halo, a layer has one chunk and no hops. The chunk of a window is taken to be
+    as fast as a causal one whose length is the mean of its queries and a query's keys.
 
     In a pipeline, idle ticks count for hops, not for chunks.
 
     Args:
-      job: the training step.
+      job: the job of one kind of layers.
       choice: how it is split and computed.
+      call: its attention call.
       attention_seconds: seconds of one forward pass of all layers, at a device's peak.
     """
     useful = layers_of(job, choice) * choice.pipeline.microbatches * choice.accumulate
     runs = runs_of(job, choice) * choice.accumulate
-    call = call_of(job, choice)
     padded = call.heads.padded / call.num_heads
     # Seconds of one chunk: one layer, forward, on one device.
-    keys = 1 if choice.ring_schedule == "all_gather" else choice.ring
-    length = job.sequence / math.sqrt(choice.ring * keys)
+    queries = job.sequence / choice.sequence_shards * call.ulysses
+    keys = job.sequence / (1 if choice.ring_schedule == "all_gather" else call.ring)
+    keys = min(keys, job.model.window or keys)
+    length = math.sqrt(queries * keys)
     chunk = attention_seconds * padded / job.machine.efficiency.attention(length)
-    chunk /= useful * choice.ring
+    chunk /= useful * call.ring
     group = Group.of(job.machine, choice, ("ring",))
-    merged = (choice.ring - 1) / choice.ring * (choice.ring_schedule != "all_gather")
+    merged = (call.ring - 1) / call.ring * (choice.ring_schedule != "all_gather")
     merged /= job.machine.memory_bandwidth * MEMORY
     # Every chunk but the first reads and writes out. Its part of dq and of dk, dv is
     # written and added to the sum. All in float32.
     forward = chunk + merged * 8 * call.q_elements
     # The backward has five products, the forward two.
     backward = 2.5 * chunk + merged * 16 * (call.q_elements + call.kv_elements)
-    own = own_share(job, choice.ring)
+    own = own_share(job, call.ring)
     computed = seen = 0.0
     for times, size, hop in (
         (1 + again_of(choice).ring, forward, attention.forward_hop(call)),
         (1, backward, attention.backward_hop(call)),
     ):
-        turn = size * choice.ring
+        turn = size * call.ring
         computed += useful * times * turn
-        seen += runs * times * _seen(choice, group, turn, own, call.turns * sum(hop))
+        if call.ring > 1:
+            hops = call.turns * sum(hop)
+            seen += runs * times * _seen(choice, group, turn, own, hops)
     return computed, seen
 
 
@@ -216,10 +229,8 @@ def own_share(job: Job, ring: int) -> float:
 def _seen(
     choice: Choice, group: Group, computed: float, own: float, hop: int | float
 ) -> float:
-    """Seconds of a turn's R - 1 hops that computation does not hide."""
+    """Seconds of a turn's R - 1 hops that computation does not hide, for R > 1."""
     size, schedule = choice.ring, schedule_of(choice.ring_schedule)
-    if size == 1:
-        return 0.0
     if isinstance(schedule, AllGather):
         return group.seconds("all-gather", (size - 1) * hop)
     chunk = (1 - own) * computed / (size - 1)
@@ -252,17 +263,7 @@ def _beside_chunks(choice: Choice, exchanges: float, computed: float) -> float:
 def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     """Seconds of memory-bound work outside matrix products: (layers, all else)."""
     model, parts = job.model, choice.accumulate
-    tokens = parts * tokens_of(job, choice)
-    heads = model.num_heads + model.num_kv_heads
-    wide = 2 * heads * model.head_size + 3 * model.d_ff
-    # Two norms, two additions to the residual stream; rotations and the gate.
-    narrow = 10 * model.d_model / choice.token_shards
-    passes = 3 + (choice.remat != "none")
-    layer = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
-    if choice.mlp_tile is not None and is_tiled(job, choice):
-        # Each tile reads the matrices twice, and adds to float32 gradients.
-        matrices = 3 * model.d_model * model.d_ff / choice.tensor
-        layer += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
+    moved = [_layer_moved(kind, choice) for kind in job.kinds]
     # float32 logits, written and read twice forward and once backward.
     ends = parts * end_tokens_of(job, choice)
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
@@ -270,4 +271,21 @@ def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     parameters = model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     state = (2 * job.state_itemsize + 4 + 8 * (parts - 1)) * parameters
     bandwidth = job.machine.memory_bandwidth * MEMORY
-    return layers_of(job, choice) * layer / bandwidth, (logits + state) / bandwidth
+    return sum(moved) / bandwidth, (logits + state) / bandwidth
+
+
+def _layer_moved(job: Job, choice: Choice) -> float:
+    """Bytes that a kind's layers read and write outside matrix products."""
+    model, tokens = job.model, choice.accumulate * tokens_of(job, choice)
+    heads = model.num_heads + model.num_kv_heads
+    wide = 2 * heads * model.head_size + 3 * model.d_ff
+    # Norms, and two additions to the residual stream; rotations and the gate.
+    norms = layer_sizes(job, choice).norms
+    narrow = (2 * norms + 6 * model.d_model) / choice.token_shards
+    passes = 3 + (choice.remat != "none")
+    moved = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
+    if choice.mlp_tile is not None and is_tiled(job, choice):
+        # Each tile reads the matrices twice, and adds to float32 gradients.
+        matrices = 3 * model.d_model * model.d_ff / choice.tensor
+        moved += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
+    return layers_of(job, choice) * moved

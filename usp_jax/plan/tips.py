@@ -5,12 +5,12 @@ Also messages about what a row wastes when there are few heads.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.memory import step_memory
 from usp_jax.plan.search import Row
-from usp_jax.plan.traffic import call_of
+from usp_jax.plan.share import call_of
 
 TIPS = {
     1: "use ring and Ulysses together instead of either alone",
@@ -30,25 +30,29 @@ def against(row: Row) -> tuple[int, ...]:
 
 def wasteful(row: Row) -> tuple[str, ...]:
     """Returns messages where few heads make a row send or compute more than needed."""
-    choice, call = row.choice, call_of(row.job, row.choice)
-    heads, messages = call.heads, []
-    split = f"ulysses={choice.ulysses}"
+    messages: dict[str, None] = {}
+    for kind in row.job.kinds:
+        messages |= dict.fromkeys(_wasted(kind, row.choice))
+    return tuple(messages)
+
+
+def _wasted(job: Job, choice: Choice) -> Iterator[str]:
+    """Yields the messages of one kind of layers."""
+    call = call_of(job, choice)
+    heads, split = call.heads, f"ulysses={call.ulysses}"
     if heads.replicated:
         times = heads.sent.size / call.num_kv_heads
-        messages.append(
+        yield (
             f"{split} for {call.num_kv_heads} key/value heads: they are sent, also "
             f"around the ring, {times:.3g} times over"
         )
     if heads.padded > call.num_heads:
-        messages.append(
-            f"{split} for {call.num_heads} query heads: {heads.padded} are computed"
-        )
-    if call.turns > 1 and choice.ring > 1:
-        messages.append(
-            f"ulysses_chunks={choice.ulysses_chunks} for {heads.sent.shape[1]} "
+        yield f"{split} for {call.num_heads} query heads: {heads.padded} are computed"
+    if call.turns > 1 and call.ring > 1:
+        yield (
+            f"ulysses_chunks={call.chunks} for {heads.sent.shape[1]} "
             f"key/value heads per device: they go around the ring {call.turns} times"
         )
-    return tuple(messages)
 
 
 def _one_alone(job: Job, choice: Choice) -> bool:
@@ -99,9 +103,8 @@ def _zero3_would_help(job: Job, choice: Choice) -> bool:
 
 def _few_heads(job: Job, choice: Choice) -> bool:
     """Returns whether key/value heads go to several devices of the Ulysses axis."""
-    return choice.ulysses > 1 and (
-        choice.ulysses * choice.tensor > job.model.num_kv_heads
-    )
+    calls = [call_of(kind, choice) for kind in job.kinds]
+    return any(call.ulysses > call.num_kv_heads for call in calls)
 
 
 def _crosses_nodes(job: Job, choice: Choice) -> bool:

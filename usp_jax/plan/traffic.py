@@ -4,16 +4,22 @@ Bytes are those that one device sends, as `usp_jax.compiled.Collective.wire_byte
 counts them. With A devices along data, fsdp, ring and ulysses, Z along the last three,
 X along tensor:
 
-* norms are gathered whole once, in float32, and their gradients scattered;
+* norms are gathered whole once, in float32, and their gradients scattered; those of
+  heads, and biases, are not split, and their gradients are summed;
 * matrices are gathered over data once, and over Z one layer at a time, in the forward
   and again in the backward; the output matrix likewise, in blocks of the vocabulary;
   each gradient is scattered once;
 * the embedding exchanges activations, not its table;
-* attention sends the bytes of `attention.py`, and repeats some for the remat policy;
+* attention sends the bytes of `attention.py`, and repeats some for the remat policy; a
+  window's halo replaces all-to-alls and ring; if a window spans more than 8 devices'
+  tokens, its layers are counted as if they had none;
 * along tensor, activations are gathered before each product with weights and summed and
-  scattered after it (TP-sp), or summed whole;
+  scattered after it (TP-sp), or summed whole; so are the sums of squares of a norm over
+  all heads;
 * along pipe, a micro-batch's activations are sent twice per tick, and a stage's weights
   are gathered in each tick;
+* layers run in loops; if the last layer is alone of its kind it has no loop, and the
+  compiler merges some of what is counted twice;
 * if the rows are processed in parts, everything is sent once per part, except what is
   gathered once: XLA does that before the loop over parts.
 """
@@ -22,10 +28,23 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+from usp_jax.halo import Halo
 from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan import attention
-from usp_jax.plan.choice import Choice, Job
-from usp_jax.plan.flops import layer_weights
+from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.share import (
+    again_of,
+    call_of,
+    end_tokens_of,
+    has_out_norms,
+    kept_of,
+    layer_sizes,
+    layers_of,
+    loss_blocks,
+    microbatch_of,
+    rows_of,
+    runs_of,
+)
 from usp_jax.ring import Double, PassQ, schedule_of
 
 ZERO_AXES = ("fsdp", "ring", "ulysses")
@@ -40,7 +59,7 @@ class Transfer:
     """A collective that a device takes part in.
 
     Attributes:
-      what: "weights", "gradients", "attention", "activations" or "tokens".
+      what: "weights", "gradients", "attention", "halo", "activations" or "tokens".
       kind: a name in `usp_jax.compiled.KINDS`.
       axes: mesh axes of its group, outermost first.
       times: number of times per training step.
@@ -59,72 +78,25 @@ class Transfer:
         return self.times * self.sent
 
 
-def call_of(job: Job, choice: Choice) -> attention.Call:
-    """Returns one layer's attention call, for all rows a device has at a time."""
-    return attention.Call(
-        tokens=microbatch_of(job, choice),
-        num_heads=job.model.num_heads // choice.tensor,
-        num_kv_heads=job.model.num_kv_heads // choice.tensor,
-        head_size=job.model.head_size,
-        ring=choice.ring,
-        ulysses=choice.ulysses,
-        itemsize=job.itemsize,
-        ring_schedule=choice.ring_schedule.partition(":")[0],
-        chunks=choice.ulysses_chunks,
-    )
-
-
-def tokens_of(job: Job, choice: Choice) -> int:
-    """Returns the tokens of one device's layers, over all its rows of a part."""
-    return job.batch * job.sequence // (choice.everyone * choice.accumulate)
-
-
-def microbatch_of(job: Job, choice: Choice) -> int:
-    """Returns the tokens that a device's layer processes at a time."""
-    return tokens_of(job, choice) // choice.pipeline.microbatches
-
-
-def is_tiled(job: Job, choice: Choice) -> bool:
-    """Returns whether the feed-forward network has more tokens than a tile."""
-    return choice.mlp_tile is not None and choice.mlp_tile < microbatch_of(job, choice)
-
-
-def end_tokens_of(job: Job, choice: Choice) -> int:
-    """Returns the tokens whose embedding and loss a device computes.
-
-    Pipeline stages share this work.
-    """
-    return tokens_of(job, choice) // choice.pipe
-
-
-def layers_of(job: Job, choice: Choice) -> int:
-    """Returns the number of layers on one device."""
-    return job.model.num_layers // choice.pipe
-
-
-def runs_of(job: Job, choice: Choice) -> int:
-    """Returns the number of layer runs of a device in a part, idle ticks included."""
-    return layers_of(job, choice) // choice.interleave * choice.pipeline.ticks
-
-
-def loss_blocks(job: Job, choice: Choice) -> int:
-    """Returns the number of blocks the loss makes of a device's vocabulary."""
-    size, limit = job.model.vocab_size // choice.tensor, job.model.loss_block
-    return next(n for n in range(-(-size // limit), size + 1) if size % n == 0)
-
-
 def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
     """Returns the collectives of a training step, except sums of scalars.
 
     Collectives that send nothing are left out.
     """
+    halos = [halo_of_layer(kind, choice) for kind in job.kinds]
     collectives = [
         *_parameters(job, choice),
         *_tokens(job, choice),
-        *_attention(job, choice),
-        *_tensor(job, choice),
+        *_document_ids(job, choice, halos),
+        *_ends(job, choice),
         *_pipe(job, choice),
     ]
+    for kind, halo in zip(job.kinds, halos, strict=True):
+        collectives += _tensor(kind, choice)
+        if halo is None:
+            collectives += _attention(kind, choice)
+        else:
+            collectives += _halo(kind, choice, halo)
     parts = choice.accumulate
     if parts > 1:
         collectives = [
@@ -149,7 +121,7 @@ def _axes(choice: Choice, names: tuple[str, ...]) -> tuple[tuple[str, ...], int]
     size = 1
     for name in names:
         size *= choice.sizes[name]
-    return tuple(name for name in names if choice.sizes[name] > 1), size
+    return tuple([name for name in names if choice.sizes[name] > 1]), size
 
 
 def _gathered(
@@ -168,7 +140,7 @@ def _gathered(
 def _gathered_once(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Gathers done once per step: norms, ZeRO-1's and `data`'s, and a single block."""
     sizes = _weights(job, choice)
-    layers = layers_of(job, choice) * sizes.layer
+    layers = sizes.layers
     gather = "all-gather"
     yield _gathered("weights", gather, choice, ALL_AXES, 1, sizes.norms)
     yield _gathered("weights", gather, choice, END_AXES, 1, sizes.last_norm)
@@ -184,18 +156,19 @@ def _gathered_once(job: Job, choice: Choice) -> Iterator[Transfer]:
 
 
 def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Gathers of weights layer by layer, and scatters of gradients."""
+    """Gathers of weights layer by layer, and scatters and sums of gradients."""
     sizes = _weights(job, choice)
-    layers = layers_of(job, choice) * sizes.layer
-    runs = runs_of(job, choice)
+    layers = sizes.layers
     gradient = gradient_itemsize(job, choice) / job.itemsize
-    gather, scatter = "all-gather", "reduce-scatter"
+    gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
     norms = sizes.norms + sizes.last_norm
     yield _gathered("gradients", scatter, choice, ALL_AXES, 1, sizes.norms)
     yield _gathered("gradients", scatter, choice, END_AXES, 1, sizes.last_norm)
-    if choice.program == "train" and choice.tensor_sequence:
-        # Each device along tensor has applied the norms to its own tokens.
-        yield _gathered("gradients", "all-reduce", choice, ("tensor",), 1, 2 * norms)
+    yield _gathered("gradients", total, choice, ALL_AXES, 1, 2 * sizes.whole)
+    if choice.program == "train":
+        # Each device along tensor has applied these to its own heads, or tokens.
+        apart = sizes.per_head + norms * choice.tensor_sequence
+        yield _gathered("gradients", total, choice, ("tensor",), 1, 2 * apart)
     yield _dealt("gradients", job, choice, sizes)
     if choice.zero == 1:
         yield _gathered("gradients", scatter, choice, ALL_AXES, 1, gradient * layers)
@@ -204,8 +177,11 @@ def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
         return
     split = layers / choice.split + sizes.output / (choice.split * choice.pipe)
     yield _gathered("gradients", scatter, choice, ("data",), 1, split)
-    yield _gathered("weights", gather, choice, ZERO_AXES, 2 * runs, sizes.layer)
-    yield _gathered("gradients", scatter, choice, ZERO_AXES, runs, sizes.layer)
+    for kind in job.kinds:
+        runs = runs_of(kind, choice)
+        layer = layer_sizes(kind, choice).matrices * job.itemsize
+        yield _gathered("weights", gather, choice, ZERO_AXES, 2 * runs, layer)
+        yield _gathered("gradients", scatter, choice, ZERO_AXES, runs, layer)
     blocks = loss_blocks(job, choice)
     block = sizes.output / blocks
     if blocks > 1:
@@ -220,36 +196,43 @@ def gradient_itemsize(job: Job, choice: Choice) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Bytes of gathered weights: norms in float32, and matrices.
+    """Bytes of a device's weights when gathered: small ones in float32, and matrices.
 
     Attributes:
-      norms: bytes of the norms of a device's layers.
+      norms: bytes of the layers' norms that ZeRO splits.
+      whole: bytes of the layers' norms and biases that ZeRO does not split.
+      per_head: bytes of those of `whole` that devices along tensor share.
       last_norm: bytes of the final norm.
-      layer: bytes of one layer's matrices.
+      layers: bytes of the layers' matrices.
       output: bytes of the output matrix.
     """
 
     norms: int
+    whole: int | float
+    per_head: int
     last_norm: int
-    layer: int | float
+    layers: int | float
     output: int | float
 
 
 def _weights(job: Job, choice: Choice) -> _Weights:
-    model, tensor = job.model, choice.tensor
-    return _Weights(
-        norms=4 * 2 * layers_of(job, choice) * model.d_model,
-        last_norm=4 * model.d_model,
-        layer=layer_weights(model) * job.itemsize / tensor,
-        output=model.vocab_size * model.d_model * job.itemsize / tensor,
-    )
+    norms = per_head = 0
+    whole = layers = 0.0
+    for kind in job.kinds:
+        number, sizes = layers_of(kind, choice), layer_sizes(kind, choice)
+        norms += 4 * number * sizes.norms
+        whole += 4 * number * (sizes.whole + sizes.per_head)
+        per_head += 4 * number * sizes.per_head
+        layers += number * sizes.matrices * job.itemsize
+    output = job.model.vocab_size * job.model.d_model * job.itemsize / choice.tensor
+    return _Weights(norms, whole, per_head, 4 * job.model.d_model, layers, output)
 
 
 def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
     """Sends a stage's layers to the stages that use them, with several rounds."""
     times = dealing_turns(choice.pipe, choice.interleave)
-    layers = sizes.norms + layers_of(job, choice) * sizes.layer
-    sent = layers / choice.everyone / choice.interleave
+    layers = (sizes.norms + sizes.layers) / choice.everyone + sizes.whole
+    sent = layers / choice.interleave
     return Transfer(what, "collective-permute", ("pipe",), times, sent)
 
 
@@ -270,23 +253,51 @@ def dealing_turns(stages: int, rounds: int) -> int:
 
 
 def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Transfers of token ids, document ids and positions, and of the embedding."""
+    """Transfers of token ids and positions, and of the embedding."""
     ends = end_tokens_of(job, choice)
     axes, size = _axes(choice, END_AXES)
     yield Transfer("tokens", "all-gather", axes, 1, 4 * ends * (size - 1))
-    # Document ids, for attention's masks: in each tick those of its micro-batch.
-    rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
-    times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
-    yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
-    yield Transfer(
-        "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
-    )
     # Positions have one row for all; with a single row they are sent like the ids.
     kinds = 1 + (ends * choice.sequence_shards == job.sequence)
     sent = kinds * 4 * ends * (choice.pipe - 1)
     yield Transfer("tokens", "all-gather", ("pipe",), 1, sent)
     x = ends * job.model.d_model * job.itemsize / choice.token_shards
     yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
+
+
+def _document_ids(
+    job: Job, choice: Choice, halos: list[Halo | None]
+) -> Iterator[Transfer]:
+    """Transfers for attention's masks: in each tick those of its micro-batch.
+
+    Args:
+      job: the training step.
+      choice: how it is split and computed.
+      halos: the halo of each kind of layers, or None.
+    """
+    rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
+    times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
+    if None in halos:
+        yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
+        yield Transfer(
+            "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
+        )
+    axes, _ = _axes(choice, ("ring", "ulysses"))
+    for halo in halos:
+        if halo is not None:
+            sent = 4 * rows_of(job, choice) * halo.sent
+            yield Transfer("tokens", "collective-permute", axes, times, sent)
+
+
+def _halo(job: Job, choice: Choice, halo: Halo) -> Iterator[Transfer]:
+    """Permutes of the keys and values around a device's tokens, and of gradients."""
+    call, rows = call_of(job, choice), rows_of(job, choice)
+    forward, backward = attention.halo_bytes(call, halo, rows)
+    axes, _ = _axes(choice, ("ring", "ulysses"))
+    runs = runs_of(job, choice)
+    times, permute = runs * (1 + again_of(choice).exchanges), "collective-permute"
+    yield Transfer("halo", permute, axes, times, forward)
+    yield Transfer("halo", permute, axes, runs, backward)
 
 
 def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
@@ -345,50 +356,46 @@ def _exchanges_again(call: attention.Call, choice: Choice) -> tuple[int, ...]:
     return exchanges[2:] if call.chunks > 1 else exchanges
 
 
-@dataclasses.dataclass(frozen=True)
-class Again:
-    """Number of times the backward repeats the forward's all-to-alls and its ring."""
-
-    exchanges: int
-    ring: int
-
-
-def again_of(choice: Choice) -> Again:
-    """Returns how often the remat policy repeats attention's collectives."""
-    kept = kept_of(choice)
-    return Again(exchanges=int(kept in ("full", "attention")), ring=int(kept == "full"))
-
-
-def kept_of(choice: Choice) -> str:
-    """Returns the remat policy without its "_offload" suffix."""
-    return choice.remat.removesuffix("_offload")
-
-
 def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Sums of activations along tensor, or gathers and scatters with TP-sp."""
-    runs, size = runs_of(job, choice), choice.tensor
-    width = job.model.d_model
-    x = microbatch_of(job, choice) * width * job.itemsize
-    ends = end_tokens_of(job, choice)
+    """Sums of layers' activations along tensor, or gathers and scatters with TP-sp."""
+    runs, tokens, size = runs_of(job, choice), microbatch_of(job, choice), choice.tensor
+    x = tokens * job.model.d_model * job.itemsize
     axes, stays = ("tensor",), (size - 1) / size
     gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
-    # The backward repeats attention's sum unless its result is kept.
-    again = int(kept_of(choice) not in ("none", "dots"))
     if choice.program == "megatron":
         for kind, times in ((gather, 6), (scatter, 4)):
             yield Transfer("activations", kind, axes, times * runs, x * stays)
         return
-    out, dx = ends * width * job.itemsize, 4 * ends * width
+    # The backward repeats attention's sum unless its result is kept, and the feed-
+    # forward network's if a norm is applied to it.
+    repeats = kept_of(choice) not in ("none", "dots")
+    sums = (4 + repeats * (1 + has_out_norms(job))) * runs
     if choice.tensor_sequence:
         yield Transfer("activations", gather, axes, 6 * runs, x * stays)
-        yield Transfer("activations", scatter, axes, (4 + again) * runs, x * stays)
+        yield Transfer("activations", scatter, axes, sums, x * stays)
+    else:
+        yield Transfer("activations", total, axes, sums, 2 * x * stays)
+    if job.model.whole_qk_norm:
+        # The sums of squares of q and of k, and their gradients.
+        times = 2 * (2 + (kept_of(choice) != "none")) * runs
+        yield Transfer("activations", total, axes, times, 2 * 4 * tokens * stays)
+
+
+def _ends(job: Job, choice: Choice) -> Iterator[Transfer]:
+    """Activations of the embedding and the output matrix along tensor."""
+    if choice.program == "megatron":
+        return
+    ends, size = end_tokens_of(job, choice), choice.tensor
+    axes, stays = ("tensor",), (size - 1) / size
+    scatter, total = "reduce-scatter", "all-reduce"
+    out = ends * job.model.d_model * job.itemsize
+    dx = 4 * ends * job.model.d_model
+    if choice.tensor_sequence:
         # The output matrix's input, the embedding's output, and their gradients.
-        yield Transfer("activations", gather, axes, 2, out * stays)
+        yield Transfer("activations", "all-gather", axes, 2, out * stays)
         yield Transfer("activations", scatter, axes, 1, out * stays)
         yield Transfer("activations", scatter, axes, 1, dx * stays)
     else:
-        times = (4 + again) * runs
-        yield Transfer("activations", total, axes, times, 2 * x * stays)
         yield Transfer("activations", total, axes, 1, 2 * out * stays)
         yield Transfer("activations", total, axes, 1, 2 * dx * stays)
     # The loss: maximum, sum and the label's logit of each token.
