@@ -21,6 +21,7 @@ LAYERS = (
     {
         "usp_jax._compat",
         "usp_jax.checks",
+        "usp_jax.command_line",
         "usp_jax.compiled",
         "usp_jax.plugins",
         "usp_jax.units",
@@ -36,7 +37,7 @@ LAYERS = (
         "usp_jax.shards",
     },
     {"usp_jax.first_order", "usp_jax.kernels", "usp_jax.reference"},
-    {"usp_jax.halo", "usp_jax.ulysses"},
+    {"usp_jax.halo", "usp_jax.rolling", "usp_jax.ulysses"},
     {"usp_jax.arguments"},
     {"usp_jax.ring", "usp_jax.ringwork"},
     {"usp_jax.call", "usp_jax.chunk_assignment"},

@@ -77,17 +77,23 @@ def test_kinds_of_layers_add_up(remat):
 def test_only_layers_that_exchange_heads_need_enough_of_them():
     few = {"num_heads": 8, "num_kv_heads": 4}
     full, windowed = (dataclasses.replace(x, **few) for x in (FULL, WINDOWED))
-    assert why_not(full, ulysses=16) == "heads: 8 over tensor · ulysses = 16"
+    assert why_not(full, ulysses=16) == (
+        "heads: 8 query heads are fewer than tensor · ulysses = 16"
+    )
     assert why_not(windowed, ulysses=16) is None
     mixed = dataclasses.replace(
         windowed,
         layer_types=("wide", "default"),
         variants=(Variant("wide", window=256 * K),),
     )
-    assert why_not(mixed, ulysses=16) == "heads: 8 over tensor · ulysses = 16"
+    assert why_not(mixed, ulysses=16) == (
+        "heads: 8 query heads are fewer than tensor · ulysses = 16"
+    )
     # Tensor splits the heads of every kind.
     odd = dataclasses.replace(MIXED, variants=(Variant("windowed", num_kv_heads=1),))
-    assert why_not(odd, tensor=8, ring=2) == "divisibility: num_kv_heads 1 over tensor"
+    assert why_not(odd, tensor=8, ring=2) == (
+        "divisibility: 1 key/value heads do not divide over tensor=8"
+    )
     row = plan.evaluate(job_of(windowed), plan.Choice(ulysses=16))
     assert 6 not in plan.against(row) and not plan.wasteful(row)
 
@@ -95,7 +101,7 @@ def test_only_layers_that_exchange_heads_need_enough_of_them():
 def test_stages_need_the_same_kinds():
     assert why_not(MIXED, pipe=8, ring=2) is None
     assert why_not(MIXED, pipe=4, interleave=2, ring=2) is None
-    assert why_not(MIXED, pipe=12) == "pipe: the 12 groups of layers are not alike"
+    assert why_not(MIXED, pipe=12) == "pipe: the 12 groups of layers (pipe · interleave) are not alike"
     mesh = plan.Choice(pipe=2, ring=2, ulysses=4)
     job = dataclasses.replace(job_of(MIXED), batch=8)
     # Four rounds of three layers; three would be of four.

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 import usp_jax
 from usp_jax import aot
 from usp_jax.checks import check_positive_int
+from usp_jax.command_line import Parser, readers_may_leave
 from usp_jax.flags import Option
 from usp_jax.mesh import ROLES
 from usp_jax.units import tokens_of
@@ -36,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = _reports(args)
     except (ValueError, ImportError, jax.errors.JaxRuntimeError) as error:
         parser.error(str(error))
-    if args.json:
-        print(json.dumps({name: report.as_dict() for name, report in reports.items()}))
-    else:
-        for name, report in reports.items():
-            print(f"== {name}\n{report.table()}\n")
+    with readers_may_leave():
+        if args.json:
+            print(json.dumps({name: x.as_dict() for name, x in reports.items()}))
+        else:
+            for name, report in reports.items():
+                print(f"== {name}\n{report.table()}\n")
     return 0 if all(report.fits for report in reports.values()) else 1
 
 
@@ -96,7 +98,7 @@ def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m usp_jax.aot",
         description="Compiles usp_attention for a machine that is not present. Reports "
         "bytes per device, collectives, and whether work overlaps them.",

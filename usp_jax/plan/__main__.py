@@ -14,12 +14,20 @@ from typing import Any
 
 import jax
 
+from usp_jax.aot import Report
+from usp_jax.command_line import Parser, readers_may_leave
+from usp_jax.layout import LAYOUTS
+from usp_jax.models.execution import DTYPES
 from usp_jax.models.lookup import find_config
 from usp_jax.models.presets import PRESETS
+from usp_jax.plan.command import describe
 from usp_jax.plan.machines import MACHINES
 from usp_jax.plan.search import Row, job_of, longest, plan
 from usp_jax.ring import SCHEDULES
 from usp_jax.units import tokens_of
+
+TOP = 10
+"""Number of rows in the table, unless it is given."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,10 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         rows = _rows(args)
-        if args.json:
-            print(json.dumps([row.as_dict() for row in rows]))
-        else:
-            _tell(args, rows)
+        if args.plot is not None and rows:
+            _draw(rows, args.plot)
+        reports = _reports(rows, args.verify)
+        with readers_may_leave():
+            if args.json:
+                print(json.dumps(_records(rows[: args.top], reports)))
+            else:
+                _show(args, rows, reports)
     # OSError: the plot cannot be written.
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
@@ -45,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(args: argparse.Namespace) -> list[Row]:
     for name in ("top", "verify"):
-        if getattr(args, name) < 0:
+        if (getattr(args, name) or 0) < 0:
             raise ValueError(f"{name}={getattr(args, name)} must not be negative")
     model = find_config(args.model, dtype=args.dtype)
     if args.longest:
@@ -76,72 +88,117 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _tell(args: argparse.Namespace, rows: list[Row]) -> None:
-    # Tables, plots and compilers are imported only when needed.
-    from usp_jax.plan.table import show
+def _draw(rows: list[Row], path: Path) -> None:
+    # Plots, tables and compilers are imported only when needed.
+    from usp_jax.plan.draw import draw
+
+    draw(rows, path)
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _reports(rows: list[Row], number: int) -> list[tuple[Row, Report]]:
+    """The best rows that train, and the reports of their compiled steps."""
+    if not number:
+        return []
+    from usp_jax.plan.verify import compile_step
+
+    # Nothing runs, so leave any local accelerator free for other programs.
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    found = []
+    for row in [row for row in rows if row.can_train][:number]:
+        print(f"compiling {describe(row.choice)} ...", file=sys.stderr)
+        found.append((row, compile_step(row.job, row.choice)))
+    return found
+
+
+def _records(
+    rows: list[Row], reports: list[tuple[Row, Report]]
+) -> list[dict[str, object]]:
+    """The rows as `--json` prints them, with what the compiler reported of some."""
+    compiled = {row.choice: report.as_dict() for row, report in reports}
+    return [
+        row.as_dict()
+        | ({"compiled": compiled[row.choice]} if row.choice in compiled else {})
+        for row in rows
+    ]
+
+
+def _show(
+    args: argparse.Namespace, rows: list[Row], reports: list[tuple[Row, Report]]
+) -> None:
+    from usp_jax.plan.table import show, show_reports
 
     if not rows:
         print("no length fits")
         return
-    show(rows, args.top, args.model)
-    if args.plot is not None:
-        from usp_jax.plan.draw import draw
-
-        draw(rows, args.plot)
-        print(f"wrote {args.plot}")
-    if args.verify:
-        from usp_jax.plan.table import show_reports
-        from usp_jax.plan.verify import compile_step
-
-        # Nothing runs, so leave any local accelerator free for other programs.
-        if not jax.config.jax_platforms:
-            jax.config.update("jax_platforms", "cpu")
-        top = [row for row in rows if row.can_train][: args.verify]
-        show_reports([(row, compile_step(row.job, row.choice)) for row in top])
+    if reports:
+        show_reports(reports)
+    show(rows, TOP if args.top is None else args.top, args.model)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m usp_jax.plan",
         description="Ranks the ways to split a model's training step over a machine.",
-        epilog=f"Models: {', '.join(PRESETS)}. Machines: "
-        f"{', '.join(machine.name for machine in MACHINES)}. 1K is 1024, 1M is 1024K.",
+        epilog="1K is 1024, and 1M is 1024K.",
     )
     parser.add_argument(
-        "--model", required=True, help="name, or folder with config.json"
+        "--model",
+        required=True,
+        help=f"The model: one of {', '.join(PRESETS)}, or a folder with its "
+        "config.json.",
     )
-    parser.add_argument("--machine", required=True)
-    parser.add_argument("--devices", type=int, help="default: set by the machine")
-    parser.add_argument("--sequence", default="64K", help="tokens per row")
-    parser.add_argument("--batch", type=int, default=1, help="rows per training step")
-    parser.add_argument("--layout", default="zigzag", help="stored order of the tokens")
-    parser.add_argument("--dtype", default="bfloat16", help="computation dtype")
+    parser.add_argument(
+        "--machine",
+        required=True,
+        help=f"One of {', '.join(machine.name for machine in MACHINES)}.",
+    )
+    parser.add_argument(
+        "--devices", type=int, help="Number of devices; by default the machine's."
+    )
+    parser.add_argument(
+        "--sequence", default="64K", help="Tokens in a row, such as 64K or 1M."
+    )
+    parser.add_argument("--batch", type=int, default=1, help="Rows per training step.")
+    parser.add_argument(
+        "--layout",
+        default="zigzag",
+        help=f"Order in which tokens are stored: {', '.join(LAYOUTS)}.",
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", help=f"Computation dtype: {', '.join(DTYPES)}."
+    )
     parser.add_argument(
         "--schedule",
         action="append",
-        help=f"a ring schedule to consider: {', '.join(SCHEDULES)} or double:N; "
-        "double has inner rings within a node; may be repeated",
+        help=f"A ring schedule to consider: {', '.join(SCHEDULES)} or double:N. Plain "
+        "double has inner rings within a node. May be repeated.",
     )
     parser.add_argument(
         "--chunks",
         action="append",
         type=int,
         metavar="N",
-        help="a number of head groups to consider; may be repeated",
+        help="A number of head groups to consider. May be repeated.",
     )
     parser.add_argument(
         "--documents",
         metavar="MEAN",
-        help="mean tokens per document in packed rows; default: one document per row",
+        help="Mean tokens per document in packed rows; by default, a row is one.",
     )
     parser.add_argument(
         "--offload",
         action="store_true",
-        help="also consider keeping activations and optimizer state in host memory",
+        help="Also consider keeping activations and optimizer state on the host.",
     )
-    parser.add_argument("--top", type=int, default=10, help="rows in the table")
     parser.add_argument(
-        "--longest", action="store_true", help="find the longest sequence that fits"
+        "--top",
+        type=int,
+        help=f"Number of rows to print; by default {TOP}, or all with --json.",
+    )
+    parser.add_argument(
+        "--longest", action="store_true", help="Find the longest sequence that fits."
     )
     parser.add_argument(
         "--verify",
@@ -150,10 +207,10 @@ def _parser() -> argparse.ArgumentParser:
         const=1,
         default=0,
         metavar="N",
-        help="compile the best N for the machine and show the compiler's bytes",
+        help="Compile the best N for the machine, and show the compiler's bytes.",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="image to write")
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="Draw an image.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON list.")
     return parser
 
 

@@ -230,6 +230,15 @@ def _halo(
     return halo if sent < exchanged * length else None
 
 
+# Sizes that `tensor` splits, and what they count.
+_SPLIT_OVER_TENSOR = {
+    "num_heads": "query heads",
+    "num_kv_heads": "key/value heads",
+    "d_ff": "feed-forward features",
+    "vocab_size": "vocabulary entries",
+}
+
+
 def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
     if choice.devices != job.devices:
@@ -239,16 +248,24 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     if job.batch % choice.rows:
         ways = "data · fsdp" + " · micro-batches" * (choice.pipe > 1)
         ways += " · accumulate" * (choice.accumulate > 1)
-        return f"divisibility: batch {job.batch} over {ways} = {choice.rows}"
+        return (
+            f"divisibility: {job.batch} rows do not divide over {ways} = {choice.rows}"
+        )
     for kind in job.kinds:
         if kind.model.window is None and (why := _heads_obstacle(kind, choice)):
             return why
-        for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+        for name, noun in _SPLIT_OVER_TENSOR.items():
             if (size := getattr(kind.model, name)) % choice.tensor:
-                return f"divisibility: {name} {size} over tensor"
+                return (
+                    f"divisibility: {size} {noun} do not divide over "
+                    f"tensor={choice.tensor}"
+                )
     shards = choice.everyone * choice.pipe
     if job.model.d_model % shards:
-        return f"divisibility: d_model {job.model.d_model} over {shards} ZeRO shards"
+        return (
+            f"divisibility: a model size of {job.model.d_model} does not divide over "
+            f"{shards} ZeRO shards"
+        )
     try:
         schedule_of(choice.ring_schedule, choice.ring)
     except ValueError as error:
@@ -257,7 +274,10 @@ def obstacle(job: Job, choice: Choice) -> str | None:
         job.layout, choice.ring, choice.ulysses, choice.token_shards
     )
     if job.sequence % multiple:
-        return f"divisibility: sequence {job.sequence} is not a multiple of {multiple}"
+        return (
+            f"divisibility: {job.sequence} tokens are not a multiple of {multiple}, as "
+            f"{job.layout}, ring, ulysses and tensor need"
+        )
     for kind in job.kinds:
         # A halo needs whole shards, and leaves heads where they are.
         has_halo = halo_of_layer(kind, choice) is not None
@@ -270,10 +290,13 @@ def _heads_obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why the heads of a kind of layers cannot be exchanged, or None."""
     number, parts = job.model.num_heads, choice.tensor * choice.ulysses
     if parts > number:
-        return f"heads: {number} over tensor · ulysses = {parts}"
+        return f"heads: {number} query heads are fewer than tensor · ulysses = {parts}"
     own = -(-number // parts)
     if own % choice.ulysses_chunks:
-        return f"heads: {own} per device in {choice.ulysses_chunks} head groups"
+        return (
+            f"heads: {own} query heads of a device do not divide into "
+            f"{choice.ulysses_chunks} head groups"
+        )
     return None
 
 
@@ -285,9 +308,15 @@ def _pipeline_obstacle(model: LlamaConfig, choice: Choice) -> str | None:
         return None
     groups = choice.pipe * choice.interleave
     if model.num_layers % groups:
-        return f"divisibility: {model.num_layers} layers over pipe · interleave"
+        return (
+            f"divisibility: {model.num_layers} layers do not divide over pipe · "
+            f"interleave = {groups}"
+        )
     if not are_alike(model.kinds, groups):
-        return f"pipe: the {groups} groups of layers are not alike"
+        return f"pipe: the {groups} groups of layers (pipe · interleave) are not alike"
     if choice.pipeline.microbatches % choice.pipe:
-        return f"divisibility: {choice.microbatches} micro-batches over pipe"
+        return (
+            f"divisibility: {choice.microbatches} micro-batches do not divide over "
+            f"pipe={choice.pipe}"
+        )
     return None

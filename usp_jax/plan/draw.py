@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from usp_jax.plan.choice import obstacle
 from usp_jax.plan.command import describe
@@ -15,6 +17,11 @@ from usp_jax.units import GIB
 
 SPLITS = 6
 """Number of the best splits to draw."""
+_BESIDE: dict[str, Any] = {
+    "loc": "center left",
+    "bbox_to_anchor": (1, 0.5),
+    "fontsize": "small",
+}
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -22,9 +29,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     Of rows with the same split of sequence, tensors and layers, only the best is drawn.
 
-    The left plot has seconds per step from a quarter of the sequence up to four times
-    it; a line ends where the choice no longer fits. The right plot has memory by part
-    at the job's sequence.
+    The upper plot has seconds per step from a quarter of the sequence up to four times
+    it; a line ends where the choice no longer fits. The lower plot has memory by
+    part at the job's sequence.
 
     Args:
       rows: the plan, best first.
@@ -34,18 +41,29 @@ def draw(rows: Sequence[Row], path: Path) -> None:
       ValueError: matplotlib does not know the suffix.
     """
     top = _best_splits(rows)
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    times, parts = figure.subplots(1, 2)
+    job = rows[0].job
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure.suptitle(
+        f"{job.devices} x {job.machine.name}, {job.batch} x T tokens a step"
+    )
+    times, parts = figure.subplots(2)
     for row in top:
         lengths = _lengths(row)
         times.plot(
-            [length / 1024 for length, _ in lengths],
+            [length for length, _ in lengths],
             [seconds for _, seconds in lengths],
             marker="o",
             label=describe(row.choice),
         )
-    times.set(xscale="log", yscale="log", xlabel="K tokens", ylabel="seconds per step")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    times.set(
+        title="time", xscale="log", yscale="log", xlabel="T", ylabel="seconds per step"
+    )
+    ticks = sorted({x for line in times.lines for x in map(int, line.get_xdata())})
+    times.set_xticks(ticks, [f"{tick / 1024:g}K" for tick in ticks])
+    times.xaxis.set_minor_locator(NullLocator())
+    times.yaxis.set_major_formatter("{x:g}")
+    times.yaxis.set_minor_formatter("{x:g}")
+    times.legend(**_BESIDE)
     _bars(parts, top)
     figure.savefig(path)
 
@@ -81,5 +99,6 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.axvline(rows[0].job.machine.memory_bytes / GIB, color="black")
     axes.invert_yaxis()
-    axes.set_xlabel("GiB per device")
-    axes.legend(fontsize="small")
+    axes.set(xlabel="GiB per device", title=f"memory, T = {rows[0].job.sequence:,}")
+    axes.tick_params(axis="y", labelsize="small")
+    axes.legend(**_BESIDE)

@@ -30,6 +30,10 @@ EVALUATED = 2000
 """Number of choices to evaluate before a search is narrowed."""
 
 
+# Fields of a choice that come first in `Row.as_dict`.
+_SHOWN = ("pipe", "data", "fsdp", "tensor", "ring", "ulysses", "zero", "remat")
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A choice and its estimated cost.
@@ -100,11 +104,9 @@ class Row:
             return None if rate is None else rate / peak
 
         causal = self.rate(work.causal)
+        chosen = dataclasses.asdict(choice)
         return {
-            **{name: choice.sizes[name] for name in ("pipe", "data", "fsdp")},
-            **{name: choice.sizes[name] for name in ("tensor", "ring", "ulysses")},
-            "zero": choice.zero,
-            "remat": choice.remat,
+            **{name: chosen[name] for name in _SHOWN},
             "fits": self.fits,
             "reason": self.reason,
             "step_seconds": None if self.seconds is None else self.seconds.total,
@@ -114,6 +116,10 @@ class Row:
             "hfu": part(work_of(self.job, self.choice, self.job.documents).hardware),
             "peak_bytes": None if self.memory is None else round(self.memory.peak),
             "traffic_bytes": None if self.memory is None else round(self.sent),
+            "sequence": self.job.sequence,
+            "batch": self.job.batch,
+            **{name: value for name, value in chosen.items() if name not in _SHOWN},
+            "memory_bytes": self.memory and dataclasses.asdict(self.memory),
         }
 
 
@@ -348,7 +354,7 @@ def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
     reason = ""
     if not fits:
         reason = (
-            f"memory: {memory.peak / GIB:.1f} GiB of "
+            f"memory: a device needs {memory.peak / GIB:.1f} GiB and has "
             f"{job.machine.memory_bytes / GIB:.1f} GiB"
         )
     elif not choice.is_trained_here:

@@ -1,79 +1,105 @@
 """Prints a plan as text tables."""
 
 import collections
-import dataclasses
 from collections.abc import Sequence
 
+import rich.box
 import rich.console
 import rich.table
 
 from usp_jax.aot import Report
 from usp_jax.plan.command import describe, train_command
-from usp_jax.plan.memory import Memory, host_bytes
+from usp_jax.plan.memory import host_bytes
 from usp_jax.plan.search import Row
 from usp_jax.plan.tips import TIPS, against, wasteful
 from usp_jax.plan.traffic import by_axis
 from usp_jax.units import GIB
 
-WIDTH = 160
+WIDTH = 80
 """Columns of text that fit a table without cutting words."""
 
 
 def show(rows: Sequence[Row], top: int, model: str | None = None) -> None:
-    """Prints the best rows, why others were rejected, and the best one's command.
+    """Prints the best row, the next ones, why others were rejected, and a command.
 
     Args:
       rows: the plan, best first.
       top: number of rows in the table.
       model: the model's name or folder, as in `train_command`.
     """
-    job, console = rows[0].job, _console()
+    job, console, best = rows[0].job, _console(), rows[0]
     machine = job.machine
+    tokens = f"{job.batch} rows of {job.sequence:,} tokens"
     console.print(
-        f"{job.devices} x {machine.name}, {machine.memory_bytes / GIB:.1f} GiB each; "
-        f"{job.batch} x {job.sequence} tokens"
+        f"{job.devices} x {machine.name} with {machine.memory_bytes / GIB:.1f} GiB "
+        f"each; {tokens if job.batch > 1 else tokens.replace('rows', 'row')} a step"
     )
+    console.print(f"best: {headline(best)}" if best.can_train else "nothing fits")
     console.print(_table([row for row in rows if row.memory is not None][:top]))
+    _show_refused(console, rows)
+    if best.can_train:
+        _show_best(console, best)
+        console.print(
+            f"\nTo train with it:\n{train_command(job, best.choice, model)}",
+            soft_wrap=True,
+        )
+
+
+def headline(row: Row) -> str:
+    """Describes a row that fits in a line: its split, time, MFU and memory."""
+    values, (memory, _) = row.as_dict(), row.known
+    sizes = [f"{name} {size}" for name, size in row.choice.sizes.items() if size > 1]
+    return (
+        f"{' x '.join(sizes) or 'one device'}, ZeRO-{row.choice.zero}, "
+        f"remat {row.choice.remat}: {values['step_seconds']:.3g} s a step, "
+        f"{values['mfu_causal']:.0%} MFU, {memory.peak / GIB:.1f} of "
+        f"{row.job.machine.memory_bytes / GIB:.1f} GiB"
+    )
+
+
+def _show_refused(console: rich.console.Console, rows: Sequence[Row]) -> None:
+    """Prints how many rows each reason refuses, with an example."""
     refused = collections.Counter(
         row.reason.partition(":")[0] for row in rows if row.reason
     )
     for why, count in refused.most_common():
         example = next(row for row in rows if row.reason.startswith(why))
-        left_out = f"{count} x {why}, such as {describe(example.choice)}: "
-        console.print(left_out + example.reason.partition(": ")[2], soft_wrap=True)
-    best = rows[0]
-    if not best.can_train:
-        console.print("nothing fits")
-        return
+        reason = example.reason.partition(": ")[2]
+        console.print(
+            f"left out {count:,} for {why}, such as {describe(example.choice)}:"
+        )
+        console.print(f"  {reason}")
+
+
+def _show_best(console: rich.console.Console, best: Row) -> None:
+    """Prints what the best row sends and keeps, and what speaks against it."""
+    console.print("The best one, on each device:")
     for axes, sent in by_axis(best.transfers).items():
         console.print(f"  sends {_gib(sent)} GiB per step along {axes}")
-    if (host := host_bytes(job, best.choice)) > 0:
-        console.print(f"  keeps {_gib(host)} GiB per device in the host's memory")
+    if (host := host_bytes(best.job, best.choice)) > 0:
+        console.print(f"  keeps {_gib(host)} GiB in the host's memory")
     for number in against(best):
         console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
     for waste in wasteful(best):
         console.print(f"  {waste}")
-    console.print(train_command(job, best.choice, model), soft_wrap=True)
 
 
 def _table(rows: Sequence[Row]) -> rich.table.Table:
-    table = rich.table.Table()
-    parts = [field.name for field in dataclasses.fields(Memory)]
-    names = ["choice", "s/step", "TFLOP/s", "MFU causal", "full", "HFU", "GiB peak"]
-    for name in [*names, *parts, "sends", "tips", ""]:
-        table.add_column(name, justify="left" if name in ("choice", "") else "right")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    # The longest word of a split must not be cut.
+    table.add_column("split", min_width=22)
+    names = ("s/step", "TFLOP/s", "MFU", "HFU", "GiB peak", "GiB sent")
+    for name in names:
+        table.add_column(name, justify="right")
     for row in rows:
         values, (memory, _) = row.as_dict(), row.known
         table.add_row(
-            describe(row.choice),
+            describe(row.choice) + (" (does not fit)" if not row.fits else ""),
             f"{values['step_seconds']:.3g}",
             f"{values['tflops_per_device']:.0f}",
-            *(f"{values[name]:.1%}" for name in ("mfu_causal", "mfu_full", "hfu")),
+            *(f"{values[name]:.1%}" for name in ("mfu_causal", "hfu")),
             _gib(memory.peak),
-            *(_gib(getattr(memory, name)) for name in parts),
             _gib(row.sent),
-            ",".join(map(str, against(row))),
-            row.reason,
         )
     return table
 
@@ -84,9 +110,10 @@ def show_reports(found: Sequence[tuple[Row, Report]]) -> None:
     Args:
       found: rows with the reports of their compiled programs.
     """
-    table = rich.table.Table()
-    for name in ("choice", "peak", "compiler's", "sends", "compiler's", "fits"):
-        table.add_column(name, justify="left" if name == "choice" else "right")
+    title = "GiB per device, and as compiled"
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, title=title)
+    for name in ("split", "peak", "compiled", "sent", "compiled", "fits"):
+        table.add_column(name, justify="left" if name == "split" else "right")
     for row, report in found:
         peak = report.peak_bytes
         table.add_row(
