@@ -22,6 +22,9 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CASES = [*cases(), *cases(windowed_layers.STEPS)]
 # On 16 devices its 11008 features are no whole number of tiles: the compiler pads them.
 PADDED = ("llama2-7b", "v6e", 2048)
+# The TPU compiler sums the gradient of their output matrix, whose rows are 3840 long,
+# instead of scattering it, which sends twice as many bytes.
+SUMMED = ("gemma3-12b", "gemma3-12b-full")
 KEPT = [
     line
     for name in ("plan-bytes", "windowed-layers")
@@ -43,6 +46,8 @@ def check(report):
     near = 0.02 if plan.machine(report["machine"]).torus_dims else 0.001
     if (report["model"], report["machine"], report["sequence"]) == PADDED:
         near = 0.026
+    if near == 0.02 and report["model"] in SUMMED:
+        near = 0.032
     assert report["sent_ratio"] == pytest.approx(1, abs=near)
 
 
