@@ -101,7 +101,10 @@ def test_only_layers_that_exchange_heads_need_enough_of_them():
 def test_stages_need_the_same_kinds():
     assert why_not(MIXED, pipe=8, ring=2) is None
     assert why_not(MIXED, pipe=4, interleave=2, ring=2) is None
-    assert why_not(MIXED, pipe=12) == "pipe: the 12 groups of layers (pipe · interleave) are not alike"
+    assert (
+        why_not(MIXED, pipe=12)
+        == "pipe: the 12 groups of layers (pipe · interleave) are not alike"
+    )
     mesh = plan.Choice(pipe=2, ring=2, ulysses=4)
     job = dataclasses.replace(job_of(MIXED), batch=8)
     # Four rounds of three layers; three would be of four.
