@@ -320,6 +320,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_theta": 1e4},
         "rope_theta=10000.0 is not supported; it must be 500000.0",
     ),
+    "a base that the family has not": (
+        "olmo3",
+        {"rope_local_base_freq": 1e4},
+        "rope_local_base_freq=10000.0 is not supported; it must be null or left out",
+    ),
     "a type of RoPE that the family has not": (
         "phi3 long",
         {"rope_scaling": {"type": "linear", "factor": 2.0}},

@@ -14,7 +14,7 @@ from usp_jax.models.hf.files import Json, boolean, number, positive_int
 from usp_jax.models.hf.rope import FULL, WINDOWED, Rope, read_ropes, write_ropes
 
 # Keys that are written, where a family has them.
-WRITTEN = ("sliding_window", "use_sliding_window", "layer_types", "no_rope_layers")
+_WRITTEN = ("sliding_window", "use_sliding_window", "layer_types", "no_rope_layers")
 # (Whether a layer has the window, whether it has no RoPE) -> the name of its kind.
 _NAMES = {
     (False, False): DEFAULT,
@@ -38,11 +38,13 @@ def read_layers(
       ValueError: a key has a value that is not understood.
     """
     full, local = read_ropes(family, config)
-    width = number("head_dim", head_size)
+    rotated = None
+    if full.part != 1:
+        rotated = int(number("head_dim", head_size) * full.part)
     fields: dict[str, object] = {
         "rope_theta": full.theta,
         "rope_scaling": full.scaling,
-        "rotary_size": None if full.part == 1 else int(width * full.part),
+        "rotary_size": rotated,
     }
     if not family.layer_keys:
         _check_all(FULL, config)
@@ -79,9 +81,9 @@ def write_layers(family: Family, decoder: Decoder) -> dict[str, Json]:
         "layer_types": [FULL if x.window is None else WINDOWED for x in layers],
         "no_rope_layers": [int(x.rotary_size != 0) for x in layers],
     }
-    written = {key: keys[key] for key in WRITTEN if key in family.layer_keys}
-    ropes = (_rope(family, layer) for layer in (full[0], windowed[0]))
-    return {**written, **write_ropes(family, *ropes)}
+    written = {key: keys[key] for key in _WRITTEN if key in family.layer_keys}
+    ropes = write_ropes(family, _rope(family, full[0]), _rope(family, windowed[0]))
+    return {**written, **ropes}
 
 
 def _rope(family: Family, layer: Decoder) -> Rope:

@@ -12,8 +12,8 @@ OLMO3 = Family(
     windows=functools.partial(all_but_each, 4),
     nullable=("sliding_window",),
     defaults={"rms_norm_eps": 1e-5},
-    # transformers 5 applies another one to full layers only, older ones to all.
-    only={"rope_theta": (5e5,)},
+    # transformers 5 applies another base to full layers only, older ones to all.
+    only={"rope_theta": (5e5,), "rope_local_base_freq": ()},
     rope_theta=5e5,
     local_theta=5e5,
 )
