@@ -37,14 +37,19 @@ def model_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 def _scaling_record(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
+    fields: dict[str, Any] = json.loads(json.dumps(vars(scaling)))
     # Different kinds of scaling may have the same fields.
-    return {**vars(scaling), "type": type(scaling).__name__}
+    return {**fields, "type": type(scaling).__name__}
 
 
 def _scaling(record: Mapping[str, Any] | None) -> RopeScaling | None:
     if record is None:
         return None
     kinds = {kind.__name__: kind for kind in typing.get_args(RopeScaling)}
-    fields = {name: value for name, value in record.items() if name != "type"}
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record.items()
+        if name != "type"
+    }
     scaling: RopeScaling = kinds[record["type"]](**fields)
     return scaling

@@ -25,6 +25,7 @@ from usp_jax.models.rope_scaling import (
     DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     YarnScaling,
 )
 from usp_jax.plan import considered, search
@@ -245,6 +246,7 @@ def test_the_command_trains_what_was_planned():
         DynamicNTKScaling(2.0, 4096),
         YarnScaling(4.0, 4096, truncate=False),
         Llama3Scaling(8.0),
+        LongRopeScaling((1.0,) * 32, (1.0, 2.5) * 16, 4096, 4.0),
     ],
     ids=lambda scaling: type(scaling).__name__,
 )

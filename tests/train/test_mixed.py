@@ -17,7 +17,11 @@ from train.run_dir import check_same_run, record
 from train.trained import read_config
 from usp_jax.models.config import architecture
 from usp_jax.models.decoder import Variant
-from usp_jax.models.rope_scaling import LinearScaling, NTKScaling
+from usp_jax.models.rope_scaling import (
+    LinearScaling,
+    LongRopeScaling,
+    NTKScaling,
+)
 
 # The tests share the run `alone`, which one worker makes once.
 pytestmark = pytest.mark.xdist_group("mixed")
@@ -116,6 +120,11 @@ def test_the_record_of_a_model_is_read_back(alone: Config) -> None:
     written = json.loads(json.dumps(model_record(alone.model)))
     assert type(alone.model)(**model_fields(written)) == alone.model
     assert architecture(read_config(alone.run_dir)) == architecture(alone.model)
+    long = LongRopeScaling((1.0, 1.5), (2.0, 4.0), 16, 4.0)
+    phi = dataclasses.replace(alone.model, rope_scaling=long)
+    written = json.loads(json.dumps(model_record(phi)))
+    assert written == model_record(phi)
+    assert type(phi)(**model_fields(written)) == phi
     # A run older than layers of several kinds.
     plain = dataclasses.replace(alone.model, layer_types=("default",), variants=())
     old = model_record(plain)

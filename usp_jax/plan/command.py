@@ -108,7 +108,8 @@ def _option(name: str, value: object) -> str:
     section, dot, last = name.replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return f"--{section}{dot}{'' if value else 'no-'}{last}"
-    return f"--{section}{dot}{last} {value}"
+    words = value if isinstance(value, tuple) else (value,)
+    return f"--{section}{dot}{last} {' '.join(map(str, words))}"
 
 
 def describe(choice: Choice) -> str:
