@@ -1,4 +1,4 @@
-"""The configuration of a LLaMA: its architecture and how it is computed."""
+"""The configuration of a `Llama`: its architecture and how it is computed."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""LLaMA 2, 3, 3.1 and 3.2 as a Flax NNX module whose sequence is split over a mesh.
+"""LLaMA and its relatives as a Flax NNX module whose sequence is split over a mesh.
 
     mesh = usp_jax.make_mesh(ring=4, ulysses=2)
     model = Llama("llama3.2-1b", mesh=mesh, rngs=nnx.Rngs(0))
@@ -50,7 +50,7 @@ Placed = tuple[object, object]
 
 
 class Llama(nnx.Module):
-    """A LLaMA language model.
+    """A language model: a LLaMA, or another that a `LlamaConfig` describes.
 
     The parameters are the only state: one `nnx.Param` for each name of
     `parameters.stacks`, with all layers stacked along the first dim. Their dtype is
