@@ -56,6 +56,8 @@ def table(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         cells.setdefault(key, {})[case.model] = tuple(f"{x:.1f}" for x in numbers)
     rows = []
     for (machine, tokens), models in sorted(cells.items()):
+        if len(models) < 2:
+            continue
         pairs = zip(models["gemma3-12b"], models["gemma3-12b-full"], strict=True)
         both = (f"{own} ({other})" for own, other in pairs)
         rows.append((machine, f"{tokens // K}K", *both))

@@ -67,7 +67,7 @@ def test_kinds_of_layers_add_up(remat):
         assert getattr(whole.seconds, name) == pytest.approx(total)
     # A device also has copies of what a period's layers keep.
     kept = [part.memory.activations for part in parts]
-    assert sum(kept) < whole.memory.activations <= sum(kept) * (1 + 2 / 8)
+    assert sum(kept) < whole.memory.activations <= sum(kept) * (1 + 3 / 8)
     assert whole.memory.transient == max(part.memory.transient for part in parts)
     for name in ("layers", "attention", "layers_again"):
         total = sum(getattr(part.work, name) for part in parts)

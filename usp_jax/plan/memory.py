@@ -57,7 +57,7 @@ class Arrays:
     period: int | float
 
 
-GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0, period=2)
+GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0, period=3)
 TPU = Arrays(
     narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2, period=1.5
 )
