@@ -132,7 +132,7 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
     if mesh.pipe > 1:
         rows = job.batch // (mesh.data * mesh.fsdp)
         layers, kinds = job.model.num_layers // mesh.pipe, job.model.kinds
-        # Few rounds are possible if kinds of layers alternate; one may not be either.
+        # If kinds of layers alternate, even one round may be refused, by `obstacle`.
         most = next(
             (
                 n
