@@ -46,7 +46,7 @@ def save(
 ) -> None:
     """Saves a model as config.json and safetensors files.
 
-    `load` and transformers can read them. Every process must call this; process 0
+    `load` and transformers 5 can read them. Every process must call this; process 0
     writes, into a folder that all processes see. Process 0 holds one file's tensors in
     memory, the others one tensor. All files are written to the subfolder `.unfinished`
     and then renamed, config.json last: a folder that has it is complete, and a save
