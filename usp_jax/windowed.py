@@ -14,6 +14,7 @@ pass sends dk, dv of the halo back and nothing else, as the halo is saved.
 """
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -24,7 +25,7 @@ from usp_jax import kernels
 from usp_jax.call import FACTS, Call, Facts, logits_of
 from usp_jax.first_order import first_order
 from usp_jax.halo import Halo, halo_of, has_runs
-from usp_jax.masking import Mask
+from usp_jax.masking import Mask, MaskRule
 from usp_jax.ring import apart, side_by_side
 from usp_jax.shards import BY_HEAD, SEQ, TOKENS
 from usp_jax.ulysses import Heads
@@ -65,21 +66,44 @@ def takes_halo(call: Call, q_length: int, kv_length: int, facts: Facts) -> bool:
         return False
     if facts.positions is not None or q_length != kv_length:
         return False
-    if call.layouts[0] != call.layouts[1] or not has_runs(call.layouts[0], ring_size):
+    if call.layouts[0] != call.layouts[1]:
         return False
     if shards.mesh is None:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         if not set(shards.split) <= set(manual):
             return False
     length = q_length if shards.mesh is None else q_length // devices
+    return halo_if_less(call.layouts[0], ring_size, heads, length, rule) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def halo_if_less(
+    layout: str, ring_size: int, heads: Heads, length: int, rule: MaskRule
+) -> Halo | None:
+    """Returns a halo's tables if it sends less than all-to-alls and a ring, else None.
+
+    None also if the layout has no runs, or the halo is too long (`MOST_SHARDS`).
+
+    Args:
+      layout: order of the tokens.
+      ring_size: devices along the ring.
+      heads: the heads, and the devices along the Ulysses axis.
+      length: tokens of a device.
+      rule: a mask with bounds on both sides.
+    """
+    assert rule.before is not None and rule.after is not None
+    if not has_runs(layout, ring_size):
+        return None
     if rule.before + rule.after > MOST_SHARDS * length:
-        return False
+        return None
+    ulysses = heads.ulysses_size
+    halo = halo_of(layout, ring_size, ulysses, length, rule)
     # Heads of a token that each way sends, times ulysses: q, out and k, v in
     # all-to-alls, k, v around the ring. Both k, v and q, out have H + V numbers.
-    exchanged = heads.padded * (heads.ulysses_size - 1)
-    exchanged += heads.sent.size * (devices - 1)
-    halo = _halo(call, length).sent * heads.num_kv_heads * heads.ulysses_size
-    return halo < exchanged * length
+    exchanged = heads.padded * (ulysses - 1)
+    exchanged += heads.sent.size * (ring_size * ulysses - 1)
+    sent = halo.sent * heads.num_kv_heads * ulysses
+    return halo if sent < exchanged * length else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 
 from usp_jax.checks import check_positive_int
-from usp_jax.halo import Halo, halo_of, has_runs
+from usp_jax.halo import Halo
 from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.masking import MaskRule
 from usp_jax.models.config import LlamaConfig
@@ -23,7 +23,7 @@ from usp_jax.models.pipeline import Pipeline, are_alike
 from usp_jax.plan.machines import Machine
 from usp_jax.ring import schedule_of
 from usp_jax.ulysses import Heads
-from usp_jax.windowed import MOST_SHARDS
+from usp_jax.windowed import halo_if_less
 
 PROGRAMS = ("train", "megatron")
 MOST_DEVICES = 100_000
@@ -194,7 +194,7 @@ def halo_of_layer(job: Job, choice: Choice) -> Halo | None:
     """Returns the tables of the halo of one row that a layer's attention receives.
 
     None means that it sends none: it has no window, or all-to-alls and a ring send
-    less, as `usp_jax.windowed.takes_halo` decides.
+    less.
 
     Args:
       job: the job of one kind of layers, from `Job.kinds`.
@@ -203,31 +203,17 @@ def halo_of_layer(job: Job, choice: Choice) -> Halo | None:
     model = job.model
     if model.window is None or choice.sequence_shards == 1:
         return None
-    return _halo(
+    return halo_if_less(
         job.layout,
+        choice.ring,
         Heads(
             model.num_heads // choice.tensor,
             model.num_kv_heads // choice.tensor,
             choice.ulysses,
         ),
-        choice.ring,
         job.sequence // choice.sequence_shards,
-        model.window,
+        MaskRule(True, model.window - 1, 0),
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def _halo(
-    layout: str, heads: Heads, ring: int, length: int, window: int
-) -> Halo | None:
-    """The halo around the `length` tokens of each device, if one is sent."""
-    before, ulysses = window - 1, heads.ulysses_size
-    if before > MOST_SHARDS * length or not has_runs(layout, ring):
-        return None
-    halo = halo_of(layout, ring, ulysses, length, MaskRule(True, before, 0))
-    sent = halo.sent * heads.num_kv_heads * ulysses
-    exchanged = heads.padded * (ulysses - 1) + heads.sent.size * (ring * ulysses - 1)
-    return halo if sent < exchanged * length else None
 
 
 # Sizes that `tensor` splits, and what they count.
