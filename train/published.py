@@ -21,7 +21,6 @@ from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
-from usp_jax.models.lookup import download_hint
 
 # RoPE may differ from that of the weights, as when training continues on longer
 # contexts. All other fields must match the weights.
@@ -123,8 +122,7 @@ def _folder_config(folder: Path) -> LlamaConfig:
         # The computation dtype does not matter here.
         return hf.load_config(folder, dtype="float32")
     except ValueError as error:
-        hint = "" if folder.exists() else download_hint(str(folder))
-        raise ValueError(f"init_from={folder}: {error}{hint}") from error
+        raise ValueError(f"init_from={folder}: {error}") from error
 
 
 def _begun(config: Config) -> LlamaConfig | None:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.hub import download_hint
 from usp_jax.models.presets import PRESETS
 
 
@@ -38,21 +38,6 @@ def find_config(
             f"{download_hint(model)}"
         )
     return config if dtype is None else dataclasses.replace(config, dtype=dtype)
-
-
-def download_hint(model: str) -> str:
-    """Returns how to download a model, or "" if its name is not like a hub's.
-
-    Args:
-      model: a path that does not exist.
-    """
-    match = re.fullmatch(r"\w[\w.-]*/(\w[\w.-]*)", model)
-    if match is None or model.endswith(".json"):
-        return ""
-    return (
-        f"; if it is on huggingface.co, download it and give the folder {match[1]}: "
-        f"hf download {model} --local-dir {match[1]}"
-    )
 
 
 def _read(folder: Path, dtype: str | None) -> LlamaConfig:

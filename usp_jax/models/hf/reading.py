@@ -1,7 +1,6 @@
 """Loads a checkpoint in the Hugging Face format directly into a `Llama`'s shards."""
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -19,6 +18,7 @@ from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, Json, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
 from usp_jax.models.hf.names import Index, read_parameter, tensor_name, tensors
+from usp_jax.models.hub import download_hint
 from usp_jax.models.llama import Llama, check_dtypes
 from usp_jax.models.parameters import parameter_shapes
 from usp_jax.models.sharding import check_mesh, parameter_shardings
@@ -99,12 +99,8 @@ def load_config(
 def _content(path: str | os.PathLike[str]) -> dict[str, Json]:
     """Reads config.json; a name on the Hugging Face hub is not a folder."""
     name = os.fspath(path)
-    if not os.path.lexists(name) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        folder = name.partition("/")[2]
-        raise ValueError(
-            f"{name} does not exist; if it is a name on the Hugging Face hub, download "
-            f"it and give the folder: hf download {name} --local-dir {folder}"
-        )
+    if not os.path.lexists(name) and (hint := download_hint(name)):
+        raise ValueError(f"{name} does not exist{hint}")
     return read_json(Path(path) / CONFIG)
 
 
