@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from usp_jax.models.config import LlamaConfig
+from usp_jax.models.config import LlamaConfig, architecture
 from usp_jax.models.decoder import Decoder, of_kind
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.hf.allowed import NOTES, check_keys, family_of
@@ -55,8 +55,7 @@ def write_config(
     Raises:
       ValueError: no supported `model_type` can hold the model.
     """
-    fields = {x.name: getattr(config, x.name) for x in dataclasses.fields(Decoder)}
-    decoder = _explicit(Decoder(**fields))
+    decoder = _explicit(architecture(config))
     wanted, like = _with_model_type(like)
     families = [family for family in FAMILIES if family.text_of is None]
     families.sort(key=lambda family: family.model_type != wanted)
