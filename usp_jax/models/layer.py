@@ -29,6 +29,7 @@ from usp_jax.models.parameters import is_small
 from usp_jax.models.remat import HEADS, INPUT, MIDDLE, OUT
 from usp_jax.models.rope import rotate
 from usp_jax.models.sharding import Split
+from usp_jax.options import Options
 
 State = TypeVar("State")
 # (q, k, v, this layer's cache) -> (attention's output, the layer's state).
@@ -84,30 +85,33 @@ def self_attention(
     segment_ids: Int[Array, "b t"] | None,
 ) -> Attend[None]:
     """Returns the `Attend` for causal attention of whole sequences to themselves."""
-    window = None if config.window is None else (config.window - 1, 0)
 
     def attend(q: Array, k: Array, v: Array, _: KVCache | None) -> tuple[Array, None]:
-        out = usp_attention_per_shard(
-            q,
-            k,
-            v,
+        options = attention_options(config) | Options(
             is_causal=True,
-            local_window_size=window,
-            scale=config.attention_scale,
-            logits_soft_cap=config.logits_soft_cap,
             layout=layout,
             segment_ids=segment_ids,
             positions=(
                 jnp.broadcast_to(positions, q.shape[:2]) if layout == "data" else None
             ),
-            implementation=config.implementation,
             ring_schedule=config.ring_schedule,
             ulysses_chunks=config.ulysses_chunks,
         )
+        out = usp_attention_per_shard(q, k, v, **options)
         assert not isinstance(out, tuple)
         return out, None
 
     return attend
+
+
+def attention_options(config: LlamaConfig) -> Options:
+    """Returns the options of attention that training and decoding share."""
+    return Options(
+        local_window_size=None if config.window is None else (config.window - 1, 0),
+        scale=config.attention_scale,
+        logits_soft_cap=config.logits_soft_cap,
+        implementation=config.implementation,
+    )
 
 
 def _before(config: LlamaConfig, w: dict[str, Array], name: str, x: Array) -> Array:

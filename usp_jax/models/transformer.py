@@ -28,7 +28,15 @@ from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import of_kind
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import add_to
-from usp_jax.models.layer import Angles, Attend, State, layer, norm, self_attention
+from usp_jax.models.layer import (
+    Angles,
+    Attend,
+    State,
+    attention_options,
+    layer,
+    norm,
+    self_attention,
+)
 from usp_jax.models.layer_scan import scan_layers
 from usp_jax.models.parameters import layer_stacks
 from usp_jax.models.pipeline import Pipeline
@@ -37,6 +45,7 @@ from usp_jax.models.rope import rope_amplitude, rope_angles, rope_frequencies
 from usp_jax.models.segments import PerRun, Run, Segment, segments
 from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
+from usp_jax.options import Options
 from usp_jax.shards import Shards
 
 # A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
@@ -204,22 +213,13 @@ class Transformer:
         """
 
         def attend_of(kind: LlamaConfig) -> Attend[Written]:
-            window = None if kind.window is None else (kind.window - 1, 0)
-
             def attend(
                 q: Array, k: Array, v: Array, cache: KVCache | None
             ) -> tuple[Array, Written]:
                 assert cache is not None
                 cache = cache.append(k, v, positions=positions)
-                out = decode_attention(
-                    q,
-                    cache,
-                    positions=positions,
-                    local_window_size=window,
-                    scale=kind.attention_scale,
-                    logits_soft_cap=kind.logits_soft_cap,
-                    implementation=kind.implementation,
-                )
+                options = attention_options(kind) | Options(positions=positions)
+                out = decode_attention(q, cache, **options)
                 assert not isinstance(out, tuple)
                 # The scan copies its results: return only the page that was written.
                 return out, (cache.pages[-1], cache.used, cache.overflowed)
