@@ -18,6 +18,7 @@ from usp_jax.models.segments import segments
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 from usp_jax.plan.share import (
+    all_layer_sizes,
     call_of,
     end_tokens_of,
     has_out_norms,
@@ -164,15 +165,12 @@ class _Sizes:
     def of(cls, job: Job, choice: Choice) -> "_Sizes":
         model, size = job.model, job.itemsize
         output = model.vocab_size * model.d_model / choice.tensor
-        layers, norms, whole = 0.0, 0, 0.0
-        for kind in job.kinds:
-            number, sizes = layers_of(kind, choice), layer_sizes(kind, choice)
-            layers += number * sizes.matrices
-            norms += number * sizes.norms
-            whole += number * (sizes.whole + sizes.per_head)
+        sizes = all_layer_sizes(job, choice)
+        layers, whole = sizes.matrices, sizes.whole + sizes.per_head
         # A tied embedding is stored once, but its output matrix is a separate copy.
         tables = output * (1 if model.tie_embeddings else 2) + model.d_model
-        numbers = (layers + norms + tables / choice.pipe) / choice.everyone + whole
+        split = layers + sizes.norms + tables / choice.pipe
+        numbers = split / choice.everyone + whole
         copies, shared = 1, 1
         if choice.zero == 3:
             copies, shared = choice.split, choice.pipe

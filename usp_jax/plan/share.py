@@ -51,7 +51,7 @@ def loss_blocks(job: Job, choice: Choice) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSizes:
-    """Numbers of parameters in a layer, on one device along tensor.
+    """Numbers of parameters in a layer or some, on one device along tensor.
 
     Attributes:
       matrices: weights in matrices.
@@ -74,6 +74,17 @@ def layer_sizes(job: Job, choice: Choice) -> LayerSizes:
     per_head = 2 * model.head_size * model.qk_norm
     whole = layer_parameters(model) - matrices - norms - per_head
     return LayerSizes(matrices / choice.tensor, norms, per_head, whole / choice.tensor)
+
+
+def all_layer_sizes(job: Job, choice: Choice) -> LayerSizes:
+    """Returns the numbers of parameters in all layers of a device."""
+    each = [(layers_of(kind, choice), layer_sizes(kind, choice)) for kind in job.kinds]
+    return LayerSizes(
+        sum([number * sizes.matrices for number, sizes in each]),
+        sum([number * sizes.norms for number, sizes in each]),
+        sum([number * sizes.per_head for number, sizes in each]),
+        sum([number * sizes.whole for number, sizes in each]),
+    )
 
 
 def has_out_norms(job: Job) -> bool:

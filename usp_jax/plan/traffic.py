@@ -34,12 +34,12 @@ from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 from usp_jax.plan.share import (
     again_of,
+    all_layer_sizes,
     call_of,
     end_tokens_of,
     has_out_norms,
     kept_of,
     layer_sizes,
-    layers_of,
     loss_blocks,
     microbatch_of,
     rows_of,
@@ -216,16 +216,15 @@ class _Weights:
 
 
 def _weights(job: Job, choice: Choice) -> _Weights:
-    norms = per_head = 0
-    whole = layers = 0.0
-    for kind in job.kinds:
-        number, sizes = layers_of(kind, choice), layer_sizes(kind, choice)
-        norms += 4 * number * sizes.norms
-        whole += 4 * number * (sizes.whole + sizes.per_head)
-        per_head += 4 * number * sizes.per_head
-        layers += number * sizes.matrices * job.itemsize
-    output = job.model.vocab_size * job.model.d_model * job.itemsize / choice.tensor
-    return _Weights(norms, whole, per_head, 4 * job.model.d_model, layers, output)
+    sizes = all_layer_sizes(job, choice)
+    return _Weights(
+        norms=4 * sizes.norms,
+        whole=4 * (sizes.whole + sizes.per_head),
+        per_head=4 * sizes.per_head,
+        last_norm=4 * job.model.d_model,
+        layers=sizes.matrices * job.itemsize,
+        output=job.model.vocab_size * job.model.d_model * job.itemsize / choice.tensor,
+    )
 
 
 def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
