@@ -1,31 +1,12 @@
 """Models of the benchmarks whose layers have windows."""
 
 import dataclasses
-import math
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import DEFAULT, Variant
+from usp_jax.models.decoder import DEFAULT
 
-# The published vocabulary is 262208, which fewer meshes divide.
-GEMMA3_12B = LlamaConfig(
-    vocab_size=262144,
-    d_model=3840,
-    num_layers=48,
-    num_heads=16,
-    num_kv_heads=8,
-    head_size=256,
-    d_ff=15360,
-    rope_theta=1e6,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    qk_norm=True,
-    norm_placement="both",
-    zero_centered_norms=True,
-    activation="gelu_tanh",
-    embedding_scale=math.sqrt(3840),
-    layer_types=("windowed",) * 5 + (DEFAULT,),
-    variants=(Variant("windowed", window=1024, rope_theta=10000.0),),
-)
+# Fewer meshes divide the published vocabulary, 262208.
+GEMMA3_12B = LlamaConfig.preset("gemma3-12b", vocab_size=262144)
 
 
 def model_of(name: str) -> LlamaConfig:
