@@ -14,7 +14,7 @@ from flax import nnx
 
 import usp_jax
 from tests.models import oracle
-from tests.models.test_float64 import batch, check_equal
+from tests.models.test_float64 import CONFIG, batch, check_equal
 from usp_jax.models.decoder import Decoder, Variant, kinds_of, of_kind
 from usp_jax.models.layer_scan import scan_layers
 from usp_jax.models.llama import Llama, LlamaConfig
@@ -23,17 +23,7 @@ from usp_jax.models.parameters import layers_with, parameter_shapes
 from usp_jax.models.rope_scaling import LinearScaling, Llama3Scaling
 from usp_jax.models.segments import Run, Segment, segments
 
-PLAIN = LlamaConfig(
-    vocab_size=64,
-    d_model=32,
-    num_layers=5,
-    num_heads=8,
-    num_kv_heads=4,
-    head_size=4,
-    d_ff=24,
-    dtype="float64",
-    remat="attention_qkv",
-)
+PLAIN = dataclasses.replace(CONFIG, num_layers=5)
 # Like Gemma, with a layer without RoPE. The window reaches over three shards of eight.
 MIXED = dataclasses.replace(
     PLAIN,
