@@ -154,9 +154,9 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
     # are fetched and sent back.
     each = job.stored_itemsize + job.state_itemsize
     waited = each * numbers * choice.offload
-    beside = 2 * choice.accumulate * host_activations(job, choice)
+    streamed = 2 * choice.accumulate * host_activations(job, choice)
     bandwidth = job.machine.host_bandwidth
-    return waited / bandwidth + max(0.0, beside / bandwidth - computed)
+    return waited / bandwidth + max(0.0, streamed / bandwidth - computed)
 
 
 def _ring(

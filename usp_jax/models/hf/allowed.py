@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from usp_jax.models.hf.families import FAMILIES, Family
 from usp_jax.models.hf.files import Json
 
-# Keys that are read, beside those of a family's fields and layers.
+# Keys that all families read, apart from those of fields and layers.
 _READ = {
     "layer_types",
     "rope_theta",

@@ -133,10 +133,10 @@ class Family:
       model_type: its name in config.json.
       architecture: name of the class in transformers.
       fields: fields of `Decoder` that all its models have.
-      keys: keys of config.json, beside those that all families have.
+      keys: keys of config.json that not all families have.
       activation: the key of the activation's name.
       layer_keys: keys that say how layers differ, of those that `layers.py` knows.
-      required: keys that must be given, beside the sizes: their default in
+      required: keys that must be given, like the sizes: their default in
         transformers is not that of LLaMA.
       nullable: keys that must be given too, but may be null, which means none.
       defaults: transformers' values of keys that are left out.
