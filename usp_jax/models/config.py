@@ -1,10 +1,13 @@
 """The configuration of a `Llama`: its architecture and how it is computed."""
 
 import dataclasses
+import math
 from typing import Any
 
-from usp_jax.models.decoder import Decoder, check_decoder
+from usp_jax.models.decoder import Decoder
+from usp_jax.models.decoder_checks import check_decoder
 from usp_jax.models.execution import Execution, check_execution
+from usp_jax.models.parameters import parameter_shapes
 from usp_jax.models.presets import EXECUTIONS, PRESETS
 from usp_jax.models.rope import at_length
 
@@ -23,6 +26,11 @@ class LlamaConfig(Execution, Decoder):
     def __post_init__(self) -> None:
         check_decoder(self)
         check_execution(self)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(map(math.prod, parameter_shapes(self).values()))
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> "LlamaConfig":

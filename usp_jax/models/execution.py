@@ -21,6 +21,7 @@ from usp_jax.ring import schedule_of
 DTYPES = ("float32", "bfloat16", "float64")
 ZERO = (1, 3)
 REMAT = ("none", "full", "attention", "attention_qkv", "dots")
+EXPERT_AXES = ("fsdp", "ring", "ulysses")
 OFFLOAD = tuple(f"{name}_offload" for name in REMAT[1:])
 
 
@@ -71,11 +72,15 @@ class Staging:
         the `pipe` axis; None is one per stage, and more leave the stages less idle.
       interleave: number of non-adjacent groups of layers in a stage; more leave it less
         idle and send more.
+      expert_axes: mesh axes over which a layer's experts are spread, of "fsdp", "ring"
+        and "ulysses": tokens are sent to the devices that hold their experts. Over the
+        other axes experts are split and gathered like other weights.
     """
 
     zero: int = 3
     microbatches: int | None = None
     interleave: int = 1
+    expert_axes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +223,11 @@ def check_staging(staging: Staging) -> None:
     if staging.microbatches is not None:
         check_positive_int("microbatches", staging.microbatches)
     check_positive_int("interleave", staging.interleave)
+    axes = staging.expert_axes
+    if len(set(axes)) < len(axes) or not set(axes) <= set(EXPERT_AXES):
+        raise ValueError(
+            f"expert_axes={axes!r} must be names from {EXPERT_AXES}, each at most once"
+        )
 
 
 def _check_one_of(name: str, value: object, values: tuple[object, ...]) -> None:

@@ -190,7 +190,10 @@ class Llama(nnx.Module):
     @property
     def split(self) -> Split:
         """How the model's mesh splits arrays."""
-        return Split.of(self.mesh, self.config.zero, self.config.tensor_sequence)
+        config = self.config
+        return Split.of(
+            self.mesh, config.zero, config.tensor_sequence, config.expert_axes
+        )
 
     def run(
         self,
@@ -302,9 +305,15 @@ def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
     number of layers.
     """
     # Dims over which a product with the parameter sums.
-    inputs = dict.fromkeys(("q", "k", "v", "gate", "up"), "D") | {
-        "o": "NH",
-        "down": "F",
+    outputs = {"o": "NX", "down": "F", "expert_down": "W", "shared_down": "S"}
+    inputs = {
+        **dict.fromkeys(("q", "k", "v", "q_down", "kv_down", "gate", "up"), "D"),
+        **dict.fromkeys(("router", "expert_gate", "expert_up"), "D"),
+        **dict.fromkeys(("shared_gate", "shared_up", "shared_scale"), "D"),
+        "q_up": "R",
+        "k_up": "C",
+        "v_up": "C",
+        **outputs,
     }
     values, dtype = {}, config.stored_dtype
     for number, (name, shape) in enumerate(parameter_shapes(config).items()):
@@ -317,7 +326,7 @@ def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
         if kind in inputs:
             sizes = dict(zip(dims_of(name), shape, strict=True))
             width = math.prod(sizes[dim] for dim in inputs[kind])
-            if kind in ("o", "down"):
+            if kind in outputs:
                 width *= 2 * config.num_layers
             scale = 1 / math.sqrt(width)
         own = jax.random.fold_in(key, number)

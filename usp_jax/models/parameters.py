@@ -7,14 +7,19 @@ kind's name too: "q" and "q__wide".
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 from usp_jax.models.decoder import Decoder, counts_of, of_kind
 
 # Parameter -> (its dims, the dim split over `tensor`, the dim split over ZeRO axes).
-# L layer, D model, N query heads, K key/value heads, H head, F feed-forward, V
-# vocabulary. L is split over `pipe`; for parameters without L, `pipe` is one more ZeRO
-# axis. Parameters as small as a head are not split by ZeRO.
+# L layer, D model, N query heads, K key/value heads, H head, X value, F feed-forward,
+# V vocabulary; E experts, W feed-forward of an expert, S of the shared experts; latent
+# attention: R latent of queries, C of keys and values, J the same with a key's rotated
+# dims, P those of a key that RoPE does not rotate. L is split over `pipe`; for
+# parameters without L, `pipe` is one more ZeRO axis. The E of parameters of experts is
+# split over the expert axes, which are then no ZeRO axes. Parameters as small as a head
+# are not split by ZeRO.
 TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
@@ -28,17 +33,43 @@ TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "k_norm": ("LH", None, None),
     "whole_q_norm": ("LNH", "N", None),
     "whole_k_norm": ("LKH", "K", None),
-    "o": ("LNHD", "N", "D"),
+    "sinks": ("LN", "N", None),
+    "q_down": ("LDR", None, "D"),
+    "q_down_norm": ("LR", None, None),
+    "q_up": ("LRNH", "N", "R"),
+    "kv_down": ("LDJ", None, "D"),
+    "kv_down_norm": ("LC", None, None),
+    "k_up": ("LCNP", "N", "C"),
+    "v_up": ("LCNX", "N", "C"),
+    "o": ("LNXD", "N", "D"),
+    "o_bias": ("LD", None, "D"),
     "attention_out_norm": ("LD", None, "D"),
     "mlp_norm": ("LD", None, "D"),
     "gate": ("LDF", "F", "D"),
     "up": ("LDF", "F", "D"),
     "down": ("LFD", "F", "D"),
+    "router": ("LDE", None, "D"),
+    "router_bias": ("LE", None, None),
+    "router_correction_bias": ("LE", None, None),
+    "expert_gate": ("LEDW", "W", "D"),
+    "expert_up": ("LEDW", "W", "D"),
+    "expert_down": ("LEWD", "W", "D"),
+    "expert_gate_bias": ("LEW", "W", None),
+    "expert_up_bias": ("LEW", "W", None),
+    "expert_down_bias": ("LED", None, "D"),
+    "shared_gate": ("LDS", "S", "D"),
+    "shared_up": ("LDS", "S", "D"),
+    "shared_down": ("LSD", "S", "D"),
+    "shared_scale": ("LD", None, "D"),
     "mlp_out_norm": ("LD", None, "D"),
     "final_norm": ("D", None, "D"),
     "lm_head": ("VD", "V", "D"),
 }
 _KIND = "__"
+_SHARED = ("shared_gate", "shared_up", "shared_down")
+_EXPERT_BIASES = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
+_LATENT = ("q_down", "q_down_norm", "q_up", "kv_down", "kv_down_norm", "k_up", "v_up")
+_EXPERTS = tuple(x for x in TABLE if x.startswith(("router", "expert_", "shared_")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +101,42 @@ def is_of_layers(name: str) -> bool:
 
 
 def is_small(name: str) -> bool:
-    """Returns whether a parameter is a norm or a bias."""
-    return in_table(name).endswith(("norm", "bias"))
+    """Returns whether a parameter is a norm, a bias or a sink."""
+    return in_table(name).endswith(("norm", "bias", "sinks"))
+
+
+def is_of_experts(name: str) -> bool:
+    """Returns whether a parameter has a part for each routed expert."""
+    return in_table(name).startswith("expert_")
+
+
+def layer_parameters(decoder: Decoder) -> int:
+    """Returns the number of parameters in a layer of the default kind."""
+    return sum(math.prod(_shape(decoder, name)[1:]) for name in _of_layer(decoder))
+
+
+def active_weights(decoder: Decoder) -> int:
+    """Returns the number of weights of a layer that each token is multiplied by.
+
+    They are those of all matrices, but of the routed experts only those that a token
+    uses.
+
+    Args:
+      decoder: a model whose layers are of the default kind.
+    """
+    total = 0.0
+    for name in _of_layer(decoder):
+        if not is_small(name):
+            weights = math.prod(_shape(decoder, name)[1:])
+            total += weights * (_active_part(decoder) if is_of_experts(name) else 1)
+    return round(total)
+
+
+def _active_part(decoder: Decoder) -> float:
+    """The fraction of the routed experts that a token uses."""
+    experts = decoder.experts
+    assert experts is not None
+    return experts.experts_per_token / experts.num_experts
 
 
 def parameter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
@@ -121,13 +186,29 @@ def _of_layer(decoder: Decoder) -> set[str]:
     """Names in `TABLE` of the parameters of a layer of the default kind."""
     before = decoder.norm_placement in ("before", "both")
     after = decoder.norm_placement in ("after", "both")
+    experts = decoder.experts
     absent = {
         *(() if before else ("attention_norm", "mlp_norm")),
         *(() if after else ("attention_out_norm", "mlp_out_norm")),
         *(() if decoder.qkv_bias else ("q_bias", "k_bias", "v_bias")),
         *(() if decoder.qk_norm else ("q_norm", "k_norm")),
         *(() if decoder.whole_qk_norm else ("whole_q_norm", "whole_k_norm")),
+        *(() if decoder.sinks else ("sinks",)),
+        *(() if decoder.o_bias else ("o_bias",)),
+        *(_EXPERTS if experts is None else ("gate", "up", "down")),
     }
+    if decoder.latent is None:
+        absent |= {*_LATENT}
+    else:
+        absent |= {"k", "v", *(_LATENT[:3] if decoder.latent.q_rank is None else "q")}
+    if experts is not None:
+        absent |= {
+            *(() if experts.router_bias else ("router_bias",)),
+            *(() if experts.correction_bias else ("router_correction_bias",)),
+            *(() if experts.biases else _EXPERT_BIASES),
+            *(() if experts.shared_d_ff else _SHARED),
+            *(() if experts.shared_gate else ("shared_scale",)),
+        }
     return {name for name in TABLE if is_of_layers(name)} - absent
 
 
@@ -139,6 +220,21 @@ def _shape(decoder: Decoder, name: str) -> tuple[int, ...]:
         "K": decoder.num_kv_heads,
         "H": decoder.head_size,
         "F": decoder.d_ff,
+        "X": decoder.head_size,
         "V": decoder.vocab_size,
     }
+    if (latent := decoder.latent) is not None:
+        sizes |= {
+            "R": latent.q_rank or 0,
+            "C": latent.kv_rank,
+            "J": latent.kv_rank + latent.rope_size,
+            "P": decoder.head_size - latent.rope_size,
+            "X": latent.value_size,
+        }
+    if (experts := decoder.experts) is not None:
+        sizes |= {
+            "E": experts.num_experts,
+            "W": experts.d_expert,
+            "S": experts.shared_d_ff,
+        }
     return tuple(sizes[dim] for dim in TABLE[name][0])

@@ -7,12 +7,15 @@ once; over `fsdp` and the sequence axes, which ZeRO treats like the batch, the
 configuration's `zero` decides. Gradients go back the same way: the transpose of a
 gather is a reduce-scatter.
 
+Experts can be spread over some of these axes (`Staging.expert_axes`). Their parameters
+are then not gathered over these axes: tokens are sent to them instead.
+
 The model is a function of one device's shards, run on all devices. `Split` has the
 collectives it calls; they do nothing when nothing is split.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -23,8 +26,15 @@ from usp_jax.gathering import Turns, gathered, groups_in_turn, scattered
 from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Decoder, kinds_of
-from usp_jax.models.parameters import TABLE, in_table, is_of_layers, parameter_shapes
+from usp_jax.models.decoder import kinds_of
+from usp_jax.models.execution import EXPERT_AXES
+from usp_jax.models.parameters import (
+    TABLE,
+    in_table,
+    is_of_experts,
+    is_of_layers,
+    parameter_shapes,
+)
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.ring import schedule_of
 from usp_jax.varying import vary_over
@@ -55,6 +65,7 @@ class Split:
         devices and then over groups of them, which sends the same number of bytes. Over
         many devices at once, the TPU compiler turns both into an all-reduce, which
         sends twice as many.
+      experts: names of the axes that split experts.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -66,6 +77,7 @@ class Split:
     level: int = 3
     tensor_sequence: bool = False
     in_turn: bool = False
+    experts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -73,6 +85,7 @@ class Split:
         mesh: Mesh | AbstractMesh | None,
         level: int = 3,
         tensor_sequence: bool = False,
+        expert_axes: tuple[str, ...] = (),
     ) -> "Split":
         """Returns the split over a mesh; None is one device."""
 
@@ -90,6 +103,7 @@ class Split:
             level,
             tensor_sequence and bool(tensor),
             isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu",
+            split(*(name for name in EXPERT_AXES if name in expert_axes)),
         )
 
     @property
@@ -137,9 +151,18 @@ class Split:
     def parameter(self, name: str) -> jax.P:
         """Returns the partition spec of a parameter."""
         dims, tensor, zero = TABLE[in_table(name)]
-        axes = {tensor: self.tensor, zero: self.of_parameter(name).zero}
+        every = self.of_parameter(name).zero
+        axes = {tensor: self.tensor, zero: self.without_experts(name, every)}
         axes["L"] = self.stages
+        if is_of_experts(name):
+            axes["E"] = self.experts
         return jax.P(*(axes.get(dim) or None for dim in dims))
+
+    def without_experts(self, name: str, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns those of some ZeRO axes that split a parameter's ZeRO dim."""
+        if not is_of_experts(name):
+            return axes
+        return tuple(axis for axis in axes if axis not in self.experts)
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Returns the number of devices along some axes."""
@@ -154,8 +177,9 @@ class Split:
         Args:
           x: this device's shard.
           name: the parameter's name.
-          axes: names of the axes.
+          axes: names of the axes; experts are not gathered over theirs.
         """
+        axes = self.without_experts(name, axes)
         dims, _, zero = TABLE[in_table(name)]
         if zero is None:
             return vary_over(x, frozenset(axes))
@@ -164,6 +188,7 @@ class Split:
 
     def scatter(self, x: jax.Array, name: str, axes: tuple[str, ...]) -> jax.Array:
         """Sums over devices and splits: the transpose of `gather`."""
+        axes = self.without_experts(name, axes)
         dims, _, zero = TABLE[in_table(name)]
         assert zero is not None, name
         dim = x.ndim - len(dims) + dims.index(zero)
@@ -233,10 +258,10 @@ class Split:
 
 
 def parameter_shardings(
-    config: Decoder, mesh: Mesh | AbstractMesh
+    config: LlamaConfig, mesh: Mesh | AbstractMesh
 ) -> dict[str, NamedSharding]:
     """Returns the sharding of each parameter and of its optimizer state."""
-    split = Split.of(mesh)
+    split = Split.of(mesh, expert_axes=config.expert_axes)
     return {
         name: NamedSharding(mesh, split.parameter(name))
         for name in parameter_shapes(config)
@@ -250,6 +275,10 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
       ValueError: it cannot; the message names the size and the axes.
     """
     schedule_of(config.ring_schedule, axis_size(mesh, "ring"))
+    if config.expert_axes and all(own.experts is None for own, _ in kinds_of(config)):
+        raise ValueError(
+            f"expert_axes={config.expert_axes} spreads experts, but the model has none"
+        )
     if mesh is None:
         Pipeline.of(config, 1)
         return
@@ -259,20 +288,31 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
             "make_mesh(explicit=False)"
         )
     Pipeline.of(config, axis_size(mesh, "pipe"))
-    split = Split.of(mesh)
-    shards = {"ZeRO": split.ends.zero, "tensor": split.tensor}
-    needs = (
-        ("d_model", "ZeRO"),
-        ("num_heads", "tensor"),
-        ("num_kv_heads", "tensor"),
-        ("d_ff", "tensor"),
-        ("vocab_size", "tensor"),
-    )
+    split = Split.of(mesh, expert_axes=config.expert_axes)
     for own, _ in kinds_of(config):
-        for name, kind in needs:
-            size, parts = getattr(own, name), split.size(shards[kind])
-            if size % parts:
+        for name, size, axes in _divided(own, split):
+            if size % split.size(axes):
                 raise ValueError(
-                    f"{name}={size} must be a multiple of {parts}, the devices along "
-                    f"the mesh axes {shards[kind]}; give one of them fewer devices"
+                    f"{name}={size} must be a multiple of {split.size(axes)}, the "
+                    f"devices along the mesh axes {axes}; give one of them fewer "
+                    "devices"
                 )
+
+
+def _divided(
+    config: LlamaConfig, split: Split
+) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """Yields sizes of a kind of layer, by name, and the axes that must divide them."""
+    yield "d_model", config.d_model, split.ends.zero
+    for name in ("num_heads", "num_kv_heads", "vocab_size"):
+        yield name, getattr(config, name), split.tensor
+    if config.latent is not None:
+        yield "latent.kv_rank", config.latent.kv_rank, split.zero
+        yield "latent.q_rank", config.latent.q_rank or 0, split.zero
+    experts = config.experts
+    if experts is None:
+        yield "d_ff", config.d_ff, split.tensor
+        return
+    yield "experts.num_experts", experts.num_experts, split.experts
+    yield "experts.d_expert", experts.d_expert, split.tensor
+    yield "experts.shared_d_ff", experts.shared_d_ff, split.tensor

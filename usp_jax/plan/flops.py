@@ -25,7 +25,8 @@ shape count the same, whatever text they hold. The hardware's count is for `docu
 import dataclasses
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import kinds_of, layer_matrices
+from usp_jax.models.decoder import kinds_of
+from usp_jax.models.parameters import active_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def step_work(
     policy = (remat or model.remat).removesuffix("_offload")
     layers = attention = masked = again = 0.0
     for kind, count in kinds_of(model):
-        layers += 2 * tokens * count * layer_matrices(kind)
+        layers += 2 * tokens * count * active_weights(kind)
         again += 2 * tokens * count * _weights_again(kind, policy, tiled)
         each = 4 * kind.num_heads * kind.head_size * count * tokens / length
         attention += each * visible_pairs(kind.window, length)
@@ -134,7 +135,7 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
     inner = 2 * part * tiled
     if policy in ("none", "dots"):
         return inner
-    again = layer_matrices(model)
+    again = active_weights(model)
     if model.norm_placement == "before":
         # Nothing needs the output of a layer's last product, `down`.
         again -= part

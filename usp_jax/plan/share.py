@@ -5,7 +5,7 @@ Functions of one layer expect the job of one kind of layers, from `Job.kinds`.
 
 import dataclasses
 
-from usp_jax.models.decoder import layer_matrices, layer_parameters
+from usp_jax.models.parameters import active_weights, layer_parameters
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 
@@ -69,7 +69,7 @@ class LayerSizes:
 def layer_sizes(job: Job, choice: Choice) -> LayerSizes:
     """Returns the numbers of parameters in a layer."""
     model = job.model
-    matrices = layer_matrices(model)
+    matrices = active_weights(model)
     norms = (4 if model.norm_placement == "both" else 2) * model.d_model
     per_head = 2 * model.head_size * model.qk_norm
     whole = layer_parameters(model) - matrices - norms - per_head

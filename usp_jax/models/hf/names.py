@@ -48,7 +48,7 @@ _TENSORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "k_norm": ("self_attn.k_norm.weight", ("H",)),
     "whole_q_norm": ("self_attn.q_norm.weight", ("NH",)),
     "whole_k_norm": ("self_attn.k_norm.weight", ("KH",)),
-    "o": ("self_attn.o_proj.weight", ("D", "NH")),
+    "o": ("self_attn.o_proj.weight", ("D", "NX")),
     "attention_out_norm": ("post_attention_layernorm.weight", ("D",)),
     "mlp_norm": ("post_attention_layernorm.weight", ("D",)),
     "gate": ("mlp.gate_proj.weight", ("F", "D")),
