@@ -18,6 +18,7 @@ from train.config import (
 from usp_jax.layout import length_multiple
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.optimizer import check_adamw
+from usp_jax.models.training import check_router
 
 
 def check(config: Config) -> None:
@@ -87,6 +88,7 @@ def _check_numbers(config: Config) -> None:
             "exit status, at most 255"
         )
     check_adamw(config.optimizer, "optimizer.")
+    check_router(config.router, "router.")
     _check_ranges(flat)
     if config.sample.length and not config.sample.prompt:
         raise ValueError(

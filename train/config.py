@@ -16,9 +16,11 @@ from usp_jax.layout import LAYOUTS
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant
 from usp_jax.models.execution import Computation, MeshSizes, Staging, with_fields_of
+from usp_jax.models.experts import Experts
+from usp_jax.models.latent import Latent
 from usp_jax.models.optimizer import AdamW
 from usp_jax.models.pipeline import Pipeline
-from usp_jax.models.training import Training
+from usp_jax.models.training import Router, Training
 
 # "balanced" is called "data" in the op: each row has its own order.
 STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUTS)
@@ -41,6 +43,8 @@ class ModelConfig(Computation, Decoder):
         DEFAULT,
     )
     variants: Annotated[tuple[Variant, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    experts: Annotated[Experts | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    latent: Annotated[Latent | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +261,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     passkey: PasskeyConfig = PasskeyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    router: Router = Router()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -277,7 +282,13 @@ class Config:
     @property
     def training(self) -> Training:
         """The parts of a training step other than its model and mesh."""
-        return Training(self.optimizer, self.steps, self.accumulate, self.stored_layout)
+        return Training(
+            self.optimizer,
+            self.steps,
+            self.accumulate,
+            self.stored_layout,
+            self.router,
+        )
 
     @property
     def pipeline(self) -> Pipeline:

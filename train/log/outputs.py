@@ -6,7 +6,13 @@ from train.config import Config
 from train.log.flops import step_flops
 from train.log.metrics import MetricsFile, rates
 from train.log.progress import Progress
-from train.log.rows import Evaluated, MetricsRow, StepMetrics, read_rows
+from train.log.rows import (
+    Evaluated,
+    MetricsRow,
+    RouterMetrics,
+    StepMetrics,
+    read_rows,
+)
 from train.log.spikes import Spikes
 from train.log.wandb_run import WandbRun
 from usp_jax.plan.machines import peak_of_kind
@@ -35,7 +41,13 @@ class Outputs:
         )
 
     def write(
-        self, given: StepMetrics, found: Evaluated, *, seconds: float, skipped: int
+        self,
+        given: StepMetrics,
+        routers: RouterMetrics,
+        found: Evaluated,
+        *,
+        seconds: float,
+        skipped: int,
     ) -> None:
         """Logs a training step and prints warnings about it.
 
@@ -44,6 +56,7 @@ class Outputs:
 
         Args:
           given: the metrics of the step.
+          routers: the metrics of the model's routers; empty without experts.
           found: the results of an evaluation after it; empty without one.
           seconds: duration of the step.
           skipped: number of consecutive skipped steps up to this one.
@@ -51,7 +64,7 @@ class Outputs:
         limit = self._spikes.limit()
         spike = self._spikes.add(given["loss"])
         speed = rates(seconds, self._tokens, self._flops, self._peak)
-        row: MetricsRow = {**given, **speed, "spike": spike, **found}
+        row: MetricsRow = {**given, **routers, **speed, "spike": spike, **found}
         if skipped:
             self._progress.warn(
                 f"skipped step {row['step']}: its loss or gradient is not finite "

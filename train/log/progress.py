@@ -37,6 +37,8 @@ class Progress:
         )
         if row["mfu_causal"] is not None:
             status += f"  MFU {row['mfu_causal']:.1%}"
+        if "expert_load" in row:
+            status += f"  expert load {row['expert_load']:.2f}"
         if "eval_loss" in row:
             status += f"  eval loss {row['eval_loss']:.4f}"
         self._bar.update(self._task, completed=step, status=status)

@@ -19,6 +19,25 @@ class StepMetrics(TypedDict):
     data_seconds: float
 
 
+class RouterMetrics(TypedDict, total=False):
+    """The metrics of a model's routers; empty without experts.
+
+    Attributes:
+      balance_loss: the load-balancing loss, summed over layers.
+      z_loss: the z-loss, summed over layers.
+      expert_load: largest number of tokens of an expert over the mean of its layer, in
+        the layer where it is largest.
+      expert_rounds: rounds of the exchange, in the layer with most.
+      dropped: fraction of the pairs of token and expert that were dropped.
+    """
+
+    balance_loss: float
+    z_loss: float
+    expert_load: float
+    expert_rounds: float
+    dropped: float
+
+
 class Rates(TypedDict):
     """Rates computed from the duration of a step; None if unknown."""
 
@@ -37,7 +56,7 @@ class Evaluated(TypedDict, total=False):
     eval_perplexity: float
 
 
-class MetricsRow(StepMetrics, Rates, Evaluated):
+class MetricsRow(StepMetrics, RouterMetrics, Rates, Evaluated):
     """Everything that is logged of a training step."""
 
     spike: bool

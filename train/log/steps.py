@@ -7,7 +7,8 @@ import jax
 
 from train.config import Config
 from train.log.outputs import Outputs
-from train.log.rows import Evaluated, StepMetrics
+from train.log.rows import Evaluated, RouterMetrics, StepMetrics
+from usp_jax.models.training import ROUTER_METRICS
 
 
 class GaveUp(RuntimeError):
@@ -84,8 +85,13 @@ class Log:
                 skipped=values["skipped"],
                 data_seconds=waited,
             )
+            routers = {name: values[name] for name in ROUTER_METRICS if name in values}
             self._outputs.write(
-                step_metrics, evaluation, seconds=seconds, skipped=self.skipped
+                step_metrics,
+                RouterMetrics(**routers),
+                evaluation,
+                seconds=seconds,
+                skipped=self.skipped,
             )
         # The metrics are the same on all processes, so all of them give up.
         if self.skipped == self._most:

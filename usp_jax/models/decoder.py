@@ -167,6 +167,12 @@ def kinds_of(decoder: D) -> tuple[tuple[D, int], ...]:
     return tuple((of_kind(decoder, kind), count) for kind, count in counts.items())
 
 
+def experts_of(decoder: D) -> Experts | None:
+    """Returns the experts of the layers that have some; None if none has."""
+    own = [kind.experts for kind, _ in kinds_of(decoder)]
+    return next((experts for experts in own if experts is not None), None)
+
+
 def counts_of(decoder: Decoder) -> dict[str, int]:
     """Returns the number of layers of each kind, the default one first."""
     rounds, rest = divmod(decoder.num_layers, len(decoder.layer_types))

@@ -147,6 +147,11 @@ def _check_kinds(decoder: Decoder) -> None:
         raise ValueError(
             f"layer_types={types} must have at least one name, each one of {known}"
         )
+    experts = {decoder.experts, *(v.experts for v in decoder.variants)} - {None}
+    if len(experts) > 1:
+        raise ValueError(
+            f"all layers that have experts must have the same ones, not {experts}"
+        )
     for name in names:
         try:
             of_kind(decoder, name)

@@ -128,12 +128,19 @@ class Computation(Tuning):
       loss_block: number of vocabulary entries in these logits.
       implementation: the attention kernel, as in `usp_attention`; None is the
         platform's default.
+      expert_room: room for tokens in a round of the exchange with experts, relative to
+        equal loads. More leaves fewer further rounds and takes more memory.
+      capacity_factor: the largest number of a device's tokens that an expert takes,
+        relative to equal loads; the others skip it, which changes results. None drops
+        no token.
     """
 
     param_dtype: str | None = None
     loss_chunk: int = 1024
     loss_block: int = 8192
     implementation: str | None = None
+    expert_room: float = 1.25
+    capacity_factor: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +199,10 @@ def check_execution(execution: Execution) -> None:
         _check_one_of("param_dtype", execution.param_dtype, (None, *DTYPES))
     for name in ("loss_chunk", "loss_block"):
         check_positive_int(name, getattr(execution, name))
+    for name in ("expert_room", "capacity_factor"):
+        value = getattr(execution, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r} must be positive and finite")
     if execution.implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={execution.implementation!r} must be None or one of "

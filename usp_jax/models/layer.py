@@ -1,9 +1,9 @@
 """One layer of the transformer, as a function of one device's shards.
 
     x [b, s, D]
-      |- norm, enter -> q, k, v [b, t, n, H], rotated -> attention -> o -> leave -|
+      |- norm, enter -> attention (`mixer.py`) -> o --------------------> leave --|
       +---------------------------------------------------------------------------+
-      |- norm, enter -> gate, up [b, t, f] -> down ---------------------> leave --|
+      |- norm, enter -> feed-forward network or experts ----------------> leave --|
       +---------------------------------------------------------------------------+
     x [b, s, D]
 
@@ -13,29 +13,24 @@ Some models have norms after `leave`, instead of the others or as well. A layer'
 configuration is that of its kind, from `of_kind`.
 """
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from usp_jax import KVCache, usp_attention_per_shard
+from usp_jax import KVCache
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.execution import wide
 from usp_jax.models.feed_forward import feed_forward
+from usp_jax.models.mixer import Angles, Attend, heads_of
+from usp_jax.models.mixture import mixture
+from usp_jax.models.norms import norm
 from usp_jax.models.parameters import is_small
-from usp_jax.models.remat import HEADS, INPUT, MIDDLE, OUT
-from usp_jax.models.rope import rotate
+from usp_jax.models.remat import INPUT, MIDDLE, OUT
+from usp_jax.models.router_report import Counts
 from usp_jax.models.sharding import Split
-from usp_jax.options import Options
 
 State = TypeVar("State")
-# (q, k, v, this layer's cache) -> (attention's output, the layer's state).
-Attend = Callable[[Array, Array, Array, KVCache | None], tuple[Array, State]]
-# Cosine and sine; nothing without RoPE.
-Angles = tuple[Float[Array, "#b t h"], Float[Array, "#b t h"]] | tuple[()]
 
 
 def layer(
@@ -46,8 +41,9 @@ def layer(
     angles: Angles,
     attend: Attend[State],
     cache: KVCache | None,
-) -> tuple[Float[Array, "b s D"], State]:
-    """Returns x after one layer, and the state that `attend` returns.
+    real: Bool[Array, "b t"] | None,
+) -> tuple[Float[Array, "b s D"], State, Counts | None]:
+    """Returns x after one layer, `attend`'s state, and what the router counted.
 
     Args:
       config: the configuration of the layer's kind.
@@ -55,8 +51,10 @@ def layer(
       weights: this layer's shards, keyed by the names of `parameters.TABLE`.
       x: the residual stream.
       angles: cosine and sine of RoPE.
-      attend: computes attention from q, k, v and the cache.
+      attend: computes attention from its inputs and the cache.
       cache: this layer's cache, or None.
+      real: whether each token is not padding; None if none is. Experts leave padding
+        out.
     """
     x = checkpoint_name(x, INPUT)
     w = {
@@ -65,53 +63,20 @@ def layer(
     }
 
     y = split.enter(_before(config, w, "attention_norm", x))
-    q, k, v = (_heads(config, split, w, name, y) for name in "qkv")
-    if angles:
-        q, k = rotate(q, *angles), rotate(k, *angles)
-    out, state = attend(q, k, v, cache)
+    out, state = attend(heads_of(config, split, w, y, angles), cache)
     out = split.leave(jnp.einsum("BTNH,NHD->BTD", out, w["o"]))
+    if "o_bias" in w:
+        out = out + w["o_bias"].astype(out.dtype)[None, None]
     x = checkpoint_name(x + _after(config, w, "attention_out_norm", out), MIDDLE)
 
     y = split.enter(_before(config, w, "mlp_norm", x))
-    matrices = w["gate"], w["up"], w["down"]
-    out = split.leave(feed_forward(y, matrices, config.mlp_tile, config.activation))
-    return x + _after(config, w, "mlp_out_norm", out), state
-
-
-def self_attention(
-    config: LlamaConfig,
-    layout: str,
-    positions: Int[Array, "#b t"],
-    segment_ids: Int[Array, "b t"] | None,
-) -> Attend[None]:
-    """Returns the `Attend` for causal attention of whole sequences to themselves."""
-
-    def attend(q: Array, k: Array, v: Array, _: KVCache | None) -> tuple[Array, None]:
-        options = attention_options(config) | Options(
-            is_causal=True,
-            layout=layout,
-            segment_ids=segment_ids,
-            positions=(
-                jnp.broadcast_to(positions, q.shape[:2]) if layout == "data" else None
-            ),
-            ring_schedule=config.ring_schedule,
-            ulysses_chunks=config.ulysses_chunks,
-        )
-        out = usp_attention_per_shard(q, k, v, **options)
-        assert not isinstance(out, tuple)
-        return out, None
-
-    return attend
-
-
-def attention_options(config: LlamaConfig) -> Options:
-    """Returns the options of attention that training and decoding share."""
-    return Options(
-        local_window_size=None if config.window is None else (config.window - 1, 0),
-        scale=config.attention_scale,
-        logits_soft_cap=config.logits_soft_cap,
-        implementation=config.implementation,
-    )
+    counts = None
+    if config.experts is None:
+        matrices = w["gate"], w["up"], w["down"]
+        out = feed_forward(y, matrices, config.mlp_tile, config.activation)
+    else:
+        out, counts = mixture(config, split, w, y, real)
+    return x + _after(config, w, "mlp_out_norm", split.leave(out)), state, counts
 
 
 def _before(config: LlamaConfig, w: dict[str, Array], name: str, x: Array) -> Array:
@@ -122,50 +87,3 @@ def _before(config: LlamaConfig, w: dict[str, Array], name: str, x: Array) -> Ar
 def _after(config: LlamaConfig, w: dict[str, Array], name: str, x: Array) -> Array:
     """Applies the norm after a part of the layer, if the model has it."""
     return norm(config, checkpoint_name(x, OUT), w[name]) if name in w else x
-
-
-def _heads(
-    config: LlamaConfig, split: Split, w: dict[str, Array], name: str, y: Array
-) -> Array:
-    """Projects to q, k or v before RoPE, with the bias or norm some models have."""
-    x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
-    if f"{name}_bias" in w:
-        x = x + w[f"{name}_bias"].astype(x.dtype)[None, None]
-    if f"{name}_norm" in w:
-        return norm(config, checkpoint_name(x, HEADS), w[f"{name}_norm"])
-    if f"whole_{name}_norm" in w:
-        x = checkpoint_name(x, HEADS)
-        return _whole_norm(config, split, x, w[f"whole_{name}_norm"])
-    return x
-
-
-def _whole_norm(
-    config: LlamaConfig, split: Split, x: Array, weight: Array
-) -> Float[Array, "b t n H"]:
-    """Applies one norm to all heads, of which this device has some."""
-    y = x.astype(wide(x.dtype))
-    total = split.sum(jnp.sum(jnp.square(y), (-2, -1), keepdims=True), split.tensor)
-    number = x.shape[-2] * x.shape[-1] * split.size(split.tensor)
-    y = y * lax.rsqrt(total / number + config.rms_norm_eps)
-    return (y * _factor(config, weight)[None, None]).astype(x.dtype)
-
-
-def norm(
-    config: LlamaConfig, x: Float[Array, "... D"], weight: Float[Array, " D"]
-) -> Float[Array, "... D"]:
-    """Applies a model's RMSNorm."""
-    return rms_norm(x, _factor(config, weight), config.rms_norm_eps)
-
-
-def _factor(config: LlamaConfig, weight: Array) -> Array:
-    return 1 + weight if config.zero_centered_norms else weight
-
-
-def rms_norm(
-    x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
-) -> Float[Array, "... D"]:
-    """Applies RMSNorm (arXiv 1910.07467), computed in at least float32."""
-    y = x.astype(wide(x.dtype))
-    y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    weight = lax.expand_dims(weight, range(x.ndim - 1))
-    return (y * weight).astype(x.dtype)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from usp_jax.models.segments import PerRun, Run, segments
+from usp_jax.models.segments import PerRun, Run, Segment, segments
 
 # A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
 Row = TypeVar("Row")
@@ -59,6 +60,31 @@ def scan_layers(
             x, state = once(x, (part, tuple(own)))
         states.append(state)
     return x, tuple(states)
+
+
+def in_layer_order(
+    found: Sequence[Segment], states: PerRun[State | None]
+) -> State | None:
+    """Joins the states of layers in the order of the layers; None if there are none.
+
+    Args:
+      found: the segments of the layers.
+      states: as from `scan_layers`, of arrays that differ in the first dims only; None
+        for runs that have none.
+    """
+    parts = []
+    for segment, runs in zip(found, states, strict=True):
+        own = [run for run in runs if run is not None]
+        if not own:
+            continue
+        axis = int(segment.repeats > 1)
+        joined = jax.tree.map(lambda *x, axis=axis: jnp.concatenate(x, axis), *own)
+        if axis:
+            joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), joined)
+        parts.append(joined)
+    if not parts:
+        return None
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def _scan_runs(

@@ -279,7 +279,7 @@ def _logits(
     positions: jax.Array,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    x = transformer.hidden(weights, tokens, positions, segment_ids)
+    x, _ = transformer.hidden(weights, tokens, positions, segment_ids)
     return transformer.logits(weights, transformer.split.enter(x))
 
 

@@ -17,6 +17,11 @@ from jaxtyping import Array, Float, Int
 from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
+from usp_jax.models.router_report import (
+    RouterReport,
+    report_specs,
+    router_report,
+)
 from usp_jax.models.sharding import Split
 from usp_jax.models.transformer import Transformer, capped
 from usp_jax.models.weights import Weights
@@ -64,10 +69,40 @@ def loss(
       ValueError: a shape, dtype or length does not fit; with `validate_args`, a token
         or label is out of range, or they are traced.
     """
+    return routed_loss(
+        model,
+        tokens,
+        labels,
+        segment_ids=segment_ids,
+        positions=positions,
+        layout=layout,
+        validate_args=validate_args,
+    )[:2]
+
+
+def routed_loss(
+    model: Llama,
+    tokens: Ids,
+    labels: Ids,
+    *,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    layout: str = "natural",
+    validate_args: bool = False,
+) -> tuple[Float[Array, ""], Int[Array, ""], RouterReport | None]:
+    """Computes `loss`, and what the model's routers did.
+
+    The arguments and errors are those of `loss`.
+
+    Returns:
+      The sum of nats, the number of labels, and the routers' report; None for a model
+        without experts.
+    """
     batch, extra = _batch(
         model, tokens, labels, segment_ids, positions, layout, validate_args
     )
-    return model.run(_loss, batch, (jax.P(), jax.P()), extra)
+    report = report_specs(model.config)
+    return model.run(_loss, batch, (jax.P(), jax.P(), report), extra)
 
 
 def token_nats(
@@ -157,13 +192,15 @@ def _loss(
     positions: jax.Array,
     segment_ids: jax.Array | None,
     labels: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of nats, number of labels) over all devices."""
-    terms = _terms(transformer, weights, tokens, positions, segment_ids, labels)
+) -> tuple[jax.Array, jax.Array, RouterReport | None]:
+    """(sum of nats, number of labels, what routers did) over all devices."""
+    x, counts = transformer.hidden(weights, tokens, positions, segment_ids)
+    terms = _terms(transformer, weights, x, labels)
     split = terms[0].split
     nats = split.sum(_nats(*terms), split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
-    return nats, split.sum(count, split.batch + split.sequence)
+    count = split.sum(count, split.batch + split.sequence)
+    return nats, count, router_report(transformer.config, transformer.split, counts)
 
 
 def _token_nats(
@@ -175,7 +212,8 @@ def _token_nats(
     labels: jax.Array,
 ) -> jax.Array:
     """The nats of each of this device's labels."""
-    terms = _terms(transformer, weights, tokens, positions, segment_ids, labels)
+    x, _ = transformer.hidden(weights, tokens, positions, segment_ids)
+    terms = _terms(transformer, weights, x, labels)
     nats, _ = _nats_and_lse(*terms)
     return nats.reshape(-1)[: labels.size].reshape(labels.shape)
 
@@ -183,13 +221,10 @@ def _token_nats(
 def _terms(
     transformer: Transformer,
     weights: Weights,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array | None,
+    x: jax.Array,
     labels: jax.Array,
 ) -> tuple[_Output, jax.Array, jax.Array, jax.Array]:
-    """The arguments of `_nats` for a device's part of a batch."""
-    x = transformer.hidden(weights, tokens, positions, segment_ids)
+    """The arguments of `_nats` for a device's part of a batch, from `hidden`."""
     config = transformer.config
     output = _Output(transformer.split.ends, config.loss_chunk, config.final_soft_cap)
     return output, x, _blocks(weights.lm_head, config.loss_block), labels

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from usp_jax.models.execution import wide
+from usp_jax.models.moe import updated_correction
 from usp_jax.models.parameters import is_of_layers, is_small
 
 Params = dict[str, Array]
@@ -178,6 +179,26 @@ class Optimizer:
         update = _streamed if self.config.offload else _updated
         params, kept = update(self.adamw, finite, gradient, params, memory[1])
         return params, (clipped, kept)
+
+    def balance(self, params: Params, load: Int[Array, "L E"], rate: float) -> Params:
+        """Returns the parameters with the routers' correction biases updated.
+
+        `moe.updated_correction` has the rule. Models without correction biases are
+        unchanged.
+
+        Args:
+          params: the parameters after `update`.
+          load: number of tokens that each expert got in this step; 0 changes nothing.
+          rate: the amount by which a bias moves.
+        """
+        name = "router_correction_bias"
+        if name not in params:
+            return params
+        bias = self.fetch({name: params[name]})[name]
+        bias = updated_correction(bias, load, rate)
+        if self.config.offload:
+            bias = jax.device_put(bias, jax.memory.Space.Host)
+        return params | {name: bias}
 
 
 def _updated(

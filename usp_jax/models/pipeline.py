@@ -36,6 +36,8 @@ from usp_jax.varying import vary_like
 
 # A pytree of small arrays [b, ...].
 Facts = TypeVar("Facts")
+# A pytree of arrays.
+Extra = TypeVar("Extra")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,21 +99,23 @@ class Pipeline:
 
     def run(
         self,
-        stage: Callable[[Array, Array, Facts], Array],
+        stage: Callable[[Array, Array, Facts], tuple[Array, Extra]],
         x: Float[Array, "b t D"],
         facts: Facts,
-    ) -> Float[Array, "b t D"]:
+    ) -> tuple[Float[Array, "b t D"], Extra]:
         """Runs this device's share of a batch through all stages.
 
         Args:
           stage: called as stage(x, round, facts), for one micro-batch and this device's
-            group of layers of a round: [b·P/M, t, D] -> [b·P/M, t, D].
+            group of layers of a round: [b·P/M, t, D] -> [b·P/M, t, D]. It also returns
+            a pytree of arrays.
           x: this device's share of the batch.
           facts: small arrays [b, ...] that belong to the rows of x; a stage gets those
             of its micro-batch. Arrays with one row apply to all rows.
 
         Returns:
-          The outputs of the last stage, for the same rows as x.
+          The outputs of the last stage, for the same rows as x; and the other results
+            of this device's stage, with a leading dim for the ticks, 0 when it is idle.
         """
         shares = self.microbatches // self.stages
         index = lax.axis_index(self.axis)
@@ -120,25 +124,43 @@ class Pipeline:
 
         def body(
             carry: tuple[Array, Array, Array], tick: Array
-        ) -> tuple[tuple[Array, Array, Array], None]:
+        ) -> tuple[tuple[Array, Array, Array], Extra]:
             received, belt, waiting = carry
             belt, waiting = self._exchange(tick, belt, waiting)
             begins = (index == 0) & (tick % self._period < self.stages)
             x = jnp.where(begins, belt, received)
             belt = jnp.where(begins, received, belt)
-            number = jnp.clip(tick - index, 0, self.rounds * self.microbatches - 1)
+            units = self.rounds * self.microbatches
+            number = jnp.clip(tick - index, 0, units - 1)
             group, place = number // self._period, number % self._period
             turn, own = place // self.stages, place % self.stages
-            x = stage(x, turn, facts_of(own, group))
-            return (self._pass_on(x, 1), self._pass_on(belt, -1), waiting), None
+            x, extra = stage(x, turn, facts_of(own, group))
+            busy = number == tick - index
+            extra = jax.tree.map(lambda x: jnp.where(busy, x, 0), extra)
+            return (self._pass_on(x, 1), self._pass_on(belt, -1), waiting), extra
 
         waiting = x.reshape(shares_shape)
         belt = waiting[0]
         carry = vary_like(jnp.zeros_like(belt), belt), belt, waiting
         ticks = lax.iota(jnp.int32, self.ticks)
-        (received, belt, done), _ = lax.scan(body, carry, ticks)
+        (received, belt, done), extra = lax.scan(body, carry, ticks)
         belt = self._pass_on(jnp.where(index == 0, received, belt), -1)
-        return done.at[shares - 1].set(belt).reshape(x.shape)
+        return done.at[shares - 1].set(belt).reshape(x.shape), extra
+
+    def in_layer_order(self, x: Array) -> Array:
+        """Sums results of `run` over micro-batches: [ticks, L/(P·v), ...] -> [L, ...].
+
+        Args:
+          x: this device's results, with a dim for the layers of a group after that for
+            the ticks.
+        """
+        index = lax.axis_index(self.axis)
+        number = jnp.maximum(lax.iota(jnp.int32, self.ticks) - index, 0)
+        turns = number % self._period // self.stages
+        rows = jnp.zeros((self.rounds, *x.shape[1:]), x.dtype).at[turns].add(x)
+        groups = jnp.zeros((self.rounds, self.stages, *x.shape[1:]), x.dtype)
+        groups = vary_like(groups, rows).at[:, index].set(rows)
+        return lax.psum(groups, self.axis).reshape(-1, *x.shape[2:])
 
     @property
     def _period(self) -> int:

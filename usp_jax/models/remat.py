@@ -7,6 +7,7 @@ from jax.extend.core import Primitive
 
 from usp_jax import SAVED_NAMES
 from usp_jax.models.feed_forward import INNER_PRODUCTS
+from usp_jax.models.moe import KEPT_NAMES
 
 # Checkpoint names of a layer, apart from those of attention and feed-forward.
 # OUT is what a norm after a part of the layer is applied to.
@@ -16,7 +17,7 @@ _KEPT = {
     "full": (),
     "attention": ("usp_out", "usp_lse"),
     "attention_qkv": SAVED_NAMES,
-    "dots": (*SAVED_NAMES, HEADS, MIDDLE, OUT, *INNER_PRODUCTS),
+    "dots": (*SAVED_NAMES, HEADS, MIDDLE, OUT, *INNER_PRODUCTS, *KEPT_NAMES),
 }
 
 

@@ -26,7 +26,7 @@ from usp_jax.gathering import Turns, gathered, groups_in_turn, scattered
 from usp_jax.layout import length_multiple
 from usp_jax.mesh import axis_size
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import kinds_of
+from usp_jax.models.decoder import experts_of, kinds_of
 from usp_jax.models.execution import EXPERT_AXES
 from usp_jax.models.parameters import (
     TABLE,
@@ -275,7 +275,7 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh | None) -> None:
       ValueError: it cannot; the message names the size and the axes.
     """
     schedule_of(config.ring_schedule, axis_size(mesh, "ring"))
-    if config.expert_axes and all(own.experts is None for own, _ in kinds_of(config)):
+    if config.expert_axes and experts_of(config) is None:
         raise ValueError(
             f"expert_axes={config.expert_axes} spreads experts, but the model has none"
         )

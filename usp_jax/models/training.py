@@ -5,6 +5,7 @@ parameters (`sharding.py`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NotRequired, TypedDict
 
@@ -21,8 +22,9 @@ from usp_jax.models.accumulate import summed
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
-from usp_jax.models.loss import loss
+from usp_jax.models.loss import routed_loss
 from usp_jax.models.optimizer import AdamW, Optimizer, Params, check_adamw
+from usp_jax.models.router_report import RouterReport
 from usp_jax.models.sharding import parameter_shardings
 
 
@@ -45,6 +47,8 @@ class Batch(TypedDict):
 
 Metrics = dict[str, Array]
 METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
+ROUTER_METRICS = ("balance_loss", "z_loss", "expert_load", "expert_rounds", "dropped")
+"""Metrics of models with experts, in addition to `METRICS`."""
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +72,42 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Router:
+    """How the routers of a model with experts are trained to use all experts alike.
+
+    Attributes:
+      balance_loss: coefficient of the load-balancing loss (arXiv 2101.03961, equations
+        4 to 6), which is summed over layers.
+      z_loss: coefficient of the z-loss (arXiv 2202.08906, equation 5), which is summed
+        over layers too.
+      bias_rate: amount by which a step raises the correction bias of an expert that got
+        fewer tokens than the mean, and lowers that of one that got more (arXiv
+        2408.15664), in models that have such a bias.
+    """
+
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    bias_rate: float = 0.001
+
+
+def check_router(router: Router, section: str = "") -> None:
+    """Checks each field of `Router`.
+
+    Args:
+      router: the fields to check.
+      section: prefix of the field names in messages.
+
+    Raises:
+      ValueError: a value is invalid; the message names the field and its value.
+    """
+    for name, value in vars(router).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{section}{name}={value} must not be negative or infinite"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """Options of a training step, apart from the model and the mesh.
 
@@ -77,6 +117,7 @@ class Training:
       accumulate: number of parts in which the rows are processed, in sequence; only one
         part's activations are in memory at a time.
       layout: the layout in which rows are stored, as a `Llama` takes it.
+      router: how routers are trained, in a model with experts.
 
     Raises:
       ValueError: a value is invalid; the message names the field.
@@ -86,9 +127,11 @@ class Training:
     steps: int
     accumulate: int = 1
     layout: str = "natural"
+    router: Router = Router()
 
     def __post_init__(self) -> None:
         check_adamw(self.adamw)
+        check_router(self.router)
         check_positive_int("steps", self.steps)
         check_positive_int("accumulate", self.accumulate)
 
@@ -111,42 +154,63 @@ def nats_of(
     """
 
     def nats(params: Params, part: Batch) -> tuple[Array, Array]:
-        return loss(
-            nnx.merge(graphdef, params),
-            part["tokens"],
-            part["labels"],
-            segment_ids=part["segment_ids"],
-            positions=part.get("positions"),
-            layout=layout,
-        )
+        return _routed_loss(graphdef, layout, params, part)[:2]
 
     return nats
+
+
+def _routed_loss(
+    graphdef: nnx.GraphDef[Llama], layout: str, params: Params, part: Batch
+) -> tuple[Array, Array, RouterReport | None]:
+    return routed_loss(
+        nnx.merge(graphdef, params),
+        part["tokens"],
+        part["labels"],
+        segment_ids=part["segment_ids"],
+        positions=part.get("positions"),
+        layout=layout,
+    )
 
 
 def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
     """Returns the training step, not yet compiled.
 
     The loss is the mean of nats over all labels of the batch, also when its rows are
-    processed in parts; gradients of parts are summed in at least float32. A step whose
-    loss or gradient is not finite is counted but changes nothing else.
+    processed in parts; gradients of parts are summed in at least float32. Losses of
+    routers are means over the parts, or micro-batches; their gradients are added, but
+    they are not part of the metric "loss". A step whose loss or gradient is not finite
+    is counted but changes nothing else.
 
     Args:
       graphdef: the model without its parameters.
       training: the options of the step.
     """
-    nats, optimizer = nats_of(graphdef, training.layout), training.optimizer
+    optimizer, parts = training.optimizer, training.accumulate
 
-    def mean(params: Params, batch: Batch) -> tuple[Array, Params]:
-        """Returns the mean of nats over all labels, and its gradient."""
-        pull = jax.value_and_grad(nats, has_aux=True)
-        (total, labels), gradient = summed(pull, training.accumulate, params, batch)
+    def mean(params: Params, batch: Batch) -> tuple[Array, Params, RouterReport | None]:
+        """Returns the mean of nats, the gradient, and the routers' report."""
+        weight = _labels(batch) / parts
+
+        def objective(
+            params: Params, part: Batch
+        ) -> tuple[Array, tuple[Array, Array, RouterReport | None]]:
+            nats, labels, report = _routed_loss(graphdef, training.layout, params, part)
+            total = nats
+            if report is not None:
+                total = total + weight * _router_loss(training.router, report)
+            return total, (nats, labels, report)
+
+        pull = jax.value_and_grad(objective, has_aux=True)
+        (_, aux), gradient = summed(pull, parts, params, batch)
+        total, labels, report = aux
         # A batch of only one-token documents has no labels.
         scale = 1 / jnp.maximum(labels, 1).astype(total.dtype)
-        return total * scale, jax.tree.map(lambda x: _scaled(x, scale), gradient)
+        gradient = jax.tree.map(lambda x: _scaled(x, scale), gradient)
+        return total * scale, gradient, report
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params = optimizer.fetch(state.params)
-        value, gradient = mean(params, batch)
+        value, gradient, report = mean(params, batch)
         norm = optax.tree.norm(gradient)
         # Both are the same on all devices, so all devices skip the same steps.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -155,9 +219,38 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
         params, memory = optimizer.update(
             finite, gradient, state.params, state.optimizer
         )
+        if report is not None:
+            metrics |= _router_metrics(report, parts)
+            load = jnp.where(finite, report.load, 0)
+            params = optimizer.balance(params, load, training.router.bias_rate)
         return State(state.step + 1, params, memory), metrics
 
     return step
+
+
+def _labels(batch: Batch) -> Array:
+    """The number of labels of a batch, at least 1."""
+    return jnp.maximum(jnp.sum(batch["labels"] >= 0), 1).astype(jnp.float32)
+
+
+def _router_loss(router: Router, report: RouterReport) -> Array:
+    return router.balance_loss * report.balance + router.z_loss * report.z
+
+
+def _router_metrics(report: RouterReport, parts: int) -> Metrics:
+    """The metrics of routers, from sums over the parts of a batch."""
+    load = report.load.astype(jnp.float32)
+    pairs = jnp.maximum(jnp.sum(load), 1)
+    mean = jnp.maximum(jnp.mean(load, -1), 1)
+    values = (
+        report.balance / parts,
+        report.z / parts,
+        # The largest share of an expert over the mean, in the worst layer.
+        jnp.max(jnp.max(load, -1) / mean),
+        report.rounds / parts,
+        report.dropped / pairs,
+    )
+    return dict(zip(ROUTER_METRICS, values, strict=True))
 
 
 def _scaled(x: Array, scale: Array) -> Array:

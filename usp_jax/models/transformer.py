@@ -28,20 +28,22 @@ from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import of_kind
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import add_to
-from usp_jax.models.layer import (
+from usp_jax.models.layer import layer
+from usp_jax.models.layer_scan import in_layer_order, scan_layers
+from usp_jax.models.mixer import (
     Angles,
     Attend,
+    Heads,
     State,
     attention_options,
-    layer,
-    norm,
     self_attention,
 )
-from usp_jax.models.layer_scan import scan_layers
+from usp_jax.models.norms import norm
 from usp_jax.models.parameters import layer_stacks
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.remat import policy
 from usp_jax.models.rope import rope_amplitude, rope_angles, rope_frequencies
+from usp_jax.models.router_report import Counts
 from usp_jax.models.segments import PerRun, Run, Segment, segments
 from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
@@ -111,25 +113,28 @@ class Transformer:
         tokens: Int[Array, "b t"],
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
-    ) -> Float[Array, "b s D"]:
-        """Returns the output of the final norm.
+    ) -> tuple[Float[Array, "b s D"], Counts | None]:
+        """Returns the output of the final norm, and what routers counted.
 
-        Apply `Split.enter` to it before `logits`.
+        Apply `Split.enter` to the former before `logits`. The counts have a leading
+        dim for the layers with experts, in a pipeline after one for the ticks; they are
+        None if there are no such layers.
         """
-        x = self._embed(weights.embed, tokens)
+        x, facts = self._embed(weights.embed, tokens), (positions, segment_ids)
         if self.split.stages:
-            x = self._stages(weights, x, (positions, segment_ids))
+            x, counts = self._stages(weights, x, facts)
         else:
-            x, _ = self._run_layers(
-                x,
-                weights.layers,
-                _own_row,
-                positions,
-                lambda own: self_attention(own, self.layout, positions, segment_ids),
+            x, _, counts = self._run_layers(
+                x, weights.layers, _own_row, facts, self._attend_to_itself(facts)
             )
-        return norm(self.config, x, weights.final_norm)
+        return norm(self.config, x, weights.final_norm), counts
 
-    def _stages(self, weights: Weights, x: Array, facts: Facts) -> Array:
+    def _attend_to_itself(self, facts: Facts) -> Callable[[LlamaConfig], Attend[None]]:
+        return lambda kind: self_attention(kind, self.layout, *facts)
+
+    def _stages(
+        self, weights: Weights, x: Array, facts: Facts
+    ) -> tuple[Array, Counts | None]:
         """Runs this device's share of the rows through all pipeline stages."""
         config, copies = self.config, weights.layers
         pipeline = Pipeline.of(config, self.split.size(self.split.stages))
@@ -145,20 +150,15 @@ class Transformer:
             number, total = row
             return add_to(total, copies[name][number])
 
-        def stage(x: Array, turn: Array, facts: Facts) -> Array:
+        def stage(x: Array, turn: Array, facts: Facts) -> tuple[Array, Counts | None]:
             own = {}
             for name, total in sums.items():
                 number = total.shape[1]
                 own[name] = turn * number + lax.iota(jnp.int32, number), total[turn]
-            x, _ = self._run_layers(
-                x,
-                own,
-                weight_of,
-                facts[0],
-                lambda own: self_attention(own, self.layout, *facts),
-                kinds=kinds,
+            x, _, counts = self._run_layers(
+                x, own, weight_of, facts, self._attend_to_itself(facts), kinds=kinds
             )
-            return x
+            return x, counts
 
         return pipeline.run(stage, x, facts)
 
@@ -180,23 +180,21 @@ class Transformer:
             itself = self_attention(kind, self.layout, positions, segment_ids)
             pages, window = room.of(kind)
 
-            def attend(
-                q: Array, k: Array, v: Array, _: KVCache | None
-            ) -> tuple[Array, KVCache]:
+            def attend(heads: Heads, _: KVCache | None) -> tuple[Array, KVCache]:
                 cache = KVCache.of_shards(
-                    k,
-                    v,
+                    heads.k,
+                    heads.v,
                     positions=jnp.broadcast_to(positions, tokens.shape),
                     segment_ids=segment_ids,
                     page_tokens=pages,
                     window=window,
                 )
-                return itself(q, k, v, None)[0], cache.grow()
+                return itself(heads, None)[0], cache.grow()
 
             return attend
 
-        x = self._embed(weights.embed, tokens)
-        x, caches = self._run_layers(x, weights.layers, _own_row, positions, attend_of)
+        x, facts = self._embed(weights.embed, tokens), (positions, segment_ids)
+        x, caches, _ = self._run_layers(x, weights.layers, _own_row, facts, attend_of)
         return norm(self.config, x, weights.final_norm), caches
 
     def decode(
@@ -213,22 +211,21 @@ class Transformer:
         """
 
         def attend_of(kind: LlamaConfig) -> Attend[Written]:
-            def attend(
-                q: Array, k: Array, v: Array, cache: KVCache | None
-            ) -> tuple[Array, Written]:
+            def attend(heads: Heads, cache: KVCache | None) -> tuple[Array, Written]:
                 assert cache is not None
-                cache = cache.append(k, v, positions=positions)
-                options = attention_options(kind) | Options(positions=positions)
-                out = decode_attention(q, cache, **options)
+                cache = cache.append(heads.k, heads.v, positions=positions)
+                facts = Options(positions=positions, sinks=heads.sinks)
+                options = attention_options(kind) | facts
+                out = decode_attention(heads.q, cache, **options)
                 assert not isinstance(out, tuple)
                 # The scan copies its results: return only the page that was written.
                 return out, (cache.pages[-1], cache.used, cache.overflowed)
 
             return attend
 
-        x = self._embed(weights.embed, tokens)
-        x, written = self._run_layers(
-            x, weights.layers, _own_row, positions, attend_of, caches=caches
+        x, facts = self._embed(weights.embed, tokens), (positions, None)
+        x, written, _ = self._run_layers(
+            x, weights.layers, _own_row, facts, attend_of, caches=caches
         )
         caches = tuple(
             tuple(map(_with_written, *runs))
@@ -263,19 +260,22 @@ class Transformer:
         x: Array,
         stacks: dict[str, Row],
         weight_of: Callable[[str, Row], Array],
-        positions: Array,
+        facts: Facts,
         attend_of: Callable[[LlamaConfig], Attend[State]],
         *,
         kinds: tuple[str, ...] | None = None,
         caches: PerRun[KVCache] | None = None,
-    ) -> tuple[Array, PerRun[State]]:
-        """Returns x after some layers, and the states of `attend`, as `scan_layers`.
+    ) -> tuple[Array, PerRun[State], Counts | None]:
+        """Returns x after some layers, `attend`'s states and the routers' counts.
+
+        The states are those of `scan_layers`; the counts have a leading dim for the
+        layers with experts.
 
         Args:
           x: the residual stream.
           stacks: for each parameter, arrays with a row for each layer that has it.
           weight_of: maps a parameter's name and one row to a layer's weight.
-          positions: positions of the tokens.
+          facts: positions and segment ids of the tokens.
           attend_of: returns what computes attention in a kind of layer, see `layer`.
           kinds: the layers' kinds; None is all layers.
           caches: as in `scan_layers`.
@@ -284,19 +284,26 @@ class Transformer:
         kinds = self.config.kinds if kinds is None else kinds
         names = {kind: layer_stacks(config, kind) for kind in kinds}
         uniform = {kind: of_kind(config, kind) for kind in names}
-        angles = {kind: _angles(own, positions) for kind, own in uniform.items()}
+        angles = {kind: _angles(own, facts[0]) for kind, own in uniform.items()}
+        real = None if facts[1] is None else facts[1] >= 0
 
         def apply(
             kind: str, x: Array, rows: dict[str, Row], cache: KVCache | None
-        ) -> tuple[Array, State]:
+        ) -> tuple[Array, tuple[State, Counts | None]]:
             own = uniform[kind]
             w = {name: weight_of(names[kind][name], row) for name, row in rows.items()}
-            return layer(own, split, w, x, angles[kind], attend_of(own), cache)
+            x, *states = layer(
+                own, split, w, x, angles[kind], attend_of(own), cache, real
+            )
+            return x, tuple(states)
 
         step = jax.checkpoint(
             apply, policy=policy(config.remat), prevent_cse=False, static_argnums=(0,)
         )
-        return scan_layers(step, kinds, names, x, stacks, caches)
+        x, states = scan_layers(step, kinds, names, x, stacks, caches)
+        own = tuple(tuple(state for state, _ in runs) for runs in states)
+        routed = tuple(tuple(routed for _, routed in runs) for runs in states)
+        return x, own, in_layer_order(segments(kinds), routed)
 
     def logits(self, weights: Weights, x: Float[Array, "*b D"]) -> Float[Array, "*b v"]:
         """Returns logits of this device's part of the vocabulary, at least float32."""

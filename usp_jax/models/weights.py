@@ -68,7 +68,9 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     """Makes the working copy of one parameter."""
     pipeline = Pipeline.of(config, split.size(split.stages))
     split = split.of_parameter(name)
-    x = x.astype(wide(config.dtype) if is_small(name) else config.dtype)
+    # Small errors of a router's logits would choose other experts.
+    precise = is_small(name) or in_table(name) == "router"
+    x = x.astype(wide(config.dtype) if precise else config.dtype)
     if is_of_layers(name):
         x = pipeline.deal(x)
     if not is_small(name):
