@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Decoder, experts_of
+from usp_jax.models.decoder import experts_of
 from usp_jax.models.moe import Metrics, Statistics, auxiliary_losses
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.sharding import Split
@@ -42,15 +42,6 @@ class RouterReport:
     load: Int[Array, "L E"]
     dropped: Int[Array, ""]
     rounds: Int[Array, ""]
-
-
-def report_specs(decoder: Decoder) -> RouterReport | None:
-    """Returns the partition specs of a model's report; None without experts."""
-    if experts_of(decoder) is None:
-        return None
-    # The fields hold specs in place of arrays.
-    names = (field.name for field in dataclasses.fields(RouterReport))
-    return RouterReport(**dict.fromkeys(names, jax.P()))  # type: ignore[arg-type]
 
 
 def router_report(

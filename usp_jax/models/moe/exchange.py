@@ -151,7 +151,8 @@ def _exchanged_fwd(
         hidden = rounds.activation(first.gate, first.up)
         out = arrival.restore(output(hidden, matrices, arrival.groups))
         rows = _returned(rounds, plan, number, out).astype(weights.dtype)
-        return jnp.einsum("NK,NKD->ND", weights, rows)
+        # A matrix product would be rounded to less than float32 on TPU.
+        return jnp.sum(weights[..., None] * rows, 1)
 
     arrival, first = products(0)
     first = First(*map(checkpoint_name, first, (ROWS, GATE, UP)))
@@ -224,7 +225,7 @@ def _sent(rounds: Rounds, plan: Plan, number: int | Array, x: Array) -> Array:
     pair = jnp.take(plan.order, plan.starts[:, None] + place, mode="clip")
     index = pair // plan.places.shape[1] if x.ndim > 1 else pair
     rows = jnp.take(x, index.reshape(-1), axis=0, mode="clip")
-    used = used.reshape(-1, *(1 for _ in x.shape[1:]))
+    used = lax.expand_dims(used.reshape(-1), range(1, rows.ndim))
     return all_to_all(rounds.exchange, jnp.where(used, rows, 0))
 
 
