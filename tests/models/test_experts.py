@@ -1,7 +1,6 @@
 """Experts equal the oracle on every mesh, and their exchange sends what it says."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import usp_jax
 from tests.models import moe_oracle
 from usp_jax.models import moe
 from usp_jax.models.experts import Experts, check_experts
-from usp_jax.varying import vary_over
 
 B, T, D = 4, 16, 6
 LOSSES = (0.7, 0.3)
@@ -61,8 +59,7 @@ def parameters(experts):
         shapes["shared_router"] = (d,)
     rng = np.random.default_rng(0)
     return {
-        name: rng.normal(size=shape) * 0.7
-        for name, shape in sorted(shapes.items())
+        name: rng.normal(size=shape) * 0.7 for name, shape in sorted(shapes.items())
     }
 
 
@@ -85,9 +82,7 @@ def on_device(experts, exchange, tokens, tensor, params, x, ids):
     """One device's part: y, the losses, rounds, and the pairs dropped anywhere."""
     flat, real = x.reshape(-1, D), ids.reshape(-1) >= 0
     logits = moe.router_logits(flat, params["router"], params.get("router_bias"))
-    routing = moe.route(
-        experts, logits, correction=params.get("correction"), real=real
-    )
+    routing = moe.route(experts, logits, correction=params.get("correction"), real=real)
     sums = moe.statistics(experts, logits, routing, real)
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
     matrices = moe.ExpertMatrices(*(params.get(f"experts_{name}") for name in names))
@@ -131,8 +126,9 @@ def sharded(experts, exchange, mesh):
 
 def sources_of(sizes):
     """The tokens of each device, in stored order."""
-    fsdp, sequence = sizes.get("fsdp", 1), sizes.get("ring", 1) * sizes.get(
-        "ulysses", 1
+    fsdp, sequence = (
+        sizes.get("fsdp", 1),
+        sizes.get("ring", 1) * sizes.get("ulysses", 1),
     )
     tokens = np.arange(B * T).reshape(fsdp, B // fsdp, sequence, T // sequence)
     return [tokens[i, :, j].ravel() for i in range(fsdp) for j in range(sequence)]

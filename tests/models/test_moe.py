@@ -29,8 +29,6 @@ BIASED = dataclasses.replace(
     qkv_bias=True,
     o_bias=True,
     sinks=True,
-    layer_types=("local", "default"),
-    variants=(Variant("local", window=10),),
     experts=Experts(8, 2, 8, router_bias=True, biases=True, clamp=0.5),
 )
 # Like DeepSeek, with the shared expert's gate of Qwen.
@@ -159,7 +157,8 @@ def test_all_tokens_may_choose_the_same_experts():
     config = dataclasses.replace(BIASED, expert_axes=("ring",))
     actual, report = loss_and_gradients(config, params, **RING)
     check(actual, plain_loss_and_gradients(BIASED, params))
-    assert report.rounds == 4
+    # A round has slots for half of the pairs that a device has.
+    assert report.rounds == 2
     assert (report.load[:, 2:] == 0).all()
 
 
@@ -167,11 +166,8 @@ def test_all_tokens_may_choose_the_same_experts():
 def test_micro_batches_of_a_pipeline_have_losses_of_their_own():
     config = dataclasses.replace(BIASED, expert_axes=("ring",))
     mesh = {"pipe": 2, "ring": 2, "ulysses": 2}
-    # Groups of layers must be alike.
-    alike = dataclasses.replace(config, layer_types=("default",), variants=())
-    actual, _ = loss_and_gradients(alike, **mesh)
-    expected = plain_loss_and_gradients(alike, parameters(alike), parts=2)
-    check(actual, expected)
+    actual, _ = loss_and_gradients(config, **mesh)
+    check(actual, plain_loss_and_gradients(BIASED, parameters(BIASED), parts=2))
 
 
 @pytest.mark.parametrize(
