@@ -5,8 +5,8 @@ summed over all devices before they are multiplied, so the losses do not depend 
 the mesh splits the tokens, or on how they are permuted or packed.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,7 @@ from usp_jax.models.sharding import Split
 Counts = tuple[Statistics, Metrics]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterReport:
+class RouterReport(NamedTuple):
     """What the routers of a model did with a batch, over all devices.
 
     Attributes:
