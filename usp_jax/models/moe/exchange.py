@@ -37,13 +37,16 @@ from usp_jax.models.moe.gated import (
     hidden_products,
     output,
 )
-from usp_jax.models.moe.plan import Exchange, Plan, all_to_all
+from usp_jax.models.moe.plan import PLAN, Exchange, Plan, all_to_all
+from usp_jax.models.moe.routing import IDS
 from usp_jax.varying import vary_like
 
 # Checkpoint names: the weighted sums that the exchanges give; the first round's rows
 # and hidden products on the experts' devices.
 OUT, ROWS, GATE, UP = "experts_out", "experts_rows", "experts_gate", "experts_up"
-KEPT_NAMES = (OUT, ROWS, GATE, UP)
+# A layer that keeps the first of these sends only the rows again; with all, nothing.
+ROUTED_NAMES = (IDS, PLAN, OUT)
+KEPT_NAMES = (*ROUTED_NAMES, ROWS, GATE, UP)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _block_product(
         return lax.dynamic_update_slice_in_dim(out, result, at, 0)
 
     zeros = vary_like(zeros, (rows, matrices, sizes))
-    return _for_blocks(sizes, len(rows), block, body, zeros)
+    return for_blocks(sizes, len(rows), block, body, zeros)
 
 
 def _block_gradient(
@@ -152,12 +152,12 @@ def _block_gradient(
         gradient += lax.dynamic_index_in_dim(total, group, keepdims=False)
         return lax.dynamic_update_index_in_dim(total, gradient, group, 0)
 
-    return _for_blocks(
+    return for_blocks(
         sizes, len(rows), block, body, vary_like(zeros, (rows, dout, sizes))
     )
 
 
-def _for_blocks(
+def for_blocks(
     sizes: jax.Array,
     rows: int,
     block: int,
