@@ -151,7 +151,7 @@ def _exchanged_fwd(
         return arrival, First(rows, *hidden_products(rows, matrices, arrival.groups))
 
     def results(number: int | Array, arrival: Arrival, first: First) -> Array:
-        hidden = rounds.activation(first.gate, first.up)
+        hidden = rounds.activation.hidden(first.gate, first.up)
         out = arrival.restore(output(hidden, matrices, arrival.groups))
         rows = _returned(rounds, plan, number, out).astype(weights.dtype)
         # A matrix product would be rounded to less than float32 on TPU.
