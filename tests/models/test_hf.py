@@ -231,11 +231,10 @@ def test_presets_keep_their_config(name):
         LinearScaling(2.0),
         DynamicNTKScaling(2.0, 64),
         YarnScaling(4.0, 64, beta_fast=16.0, attention_factor=1.25, truncate=False),
-        YarnScaling(4.0, 64, mscale=0.7, mscale_all_dim=1.3),
         Llama3Scaling(8.0, 1.5, 5.0, 64),
         LongRopeScaling((1.0,) * 8, (1.0, 2.5) * 4, 64, 2.0, attention_factor=1.25),
     ],
-    ids=str,
+    ids=lambda scaling: type(scaling).__name__,
 )
 def test_scalings_keep_their_config(scaling):
     config = LlamaConfig.preset("tiny", rope_scaling=scaling)

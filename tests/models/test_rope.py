@@ -1,14 +1,11 @@
 """Rotary embeddings: published frequencies, and angles that stay exact."""
 
-import functools
-
 import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models.oracle import rates
-from tests.oracle import normal
 from usp_jax.models.llama import (
     DynamicNTKScaling,
     LinearScaling,
@@ -21,7 +18,6 @@ from usp_jax.models.llama import (
 )
 from usp_jax.models.rope import (
     at_length,
-    pairs_to_halves,
     rope_amplitude,
     rope_angles,
     rope_frequencies,
@@ -99,36 +95,6 @@ def test_yarn_goes_from_the_plain_to_the_divided_frequencies():
     assert rope_amplitude(YarnScaling(4.0, 4096, attention_factor=0.5)) == 0.5
 
 
-def test_yarns_magnitudes_as_in_deepseek():
-    factor = 40.0
-    of = functools.partial(YarnScaling, factor, 4096)
-    one, other = 0.1 * 0.7 * np.log(factor) + 1, 0.1 * 1.3 * np.log(factor) + 1
-    ratio = of(mscale=0.7, mscale_all_dim=1.3)
-    np.testing.assert_allclose(ratio.amplitude, one / other, rtol=1e-14)
-    np.testing.assert_allclose(ratio.logits_factor, other**2, rtol=1e-14)
-    # DeepSeek-V3: cosine and sine stay as they are, and the logits grow.
-    equal = of(mscale=1.0, mscale_all_dim=1.0)
-    assert equal.amplitude == 1
-    np.testing.assert_allclose(equal.logits_factor, 1.873854, rtol=1e-6)
-    # One alone changes no amplitude, and a given factor has precedence.
-    assert (
-        of().amplitude == of(mscale=0.7).amplitude == of(mscale_all_dim=1.0).amplitude
-    )
-    assert of(mscale=0.7, mscale_all_dim=1.3, attention_factor=2.0).amplitude == 2
-    assert of().logits_factor == of(mscale=0.7).logits_factor == 1
-
-
-def test_pairs_are_rotated_as_complex_numbers():
-    (x,) = normal(0, (2, 5, 3, 8))
-    places = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
-    frequencies = rope_frequencies(8, 100.0)
-    actual = rotate(pairs_to_halves(x), *rope_angles(places, frequencies))
-    turn = np.exp(1j * np.asarray(places)[..., None, None] * frequencies)
-    turned = (np.asarray(x[..., 0::2]) + 1j * np.asarray(x[..., 1::2])) * turn
-    wanted = np.concatenate([turned.real, turned.imag], -1)
-    chex.assert_trees_all_close(actual, wanted, atol=1e-5)
-
-
 def test_long_rope_switches_on_the_length():
     short, long = (1.0, 1.5, 2.0, 4.0), (1.0, 3.0, 8.0, 16.0)
     scaling = LongRopeScaling(short, long, 1024, 4.0)
@@ -169,7 +135,6 @@ def test_long_rope_switches_on_the_length():
             lambda: YarnScaling(4.0, 64, attention_factor=0.0),
             "attention_factor=0.0 must be positive",
         ),
-        (lambda: YarnScaling(4.0, 64, mscale=-1.0), "mscale=-1.0 must be positive"),
         (
             lambda: PairScaling((1.0, 0.0)),
             r"factors=\(1.0, 0.0\) must be numbers between 2\*\*-31 and 2\*\*31",

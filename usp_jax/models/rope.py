@@ -1,7 +1,7 @@
 """Rotary position embeddings (RoPE, arXiv 2104.09864) as the LLaMA models use them.
 
 Dim i of a head is rotated with dim i + H/2, the convention of the published LLaMA
-weights in the Hugging Face format. `pairs_to_halves` is for weights of the other one.
+weights in the Hugging Face format.
 """
 
 import math
@@ -87,17 +87,6 @@ def rope_angles(
     part = turned.astype(jnp.int32).astype(dtype)
     angles = (part + positions.astype(dtype) * rest) * (2 * math.pi / 2.0**32)
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
-
-
-def pairs_to_halves(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-    """Reorders dims so that `rotate` turns neighbours: 0, 2, 4, ..., then 1, 3, 5, ...
-
-    Some models, DeepSeek's among them, rotate dim 2i of a head with dim 2i + 1, where
-    `rotate` takes dim i and dim i + H/2. If q and k are both reordered, their products
-    are those of the model.
-    """
-    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    return pairs.swapaxes(-1, -2).reshape(x.shape)
 
 
 def rotate(

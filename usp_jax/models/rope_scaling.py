@@ -126,12 +126,8 @@ class YarnScaling:
 
     Attributes:
       attention_factor: factor of cosine and sine, whose square scales the logits; None
-        is m(mscale) / m(mscale_all_dim) if both are given, else m(1), where m(x) =
-        0.1 · x · ln(factor) + 1.
+        is 0.1 · ln(factor) + 1.
       truncate: whether the ramp begins and ends at whole pairs.
-      mscale: as in DeepSeek's models (arXiv 2405.04434); None if not given.
-      mscale_all_dim: as in DeepSeek's models, whose attention multiplies its logits by
-        `logits_factor` too; None if not given.
     """
 
     factor: float
@@ -140,8 +136,6 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
@@ -152,26 +146,15 @@ class YarnScaling:
                 f"beta_slow={slow} must be positive and at most beta_fast={fast}, both "
                 "between 2**-31 and 2**31"
             )
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, name) is not None:
-                _check_amplitude(name, getattr(self, name))
+        if self.attention_factor is not None:
+            _check_amplitude("attention_factor", self.attention_factor)
 
     @property
     def amplitude(self) -> float:
         """Factor of cosine and sine."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale is None or self.mscale_all_dim is None:
-            return self._magnitude(1.0)
-        return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
-
-    @property
-    def logits_factor(self) -> float:
-        """Factor of the logits in DeepSeek's attention, besides the amplitude's."""
-        return self._magnitude(self.mscale_all_dim or 0.0) ** 2
-
-    def _magnitude(self, mscale: float) -> float:
-        return 0.1 * mscale * math.log(self.factor) + 1
+        if self.attention_factor is None:
+            return 0.1 * math.log(self.factor) + 1
+        return self.attention_factor
 
     def frequencies(self, head_size: int, theta: float) -> np.ndarray:
         """Returns frequencies between the plain ones and those divided by `factor`.

@@ -5,6 +5,7 @@ Old checkpoints have `rope_theta` and `rope_scaling`; new ones have both in
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from usp_jax.models.hf.families import Family
@@ -206,11 +207,8 @@ def _scaling(
         length,
         beta_fast=number("beta_fast", settings.get("beta_fast", 32)),
         beta_slow=number("beta_slow", settings.get("beta_slow", 1)),
-        attention_factor=_optional("attention_factor", settings),
+        attention_factor=_attention_factor(factor, settings),
         truncate=boolean("truncate", settings.get("truncate", True)),
-        # 0 counts as left out.
-        mscale=_optional("mscale", settings) or None,
-        mscale_all_dim=_optional("mscale_all_dim", settings) or None,
     )
 
 
@@ -245,8 +243,21 @@ def _length(length: Json) -> int:
     return length
 
 
-def _optional(key: str, settings: Mapping[str, Json]) -> float | None:
-    return number(key, settings[key]) if key in settings else None
+def _attention_factor(factor: float, settings: Mapping[str, Json]) -> float | None:
+    """YaRN's attention factor, or None to derive it from the scaling factor."""
+    if "attention_factor" in settings:
+        return number("attention_factor", settings["attention_factor"])
+    # DeepSeek gives it as the ratio of two numbers; 0 counts as left out.
+    over, under = (
+        number(key, settings.get(key, 0)) for key in ("mscale", "mscale_all_dim")
+    )
+    # `YarnScaling` refuses a smaller factor.
+    if not (over and under) or factor < 1:
+        return None
+    if over < 0 or under < 0:
+        raise ValueError(f"mscale={over} and mscale_all_dim={under} must be positive")
+    log = 0.1 * math.log(factor)
+    return (over * log + 1) / (under * log + 1)
 
 
 def _written(rope: Rope) -> dict[str, Json]:
@@ -278,7 +289,6 @@ def _written_scaling(scaling: RopeScaling | None) -> dict[str, Json]:
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
             **_written_amplitude(scaling),
-            **_written_magnitudes(scaling),
         }
     if isinstance(scaling, LongRopeScaling):
         return {
@@ -295,8 +305,3 @@ def _written_scaling(scaling: RopeScaling | None) -> dict[str, Json]:
 def _written_amplitude(scaling: YarnScaling | LongRopeScaling) -> dict[str, Json]:
     factor = scaling.attention_factor
     return {} if factor is None else {"attention_factor": factor}
-
-
-def _written_magnitudes(scaling: YarnScaling) -> dict[str, Json]:
-    own = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-    return {key: value for key, value in own.items() if value is not None}
