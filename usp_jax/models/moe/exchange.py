@@ -105,11 +105,11 @@ class Arrival(NamedTuple):
 
     def sort(self, rows: Array) -> Array:
         """Sorts rows by expert."""
-        return rows if self.order is None else jnp.take(rows, self.order, axis=0)
+        return rows if self.order is None else _picked(rows, self.order)
 
     def restore(self, rows: Array) -> Array:
         """Brings sorted rows into the order in which they arrived."""
-        return rows if self.inverse is None else jnp.take(rows, self.inverse, axis=0)
+        return rows if self.inverse is None else _picked(rows, self.inverse)
 
 
 Saved = tuple[Array, Array, ExpertMatrices, Plan, First]
@@ -227,7 +227,7 @@ def _sent(rounds: Rounds, plan: Plan, number: int | Array, x: Array) -> Array:
     used: Bool[Array, "S c"] = place < plan.sent[:, None]
     pair = jnp.take(plan.order, plan.starts[:, None] + place, mode="clip")
     index = pair // plan.places.shape[1] if x.ndim > 1 else pair
-    rows = jnp.take(x, index.reshape(-1), axis=0, mode="clip")
+    rows = _picked(x, index.reshape(-1))
     used = lax.expand_dims(used.reshape(-1), range(1, rows.ndim))
     return all_to_all(rounds.exchange, jnp.where(used, rows, 0))
 
@@ -245,6 +245,11 @@ def _returned(rounds: Rounds, plan: Plan, number: int | Array, rows: Array) -> A
     return jnp.where(
         in_round.reshape(*slot.shape, *(1 for _ in rows.shape[2:])), rows, 0
     )
+
+
+def _picked(rows: Array, index: Array) -> Array:
+    """Rows by their index, without the checks for indices that are out of range."""
+    return jnp.take(rows, index, axis=0, mode="clip")
 
 
 def varying_together(
