@@ -220,14 +220,14 @@ MORE = [
 
 @pytest.mark.parametrize(
     ("name", "sizes", "axes"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)],
+    [*CASES, *(pytest.param(*case, marks=LONG) for case in MORE)],
     ids=str,
 )
 def test_equals_the_oracle(name, sizes, axes):
     check(name, sizes, axes)
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_oracle_for_any_packing_and_room(seed):
     rng = np.random.default_rng(seed)
@@ -431,7 +431,15 @@ def check_bytes(text, experts, exchange, devices, tokens, d_model, itemsize):
         assert total.wire_bytes == operands * (devices - 1) // devices
 
 
-@pytest.mark.parametrize("axes", [("ring",), ("fsdp", "ulysses"), ALL], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ALL,
+        pytest.param(("ring",), marks=LONG),
+        pytest.param(("fsdp", "ulysses"), marks=LONG),
+    ],
+    ids=str,
+)
 def test_bytes_of_the_exchange(axes):
     experts, exchange = Experts(16, 2, 4), moe.Exchange(axes)
     sizes, tokens, d_model = dict.fromkeys(axes, 2), 24, 16
@@ -442,7 +450,7 @@ def test_bytes_of_the_exchange(axes):
     check_bytes(text, experts, exchange, 2 ** len(axes), tokens, d_model, 4)
 
 
-@pytest.mark.long
+@LONG
 @needs_compilers
 @pytest.mark.parametrize("name", ["v5e:8x8", "h200:8x8"])
 def test_bytes_of_the_exchange_of_64_devices(name):
