@@ -180,7 +180,10 @@ def test_micro_batches_of_a_pipeline_have_losses_of_their_own():
         ({"expert_axes": ("ring",), "experts": Experts(6, 2, 8)}, "num_experts=6 must"),
         ({"expert_axes": ("tensor",)}, "expert_axes=('tensor',) must be names from"),
         ({"expert_axes": ("ring", "ring")}, "each at most once"),
-        ({"experts": Experts(8, 2, 7), "mesh": {"tensor": 8}}, "d_expert=7 must"),
+        (
+            {"experts": Experts(8, 2, 7), "mesh": {"ring": 2, "tensor": 4}},
+            "d_expert=7 must",
+        ),
         ({"expert_axes": ("ring",), "experts": None}, "but the model has none"),
         ({"experts": Experts(8, 9, 8)}, "experts: experts_per_token=9 must be at most"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
