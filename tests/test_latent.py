@@ -187,7 +187,6 @@ def test_bytes_equal_the_formulas(degrees):
     check_bytes(degrees, *latent_bytes.measure(*degrees))
 
 
-@pytest.mark.long
 def test_bytes_equal_the_formulas_on_64_devices():
     # The number of fake devices is fixed per process.
     command = [sys.executable, "-m", "tests.latent_bytes", "8", "8"]

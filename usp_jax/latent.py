@@ -28,10 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from usp_jax.call import Call, Facts
+from usp_jax.call import Call, Facts, Leaf
 from usp_jax.first_order import first_order
 from usp_jax.gathering import scattered
-from usp_jax.ring import Params, apart, side_by_side, together
+from usp_jax.ring import apart, side_by_side, together
 from usp_jax.ulysses import pad_heads, to_heads
 from usp_jax.usp import (
     Result,
@@ -52,9 +52,8 @@ class Expansion:
       expand_v: [C, n, V], from the latent to values.
     """
 
-    # jax puts arrays, tracers and cotangents into a pytree's leaves.
-    expand_k: Params
-    expand_v: Params
+    expand_k: Leaf
+    expand_v: Leaf
 
     @property
     def value_size(self) -> int:
@@ -199,6 +198,7 @@ def exchange(
 def product(spec: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Multiplies in the dtype of the inputs, sums at least in float32."""
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    highest = lax.Precision.HIGHEST
-    x = jnp.einsum(spec, a, b, precision=highest, preferred_element_type=wide)
+    # 16-bit factors have exact float32 products at any precision.
+    precision = None if a.dtype.itemsize == 2 else lax.Precision.HIGHEST
+    x = jnp.einsum(spec, a, b, precision=precision, preferred_element_type=wide)
     return x.astype(dtype)

@@ -60,9 +60,11 @@ def latent_attention_per_shard(
     Returns:
       The result of `usp_attention` for this device's tokens. The gradients of
         `expand_k` and `expand_v` are those of this device's visits, and 0 for the heads
-        of other devices: they must be summed over all axes of the mesh but `tensor`. A
-        `jax.shard_map` with check_vma=True does so for weights that do not vary over an
-        axis, and the transpose of an all-gather for those gathered over it.
+        of other devices: they must be summed over all axes of the mesh but `tensor`.
+        Those of `latent` and `rope_key` are of this device's part of the heads along
+        `tensor`, and must be summed over it. With check_vma=True, `jax.shard_map` sums
+        the gradients of what does not vary over an axis, and the transpose of an
+        all-gather sums those of what was gathered over it.
 
     Raises:
       ValueError: as in `usp_attention_per_shard`, or the sizes do not fit together.

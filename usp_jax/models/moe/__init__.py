@@ -21,10 +21,8 @@ from usp_jax.models.moe.layer import (
     experts_feed_forward as experts_feed_forward,
 )
 from usp_jax.models.moe.plan import (
-    EXPERT_AXES as EXPERT_AXES,
     Exchange as Exchange,
     Traffic as Traffic,
-    check_exchange as check_exchange,
     traffic as traffic,
 )
 from usp_jax.models.moe.routing import (

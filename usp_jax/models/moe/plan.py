@@ -17,7 +17,6 @@ An expert then takes the first tokens that chose it on each device, in stored or
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,8 +29,6 @@ from usp_jax.models.experts import Experts
 from usp_jax.models.moe.routing import pairs_of_experts
 from usp_jax.varying import varying_axes
 
-# The axes over which tokens are split, and experts can be.
-EXPERT_AXES = ("fsdp", "ring", "ulysses")
 # Checkpoint name of the plan.
 PLAN = "experts_plan"
 # Slots are a multiple of the rows in a TPU tile.
@@ -44,7 +41,8 @@ class Exchange:
 
     Attributes:
       axes: names of the mesh axes that split experts, outermost first.
-      room: slots per round and device, relative to an equal share of the pairs.
+      room: slots per round and device, relative to an equal share of the pairs; not
+        used with a capacity factor.
       capacity_factor: if given, each expert takes at most this multiple of an equal
         share of each device's pairs, and the others are dropped. None drops nothing.
     """
@@ -99,8 +97,8 @@ class Exchange:
 class Traffic(NamedTuple):
     """Bytes of the operands of a device's all-to-alls in one layer.
 
-    A device sends (devices - 1) / devices of them. Beside these, the plan needs the
-    maximum of one int32 over all devices.
+    A device sends (devices - 1) / devices of them. If more than one round is possible,
+    the plan also needs the maximum of one int32 over all devices.
 
     Attributes:
       plan: the numbers of pairs, once a forward pass.
@@ -142,44 +140,6 @@ def traffic(
     return Traffic(
         4 * experts.num_experts, 2 * rows, 2 * (rows + weights), 3 * rows + 2 * weights
     )
-
-
-def check_exchange(
-    experts: Experts, exchange: Exchange, sizes: Mapping[str, int]
-) -> None:
-    """Checks that experts can be split over a mesh and tokens sent to them.
-
-    Args:
-      experts: the description, checked by `check_experts`.
-      exchange: how tokens are sent.
-      sizes: number of devices along each mesh axis.
-
-    Raises:
-      ValueError: they cannot; the message names the field and its value.
-    """
-    axes = exchange.axes
-    if not set(axes) <= set(EXPERT_AXES) or len(set(axes)) < len(axes):
-        raise ValueError(
-            f"axes={axes} must be different names among {EXPERT_AXES}, which split "
-            "the tokens"
-        )
-    devices = math.prod(sizes.get(name, 1) for name in axes)
-    if experts.num_experts % devices:
-        raise ValueError(
-            f"num_experts={experts.num_experts} must be a multiple of {devices}, the "
-            f"devices along the expert axes {axes}"
-        )
-    tensor = sizes.get("tensor", 1)
-    for name in ("d_expert", "shared_d_ff"):
-        if getattr(experts, name) % tensor:
-            raise ValueError(
-                f"{name}={getattr(experts, name)} must be a multiple of {tensor}, the "
-                "devices along the mesh axis tensor"
-            )
-    for name in ("room", "capacity_factor"):
-        value = getattr(exchange, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be positive and finite")
 
 
 class Plan(NamedTuple):
@@ -228,8 +188,10 @@ def make_plan(experts: Experts, exchange: Exchange, ids: Int[Array, "n k"]) -> P
     starts = jnp.cumsum(sent) - sent
     owners = jnp.minimum(kept, none - 1) // (none // devices)
     places = jnp.where(kept < none, _inverse(order) - starts[owners], -1)
-    slots = exchange.slots(experts, tokens, devices)
-    rounds = -(-jnp.max(sent) // slots)
+    rounds = jnp.asarray(1, jnp.int32)
+    if exchange.max_rounds(experts, tokens, devices) > 1:
+        slots = exchange.slots(experts, tokens, devices)
+        rounds = jnp.maximum(_maximum(exchange, -(-jnp.max(sent) // slots)), 1)
     plan = Plan(
         order.astype(jnp.int32),
         owners.reshape(tokens, number),
@@ -237,7 +199,7 @@ def make_plan(experts: Experts, exchange: Exchange, ids: Int[Array, "n k"]) -> P
         starts,
         sent,
         all_to_all(exchange, counts),
-        jnp.maximum(_maximum(exchange, rounds), 1),
+        rounds,
         jnp.sum(kept != keys, dtype=jnp.int32),
     )
     return Plan(*(checkpoint_name(x, PLAN) for x in plan))
