@@ -7,6 +7,10 @@ sum over layers, whose sizes and windows may differ:
     forward products with weights   P = 2·B·T·(sum of D·H·(2N + 2K) + 3·D·F, + D·V)
     forward attention, q·k and p·v  A = 4·B·(sum of N·H · pairs)
 
+A layer of E experts of size W, of which a token uses k, and of shared experts of size S
+has D·E + 3·D·(k·W + S) in place of 3·D·F: its router, and the weights that are active.
+Empty slots of the exchange do not count; they are not computed either.
+
 * full model:   3·P + 3·A, since the backward is twice the forward (PaLM, arXiv
   2204.02311, appendix B), with T² pairs, as if nothing were masked;
 * causal model: 3·P + 3·A, with T²/2 pairs, as in FlashAttention (arXiv 2307.08691,
@@ -130,15 +134,25 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
       policy: the remat policy, without "_offload".
       tiled: whether the feed-forward network is tiled.
     """
-    part = model.d_model * model.d_ff
+    experts = model.experts
+    part = model.d_model * (model.d_ff if experts is None else experts.shared_d_ff)
     # Each tile's backward repeats its gate and up.
     inner = 2 * part * tiled
-    if policy in ("none", "dots"):
+    # The gate of shared experts needs their output.
+    gated = experts is not None and experts.shared_gate
+    if policy == "none":
         return inner
+    if policy == "dots":
+        # Neither the router's logits nor the shared experts' output is kept.
+        router = 0 if experts is None else model.d_model * experts.num_experts
+        return inner + router + (part + inner) * gated
     again = active_weights(model)
+    routed = 0
+    if experts is not None:
+        routed = model.d_model * experts.d_expert * experts.experts_per_token
     if model.norm_placement == "before":
-        # Nothing needs the output of a layer's last product, `down`.
-        again -= part
+        # Nothing else needs the output of a layer's last products, `down`.
+        again += inner * gated - routed - part * (not gated)
     else:
         # The norm after `down` needs it, and so all of the forward pass.
         again += inner

@@ -17,6 +17,7 @@ from usp_jax.models.decoder import counts_of
 from usp_jax.models.segments import segments
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.parameter_traffic import gradient_itemsize
 from usp_jax.plan.share import (
     all_layer_sizes,
     call_of,
@@ -32,7 +33,6 @@ from usp_jax.plan.share import (
     runs_of,
     tokens_of,
 )
-from usp_jax.plan.traffic import gradient_itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,8 @@ from usp_jax.plan.share import (
     runs_of,
     tokens_of,
 )
-from usp_jax.plan.traffic import Transfer, transfers
+from usp_jax.plan.traffic import transfers
+from usp_jax.plan.transfer import Transfer
 from usp_jax.ring import AllGather, Bidirectional, Double, schedule_of
 
 
