@@ -69,9 +69,9 @@ def _check_numbers(config: Config) -> None:
         "seed sample.length "
         "checkpoint.stopped_status log.watchdog_seconds passkey.growth_rows"
     )
-    mesh = [name for name in flat if name.startswith("mesh.")]
-    mesh.remove("mesh.expert_axes")
-    for name in positive.split() + mesh:
+    sizes = [name for name in flat if name.startswith("mesh.")]
+    sizes.remove("mesh.expert_axes")
+    for name in positive.split() + sizes:
         if flat[name] is not None and not flat[name] > 0:
             raise ValueError(f"{name}={flat[name]} must be positive")
     for name in [*counts.split(), "sample.temperature"]:

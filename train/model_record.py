@@ -4,11 +4,15 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from train.config import ModelConfig
 from usp_jax.models.decoder import DEFAULT, Variant
+from usp_jax.models.experts import Experts
+from usp_jax.models.latent import Latent
 from usp_jax.models.rope_scaling import RopeScaling
+
+Part = TypeVar("Part", Experts, Latent)
 
 
 def model_record(model: ModelConfig) -> dict[str, Any]:
@@ -28,10 +32,22 @@ def model_fields(record: Mapping[str, Any]) -> dict[str, Any]:
         "rope_scaling": _scaling(record.get("rope_scaling")),
         "layer_types": tuple(record.get("layer_types", (DEFAULT,))),
         "variants": tuple(
-            Variant(**{**entry, "rope_scaling": _scaling(entry["rope_scaling"])})
+            Variant(
+                **{
+                    **entry,
+                    "rope_scaling": _scaling(entry["rope_scaling"]),
+                    "experts": _of_fields(Experts, entry.get("experts")),
+                }
+            )
             for entry in variants
         ),
+        "experts": _of_fields(Experts, record.get("experts")),
+        "latent": _of_fields(Latent, record.get("latent")),
     }
+
+
+def _of_fields(kind: type[Part], record: Mapping[str, Any] | None) -> Part | None:
+    return None if record is None else kind(**record)
 
 
 def _scaling_record(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -11,11 +11,19 @@ from usp_jax.models.llama import LlamaConfig
 from usp_jax.models.parameters import layer_stacks
 
 
-def logits(config: LlamaConfig, params: dict, tokens, segment_ids=None, xp=np):
-    """[B, T, V]; `xp` is numpy for float64, or jax.numpy to be differentiated."""
+def logits(
+    config: LlamaConfig, params: dict, tokens, segment_ids=None, xp=np, routed=None
+):
+    """[B, T, V]; `xp` is numpy for float64, or jax.numpy to be differentiated.
+
+    The losses and loads of routers are appended to the list `routed`.
+    """
     length = tokens.shape[1]
     seen = np.tril(np.ones((length, length), bool))[None]
+    real = np.ones(tokens.shape, bool)
+    routed = [] if routed is None else routed
     if segment_ids is not None:
+        real = segment_ids >= 0
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         seen = seen & same & (segment_ids >= 0)[:, None, :]
     x = params["embed"][tokens] * config.embedding_scale
@@ -26,21 +34,79 @@ def logits(config: LlamaConfig, params: dict, tokens, segment_ids=None, xp=np):
         for name, full in layer_stacks(config, kind).items():
             w[name] = params[full][rows[full]]
             rows[full] += 1
-        x = layer(of_kind(config, kind), w, x, seen, xp)
+        x = layer(of_kind(config, kind), w, x, seen, real, xp, routed)
     x = norm(config, x, params["final_norm"], xp)
     x = xp.einsum("btd,vd->btv", x, params.get("lm_head", params["embed"]))
     return cap(x, config.final_soft_cap, xp)
 
 
-def layer(config: LlamaConfig, w: dict, x, seen, xp):
+def layer(config: LlamaConfig, w: dict, x, seen, real, xp, routed):
     """One layer of the default kind."""
     out = attention(config, w, maybe_norm(config, x, w, "attention_norm", xp), seen, xp)
     x = x + maybe_norm(config, out, w, "attention_out_norm", xp)
     y = maybe_norm(config, x, w, "mlp_norm", xp)
-    gate = xp.einsum("btd,df->btf", y, w["gate"])
-    up = xp.einsum("btd,df->btf", y, w["up"])
-    out = xp.einsum("btf,fd->btd", activation(config, gate, xp) * up, w["down"])
+    if config.experts is None:
+        out = gated(config, y, w["gate"], w["up"], w["down"], xp)
+    else:
+        out = experts(config, w, y, real, xp, routed)
     return x + maybe_norm(config, out, w, "mlp_out_norm", xp)
+
+
+def gated(config, y, gate, up, down, xp):
+    hidden = activation(config, y @ gate, xp) * (y @ up)
+    return hidden @ down
+
+
+def experts(config: LlamaConfig, w: dict, y, real, xp, routed):
+    """Every expert computes every token; those that are not chosen have weight 0."""
+    e = config.experts
+    logits = y @ w["router"] + w.get("router_bias", 0)
+    scores = 1 / (1 + xp.exp(-logits))
+    odds = xp.exp(logits)
+    if e.scores == "softmax":
+        scores = odds / odds.sum(-1, keepdims=True)
+    biased = scores + w.get("router_correction_bias", 0)
+    if e.groups > 1:
+        grouped = biased.reshape(*biased.shape[:2], e.groups, -1)
+        best = xp.where(best_of(grouped, 2), grouped, 0).sum(-1)
+        allowed = best_of(best, e.groups_per_token)
+        biased = xp.where(allowed[..., None], grouped, -1e30).reshape(biased.shape)
+    chosen = best_of(biased, e.experts_per_token) & real[..., None]
+    weights = xp.where(chosen, scores, 0)
+    if e.renormalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    weights, out = e.scaling * weights, 0
+    for number in range(e.num_experts):
+        gate, up, down = (w[f"expert_{n}"][number] for n in ("gate", "up", "down"))
+        if e.biases:
+            a = y @ gate + w["expert_gate_bias"][number]
+            b = y @ up + w["expert_up_bias"][number]
+            a, b = xp.minimum(a, e.clamp), xp.clip(b, -e.clamp, e.clamp)
+            own = (b + 1) * a / (1 + xp.exp(-1.702 * a)) @ down
+            own = own + w["expert_down_bias"][number]
+        else:
+            own = gated(config, y, gate, up, down, xp)
+        out = out + weights[..., number, None] * own
+    if e.shared_d_ff:
+        own = (w[f"shared_{name}"] for name in ("gate", "up", "down"))
+        shared = gated(config, y, *own, xp)
+        if e.shared_gate:
+            shared = shared / (1 + xp.exp(-(y @ w["shared_scale"])))[..., None]
+        out = out + xp.where(real[..., None], shared, 0)
+    share = scores / scores.sum(-1, keepdims=True)
+    mean = xp.where(real[..., None], share, 0).sum((0, 1)) / real.sum()
+    load = chosen.sum((0, 1))
+    balance = e.num_experts * (load / load.sum() * mean).sum()
+    square = xp.where(real, xp.log(odds.sum(-1)) ** 2, 0)
+    routed.append((balance, square.sum() / real.sum(), load))
+    return out
+
+
+def best_of(x, number):
+    """Whether each of the last dim is among the largest; the first of equal ones."""
+    mine, other, places = x[..., :, None], x[..., None, :], np.arange(x.shape[-1])
+    earlier = places[None] < places[:, None]
+    return ((other > mine) | ((other == mine) & earlier)).sum(-1) < number
 
 
 def attention(config: LlamaConfig, w: dict, y, seen, xp):
@@ -63,10 +129,15 @@ def attention(config: LlamaConfig, w: dict, y, seen, xp):
         places = np.arange(y.shape[1])
         seen = seen & (places[:, None] - places[None] < config.window)[None]
     scores = xp.where(seen[:, None], scores, -1e30)
-    weights = xp.exp(scores - scores.max(-1, keepdims=True))
-    weights = weights / weights.sum(-1, keepdims=True)
-    out = xp.einsum("bnts,bsnh->btnh", weights, v)
-    return xp.einsum("btnh,nhd->btd", out, w["o"])
+    top = scores.max(-1, keepdims=True)
+    weights = xp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if config.sinks:
+        # Padding sees nothing: its top is -1e30.
+        sinks = w["sinks"][None, :, None, None]
+        total = total + xp.exp(xp.minimum(sinks - top, 100))
+    out = xp.einsum("bnts,bsnh->btnh", weights / total, v)
+    return xp.einsum("btnh,nhd->btd", out, w["o"]) + w.get("o_bias", 0)
 
 
 def activation(config: LlamaConfig, x, xp):
@@ -79,9 +150,11 @@ def cap(x, soft_cap, xp):
     return x if soft_cap is None else soft_cap * xp.tanh(x / soft_cap)
 
 
-def nats(config: LlamaConfig, params: dict, tokens, labels, segment_ids=None):
+def nats(
+    config: LlamaConfig, params: dict, tokens, labels, segment_ids=None, routed=None
+):
     """The sum of the labels' negative log-likelihoods, to be differentiated."""
-    scores = logits(config, params, tokens, segment_ids, jnp)
+    scores = logits(config, params, tokens, segment_ids, jnp, routed)
     top = scores.max(-1, keepdims=True)
     lse = top[..., 0] + jnp.log(jnp.exp(scores - top).sum(-1))
     hit = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], -1)[..., 0]

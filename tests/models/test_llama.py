@@ -16,7 +16,6 @@ from tests.sampling import thinned
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.decoder import of_kind
 from usp_jax.models.generate import generate
-from usp_jax.models.norms import rms_norm
 from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
 from usp_jax.models.loss import (
     _nats_and_lse,
@@ -25,6 +24,7 @@ from usp_jax.models.loss import (
     shift_labels,
     token_nats,
 )
+from usp_jax.models.norms import rms_norm
 from usp_jax.models.parameters import TABLE, parameter_shapes
 from usp_jax.models.presets import PRESETS
 from usp_jax.models.sharding import Split, parameter_shardings

@@ -11,10 +11,19 @@ import pytest
 
 import usp_jax
 from usp_jax.models.accumulate import summed
+from usp_jax.models.experts import Experts
 from usp_jax.models.llama import LlamaConfig
-from usp_jax.models.loss import loss, shift_labels
+from usp_jax.models.loss import routed_loss, shift_labels
 from usp_jax.models.optimizer import AdamW
-from usp_jax.models.training import Training, first_state, jit_step, make_step
+from usp_jax.models.training import (
+    METRICS,
+    ROUTER_METRICS,
+    Router,
+    Training,
+    first_state,
+    jit_step,
+    make_step,
+)
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -74,12 +83,12 @@ def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
     """An infinite gradient with a finite loss, and then an infinite loss."""
 
     def broken(model, tokens, labels, **options):
-        nats, count = loss(model, tokens, labels, **options)
+        nats, count, report = routed_loss(model, tokens, labels, **options)
         steep = tokens[0, 0] == 0
         root = jnp.sqrt(jnp.where(steep, nats - jax.lax.stop_gradient(nats), 1))
-        return nats + root + jnp.where(steep, 0, jnp.inf), count
+        return nats + root + jnp.where(steep, 0, jnp.inf), count, report
 
-    monkeypatch.setattr("usp_jax.models.training.loss", broken)
+    monkeypatch.setattr("usp_jax.models.training.routed_loss", broken)
     training = Training(AdamW(learning_rate=0.01, warmup_steps=0), 10)
     graphdef, state = first_state(CONFIG, usp_jax.make_mesh(), training.optimizer)
     step, before = jax.jit(make_step(graphdef, training)), state
@@ -122,3 +131,29 @@ def test_float64_parameters_are_updated_in_float64():
 def test_wrong_options_raise(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Training(**{"adamw": AdamW(), "steps": 1, **options})
+
+
+def test_correction_biases_follow_the_loads_of_experts():
+    """They rise for experts with less than the mean load, and have no gradient."""
+    experts = Experts(4, 2, 8, scores="sigmoid", correction_bias=True)
+    config = dataclasses.replace(CONFIG, experts=experts)
+    router = Router(balance_loss=0.0, z_loss=0.0, bias_rate=0.125)
+    _, before = trained(config, steps=0, router=router)
+    bias = before.params["router_correction_bias"]
+    assert bias.shape == (2, 4) and (bias == 0).all()
+    metrics, after = trained(config, steps=1, router=router, accumulate=2)
+    assert set(metrics[0]) == {*METRICS, *ROUTER_METRICS}
+    assert metrics[0]["expert_load"] > 1
+    bias = np.asarray(after.params["router_correction_bias"])
+    assert set(np.unique(bias)) <= {-0.125, 0, 0.125}
+    assert (bias.max(-1) > 0).all() and (bias.min(-1) < 0).all()
+
+
+def test_losses_of_routers_change_gradients_but_not_the_loss():
+    config = dataclasses.replace(CONFIG, experts=Experts(4, 2, 8))
+    results = [
+        trained(config, steps=1, router=Router(balance_loss, z_loss))[0][0]
+        for balance_loss, z_loss in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5))
+    ]
+    assert len({float(result["loss"]) for result in results}) == 1
+    assert len({float(result["grad_norm"]) for result in results}) == 3

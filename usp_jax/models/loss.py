@@ -19,7 +19,6 @@ from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
 from usp_jax.models.router_report import (
     RouterReport,
-    report_specs,
     router_report,
 )
 from usp_jax.models.sharding import Split
@@ -101,8 +100,7 @@ def routed_loss(
     batch, extra = _batch(
         model, tokens, labels, segment_ids, positions, layout, validate_args
     )
-    report = report_specs(model.config)
-    return model.run(_loss, batch, (jax.P(), jax.P(), report), extra)
+    return model.run(_loss, batch, jax.P(), extra)
 
 
 def token_nats(

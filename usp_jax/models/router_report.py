@@ -5,8 +5,8 @@ summed over all devices before they are multiplied, so the losses do not depend 
 the mesh splits the tokens, or on how they are permuted or packed.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Decoder, experts_of
+from usp_jax.models.decoder import experts_of
 from usp_jax.models.moe import Metrics, Statistics, auxiliary_losses
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.sharding import Split
@@ -23,9 +23,7 @@ from usp_jax.models.sharding import Split
 Counts = tuple[Statistics, Metrics]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterReport:
+class RouterReport(NamedTuple):
     """What the routers of a model did with a batch, over all devices.
 
     Attributes:
@@ -42,15 +40,6 @@ class RouterReport:
     load: Int[Array, "L E"]
     dropped: Int[Array, ""]
     rounds: Int[Array, ""]
-
-
-def report_specs(decoder: Decoder) -> RouterReport | None:
-    """Returns the partition specs of a model's report; None without experts."""
-    if experts_of(decoder) is None:
-        return None
-    # The fields hold specs in place of arrays.
-    names = (field.name for field in dataclasses.fields(RouterReport))
-    return RouterReport(**dict.fromkeys(names, jax.P()))  # type: ignore[arg-type]
 
 
 def router_report(

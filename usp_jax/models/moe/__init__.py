@@ -10,7 +10,10 @@
 `statistics.py` has the auxiliary losses.
 """
 
-from usp_jax.models.moe.exchange import KEPT_NAMES as KEPT_NAMES
+from usp_jax.models.moe.exchange import (
+    KEPT_NAMES as KEPT_NAMES,
+    ROUTED_NAMES as ROUTED_NAMES,
+)
 from usp_jax.models.moe.gated import ExpertMatrices as ExpertMatrices
 from usp_jax.models.moe.layer import (
     Metrics as Metrics,

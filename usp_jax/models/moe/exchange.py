@@ -37,13 +37,16 @@ from usp_jax.models.moe.gated import (
     hidden_products,
     output,
 )
-from usp_jax.models.moe.plan import Exchange, Plan, all_to_all
+from usp_jax.models.moe.plan import PLAN, Exchange, Plan, all_to_all
+from usp_jax.models.moe.routing import IDS
 from usp_jax.varying import vary_like
 
 # Checkpoint names: the weighted sums that the exchanges give; the first round's rows
 # and hidden products on the experts' devices.
 OUT, ROWS, GATE, UP = "experts_out", "experts_rows", "experts_gate", "experts_up"
-KEPT_NAMES = (OUT, ROWS, GATE, UP)
+# A layer that keeps the first of these sends only the rows again; with all, nothing.
+ROUTED_NAMES = (IDS, PLAN, OUT)
+KEPT_NAMES = (*ROUTED_NAMES, ROWS, GATE, UP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,8 @@ def _exchanged_fwd(
         hidden = rounds.activation(first.gate, first.up)
         out = arrival.restore(output(hidden, matrices, arrival.groups))
         rows = _returned(rounds, plan, number, out).astype(weights.dtype)
-        return jnp.einsum("NK,NKD->ND", weights, rows)
+        # A matrix product would be rounded to less than float32 on TPU.
+        return jnp.sum(weights[..., None] * rows, 1)
 
     arrival, first = products(0)
     first = First(*map(checkpoint_name, first, (ROWS, GATE, UP)))
@@ -224,7 +228,7 @@ def _sent(rounds: Rounds, plan: Plan, number: int | Array, x: Array) -> Array:
     pair = jnp.take(plan.order, plan.starts[:, None] + place, mode="clip")
     index = pair // plan.places.shape[1] if x.ndim > 1 else pair
     rows = jnp.take(x, index.reshape(-1), axis=0, mode="clip")
-    used = used.reshape(-1, *(1 for _ in x.shape[1:]))
+    used = lax.expand_dims(used.reshape(-1), range(1, rows.ndim))
     return all_to_all(rounds.exchange, jnp.where(used, rows, 0))
 
 

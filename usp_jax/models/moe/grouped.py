@@ -30,7 +30,7 @@ CPU_BLOCK, GPU_BLOCK = 32, 512
 
 def grouped_product(
     rows: Float[Array, "m D"],
-    matrices: Float[Array, "e D F"],
+    matrices: Float[Array, "e _ _"],
     sizes: Int[Array, " e"],
     *,
     transposed: bool = False,
@@ -134,7 +134,7 @@ def _block_product(
         return lax.dynamic_update_slice_in_dim(out, result, at, 0)
 
     zeros = vary_like(zeros, (rows, matrices, sizes))
-    return _for_blocks(sizes, len(rows), block, body, zeros)
+    return for_blocks(sizes, len(rows), block, body, zeros)
 
 
 def _block_gradient(
@@ -149,15 +149,15 @@ def _block_gradient(
         dpart = lax.dynamic_slice_in_dim(dout, at, block)
         dpart = jnp.where(own[:, None], dpart, 0)
         gradient = jnp.einsum("BD,BF->DF", part, dpart, preferred_element_type=dtype)
-        before = lax.dynamic_index_in_dim(total, group)
-        return lax.dynamic_update_slice_in_dim(total, before + gradient, group, 0)
+        gradient += lax.dynamic_index_in_dim(total, group, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, gradient, group, 0)
 
-    return _for_blocks(
+    return for_blocks(
         sizes, len(rows), block, body, vary_like(zeros, (rows, dout, sizes))
     )
 
 
-def _for_blocks(
+def for_blocks(
     sizes: jax.Array,
     rows: int,
     block: int,

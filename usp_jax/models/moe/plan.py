@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from usp_jax.models.experts import Experts
@@ -31,6 +32,8 @@ from usp_jax.varying import varying_axes
 
 # The axes over which tokens are split, and experts can be.
 EXPERT_AXES = ("fsdp", "ring", "ulysses")
+# Checkpoint name of the plan.
+PLAN = "experts_plan"
 # Slots are a multiple of the rows in a TPU tile.
 _ROWS = 8
 
@@ -227,7 +230,7 @@ def make_plan(experts: Experts, exchange: Exchange, ids: Int[Array, "n k"]) -> P
     places = jnp.where(kept < none, _inverse(order) - starts[owners], -1)
     slots = exchange.slots(experts, tokens, devices)
     rounds = -(-jnp.max(sent) // slots)
-    return Plan(
+    plan = Plan(
         order.astype(jnp.int32),
         owners.reshape(tokens, number),
         places.reshape(tokens, number),
@@ -237,6 +240,7 @@ def make_plan(experts: Experts, exchange: Exchange, ids: Int[Array, "n k"]) -> P
         jnp.maximum(_maximum(exchange, rounds), 1),
         jnp.sum(kept != keys, dtype=jnp.int32),
     )
+    return Plan(*(checkpoint_name(x, PLAN) for x in plan))
 
 
 def all_to_all(exchange: Exchange, x: Array) -> Array:
