@@ -47,7 +47,7 @@ class Case:
             line["devices"],
             line["sequence"],
             line["batch"],
-            plan.Choice(**line["choice"]),
+            plan.Choice(**{name: _fixed(x) for name, x in line["choice"].items()}),
         )
 
     @property
@@ -74,6 +74,11 @@ class Case:
             [self.model, f"{self.devices} x {self.machine}"]
             + [f"{self.batch} x {self.sequence // K}K", *words]
         )
+
+
+def _fixed(value: Any) -> Any:
+    """A value of JSON, with lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 # (model, machine, devices, sequence, batch) and the choices to compile it with.
@@ -247,6 +252,7 @@ def compile_case(case: Case) -> dict[str, Any]:
                 kind: total.wire_bytes
                 for kind, total in by_kind(report.collectives).items()
             },
+            "all_to_alls_in_flight": report.in_flight("all-to-all"),
         }
     return {**line, **result}
 

@@ -143,9 +143,9 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
     if policy == "none":
         return inner
     if policy == "dots":
-        # Neither the router's logits nor the shared experts' output is kept.
+        # Neither the router's logits nor the shared experts' output and gate are kept.
         router = 0 if experts is None else model.d_model * experts.num_experts
-        return inner + router + (part + inner) * gated
+        return inner + router + (part + inner + model.d_model) * gated
     again = active_weights(model)
     routed = 0
     if experts is not None:

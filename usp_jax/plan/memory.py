@@ -265,12 +265,12 @@ def _kept_of_experts(job: Job, choice: Choice) -> int | float:
         return 0
     rows, tokens = round_rows(job, choice), microbatch_of(job, choice)
     hidden = 2 * experts.d_expert / choice.tensor
-    kept = rows * (job.model.d_model + hidden) + tokens * job.model.d_model
-    kept *= job.itemsize
+    # The plan of the exchange, and the router's float32 scores.
+    plan = 4 * experts.experts_per_token
     if kept_of(choice) == "none":
-        # The plan of the exchange, the weights, and the router's float32 scores.
-        kept += 4 * tokens * (4 * experts.experts_per_token + 3 * experts.num_experts)
-    return kept
+        plan += 3 * experts.num_experts
+    kept = rows * (job.model.d_model + hidden) + tokens * job.model.d_model
+    return kept * job.itemsize + 4 * tokens * plan
 
 
 def _kept_of_attention(job: Job, choice: Choice) -> int:

@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 from usp_jax.models.decoder import Decoder
 from usp_jax.models.moe import Exchange
+from usp_jax.models.moe.exchange import OUT, ROWS
+from usp_jax.models.moe.plan import PLAN
 from usp_jax.models.parameters import TABLE, is_of_experts, is_small, layer_numbers
+from usp_jax.models.remat import keeps
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 
@@ -212,16 +215,33 @@ def rows_of(job: Job, choice: Choice) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Again:
-    """Number of times the backward repeats the forward's all-to-alls and its ring."""
+    """Number of times the backward repeats collectives of the forward.
+
+    Attributes:
+      exchanges: attention's all-to-alls.
+      ring: attention's ring.
+      plan: the all-to-all of the plan of an exchange with experts.
+      rows: its all-to-all of rows of tokens.
+      outputs: its all-to-all of outputs, if a norm is applied to them.
+    """
 
     exchanges: int
     ring: int
+    plan: int
+    rows: int
+    outputs: int
 
 
 def again_of(choice: Choice) -> Again:
-    """Returns how often the remat policy repeats attention's collectives."""
+    """Returns how often the remat policy repeats collectives."""
     kept = kept_of(choice)
-    return Again(exchanges=int(kept in ("full", "attention")), ring=int(kept == "full"))
+    return Again(
+        exchanges=int(kept in ("full", "attention")),
+        ring=int(kept == "full"),
+        plan=int(not keeps(kept, PLAN)),
+        rows=int(not keeps(kept, ROWS)),
+        outputs=int(not keeps(kept, OUT)),
+    )
 
 
 def kept_of(choice: Choice) -> str:

@@ -217,15 +217,13 @@ def _experts(job: Job, choice: Choice) -> Iterator[Transfer]:
         d_model=job.model.d_model,
         itemsize=job.itemsize,
     )
-    rows, kept = one.forward / 2, kept_of(choice)
-    # The backward sends rows of x again unless they are kept, and gets back the outputs
-    # again if a norm is applied to them.
-    again = (kept not in ("none", "dots")) * (1 + has_out_norms(job))
-    kind, stays = "all-to-all", (size - 1) / size
-    plans = runs * (1 + (kept != "none"))
-    yield Transfer("experts", kind, axes, plans, one.plan * stays)
-    yield Transfer("experts", kind, axes, runs * (4 + again), rows * stays)
+    rows, again = one.forward / 2, again_of(choice)
     weights = one.backward / 2 - rows
+    # There and back in both passes; outputs are needed again if a norm is applied.
+    number = 4 + again.rows + again.outputs * has_out_norms(job)
+    kind, stays = "all-to-all", (size - 1) / size
+    yield Transfer("experts", kind, axes, runs * (1 + again.plan), one.plan * stays)
+    yield Transfer("experts", kind, axes, runs * number, rows * stays)
     yield Transfer("experts", kind, axes, 2 * runs, weights * stays)
 
 
