@@ -202,8 +202,7 @@ def test_few_expert_axes_are_considered():
     assert {x.expert_axes for x in details(job_of(batch=2), mesh, False)} == {*ways}
 
 
-@pytest.mark.parametrize("machine", ["v5p", "h100"])
-def test_a_search_spreads_experts_and_stays_bounded(machine, monkeypatch):
+def test_a_search_spreads_experts_and_stays_bounded(monkeypatch):
     evaluated = []
     evaluate = search._in_few_parts
 
@@ -212,17 +211,18 @@ def test_a_search_spreads_experts_and_stays_bounded(machine, monkeypatch):
         return evaluate(job, choice)
 
     monkeypatch.setattr(search, "_in_few_parts", counting)
-    job = job_of(machine=machine, devices=512, batch=64)
+    monkeypatch.setattr(search, "EVALUATED", 200)
+    # Few tokens for each gathered weight.
+    job = dataclasses.replace(job_of(devices=16, batch=16), sequence=4 * K)
     rows = plan.plan(job)
     meshes = {tuple(row.choice.sizes.values()) for row in rows if row.memory}
-    assert len(evaluated) <= search.EVALUATED + len(meshes)
-    assert rows[0].can_train
-    assert any(row.choice.expert_axes for row in rows if row.can_train)
-    # No row would be faster with any other axes, if all options are searched.
-    small = job_of(machine=machine, devices=8)
-    best = plan.plan(small)[0]
-    for axes in expert_axes(small, best.choice):
-        other = plan.evaluate(small, dataclasses.replace(best.choice, expert_axes=axes))
+    assert 200 < len(evaluated) <= 200 + len(meshes)
+    best = rows[0]
+    assert best.can_train and best.choice.expert_axes
+    # It would not be faster with any other axes.
+    for axes in expert_axes(job, best.choice):
+        choice = dataclasses.replace(best.choice, expert_axes=axes)
+        other = plan.evaluate(job, choice)
         assert not other.fits or other.seconds.total >= best.seconds.total
 
 

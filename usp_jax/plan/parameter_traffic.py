@@ -103,9 +103,9 @@ def _apart(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Sums along tensor of gradients of weights that it does not split."""
     total, tensor = "all-reduce", ("tensor",)
     # Each device along tensor has applied these to its own heads, or tokens.
-    apart = _final_norm(job) * choice.tensor_sequence
-    for sizes in _weights(job, choice):
-        apart += sizes.per_head + sizes.norms * choice.tensor_sequence
+    apart: int | float = _final_norm(job) * choice.tensor_sequence
+    for weights in _weights(job, choice):
+        apart += weights.per_head + weights.norms * choice.tensor_sequence
     yield gathered("gradients", total, choice, tensor, 1, 2 * apart)
     for kind in job.kinds:
         # These are applied to all tokens, for a part of the heads or features.
