@@ -2,9 +2,9 @@
 
     python -m benchmarks.expert_layers --into FILE    # all cases, minutes each
 
-The options are those of `benchmarks.plan_bytes`. "all_to_alls_in_flight" is the fraction
-of all-to-alls, attention's and nearly all others the experts', that the compiled program
-overlaps with computation.
+The options are those of `benchmarks.plan_bytes`. "all_to_alls_in_flight" is the
+fraction of all-to-alls that the compiled program overlaps with computation; nearly all
+that are not attention's are the experts'.
 """
 
 from typing import Any
