@@ -199,6 +199,30 @@ def test_alibi_is_that_of_the_whole_sequence():
     np.testing.assert_allclose(actual, wanted[:, new], atol=2e-6)
 
 
+@pytest.mark.parametrize("has_values", [True, False])
+def test_values_of_another_size_or_the_keys_alone(has_values):
+    mesh = usp_jax.make_mesh(ring=2, ulysses=2)
+    q, k, _, sinks = inputs("float32")
+    v = normal(1, (B, LENGTH, K, 7))[0] if has_values else None
+    old, new = slice(0, PREFILL), slice(PREFILL, PREFILL + 6)
+    order = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (B, LENGTH))
+    # The new tokens need two pages.
+    cache = usp_jax.KVCache.of(
+        k[:, old], v[:, old] if has_values else None, mesh=mesh, page_tokens=4
+    )
+    cache = cache.append(
+        k[:, new], v[:, new] if has_values else None, positions=order[:, new]
+    )
+    assert len(cache.pages) == 3
+    assert all((page.value is not None) == has_values for page in cache.pages)
+    actual = usp_jax.decode_attention(
+        q[:, new], cache, positions=order[:, new], sinks=sinks
+    )
+    whole = (x[:, : new.stop] for x in (q, k, v if has_values else k))
+    wanted = usp_jax.flash_attention(*whole, sinks=sinks, is_causal=True)
+    np.testing.assert_allclose(actual, wanted[:, new], atol=2e-6)
+
+
 def test_the_mesh_of_the_context():
     mesh = usp_jax.make_mesh(ring=2, ulysses=2)
     with jax.set_mesh(mesh):
@@ -438,6 +462,10 @@ def test_wrong_steps_raise(no_type_checks):
     new = k[:, :1]
     with pytest.raises(ValueError, match="must have the cache's K=2"):
         cache.append(new[:, :, :1], new[:, :, :1], positions=at)
+    with pytest.raises(ValueError, match="must have the cache's V=4"):
+        cache.append(new, new[..., :2], positions=at)
+    with pytest.raises(ValueError, match="value=None must be an array, as in the cach"):
+        cache.append(new, None, positions=at)
     with pytest.raises(ValueError, match="must be the cache's, float32"):
         cache.append(*(new.astype(jnp.bfloat16),) * 2, positions=at)
     with pytest.raises(ValueError, match="positions has dtype float32"):

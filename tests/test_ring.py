@@ -13,7 +13,7 @@ from tests.sampling import thinned
 from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
-from usp_jax.ring import Bidirectional, Ring, Unidirectional, apart
+from usp_jax.ring import Bidirectional, Ring, SideBySide, Unidirectional, apart
 from usp_jax.ring.ring import Turn
 from usp_jax.ring.steps import ring_backward, ring_forward
 from usp_jax.ring.tokens import RingTokens
@@ -33,6 +33,7 @@ def ring_of(size, rule):
         axis_name="ring" if size > 1 else None,
         index=lax.axis_index("ring") if size > 1 else 0,
         chunk=kernels.chunk("xla"),
+        keys=SideBySide(H, V),
         rule=rule,
         logits=Logits(0.5),
         q_tokens=tokens,
@@ -58,7 +59,8 @@ def check(size, rule, schedule):
         ring = ring_of(size, rule)
         turns = schedule.turns(size)
         out, lse = ring_forward(ring, turns, q, kv)
-        return out, lse, *ring_backward(ring, turns, q, kv, dout, lse, delta)
+        (dq, _), dkv = ring_backward(ring, turns, q, kv, dout, lse, delta)
+        return out, lse, dq, dkv
 
     run = jax.jit(jax.vmap(shard, axis_name="ring"))
     out, lse, dq, dkv = run(q, kv, dout, delta)

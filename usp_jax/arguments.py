@@ -22,8 +22,11 @@ from usp_jax.mesh import axis_size
 from usp_jax.shards import Shards
 from usp_jax.ulysses import Heads
 
+# An array, or the shape and dtype of one that is not made.
+Typed = jax.Array | jax.ShapeDtypeStruct
 
-def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+
+def check_arrays(query: Typed, key: Typed, value: Typed) -> None:
     """Checks shapes [B, T, N, H], [B, S, K, H], [B, S, K, V] and dtypes."""
     letters = "[B, T, N, H]", "[B, S, K, H]", "[B, S, K, V]"
     names = ("query", "key", "value")
@@ -49,7 +52,7 @@ def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def check_array(name: str, x: jax.Array, letters: str) -> None:
+def check_array(name: str, x: Typed, letters: str) -> None:
     """Checks that `x` is a floating array with four dims, none of size 0."""
     _array_type(name, x, letters)
     if len(x.shape) != 4:
@@ -249,7 +252,7 @@ def prefix(length: object, batch: int) -> jax.Array | None:
 
 
 def check_divides(
-    query: jax.Array, key: jax.Array, shards: Shards, layouts: tuple[str, str]
+    query: Typed, key: Typed, shards: Shards, layouts: tuple[str, str]
 ) -> None:
     """Checks that the devices divide the batch, the heads and the layouts' lengths."""
     mesh, axes = shards.mesh, shards.axes

@@ -323,12 +323,17 @@ def _attend(
     q_ids, kv_ids = facts.segment_ids[0], facts.segment_ids[-1]
     query = zero_padding(query, q_ids)
     key, value = zero_padding(key, kv_ids), zero_padding(value, kv_ids)
-    out, lse = run(call, query, key, value, sinks, facts)
+    return hide_padding(run(call, query, key, value, sinks, facts), q_ids)
+
+
+def hide_padding(result: Result, segment_ids: jax.Array) -> Result:
+    """Returns a result without anything of queries that are padding, backward too."""
+    out, lse = result
     # `out` is 0 in padding already; what this zeroes is its cotangent.
-    out = zero_padding(out, q_ids)
+    out = zero_padding(out, segment_ids)
     if lse is not None:
         # A sink has weight even in padding.
-        lse = jnp.where(q_ids[..., None] == PADDING, -jnp.inf, lse)
+        lse = jnp.where(segment_ids[..., None] == PADDING, -jnp.inf, lse)
     return out, lse
 
 

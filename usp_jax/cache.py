@@ -23,12 +23,11 @@ from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
 from usp_jax.masking import PADDING, Tokens, zero_padding
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
-from usp_jax.rolling import roll, write_rolling
+from usp_jax.rolling import Pair, roll, write_rolling
 from usp_jax.shards import SEQ, TOKENS, Dims, Shards
 from usp_jax.varying import vary_like
 
 T = TypeVar("T")
-Pair = tuple[jax.Array, jax.Array]
 # New tokens are replicated over the devices that share a sequence.
 NEW = ("batch", None, "tensor")
 NEW_TOKENS = ("batch",)
@@ -41,7 +40,7 @@ class Page:
 
     Attributes:
       key: [B, S, K, H], split like the keys of `usp_attention`.
-      value: [B, S, K, H], split like `key`.
+      value: [B, S, K, V], split like `key`; None if the keys are the values too.
       tokens: positions and segment ids, int32 [B, S]; id -1 marks an unused slot.
     """
 
@@ -83,7 +82,7 @@ class KVCache:
     def of(
         cls,
         key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"] | None,
         *,
         layout: str = "contiguous",
         positions: Int[Array, "B S"] | None = None,
@@ -97,7 +96,8 @@ class KVCache:
 
         Args:
           key: global array [B, S, K, H]. S must be a multiple of ring · ulysses.
-          value: global array [B, S, K, H].
+          value: global array [B, S, K, V]; None if the keys are the values too, which
+            are then stored once.
           layout: order in which they are stored; it determines the positions.
           positions: int32 [B, S]; needed for layout="data" only.
           segment_ids: int32 [B, S], -1 for padding, so rows may differ in length. None
@@ -119,7 +119,7 @@ class KVCache:
         """
         _check_kv(key, value)
         check_layout(layout)
-        mesh = resolve_mesh(mesh, axes, key, value)
+        mesh = resolve_mesh(mesh, axes, *jax.tree.leaves((key, value)))
         shards = Shards.of_mesh(mesh, axes)
         data_size = axis_size(mesh, axes.batch)
         parts = shards.ring_size * shards.ulysses_size
@@ -144,7 +144,7 @@ class KVCache:
     def of_shards(
         cls,
         key: Float[Array, "B s K H"],
-        value: Float[Array, "B s K H"],
+        value: Float[Array, "B s K V"] | None,
         *,
         positions: Int[Array, "B s"],
         segment_ids: Int[Array, "B s"] | None = None,
@@ -159,7 +159,7 @@ class KVCache:
 
         Args:
           key: this device's shard, [B, s, K, H].
-          value: this device's shard, [B, s, K, H].
+          value: this device's shard, [B, s, K, V], or None as in `of`.
           positions: int32 [B, s].
           segment_ids: int32 [B, s], as in `of`.
           page_tokens: as in `of`.
@@ -183,7 +183,7 @@ class KVCache:
     def _prefilled(
         cls,
         key: jax.Array,
-        value: jax.Array,
+        value: jax.Array | None,
         positions: jax.Array,
         segment_ids: jax.Array | None,
         page_tokens: int,
@@ -194,7 +194,7 @@ class KVCache:
         check_positive_int("page_tokens", page_tokens)
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = tokens_of(positions, segment_ids, key.shape)
-        k, v = _laid(shards, (jnp.asarray(key), jnp.asarray(value)), SEQ)
+        k, v = _laid(shards, jax.tree.map(jnp.asarray, (key, value)), SEQ)
         page = _page(k, v, _laid(shards, tokens, TOKENS), segment_ids)
         if window is not None:
             check_positive_int("window", window)
@@ -210,7 +210,7 @@ class KVCache:
     def append(
         self,
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K H"],
+        value: Float[Array, "B T K V"] | None,
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
@@ -225,7 +225,7 @@ class KVCache:
 
         Args:
           key: [B, T, K, H], replicated over the devices that share a sequence.
-          value: [B, T, K, H], replicated like `key`.
+          value: [B, T, K, V], replicated like `key`; None as in `of`.
           positions: int32 [B, T].
           segment_ids: int32 [B, T]; -1 for a row that has no new token. None means 0.
 
@@ -236,14 +236,7 @@ class KVCache:
           ValueError: shapes or dtypes do not fit the cache.
         """
         _check_kv(key, value)
-        page = self.pages[-1].key
-        for name, i in (("B", 0), ("K", 2), ("H", 3)):
-            if key.shape[i] != page.shape[i]:
-                raise ValueError(
-                    f"{key.shape=} must have the cache's {name}={page.shape[i]}"
-                )
-        if key.dtype != page.dtype:
-            raise ValueError(f"{key.dtype=} must be the cache's, {page.dtype}")
+        _check_fits(key, value, self.pages[-1])
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = self.shards.place((key, value), NEW)
         new = _page(k, v, self.shards.place(tokens, NEW_TOKENS), segment_ids)
@@ -296,10 +289,12 @@ class KVCache:
         return dataclasses.replace(self, pages=(*self.pages[:-1], page), used=used)
 
 
-def _page(k: jax.Array, v: jax.Array, tokens: Tokens, segment_ids: object) -> Page:
+def _page(
+    k: jax.Array, v: jax.Array | None, tokens: Tokens, segment_ids: object
+) -> Page:
     """Makes a page, with zeros in padded tokens if the caller gave segment ids."""
     if segment_ids is not None:
-        k, v = (zero_padding(x, tokens.segment_ids) for x in (k, v))
+        k, v = jax.tree.map(lambda x: zero_padding(x, tokens.segment_ids), (k, v))
     return Page(k, v, tokens)
 
 
@@ -362,14 +357,14 @@ def _write(
 @partial(jax.jit, static_argnames=("shards", "page_tokens"))
 def _empty_page(shards: Shards, page_tokens: int, like: Page) -> Page:
     def empty(kv: Pair, tokens: Tokens) -> tuple[Pair, Tokens]:
-        length = page_tokens // place_on(shards)[1]
-        x, ids = kv[0], tokens.positions
-        zeros = jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
-        positions = jnp.zeros_like(ids, shape=zeros.shape[:2])
-        tokens = Tokens(positions, jnp.full_like(positions, PADDING))
-        axes = shards.bound_indices()
-        zeros = vary_like(zeros, (x, axes))
-        return (zeros, zeros), vary_like(tokens, (ids, axes))
+        length, axes = page_tokens // place_on(shards)[1], shards.bound_indices()
+
+        def zeros(x: jax.Array) -> jax.Array:
+            none = jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
+            return vary_like(none, (x, axes))
+
+        positions, ids = zeros(tokens.positions), zeros(tokens.segment_ids)
+        return jax.tree.map(zeros, kv), Tokens(positions, ids + PADDING)
 
     dims = (SEQ, TOKENS)
     (k, v), tokens = shards.run(empty, dims, dims)(*shards.place(like.parts, dims))
@@ -418,14 +413,36 @@ def tokens_of(positions: object, segment_ids: object, shape: tuple[int, ...]) ->
     return Tokens(arguments.int32("positions", positions), ids)
 
 
-def _check_kv(key: jax.Array, value: jax.Array) -> None:
-    for name, x in (("key", key), ("value", value)):
-        arguments.check_array(name, x, "[B, S, K, H]")
-    if key.shape != value.shape or key.dtype != value.dtype:
+def _check_kv(key: jax.Array, value: jax.Array | None) -> None:
+    arguments.check_array("key", key, "[B, S, K, H]")
+    if value is None:
+        return
+    arguments.check_array("value", value, "[B, S, K, V]")
+    if key.shape[:3] != value.shape[:3] or key.dtype != value.dtype:
         raise ValueError(
             f"{key.shape=}, {key.dtype=} and {value.shape=}, {value.dtype=} must be "
-            "equal"
+            "equal except for the head size"
         )
+
+
+def _check_fits(key: jax.Array, value: jax.Array | None, page: Page) -> None:
+    """Checks that keys and values can be appended to a page."""
+    if (value is None) != (page.value is None):
+        raise ValueError(
+            f"value{'=None' if value is None else f'.shape={value.shape}'} must be "
+            f"{'None' if page.value is None else 'an array'}, as in the cache"
+        )
+    for letter, i in (("B", 0), ("K", 2), ("H", 3)):
+        if key.shape[i] != page.key.shape[i]:
+            raise ValueError(
+                f"{key.shape=} must have the cache's {letter}={page.key.shape[i]}"
+            )
+    if value is not None and value.shape[3] != page.value.shape[3]:
+        raise ValueError(
+            f"{value.shape=} must have the cache's V={page.value.shape[3]}"
+        )
+    if key.dtype != page.key.dtype:
+        raise ValueError(f"{key.dtype=} must be the cache's, {page.key.dtype}")
 
 
 def _check_divides(name: str, size: int, parts: int, what: str) -> None:

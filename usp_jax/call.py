@@ -14,7 +14,7 @@ from usp_jax import kernels
 from usp_jax.kernels.dropout import Dropout
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import MaskRule
-from usp_jax.ring import Ring, Schedule, gather_tokens
+from usp_jax.ring import Keys, Ring, Schedule, SideBySide, gather_tokens
 from usp_jax.ring.tokens import RingTokens
 from usp_jax.shards import BY_HEAD, BY_ROW, TOKENS, WHOLE, Shards
 from usp_jax.ulysses import Heads, with_groups
@@ -81,11 +81,14 @@ FACTS = Facts(
 )
 
 
-def ring_of(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
+def ring_of(
+    call: Call, q: jax.Array, kv: jax.Array, facts: Facts, keys: Keys | None = None
+) -> Ring:
     """Makes the ring as this device sees it, with the facts of all shards for masks.
 
     Args:
-      q, kv: [B, T/R, n, H] and [B, S/R, m, 2H], after the all-to-all.
+      q, kv: [B, T/R, n, H] and [B, S/R, m, D], after the exchange over `ulysses`.
+      keys: what a visit makes of kv; None is k and v, which are side by side.
     """
     shards = call.shards
 
@@ -110,6 +113,7 @@ def ring_of(call: Call, q: jax.Array, kv: jax.Array, facts: Facts) -> Ring:
         axis_name=shards.ring,
         index=shards.index(shards.ring),
         chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
+        keys=keys or SideBySide(q.shape[-1], kv.shape[-1] - q.shape[-1]),
         rule=call.rule,
         logits=logits_of(call, facts),
         q_tokens=dataclasses.replace(q_tokens, prefix=facts.prefix),

@@ -5,12 +5,12 @@ One decoding step on one device, P = ring · ulysses:
     q [B, T, N, H]   the same on all P devices, heads not split over `ulysses`
       | chunk_forward  this device's part of page after page -> carry (out, lse)
       | pmax of lse; psum of exp(lse - max) · (out, 1), packed together
-    out [B, T, N, H]   the same on all P devices
+    out [B, T, N, V]   the same on all P devices
 
 The partial results merge as in `merge`, in the accumulation dtype, once per decoding
-step for any number of pages. The two reductions send 2 (P-1)/P · (H+2) numbers for each
+step for any number of pages. The two reductions send 2 (P-1)/P · (V+2) numbers for each
 query and head. Gathering (out, lse) from all devices instead would take one collective,
-but (P-1) · (H+1) numbers: more for every P > 2, and growing with P.
+but (P-1) · (V+1) numbers: more for every P > 2, and growing with P.
 """
 
 import dataclasses
@@ -31,10 +31,11 @@ from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, Mask, MaskRule, Tokens
 from usp_jax.merge import finite, normalize
 from usp_jax.options import DEFAULTS, Options, Window, completed
+from usp_jax.rolling import Pair
 from usp_jax.shards import BY_HEAD, SEQ, TOKENS, Shards
 from usp_jax.varying import vary_like
 
-Result = Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+Result = Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
 
 _NO_RING = "decoding exchanges only results, once per call"
 REFUSED = {
@@ -88,9 +89,10 @@ def decode_attention(
 def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
     """Runs the call with completed options."""
     for page in cache.pages:
-        arguments.check_arrays(query, page.key, page.value)
+        arguments.check_arrays(query, page.key, _values(page.key, page.value))
     _check_window(cache.window, options["local_window_size"])
     num_heads, head_size = query.shape[2:]
+    value_size = _values(cache.pages[0].key, cache.pages[0].value).shape[3]
     by_head = options["sinks"], options["alibi_slopes"]
     for name, x in zip(("sinks", "alibi_slopes"), by_head, strict=True):
         arguments.check_by_head(name, x, num_heads)
@@ -107,7 +109,7 @@ def _decode(query: jax.Array, cache: KVCache, options: Options) -> Result:
             options["implementation"],
             target=kernels.target_of(cache.shards.mesh),
             dtype=query.dtype,
-            head_size=head_size,
+            head_size=max(head_size, value_size),
             needs=needs,
         ),
     )
@@ -175,17 +177,17 @@ def _attend(
     q: jax.Array,
     by_head: ByHead,
     tokens: Tokens,
-    kvs: tuple[tuple[jax.Array, jax.Array], ...],
+    kvs: tuple[Pair, ...],
     kv_tokens: tuple[Tokens, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to this device's parts of all pages, and merges over the devices."""
     shards, (sinks, slopes) = step.shards, by_head
     chunk = kernels.chunk(step.implementation, kernels.target_of(shards.mesh))
     logits = dataclasses.replace(step.logits, slopes=slopes)
-    carry = _before(shards, q, sinks)
+    carry = _before(shards, q, _values(*kvs[0]).shape[3], sinks)
     for (k, v), page_tokens in zip(kvs, kv_tokens, strict=True):
         mask = Mask(step.rule, tokens, page_tokens)
-        carry = chunk.forward(q, k, v, mask, carry, logits)
+        carry = chunk.forward(q, k, _values(k, v), mask, carry, logits)
     assert carry is not None
     out, lse = _merge_over(shards.split, *carry)
     if sinks is not None:
@@ -194,11 +196,19 @@ def _attend(
     return out.astype(q.dtype), lse
 
 
-def _before(shards: Shards, q: jax.Array, sinks: jax.Array | None) -> Carry | None:
+def _values(k: jax.Array, v: jax.Array | None) -> jax.Array:
+    """The values of a page: the keys, if it has no others."""
+    return k if v is None else v
+
+
+def _before(
+    shards: Shards, q: jax.Array, value_size: int, sinks: jax.Array | None
+) -> Carry | None:
     """The carry before the first page; only one device counts the sinks."""
     if sinks is None:
         return None
-    out = jnp.zeros_like(q, jnp.promote_types(q.dtype, jnp.float32))
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    out = jnp.zeros_like(q, dtype, shape=(*q.shape[:3], value_size))
     here = place_on(shards)[0] == 0
     sinks = jnp.where(here, sinks.astype(out.dtype), -jnp.inf)
     return out, jnp.zeros_like(out[..., 0]) + sinks[None, None]

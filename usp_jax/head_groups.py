@@ -150,7 +150,7 @@ def _backward(
         if i + 1 < len(groups):
             following = send(i + 1, kv)
         out, lse = saved[i]
-        dq, dkv, more = attend_backward(
+        (dq, _), dkv, more = attend_backward(
             group, own_q, kv, out, lse, sinks, facts, dout, dlse
         )
         total = dkv if total is None else total + dkv

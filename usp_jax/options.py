@@ -157,8 +157,8 @@ def _is_default(name: str, value: object) -> bool:
 
 def checked(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key: arguments.Typed,
+    value: arguments.Typed,
     shards: Shards,
     options: Options,
 ) -> tuple[Call, jax.Array | None, Facts]:
@@ -217,7 +217,11 @@ def checked(
 
 
 def _facts(
-    query: jax.Array, key: jax.Array, shards: Shards, options: Options, rate: float
+    query: jax.Array,
+    key: arguments.Typed,
+    shards: Shards,
+    options: Options,
+    rate: float,
 ) -> Facts:
     """Makes the facts of a call, each checked on its own."""
     batch, _, num_heads, _ = query.shape

@@ -14,7 +14,8 @@ from usp_jax.masking import PADDING, Tokens
 from usp_jax.shards import Shards
 from usp_jax.varying import vary_like
 
-Pair = tuple[jax.Array, jax.Array]
+# Keys and values, or None for a cache whose keys are the values too.
+Pair = tuple[jax.Array, jax.Array | None]
 
 
 def roll(
@@ -49,9 +50,8 @@ def roll(
         page = page.reshape(x.shape[0], capacity // parts, parts, *x.shape[2:])
         return lax.psum_scatter(page, axes, scatter_dimension=2, tiled=False)
 
-    k, v = (deal(x) for x in kv)
     positions, ids = deal(counted.positions), deal(counted.segment_ids)
-    return (k, v), Tokens(positions, ids + PADDING)
+    return jax.tree.map(deal, kv), Tokens(positions, ids + PADDING)
 
 
 def write_rolling(
@@ -80,9 +80,9 @@ def write_rolling(
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         return _put(vary_like(old, (old, new, slots)), new, slots)
 
-    k, v = (write(old, new) for old, new in zip(kv, new_kv, strict=True))
+    kv = jax.tree.map(write, kv, new_kv)
     positions = write(tokens.positions, new_tokens.positions)
-    return (k, v), Tokens(positions, write(tokens.segment_ids, new_tokens.segment_ids))
+    return kv, Tokens(positions, write(tokens.segment_ids, new_tokens.segment_ids))
 
 
 def _is_real(tokens: Tokens) -> jax.Array:

@@ -32,7 +32,14 @@ from jax.ad_checkpoint import checkpoint_name
 from usp_jax.call import FACTS, Call, Facts, own_heads, ring_of
 from usp_jax.first_order import first_order
 from usp_jax.kernels import Carry
-from usp_jax.ring import apart, schedule_backward, schedule_forward, side_by_side
+from usp_jax.ring import (
+    Keys,
+    Stays,
+    apart,
+    schedule_backward,
+    schedule_forward,
+    side_by_side,
+)
 from usp_jax.shards import BY_HEAD, HEADS, SEQ
 from usp_jax.ulysses import kv_to_heads, kv_to_seq, pad_heads, to_heads, to_seq
 
@@ -132,11 +139,20 @@ def exchange_sequence(call: Call, x: jax.Array) -> jax.Array:
 
 
 def attend(
-    call: Call, q: jax.Array, kv: jax.Array, sinks: jax.Array | None, facts: Facts
+    call: Call,
+    q: jax.Array,
+    kv: jax.Array,
+    sinks: jax.Array | None,
+    facts: Facts,
+    keys: Keys | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends with this device's heads: (out, lse)."""
-    ring = ring_of(call, q, kv, facts)
-    before = sinks_carry(call, q, kv.shape[-1] - q.shape[-1], sinks)
+    """Attends with this device's heads: (out, lse).
+
+    Args:
+      keys: as in `ring_of`.
+    """
+    ring = ring_of(call, q, kv, facts, keys)
+    before = sinks_carry(call, q, ring.keys.value_size, sinks)
     out, lse = schedule_forward(call.schedule, ring, q, kv, before)
     return out.astype(q.dtype), lse
 
@@ -151,12 +167,13 @@ def attend_backward(
     facts: Facts,
     dout: jax.Array,
     dlse: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """dq, dk and dv side by side, and the sinks' gradient, of `attend`."""
+    keys: Keys | None = None,
+) -> tuple[Stays, jax.Array, jax.Array | None]:
+    """(dq, gradients of `keys`), kv's gradient, and the sinks', of `attend`."""
     delta = delta_of(out, lse, dout, dlse)
-    ring = ring_of(call, q, kv, facts)
-    dq, dkv = schedule_backward(call.schedule, ring, q, kv, dout, lse, delta)
-    return dq, dkv, sinks_gradient(call, sinks, lse, delta)
+    ring = ring_of(call, q, kv, facts, keys)
+    stays, dkv = schedule_backward(call.schedule, ring, q, kv, dout, lse, delta)
+    return stays, dkv, sinks_gradient(call, sinks, lse, delta)
 
 
 def _backward(
@@ -172,14 +189,24 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The gradients of this device's shards: each stage transposed, in reverse."""
     axis = call.shards.ulysses
-    dout = to_heads(pad_heads(dresult, call.heads), axis)
-    dlse = None
-    if dresidual is not None:
-        dlse = to_heads(pad_heads(dresidual[..., None], call.heads), axis)[..., 0]
-    dq, dkv, dsinks = attend_backward(call, q, kv, out, lse, sinks, facts, dout, dlse)
+    dout, dlse = cotangents_to_heads(call, dresult, dresidual)
+    (dq, _), dkv, dsinks = attend_backward(
+        call, q, kv, out, lse, sinks, facts, dout, dlse
+    )
     dq = _to_seq(call, dq.astype(q.dtype))
     dk, dv = apart(kv_to_seq(dkv, call.heads, axis, kv.dtype), q.shape[-1])
     return dq, dk, dv, dsinks
+
+
+def cotangents_to_heads(
+    call: Call, dresult: jax.Array, dresidual: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """dout and dlse of this device's heads, by all-to-alls."""
+    axis = call.shards.ulysses
+    dout = to_heads(pad_heads(dresult, call.heads), axis)
+    if dresidual is None:
+        return dout, None
+    return dout, to_heads(pad_heads(dresidual[..., None], call.heads), axis)[..., 0]
 
 
 def _to_seq(call: Call, x: jax.Array) -> jax.Array:

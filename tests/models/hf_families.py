@@ -3,10 +3,12 @@
 Layers are of several kinds, the windows are shorter than the rows, and there are fewer
 key/value heads than query heads. The names and shapes of tensors, the config.json that
 transformers saves, logits and gradients are stored next to this file;
-`python -m tests.models.hf_families` writes them again, with torch and transformers.
+`python -m tests.models.hf_families` writes them again, or only those of the cases that
+are given, with torch and transformers.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -147,6 +149,86 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "beta_fast": 4.0,
         },
     },
+    "mixtral": {
+        **_SHAPE,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1e6,
+        "sliding_window": 12,
+        "router_aux_loss_coef": 0.02,
+    },
+    "qwen3_moe": {
+        **_SHAPE,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "rope_theta": 1e6,
+    },
+    "gpt_oss": {
+        **_SHAPE,
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "attention_bias": True,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+        "sliding_window": 12,
+        "swiglu_limit": 1.5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    },
+    "deepseek_v3": {
+        **_SHAPE,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "num_nextn_predict_layers": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.75,
+        },
+    },
 }
 
 
@@ -208,6 +290,7 @@ def recorded(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
+        experts_implementation="eager",
         output_loading_info=True,
     )
     assert not any(info.values()), info
@@ -217,19 +300,26 @@ def recorded(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any
     torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     ).backward()
-    gradients = {name: x.grad.numpy() for name, x in model.named_parameters()}
+    # Saved like weights, they get the names of tensors in files.
+    for x in model.parameters():
+        x.data = x.grad
+    for x in model.buffers():
+        x.data = torch.zeros_like(x)
+    model.save_pretrained(folder / "gradients")
+    gradients = load_file(folder / "gradients" / "model.safetensors")
     yield "gradients", np.stack([summary(gradients[name]) for name in sorted(shapes)])
 
 
-def main() -> None:
-    """Writes what transformers computes for all cases."""
-    stored = {}
-    for name, config in CONFIGS.items():
+def main(cases: list[str]) -> None:
+    """Writes what transformers computes for some cases, by default all."""
+    with np.load(GOLDEN) as before:
+        stored = {key: x for key, x in before.items() if key.split("/")[0] in CONFIGS}
+    for name in cases or CONFIGS:
         with tempfile.TemporaryDirectory() as folder:
-            for key, value in recorded(config, Path(folder)):
+            for key, value in recorded(CONFIGS[name], Path(folder)):
                 stored[f"{name}/{key}"] = value
     np.savez_compressed(GOLDEN, **stored)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -110,6 +110,15 @@ def best_of(x, number):
 
 
 def attention(config: LlamaConfig, w: dict, y, seen, xp):
+    if config.latent is not None:
+        q, k, v = latent_heads(config, w, y, xp)
+    else:
+        q, k, v = heads(config, w, y, xp)
+    scores = xp.einsum("btnh,bsnh->bnts", q, k)
+    return output(config, w, scores, v, seen, xp)
+
+
+def heads(config: LlamaConfig, w: dict, y, xp):
     q, k, v = (xp.einsum("btd,dnh->btnh", y, w[name]) for name in "qkv")
     if config.qkv_bias:
         added = (w[f"{name}_bias"] for name in "qkv")
@@ -121,12 +130,29 @@ def attention(config: LlamaConfig, w: dict, y, seen, xp):
         k = whole_norm(config, k, w["whole_k_norm"], xp)
     groups = config.num_heads // config.num_kv_heads
     q, k = rope(config, q, xp), rope(config, k, xp)
-    k, v = (xp.repeat(part, groups, 2) for part in (k, v))
-    scores = xp.einsum("btnh,bsnh->bnts", q, k)
+    return q, *(xp.repeat(part, groups, 2) for part in (k, v))
+
+
+def latent_heads(config: LlamaConfig, w: dict, y, xp):
+    """DeepSeek-V2, arXiv 2405.04434, equations 9 to 19."""
+    size = config.latent.rope_size
+    low = norm(config, y @ w["q_down"], w["q_down_norm"], xp)
+    q = xp.einsum("btr,rnh->btnh", low, w["q_up"])
+    q = xp.concatenate([q[..., :-size], rope(config, q[..., -size:], xp)], -1)
+    kv = y @ w["kv_down"]
+    latent = norm(config, kv[..., :-size], w["kv_down_norm"], xp)
+    shared = rope(config, kv[..., None, -size:], xp)
+    k = xp.einsum("btc,cnh->btnh", latent, w["k_up"])
+    shared = xp.repeat(shared, config.num_heads, 2)
+    v = xp.einsum("btc,cnh->btnh", latent, w["v_up"])
+    return q, xp.concatenate([k, shared], -1), v
+
+
+def output(config: LlamaConfig, w: dict, scores, v, seen, xp):
     scores = scores * (config.attention_scale or 1 / math.sqrt(config.head_size))
     scores = cap(scores, config.logits_soft_cap, xp)
     if config.window is not None:
-        places = np.arange(y.shape[1])
+        places = np.arange(v.shape[1])
         seen = seen & (places[:, None] - places[None] < config.window)[None]
     scores = xp.where(seen[:, None], scores, -1e30)
     top = scores.max(-1, keepdims=True)
@@ -185,6 +211,8 @@ def rope(config, x, xp):
 
 
 def rotary_size(config):
+    if config.latent is not None:
+        return config.latent.rope_size
     return config.head_size if config.rotary_size is None else config.rotary_size
 
 

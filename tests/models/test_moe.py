@@ -1,4 +1,4 @@
-"""Decoders with experts: one device and meshes equal a plain model.
+"""Decoders with experts and latent attention: all meshes equal a plain model.
 
 The loss, the losses of routers and all gradients in float64, to 1e-10, for packed rows
 that differ, with padding. The plain model computes every expert for every token.
@@ -20,6 +20,7 @@ from tests.models.test_mixed import parameters
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Variant
 from usp_jax.models.experts import Experts
+from usp_jax.models.latent import Latent
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import routed_loss
 
@@ -35,6 +36,9 @@ BIASED = dataclasses.replace(
 GROUPED = dataclasses.replace(
     CONFIG,
     num_layers=3,
+    num_kv_heads=CONFIG.num_heads,
+    head_size=6,
+    latent=Latent(kv_rank=16, rope_size=4, value_size=5, q_rank=8),
     mlp_tile=5,
     layer_types=("default", "routed", "routed"),
     variants=(

@@ -2,6 +2,7 @@
 
     y [b, t, D] -> q [b, t, n, H], k, v [b, t, m, H], rotated by RoPE
 
+or, for latent attention, instead of k, v the latent [b, t, C] of which they are made.
 Lower-case letters are this device's sizes.
 """
 
@@ -13,8 +14,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from usp_jax import KVCache, usp_attention_per_shard
+from usp_jax import KVCache, decode_attention, usp_attention_per_shard
+from usp_jax.latent_attention import (
+    latent_attention_per_shard,
+    latent_decode_attention,
+    latent_key,
+)
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.latent import Latent
 from usp_jax.models.norms import norm, whole_norm
 from usp_jax.models.remat import HEADS
 from usp_jax.models.rope import rotate
@@ -43,8 +50,27 @@ class Heads:
     sinks: Float[Array, " n"] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentHeads:
+    """The inputs of latent attention on one device.
+
+    Attributes:
+      q: queries; RoPE is applied to their last dims.
+      latent: the latent vectors of keys and values.
+      rope_key: the last dims of keys, which all heads share, after RoPE.
+      k_up: makes the other dims of keys.
+      v_up: makes values.
+    """
+
+    q: Float[Array, "b t n H"]
+    latent: Float[Array, "b t C"]
+    rope_key: Float[Array, "b t h"]
+    k_up: Float[Array, "C n _"]
+    v_up: Float[Array, "C n X"]
+
+
 # (The inputs, this layer's cache) -> (attention's output, the layer's state).
-Attend = Callable[[Heads, KVCache | None], tuple[Array, State]]
+Attend = Callable[[Heads | LatentHeads, KVCache | None], tuple[Array, State]]
 
 
 def heads_of(
@@ -53,7 +79,7 @@ def heads_of(
     weights: dict[str, Array],
     y: Float[Array, "b t D"],
     angles: Angles,
-) -> Heads:
+) -> Heads | LatentHeads:
     """Returns the inputs of attention.
 
     Args:
@@ -63,10 +89,37 @@ def heads_of(
       y: the tokens.
       angles: cosine and sine of RoPE.
     """
+    if config.latent is not None:
+        return _latent_heads(config, config.latent, weights, y, angles)
     q, k, v = (_projected(config, split, weights, name, y) for name in "qkv")
     if angles:
         q, k = rotate(q, *angles), rotate(k, *angles)
     return Heads(q, k, v, weights.get("sinks"))
+
+
+def _latent_heads(
+    config: LlamaConfig,
+    latent: Latent,
+    w: dict[str, Array],
+    y: Array,
+    angles: Angles,
+) -> LatentHeads:
+    if latent.q_rank is None:
+        q = jnp.einsum("BTD,DNH->BTNH", y, w["q"])
+    else:
+        low = checkpoint_name(jnp.einsum("BTD,DR->BTR", y, w["q_down"]), HEADS)
+        low = norm(config, low, w["q_down_norm"])
+        q = jnp.einsum("BTR,RNH->BTNH", low, w["q_up"])
+    kv = checkpoint_name(jnp.einsum("BTD,DJ->BTJ", y, w["kv_down"]), HEADS)
+    vector, rope_key = kv[..., : latent.kv_rank], kv[..., latent.kv_rank :]
+    plain, rotated = q[..., : -latent.rope_size], q[..., -latent.rope_size :]
+    return LatentHeads(
+        jnp.concatenate([plain, rotate(rotated, *angles)], -1),
+        norm(config, vector, w["kv_down_norm"]),
+        rotate(rope_key[:, :, None], *angles)[:, :, 0],
+        w["k_up"],
+        w["v_up"],
+    )
 
 
 def self_attention(
@@ -77,25 +130,60 @@ def self_attention(
 ) -> Attend[None]:
     """Returns the `Attend` for causal attention of whole sequences to themselves."""
 
-    def attend(heads: Heads, _: KVCache | None) -> tuple[Array, None]:
+    def attend(heads: Heads | LatentHeads, _: KVCache | None) -> tuple[Array, None]:
         options = attention_options(config) | Options(
             is_causal=True,
             layout=layout,
             segment_ids=segment_ids,
-            sinks=heads.sinks,
             positions=(
                 jnp.broadcast_to(positions, heads.q.shape[:2])
                 if layout == "data"
                 else None
             ),
             ring_schedule=config.ring_schedule,
-            ulysses_chunks=config.ulysses_chunks,
         )
-        out = usp_attention_per_shard(heads.q, heads.k, heads.v, **options)
+        if isinstance(heads, LatentHeads):
+            arrays = heads.q, heads.latent, heads.rope_key, heads.k_up, heads.v_up
+            out = latent_attention_per_shard(*arrays, **options)
+        else:
+            own = Options(sinks=heads.sinks, ulysses_chunks=config.ulysses_chunks)
+            arrays = heads.q, heads.k, heads.v
+            out = usp_attention_per_shard(*arrays, **(options | own))
         assert not isinstance(out, tuple)
         return out, None
 
     return attend
+
+
+def cached(heads: Heads | LatentHeads) -> tuple[Array, Array | None]:
+    """Returns the keys and values that a cache holds."""
+    if isinstance(heads, LatentHeads):
+        return latent_key(heads.latent, heads.rope_key), None
+    return heads.k, heads.v
+
+
+def cached_attention(
+    config: LlamaConfig,
+    positions: Int[Array, "b t"],
+    heads: Heads | LatentHeads,
+    cache: KVCache,
+) -> Float[Array, "b t n H"]:
+    """Attends to the tokens of a cache, the queries' own included.
+
+    Args:
+      config: the configuration of the layer's kind.
+      positions: positions of the queries.
+      heads: the inputs of attention; of keys and values, the cache's are used.
+      cache: the layer's cache.
+    """
+    options = attention_options(config) | Options(positions=positions)
+    if isinstance(heads, LatentHeads):
+        out = latent_decode_attention(heads.q, cache, heads.k_up, heads.v_up, **options)
+    else:
+        own = Options(sinks=heads.sinks)
+        out = decode_attention(heads.q, cache, **(options | own))
+    assert not isinstance(out, tuple)
+    return out
 
 
 def attention_options(config: LlamaConfig) -> Options:

@@ -7,16 +7,18 @@ from jax.extend.core import Primitive
 
 from usp_jax import SAVED_NAMES
 from usp_jax.models.feed_forward import INNER_PRODUCTS
-from usp_jax.models.moe import KEPT_NAMES
+from usp_jax.models.moe import IDS, KEPT_NAMES, ROUTED_NAMES
 
 # Checkpoint names of a layer, apart from those of attention and feed-forward.
 # OUT is what a norm after a part of the layer is applied to.
 INPUT, MIDDLE, HEADS, OUT = "layer_input", "layer_middle", "layer_heads", "layer_out"
 
+# The experts of each token are kept by all: computed again, a router whose scores are
+# almost equal could choose others.
 _KEPT = {
-    "full": (),
-    "attention": ("usp_out", "usp_lse"),
-    "attention_qkv": SAVED_NAMES,
+    "full": (IDS,),
+    "attention": ("usp_out", "usp_lse", IDS),
+    "attention_qkv": (*SAVED_NAMES, *ROUTED_NAMES),
     "dots": (*SAVED_NAMES, HEADS, MIDDLE, OUT, *INNER_PRODUCTS, *KEPT_NAMES),
 }
 

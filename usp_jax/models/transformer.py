@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from usp_jax import KVCache, MeshAxes, decode_attention
+from usp_jax import KVCache, MeshAxes
 from usp_jax.cache import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import axis_size
@@ -34,8 +34,10 @@ from usp_jax.models.mixer import (
     Angles,
     Attend,
     Heads,
+    LatentHeads,
     State,
-    attention_options,
+    cached,
+    cached_attention,
     self_attention,
 )
 from usp_jax.models.norms import norm
@@ -47,7 +49,6 @@ from usp_jax.models.router_report import Counts
 from usp_jax.models.segments import PerRun, Run, Segment, segments
 from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
-from usp_jax.options import Options
 from usp_jax.shards import Shards
 
 # A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
@@ -180,10 +181,11 @@ class Transformer:
             itself = self_attention(kind, self.layout, positions, segment_ids)
             pages, window = room.of(kind)
 
-            def attend(heads: Heads, _: KVCache | None) -> tuple[Array, KVCache]:
+            def attend(
+                heads: Heads | LatentHeads, _: KVCache | None
+            ) -> tuple[Array, KVCache]:
                 cache = KVCache.of_shards(
-                    heads.k,
-                    heads.v,
+                    *cached(heads),
                     positions=jnp.broadcast_to(positions, tokens.shape),
                     segment_ids=segment_ids,
                     page_tokens=pages,
@@ -211,13 +213,12 @@ class Transformer:
         """
 
         def attend_of(kind: LlamaConfig) -> Attend[Written]:
-            def attend(heads: Heads, cache: KVCache | None) -> tuple[Array, Written]:
+            def attend(
+                heads: Heads | LatentHeads, cache: KVCache | None
+            ) -> tuple[Array, Written]:
                 assert cache is not None
-                cache = cache.append(heads.k, heads.v, positions=positions)
-                facts = Options(positions=positions, sinks=heads.sinks)
-                options = attention_options(kind) | facts
-                out = decode_attention(heads.q, cache, **options)
-                assert not isinstance(out, tuple)
+                cache = cache.append(*cached(heads), positions=positions)
+                out = cached_attention(kind, positions, heads, cache)
                 # The scan copies its results: return only the page that was written.
                 return out, (cache.pages[-1], cache.used, cache.overflowed)
 
@@ -243,10 +244,14 @@ class Transformer:
 
         def specs(segment: Segment, run: Run) -> KVCache:
             layers = (None,) if segment.repeats == 1 else (None, None)
+            kind = of_kind(config, run.kind)
             kv = jax.P(*layers, batch, sequence, split.tensor or None)
             tokens = jax.P(*layers, batch, sequence)
-            page = Page(kv, kv, Tokens(tokens, tokens))
-            page_tokens, window = room.of(of_kind(config, run.kind))
+            if kind.latent is not None:
+                page = Page(tokens, None, Tokens(tokens, tokens))
+            else:
+                page = Page(kv, kv, Tokens(tokens, tokens))
+            page_tokens, window = room.of(kind)
             pages = (page, page) if window is None else (page,)
             return KVCache(pages, jax.P(), jax.P(), page_tokens, shards, window)
 
@@ -334,6 +339,8 @@ class Transformer:
 def _angles(config: LlamaConfig, positions: Array) -> Angles:
     """Cosine and sine of RoPE in a kind of layer, or nothing if it has none."""
     size = config.head_size if config.rotary_size is None else config.rotary_size
+    if config.latent is not None:
+        size = config.latent.rope_size
     if size == 0:
         return ()
     return rope_angles(

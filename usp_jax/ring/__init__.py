@@ -3,18 +3,23 @@
 `schedule.py` selects a schedule. `steps.py` is the algorithm over the turns of
 `ring.py`, which `unidirectional.py`, `bidirectional.py` and `double.py` list.
 `visits.py` leaves out hops that are known to be empty. `all_gather.py` and `pass_q.py`
-are separate algorithms. `tokens.py` gathers the facts of all shards that masks need.
+are separate algorithms. `keys.py` makes keys and values of what travels, and
+`tokens.py` gathers the facts of all shards that masks need.
 """
 
 from usp_jax.ring.all_gather import AllGather as AllGather
 from usp_jax.ring.bidirectional import Bidirectional as Bidirectional
 from usp_jax.ring.double import Double as Double
-from usp_jax.ring.pass_q import PassQ as PassQ
-from usp_jax.ring.ring import (
-    Ring as Ring,
+from usp_jax.ring.keys import (
+    Keys as Keys,
+    Params as Params,
+    SideBySide as SideBySide,
+    Stays as Stays,
     apart as apart,
     side_by_side as side_by_side,
 )
+from usp_jax.ring.pass_q import PassQ as PassQ
+from usp_jax.ring.ring import Ring as Ring
 from usp_jax.ring.schedule import (
     SCHEDULES as SCHEDULES,
     Schedule as Schedule,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from usp_jax.gathering import scattered
 from usp_jax.kernels import Carry
+from usp_jax.ring.keys import Stays
 from usp_jax.ring.ring import Ring
 
 
@@ -39,10 +40,10 @@ def gather_backward(
     dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
+) -> tuple[Stays, Float[Array, "B S m D"]]:
     """Computes `ring_backward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     mask = ring.mask(ring.kv_tokens.all())
-    dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
+    stays, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
     assert ring.axis_name is not None
-    return dq, scattered(dkv, ((ring.axis_name, None),), 1)
+    return stays, scattered(dkv, ((ring.axis_name, None),), 1)

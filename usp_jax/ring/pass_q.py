@@ -15,8 +15,12 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
-from usp_jax.ring.ring import Index, Ring, apart, side_by_side
-from usp_jax.ring.steps import own_rows, take_turn
+from usp_jax.ring.keys import Params, Stays, apart, side_by_side
+from usp_jax.ring.ring import Index, Ring
+from usp_jax.ring.steps import added, own_rows, take_turn
+
+# What stays with the keys: their gradient, and those of the parameters of `Keys`.
+Kept = tuple[jax.Array, Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +63,30 @@ def pass_q_backward(
     dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
+) -> tuple[Stays, Float[Array, "B S m D"]]:
     """Computes `ring_backward` by rotating the queries."""
 
     def part(
         step: Index, visitor: tuple[jax.Array, jax.Array], rows: slice
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Kept, jax.Array]:
         rows_seen, (lse, delta) = visitor[0][:, rows], visitor[1][:, :, rows]
         q, dout = apart(rows_seen, head_size)
         mask = _mask(ring, step).rows(rows)
-        dq, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
-        return dkv, dq
+        (dq, params), dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
+        return (dkv, params), dq
 
     def join(
-        first: tuple[jax.Array, jax.Array], rest: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        return first[0] + rest[0], jnp.concatenate([first[1], rest[1]], 1)
+        first: tuple[Kept, jax.Array], rest: tuple[Kept, jax.Array]
+    ) -> tuple[Kept, jax.Array]:
+        return added(first[0], rest[0]), jnp.concatenate([first[1], rest[1]], 1)
 
     head_size = q.shape[-1]
     visitor = side_by_side(q, dout.astype(q.dtype)), jnp.stack([lse, delta])
     rows = own_rows(q.shape[1])
-    dkv, dq = take_turn(
+    (dkv, params), dq = take_turn(
         ring, ring.whole_turn, visitor, part, rows, add=jnp.add, join=join
     )
-    return dq, dkv
+    return (dq, params), dkv
 
 
 def _mask(ring: Ring, step: Index) -> Mask:

@@ -13,32 +13,19 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from usp_jax.kernels import Carry, Chunk
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens, join
 from usp_jax.mesh import AxisName, axis_names
+from usp_jax.ring.keys import Keys, Stays
 from usp_jax.ring.tokens import RingTokens
 
 # An index on the axis or a number of steps: an int, or the counter of a loop.
 Index = Int[Array, ""] | int
 Pairs = Iterable[tuple[int, int]]
 T = TypeVar("T")
-
-
-def side_by_side(
-    k: Float[Array, "B S K H"], v: Float[Array, "B S K V"]
-) -> Float[Array, "B S K H+V"]:
-    """Joins k and v in one array, so that one collective moves both."""
-    return jnp.concatenate([k, v], -1)
-
-
-def apart(
-    kv: Float[Array, "B S K D"], head_size: int
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
-    """Splits kv into k, with this head size, and v; the inverse of `side_by_side`."""
-    return kv[..., :head_size], kv[..., head_size:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +61,7 @@ class Ring:
     Attributes:
       index: this device's index on the axis.
       chunk: the kernel.
+      keys: what a visit makes of the array that travels.
       held: the shard that each equal part of the held keys comes from; () is this
         device's own.
     """
@@ -81,6 +69,7 @@ class Ring:
     axis_name: AxisName | None
     index: Index
     chunk: Chunk
+    keys: Keys
     rule: MaskRule
     logits: Logits
     q_tokens: RingTokens
@@ -157,8 +146,8 @@ class Ring:
     def chunk_forward(
         self, mask: Mask, q: jax.Array, kv: jax.Array, carry: Carry | None
     ) -> Carry:
-        """Runs the kernel's forward pass; k, v are side by side."""
-        k, v = apart(kv, q.shape[-1])
+        """Runs the kernel's forward pass on the keys made of `kv`."""
+        k, v = self.keys.of(kv)
         return self.chunk.forward(q, k, v, mask, carry, self.logits)
 
     def chunk_backward(
@@ -169,11 +158,12 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Runs the kernel's backward pass: dq, and dk, dv side by side."""
-        k, v = apart(kv, q.shape[-1])
-        dq, *dkv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
-        return dq, side_by_side(*dkv)
+    ) -> tuple[Stays, jax.Array]:
+        """Runs the kernel's backward pass: the gradients that stay, and that of kv."""
+        k, v = self.keys.of(kv)
+        dq, dk, dv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
+        params, dkv = self.keys.gradients(kv, dk, dv)
+        return (dq, params), dkv
 
     def held_forward(self, q: jax.Array, kv: jax.Array, carry: Carry | None) -> Carry:
         """Attends with this device's queries to the held keys."""
@@ -187,8 +177,8 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Gradients of `held_forward` for some query rows: dq, and dk, dv side by side.
+    ) -> tuple[Stays, jax.Array]:
+        """Gradients of `held_forward` for some query rows, as in `chunk_backward`.
 
         Args:
           rows: the rows of q, dout, lse and delta to use.

@@ -10,6 +10,7 @@ from usp_jax.kernels import Carry
 from usp_jax.ring.all_gather import AllGather, gather_backward, gather_forward
 from usp_jax.ring.bidirectional import Bidirectional
 from usp_jax.ring.double import Double
+from usp_jax.ring.keys import Stays
 from usp_jax.ring.pass_q import PassQ, pass_q_backward, pass_q_forward
 from usp_jax.ring.ring import Ring
 from usp_jax.ring.steps import ring_backward, ring_forward
@@ -52,8 +53,8 @@ def schedule_backward(
     dout: jax.Array,
     lse: jax.Array,
     delta: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `schedule_forward`: dq, and dk, dv side by side."""
+) -> tuple[Stays, jax.Array]:
+    """Gradients of `schedule_forward`: those that stay, and that of kv."""
     saved = q, kv, dout, lse, delta
     if ring.devices == 1:
         return ring.held_backward(kv, slice(None), q, dout, lse, delta)

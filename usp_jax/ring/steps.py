@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax.kernels import Carry
+from usp_jax.ring.keys import Stays
 from usp_jax.ring.ring import Index, Ring, Turn
 
 ALL = slice(None)
@@ -38,7 +39,7 @@ def ring_forward(
     """Attends with this device's queries to the keys of the whole ring.
 
     Args:
-      kv: this device's keys and values, `side_by_side`.
+      kv: the array that travels; `ring.keys` makes keys and values of it.
       carry: the result over anything seen before the ring, such as attention sinks.
 
     Returns:
@@ -73,18 +74,18 @@ def ring_backward(
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
     own: int | None = None,
-) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
+) -> tuple[Stays, Float[Array, "B S m D"]]:
     """Gradients of `ring_forward`, in the accumulation dtype.
 
     Args:
       own: number of queries that meet their own shard at step 0; None means all.
 
     Returns:
-      dq, and dk, dv side by side.
+      The gradients that stay, dq [B, T, n, H] and those of `ring.keys`; that of kv.
     """
     turn, *inner = turns
 
-    def part(step: Index, kv: jax.Array, rows: slice) -> tuple[jax.Array, jax.Array]:
+    def part(step: Index, kv: jax.Array, rows: slice) -> tuple[Stays, jax.Array]:
         here = ring.at(turn, step)
         # The rows that the own inner turn left over are a separate chunk.
         if inner and inner[0].size > 1 and not rows.start:
@@ -93,9 +94,11 @@ def ring_backward(
         return here.held_backward(kv, rows, q, dout, lse, delta)
 
     def join(
-        first: tuple[jax.Array, jax.Array], rest: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        return _all_rows(first[0], rest[0], q.shape[1]), first[1] + rest[1]
+        first: tuple[Stays, jax.Array], rest: tuple[Stays, jax.Array]
+    ) -> tuple[Stays, jax.Array]:
+        ((dq, params), dkv), ((more, more_params), more_dkv) = first, rest
+        dq = _all_rows(dq, more, q.shape[1])
+        return (dq, added(params, more_params)), dkv + more_dkv
 
     # The inner turn during the first outer hop takes longer than a chunk at the end.
     rows = own_rows(q.shape[1] if own is None else own, 3 if inner else 2)
@@ -152,7 +155,7 @@ def take_turn(
         """Runs a step after step 1: the sum arrives while this part is computed."""
         arrived = ring.hop(turn, travels)
         more, new = part(step, visitor, ALL)
-        return _sum(stays, more), add(arrived, new)
+        return added(stays, more), add(arrived, new)
 
     def body(step: Index, state: tuple[V, S, F]) -> tuple[V, S, F]:
         visitor, stays, travels = state
@@ -171,7 +174,7 @@ def take_turn(
     arrived = ring.hop(turn, travels)
     for more in rows[1:]:
         at_home = join(at_home, part(0, own, more))
-    return together(_sum(stays, at_home[0]), add(arrived, at_home[1]))
+    return together(added(stays, at_home[0]), add(arrived, at_home[1]))
 
 
 def together(*values: *Ts) -> tuple[*Ts]:
@@ -195,7 +198,8 @@ def _all_rows(dq: jax.Array, more: jax.Array, length: int) -> jax.Array:
     return jnp.pad(dq, [(0, 0), (0, length - dq.shape[1]), (0, 0), (0, 0)])
 
 
-def _sum(a: S, b: S) -> S:
+def added(a: S, b: S) -> S:
+    """Adds two pytrees leaf by leaf."""
     total: S = jax.tree.map(jnp.add, a, b)
     return total
 

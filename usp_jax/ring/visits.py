@@ -21,8 +21,9 @@ from jaxtyping import Array, Float
 from usp_jax.kernels import Carry
 from usp_jax.layout import shard_runs
 from usp_jax.masking import Mask, MaskRule
-from usp_jax.ring.ring import Ring, apart, side_by_side
-from usp_jax.ring.steps import own_rows, together
+from usp_jax.ring.keys import Stays, apart, side_by_side
+from usp_jax.ring.ring import Ring
+from usp_jax.ring.steps import added, own_rows, together
 
 # Every visit is a separate chunk in the compiled program; more take minutes to compile.
 MAX_VISITS = 16
@@ -110,7 +111,7 @@ def visits_forward(
     carry: Carry | None = None,
 ) -> Carry:
     """Computes `ring_forward` over the visits that are not empty."""
-    # k, v pass every barrier, so that no hop is issued before its step.
+    # kv passes every barrier, so that no hop is issued before its step.
     attend = functools.partial(ring.held_forward, q, kv)
     for visit in visits:
         arrived = ring.send(kv[:, visit.rows], visit.pairs)
@@ -127,25 +128,27 @@ def visits_backward(
     dout: Float[Array, "B T n V"],
     lse: Float[Array, "B T n"],
     delta: Float[Array, "B T n"],
-) -> tuple[Float[Array, "B T n H"], Float[Array, "B S m D"]]:
+) -> tuple[Stays, Float[Array, "B S m D"]]:
     """Computes `ring_backward` over the visits that are not empty.
 
-    Each part of dk, dv goes directly home, one hop late. Half of the queries meet their
-    own shard during the first hop, the other half during the last.
+    Each part of kv's gradient goes directly home, one hop late. Half of the queries
+    meet their own shard during the first hop, the other half during the last.
     """
     ours = (q, dout, lse, delta)
     first, *rest = own_rows(q.shape[1])
     if not visits:
         return ring.held_backward(kv, slice(None), *ours)
 
+    half = kv.shape[-1] // 2
+
     def send(kv: jax.Array, visit: Visit) -> jax.Array:
-        # In the order v, k. Otherwise a compiler could merge this send with that of the
-        # forward pass, and keep everything that arrived until now.
-        k, v = apart(kv[:, visit.rows], q.shape[-1])
-        return ring.send(side_by_side(v, k), visit.pairs)
+        # With its halves swapped. Otherwise a compiler could merge this send with that
+        # of the forward pass, and keep everything that arrived until now.
+        a, b = apart(kv[:, visit.rows], half)
+        return ring.send(side_by_side(b, a), visit.pairs)
 
     arriving: jax.Array | None = send(kv, visits[0])
-    kv, arriving, dq_own, home = together(
+    kv, arriving, (dq_own, params), home = together(
         kv, arriving, *ring.held_backward(kv, first, *ours)
     )
     dq = jnp.zeros_like(dq_own, shape=q.shape)
@@ -157,23 +160,26 @@ def visits_backward(
             arriving = send(kv, visits[n + 1])
         if part is not None:
             home = _brought_home(ring, visits[n - 1], part, home)
-        v, k = apart(arrived, arrived.shape[-1] - q.shape[-1])
-        dq_part, part = ring.chunk_backward(
-            _mask(ring, visit), q, side_by_side(k, v), dout, lse, delta
+        b, a = apart(arrived, arrived.shape[-1] - half)
+        stays, part = ring.chunk_backward(
+            _mask(ring, visit), q, side_by_side(a, b), dout, lse, delta
         )
-        kv, arriving, home, part, dq = together(kv, arriving, home, part, dq + dq_part)
+        kv, arriving, home, part, (dq, params) = together(
+            kv, arriving, home, part, added((dq, params), stays)
+        )
     assert part is not None
     home = _brought_home(ring, visits[-1], part, home)
     for rows in rest:
-        dq_rest, more = ring.held_backward(kv, rows, *ours)
-        dq_own, home = jnp.concatenate([dq_own, dq_rest], 1), home + more
-    return together(dq + dq_own, home)
+        (dq_rest, more), dkv = ring.held_backward(kv, rows, *ours)
+        dq_own = jnp.concatenate([dq_own, dq_rest], 1)
+        params, home = added(params, more), home + dkv
+    return together((dq + dq_own, params), home)
 
 
 def _brought_home(
     ring: Ring, visit: Visit, part: jax.Array, home: jax.Array
 ) -> jax.Array:
-    """Sends dk, dv of a visit's tokens back home, and adds them there."""
+    """Sends the gradient of a visit's tokens back home, and adds it there."""
     back = [(i, j) for j, i in visit.pairs]
     return home.at[:, visit.rows].add(ring.send(part, back))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from usp_jax.models.hf.families import FAMILIES, Family
 from usp_jax.models.hf.files import Json
+from usp_jax.models.hf.quantized import check_quantization
 
 # Keys that all families read, apart from those of fields and layers.
 _READ = {
@@ -19,6 +20,7 @@ _READ = {
     "original_max_position_embeddings",
     "dtype",
     "torch_dtype",
+    "quantization_config",
 }
 # Supported values of keys that a family does not read; null counts as left out.
 _ONLY: dict[str, tuple[Json, ...]] = {
@@ -27,7 +29,6 @@ _ONLY: dict[str, tuple[Json, ...]] = {
     "attention_dropout": (0.0,),
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
-    "quantization_config": (),
     "use_mrope": (False,),
     "use_sliding_window": (False,),
     "sliding_window": (),
@@ -57,6 +58,10 @@ NOTES = {
     "pad_token_id",
     # Splits matrix products into slices with the same results.
     "pretraining_tp",
+    # Losses and noise of routers in training.
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
     "return_dict",
     "tokenizer_class",
     "transformers_version",
@@ -80,6 +85,7 @@ def family_of(config: Mapping[str, Json]) -> tuple[Family, Mapping[str, Json]]:
         listed = " or ".join(repr(family.model_type) for family in FAMILIES)
         raise ValueError(f"model_type={name!r} is not supported; it must be {listed}")
     family = found[0]
+    config = _with_names(family, config)
     if family.text_of is None:
         return family, config
     text = config.get("text_config")
@@ -93,6 +99,18 @@ def family_of(config: Mapping[str, Json]) -> tuple[Family, Mapping[str, Json]]:
     return family, {**outer, **text, **{key: config.get(key) for key in same}}
 
 
+def _with_names(family: Family, config: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Returns a config.json in which keys have the names that the family reads."""
+    named = dict(config)
+    for alias, name in family.aliases.items():
+        value = named.pop(alias, None)
+        if value is not None and named.setdefault(name, value) != value:
+            raise ValueError(
+                f"{alias}={value!r} and {name}={config[name]!r} differ; leave one out"
+            )
+    return named
+
+
 def check_keys(family: Family, config: Mapping[str, Json]) -> None:
     """Checks that all keys of config.json are known, and that none is missing.
 
@@ -104,6 +122,7 @@ def check_keys(family: Family, config: Mapping[str, Json]) -> None:
         "model_type",
         *(key.name for key in family.field_keys),
         *family.layer_keys,
+        *family.part_keys,
         *(("rope_local_base_freq",) if family.local_theta is not None else ()),
         *(("partial_rotary_factor",) if family.rotates_part else ()),
     }
@@ -115,6 +134,7 @@ def check_keys(family: Family, config: Mapping[str, Json]) -> None:
             continue
         listed = " or ".join(map(repr, values)) or "null or left out"
         raise ValueError(f"{key}={value!r} is not supported; it must be {listed}")
+    check_quantization(config.get("quantization_config"))
     unknown = sorted(config.keys() - read - only.keys() - NOTES - set(family.unused))
     if unknown:
         listed = ", ".join(f"{key}={config[key]!r}" for key in unknown)

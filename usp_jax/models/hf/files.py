@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -99,8 +100,9 @@ class TensorFiles:
     """Tensors of a checkpoint, read slice by slice from memory-mapped files."""
 
     def __init__(
-        self, files: Mapping[str, safe_open], places: Mapping[str, str]
+        self, folder: Path, files: Mapping[str, safe_open], places: Mapping[str, str]
     ) -> None:
+        self._folder = folder
         self._files = files
         self._places = places
 
@@ -130,7 +132,7 @@ class TensorFiles:
                         "which does not have it"
                     )
                 places[tensor] = name
-            yield cls(files, places)
+            yield cls(folder, files, places)
 
     @property
     def names(self) -> set[str]:
@@ -147,10 +149,26 @@ class TensorFiles:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a tensor, and no other part of it."""
+        if self.dtype(name) == "F8_E4M3":
+            path = self._folder / self._places[name]
+            return np.array(_float8(path, name, self.shape(name))[index])
         return self._slice(name)[index]
 
     def _slice(self, name: str) -> _Slice:
         return self._files[self._places[name]].get_slice(name)
+
+
+def _float8(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of 8-bit floats, mapped from its file.
+
+    safetensors does not return slices of this dtype as numpy arrays.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    offset = 8 + length + header[name]["data_offsets"][0]
+    x = np.memmap(path, np.uint8, "r", offset, shape)
+    return x.view(jnp.float8_e4m3fn)
 
 
 def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """Converts between config.json and `LlamaConfig`.
 
 `families` has what distinguishes a `model_type` from others, `allowed.py` checks that
-no key is ignored, and `layers.py` converts what differs between layers.
+no key is ignored, `layers.py` converts what differs between layers and `parts.py`
+experts and latent attention.
 """
 
 import dataclasses
@@ -16,6 +17,12 @@ from usp_jax.models.hf.allowed import NOTES, check_keys, family_of
 from usp_jax.models.hf.families import FAMILIES, Family
 from usp_jax.models.hf.files import Json
 from usp_jax.models.hf.layers import read_layers, write_layers
+from usp_jax.models.hf.parts import (
+    read_experts,
+    read_latent,
+    write_experts,
+    write_latent,
+)
 from usp_jax.models.rope_scaling import NTKScaling
 
 _LONGEST = "max_position_embeddings"
@@ -107,10 +114,15 @@ def _read_decoder(family: Family, config: Mapping[str, Json]) -> Decoder:
         if key.name in given
     }
     fields.setdefault("num_kv_heads", fields["num_heads"])
+    if family.is_latent:
+        fields["latent"], fields["head_size"] = read_latent(given)
     if "head_size" not in fields:
         fields["head_size"] = _head_size(fields["d_model"], fields["num_heads"])
-    fields |= {**family.fields, **read_layers(family, given, fields["head_size"])}
-    return Decoder(**fields)
+    experts = None
+    if family.mixture is not None:
+        experts = read_experts(family.mixture, given)
+    layers = read_layers(family, given, fields["head_size"], experts)
+    return Decoder(**{**fields, **family.fields, **layers})
 
 
 def _write_decoder(family: Family, decoder: Decoder) -> dict[str, Json]:
@@ -123,10 +135,14 @@ def _write_decoder(family: Family, decoder: Decoder) -> dict[str, Json]:
         for key in family.field_keys
         if key.write is not None
     }
+    parts = write_latent(decoder) if family.is_latent else {}
+    if family.mixture is not None:
+        parts |= write_experts(family.mixture, decoder)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **fields,
+        **parts,
         **write_layers(family, decoder),
     }
 
@@ -153,6 +169,9 @@ def _explicit(decoder: Decoder) -> Decoder:
         "attention_scale": decoder.head_size**-0.5 if scale is None else scale,
         "rotary_size": None if size == decoder.head_size else size,
     }
+    if decoder.experts is not None:
+        # Unused.
+        changes["d_ff"] = decoder.experts.d_expert
     if isinstance(scaling, NTKScaling):
         # The format has no such type, but it only enlarges the base.
         theta = scaling.theta(size or decoder.head_size, decoder.rope_theta)

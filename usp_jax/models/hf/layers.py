@@ -1,13 +1,16 @@
-"""How the layers of a model differ, in the keys of config.json: window and RoPE.
+"""How layers differ, in the keys of config.json: window, RoPE, and experts.
 
 The keys are `sliding_window` and its switch `use_sliding_window`, `layer_types`,
-`no_rope_layers`, and those from which a family derives the last two if they are left
-out.
+`no_rope_layers`, those from which a family derives the last two if they are left out,
+and a family's own keys of the layers that have experts.
 """
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant, of_kind
+from usp_jax.models.experts import Experts
 from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.families.family import number_of_layers, without_rope
 from usp_jax.models.hf.files import Json, boolean, number, positive_int
@@ -15,24 +18,45 @@ from usp_jax.models.hf.rope import FULL, WINDOWED, Rope, read_ropes, write_ropes
 
 # Keys that are written, where a family has them.
 _WRITTEN = ("sliding_window", "use_sliding_window", "layer_types", "no_rope_layers")
-# (Whether a layer has the window, whether it has no RoPE) -> the name of its kind.
-_NAMES = {
-    (False, False): DEFAULT,
-    (True, False): "windowed",
-    (False, True): "nope",
-    (True, True): "windowed_nope",
-}
+
+
+class _Kind(NamedTuple):
+    """What distinguishes a kind of layer.
+
+    Attributes:
+      sparse: whether it has experts, and other layers have none.
+      unrotated: whether it has no RoPE.
+      windowed: whether it has the window.
+    """
+
+    sparse: bool
+    unrotated: bool
+    windowed: bool
+
+    @property
+    def name(self) -> str:
+        """The kind's name in `Decoder.layer_types`."""
+        parts = {
+            "windowed": self.windowed,
+            "nope": self.unrotated,
+            "experts": self.sparse,
+        }
+        return "_".join(part for part, own in parts.items() if own) or DEFAULT
 
 
 def read_layers(
-    family: Family, config: Mapping[str, Json], head_size: int
+    family: Family,
+    config: Mapping[str, Json],
+    head_size: int,
+    experts: Experts | None,
 ) -> dict[str, object]:
-    """Returns the fields of `Decoder` for the layers' windows and RoPE.
+    """Returns the fields of `Decoder` for the layers' windows, RoPE and experts.
 
     Args:
       family: the model's family.
       config: the content of config.json without its nulls.
       head_size: size of each head.
+      experts: the experts of the layers that have some.
 
     Raises:
       ValueError: a key has a value that is not understood.
@@ -46,26 +70,35 @@ def read_layers(
         "rope_scaling": full.scaling,
         "rotary_size": rotated,
     }
+    if full.mscale != 1:
+        fields["attention_scale"] = head_size**-0.5 * full.mscale * full.mscale
     if not family.layer_keys:
         _check_all(FULL, config)
+    if not family.layer_keys and family.mixture is None:
         return fields
-    window = _window(family, config)
-    windowed = _windowed(family, config, window)
+    window, windowed = None, [False] * number_of_layers(config)
+    if family.layer_keys:
+        window = _window(family, config)
+        windowed = _windowed(family, config, window)
+    sparse = [False] * len(windowed)
+    if family.mixture is not None:
+        sparse = family.mixture.layers(config)
+    if all(sparse):
+        fields["experts"], sparse = experts, [False] * len(sparse)
     unrotated = without_rope(config)
-    kinds = list(zip(windowed, unrotated, strict=True))
-    variants = {kind: _variant(kind, window, full, local) for kind in set(kinds)}
+    kinds = [_Kind(*own) for own in zip(sparse, unrotated, windowed, strict=True)]
+    variants = {kind: _variant(kind, window, full, local, experts) for kind in kinds}
     if len(variants) == 1:
         return {**fields, **variants[kinds[0]].changes}
-    names = [_NAMES[kind] for kind in kinds]
     return {
         **fields,
-        "layer_types": _period(names),
-        "variants": tuple(variants[k] for k in _NAMES if k in variants and any(k)),
+        "layer_types": _period([kind.name for kind in kinds]),
+        "variants": tuple(variants[kind] for kind in sorted(variants) if any(kind)),
     }
 
 
 def write_layers(family: Family, decoder: Decoder) -> dict[str, Json]:
-    """Returns the keys of config.json for the layers' windows and RoPE.
+    """Returns the keys of config.json for the layers' windows, RoPE and experts.
 
     A model whose windowed layers, or full layers, differ from each other in more than
     RoPE's absence has no such keys; reading them then returns another model.
@@ -82,6 +115,9 @@ def write_layers(family: Family, decoder: Decoder) -> dict[str, Json]:
         "no_rope_layers": [int(x.rotary_size != 0) for x in layers],
     }
     written = {key: keys[key] for key in _WRITTEN if key in family.layer_keys}
+    if family.mixture is not None:
+        sparse = [layer.experts is not None for layer in layers]
+        written |= family.mixture.write_layers(sparse)
     ropes = write_ropes(family, _rope(family, full[0]), _rope(family, windowed[0]))
     return {**written, **ropes}
 
@@ -90,21 +126,24 @@ def _rope(family: Family, layer: Decoder) -> Rope:
     part = 1.0
     if layer.rotary_size and family.rotates_part:
         part = layer.rotary_size / layer.head_size
-    return Rope(layer.rope_theta, layer.rope_scaling, part)
+    mscale = 1.0
+    if family.scales_logits and layer.attention_scale is not None:
+        mscale = math.sqrt(layer.attention_scale * math.sqrt(layer.head_size))
+    return Rope(layer.rope_theta, layer.rope_scaling, part, mscale)
 
 
 def _variant(
-    kind: tuple[bool, bool], window: int | None, full: Rope, local: Rope
+    kind: _Kind, window: int | None, full: Rope, local: Rope, experts: Experts | None
 ) -> Variant:
     """What distinguishes a kind of layer from a full one with RoPE."""
-    windowed, unrotated = kind
-    own = windowed and local != full
+    own = kind.windowed and local != full
     return Variant(
-        _NAMES[kind],
-        window=window if windowed else None,
+        kind.name,
+        window=window if kind.windowed else None,
         rope_theta=local.theta if own else None,
         rope_scaling=local.scaling if own else None,
-        rotary_size=0 if unrotated else None,
+        rotary_size=0 if kind.unrotated else None,
+        experts=experts if kind.sparse else None,
     )
 
 

@@ -6,10 +6,14 @@ parameter has the layers stacked, in before out, and a separate dim for heads:
     q_proj.weight [N·H, D], for each of L layers  ->  q [L, D, N, H]
 
 So a slice of a parameter consists of one slice of each layer's tensor, provided that it
-contains whole heads, which is how the model is split. Some families have one tensor for
-several parameters, whose rows follow each other in it:
+contains whole heads, which is how the model is split. Experts are stacked in the same
+way. Some families have one tensor for several parameters, which follow each other along
+one of its dims:
 
     qkv_proj.weight [(N + 2K)·H, D]  ->  q, k, v
+    kv_b_proj.weight [N·(P + X), C]  ->  k_up, v_up
+
+`places.py` lists the tensors.
 """
 
 import dataclasses
@@ -21,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.decoder import experts_of
 from usp_jax.models.hf.families import Family
+from usp_jax.models.hf.places import LAYER, PLACES, Place
 from usp_jax.models.parameters import (
     dims_of,
     in_table,
@@ -31,33 +37,6 @@ from usp_jax.models.parameters import (
     parameter_shapes,
     stacks,
 )
-
-_LAYER = "model.layers.{}."
-# Parameter -> (its tensor's name, the tensor's dims in the letters of `TABLE`). Names
-# in layers follow `_LAYER`; families may have other names.
-_TENSORS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "embed": ("model.embed_tokens.weight", ("V", "D")),
-    "attention_norm": ("input_layernorm.weight", ("D",)),
-    "q": ("self_attn.q_proj.weight", ("NH", "D")),
-    "k": ("self_attn.k_proj.weight", ("KH", "D")),
-    "v": ("self_attn.v_proj.weight", ("KH", "D")),
-    "q_bias": ("self_attn.q_proj.bias", ("NH",)),
-    "k_bias": ("self_attn.k_proj.bias", ("KH",)),
-    "v_bias": ("self_attn.v_proj.bias", ("KH",)),
-    "q_norm": ("self_attn.q_norm.weight", ("H",)),
-    "k_norm": ("self_attn.k_norm.weight", ("H",)),
-    "whole_q_norm": ("self_attn.q_norm.weight", ("NH",)),
-    "whole_k_norm": ("self_attn.k_norm.weight", ("KH",)),
-    "o": ("self_attn.o_proj.weight", ("D", "NX")),
-    "attention_out_norm": ("post_attention_layernorm.weight", ("D",)),
-    "mlp_norm": ("post_attention_layernorm.weight", ("D",)),
-    "gate": ("mlp.gate_proj.weight", ("F", "D")),
-    "up": ("mlp.up_proj.weight", ("F", "D")),
-    "down": ("mlp.down_proj.weight", ("D", "F")),
-    "mlp_out_norm": ("post_feedforward_layernorm.weight", ("D",)),
-    "final_norm": ("model.norm.weight", ("D",)),
-    "lm_head": ("lm_head.weight", ("V", "D")),
-}
 
 Index = tuple[slice, ...]
 
@@ -69,26 +48,36 @@ class Tensor:
     Attributes:
       name: the tensor's name in the checkpoint.
       shape: the tensor's shape in the checkpoint.
-      rows: the parameters whose rows it has, in order: their names, and the index of
-        the layer's row of the parameter, or None if the parameter has no layers.
+      parts: the parameters that it has, in order: their names, and the indices of
+        those leading dims that it has not: the layer's row of the parameter, and the
+        expert.
     """
 
     name: str
     shape: tuple[int, ...]
-    rows: tuple[tuple[str, int | None], ...]
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def place_of(family: Family, name: str) -> Place:
+    """Returns where a family's checkpoints have a parameter."""
+    own = in_table(name)
+    place = family.tensors.get(own, PLACES[own])
+    if isinstance(place, str):
+        return dataclasses.replace(PLACES[own], name=place)
+    return place
 
 
 def tensor_name(family: Family, name: str) -> str:
-    """Returns the name of a parameter's tensor, with {} in place of the layer."""
-    own = in_table(name)
-    tensor = family.tensors.get(own, _TENSORS[own][0])
-    return family.prefix + (_LAYER if is_of_layers(name) else "") + tensor
+    """Returns the name of a parameter's tensor, with {layer} and {expert} in it."""
+    layer = LAYER if is_of_layers(name) else ""
+    return family.prefix + layer + place_of(family, name).name
 
 
 def tensors(family: Family, config: LlamaConfig) -> Iterator[Tensor]:
     """Yields all tensors of a model, layer by layer."""
     shapes = parameter_shapes(config)
     single = [name for name in shapes if not is_of_layers(name)]
+    experts = experts_of(config)
     # Not a list: config.json may claim any number of layers.
     middle = ((config.kind_at(i), i) for i in range(config.num_layers))
     groups = {
@@ -96,13 +85,21 @@ def tensors(family: Family, config: LlamaConfig) -> Iterator[Tensor]:
         for kind in dict.fromkeys(config.layer_types)
     }
     rows = dict.fromkeys(shapes, 0)
-    yield _tensor(family, shapes, ("embed",), rows, None)
+    yield _tensor(family, shapes, [("embed", ())])
     for kind, layer in middle:
         for names in groups[kind]:
-            yield _tensor(family, shapes, names, rows, layer)
+            own = [(name, (rows[name],)) for name in names]
+            if experts is None or not place_of(family, names[0]).is_of_expert:
+                yield _tensor(family, shapes, own, layer)
+            else:
+                for expert in range(experts.num_experts):
+                    of_expert = [(name, (*row, expert)) for name, row in own]
+                    yield _tensor(family, shapes, of_expert, layer, expert)
+            for name in names:
+                rows[name] += 1
     for name in single:
         if name != "embed":
-            yield _tensor(family, shapes, (name,), rows, None)
+            yield _tensor(family, shapes, [(name, ())])
 
 
 def read_parameter(
@@ -122,49 +119,134 @@ def read_parameter(
       index: the slice of the parameter, one slice per dim; heads must be whole.
     """
     dtype = jnp.dtype(config.stored_dtype)
-    template, dims = tensor_name(family, name), _TENSORS[in_table(name)][1]
-    letters = dims_of(name)
+    template, letters = tensor_name(family, name), dims_of(name)
     sizes = dict(zip(letters, parameter_shapes(config)[name], strict=True))
     ranges = {
         letter: range(*part.indices(sizes[letter]))
         for letter, part in zip(letters, index, strict=True)
     }
-    first, *others = (_merged(dim, ranges, sizes) for dim in dims)
-    before = _rows_before(family, config, name)
-    parts = (slice(first.start + before, first.stop + before), *others)
-    own = "".join(dims)
-    inner = letters.removeprefix("L")
-    order = [own.index(letter) for letter in inner]
-    split = [len(ranges[letter]) for letter in own]
-
-    def one(tensor: str) -> np.ndarray:
-        return read(tensor, parts).reshape(split).transpose(order)
-
-    if inner == letters:
-        return np.ascontiguousarray(one(template), dtype)
+    stacked, inner = _stacked(family, name)
+    one = _slice_of(family, config, name, ranges, inner)
+    if not stacked:
+        return np.ascontiguousarray(one(read, template), dtype)
     out = np.empty([len(ranges[letter]) for letter in letters], dtype)
     layers = list(layers_with(config, name))
-    for place, row in enumerate(ranges["L"]):
-        out[place] = one(template.format(layers[row]))
+    experts = ranges["E"] if "E" in stacked else [None]
+    for row, layer in enumerate(ranges["L"]):
+        for number, expert in enumerate(experts):
+            full = template.format(layer=layers[layer], expert=expert)
+            out[(row, number)[: len(stacked)]] = one(read, full)
     return out
 
 
-def to_tensor(parts: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Converts parameters, or one layer of each, to the tensor that has their rows.
+def to_tensor(
+    family: Family, config: LlamaConfig, parts: Sequence[tuple[str, np.ndarray]]
+) -> np.ndarray:
+    """Converts the parts of parameters that share a tensor to the tensor.
 
     Args:
-      parts: the names of the parameters, and their arrays without layers, in order.
+      family: the checkpoint's family.
+      config: the model's configuration.
+      parts: the names of the parameters, and their arrays without the dims that the
+        tensor does not have, in order.
     """
     arrays = []
     for name, x in parts:
-        _, dims = _TENSORS[in_table(name)]
-        inner = dims_of(name).removeprefix("L")
-        sizes = dict(zip(inner, x.shape, strict=True))
-        order = [inner.index(letter) for letter in "".join(dims)]
-        arrays.append(x.transpose(order).reshape(_shape(dims, sizes)))
-    return np.ascontiguousarray(
-        arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    )
+        place, (_, inner) = place_of(family, name), _stacked(family, name)
+        sizes = {"1": 1, **dict(zip(inner, x.shape, strict=True))}
+        x = x.transpose([inner.index(letter) for letter in _named(place)])
+        x = x.reshape([sizes[letter] for letter in place.letters])
+        arrays.append(_paired(family, config, name, x, to_pairs=True))
+    x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, place.along)
+    sizes = dict(zip(place.letters, x.shape, strict=True))
+    return np.ascontiguousarray(x.reshape(_shape(place.dims, sizes)))
+
+
+def _slice_of(
+    family: Family,
+    config: LlamaConfig,
+    name: str,
+    ranges: Mapping[str, range],
+    inner: str,
+) -> Callable[[Callable[[str, Index], np.ndarray], str], np.ndarray]:
+    """Returns a function that reads a part of a parameter from one tensor.
+
+    Args:
+      family: the checkpoint's family.
+      config: the model's configuration.
+      name: the parameter's name.
+      ranges: the entries to read of each dim of the parameter.
+      inner: the dims of the result.
+    """
+    place = place_of(family, name)
+    letters, along = place.letters, place.along
+    before, total = _extent(family, config, name)
+    own = [{"1": range(1), **ranges}[letter] for letter in letters]
+    sizes = _sizes(family, parameter_shapes(config), name)
+    held = list(own)
+    parts, first = [], 0
+    for dim in place.dims:
+        last = first + len(dim)
+        if any(len(own[i]) != sizes[i] for i in range(first + 1, last)):
+            raise AssertionError(f"{dim}: a head is split")
+        if first < along < last:
+            # Each entry of the outer letter has the other parameters too.
+            held[along] = range(total)
+        start = own[first].start + (before if first == along else 0)
+        unit = math.prod(map(len, held[first + 1 : last]))
+        parts.append(slice(start * unit, (start + len(own[first])) * unit))
+        first = last
+    mine = [slice(None)] * len(letters)
+    if held[along] != own[along]:
+        mine[along] = slice(before, before + len(own[along]))
+    named = [len(x) for letter, x in zip(letters, own, strict=True) if letter != "1"]
+    order = [_named(place).index(letter) for letter in inner]
+
+    def one(read: Callable[[str, Index], np.ndarray], tensor: str) -> np.ndarray:
+        x = read(tensor, tuple(parts)).reshape([len(x) for x in held])[tuple(mine)]
+        x = _paired(family, config, name, x, to_pairs=False)
+        return x.reshape(named).transpose(order)
+
+    return one
+
+
+def _stacked(family: Family, name: str) -> tuple[str, str]:
+    """The dims of a parameter that its tensors do not have, and the others."""
+    letters = dims_of(name)
+    stacked = "L" if is_of_layers(name) else ""
+    if place_of(family, name).is_of_expert:
+        stacked += "E"
+    return stacked, letters.removeprefix(stacked)
+
+
+def _named(place: Place) -> str:
+    """The letters of a tensor's dims that are dims of the parameter."""
+    return place.letters.replace("1", "")
+
+
+def _paired(
+    family: Family, config: LlamaConfig, name: str, x: np.ndarray, *, to_pairs: bool
+) -> np.ndarray:
+    """Orders the dims that RoPE rotates as in the tensor, or as in the parameter.
+
+    RoPE rotates dim i with dim i + H/2 of a parameter, but with the next dim in the
+    tensors of some families.
+
+    Args:
+      family: the checkpoint's family.
+      config: the model's configuration.
+      name: the parameter's name.
+      x: the array, its dims those of the tensor, taken apart.
+      to_pairs: whether the result is for the tensor.
+    """
+    letter = family.rope_pairs.get(in_table(name))
+    if letter is None or config.latent is None:
+        return x
+    axis = place_of(family, name).letters.index(letter)
+    order = np.arange(x.shape[axis])
+    rotated = order[-config.latent.rope_size :]
+    rotated[:] = rotated.reshape(-1, 2).T.reshape(-1)
+    return x.take(np.argsort(order) if to_pairs else order, axis)
 
 
 def _groups(family: Family, names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -176,44 +258,40 @@ def _groups(family: Family, names: Sequence[str]) -> list[tuple[str, ...]]:
 def _tensor(
     family: Family,
     shapes: Mapping[str, tuple[int, ...]],
-    names: tuple[str, ...],
-    rows: dict[str, int],
-    layer: int | None,
+    parts: Sequence[tuple[str, tuple[int, ...]]],
+    layer: int | None = None,
+    expert: int | None = None,
 ) -> Tensor:
-    """The tensor of some parameters; adds one to the number of rows of each."""
-    lengths, own = [], []
-    for name in names:
-        _, dims = _TENSORS[in_table(name)]
-        shape = _shape(dims, dict(zip(dims_of(name), shapes[name], strict=True)))
-        lengths.append(shape[0])
-        own.append((name, None if layer is None else rows[name]))
-        rows[name] += 1
-    full = tensor_name(family, names[0]).format(layer)
-    return Tensor(full, (sum(lengths), *shape[1:]), tuple(own))
+    """The tensor that has these parts of parameters."""
+    first = parts[0][0]
+    place = place_of(family, first)
+    sizes = [_sizes(family, shapes, name) for name, _ in parts]
+    total = dict(zip(place.letters, sizes[0], strict=True))
+    total[place.letters[place.along]] = sum(own[place.along] for own in sizes)
+    full = tensor_name(family, first).format(layer=layer, expert=expert)
+    return Tensor(full, _shape(place.dims, total), tuple(parts))
 
 
-def _rows_before(family: Family, config: LlamaConfig, name: str) -> int:
-    """Number of rows of its tensor that belong to parameters before this one."""
-    if not is_of_layers(name):
-        return 0
-    kind, shapes = stacks(config)[name].kinds[0], parameter_shapes(config)
-    names = list(layer_stacks(config, kind).values())
-    group = next(group for group in _groups(family, names) if name in group)
-    before = group[: group.index(name)]
-    return sum(
-        _tensor(family, shapes, (other,), {other: 0}, 0).shape[0] for other in before
-    )
+def _sizes(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], name: str
+) -> list[int]:
+    """The number of a parameter's entries for each letter of its tensor."""
+    sizes = {"1": 1, **dict(zip(dims_of(name), shapes[name], strict=True))}
+    return [sizes[letter] for letter in place_of(family, name).letters]
+
+
+def _extent(family: Family, config: LlamaConfig, name: str) -> tuple[int, int]:
+    """The entries before a parameter's in its tensor, and all, along `Place.along`."""
+    shapes, along = parameter_shapes(config), place_of(family, name).along
+    group: tuple[str, ...] = (name,)
+    if is_of_layers(name):
+        kind = stacks(config)[name].kinds[0]
+        names = list(layer_stacks(config, kind).values())
+        group = next(group for group in _groups(family, names) if name in group)
+    sizes = [_sizes(family, shapes, other)[along] for other in group]
+    return sum(sizes[: group.index(name)]), sum(sizes)
 
 
 def _shape(dims: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a tensor with merged dims."""
     return tuple(math.prod(sizes[letter] for letter in dim) for dim in dims)
-
-
-def _merged(dim: str, ranges: Mapping[str, range], sizes: Mapping[str, int]) -> slice:
-    """The slice of a merged dim of a tensor, such as N·H, for a range of its heads."""
-    unit = math.prod(sizes[letter] for letter in dim[1:])
-    first = ranges[dim[0]]
-    if any(len(ranges[letter]) != sizes[letter] for letter in dim[1:]):
-        raise AssertionError(f"{dim}: a head is split")
-    return slice(first.start * unit, first.stop * unit)

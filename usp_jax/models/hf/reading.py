@@ -18,6 +18,8 @@ from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, Json, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
 from usp_jax.models.hf.names import Index, read_parameter, tensor_name, tensors
+from usp_jax.models.hf.places import LAYER
+from usp_jax.models.hf.quantized import Tensors, dequantized
 from usp_jax.models.hub import download_hint
 from usp_jax.models.llama import Llama, check_dtypes
 from usp_jax.models.parameters import parameter_shapes
@@ -64,11 +66,12 @@ def load(
     folder = Path(path)
     content = _content(path)
     config = _config(folder, content, dtype, overrides)
-    family, _ = family_of(content)
+    family, own = family_of(content)
     check_mesh(config, mesh)
     check_dtypes(config)
     shardings = {} if mesh is None else parameter_shardings(config, mesh)
-    with TensorFiles.open(folder) as files:
+    with TensorFiles.open(folder) as opened:
+        files = dequantized(opened, own.get("quantization_config"))
         _check_tensors(folder, files, family, config)
         params = {
             name: _place(
@@ -131,23 +134,23 @@ def _place(
 
 
 def _read(
-    files: TensorFiles, family: Family, config: LlamaConfig, name: str, index: Index
+    files: Tensors, family: Family, config: LlamaConfig, name: str, index: Index
 ) -> np.ndarray:
     return read_parameter(family, config, name, files.read, index)
 
 
 def _check_tensors(
-    folder: Path, files: TensorFiles, family: Family, config: LlamaConfig
+    folder: Path, files: Tensors, family: Family, config: LlamaConfig
 ) -> None:
     """Checks that the files have exactly the model's tensors.
 
-    RoPE's frequencies, a copy of a tied embedding, and the family's unused tensors are
-    allowed too.
+    RoPE's frequencies, a copy of a tied embedding, a layer that predicts a further
+    token, and the family's unused tensors are allowed too.
 
     Raises:
       ValueError: tensors are missing, unexpected, or of the wrong shape or dtype.
     """
-    names = files.names
+    names = files.names - _of_prediction_layer(family, config, files.names)
     missing = (x.name for x in tensors(family, config) if x.name not in names)
     # It ends within as many tensors as there are, however many config.json claims.
     first = list(islice(missing, 4))
@@ -183,8 +186,18 @@ def _check_tensors(
         if files.dtype(name) not in floats:
             raise ValueError(
                 f"{folder}: {name} has the dtype {files.dtype(name)}; it must be one "
-                f"of {', '.join(floats)}: quantized weights are not supported"
+                f"of {', '.join(floats)}, or quantized as quantization_config says"
             )
+
+
+def _of_prediction_layer(
+    family: Family, config: LlamaConfig, names: set[str]
+) -> set[str]:
+    """The tensors of the layer after the last one, if it predicts a further token."""
+    first = family.prefix + LAYER.format(layer=config.num_layers)
+    if not family.has_prediction_layer or f"{first}eh_proj.weight" not in names:
+        return set()
+    return {name for name in names if name.startswith(first)}
 
 
 def _is_derived(name: str) -> bool:
@@ -197,7 +210,7 @@ def _blocks(length: int, rows: int) -> list[Index]:
 
 
 def _check_tied(
-    folder: Path, files: TensorFiles, embed: str, lm_head: str, rows: int = 4096
+    folder: Path, files: Tensors, embed: str, lm_head: str, rows: int = 4096
 ) -> None:
     """Checks that the output matrix of a tied model equals its embedding table.
 

@@ -55,11 +55,13 @@ class Rope:
       theta: the base.
       scaling: the scaling, or None.
       part: part of each head that is rotated.
+      mscale: number whose square scales attention's logits, beside YaRN's amplitude.
     """
 
     theta: float
     scaling: RopeScaling | None
     part: float = 1.0
+    mscale: float = 1.0
 
 
 def read_ropes(family: Family, config: Mapping[str, Json]) -> tuple[Rope, Rope]:
@@ -69,6 +71,8 @@ def read_ropes(family: Family, config: Mapping[str, Json]) -> tuple[Rope, Rope]:
       ValueError: the type of scaling, or one of its keys, is not understood.
     """
     old, new = _section(config, "rope_scaling"), _section(config, "rope_parameters")
+    if not (old or new):
+        new = dict(family.default_rope)
     if old and new and old != new:
         raise ValueError(
             f"rope_scaling={old!r} and rope_parameters={new!r} differ; leave one out"
@@ -98,7 +102,7 @@ def write_ropes(family: Family, full: Rope, windowed: Rope) -> dict[str, Json]:
     """Returns the keys of config.json for the RoPE of full and of windowed layers."""
     keys: dict[str, Json] = {}
     if family.local_theta is None:
-        keys["rope_parameters"] = _written(full)
+        keys["rope_parameters"] = {**_written(full), **_written_mscale(full)}
     else:
         keys["rope_parameters"] = {FULL: _written(full), WINDOWED: _written(windowed)}
     if isinstance(full.scaling, DynamicNTKScaling):
@@ -145,10 +149,15 @@ def _rope(
     missing = [key for key in required if key not in settings]
     if missing:
         raise ValueError(f"{name}={given!r} must have {', '.join(missing)}")
+    mscale = 1.0
+    if family.scales_logits and "mscale_all_dim" in settings:
+        over = number("mscale_all_dim", settings["mscale_all_dim"])
+        mscale = _mscale(number("factor", settings["factor"]), over)
     return Rope(
         number("rope_theta", theta),
         _scaling(kind, settings, config),
         _part(family, name, part),
+        mscale,
     )
 
 
@@ -256,13 +265,28 @@ def _attention_factor(factor: float, settings: Mapping[str, Json]) -> float | No
         return None
     if over < 0 or under < 0:
         raise ValueError(f"mscale={over} and mscale_all_dim={under} must be positive")
-    log = 0.1 * math.log(factor)
-    return (over * log + 1) / (under * log + 1)
+    return _mscale(factor, over) / _mscale(factor, under)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """YaRN's factor of cosine and sine, its logarithm weighted as DeepSeek does."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _written(rope: Rope) -> dict[str, Json]:
     part = {} if rope.part == 1 else {"partial_rotary_factor": rope.part}
     return {"rope_theta": rope.theta, **part, **_written_scaling(rope.scaling)}
+
+
+def _written_mscale(rope: Rope) -> dict[str, Json]:
+    if rope.mscale == 1 or not isinstance(rope.scaling, YarnScaling):
+        return {}
+    factor = rope.scaling.factor
+    if factor == 1:
+        return {}
+    # Rounded, so that it is the number that was read.
+    weight = round((rope.mscale - 1) / (0.1 * math.log(factor)), 9)
+    return {"mscale_all_dim": weight}
 
 
 def _written_scaling(scaling: RopeScaling | None) -> dict[str, Json]:

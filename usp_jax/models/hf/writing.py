@@ -15,13 +15,14 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from usp_jax.models.execution import DTYPES
+from usp_jax.models.execution import DTYPES, wide
 from usp_jax.models.hf.allowed import family_of
 from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
 from usp_jax.models.hf.keys import write_config
-from usp_jax.models.hf.names import tensors, to_tensor
+from usp_jax.models.hf.names import Tensor, tensors, to_tensor
 from usp_jax.models.llama import Llama
+from usp_jax.models.parameters import in_table
 
 # Subfolder of the files that are being written.
 _UNFINISHED = ".unfinished"
@@ -140,15 +141,18 @@ def _write_tensors(
     file_bytes: int,
     is_writer: bool,
 ) -> None:
-    by_name = {tensor.name: tensor for tensor in tensors(family, model.config)}
-    sizes = {name: math.prod(x.shape) * dtype.itemsize for name, x in by_name.items()}
+    config = model.config
+    by_name = {tensor.name: tensor for tensor in tensors(family, config)}
+    dtypes = {name: _dtype(x, config.stored_dtype, dtype) for name, x in by_name.items()}
+    sizes = {name: math.prod(x.shape) * dtypes[name].itemsize for name, x in by_name.items()}
     files = split_into_files(sizes, file_bytes)
     for file, names in files.items():
         contents = {}
         for name in names:
-            parts = [(own, _on_host(model, own, i)) for own, i in by_name[name].rows]
+            parts = [(own, _on_host(model, own, i)) for own, i in by_name[name].parts]
             if is_writer:
-                contents[name] = to_tensor(parts).astype(dtype)
+                x = to_tensor(family, config, parts)
+                contents[name] = x.astype(dtypes[name])
         if is_writer:
             try:
                 save_file(contents, folder / file, metadata={"format": "pt"})
@@ -163,20 +167,35 @@ def _write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _on_host(model: Llama, name: str, row: int | None) -> np.ndarray:
-    """A parameter, or one layer of it, gathered from all devices."""
+def _dtype(tensor: Tensor, stored: str, dtype: np.dtype) -> np.dtype:
+    """The dtype in which a tensor is written."""
+    if any(in_table(name) == "router_correction_bias" for name, _ in tensor.parts):
+        # Published checkpoints in bfloat16 have it in float32.
+        return jnp.dtype(wide(stored))
+    return dtype
+
+
+def _on_host(model: Llama, name: str, index: tuple[int, ...]) -> np.ndarray:
+    """A parameter, or a layer or an expert of it, gathered from all devices."""
     x = getattr(model, name)[...]
-    if row is not None:
-        x = _layer(x, row)
+    if index:
+        x = _part(x, index)
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-# The layer's index is an argument, so one compiled program serves all layers.
+# The index is an argument, so one compiled program serves all layers and experts.
 @jax.jit
-def _layer(x: jax.Array, number: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, number, keepdims=False)
+def _part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    x = lax.dynamic_index_in_dim(x, index[0], keepdims=False)
+    if len(index) == 1:
+        return x
+    # Experts are on different devices: a sum over them, in which only one is not 0,
+    # moves one expert and not all. Of bits, because -0 + 0 is 0.
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    own = lax.broadcasted_iota(jnp.int32, (len(x), 1, 1), 0) == index[1]
+    return lax.bitcast_convert_type(jnp.sum(jnp.where(own, bits, 0), 0, bits.dtype), x.dtype)
 
 
 def _copy_companions(like: str | os.PathLike[str] | None, folder: Path) -> None:

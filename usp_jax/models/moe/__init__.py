@@ -28,6 +28,7 @@ from usp_jax.models.moe.plan import (
     traffic as traffic,
 )
 from usp_jax.models.moe.routing import (
+    IDS as IDS,
     Routing as Routing,
     route as route,
     router_logits as router_logits,

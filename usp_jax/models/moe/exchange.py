@@ -11,10 +11,11 @@ in jax: hence the custom_vjp. The first round is outside the loop, and the backw
 keeps its rows and hidden products, unless a checkpoint policy drops them: then they are
 computed again, with the exchange of x. It needs no output of an expert.
 
-Memory, in rows of a round, S · c <= room · n · k + 8 S (n tokens of k experts): both
-passes hold a few arrays of S · c rows of d_model and of d_expert / tensor. What is kept
-for the backward pass is one of d_model and two of d_expert / tensor, and n rows of x,
-even if all tokens choose one expert.
+Memory does not depend on the router's choice. With n tokens of k experts, S devices and
+c slots, S · c <= room · n · k + 8 S rows are exchanged in a round. Both passes hold a
+few arrays of S · c and n · k rows of d_model, and of S · c rows of d_expert / tensor.
+The backward pass also sums the matrices' gradients in at least float32. Between the
+passes, n rows of x, S · c rows of d_model and 2 S · c of d_expert / tensor are kept.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from usp_jax.models.execution import wide
 from usp_jax.models.experts import Experts
@@ -105,11 +106,11 @@ class Arrival(NamedTuple):
 
     def sort(self, rows: Array) -> Array:
         """Sorts rows by expert."""
-        return rows if self.order is None else jnp.take(rows, self.order, axis=0)
+        return rows if self.order is None else _picked(rows, self.order)
 
     def restore(self, rows: Array) -> Array:
         """Brings sorted rows into the order in which they arrived."""
-        return rows if self.inverse is None else jnp.take(rows, self.inverse, axis=0)
+        return rows if self.inverse is None else _picked(rows, self.inverse)
 
 
 Saved = tuple[Array, Array, ExpertMatrices, Plan, First]
@@ -151,7 +152,7 @@ def _exchanged_fwd(
         return arrival, First(rows, *hidden_products(rows, matrices, arrival.groups))
 
     def results(number: int | Array, arrival: Arrival, first: First) -> Array:
-        hidden = rounds.activation(first.gate, first.up)
+        hidden = rounds.activation.hidden(first.gate, first.up)
         out = arrival.restore(output(hidden, matrices, arrival.groups))
         rows = _returned(rounds, plan, number, out).astype(weights.dtype)
         # A matrix product would be rounded to less than float32 on TPU.
@@ -224,10 +225,10 @@ def _sent(rounds: Rounds, plan: Plan, number: int | Array, x: Array) -> Array:
     Returns what arrives: [S · c, D] or [S · c], 0 in slots that are not used.
     """
     place = number * rounds.slots + lax.iota(jnp.int32, rounds.slots)[None]
-    used: Bool[Array, "S c"] = place < plan.sent[:, None]
+    used = place < plan.sent[:, None]
     pair = jnp.take(plan.order, plan.starts[:, None] + place, mode="clip")
     index = pair // plan.places.shape[1] if x.ndim > 1 else pair
-    rows = jnp.take(x, index.reshape(-1), axis=0, mode="clip")
+    rows = _picked(x, index.reshape(-1))
     used = lax.expand_dims(used.reshape(-1), range(1, rows.ndim))
     return all_to_all(rounds.exchange, jnp.where(used, rows, 0))
 
@@ -245,6 +246,11 @@ def _returned(rounds: Rounds, plan: Plan, number: int | Array, rows: Array) -> A
     return jnp.where(
         in_round.reshape(*slot.shape, *(1 for _ in rows.shape[2:])), rows, 0
     )
+
+
+def _picked(rows: Array, index: Array) -> Array:
+    """Rows by their index, without the checks for indices that are out of range."""
+    return jnp.take(rows, index, axis=0, mode="clip")
 
 
 def varying_together(

@@ -6,6 +6,7 @@ The backward pass needs `rows`, the two hidden products and the gradient of the 
 but not the output: the gradient of a row's weight is hidden · (down · dout).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ class Activation(NamedTuple):
     name: str
     clamp: float | None
 
-    def __call__(self, gate: Array, up: Array) -> Array:
+    def hidden(self, gate: Array, up: Array) -> Array:
         """Returns the hidden activations."""
         if self.clamp is None:
             # jax's default form of GELU is the one with tanh.
@@ -119,15 +120,13 @@ def backward(
       float32. Those of rows of no expert are undefined.
     """
     dtype, sizes = wide(rows.dtype), groups.sizes
-    hidden, pull = jax.vjp(activation, gate, up)
-    from_out = grouped_product(dout, matrices.down, sizes, transposed=True, dtype=dtype)
+    back = partial(grouped_product, sizes=sizes, transposed=True, dtype=dtype)
+    hidden, pull = jax.vjp(activation.hidden, gate, up)
+    from_out = back(dout, matrices.down)
     dweights = jnp.sum(hidden.astype(dtype) * from_out, -1)
     weighted = (weights[:, None] * dout.astype(dtype)).astype(dout.dtype)
     dgate, dup = pull((weights[:, None] * from_out).astype(hidden.dtype))
-    drows = sum(
-        grouped_product(d, matrix, sizes, transposed=True, dtype=dtype)
-        for d, matrix in ((dgate, matrices.gate), (dup, matrices.up))
-    )
+    drows = back(dgate, matrices.gate) + back(dup, matrices.up)
     if matrices.down_bias is not None:
         bias = _of_rows(matrices.down_bias, groups).astype(dtype)
         dweights = dweights + jnp.sum(bias * dout.astype(dtype), -1)

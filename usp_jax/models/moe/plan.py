@@ -44,7 +44,8 @@ class Exchange:
 
     Attributes:
       axes: names of the mesh axes that split experts, outermost first.
-      room: slots per round and device, relative to an equal share of the pairs.
+      room: slots per round and device, relative to an equal share of the pairs; not
+        used with a capacity factor.
       capacity_factor: if given, each expert takes at most this multiple of an equal
         share of each device's pairs, and the others are dropped. None drops nothing.
     """
@@ -99,8 +100,8 @@ class Exchange:
 class Traffic(NamedTuple):
     """Bytes of the operands of a device's all-to-alls in one layer.
 
-    A device sends (devices - 1) / devices of them. Beside these, the plan needs the
-    maximum of one int32 over all devices.
+    A device sends (devices - 1) / devices of them. If more than one round is possible,
+    the plan also needs the maximum of one int32 over all devices.
 
     Attributes:
       plan: the numbers of pairs, once a forward pass.
@@ -228,8 +229,10 @@ def make_plan(experts: Experts, exchange: Exchange, ids: Int[Array, "n k"]) -> P
     starts = jnp.cumsum(sent) - sent
     owners = jnp.minimum(kept, none - 1) // (none // devices)
     places = jnp.where(kept < none, _inverse(order) - starts[owners], -1)
-    slots = exchange.slots(experts, tokens, devices)
-    rounds = -(-jnp.max(sent) // slots)
+    rounds = jnp.asarray(1, jnp.int32)
+    if exchange.max_rounds(experts, tokens, devices) > 1:
+        slots = exchange.slots(experts, tokens, devices)
+        rounds = jnp.maximum(_maximum(exchange, -(-jnp.max(sent) // slots)), 1)
     plan = Plan(
         order.astype(jnp.int32),
         owners.reshape(tokens, number),
@@ -237,7 +240,7 @@ def make_plan(experts: Experts, exchange: Exchange, ids: Int[Array, "n k"]) -> P
         starts,
         sent,
         all_to_all(exchange, counts),
-        jnp.maximum(_maximum(exchange, rounds), 1),
+        rounds,
         jnp.sum(kept != keys, dtype=jnp.int32),
     )
     return Plan(*(checkpoint_name(x, PLAN) for x in plan))

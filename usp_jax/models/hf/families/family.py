@@ -1,18 +1,21 @@
 """A family of models in the Hugging Face format: its names and facts.
 
 A family is data. Its keys of config.json are read and written by `keys.py`, those of
-its layers by `layers.py`, and `names.py` finds its tensors.
+its layers by `layers.py` and those of experts and latent attention by `parts.py`;
+`names.py` finds its tensors.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 
 from usp_jax.models.hf.files import Json, boolean, number, positive_int
+from usp_jax.models.hf.places import Place
 
 # The content of config.json, its nulls removed.
 Content = Mapping[str, Json]
-# Returns for each layer whether it has the window, if config.json has no layer_types.
-Windows = Callable[[Content], list[bool]]
+# Returns for each layer whether it has the window, if config.json has no layer_types;
+# or whether it has experts.
+OfLayers = Callable[[Content], list[bool]]
 # Names of activations in config.json -> those of `Decoder`.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Types of RoPE scaling, apart from old names.
@@ -26,7 +29,7 @@ def _unchanged(name: str, value: Json) -> Json:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of config.json that holds a field of `Decoder`.
+    """A key of config.json that holds a field of `Decoder`, or of a part of it.
 
     Attributes:
       name: the key.
@@ -60,7 +63,7 @@ def write_activation(name: str, value: Json) -> str:
 
 
 def every_layer(content: Content) -> list[bool]:
-    """Returns that all layers have the window."""
+    """Returns that all layers have the window, or experts."""
     return [True] * number_of_layers(content)
 
 
@@ -108,6 +111,48 @@ def without_rope(content: Content) -> list[bool]:
     return [not x for x in listed[:layers]]
 
 
+def no_keys(sparse: list[bool]) -> dict[str, Json]:
+    """Returns no keys, where all layers have experts."""
+    del sparse
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The keys of a family's experts.
+
+    Attributes:
+      keys: keys that hold fields of `Experts`.
+      fields: fields of `Experts` that all its models have.
+      shared: key of the number of shared experts, each as large as a routed one.
+      layers: says which layers have experts.
+      layer_keys: the keys that this depends on.
+      write_layers: returns these keys, given whether each layer has experts.
+    """
+
+    keys: tuple[Key, ...]
+    fields: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+    shared: str | None = None
+    layers: OfLayers = every_layer
+    layer_keys: tuple[str, ...] = ()
+    write_layers: Callable[[list[bool]], dict[str, Json]] = no_keys
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all keys."""
+        shared = () if self.shared is None else (self.shared,)
+        return (*(key.name for key in self.keys), *shared, *self.layer_keys)
+
+
+# The keys of latent attention that hold fields of `Latent`, and that of the dims of a
+# query or key that RoPE does not rotate.
+LATENT = (
+    Key("q_lora_rank", "q_rank", positive_int),
+    Key("kv_lora_rank", "kv_rank", positive_int),
+    Key("qk_rope_head_dim", "rope_size", positive_int),
+    Key("v_head_dim", "value_size", positive_int),
+)
+UNROTATED = "qk_nope_head_dim"
 # The keys of sizes, which every config.json must have.
 _SIZES = (
     Key("vocab_size", "vocab_size", positive_int),
@@ -147,14 +192,22 @@ class Family:
       local_theta: if windowed layers have a RoPE of their own, its base, if left out.
       rope_types: supported types of RoPE scaling, by their names in config.json.
       rotates_part: whether RoPE may rotate a part of each head.
-      tensors: names of a parameter's tensor, without the layer's prefix, that differ
-        from LLaMA's. Parameters that share a name are fused: their rows follow each
-        other.
+      default_rope: the RoPE settings, if left out.
+      scales_logits: whether YaRN's `mscale_all_dim` scales attention's logits.
+      rope_pairs: parameters whose tensors have the dims that RoPE rotates in pairs, and
+        the letter of these dims, of which they are the last.
+      mixture: the keys of experts.
+      is_latent: whether attention is latent.
+      aliases: other names of keys.
+      tensors: places of parameters that differ from those in `places.py`, or only the
+        name. Parameters that share a name are fused.
       text_of: name of the family whose models are a part of this one's. Its keys are in
         the object `text_config` and its tensors have `prefix`. Such checkpoints are
         read, but not written.
       prefix: what the names of all tensors begin with.
       unused_tensors: beginnings of the names of other tensors.
+      has_prediction_layer: whether tensors of a layer after the last one, which
+        predicts a further token, may be there. They are not used.
     """
 
     model_type: str
@@ -168,17 +221,24 @@ class Family:
     defaults: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     only: Mapping[str, tuple[Json, ...]] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
-    windows: Windows = every_layer
+    windows: OfLayers = every_layer
     rope_theta: float = 10000.0
     local_theta: float | None = None
     rope_types: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {name: name for name in ROPE_TYPES}
     )
     rotates_part: bool = False
-    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    default_rope: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+    scales_logits: bool = False
+    rope_pairs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mixture: Mixture | None = None
+    is_latent: bool = False
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tensors: Mapping[str, str | Place] = dataclasses.field(default_factory=dict)
     text_of: str | None = None
     prefix: str = ""
     unused_tensors: tuple[str, ...] = ()
+    has_prediction_layer: bool = False
 
     @property
     def field_keys(self) -> tuple[Key, ...]:
@@ -186,10 +246,21 @@ class Family:
         activation = Key(
             self.activation, "activation", read_activation, write_activation
         )
-        return (*_COMMON, activation, *self.keys)
+        common = [x for x in _COMMON if not (self.is_latent and x.field == "head_size")]
+        return (*common, activation, *self.keys)
+
+    @property
+    def part_keys(self) -> tuple[str, ...]:
+        """The names of the keys of experts and latent attention."""
+        experts = () if self.mixture is None else self.mixture.names
+        if not self.is_latent:
+            return experts
+        return (*experts, *(key.name for key in LATENT), UNROTATED)
 
     @property
     def needed(self) -> tuple[str, ...]:
         """The keys that must be given, and not as null."""
         sizes = [key.name for key in _SIZES if key.name not in self.defaults]
-        return ("model_type", *sizes, *self.required)
+        optional = {*self.defaults, *self.nullable}
+        parts = [name for name in self.part_keys if name not in optional]
+        return ("model_type", *dict.fromkeys((*sizes, *self.required, *parts)))
