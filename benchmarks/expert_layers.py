@@ -3,8 +3,8 @@
     python -m benchmarks.expert_layers --into FILE    # all cases, minutes each
 
 The options are those of `benchmarks.plan_bytes`. "all_to_alls_in_flight" is the
-fraction of all-to-alls that the compiled program overlaps with computation; nearly all
-that are not attention's are the experts'.
+fraction of all-to-alls that the compiled program overlaps with computation, and
+"of_attention_in_flight" that of attention's. Nearly all others are the experts'.
 """
 
 from typing import Any

@@ -246,7 +246,6 @@ def compile_case(case: Case) -> dict[str, Any]:
     result = {"choice": case.options, "jax": jax.__version__, "fits": report.fits}
     if report.error is None:
         attention = [x for x in report.collectives if _ATTENTION in x.op_name]
-        other = [x for x in report.collectives if _ATTENTION not in x.op_name]
         result |= {
             "argument_bytes": report.argument_bytes,
             "peak_bytes": report.peak_bytes,
@@ -256,10 +255,8 @@ def compile_case(case: Case) -> dict[str, Any]:
                 kind: total.wire_bytes
                 for kind, total in by_kind(report.collectives).items()
             },
-            "all_to_alls_in_flight": {
-                "attention": in_flight(attention, "all-to-all"),
-                "other": in_flight(other, "all-to-all"),
-            },
+            "all_to_alls_in_flight": report.in_flight("all-to-all"),
+            "of_attention_in_flight": in_flight(attention, "all-to-all"),
         }
     return {**line, **result}
 

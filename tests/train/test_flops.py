@@ -142,6 +142,7 @@ AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
         ("full", None, SHARED),
         ("full", 128, SHARED),
         ("attention", 128, {"norm_placement": "after", **SHARED}),
+        ("attention_qkv", None, {"norm_placement": "after", **SHARED}),
         ("dots", None, {"norm_placement": "after", **SHARED}),
         ("dots", 128, SHARED),
         ("full", None, SOME_EXPERTS),

@@ -244,6 +244,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
+    if job.model.latent is not None:
+        return "latent: plans of latent attention are not modelled"
     if (why := _pipeline_obstacle(job.model, choice)) is not None:
         return why
     if job.batch % choice.rows:

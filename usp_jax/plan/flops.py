@@ -30,7 +30,9 @@ import dataclasses
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import kinds_of
+from usp_jax.models.moe.exchange import OUT
 from usp_jax.models.parameters import active_weights
+from usp_jax.models.remat import keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,9 @@ def step_work(
     for kind, count in kinds_of(model):
         layers += 2 * tokens * count * active_weights(kind)
         again += 2 * tokens * count * _weights_again(kind, policy, tiled)
-        each = 4 * kind.num_heads * kind.head_size * count * tokens / length
+        value_size = kind.head_size if kind.latent is None else kind.latent.value_size
+        sizes = kind.head_size + value_size
+        each = 2 * kind.num_heads * sizes * count * tokens / length
         attention += each * visible_pairs(kind.window, length)
         if kind.window is None or kind.window >= length:
             masked += each * visible_pairs(None, length)
@@ -146,16 +150,15 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
         # Neither the router's logits nor the shared experts' output and gate are kept.
         router = 0 if experts is None else model.d_model * experts.num_experts
         return inner + router + (part + inner + model.d_model) * gated
+    # Nothing but a norm after `down`, a layer's last product, needs its output.
+    before = model.norm_placement == "before"
     again = active_weights(model)
-    routed = 0
-    if experts is not None:
-        routed = model.d_model * experts.d_expert * experts.experts_per_token
-    if model.norm_placement == "before":
-        # Nothing else needs the output of a layer's last products, `down`.
-        again += inner * gated - routed - part * (not gated)
+    if before and not gated:
+        again -= part
     else:
-        # The norm after `down` needs it, and so all of the forward pass.
         again += inner
+    if experts is not None and (before or keeps(policy, OUT)):
+        again -= model.d_model * experts.d_expert * experts.experts_per_token
     if policy == "attention_qkv":
         heads = model.num_heads + 2 * model.num_kv_heads
         if model.qk_norm or model.whole_qk_norm:

@@ -14,6 +14,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from usp_jax.models.decoder import counts_of
+from usp_jax.models.moe.exchange import OUT, ROWS
+from usp_jax.models.moe.plan import PLAN
+from usp_jax.models.remat import keeps
 from usp_jax.models.segments import segments
 from usp_jax.plan.arrays import GPU, TPU, Arrays
 from usp_jax.plan.attention import Call
@@ -235,11 +238,10 @@ def kept(job: Job, choice: Choice) -> int | float:
     narrow = tokens * model.d_model
     x = narrow * size / choice.token_shards
     of_attention = _kept_of_attention(job, choice)
-    policy = kept_of(choice)
+    policy, of_experts = kept_of(choice), _kept_of_experts(job, choice)
     if policy in ("full", "attention", "attention_qkv"):
-        return x + of_attention
+        return x + of_attention + of_experts
     wide = tokens * inner_size(job) * size / choice.tensor
-    of_experts = _kept_of_experts(job, choice)
     if policy == "dots":
         inner = 2 * wide * (not is_tiled(job, choice)) + of_experts
         has_norm = model.qk_norm or model.whole_qk_norm
@@ -259,18 +261,18 @@ def kept(job: Job, choice: Choice) -> int | float:
 
 
 def _kept_of_experts(job: Job, choice: Choice) -> int | float:
-    """Bytes kept of a layer's experts: the first round, and the sum of its outputs."""
+    """Bytes kept of a layer's experts: the first round, and the sums of outputs."""
     experts = job.model.experts
     if experts is None:
         return 0
-    rows, tokens = round_rows(job, choice), microbatch_of(job, choice)
+    policy, d_model = kept_of(choice), job.model.d_model
     hidden = 2 * experts.d_expert / choice.tensor
-    # The plan of the exchange, and the router's float32 scores.
-    plan = 4 * experts.experts_per_token
-    if kept_of(choice) == "none":
-        plan += 3 * experts.num_experts
-    kept = rows * (job.model.d_model + hidden) + tokens * job.model.d_model
-    return kept * job.itemsize + 4 * tokens * plan
+    # The token's experts; the plan of the exchange; the router's float32 scores.
+    each = 4 * experts.experts_per_token * (1 + 3 * keeps(policy, PLAN))
+    each += 4 * 3 * experts.num_experts * (policy == "none")
+    each += d_model * job.itemsize * keeps(policy, OUT)
+    rows = round_rows(job, choice) * keeps(policy, ROWS)
+    return microbatch_of(job, choice) * each + rows * (d_model + hidden) * job.itemsize
 
 
 def _kept_of_attention(job: Job, choice: Choice) -> int:
