@@ -2,8 +2,9 @@
 
 The reports for the cases of `benchmarks/plan_bytes.py`, and of
 `benchmarks/windowed_layers.py` and `benchmarks/expert_layers.py` for layers of several
-kinds and of experts, are stored; the long tests compile some of them again. That needs `pip install 'usp_jax[aot]'`; without it they are
-skipped, and the summary says so.
+kinds and with experts, are stored; the long tests compile some of them again. That
+needs `pip install 'usp_jax[aot]'`; without it they are skipped, and the summary says
+so.
 """
 
 from pathlib import Path
