@@ -10,6 +10,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import rich.console
 import rich.table
@@ -99,7 +100,7 @@ def measure(options: ByPosition | Passkey) -> dict[str, object]:
     """
     _check(options)
     run = read_run(options.run_dir, options.step)
-    sizes = {name: run["mesh"][name] for name in ROLES}
+    sizes: dict[str, Any] = {name: run["mesh"][name] for name in ROLES}
     mesh = make_mesh(MeshConfig(**sizes))
     step, model = load_model(options.run_dir, options.step, mesh)
     if isinstance(options, ByPosition):

@@ -145,7 +145,6 @@ def check(name, sizes, axes, *, one=False, factor=None, room=1.25, ids=None):
     experts = EXPERTS[name]
     check_experts(experts)
     exchange = moe.Exchange(axes, room, factor)
-    moe.check_exchange(experts, exchange, sizes)
     with jax.enable_x64(True):
         params = parameters(experts)
         if one:
@@ -528,24 +527,6 @@ def test_bad_descriptions_raise(message):
     fields = {"num_experts": 8, "experts_per_token": 2, "d_expert": 4}
     with pytest.raises(ValueError, match=message):
         check_experts(Experts(**(fields | BAD_EXPERTS[message])))
-
-
-@pytest.mark.parametrize(
-    ("message", "exchange"),
-    [
-        ("num_experts=8 must be a multiple of 3", moe.Exchange(("ring",))),
-        ("axes=.'data'", moe.Exchange(("data",))),
-        ("axes=.'fsdp', 'fsdp'", moe.Exchange(("fsdp", "fsdp"))),
-        ("room=0.0", moe.Exchange(room=0.0)),
-        ("capacity_factor=0.0", moe.Exchange(capacity_factor=0.0)),
-        ("capacity_factor=inf", moe.Exchange(capacity_factor=math.inf)),
-        ("d_expert=4 must be a multiple of 8", moe.Exchange()),
-    ],
-)
-def test_bad_exchanges_raise(message, exchange):
-    sizes = {"ring": 3, "tensor": 8 if "d_expert" in message else 1}
-    with pytest.raises(ValueError, match=message):
-        moe.check_exchange(Experts(8, 2, 4), exchange, sizes)
 
 
 def test_bad_arrays_raise():

@@ -311,8 +311,8 @@ def test_a_dynamic_scaling_follows_the_length_of_the_call(tmp_path):
 
 WRONG_KEYS = {
     "kind": (
-        {"model_type": "mixtral"},
-        "model_type='mixtral' is not supported; it must be 'llama' or 'mistral' or 'qw",
+        {"model_type": "gpt2"},
+        "model_type='gpt2' is not supported; it must be 'llama' or 'mistral' or 'qw",
     ),
     "another kind's tensors": (
         {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},

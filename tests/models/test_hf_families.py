@@ -211,6 +211,10 @@ def test_without_like_the_first_family_that_fits_is_written():
         "phi3 short": "llama",
         "gemma3": "gemma3_text",
         "olmo3": "olmo3",
+        "mixtral": "mixtral",
+        "qwen3_moe": "qwen3_moe",
+        "gpt_oss": "gpt_oss",
+        "deepseek_v3": "deepseek_v3",
     }
     for case in expected:
         config = config_of(case)
@@ -353,6 +357,97 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "phi3 long",
         {"resid_pdrop": 0.1},
         "resid_pdrop=0.1 is not supported; it must be 0.0",
+    ),
+    "a layer that is no number": (
+        "qwen3_moe",
+        {"mlp_only_layers": ["1"]},
+        "mlp_only_layers=.'1'. must be a list of layers",
+    ),
+    "one number under two names": (
+        "qwen3_moe",
+        {"num_local_experts": 4},
+        "num_local_experts=4 and num_experts=8 differ; leave one out",
+    ),
+    "more experts of a token than there are": (
+        "mixtral",
+        {"num_experts_per_tok": 5},
+        "experts: experts_per_token=5 must be at most 4, the experts in",
+    ),
+    "no number of experts": (
+        "mixtral",
+        {"num_local_experts": ...},
+        "num_local_experts must be given",
+    ),
+    "another clamped activation": (
+        "gpt_oss",
+        {"swiglu_alpha": 2.0},
+        "swiglu_alpha=2.0 is not supported; it must be 1.702",
+    ),
+    "gpt-oss without biases": (
+        "gpt_oss",
+        {"attention_bias": False},
+        "attention_bias=False is not supported; it must be True",
+    ),
+    "dense layers that are no number": (
+        "deepseek_v3",
+        {"first_k_dense_replace": "1"},
+        "first_k_dense_replace='1' must be an int",
+    ),
+    "no shared experts": (
+        "deepseek_v3",
+        {"n_shared_experts": None},
+        "n_shared_experts must be given",
+    ),
+    "another score": (
+        "deepseek_v3",
+        {"scoring_func": "softmax"},
+        "scoring_func='softmax' is not supported; it must be 'sigmoid'",
+    ),
+    "norms of two kinds": (
+        "deepseek_v3",
+        {"rms_norm_eps": 1e-5},
+        "rms_norm_eps=1e-05 is not supported; it must be 1e-06",
+    ),
+    "rotated halves": (
+        "deepseek_v3",
+        {"rope_interleave": False},
+        "rope_interleave=False is not supported; it must be True",
+    ),
+    "a rank that is not given": (
+        "deepseek_v3",
+        {"q_lora_rank": ...},
+        "q_lora_rank must be given, as null if there is none",
+    ),
+    "a derived size": (
+        "deepseek_v3",
+        {"qk_head_dim": 16},
+        "qk_head_dim=16 must be 12, as the other sizes say, or left out",
+    ),
+    "fewer key/value heads": (
+        "deepseek_v3",
+        {"num_key_value_heads": 2},
+        "num_kv_heads=2 must equal num_heads=4 with latent=",
+    ),
+    "a negative scale": (
+        "deepseek_v3",
+        {
+            "rope_scaling": {
+                **CONFIGS["deepseek_v3"]["rope_scaling"],
+                "mscale": 0,
+                "mscale_all_dim": -1.0,
+            }
+        },
+        "mscale_all_dim=-1.0 must be at least 0",
+    ),
+    "another quantization": (
+        "deepseek_v3",
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        "quantization_config=.*'awq'.* is not supported; it must be null or left out,",
+    ),
+    "quantization in whole columns": (
+        "deepseek_v3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
+        "quantization_config=.* or 'fp8' with the fmt 'e4m3' and a weight_block_size",
     ),
     "another family's key": (
         "smollm3",

@@ -621,6 +621,11 @@ PUBLISHED = {
     "gemma3-27b": 27_432_406_640 - 416_866_032 - (5376 + 1) * 1152,
     "olmo3-7b": 7_298_011_136,
     "olmo3-32b": 32_233_522_176,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "deepseek-v3": 671_026_419_200,
 }
 
 
@@ -635,7 +640,7 @@ def test_presets_have_the_published_sizes(name):
 
 
 def test_every_published_preset_has_a_known_size():
-    assert PUBLISHED.keys() == PRESETS.keys() - {"tiny"}
+    assert PUBLISHED.keys() == PRESETS.keys() - {"tiny", "tiny-moe"}
 
 
 @pytest.mark.parametrize(
@@ -647,6 +652,8 @@ def test_every_published_preset_has_a_known_size():
         ("gemma3-27b", 1024, 62, 6),
         ("olmo3-7b", 4096, 32, 4),
         ("olmo3-32b", 4096, 64, 4),
+        ("gpt-oss-20b", 128, 24, 2),
+        ("gpt-oss-120b", 128, 36, 2),
     ],
 )
 def test_presets_have_the_published_windows(name, window, layers, every):
@@ -655,7 +662,8 @@ def test_presets_have_the_published_windows(name, window, layers, every):
     assert full == list(range(every - 1, layers, every))
     assert config.num_layers == layers and config.window is None
     sliding = of_kind(config, "sliding")
-    assert (sliding.window, sliding.rope_scaling) == (window, None)
+    scaling = config.rope_scaling if name.startswith("gpt-oss") else None
+    assert (sliding.window, sliding.rope_scaling) == (window, scaling)
 
 
 def test_biases_and_head_norms_are_counted():

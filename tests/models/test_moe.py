@@ -179,6 +179,11 @@ def test_micro_batches_of_a_pipeline_have_losses_of_their_own():
     [
         ({"expert_axes": ("ring",), "experts": Experts(6, 2, 8)}, "num_experts=6 must"),
         ({"expert_axes": ("tensor",)}, "expert_axes=('tensor',) must be names from"),
+        ({"expert_axes": ("ring", "ring")}, "each at most once"),
+        (
+            {"experts": Experts(8, 2, 7), "mesh": {"ring": 2, "tensor": 4}},
+            "d_expert=7 must",
+        ),
         ({"expert_axes": ("ring",), "experts": None}, "but the model has none"),
         ({"experts": Experts(8, 9, 8)}, "experts: experts_per_token=9 must be at most"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
@@ -186,6 +191,7 @@ def test_micro_batches_of_a_pipeline_have_losses_of_their_own():
     ],
 )
 def test_bad_configurations_raise_before_anything_is_compiled(change, message):
+    change = {"experts": BIASED.experts} | change
+    mesh = usp_jax.make_mesh(**change.pop("mesh", RING))
     with pytest.raises(ValueError, match=re.escape(message)):
-        config = dataclasses.replace(CONFIG, **{"experts": BIASED.experts} | change)
-        Llama(config, mesh=usp_jax.make_mesh(ring=4, ulysses=2), rngs=nnx.Rngs(0))
+        Llama(dataclasses.replace(CONFIG, **change), mesh=mesh, rngs=nnx.Rngs(0))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 
@@ -88,7 +89,7 @@ class Log:
             routers = {name: values[name] for name in ROUTER_METRICS if name in values}
             self._outputs.write(
                 step_metrics,
-                RouterMetrics(**routers),
+                cast(RouterMetrics, routers),
                 evaluation,
                 seconds=seconds,
                 skipped=self.skipped,

@@ -143,12 +143,17 @@ def self_attention(
             ring_schedule=config.ring_schedule,
         )
         if isinstance(heads, LatentHeads):
-            arrays = heads.q, heads.latent, heads.rope_key, heads.k_up, heads.v_up
-            out = latent_attention_per_shard(*arrays, **options)
+            out = latent_attention_per_shard(
+                heads.q,
+                heads.latent,
+                heads.rope_key,
+                heads.k_up,
+                heads.v_up,
+                **options,
+            )
         else:
             own = Options(sinks=heads.sinks, ulysses_chunks=config.ulysses_chunks)
-            arrays = heads.q, heads.k, heads.v
-            out = usp_attention_per_shard(*arrays, **(options | own))
+            out = usp_attention_per_shard(heads.q, heads.k, heads.v, **(options | own))
         assert not isinstance(out, tuple)
         return out, None
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant
 from usp_jax.models.execution import Execution
+from usp_jax.models.experts import Experts
+from usp_jax.models.latent import Latent
 from usp_jax.models.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
 # Name of the layers with a window, in models whose other layers see all tokens.
@@ -184,21 +186,122 @@ _OLMO3 = {
     ),
 }
 
-PRESETS: dict[str, Decoder] = {
-    # Tokens are bytes. Chosen to divide over 8 devices, whichever axes they are on.
-    "tiny": Decoder(
-        vocab_size=256,
-        d_model=128,
-        num_layers=4,
-        num_heads=8,
+# Qwen3-MoE, arXiv 2505.09388; Mixtral, arXiv 2401.04088. In models all of whose layers
+# have experts, d_ff is unused.
+_MIXTURES = {
+    "qwen3-30b-a3b": replace(
+        _QWEN3_8B,
+        d_model=2048,
+        num_layers=48,
         num_kv_heads=4,
-        head_size=16,
-        d_ff=384,
+        d_ff=6144,
+        experts=Experts(128, experts_per_token=8, d_expert=768),
+    ),
+    "mixtral-8x7b": replace(
+        _LLAMA3_8B,
+        vocab_size=32000,
+        rope_theta=1e6,
+        experts=Experts(8, experts_per_token=2, d_expert=14336),
+    ),
+}
+
+# gpt-oss, arXiv 2508.10925: a layer with a window, then one without.
+_GPT_OSS_20B = Decoder(
+    vocab_size=201088,
+    d_model=2880,
+    num_layers=24,
+    num_heads=64,
+    num_kv_heads=8,
+    head_size=64,
+    d_ff=2880,
+    rope_theta=150000.0,
+    rope_scaling=YarnScaling(32.0, 4096, truncate=False),
+    experts=Experts(
+        32,
+        experts_per_token=4,
+        d_expert=2880,
+        router_bias=True,
+        biases=True,
+        clamp=7.0,
+    ),
+    qkv_bias=True,
+    o_bias=True,
+    sinks=True,
+    layer_types=(SLIDING, DEFAULT),
+    variants=(Variant(SLIDING, window=128),),
+)
+_GPT_OSS = {
+    "gpt-oss-20b": _GPT_OSS_20B,
+    "gpt-oss-120b": replace(
+        _GPT_OSS_20B,
+        num_layers=36,
+        experts=replace(_GPT_OSS_20B.experts, num_experts=128),
+    ),
+}
+
+# DeepSeek-V3, arXiv 2412.19437, without the layer that predicts a further token. YaRN
+# scales the logits and not cosine and sine.
+_SPARSE = "experts"
+_YARN = 0.1 * math.log(40) + 1
+_DEEPSEEK = {
+    "deepseek-v3": Decoder(
+        vocab_size=129280,
+        d_model=7168,
+        num_layers=61,
+        num_heads=128,
+        num_kv_heads=128,
+        head_size=192,
+        d_ff=18432,
+        rope_scaling=YarnScaling(40.0, 4096, attention_factor=1.0),
+        rms_norm_eps=1e-6,
+        latent=Latent(kv_rank=512, rope_size=64, value_size=128, q_rank=1536),
+        attention_scale=192**-0.5 * _YARN * _YARN,
+        layer_types=(DEFAULT,) * 3 + (_SPARSE,) * 58,
+        variants=(
+            Variant(
+                _SPARSE,
+                experts=Experts(
+                    256,
+                    experts_per_token=8,
+                    d_expert=2048,
+                    scores="sigmoid",
+                    scaling=2.5,
+                    groups=8,
+                    groups_per_token=4,
+                    correction_bias=True,
+                    shared_d_ff=2048,
+                ),
+            ),
+        ),
+    ),
+}
+
+# Tokens are bytes. Chosen to divide over 8 devices, whichever axes they are on.
+_TINY = Decoder(
+    vocab_size=256,
+    d_model=128,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_size=16,
+    d_ff=384,
+)
+
+PRESETS: dict[str, Decoder] = {
+    "tiny": _TINY,
+    # A token uses as many weights as in "tiny".
+    "tiny-moe": replace(
+        _TINY, d_ff=192, experts=Experts(8, experts_per_token=2, d_expert=192)
     ),
     **_LLAMA,
     **_QWEN3,
     **_GEMMA3,
     **_OLMO3,
+    **_MIXTURES,
+    **_GPT_OSS,
+    **_DEEPSEEK,
 }
 # Execution options of presets that do not use the defaults.
-EXECUTIONS: dict[str, Execution] = {"tiny": Execution(dtype="float32")}
+EXECUTIONS: dict[str, Execution] = dict.fromkeys(
+    ("tiny", "tiny-moe"), Execution(dtype="float32")
+)

@@ -297,10 +297,10 @@ class Transformer:
         ) -> tuple[Array, tuple[State, Counts | None]]:
             own = uniform[kind]
             w = {name: weight_of(names[kind][name], row) for name, row in rows.items()}
-            x, *states = layer(
+            x, state, counts = layer(
                 own, split, w, x, angles[kind], attend_of(own), cache, real
             )
-            return x, tuple(states)
+            return x, (state, counts)
 
         step = jax.checkpoint(
             apply, policy=policy(config.remat), prevent_cse=False, static_argnums=(0,)

@@ -157,7 +157,8 @@ def _differences(decoder: Decoder, other: Decoder) -> dict[str, object]:
         name: value
         for own, again in pairs
         for name, value in vars(own).items()
-        if value != getattr(again, name)
+        # Layers with experts do not use d_ff.
+        if value != getattr(again, name) and not (name == "d_ff" and own.experts)
     }
 
 
@@ -169,9 +170,6 @@ def _explicit(decoder: Decoder) -> Decoder:
         "attention_scale": decoder.head_size**-0.5 if scale is None else scale,
         "rotary_size": None if size == decoder.head_size else size,
     }
-    if decoder.experts is not None:
-        # Unused.
-        changes["d_ff"] = decoder.experts.d_expert
     if isinstance(scaling, NTKScaling):
         # The format has no such type, but it only enlarges the base.
         theta = scaling.theta(size or decoder.head_size, decoder.rope_theta)

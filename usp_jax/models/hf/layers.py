@@ -71,7 +71,8 @@ def read_layers(
         "rotary_size": rotated,
     }
     if full.mscale != 1:
-        fields["attention_scale"] = head_size**-0.5 * full.mscale * full.mscale
+        scale = number("head_dim", head_size) ** -0.5
+        fields["attention_scale"] = scale * full.mscale * full.mscale
     if not family.layer_keys:
         _check_all(FULL, config)
     if not family.layer_keys and family.mixture is None:

@@ -9,7 +9,6 @@ There are two formats, named by `quantization_config` of config.json:
   Microscaling Formats 1.0).
 """
 
-from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -52,21 +51,7 @@ def check_quantization(settings: Json) -> None:
     Raises:
       ValueError: it is not one of the formats that are read.
     """
-    if settings is None:
-        return
-    block = None
-    if isinstance(settings, dict):
-        if settings.get("quant_method") == "mxfp4":
-            return
-        if settings.get("quant_method") == "fp8":
-            block = settings.get("weight_block_size")
-        if settings.get("fmt", "e4m3") != "e4m3":
-            block = None
-    if (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(type(size) is int and size > 0 for size in block)
-    ):
+    if settings is not None and not _is_mxfp4(settings) and _block(settings) is None:
         raise ValueError(
             f"{_KEY}={settings!r} is not supported; it must be null or left out, or "
             "have the quant_method 'mxfp4', or 'fp8' with the fmt 'e4m3' and a "
@@ -81,12 +66,25 @@ def dequantized(files: TensorFiles, settings: Json) -> Tensors:
       files: the tensors in the files.
       settings: a `quantization_config` that `check_quantization` accepts.
     """
-    if not isinstance(settings, Mapping):
-        return files
-    if settings["quant_method"] == "mxfp4":
+    if _is_mxfp4(settings):
         return _FourBit(files)
-    rows, columns = settings["weight_block_size"]
-    return _EightBit(files, (rows, columns))
+    block = _block(settings)
+    return files if block is None else _EightBit(files, block)
+
+
+def _is_mxfp4(settings: Json) -> bool:
+    return isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
+
+
+def _block(settings: Json) -> tuple[int, int] | None:
+    """The size of fp8's blocks; None if the weights are not in this format."""
+    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
+        return None
+    size = settings.get("weight_block_size")
+    if not isinstance(size, list) or settings.get("fmt", "e4m3") != "e4m3":
+        return None
+    block = tuple(x for x in size if type(x) is int and x > 0)
+    return (block[0], block[1]) if len(block) == len(size) == 2 else None
 
 
 class _EightBit:
@@ -105,7 +103,8 @@ class _EightBit:
         shape = self._files.shape(name)
         if name in self._scaled:
             blocks = tuple(
-                -(-size // block) for size, block in zip(shape, self._block, strict=True)
+                -(-size // block)
+                for size, block in zip(shape, self._block, strict=True)
             )
             _check_shape(self._files, name + _SCALE, blocks)
         return shape

@@ -151,8 +151,10 @@ def _rope(
         raise ValueError(f"{name}={given!r} must have {', '.join(missing)}")
     mscale = 1.0
     if family.scales_logits and "mscale_all_dim" in settings:
-        over = number("mscale_all_dim", settings["mscale_all_dim"])
-        mscale = _mscale(number("factor", settings["factor"]), over)
+        weight = number("mscale_all_dim", settings["mscale_all_dim"])
+        if not weight >= 0:
+            raise ValueError(f"mscale_all_dim={weight} must be at least 0")
+        mscale = _mscale(number("factor", settings["factor"]), weight)
     return Rope(
         number("rope_theta", theta),
         _scaling(kind, settings, config),

@@ -143,8 +143,12 @@ def _write_tensors(
 ) -> None:
     config = model.config
     by_name = {tensor.name: tensor for tensor in tensors(family, config)}
-    dtypes = {name: _dtype(x, config.stored_dtype, dtype) for name, x in by_name.items()}
-    sizes = {name: math.prod(x.shape) * dtypes[name].itemsize for name, x in by_name.items()}
+    dtypes = {
+        name: _dtype(x, config.stored_dtype, dtype) for name, x in by_name.items()
+    }
+    sizes = {
+        name: math.prod(x.shape) * dtypes[name].itemsize for name, x in by_name.items()
+    }
     files = split_into_files(sizes, file_bytes)
     for file, names in files.items():
         contents = {}
@@ -195,7 +199,9 @@ def _part(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     # moves one expert and not all. Of bits, because -0 + 0 is 0.
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     own = lax.broadcasted_iota(jnp.int32, (len(x), 1, 1), 0) == index[1]
-    return lax.bitcast_convert_type(jnp.sum(jnp.where(own, bits, 0), 0, bits.dtype), x.dtype)
+    return lax.bitcast_convert_type(
+        jnp.sum(jnp.where(own, bits, 0), 0, bits.dtype), x.dtype
+    )
 
 
 def _copy_companions(like: str | os.PathLike[str] | None, folder: Path) -> None:

@@ -7,7 +7,7 @@
       | gated.py        the products of one round, forward and backward (grouped.py)
     y [n, D]          weighted sums; shared experts are added in layer.py
 
-`statistics.py` has the auxiliary losses.
+`losses.py` has the statistics and the auxiliary losses.
 """
 
 from usp_jax.models.moe.exchange import (
@@ -20,11 +20,16 @@ from usp_jax.models.moe.layer import (
     SharedExperts as SharedExperts,
     experts_feed_forward as experts_feed_forward,
 )
+from usp_jax.models.moe.losses import (
+    AuxiliaryLosses as AuxiliaryLosses,
+    Statistics as Statistics,
+    auxiliary_losses as auxiliary_losses,
+    statistics as statistics,
+    updated_correction as updated_correction,
+)
 from usp_jax.models.moe.plan import (
-    EXPERT_AXES as EXPERT_AXES,
     Exchange as Exchange,
     Traffic as Traffic,
-    check_exchange as check_exchange,
     traffic as traffic,
 )
 from usp_jax.models.moe.routing import (
@@ -32,11 +37,4 @@ from usp_jax.models.moe.routing import (
     Routing as Routing,
     route as route,
     router_logits as router_logits,
-)
-from usp_jax.models.moe.statistics import (
-    AuxiliaryLosses as AuxiliaryLosses,
-    Statistics as Statistics,
-    auxiliary_losses as auxiliary_losses,
-    statistics as statistics,
-    updated_correction as updated_correction,
 )

@@ -60,7 +60,7 @@ def experts_feed_forward(
     `tensor`, the result is this device's part of a sum over `tensor`.
 
     Args:
-      experts: the description, checked with `check_experts` and `check_exchange`.
+      experts: the description, checked with `check_experts`.
       exchange: how tokens are sent.
       x: this device's tokens.
       routing: of the tokens, in the order of x.

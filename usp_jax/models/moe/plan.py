@@ -17,7 +17,6 @@ An expert then takes the first tokens that chose it on each device, in stored or
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,8 +29,6 @@ from usp_jax.models.experts import Experts
 from usp_jax.models.moe.routing import pairs_of_experts
 from usp_jax.varying import varying_axes
 
-# The axes over which tokens are split, and experts can be.
-EXPERT_AXES = ("fsdp", "ring", "ulysses")
 # Checkpoint name of the plan.
 PLAN = "experts_plan"
 # Slots are a multiple of the rows in a TPU tile.
@@ -143,44 +140,6 @@ def traffic(
     return Traffic(
         4 * experts.num_experts, 2 * rows, 2 * (rows + weights), 3 * rows + 2 * weights
     )
-
-
-def check_exchange(
-    experts: Experts, exchange: Exchange, sizes: Mapping[str, int]
-) -> None:
-    """Checks that experts can be split over a mesh and tokens sent to them.
-
-    Args:
-      experts: the description, checked by `check_experts`.
-      exchange: how tokens are sent.
-      sizes: number of devices along each mesh axis.
-
-    Raises:
-      ValueError: they cannot; the message names the field and its value.
-    """
-    axes = exchange.axes
-    if not set(axes) <= set(EXPERT_AXES) or len(set(axes)) < len(axes):
-        raise ValueError(
-            f"axes={axes} must be different names among {EXPERT_AXES}, which split "
-            "the tokens"
-        )
-    devices = math.prod(sizes.get(name, 1) for name in axes)
-    if experts.num_experts % devices:
-        raise ValueError(
-            f"num_experts={experts.num_experts} must be a multiple of {devices}, the "
-            f"devices along the expert axes {axes}"
-        )
-    tensor = sizes.get("tensor", 1)
-    for name in ("d_expert", "shared_d_ff"):
-        if getattr(experts, name) % tensor:
-            raise ValueError(
-                f"{name}={getattr(experts, name)} must be a multiple of {tensor}, the "
-                "devices along the mesh axis tensor"
-            )
-    for name in ("room", "capacity_factor"):
-        value = getattr(exchange, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be positive and finite")
 
 
 class Plan(NamedTuple):
