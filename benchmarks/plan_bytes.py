@@ -21,10 +21,12 @@ import jax
 
 from benchmarks.models import model_of
 from usp_jax import plan
-from usp_jax.compiled import by_kind
+from usp_jax.compiled import by_kind, in_flight
 from usp_jax.plan.choice import obstacle
 
 K = 1024
+# Part of the place of attention's collectives in the traced program.
+_ATTENTION = "_on_shards"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Case:
             line["devices"],
             line["sequence"],
             line["batch"],
-            plan.Choice(**line["choice"]),
+            plan.Choice(**{name: _fixed(x) for name, x in line["choice"].items()}),
         )
 
     @property
@@ -74,6 +76,11 @@ class Case:
             [self.model, f"{self.devices} x {self.machine}"]
             + [f"{self.batch} x {self.sequence // K}K", *words]
         )
+
+
+def _fixed(value: Any) -> Any:
+    """A value of JSON, with lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 # (model, machine, devices, sequence, batch) and the choices to compile it with.
@@ -238,6 +245,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     line = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     result = {"choice": case.options, "jax": jax.__version__, "fits": report.fits}
     if report.error is None:
+        attention = [x for x in report.collectives if _ATTENTION in x.op_name]
         result |= {
             "argument_bytes": report.argument_bytes,
             "peak_bytes": report.peak_bytes,
@@ -247,6 +255,8 @@ def compile_case(case: Case) -> dict[str, Any]:
                 kind: total.wire_bytes
                 for kind, total in by_kind(report.collectives).items()
             },
+            "all_to_alls_in_flight": report.in_flight("all-to-all"),
+            "of_attention_in_flight": in_flight(attention, "all-to-all"),
         }
     return {**line, **result}
 
@@ -258,6 +268,7 @@ def compare(line: dict[str, Any]) -> dict[str, Any]:
     predicted = {
         "predicted_fits": row.fits,
         "predicted_peak_bytes": round(row.memory.peak),
+        "predicted_seconds": round(row.seconds.total, 3),
     }
     if "peak_bytes" in line:
         sent = row.sent

@@ -16,6 +16,7 @@ from train.mesh import make_mesh
 from train.state import State, abstract_state
 from train.step import jit_step, make_step
 from usp_jax import aot
+from usp_jax.plan.verify import rounds_after_the_first
 
 
 def step_of(
@@ -41,6 +42,8 @@ def step_of(
 def compile_for(config: Config, machine: str) -> aot.Report:
     """Compiles a run's training step for a machine and returns the compiler's report.
 
+    Only the first round of an exchange with experts is counted.
+
     Args:
       config: the run.
       machine: a machine as in `usp_jax.aot.topology`, such as "v5p:4x4x4".
@@ -52,4 +55,5 @@ def compile_for(config: Config, machine: str) -> aot.Report:
     topology = aot.topology(machine)
     step, shapes = step_of(config, topology.devices)
     options = usp_jax.recommended_flags(topology.platform)
-    return aot.compile(step, *shapes, compiler_options=options)
+    trips = rounds_after_the_first(config.llama)
+    return aot.compile(step, *shapes, compiler_options=options, unknown_trips=trips)

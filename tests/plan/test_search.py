@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = (
     "pipe data fsdp tensor ring ulysses zero remat fits reason step_seconds "
     "tflops_per_device mfu_causal mfu_full hfu peak_bytes traffic_bytes "
-    "sequence batch microbatches interleave mlp_tile tensor_sequence ring_schedule "
-    "ulysses_chunks accumulate offload program memory_bytes"
+    "sequence batch microbatches interleave expert_axes mlp_tile tensor_sequence "
+    "ring_schedule ulysses_chunks accumulate offload program memory_bytes"
 ).split()
 
 

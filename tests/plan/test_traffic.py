@@ -9,10 +9,13 @@ from tests.plan.program import config_of
 from train.ahead import step_of
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.config import LlamaConfig
-from usp_jax.models.decoder import Variant
+from usp_jax.models.decoder import Variant, experts_of
+from usp_jax.models.experts import Experts
 from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.command import describe
 from usp_jax.plan.machines import machine
 from usp_jax.plan.traffic import by_axis, transfers
+from usp_jax.plan.verify import rounds_after_the_first
 
 # The CPU's compiler widens bfloat16 collectives: float32 is counted there. The
 # vocabulary has two blocks for the loss.
@@ -38,6 +41,22 @@ MIXED = dataclasses.replace(
     layer_types=("windowed", "windowed", "default"),
     variants=(Variant("windowed", window=20, num_kv_heads=4, d_ff=256),),
 )
+EXPERTS = dataclasses.replace(
+    MODEL, experts=Experts(num_experts=16, experts_per_token=2, d_expert=96)
+)
+SHARED = dataclasses.replace(
+    EXPERTS,
+    experts=dataclasses.replace(
+        EXPERTS.experts, router_bias=True, shared_d_ff=64, shared_gate=True
+    ),
+)
+# A quarter of the layers has no experts, and norms are applied to outputs.
+SOME_EXPERTS = dataclasses.replace(
+    MODEL,
+    norm_placement="both",
+    layer_types=("default", "experts", "experts", "experts"),
+    variants=(Variant("experts", experts=EXPERTS.experts),),
+)
 
 
 def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
@@ -48,7 +67,9 @@ def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
     model = dataclasses.replace(model, num_layers=layers)
     job = Job(model, machine("a100"), 8, 512, batch)
     jitted, arguments = step_of(config_of(job, choice))
-    program = by_kind(collectives(jitted.lower(*arguments).compile()))
+    trips = rounds_after_the_first(model)
+    compiled = jitted.lower(*arguments).compile()
+    program = by_kind(collectives(compiled, unknown_trips=trips))
     found = collections.Counter()
     for one in transfers(job, choice):
         found[one.kind] += one.total
@@ -57,6 +78,8 @@ def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
     for kind, size in sent.items():
         # Sums of single numbers are left out.
         assert found[kind] == pytest.approx(size, rel=0.02, abs=1024), kind
+        if experts_of(model) is not None and kind != "all-reduce":
+            assert found[kind] == size, kind
     assert set(found) <= set(sent)
 
 
@@ -94,6 +117,42 @@ def test_splits_and_policies(sizes, remat):
     ids=["mixed", "windowed"],
 )
 def test_a_step_of_windows_sends_what_is_predicted(model, choice):
+    check(choice, model=model)
+
+
+BOTH, ALL = ("ring", "ulysses"), ("fsdp", "ring", "ulysses")
+
+
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        (EXPERTS, Choice(ring=2, ulysses=4, expert_axes=("ulysses",))),
+        (EXPERTS, Choice(ring=4, ulysses=2, remat="dots", expert_axes=BOTH)),
+        *(
+            pytest.param(
+                model, Choice(**sizes, expert_axes=axes), marks=pytest.mark.long
+            )
+            for model, sizes, axes in (
+                (EXPERTS, {"ring": 2, "ulysses": 4}, ()),
+                (EXPERTS, {"ring": 2, "ulysses": 4, "remat": "dots"}, BOTH),
+                (EXPERTS, {"ring": 4, "ulysses": 2, "zero": 1}, ("ulysses",)),
+                (EXPERTS, {"fsdp": 2, "ulysses": 4}, ("fsdp",)),
+                (EXPERTS, {"fsdp": 2, "ulysses": 4, "remat": "none"}, ALL),
+                (EXPERTS, {"fsdp": 2, "ring": 2, "ulysses": 2}, ("fsdp", "ulysses")),
+                (EXPERTS, {"pipe": 2, "ring": 2, "ulysses": 2}, BOTH),
+                (EXPERTS, {"pipe": 2, "fsdp": 2, "ulysses": 2}, ()),
+                (SHARED, {"fsdp": 2, "ring": 2, "tensor": 2}, ("fsdp",)),
+                (SHARED, {"ring": 4, "ulysses": 2, "remat": "attention_qkv"}, BOTH),
+                (SOME_EXPERTS, {"data": 2, "ring": 2, "ulysses": 2}, ("ring",)),
+                (SOME_EXPERTS, {"ring": 4, "ulysses": 2, "zero": 1}, BOTH),
+                (SOME_EXPERTS, {"ulysses": 8, "remat": "dots"}, ("ulysses",)),
+            )
+        ),
+    ],
+    ids=lambda x: describe(x) if isinstance(x, Choice) else "",
+)
+def test_a_step_of_experts_sends_what_is_predicted(model, choice):
+    """With balanced loads: one round. All but sums of scalars are equal."""
     check(choice, model=model)
 
 

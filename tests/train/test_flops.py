@@ -15,14 +15,16 @@ from tests.train.runs import small_config
 from train.config import Config, MeshConfig
 from train.log.flops import StepFlops, step_flops
 from usp_jax.models.decoder import Variant, kinds_of
+from usp_jax.models.experts import Experts
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 
 
 def products(jaxpr: core.Jaxpr) -> int:
-    """FLOPs of all dot_generals, loops counted by their trips.
+    """FLOPs of all products, loops counted by their trips.
 
-    Unused products are not counted: compilers drop them.
+    Unused products are not counted: compilers drop them. Of the forms of a grouped
+    product for several platforms, the TPU's is counted.
     """
     total = 0
     used = {x for x in jaxpr.outvars if isinstance(x, core.Var)}
@@ -35,10 +37,24 @@ def products(jaxpr: core.Jaxpr) -> int:
             left = equation.invars[0].aval.shape
             inner = math.prod(left[dim] for dim in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "ragged_dot_general":
+            # Each row is multiplied with one matrix, in the forward or the backward.
+            rows, *sizes = (x.aval.shape for x in equation.invars[:2])
+            total += 2 * math.prod(rows) * sizes[0][-1 - is_transposed(equation)]
         assert equation.primitive.name != "while", "its trips are not known"
         trips = equation.params.get("length", 1)
-        total += trips * sum(products(inner) for inner in inner_jaxprs(equation.params))
+        parts = inner_jaxprs(equation.params)
+        if equation.primitive.name == "cond":
+            ragged = [part for part in parts if "ragged_dot_general" in str(part)]
+            parts = ragged or parts
+        total += trips * sum(products(inner) for inner in parts)
     return total
+
+
+def is_transposed(equation: core.JaxprEqn) -> bool:
+    """Whether a grouped product multiplies with transposed matrices."""
+    dims = equation.params["ragged_dot_dimension_numbers"]
+    return dims.dot_dimension_numbers[0] == ((1,), (2,))
 
 
 def inner_jaxprs(params: dict) -> list[core.Jaxpr]:
@@ -72,6 +88,24 @@ KINDS = {
     "variants": (Variant("windowed", window=24, num_kv_heads=4, d_ff=96),),
 }
 QK_NORM, WHOLE = {"qk_norm": True}, {"whole_qk_norm": True}
+# 512 tokens of two experts each fill the slots of a round.
+EXPERTS = {"experts": Experts(num_experts=8, experts_per_token=2, d_expert=24)}
+SHARED = {
+    "experts": Experts(
+        num_experts=8,
+        experts_per_token=2,
+        d_expert=24,
+        scores="sigmoid",
+        shared_d_ff=40,
+        shared_gate=True,
+    )
+}
+# The first of three layers has no experts.
+SOME_EXPERTS = {
+    "num_layers": 3,
+    "layer_types": ("default", "experts", "experts"),
+    "variants": (Variant("experts", **EXPERTS),),
+}
 BOTH = {"norm_placement": "both", **QK_NORM, **KINDS}
 AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
 
@@ -99,6 +133,19 @@ AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
         ("attention_qkv", 128, AFTER),
         ("dots", None, BOTH),
         ("dots", 128, AFTER),
+        ("none", None, EXPERTS),
+        ("full", None, EXPERTS),
+        ("attention_qkv", None, EXPERTS),
+        ("dots", None, EXPERTS),
+        ("full", None, {"norm_placement": "both", **EXPERTS}),
+        ("none", 128, SHARED),
+        ("full", None, SHARED),
+        ("full", 128, SHARED),
+        ("attention", 128, {"norm_placement": "after", **SHARED}),
+        ("attention_qkv", None, {"norm_placement": "after", **SHARED}),
+        ("dots", None, {"norm_placement": "after", **SHARED}),
+        ("dots", 128, SHARED),
+        ("full", None, SOME_EXPERTS),
     ],
 )
 def test_the_hardware_currency_is_what_the_program_does(

@@ -110,9 +110,13 @@ def is_of_experts(name: str) -> bool:
     return in_table(name).startswith("expert_")
 
 
-def layer_parameters(decoder: Decoder) -> int:
-    """Returns the number of parameters in a layer of the default kind."""
-    return sum(math.prod(_shape(decoder, name)[1:]) for name in _of_layer(decoder))
+def layer_numbers(decoder: Decoder) -> dict[str, int]:
+    """Returns the numbers of parameters in a layer of the default kind.
+
+    They are keyed by the names of `TABLE`.
+    """
+    names = _of_layer(decoder)
+    return {x: math.prod(_shape(decoder, x)[1:]) for x in TABLE if x in names}
 
 
 def active_weights(decoder: Decoder) -> int:
@@ -125,9 +129,8 @@ def active_weights(decoder: Decoder) -> int:
       decoder: a model whose layers are of the default kind.
     """
     total = 0.0
-    for name in _of_layer(decoder):
+    for name, weights in layer_numbers(decoder).items():
         if not is_small(name):
-            weights = math.prod(_shape(decoder, name)[1:])
             total += weights * (_active_part(decoder) if is_of_experts(name) else 1)
     return round(total)
 

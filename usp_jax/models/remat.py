@@ -41,6 +41,11 @@ def policy(remat: str) -> Callable[..., bool]:
     )
 
 
+def keeps(remat: str, name: str) -> bool:
+    """Returns whether the policy for a value of `Execution.remat` keeps a name."""
+    return remat == "none" or name in _KEPT[remat.removesuffix("_offload")]
+
+
 def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
     """Keeps everything but gathered weights, which add up to the whole model."""
     return primitive.name not in ("all_gather", "linear_call")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
@@ -156,6 +158,11 @@ class Choice(Tuning, Staging, MeshSizes):
         return self.data * self.split
 
     @functools.cached_property
+    def expert_shards(self) -> int:
+        """Number of devices over which a layer's experts are spread."""
+        return math.prod([self.sizes[name] for name in self.expert_axes])
+
+    @functools.cached_property
     def pipeline(self) -> Pipeline:
         """The pipeline schedule."""
         return Pipeline(self.pipe, self.interleave, self.microbatches or self.pipe)
@@ -216,19 +223,29 @@ def halo_of_layer(job: Job, choice: Choice) -> Halo | None:
     )
 
 
-# Sizes that `tensor` splits, and what they count.
-_SPLIT_OVER_TENSOR = {
-    "num_heads": "query heads",
-    "num_kv_heads": "key/value heads",
-    "d_ff": "feed-forward features",
-    "vocab_size": "vocabulary entries",
-}
+def split_over_tensor(model: LlamaConfig) -> Iterator[tuple[int, str]]:
+    """Yields the sizes that `tensor` splits, and what they count.
+
+    Args:
+      model: the model of one kind of layers.
+    """
+    yield model.num_heads, "query heads"
+    yield model.num_kv_heads, "key/value heads"
+    experts = model.experts
+    if experts is None:
+        yield model.d_ff, "feed-forward features"
+    else:
+        yield experts.d_expert, "features of an expert"
+        yield experts.shared_d_ff, "features of the shared experts"
+    yield model.vocab_size, "vocabulary entries"
 
 
 def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
+    if job.model.latent is not None:
+        return "latent: plans of latent attention are not modelled"
     if (why := _pipeline_obstacle(job.model, choice)) is not None:
         return why
     if job.batch % choice.rows:
@@ -240,8 +257,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     for kind in job.kinds:
         if kind.model.window is None and (why := _heads_obstacle(kind, choice)):
             return why
-        for name, noun in _SPLIT_OVER_TENSOR.items():
-            if (size := getattr(kind.model, name)) % choice.tensor:
+        for size, noun in split_over_tensor(kind.model):
+            if size % choice.tensor:
                 return (
                     f"divisibility: {size} {noun} do not divide over "
                     f"tensor={choice.tensor}"
@@ -269,6 +286,26 @@ def obstacle(job: Job, choice: Choice) -> str | None:
         has_halo = halo_of_layer(kind, choice) is not None
         if not has_halo and (why := _heads_obstacle(kind, choice)):
             return why
+    return _experts_obstacle(job, choice)
+
+
+def _experts_obstacle(job: Job, choice: Choice) -> str | None:
+    """Returns why experts cannot be spread over the expert axes; None if possible."""
+    numbers = [
+        kind.model.experts.num_experts
+        for kind in job.kinds
+        if kind.model.experts is not None
+    ]
+    if choice.expert_axes and not numbers:
+        return f"experts: the model has none to spread over {choice.expert_axes}"
+    if numbers and not choice.is_trained_here:
+        return f"experts: program={choice.program!r} is modelled without experts"
+    for number in numbers:
+        if number % choice.expert_shards:
+            return (
+                f"divisibility: {number} experts do not divide over "
+                f"{' · '.join(choice.expert_axes)} = {choice.expert_shards}"
+            )
     return None
 
 

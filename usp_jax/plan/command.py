@@ -30,7 +30,7 @@ def train_command(job: Job, choice: Choice, model: str | None = None) -> str:
 
     Raises:
       ValueError: the choice is for another program than the trainer, or a model with
-        several kinds of layers has no name.
+        several kinds of layers, experts or latent attention has no name.
     """
     check_is_trained_here(choice)
     config = job.model_of(choice)
@@ -64,13 +64,14 @@ def _preset_of(config: LlamaConfig) -> str | None:
 
 def _sizes(config: LlamaConfig) -> dict[str, object]:
     """The options of an architecture, apart from its RoPE scaling."""
-    if config.variants:
-        raise ValueError(
-            f"variants={config.variants} are not options of the trainer: give the "
-            "model's name, or a folder with its config.json"
-        )
+    for name in ("variants", "experts", "latent"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"{name}={value} are not options of the trainer: give the model's "
+                "name, or a folder with its config.json"
+            )
     sizes = _options("model", config, Decoder)
-    for name in ("rope_scaling", "layer_types", "variants"):
+    for name in ("rope_scaling", "layer_types", "variants", "experts", "latent"):
         del sizes[f"model.{name}"]
     return sizes
 
@@ -112,6 +113,11 @@ def _option(name: str, value: object) -> str:
     return f"--{section}{dot}{last} {' '.join(map(str, words))}"
 
 
+def _in_words(value: object) -> object:
+    """A value as `describe` prints it: axes are joined."""
+    return "+".join(value) if isinstance(value, tuple) else value
+
+
 def describe(choice: Choice) -> str:
     """Describes a choice briefly, leaving out axes of size 1 and most defaults."""
     usual, sizes = Choice(), choice.sizes
@@ -122,6 +128,6 @@ def describe(choice: Choice) -> str:
     for field in dataclasses.fields(choice):
         value = getattr(choice, field.name)
         if field.name not in sizes and value != getattr(usual, field.name):
-            shown.setdefault(field.name, value)
+            shown.setdefault(field.name, _in_words(value))
     words = words or ["one device"]
     return " ".join([*words, *(f"{name}={value}" for name, value in shown.items())])

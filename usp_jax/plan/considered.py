@@ -12,13 +12,22 @@ from typing import Any
 
 from usp_jax.models.execution import OFFLOAD, REMAT, MeshSizes, with_fields_of
 from usp_jax.models.pipeline import are_alike
-from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.choice import Choice, Job, split_over_tensor
 from usp_jax.plan.share import microbatch_of
 
 TILE = 4096
 """Tokens per tile of the feed-forward network, when it is tiled."""
 LISTED = 5000
 """Number of meshes up to which the impossible ones are listed too."""
+# Axes over which experts may be spread.
+_EXPERT_AXES = (
+    ("fsdp", "ring", "ulysses"),
+    ("ring", "ulysses"),
+    ("ulysses",),
+    ("ring",),
+    ("fsdp",),
+    (),
+)
 
 
 def meshes(job: Job) -> Iterator[Choice]:
@@ -54,8 +63,7 @@ def _perhaps_possible(job: Job) -> list[MeshSizes]:
         ring=shards,
         ulysses=shards,
         tensor=math.gcd(
-            model.vocab_size,
-            *(math.gcd(kind.num_kv_heads, kind.d_ff) for kind in kinds),
+            *(size for kind in kinds for size, _ in split_over_tensor(kind))
         ),
     )
     found = []
@@ -123,6 +131,25 @@ def policies(offload: bool) -> tuple[str, ...]:
     return REMAT + OFFLOAD if offload else REMAT
 
 
+def expert_axes(job: Job, mesh: Choice) -> list[tuple[str, ...]]:
+    """Lists the axes of a mesh over which to consider spreading experts.
+
+    Those come first that spread them most: then less is gathered.
+    """
+    experts = [kind.model.experts for kind in job.kinds]
+    numbers = [own.num_experts for own in experts if own is not None]
+    if not numbers:
+        return [()]
+    found = dict.fromkeys(
+        tuple(name for name in axes if mesh.sizes[name] > 1) for axes in _EXPERT_AXES
+    )
+    return [
+        axes
+        for axes in found
+        if math.gcd(*numbers) % math.prod(mesh.sizes[name] for name in axes) == 0
+    ]
+
+
 def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
     """Lists the options a row leaves open, except tiles and parts of the batch.
 
@@ -155,10 +182,12 @@ def details(job: Job, mesh: Choice, offload: bool) -> list[Choice]:
             microbatches=microbatches,
             interleave=rounds,
             tensor_sequence=tensor_sequence,
+            expert_axes=axes,
             offload=away,
         )
         for microbatches, rounds in stages
         for tensor_sequence in sorted(split, reverse=True)
+        for axes in expert_axes(job, mesh)
         for away in ((False, True) if offload else (False,))
     ]
 

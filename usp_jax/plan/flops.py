@@ -7,6 +7,10 @@ sum over layers, whose sizes and windows may differ:
     forward products with weights   P = 2·B·T·(sum of D·H·(2N + 2K) + 3·D·F, + D·V)
     forward attention, q·k and p·v  A = 4·B·(sum of N·H · pairs)
 
+A layer of E experts of size W, of which a token uses k, and of shared experts of size S
+has D·E + 3·D·(k·W + S) in place of 3·D·F: its router, and the weights that are active.
+Empty slots of the exchange do not count; they are not computed either.
+
 * full model:   3·P + 3·A, since the backward is twice the forward (PaLM, arXiv
   2204.02311, appendix B), with T² pairs, as if nothing were masked;
 * causal model: 3·P + 3·A, with T²/2 pairs, as in FlashAttention (arXiv 2307.08691,
@@ -26,7 +30,9 @@ import dataclasses
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import kinds_of
+from usp_jax.models.moe.exchange import OUT
 from usp_jax.models.parameters import active_weights
+from usp_jax.models.remat import keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +100,9 @@ def step_work(
     for kind, count in kinds_of(model):
         layers += 2 * tokens * count * active_weights(kind)
         again += 2 * tokens * count * _weights_again(kind, policy, tiled)
-        each = 4 * kind.num_heads * kind.head_size * count * tokens / length
+        value_size = kind.head_size if kind.latent is None else kind.latent.value_size
+        sizes = kind.head_size + value_size
+        each = 2 * kind.num_heads * sizes * count * tokens / length
         attention += each * visible_pairs(kind.window, length)
         if kind.window is None or kind.window >= length:
             masked += each * visible_pairs(None, length)
@@ -130,18 +138,27 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
       policy: the remat policy, without "_offload".
       tiled: whether the feed-forward network is tiled.
     """
-    part = model.d_model * model.d_ff
+    experts = model.experts
+    part = model.d_model * (model.d_ff if experts is None else experts.shared_d_ff)
     # Each tile's backward repeats its gate and up.
     inner = 2 * part * tiled
-    if policy in ("none", "dots"):
+    # The gate of shared experts needs their output.
+    gated = experts is not None and experts.shared_gate
+    if policy == "none":
         return inner
+    if policy == "dots":
+        # Neither the router's logits nor the shared experts' output and gate are kept.
+        router = 0 if experts is None else model.d_model * experts.num_experts
+        return inner + router + (part + inner + model.d_model) * gated
+    # Nothing but a norm after `down`, a layer's last product, needs its output.
+    before = model.norm_placement == "before"
     again = active_weights(model)
-    if model.norm_placement == "before":
-        # Nothing needs the output of a layer's last product, `down`.
+    if before and not gated:
         again -= part
     else:
-        # The norm after `down` needs it, and so all of the forward pass.
         again += inner
+    if experts is not None and (before or keeps(policy, OUT)):
+        again -= model.d_model * experts.d_expert * experts.experts_per_token
     if policy == "attention_qkv":
         heads = model.num_heads + 2 * model.num_kv_heads
         if model.qk_norm or model.whole_qk_norm:

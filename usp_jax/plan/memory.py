@@ -5,7 +5,7 @@ their copy in the computation's dtype and its gradients; what layers keep for th
 backward pass; and transient arrays. The transients belong to one layer's backward, the
 loss, the embedding's gradient, or the update, whichever moment has the highest total.
 The compiler decides how much one layer's backward needs, so the numbers of arrays in
-`GPU` and `TPU` are estimates. `benchmarks/plan_bytes.py` compares the total with
+`arrays.py` are estimates. `benchmarks/plan_bytes.py` compares the total with
 compiled programs, whose recorded bytes are in the repository (`docs/planning.md`
 reports the accuracy).
 """
@@ -14,54 +14,36 @@ import dataclasses
 from collections.abc import Iterator
 
 from usp_jax.models.decoder import counts_of
+from usp_jax.models.moe.exchange import OUT, ROWS
+from usp_jax.models.moe.plan import PLAN
+from usp_jax.models.remat import keeps
 from usp_jax.models.segments import segments
+from usp_jax.plan.arrays import GPU, TPU, Arrays
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.parameter_traffic import gradient_itemsize
 from usp_jax.plan.share import (
+    LayerSizes,
     all_layer_sizes,
     call_of,
     end_tokens_of,
+    expert_sizes,
+    has_experts,
     has_out_norms,
+    inner_size,
     is_tiled,
     kept_of,
     layer_sizes,
     layers_of,
     loss_blocks,
+    matrix_bytes,
     microbatch_of,
+    round_rows,
     rows_of,
     runs_of,
     tokens_of,
 )
-from usp_jax.plan.traffic import gradient_itemsize
 
-
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-    """Numbers of arrays in memory at the peak of one layer's backward.
-
-    Attributes:
-      narrow: arrays [tokens of a device, model size].
-      wide: arrays [tokens of a device, feed-forward size].
-      weights: copies of the layer's whole matrices.
-      rotating: copies of k, v and of float32 dk, dv in flight around the ring.
-      fetched: copies of what a layer keeps, when that is fetched from the host.
-      early: copies of attention's part of that during its backward.
-      period: copies of what a period of layers of several kinds keeps.
-    """
-
-    narrow: int | float
-    wide: int | float
-    weights: int | float
-    rotating: int | float
-    fetched: int | float
-    early: int | float
-    period: int | float
-
-
-GPU = Arrays(narrow=7, wide=6, weights=2, rotating=1, fetched=1, early=0, period=3)
-TPU = Arrays(
-    narrow=6, wide=5, weights=1.5, rotating=1.5, fetched=3, early=2, period=1.5
-)
 LANES = 128
 """Multiple to which a TPU pads the last dim of an array, here the head size."""
 
@@ -165,28 +147,42 @@ class _Sizes:
     def of(cls, job: Job, choice: Choice) -> "_Sizes":
         model, size = job.model, job.itemsize
         output = model.vocab_size * model.d_model / choice.tensor
-        sizes = all_layer_sizes(job, choice)
-        layers, whole = sizes.matrices, sizes.whole + sizes.per_head
         # A tied embedding is stored once, but its output matrix is a separate copy.
         tables = output * (1 if model.tie_embeddings else 2) + model.d_model
-        split = layers + sizes.norms + tables / choice.pipe
-        numbers = split / choice.everyone + whole
+        numbers = tables / (choice.pipe * choice.everyone)
         copies, shared = 1, 1
         if choice.zero == 3:
             copies, shared = choice.split, choice.pipe
-        layers, output = layers / copies, output / (copies * shared)
-        gradient = gradient_itemsize(job, choice)
         # Parameters in the computation's dtype are their own copy, unless it is
         # gathered over data.
-        own = model.dtype == model.stored_dtype and choice.everyone == copies
+        same, output = model.dtype == model.stored_dtype, output / (copies * shared)
+        gradient = gradient_itemsize(job, choice)
+        copy = summed = 0.0
+        for own, apart in _layers(job, choice):
+            # ZeRO does not split experts over the axes over which they are spread.
+            everyone = choice.everyone // apart
+            parts = choice.split // apart if choice.zero == 3 else 1
+            split = own.matrices + own.precise
+            numbers += (split + own.norms) / everyone + own.whole + own.per_head
+            if not (same and everyone == parts and choice.pipe == 1):
+                copy += matrix_bytes(job, own) / parts
+            # A stage sums its micro-batches' gradients in float32.
+            each = gradient if choice.pipe == 1 else size + 4
+            summed += (each * own.matrices + 4 * own.precise) / parts
         return cls(
             numbers,
-            0 if own and choice.pipe == 1 else size * layers,
-            0 if own else size * output,
-            # A stage sums its micro-batches' gradients in float32.
-            (gradient if choice.pipe == 1 else size + 4) * layers,
+            copy,
+            0 if same and choice.everyone == copies else size * output,
+            summed,
             gradient * output,
         )
+
+
+def _layers(job: Job, choice: Choice) -> Iterator[tuple[LayerSizes, int]]:
+    """Yields sizes of all layers, and the devices along axes that ZeRO leaves out."""
+    yield all_layer_sizes(job, choice), 1
+    if has_experts(job):
+        yield all_layer_sizes(job, choice, expert_sizes), choice.expert_shards
 
 
 def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
@@ -242,12 +238,12 @@ def kept(job: Job, choice: Choice) -> int | float:
     narrow = tokens * model.d_model
     x = narrow * size / choice.token_shards
     of_attention = _kept_of_attention(job, choice)
-    policy = kept_of(choice)
+    policy, of_experts = kept_of(choice), _kept_of_experts(job, choice)
     if policy in ("full", "attention", "attention_qkv"):
-        return x + of_attention
-    wide = tokens * model.d_ff * size / choice.tensor
+        return x + of_attention + of_experts
+    wide = tokens * inner_size(job) * size / choice.tensor
     if policy == "dots":
-        inner = 2 * wide * (not is_tiled(job, choice))
+        inner = 2 * wide * (not is_tiled(job, choice)) + of_experts
         has_norm = model.qk_norm or model.whole_qk_norm
         normed = (call.q_elements + call.kv_elements / 2) * size * has_norm
         # The inputs of norms after the two parts of the layer.
@@ -260,7 +256,23 @@ def kept(job: Job, choice: Choice) -> int | float:
     # output is kept in two orders of its dims.
     norms = 5 * 4 * narrow / choice.token_shards
     wide *= 6 if choice.mlp_tile is None else 0
+    wide += of_experts
     return 2 * x + norms + of_attention + call.q_elements * size + wide
+
+
+def _kept_of_experts(job: Job, choice: Choice) -> int | float:
+    """Bytes kept of a layer's experts: the first round, and the sums of outputs."""
+    experts = job.model.experts
+    if experts is None:
+        return 0
+    policy, d_model = kept_of(choice), job.model.d_model
+    hidden = 2 * experts.d_expert / choice.tensor
+    # The token's experts; the plan of the exchange; the router's float32 scores.
+    each = 4 * experts.experts_per_token * (1 + 3 * keeps(policy, PLAN))
+    each += 4 * 3 * experts.num_experts * (policy == "none")
+    each += d_model * job.itemsize * keeps(policy, OUT)
+    rows = round_rows(job, choice) * keeps(policy, ROWS)
+    return microbatch_of(job, choice) * each + rows * (d_model + hidden) * job.itemsize
 
 
 def _kept_of_attention(job: Job, choice: Choice) -> int:
@@ -290,15 +302,19 @@ def _layer(job: Job, choice: Choice) -> int | float:
     arrays = _arrays(job)
     model, tokens, size = job.model, microbatch_of(job, choice), job.itemsize
     call = _padded(job, call_of(job, choice))
-    whole = layer_sizes(job, choice).matrices * size
-    gathered = whole * (arrays.weights if choice.zero == 3 and choice.split > 1 else 1)
+    gathered = 0.0
+    for of, apart in ((layer_sizes, 1), (expert_sizes, choice.expert_shards)):
+        whole = matrix_bytes(job, of(job, choice))
+        is_gathered = choice.zero == 3 and choice.split > apart
+        gathered += whole * (arrays.weights if is_gathered else 1)
     # With TP-sp, these arrays are gathered, and not yet scattered.
     narrow = arrays.narrow * tokens * model.d_model * size
     tile = min(tokens, choice.mlp_tile or tokens)
-    wide = arrays.wide * tile * model.d_ff * size / choice.tensor
+    wide = arrays.wide * tile * inner_size(job) * size / choice.tensor
     if tile < tokens:
         # Gradients are summed over the tiles in float32.
-        wide += 4 * 3 * model.d_model * model.d_ff / choice.tensor
+        wide += 4 * 3 * model.d_model * inner_size(job) / choice.tensor
+    wide += _experts(job, choice)
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
     if (halo := _halo_elements(job, choice, call)) > 0:
@@ -310,6 +326,18 @@ def _layer(job: Job, choice: Choice) -> int | float:
     if choice.remat.endswith("_offload"):
         heads += arrays.early * _kept_of_attention(job, choice)
     return gathered + narrow + max(wide, heads)
+
+
+def _experts(job: Job, choice: Choice) -> int | float:
+    """Transient bytes of the exchange and the products of a layer's experts."""
+    model, arrays = job.model, _arrays(job)
+    if model.experts is None:
+        return 0
+    rows, hidden = round_rows(job, choice), model.experts.d_expert / choice.tensor
+    each = arrays.rows * model.d_model + arrays.hidden * hidden
+    # Gradients are summed over the rounds in float32.
+    sums = 4 * arrays.sums * expert_sizes(job, choice).matrices
+    return rows * each * job.itemsize + sums
 
 
 def _arrays(job: Job) -> Arrays:

@@ -23,7 +23,8 @@ from usp_jax.plan.flops import Work
 from usp_jax.plan.machines import Machine, machine as machine_of
 from usp_jax.plan.memory import Memory, step_memory
 from usp_jax.plan.seconds import Seconds, step_seconds, work_of
-from usp_jax.plan.traffic import Transfer, transfers
+from usp_jax.plan.traffic import transfers
+from usp_jax.plan.transfer import Transfer
 from usp_jax.units import GIB
 
 EVALUATED = 2000

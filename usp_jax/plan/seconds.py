@@ -6,6 +6,8 @@
 * A window's halo is not overlapped.
 * Sums along tensor are not overlapped, nor are all-to-alls, except that with head
   groups, each all-to-all but the first overlaps the previous group's attention.
+* The exchange with experts is not overlapped. Loads are taken to be balanced, so it has
+  one round; products of experts are taken to be as fast as others.
 * Documents shorter than a row need less compute, most of it in a device's own shard;
   the hops are the same.
 * ZeRO-3's weights and gradients are sent during the compute of their layer; they count
@@ -30,13 +32,17 @@ from usp_jax.plan.share import (
     again_of,
     call_of,
     end_tokens_of,
+    expert_sizes,
+    inner_size,
     is_tiled,
     layer_sizes,
     layers_of,
+    round_rows,
     runs_of,
     tokens_of,
 )
-from usp_jax.plan.traffic import Transfer, transfers
+from usp_jax.plan.traffic import transfers
+from usp_jax.plan.transfer import Transfer
 from usp_jax.ring import AllGather, Bidirectional, Double, schedule_of
 
 
@@ -50,8 +56,10 @@ class Seconds:
       memory: memory-bound work of norms, activations, the loss and the optimizer.
       ring: time by which hops exceed the chunks they overlap, and that of halos.
       exchanges: attention's all-to-alls.
+      experts: the exchange with experts.
       weights: transfers of parameters and gradients.
-      activations: transfers along tensor and pipe, and of the embedding.
+      activations: transfers along tensor and pipe, of the embedding, and of the
+        routers' statistics.
       host: transfers to and from the host's memory.
       bubble: idle time of pipeline stages.
     """
@@ -61,6 +69,7 @@ class Seconds:
     memory: float
     ring: float
     exchanges: float
+    experts: float
     weights: float
     activations: float
     host: float
@@ -70,6 +79,18 @@ class Seconds:
     def total(self) -> float:
         """Seconds of the whole step."""
         return sum(vars(self).values())
+
+
+# What is sent, apart from attention.
+_SUMMED = (
+    "weights",
+    "gradients",
+    "halo",
+    "experts",
+    "activations",
+    "tokens",
+    "statistics",
+)
 
 
 def step_seconds(
@@ -92,7 +113,7 @@ def step_seconds(
         computed, waited = _ring(kind, choice, call, own.attention / peak)
         chunks, ring = chunks + computed, ring + waited
         exchanging += computed * (call.ulysses > 1)
-    sums = dict.fromkeys(("weights", "gradients", "halo", "activations", "tokens"), 0.0)
+    sums = dict.fromkeys(_SUMMED, 0.0)
     exchanges = hops = 0.0
     groups: dict[tuple[str, ...], Group] = {}
     for transfer in found:
@@ -107,7 +128,7 @@ def step_seconds(
         else:
             hops += taken
     parameters = sums["weights"] + sums["gradients"]
-    activations = sums["activations"] + sums["tokens"]
+    activations = sums["activations"] + sums["tokens"] + sums["statistics"]
     exchanges = _beside_chunks(choice, exchanges, exchanging)
     ring, hops = ring + sums["halo"], hops + sums["halo"]
     rate = peak * job.machine.efficiency.matmul
@@ -119,13 +140,22 @@ def step_seconds(
     idle = (choice.pipe - 1) / (choice.interleave * choice.pipeline.microbatches)
     bubble = idle * (layers + chunks + moved)
     computed = matmul + chunks + memory + bubble
-    hidden = computed + ring + exchanges + activations
+    waited = exchanges + sums["experts"] + activations
     if choice.zero == 3:
-        sent = parameters + hops + exchanges + activations
-        parameters = max(0.0, sent - hidden)
+        sent = parameters + hops + waited
+        parameters = max(0.0, sent - computed - ring - waited)
     host = _host(job, choice, computed)
     return Seconds(
-        matmul, chunks, memory, ring, exchanges, parameters, activations, host, bubble
+        matmul,
+        chunks,
+        memory,
+        ring,
+        exchanges,
+        sums["experts"],
+        parameters,
+        activations,
+        host,
+        bubble,
     )
 
 
@@ -278,7 +308,7 @@ def _layer_moved(job: Job, choice: Choice) -> float:
     """Bytes that a kind's layers read and write outside matrix products."""
     model, tokens = job.model, choice.accumulate * tokens_of(job, choice)
     heads = model.num_heads + model.num_kv_heads
-    wide = 2 * heads * model.head_size + 3 * model.d_ff
+    wide = 2 * heads * model.head_size + 3 * inner_size(job)
     # Norms, and two additions to the residual stream; rotations and the gate.
     norms = layer_sizes(job, choice).norms
     narrow = (2 * norms + 6 * model.d_model) / choice.token_shards
@@ -286,6 +316,14 @@ def _layer_moved(job: Job, choice: Choice) -> float:
     moved = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
     if choice.mlp_tile is not None and is_tiled(job, choice):
         # Each tile reads the matrices twice, and adds to float32 gradients.
-        matrices = 3 * model.d_model * model.d_ff / choice.tensor
+        matrices = 3 * model.d_model * inner_size(job) / choice.tensor
         moved += tokens / choice.mlp_tile * matrices * (2 * job.itemsize + 8)
+    if model.experts is not None:
+        # A row is gathered, sorted, sent, received and multiplied, there and back.
+        rows = 12 * model.d_model + 3 * model.experts.d_expert / choice.tensor
+        rounds = choice.accumulate * choice.pipeline.microbatches
+        moved += rounds * round_rows(job, choice) * rows * job.itemsize * passes
+        # Products read the matrices; float32 gradients are summed and cast.
+        matrices = expert_sizes(job, choice).matrices
+        moved += rounds * matrices * (job.itemsize * passes + 8)
     return layers_of(job, choice) * moved

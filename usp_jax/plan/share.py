@@ -4,8 +4,15 @@ Functions of one layer expect the job of one kind of layers, from `Job.kinds`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
-from usp_jax.models.parameters import active_weights, layer_parameters
+from usp_jax.models.decoder import Decoder
+from usp_jax.models.moe import Exchange
+from usp_jax.models.moe.exchange import OUT, ROWS
+from usp_jax.models.moe.plan import PLAN
+from usp_jax.models.parameters import TABLE, is_of_experts, is_small, layer_numbers
+from usp_jax.models.remat import keeps
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 
@@ -55,36 +62,124 @@ class LayerSizes:
 
     Attributes:
       matrices: weights in matrices.
-      norms: weights of norms of the residual stream and of what is added to it.
-      per_head: weights of norms of each head, which ZeRO does not split.
-      whole: weights of biases and of norms over all heads; ZeRO does not split them.
+      unsplit: those of them that tensor does not split.
+      precise: weights of routers, which are kept in at least float32 and which tensor
+        does not split.
+      norms: weights of norms and biases of the residual stream and of what is added to
+        it, and of biases of the experts' outputs.
+      per_head: weights of norms of each head and biases of routers, which nothing
+        splits.
+      whole: weights of other biases and of norms over all heads; ZeRO does not split
+        them.
     """
 
     matrices: int | float
-    norms: int
+    unsplit: int
+    precise: int
+    norms: int | float
     per_head: int
     whole: int | float
 
 
+# Returns the sizes of a layer, given the job of one kind of layers: one of two below.
+SizesOf = Callable[[Job, Choice], LayerSizes]
+
+
 def layer_sizes(job: Job, choice: Choice) -> LayerSizes:
-    """Returns the numbers of parameters in a layer."""
-    model = job.model
-    matrices = active_weights(model)
-    norms = (4 if model.norm_placement == "both" else 2) * model.d_model
-    per_head = 2 * model.head_size * model.qk_norm
-    whole = layer_parameters(model) - matrices - norms - per_head
-    return LayerSizes(matrices / choice.tensor, norms, per_head, whole / choice.tensor)
+    """Returns the numbers of parameters in a layer, except those of routed experts."""
+    numbers = _numbers(job.model, experts=False)
+    if choice.tensor == 1:
+        return numbers
+    split = numbers.matrices - numbers.unsplit
+    return dataclasses.replace(
+        numbers,
+        matrices=split / choice.tensor + numbers.unsplit,
+        whole=numbers.whole / choice.tensor,
+    )
 
 
-def all_layer_sizes(job: Job, choice: Choice) -> LayerSizes:
-    """Returns the numbers of parameters in all layers of a device."""
-    each = [(layers_of(kind, choice), layer_sizes(kind, choice)) for kind in job.kinds]
+def expert_sizes(job: Job, choice: Choice) -> LayerSizes:
+    """Returns the numbers of parameters in the routed experts of a layer on a device.
+
+    These are the experts that the device computes, before ZeRO splits them.
+    """
+    numbers, shards = _numbers(job.model, experts=True), choice.expert_shards
+    return dataclasses.replace(
+        numbers,
+        matrices=numbers.matrices / (choice.tensor * shards),
+        norms=numbers.norms / shards,
+        whole=numbers.whole / (choice.tensor * shards),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(model: Decoder, *, experts: bool) -> LayerSizes:
+    """The numbers of parameters in a layer, of routed experts or of all else."""
+    totals = dict.fromkeys((x.name for x in dataclasses.fields(LayerSizes)), 0)
+    for name, number in layer_numbers(model).items():
+        if is_of_experts(name) != experts:
+            continue
+        _, tensor, zero = TABLE[name]
+        if name == "router":
+            totals["precise"] += number
+        elif not is_small(name):
+            totals["matrices"] += number
+            totals["unsplit"] += number * (tensor is None)
+        elif zero is not None:
+            totals["norms"] += number
+        else:
+            totals["per_head" if tensor is None else "whole"] += number
+    return LayerSizes(**totals)
+
+
+def all_layer_sizes(job: Job, choice: Choice, of: SizesOf = layer_sizes) -> LayerSizes:
+    """Returns the sum of the sizes of all layers of a device."""
+    each = [(layers_of(kind, choice), of(kind, choice)) for kind in job.kinds]
     return LayerSizes(
         sum([number * sizes.matrices for number, sizes in each]),
+        sum([number * sizes.unsplit for number, sizes in each]),
+        sum([number * sizes.precise for number, sizes in each]),
         sum([number * sizes.norms for number, sizes in each]),
         sum([number * sizes.per_head for number, sizes in each]),
         sum([number * sizes.whole for number, sizes in each]),
     )
+
+
+def matrix_bytes(job: Job, sizes: LayerSizes) -> int | float:
+    """Returns the bytes of a layer's matrices when a device computes with them."""
+    return sizes.matrices * job.itemsize + sizes.precise * max(4, job.itemsize)
+
+
+def has_experts(job: Job) -> bool:
+    """Returns whether any layer has experts."""
+    return any(kind.model.experts is not None for kind in job.kinds)
+
+
+def exchange_of(job: Job, choice: Choice) -> Exchange:
+    """Returns how tokens are sent to their experts."""
+    model = job.model
+    return Exchange(choice.expert_axes, model.expert_room, model.capacity_factor)
+
+
+def round_rows(job: Job, choice: Choice) -> int:
+    """Returns the rows that arrive in a round of a layer's exchange, with empty slots.
+
+    It is 0 for layers without experts.
+    """
+    experts, shards = job.model.experts, choice.expert_shards
+    if experts is None:
+        return 0
+    slots = exchange_of(job, choice).slots(experts, microbatch_of(job, choice), shards)
+    return shards * slots
+
+
+def inner_size(job: Job) -> int:
+    """Returns the hidden size of the network that all of a layer's tokens use.
+
+    With experts it is that of the shared ones.
+    """
+    experts = job.model.experts
+    return job.model.d_ff if experts is None else experts.shared_d_ff
 
 
 def has_out_norms(job: Job) -> bool:
@@ -120,16 +215,33 @@ def rows_of(job: Job, choice: Choice) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Again:
-    """Number of times the backward repeats the forward's all-to-alls and its ring."""
+    """Number of times the backward repeats collectives of the forward.
+
+    Attributes:
+      exchanges: attention's all-to-alls.
+      ring: attention's ring.
+      plan: the all-to-all of the plan of an exchange with experts.
+      rows: its all-to-all of rows of tokens.
+      outputs: its all-to-all of outputs, if a norm is applied to them.
+    """
 
     exchanges: int
     ring: int
+    plan: int
+    rows: int
+    outputs: int
 
 
 def again_of(choice: Choice) -> Again:
-    """Returns how often the remat policy repeats attention's collectives."""
+    """Returns how often the remat policy repeats collectives."""
     kept = kept_of(choice)
-    return Again(exchanges=int(kept in ("full", "attention")), ring=int(kept == "full"))
+    return Again(
+        exchanges=int(kept in ("full", "attention")),
+        ring=int(kept == "full"),
+        plan=int(not keeps(kept, PLAN)),
+        rows=int(not keeps(kept, ROWS)),
+        outputs=int(not keeps(kept, OUT)),
+    )
 
 
 def kept_of(choice: Choice) -> str:

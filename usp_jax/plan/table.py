@@ -49,8 +49,10 @@ def headline(row: Row) -> str:
     """Describes a row that fits in a line: its split, time, MFU and memory."""
     values, (memory, _) = row.as_dict(), row.known
     sizes = [f"{name} {size}" for name, size in row.choice.sizes.items() if size > 1]
+    axes = row.choice.expert_axes
+    experts = f"experts over {' x '.join(axes)}, " if axes else ""
     return (
-        f"{' x '.join(sizes) or 'one device'}, ZeRO-{row.choice.zero}, "
+        f"{' x '.join(sizes) or 'one device'}, {experts}ZeRO-{row.choice.zero}, "
         f"remat {row.choice.remat}: {values['step_seconds']:.3g} s a step, "
         f"{values['mfu_causal']:.0%} MFU, {memory.peak / GIB:.1f} of "
         f"{row.job.machine.memory_bytes / GIB:.1f} GiB"

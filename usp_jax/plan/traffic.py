@@ -9,6 +9,11 @@ X along tensor:
 * matrices are gathered over data once, and over Z one layer at a time, in the forward
   and again in the backward; the output matrix likewise, in blocks of the vocabulary;
   each gradient is scattered once;
+* experts are gathered like matrices, but not over the expert axes: there, a layer's
+  exchange sends the bytes of `moe.plan.traffic`, for balanced loads, which need one
+  round; and some again for the remat policy;
+* routers are gathered like matrices, in float32; the statistics of all layers, two
+  numbers for each expert, are summed once;
 * the embedding exchanges activations, not its table;
 * attention sends the bytes of `attention.py`, and repeats some for the remat policy; a
   window's halo replaces all-to-alls and ring; if a window spans more than 8 devices'
@@ -25,57 +30,33 @@ X along tensor:
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 from usp_jax.halo import Halo
-from usp_jax.models.pipeline import deal_tables
+from usp_jax.models.moe import traffic as exchange_traffic
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.parameter_traffic import gathered_once, parameters
 from usp_jax.plan.share import (
     again_of,
-    all_layer_sizes,
     call_of,
     end_tokens_of,
+    exchange_of,
     has_out_norms,
     kept_of,
-    layer_sizes,
-    loss_blocks,
     microbatch_of,
     rows_of,
     runs_of,
 )
+from usp_jax.plan.transfer import (
+    ALL_AXES,
+    END_AXES,
+    ZERO_AXES,
+    Transfer,
+    along,
+    gathered,
+)
 from usp_jax.ring import Double, PassQ, schedule_of
-
-ZERO_AXES = ("fsdp", "ring", "ulysses")
-ALL_AXES = ("data", *ZERO_AXES)
-# Axes of the embedding and the output matrix, which all stages share.
-END_ZERO_AXES = ("pipe", *ZERO_AXES)
-END_AXES = ("pipe", *ALL_AXES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """A collective that a device takes part in.
-
-    Attributes:
-      what: "weights", "gradients", "attention", "halo", "activations" or "tokens".
-      kind: a name in `usp_jax.compiled.KINDS`.
-      axes: mesh axes of its group, outermost first.
-      times: number of times per training step.
-      sent: bytes that a device sends each time.
-    """
-
-    what: str
-    kind: str
-    axes: tuple[str, ...]
-    times: int
-    sent: int | float
-
-    @property
-    def total(self) -> int | float:
-        """Bytes that a device sends in a training step."""
-        return self.times * self.sent
 
 
 def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
@@ -85,14 +66,16 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
     """
     halos = [halo_of_layer(kind, choice) for kind in job.kinds]
     collectives = [
-        *_parameters(job, choice),
+        *parameters(job, choice),
         *_tokens(job, choice),
         *_document_ids(job, choice, halos),
         *_ends(job, choice),
         *_pipe(job, choice),
+        *_statistics(job, choice),
     ]
     for kind, halo in zip(job.kinds, halos, strict=True):
         collectives += _tensor(kind, choice)
+        collectives += _experts(kind, choice)
         if halo is None:
             collectives += _attention(kind, choice)
         else:
@@ -103,7 +86,7 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
             dataclasses.replace(transfer, times=parts * transfer.times)
             for transfer in collectives
         ]
-    collectives = [*_gathered_once(job, choice), *collectives]
+    collectives = [*gathered_once(job, choice), *collectives]
     return tuple(transfer for transfer in collectives if transfer.total > 0)
 
 
@@ -116,145 +99,10 @@ def by_axis(found: tuple[Transfer, ...]) -> dict[str, int | float]:
     return totals
 
 
-def _axes(choice: Choice, names: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """The axes whose size is not 1, and the number of devices along them."""
-    size = 1
-    for name in names:
-        size *= choice.sizes[name]
-    return tuple([name for name in names if choice.sizes[name] > 1]), size
-
-
-def _gathered(
-    what: str,
-    kind: str,
-    choice: Choice,
-    names: tuple[str, ...],
-    times: int,
-    whole: int | float,
-) -> Transfer:
-    """A gather or scatter of `whole` bytes over some axes."""
-    axes, size = _axes(choice, names)
-    return Transfer(what, kind, axes, times, whole * (size - 1) / size)
-
-
-def _gathered_once(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Gathers done once per step: norms, ZeRO-1's and `data`'s, and a single block."""
-    sizes = _weights(job, choice)
-    layers = sizes.layers
-    gather = "all-gather"
-    yield _gathered("weights", gather, choice, ALL_AXES, 1, sizes.norms)
-    yield _gathered("weights", gather, choice, END_AXES, 1, sizes.last_norm)
-    if choice.zero == 1:
-        yield _gathered("weights", gather, choice, ALL_AXES, 1, layers)
-        yield _gathered("weights", gather, choice, END_AXES, 1, sizes.output)
-    else:
-        split = layers / choice.split + sizes.output / (choice.split * choice.pipe)
-        yield _gathered("weights", gather, choice, ("data",), 1, split)
-        if loss_blocks(job, choice) == 1:
-            yield _gathered("weights", gather, choice, END_ZERO_AXES, 1, sizes.output)
-    yield _dealt("weights", job, choice, sizes)
-
-
-def _parameters(job: Job, choice: Choice) -> Iterator[Transfer]:
-    """Gathers of weights layer by layer, and scatters and sums of gradients."""
-    sizes = _weights(job, choice)
-    layers = sizes.layers
-    gradient = gradient_itemsize(job, choice) / job.itemsize
-    gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
-    norms = sizes.norms + sizes.last_norm
-    yield _gathered("gradients", scatter, choice, ALL_AXES, 1, sizes.norms)
-    yield _gathered("gradients", scatter, choice, END_AXES, 1, sizes.last_norm)
-    yield _gathered("gradients", total, choice, ALL_AXES, 1, 2 * sizes.whole)
-    if choice.program == "train":
-        # Each device along tensor has applied these to its own heads, or tokens.
-        apart = sizes.per_head + norms * choice.tensor_sequence
-        yield _gathered("gradients", total, choice, ("tensor",), 1, 2 * apart)
-    yield _dealt("gradients", job, choice, sizes)
-    if choice.zero == 1:
-        yield _gathered("gradients", scatter, choice, ALL_AXES, 1, gradient * layers)
-        output = gradient * sizes.output
-        yield _gathered("gradients", scatter, choice, END_AXES, 1, output)
-        return
-    split = layers / choice.split + sizes.output / (choice.split * choice.pipe)
-    yield _gathered("gradients", scatter, choice, ("data",), 1, split)
-    for kind in job.kinds:
-        runs = runs_of(kind, choice)
-        layer = layer_sizes(kind, choice).matrices * job.itemsize
-        yield _gathered("weights", gather, choice, ZERO_AXES, 2 * runs, layer)
-        yield _gathered("gradients", scatter, choice, ZERO_AXES, runs, layer)
-    blocks = loss_blocks(job, choice)
-    block = sizes.output / blocks
-    if blocks > 1:
-        yield _gathered("weights", gather, choice, END_ZERO_AXES, 2 * blocks, block)
-    yield _gathered("gradients", scatter, choice, END_ZERO_AXES, blocks, block)
-
-
-def gradient_itemsize(job: Job, choice: Choice) -> int:
-    """Returns the bytes per element of gradients when summed over devices."""
-    return 4 if choice.program == "megatron" else job.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """Bytes of a device's weights when gathered: small ones in float32, and matrices.
-
-    Attributes:
-      norms: bytes of the layers' norms that ZeRO splits.
-      whole: bytes of the layers' norms and biases that ZeRO does not split.
-      per_head: bytes of those of `whole` that devices along tensor share.
-      last_norm: bytes of the final norm.
-      layers: bytes of the layers' matrices.
-      output: bytes of the output matrix.
-    """
-
-    norms: int
-    whole: int | float
-    per_head: int
-    last_norm: int
-    layers: int | float
-    output: int | float
-
-
-def _weights(job: Job, choice: Choice) -> _Weights:
-    sizes = all_layer_sizes(job, choice)
-    return _Weights(
-        norms=4 * sizes.norms,
-        whole=4 * (sizes.whole + sizes.per_head),
-        per_head=4 * sizes.per_head,
-        last_norm=4 * job.model.d_model,
-        layers=sizes.matrices * job.itemsize,
-        output=job.model.vocab_size * job.model.d_model * job.itemsize / choice.tensor,
-    )
-
-
-def _dealt(what: str, job: Job, choice: Choice, sizes: _Weights) -> Transfer:
-    """Sends a stage's layers to the stages that use them, with several rounds."""
-    times = dealing_turns(choice.pipe, choice.interleave)
-    layers = (sizes.norms + sizes.layers) / choice.everyone + sizes.whole
-    sent = layers / choice.interleave
-    return Transfer(what, "collective-permute", ("pipe",), times, sent)
-
-
-@functools.cache
-def dealing_turns(stages: int, rounds: int) -> int:
-    """Returns the number of turns of `Pipeline.deal` that send anything."""
-    if rounds == 1:
-        return 0
-    kept, _ = deal_tables(stages, rounds)
-    users = [
-        [(device * rounds + group) % stages for group in groups]
-        for device, groups in enumerate(kept.T.tolist())
-    ]
-    return sum(
-        any(users[device][turn] != device for device in range(stages))
-        for turn in range(rounds)
-    )
-
-
 def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Transfers of token ids and positions, and of the embedding."""
     ends = end_tokens_of(job, choice)
-    axes, size = _axes(choice, END_AXES)
+    axes, size = along(choice, END_AXES)
     yield Transfer("tokens", "all-gather", axes, 1, 4 * ends * (size - 1))
     # Positions have one row for all; with a single row they are sent like the ids.
     kinds = 1 + (ends * choice.sequence_shards == job.sequence)
@@ -281,7 +129,7 @@ def _document_ids(
         yield Transfer(
             "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
         )
-    axes, _ = _axes(choice, ("ring", "ulysses"))
+    axes, _ = along(choice, ("ring", "ulysses"))
     for halo in halos:
         if halo is not None:
             sent = 4 * rows_of(job, choice) * halo.sent
@@ -292,7 +140,7 @@ def _halo(job: Job, choice: Choice, halo: Halo) -> Iterator[Transfer]:
     """Permutes of the keys and values around a device's tokens, and of gradients."""
     call, rows = call_of(job, choice), rows_of(job, choice)
     forward, backward = attention.halo_bytes(call, halo, rows)
-    axes, _ = _axes(choice, ("ring", "ulysses"))
+    axes, _ = along(choice, ("ring", "ulysses"))
     runs = runs_of(job, choice)
     times, permute = runs * (1 + again_of(choice).exchanges), "collective-permute"
     yield Transfer("halo", permute, axes, times, forward)
@@ -353,6 +201,44 @@ def _exchanges_again(call: attention.Call, choice: Choice) -> tuple[int, ...]:
     exchanges = attention.forward_exchanges(call) * again_of(choice).exchanges
     # With head groups the backward resends q, k, v anyway; only out is added.
     return exchanges[2:] if call.chunks > 1 else exchanges
+
+
+def _experts(job: Job, choice: Choice) -> Iterator[Transfer]:
+    """All-to-alls of a kind of layers with experts, if loads need one round."""
+    experts, runs = job.model.experts, runs_of(job, choice)
+    if experts is None:
+        return
+    axes, size = along(choice, tuple(x for x in ZERO_AXES if x in choice.expert_axes))
+    one = exchange_traffic(
+        experts,
+        exchange_of(job, choice),
+        tokens=microbatch_of(job, choice),
+        devices=size,
+        d_model=job.model.d_model,
+        itemsize=job.itemsize,
+    )
+    rows, again = one.forward / 2, again_of(choice)
+    weights = one.backward / 2 - rows
+    # There and back in both passes; outputs are needed again if a norm is applied.
+    number = 4 + again.rows + again.outputs * has_out_norms(job)
+    kind, stays = "all-to-all", (size - 1) / size
+    yield Transfer("experts", kind, axes, runs * (1 + again.plan), one.plan * stays)
+    yield Transfer("experts", kind, axes, runs * number, rows * stays)
+    yield Transfer("experts", kind, axes, 2 * runs, weights * stays)
+
+
+def _statistics(job: Job, choice: Choice) -> Iterator[Transfer]:
+    """Sums of what routers count: two numbers of four bytes for each expert."""
+    wide = max(4, job.itemsize)
+    for kind in job.kinds:
+        if kind.model.experts is not None:
+            number, layers = kind.model.experts.num_experts, kind.model.num_layers
+            counts = runs_of(kind, choice) * number * (4 + wide)
+            total = "all-reduce"
+            yield gathered("statistics", total, choice, ALL_AXES, 1, 2 * counts)
+            load = 2 * 4 * layers * number
+            for name in ("pipe", "tensor"):
+                yield gathered("statistics", total, choice, (name,), 1, load)
 
 
 def _tensor(job: Job, choice: Choice) -> Iterator[Transfer]:

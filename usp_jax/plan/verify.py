@@ -1,7 +1,8 @@
 """Compiles a choice's training step for the machine and reports its bytes.
 
-The step is the trainer's, `usp_jax.models.training`. Needs flax, optax and the
-compilers, `pip install 'usp_jax[plan,aot]'`.
+The step is the trainer's, `usp_jax.models.training`; of an exchange with experts, only
+the first round is counted. Needs flax, optax and the compilers, `pip install
+'usp_jax[plan,aot]'`.
 """
 
 from typing import cast
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 import usp_jax
 from usp_jax import aot
+from usp_jax.models.decoder import Decoder, experts_of
 from usp_jax.models.optimizer import AdamW
 from usp_jax.models.sharding import Split
 from usp_jax.models.training import (
@@ -41,7 +43,20 @@ def compile_step(job: Job, choice: Choice) -> aot.Report:
     mesh = usp_jax.make_mesh(**choice.sizes, devices=topology.devices, explicit=False)
     step, shapes = training_step(job, choice, mesh)
     options = usp_jax.recommended_flags(topology.platform)
-    return aot.compile(step, *shapes, compiler_options=options)
+    return aot.compile(
+        step,
+        *shapes,
+        compiler_options=options,
+        unknown_trips=rounds_after_the_first(job.model),
+    )
+
+
+def rounds_after_the_first(decoder: Decoder) -> int | None:
+    """Returns how often to count the loop over further rounds of a model's exchanges.
+
+    None means that the model has no exchange. With balanced loads one round is enough.
+    """
+    return None if experts_of(decoder) is None else 0
 
 
 def training_step(
