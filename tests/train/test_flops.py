@@ -83,22 +83,27 @@ AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
         ("full", None, {}),
         ("attention", None, {}),
         ("attention_qkv", None, {}),
-        ("attention_qkv", None, QK_NORM),
         ("dots", None, {}),
-        ("dots", None, QK_NORM),
         # 512 tokens: in four tiles, and whole.
         ("none", 128, {}),
-        ("full", 128, {}),
-        ("none", 512, {}),
-        ("dots", 128, {}),
-        ("none", None, AFTER),
-        ("full", None, BOTH),
         ("full", 128, BOTH),
-        ("attention", None, AFTER),
         ("attention_qkv", None, BOTH),
-        ("attention_qkv", 128, AFTER),
-        ("dots", None, BOTH),
         ("dots", 128, AFTER),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("attention_qkv", None, QK_NORM),
+                ("dots", None, QK_NORM),
+                ("full", 128, {}),
+                ("none", 512, {}),
+                ("dots", 128, {}),
+                ("none", None, AFTER),
+                ("full", None, BOTH),
+                ("attention", None, AFTER),
+                ("attention_qkv", 128, AFTER),
+                ("dots", None, BOTH),
+            )
+        ),
     ],
 )
 def test_the_hardware_currency_is_what_the_program_does(
