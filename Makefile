@@ -31,7 +31,7 @@ help:
 	@echo 'make train       train the tiny preset on 8 fake CPU devices'
 	@echo 'make test        lint, and all tests but those marked long'
 	@echo 'make test-smoke  one case of every test that make test runs'
-	@echo 'make test-slice  one of 14 slices of the long tests: SLICE=1 to 14'
+	@echo 'make test-slice  one of 28 slices of the long tests: SLICE=1 to 28'
 	@echo 'make test-all    lint, and all tests'
 	@echo 'make test-gpu    every case of the kernels, on the GPU that is here'
 	@echo 'make lint        ruff check and ruff format --check'
@@ -54,7 +54,7 @@ test-smoke: $(VENV)/.installed-test
 	$(PYTEST) -m 'not long' --one-case-each --hypothesis-profile=smoke $(ARGS)
 
 test-slice: $(VENV)/.installed-test
-	$(PYTEST) -m long --slice=$(or $(SLICE),$(error say which of the 14: SLICE=1)) $(ARGS)
+	$(PYTEST) -m long --slice=$(or $(SLICE),$(error say which of the 28: SLICE=1)) $(ARGS)
 
 test-all: lint
 	$(PYTEST) --hypothesis-profile=long $(ARGS)

@@ -45,14 +45,14 @@ settings.register_profile(
     "ci",
     deadline=None,
     derandomize=True,
-    max_examples=10,
+    max_examples=6,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "long", parent=settings.get_profile("ci"), derandomize=False, max_examples=500
 )
-settings.register_profile("more", parent=settings.get_profile("ci"), max_examples=50)
-settings.register_profile("smoke", parent=settings.get_profile("ci"), max_examples=5)
+settings.register_profile("more", parent=settings.get_profile("ci"), max_examples=25)
+settings.register_profile("smoke", parent=settings.get_profile("ci"), max_examples=4)
 settings.load_profile("ci")
 
 

@@ -48,11 +48,13 @@ def close(actual, expected, atol=TOLERANCE):
     "options",
     [
         {},
-        {"is_causal": True},
         {"is_causal": True, "scale": 0.3},
         {"local_window_size": (3, 2)},
         {"local_window_size": 4},
-        {"is_causal": True, "local_window_size": (5, 0)},
+        pytest.param({"is_causal": True}, marks=pytest.mark.long),
+        pytest.param(
+            {"is_causal": True, "local_window_size": (5, 0)}, marks=pytest.mark.long
+        ),
     ],
     ids=str,
 )
@@ -151,7 +153,7 @@ def test_vmap_over_an_extra_batch_axis(explicit):
 
 
 @pytest.mark.parametrize(
-    ("layout", "check_vma"), thinned(["contiguous", "zigzag"], [False, True], keep=2)
+    ("layout", "check_vma"), thinned(["zigzag", "contiguous"], [True, False], keep=4)
 )
 def test_per_shard_inside_the_users_shard_map(check_vma, layout):
     mesh = usp_jax.make_mesh(ring=2, ulysses=2, data=2)
@@ -268,7 +270,7 @@ def test_heads_over_tensor_and_batch_over_data():
 
 
 @pytest.mark.parametrize(
-    "dtype", thinned(["bfloat16", "float16", "float64", "float32"], keep=2)
+    "dtype", thinned(["bfloat16", "float16", "float64", "float32"], keep=4)
 )
 def test_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -288,7 +290,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize(
-    ("length", "explicit"), thinned([1, 17], [False, True], keep=2)
+    ("length", "explicit"), thinned([17, 1], [True, False], keep=4)
 )
 def test_any_length_is_padded_inside(length, explicit):
     arrays, cotangents = inputs(length=length)

@@ -132,7 +132,7 @@ def check(mesh, layout, mask, explicit=False, window=None):
 
 @pytest.mark.parametrize(
     ("degrees", "layout", "explicit"),
-    thinned(DEGREES, ["contiguous", "zigzag"], [False, True], keep=7),
+    thinned(DEGREES, ["zigzag", "contiguous"], [True, False], keep=13),
 )
 def test_equals_the_oracle(degrees, layout, explicit):
     ring, ulysses = degrees
@@ -140,14 +140,14 @@ def test_equals_the_oracle(degrees, layout, explicit):
     check(mesh, layout, "causal", explicit)
 
 
-@pytest.mark.parametrize(("mask", "ring"), thinned(MASKS, [4, None], keep=5))
+@pytest.mark.parametrize(("mask", "ring"), thinned(MASKS, [4, None], keep=10))
 def test_masks(mask, ring):
     mesh = ring and usp_jax.make_mesh(ring=ring, ulysses=2, explicit=True)
     check(mesh, "zigzag" if ring else "contiguous", mask, explicit=bool(ring))
 
 
 @pytest.mark.parametrize(
-    ("degrees", "layout"), thinned([*DEGREES, None], ["contiguous", "zigzag"], keep=6)
+    ("degrees", "layout"), thinned([*DEGREES, None], ["zigzag", "contiguous"], keep=10)
 )
 def test_a_cache_of_the_window_gives_what_a_whole_cache_gives(degrees, layout):
     """Row 1's tokens lag behind row 0's, so its last ones are in other slots."""
@@ -270,7 +270,7 @@ def test_shards_stay_balanced_and_pages_are_not_copied(degrees):
     chex.assert_trees_all_equal(places, PREFILL + jnp.arange(16, dtype=jnp.int32))
 
 
-@pytest.mark.parametrize(("degrees", "num_pages"), thinned(DEGREES, [1, 3], keep=2))
+@pytest.mark.parametrize(("degrees", "num_pages"), thinned(DEGREES, [1, 3], keep=3))
 def test_one_merge_a_step(degrees, num_pages):
     mesh = usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
     q, k, v, _ = inputs("float32")
@@ -303,7 +303,7 @@ def test_appending_moves_nothing():
     assert not collectives(append.lower(cache.grow(), k, v, at).compile())
 
 
-@pytest.mark.parametrize("mesh", [None, {"ring": 2, "ulysses": 2}], ids=str)
+@pytest.mark.parametrize("mesh", thinned([{"ring": 2, "ulysses": 2}, None], keep=2))
 def test_under_jit_in_a_loop(mesh):
     """Results equal those outside jit, and are NaN past the end of the last page."""
     own = mesh and usp_jax.make_mesh(**mesh, explicit=True)
@@ -338,7 +338,9 @@ def test_under_jit_in_a_loop(mesh):
     assert jnp.isnan(run(cache, 5)[1]).all()
 
 
-@pytest.mark.parametrize("kind", ["one device", "auto", "explicit", "per shard"])
+@pytest.mark.parametrize(
+    "kind", thinned(["explicit", "one device", "per shard", "auto"], keep=2)
+)
 def test_what_is_lost_past_the_end_stays_marked(kind):
     """Also if the token past the end is padding, and after the cache has grown."""
     mesh = usp_jax.make_mesh(ring=2, ulysses=2, explicit=kind == "explicit")

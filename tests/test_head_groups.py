@@ -16,18 +16,18 @@ from usp_jax.compiled import by_kind
 from usp_jax.ulysses import Heads
 
 CASES = [
+    # Heads that do not divide: padded queries, replicated keys.
+    ((2, 4), (6, 2), 2),
     # Two parts of the keys for four head groups; keys cut like queries.
     ((4, 2), (16, 4), 4),
     ((4, 2), (8, 4), 2),
     ((2, 4), (8, 4), 2),
-    # Heads that do not divide: padded queries, replicated keys.
-    ((2, 4), (6, 2), 2),
     ((1, 8), (16, 2), 2),
     ((8, 1), (4, 2), 4),
 ]
 
 
-@pytest.mark.parametrize(("case", "explicit"), thinned(CASES, [False, True], keep=7))
+@pytest.mark.parametrize(("case", "explicit"), thinned(CASES, [True, False], keep=12))
 def test_equals_the_oracle(case, explicit):
     degrees, heads, chunks = case
     check(
@@ -58,7 +58,7 @@ def test_gradients_of_shared_keys_are_rounded_once():
         assert jnp.mean(one != other) < 0.01
 
 
-@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("chunks", thinned([4, 2], keep=2))
 def test_keys_travel_once(chunks):
     """Heads travel once, and once more in the backward; the ring repeats per group."""
     (ring, ulysses), (n, k), size, length = (2, 4), (16, 8), 4, 64

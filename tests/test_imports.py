@@ -5,6 +5,7 @@ merge. Read from the source with `ast`, so that an import inside a function coun
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -68,6 +69,7 @@ EXTRA_PACKAGES = {
 }
 
 
+@functools.cache
 def modules(root: Path) -> dict[str, ast.Module]:
     """The parsed files of usp_jax and train under `root`, by dotted module name."""
     parsed = {}

@@ -5,8 +5,8 @@ interpreted on a CPU, compiled with `make test-gpu`. Each case is compared, forw
 backward, with the float32 oracle on the same rounded inputs (float64 for float64),
 computed on a CPU. It runs twice and must give the same bits.
 
-`make test` runs a few cases of each implementation, which together have all features;
-`make test-all` also runs cases with one feature each.
+`make test` runs a few cases of each implementation, which together have all features,
+and one of each other dtype; `make test-all` also runs cases with one feature each.
 """
 
 import dataclasses
@@ -66,6 +66,7 @@ MIXED = {
         heads=(4, 1),
         head_size=80,
         is_causal=True,
+        window=(300, None),
         documents=True,
         soft_cap=3.0,
     ),
@@ -74,15 +75,14 @@ MIXED = {
     ),
     "one-query-values-larger": Case(1, 600, head_size=8, value_size=24),
     "one-key-head-size-256": Case(600, 1, head_size=256),
-    "carry-of-dead-rows": Case(96, 96, chunks=2, head_size=128, window=(8, 0)),
-    "packed-carry": Case(
+    "packed-carry-of-dead-rows": Case(
         90,
         90,
         batch=2,
         chunks=2,
         heads=(4, 2),
-        is_causal=True,
-        window=(40, None),
+        head_size=128,
+        window=(8, 0),
         documents=True,
     ),
 }
@@ -112,6 +112,17 @@ CASES = MIXED | {
     "values-smaller": Case(60, 60, head_size=24, value_size=16, is_causal=True),
     "values-larger": Case(60, 60, head_size=16, value_size=24, heads=(4, 2)),
     "carry": Case(90, 90, chunks=3, is_causal=True),
+    "carry-of-dead-rows": Case(96, 96, chunks=2, head_size=128, window=(8, 0)),
+    "packed-carry": Case(
+        90,
+        90,
+        batch=2,
+        chunks=2,
+        heads=(4, 2),
+        is_causal=True,
+        window=(40, None),
+        documents=True,
+    ),
 }
 
 # One feature each. A separate test below covers masks with nothing visible.
@@ -272,12 +283,13 @@ def test_cases(implementation, name):
             implementation,
             dtype,
             name,
-            marks=() if name == "packed-carry" else pytest.mark.long,
+            marks=() if name == "packed-full" else pytest.mark.long,
         )
         for implementation, kernel in HERE.items()
         for dtype in kernel.dtypes
         if dtype != DTYPES_HERE[implementation]
         for name in (
+            "packed-full",
             "packed-carry",
             "packed-soft-cap-mqa",
             "no-multiple-of-a-block",

@@ -71,8 +71,13 @@ def test_notebooks_are_found() -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
 
 
-# They train, for most of a minute: `make test-all` runs them.
-LONG = ("04_long_flax_model", "06_train_kill_resume")
+# They train or compile for most of a minute: `make test-all` runs them.
+LONG = (
+    "03_layouts_and_balance",
+    "04_long_flax_model",
+    "05_choose_a_mesh",
+    "06_train_kill_resume",
+)
 
 
 @pytest.mark.parametrize(

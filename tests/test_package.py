@@ -50,18 +50,8 @@ def test_the_source_archive_has_the_wheels_sources(built: Path) -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "usp_jax/py.typed"} <= names
 
 
-def test_importing_it_in_an_empty_environment_loads_little_else(
-    built: Path, tmp_path: Path
-) -> None:
+def check_import(python: str, folder: Path, environment: dict[str, str]) -> None:
     """Only jax, numpy and jaxtyping load; Pallas alone would take half a second."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    (wheel,) = built.glob("*.whl")
-    # A PYTHONPATH would make pip find the checkout installed already.
-    unwanted = ("PYTHONPATH", "PYTHONHOME")
-    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
-    install = [python, "-m", "pip", "install", "--quiet", str(wheel)]
-    subprocess.run(install, check=True, timeout=600, env=environment)
     printed = subprocess.run(
         [python, "-c", IMPORT],
         check=True,
@@ -69,7 +59,7 @@ def test_importing_it_in_an_empty_environment_loads_little_else(
         text=True,
         timeout=300,
         env=environment,
-        cwd=tmp_path,
+        cwd=folder,
     )
     modules = set(printed.stdout.split())
     assert "usp_jax.usp" in modules
@@ -78,3 +68,22 @@ def test_importing_it_in_an_empty_environment_loads_little_else(
     # Modules that few calls need are imported by those calls.
     late = ("usp_jax.models", "usp_jax.plan", "usp_jax.kernels.mosaic", "usp_jax.nn")
     assert not [name for name in own if name.startswith(late)]
+
+
+def test_importing_it_loads_little_else(tmp_path: Path) -> None:
+    check_import(sys.executable, tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.long
+def test_importing_it_in_an_empty_environment_loads_little_else(
+    built: Path, tmp_path: Path
+) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    (wheel,) = built.glob("*.whl")
+    # A PYTHONPATH would make pip find the checkout installed already.
+    unwanted = ("PYTHONPATH", "PYTHONHOME")
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
+    install = [python, "-m", "pip", "install", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, timeout=600, env=environment)
+    check_import(python, tmp_path, environment)

@@ -10,6 +10,7 @@ import pytest
 
 import usp_jax
 from tests.oracle import normal, packed, results
+from tests.sampling import thinned
 
 B, T, N, K, H = 2, 32, 4, 2, 8
 KERNELS = ("xla", "reference", "mosaic_tpu_interpret", "triton_interpret")
@@ -51,7 +52,7 @@ def compiled(**options):
 
 @pytest.mark.parametrize(
     ("degrees", "explicit"),
-    [((2, 4), False), ((4, 2), True), ((8, 1), False), ((1, 8), True)],
+    thinned([(4, 2), (2, 4), (8, 1), (1, 8)], [True, False], keep=8),
 )
 def test_padding_may_hold_anything(degrees, explicit):
     ring, ulysses = degrees
@@ -66,17 +67,17 @@ def test_padding_may_hold_anything(degrees, explicit):
     assert (np.asarray(expected["lse"])[padding] == -np.inf).all()
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", KERNELS[1:])
 def test_padding_may_hold_anything_in_each_kernel(implementation):
     run = compiled(mesh=usp_jax.make_mesh(ring=2), implementation=implementation)
     chex.assert_trees_all_equal(run(np.nan), run(0.0))
 
 
 @pytest.mark.parametrize(
-    "options", [{"ring_schedule": "pass_q"}, {"ulysses_chunks": 2}], ids=str
+    "options", thinned([{"ring_schedule": "pass_q"}, {"ulysses_chunks": 2}], keep=2)
 )
 def test_padding_may_hold_anything_in_other_schedules(options):
-    run = compiled(mesh=usp_jax.make_mesh(ring=4), **options)
+    run = compiled(mesh=usp_jax.make_mesh(ring=2), **options)
     chex.assert_trees_all_equal(run(np.nan), run(0.0))
 
 

@@ -176,18 +176,24 @@ def test_dropout_counts_rows_and_heads_over_the_mesh(degrees):
 
 
 @pytest.mark.parametrize(
-    ("value_size", "degrees"), thinned([2, 7], [(4, 2), (2, 4)], keep=4)
+    ("value_size", "schedule", "degrees"),
+    thinned(
+        [2, 7],
+        [{"ring_schedule": "pass_q"}, {}, {"ring_schedule": "bidirectional"}],
+        [(2, 4), (4, 2)],
+        keep=12,
+    ),
 )
-def test_values_of_another_head_size(value_size, degrees):
-    schedule = {"ring_schedule": "pass_q" if value_size == 2 else "bidirectional"}
-    for options in ({}, schedule):
-        check(
-            degrees, False, ("zigzag", "zigzag"), {"is_causal": True, **options},
-            {"is_causal": True}, segments=True, value_size=value_size,
-        )  # fmt: skip
+def test_values_of_another_head_size(value_size, schedule, degrees):
+    check(
+        degrees, False, ("zigzag", "zigzag"), {"is_causal": True, **schedule},
+        {"is_causal": True}, segments=True, value_size=value_size,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("layouts", [("zigzag", "contiguous"), ("data", "striped")])
+@pytest.mark.parametrize(
+    "layouts", thinned([("data", "striped"), ("zigzag", "contiguous")], keep=2)
+)
 def test_a_layout_for_each_side(layouts):
     check(
         (4, 2), True, layouts, {"is_causal": True}, {"is_causal": True}, segments=True

@@ -52,7 +52,7 @@ def passes(attend, shapes):
     [
         ("a100:1x8", 4, 2),
         pytest.param("h100:1x8", 2, 4, marks=pytest.mark.long),
-        ("h200:1x8", 8, 1),
+        pytest.param("h200:1x8", 8, 1, marks=pytest.mark.long),
     ],
 )
 def test_the_ring_around_cudnn(name, ring, ulysses) -> None:

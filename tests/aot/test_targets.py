@@ -1,8 +1,8 @@
 """Attention compiled for machines that are not attached, and inspected.
 
-`make test` compiles the ring for one TPU, and for one GPU per kernel; `make test-all`
-compiles it for the other machines. The tests need the compilers,
-`pip install 'usp_jax[aot]'`; without them they are skipped, and the summary says so.
+`make test` compiles the ring for one TPU and one GPU, and `make test-all` for the other
+machines. The tests need the compilers, `pip install 'usp_jax[aot]'`; without them they
+are skipped, and the summary says so.
 """
 
 import functools
@@ -63,7 +63,7 @@ def attention(name, ring, ulysses, length, **options):
         # libtpu 0.0.50 fails an assertion of its own at some longer ones.
         pytest.param("tpu7x:2x2x2", 8, 2, 2**13, marks=pytest.mark.long),
         ("a100:2x4", 4, 2, LONG),
-        ("h100:1x8", 2, 4, LONG),
+        pytest.param("h100:1x8", 2, 4, LONG, marks=pytest.mark.long),
         # Another name for what the H100's compiler makes.
         pytest.param("h200:1x8", 4, 2, LONG, marks=pytest.mark.long),
         pytest.param("b200:1x8", 4, 2, LONG, marks=pytest.mark.long),

@@ -47,7 +47,7 @@ def of(mesh, **options):
     thinned(
         [{"fsdp": 2, "ring": 2, "tensor": 2}, {"ring": 4, "ulysses": 2}, {"data": 8}],
         OPTIONS,
-        keep=12,
+        keep=18,
     ),
 )
 def test_loss_and_gradients_are_the_same(mesh, options):

@@ -177,6 +177,7 @@ def test_bfloat16_loses_nothing_by_micro_batches():
         assert parts[name] < 1.2 * expected, name
 
 
+@pytest.mark.long
 def test_what_the_stages_send():
     """The ring and the belt send in each tick; layers change stages once per pass."""
     config = small(num_layers=4, interleave=2, microbatches=4, dtype="float32")

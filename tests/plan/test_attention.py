@@ -117,7 +117,7 @@ def test_bytes_equal_the_program_in_the_other_cases(degrees, heads, schedule):
 
 @pytest.mark.parametrize(
     ("degrees", "layout", "window"),
-    thinned(DEGREES, ("contiguous", "zigzag"), ((3, 0), (9, 0), (2, 3)), keep=5),
+    thinned(DEGREES, ("contiguous", "zigzag"), ((3, 0), (9, 0), (2, 3)), keep=11),
 )
 def test_bytes_of_a_halo_equal_the_program(degrees, layout, window):
     ring, ulysses = degrees

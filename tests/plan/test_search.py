@@ -279,6 +279,7 @@ def test_layers_of_several_kinds_need_a_name():
         plan.train_command(job, plan.Choice(ring=8))
 
 
+@pytest.mark.long
 def test_the_printed_command_of_a_folder_trains(tmp_path, capsys):
     folder = tmp_path / "a model"
     hf.save(Llama("tiny", rngs=nnx.Rngs(0)), folder)

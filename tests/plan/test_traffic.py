@@ -111,7 +111,9 @@ def test_splits_and_policies(sizes, remat):
 @pytest.mark.parametrize(
     ("model", "choice"),
     [
-        (MIXED, Choice(ring=2, ulysses=2, tensor=2)),
+        pytest.param(
+            MIXED, Choice(ring=2, ulysses=2, tensor=2), marks=pytest.mark.long
+        ),
         (WINDOWED, Choice(ring=2, ulysses=2, tensor=2, remat="attention")),
     ],
     ids=["mixed", "windowed"],

@@ -72,6 +72,7 @@ def test_positions_have_the_mean_of_all_rows(model: Llama, rows: np.ndarray) -> 
         nats_by_position(model, [], 30)
 
 
+@pytest.mark.long
 def test_rows_are_filled_up_for_the_stages_of_a_pipeline(rows: np.ndarray) -> None:
     config = dataclasses.replace(CONFIG, num_layers=2)
     mesh = usp_jax.make_mesh(pipe=2, fsdp=2, ring=2)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.sampling import thinned
 from tests.train.runs import (
     Program,
     finish,
@@ -38,7 +37,7 @@ MESHES = {
 }
 
 
-# With a pipeline; `make test` runs the interleaved one.
+# With a pipeline.
 PIPES = {
     "pipe2-fsdp2-ulysses2-zero1": MeshConfig(
         pipe=2, fsdp=2, ulysses=2, zero=1, interleave=2
@@ -119,14 +118,17 @@ def test_losses_are_the_same_over_a_ring_and_ulysses(
     check_rows(plain, one_process.run_dir)
 
 
-@pytest.mark.parametrize("name", thinned(MESHES, keep=6))
+# The default run has the ring and Ulysses, above.
+@pytest.mark.long
+@pytest.mark.parametrize("name", MESHES)
 def test_losses_are_the_same_on_other_meshes(
     plain: Config, name: str, tmp_path: Path
 ) -> None:
     check_losses(plain, tmp_path / "run", MESHES[name])
 
 
-@pytest.mark.parametrize("name", thinned(PIPES, keep=2))
+@pytest.mark.long
+@pytest.mark.parametrize("name", PIPES)
 def test_losses_are_the_same_in_stages(
     plain: Config, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,7 @@ def test_losses_are_the_same_in_balanced_rows(plain: Config, tmp_path: Path) -> 
         np.testing.assert_allclose(*columns, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.long
 def test_losses_are_the_same_in_parts(plain: Config, tmp_path: Path) -> None:
     mesh = MeshConfig(data=2, ring=2, ulysses=2)
     config = dataclasses.replace(plain, mesh=mesh, accumulate=4)

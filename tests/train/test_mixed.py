@@ -70,19 +70,17 @@ def check_rows(actual: Config, expected: Config) -> None:
 
 MESHES = (
     MeshConfig(ring=2, ulysses=4),
-    *(
-        pytest.param(mesh, marks=pytest.mark.long)
-        for mesh in (
-            MeshConfig(ring=8),
-            MeshConfig(ulysses=8),
-            MeshConfig(data=2, ring=2, ulysses=2),
-            MeshConfig(fsdp=2, ring=2, tensor=2),
-            MeshConfig(fsdp=2, ring=4, zero=1),
-        )
-    ),
+    MeshConfig(ring=8),
+    MeshConfig(ulysses=8),
+    MeshConfig(data=2, ring=2, ulysses=2),
+    MeshConfig(fsdp=2, ring=2, tensor=2),
+    MeshConfig(fsdp=2, ring=4, zero=1),
 )
 
 
+# The default run compares the gradients of such a model over devices, in
+# tests/models/test_mixed.py, and losses of another model, in test_equality.py.
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", MESHES, ids=repr)
 def test_losses_are_the_same_over_devices(
     mesh: MeshConfig, alone: Config, tmp_path: Path

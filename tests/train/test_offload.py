@@ -33,18 +33,20 @@ def test_everything_but_the_counts_lives_on_the_host(tmp_path: Path) -> None:
     )
 
 
-def test_losses_are_the_same_and_a_run_resumes_either_way(tmp_path: Path) -> None:
-    """Trains with the state on the host, on the devices, and on the host again."""
+@pytest.mark.parametrize(
+    "moves", [1, pytest.param(2, marks=pytest.mark.long)], ids=["there", "and-back"]
+)
+def test_losses_are_the_same_and_a_run_resumes_either_way(
+    tmp_path: Path, moves: int
+) -> None:
+    """Trains with the state on the devices and on the host; then on devices again."""
     mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
     plain = small_config(tmp_path, mesh=mesh, steps=6)
     run_here(plain)
     config = dataclasses.replace(plain, run_dir=tmp_path / "moved")
-    sample = SampleConfig(length=2)
-    for last, part in (
-        (2, offloading(config)),
-        (4, config),
-        (6, dataclasses.replace(offloading(config), sample=sample)),
-    ):
+    moved = dataclasses.replace(offloading(config), sample=SampleConfig(length=2))
+    parts = (2, config), (6 if moves == 1 else 4, moved), (6, config)
+    for last, part in parts[: moves + 1]:
         train(build(part), lambda step, last=last: step >= last)
     expected = losses(plain.run_dir)
     assert len(expected) == 6

@@ -72,7 +72,9 @@ def test_the_first_loss_is_the_published_models_and_the_folder_may_then_be_delet
     "mesh",
     [
         MeshConfig(fsdp=2, ring=2, ulysses=2),
-        MeshConfig(pipe=2, data=2, tensor=2, zero=1),
+        pytest.param(
+            MeshConfig(pipe=2, data=2, tensor=2, zero=1), marks=pytest.mark.long
+        ),
     ],
     ids=str,
 )
