@@ -14,6 +14,8 @@ import bisect
 import dataclasses
 import math
 
+from usp_jax.plan.cycles import OURS, Kernels
+
 MEMORY = 0.8
 """Fraction of memory bandwidth reached outside matrix products: an assumption."""
 
@@ -28,12 +30,15 @@ class Efficiency:
       short: tokens of a chunk at which attention reaches half of `long`.
       measured: (tokens of a chunk, attention's fraction) pairs in order of tokens, used
         instead of `long` and `short`.
+      kernels: attention's counted cycles, used instead of all other numbers but
+        `matmul`; None if they were not counted.
     """
 
     matmul: float
     long: float = 1.0
     short: int = 0
     measured: tuple[tuple[int, float], ...] = ()
+    kernels: Kernels | None = None
 
     def attention(self, chunk: int | float) -> float:
         """Returns the fraction of the peak that attention reaches on a chunk.
@@ -74,3 +79,11 @@ HOPPER = Efficiency(
         (65536, 0.493),
     ),
 )
+
+# The least cycles of the products over those that libtpu 0.0.50.1 estimates for them
+# (`benchmarks.tpu_products`).
+_PRODUCTS = {"v5e": 0.79, "v5p": 0.86, "v6e": 0.69, "tpu7x": 0.64}
+TPU = {
+    name: Efficiency(matmul=_PRODUCTS[name], kernels=kernels)
+    for name, kernels in OURS.items()
+}
