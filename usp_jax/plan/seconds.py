@@ -9,7 +9,8 @@
 * Documents shorter than a row need less compute, most of it in a device's own shard;
   the hops are the same.
 * ZeRO-3's weights and gradients are sent during the compute of their layer; they count
-  only if sending takes longer than computing in total.
+  only if sending takes longer than computing in total. On TPUs they are waited for: the
+  compiled steps that were kept have none in flight.
 * ZeRO-1 gathers everything once, and scatters it for each part; neither is overlapped.
 * A pipeline of P stages, v rounds and M micro-batches is idle in P - 1 of its
   v·M + P - 1 ticks, and sends in all of them.
@@ -120,7 +121,7 @@ def step_seconds(
     bubble = idle * (layers + chunks + moved)
     computed = matmul + chunks + memory + bubble
     hidden = computed + ring + exchanges + activations
-    if choice.zero == 3:
+    if choice.zero == 3 and not job.machine.torus_dims:
         sent = parameters + hops + exchanges + activations
         parameters = max(0.0, sent - hidden)
     host = _host(job, choice, computed)
