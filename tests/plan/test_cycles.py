@@ -104,15 +104,17 @@ def test_smaller_blocks_do_less_but_walk_as_often():
 
 @pytest.mark.parametrize(
     ("name", "passes"),
-    # Cycles of whole causal kernels of 32 heads and 32K tokens, added up over the lists
-    # of blocks that the kernels walk.
+    # Cycles of whole causal kernels of 32 query and 8 key/value heads and 32K tokens,
+    # added up over the lists of blocks that the kernels walk.
     [("v5e", (80_484_352, 192_165_376)), ("tpu7x", (55_827_968, 108_260_352))],
 )
 def test_the_cycles_of_whole_kernels(name, passes):
     kernels = OURS[name]
     blocks = blocks_of(32 * K, 16 * K, 1, block=kernels.block, edges=1)
-    found = [32 * one.cycles(blocks, kernels.block) for one in kernels.of(128)]
-    assert found == list(passes)
+    shared = dataclasses.replace(blocks, runs=blocks.runs / 4)
+    forward, backward = kernels.of(128)
+    assert 32 * forward.cycles(blocks, kernels.block) == passes[0]
+    assert 32 * backward.cycles(shared, kernels.block) == passes[1]
 
 
 def test_heads_fill_the_matrix_units():
@@ -138,12 +140,13 @@ def seconds(machine, heads, **options):
 def test_a_chunk_takes_the_cycles_of_its_heads_over_the_clock():
     machine = plan.machine("v6e")
     blocks = blocks_of(16 * K, 32 * K, 4, block=K, edges=1)
-    for found, one in zip(
-        seconds("v6e", (8, 4), ring=4), OURS["v6e"].of(128), strict=True
-    ):
-        clock = machine.peak_bfloat16 / OURS["v6e"].flops
-        cycles = 8 * one.cycles(blocks, K) / 4
-        assert found == pytest.approx(cycles / clock / (1 - WAITS))
+    clock = machine.peak_bfloat16 / OURS["v6e"].flops
+    # Two query heads share the runs of a key/value head in the backward.
+    forward, backward = OURS["v6e"].of(128)
+    halved = dataclasses.replace(blocks, runs=blocks.runs / 2)
+    cycles = forward.cycles(blocks, K), backward.cycles(halved, K)
+    expected = [8 * x / 4 / clock / (1 - WAITS) for x in cycles]
+    assert seconds("v6e", (8, 4), ring=4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,9 @@ def test_a_chunk_takes_the_cycles_of_its_heads_over_the_clock():
 def test_two_cores_share_heads(heads, parts):
     one = seconds("v5p", (1, 1), ring=2)
     found = seconds("v5p", heads, ring=2)
-    assert [a / b for a, b in zip(found, one, strict=True)] == pytest.approx(parts)
+    ratios = [a / b for a, b in zip(found, one, strict=True)]
+    # Shared runs take a little less.
+    assert ratios == pytest.approx(parts, rel=0.01)
 
 
 def test_tokamax_leaves_a_core_idle_in_the_backward():
@@ -163,4 +168,5 @@ def test_tokamax_leaves_a_core_idle_in_the_backward():
     efficiency = dataclasses.replace(machine.efficiency, kernels=TOKAMAX["v5p"])
     tokamax = dataclasses.replace(machine, efficiency=efficiency)
     one, eight = (seconds(tokamax, heads, ring=2) for heads in ((1, 1), (8, 4)))
-    assert [b / a for a, b in zip(one, eight, strict=True)] == pytest.approx([4, 8])
+    ratios = [b / a for a, b in zip(one, eight, strict=True)]
+    assert ratios == pytest.approx([4, 8], rel=0.01)

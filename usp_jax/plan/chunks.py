@@ -1,5 +1,6 @@
 """Seconds that attention computes on one chunk, the mean over a ring's chunks."""
 
+import dataclasses
 import math
 
 from usp_jax.plan.attention import Call
@@ -61,18 +62,20 @@ def _counted(
     forward, backward = kernels.of(call.head_size)
     clock = job.machine.peak(job.model.dtype) / (kernels.cores * kernels.flops)
     # A core takes whole heads; in the backward, all query heads of a key/value head,
-    # which is made into two if the cores could not share them.
-    first = _most(rows * own, kernels.cores)
+    # which share its runs. It is made into two if the cores could not share it.
+    group, cores = own // groups, kernels.cores
+    first = _most(rows * own, cores)
     if not kernels.shares_backward:
-        second = rows * own
-    elif kernels.cores == 2 and rows * groups % 2 and own // groups % 2 == 0:
-        second = rows * own // 2
+        group, second = 1, rows * own
     else:
-        second = own // groups * _most(rows * groups, kernels.cores)
+        if cores == 2 and rows * groups % 2 and group % 2 == 0:
+            groups, group = 2 * groups, group // 2
+        second = group * _most(rows * groups, cores)
+    shared = dataclasses.replace(blocks, runs=blocks.runs / group)
     each = call.chunks / (call.ring * clock * (1 - WAITS))
     return (
         first * forward.cycles(blocks, kernels.block) * each,
-        second * backward.cycles(blocks, kernels.block) * each,
+        second * backward.cycles(shared, kernels.block) * each,
     )
 
 

@@ -56,7 +56,8 @@ class Blocks:
       size: queries, and keys, of a block.
       full: number of blocks whose pairs are all visible.
       partial: number of blocks with a mask.
-      runs: number of runs of blocks that share a result.
+      runs: number of runs of blocks that share a result; in the backward, this head's
+        part of those that query heads share.
     """
 
     size: int
@@ -83,7 +84,8 @@ class Kernels:
       flops: FLOPs of a core's matrix units in a cycle, at their peak.
       block: queries, and keys, of a block.
       cores: cores of a device, which share the heads of a call.
-      shares_backward: whether they share the backward too.
+      shares_backward: whether the backward's grid is over key/value heads, which the
+        cores share; otherwise it is over query heads on one core.
     """
 
     counts: tuple[Counts, ...]
@@ -174,7 +176,7 @@ OURS = {
         _V6,
     ),
 }
-# Its backward leaves the second core of a v5p idle: no axis of its grid is parallel.
+# The backward leaves the second core of a v5p idle: no axis of its grid is parallel.
 TOKAMAX = {
     "v5p": Kernels(
         (Counts(128, Pass(1323, 1333, 429, 466), Pass(2769, 2770, 611, 389)),),
