@@ -27,7 +27,6 @@ import jax
 from benchmarks.plan_bytes import Case, K, kept
 from usp_jax import aot, plan
 from usp_jax.compiled import by_kind
-from usp_jax.plan.command import describe
 from usp_jax.units import GIB
 
 MODEL = "llama3-8b-16-heads"
@@ -124,24 +123,30 @@ def _has_room(row: plan.Row) -> bool:
     return peak <= row.job.machine.memory_bytes
 
 
-def compile_row(row: Published) -> dict[str, Any]:
-    """Compiles a row's step, and returns its line without the modelled seconds."""
-    # Imported here because reading saved lines needs no compiler.
-    from usp_jax.plan.verify import compile_step
+def line_of(row: Published, *, is_compiled: bool = True) -> dict[str, Any]:
+    """Returns a row's line, without what is modelled.
 
+    Args:
+      row: the row to plan for.
+      is_compiled: whether to compile the step, or only to choose it.
+    """
     job = row.job
     best = chosen(job)
     case = Case(MODEL, row.machine, row.devices, row.tokens, job.batch, best.choice)
-    report = compile_step(job, best.choice)
-    line = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    return {
+    fields = [field.name for field in dataclasses.fields(case)]
+    line = {
         "name": row.name,
-        **line,
+        **{name: getattr(case, name) for name in fields},
         "choice": case.options,
-        "versions": {x: importlib.metadata.version(x) for x in ("jax", "libtpu")},
         "hbm_gib": round(job.machine.memory_bytes / GIB, 2),
-        **_compiled(report),
     }
+    if not is_compiled:
+        return line
+    # Imported here because nothing else needs a compiler.
+    from usp_jax.plan.verify import compile_step
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {**line, "versions": versions, **_compiled(compile_step(job, best.choice))}
 
 
 def _compiled(report: aot.Report) -> dict[str, Any]:
@@ -182,32 +187,41 @@ def modelled(line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(lines: Iterable[dict[str, Any]]) -> str:
-    """Formats saved lines as a Markdown table, modelled again."""
-    head = (
-        *("row", "choice", "peak, GiB", "host, GiB", "sent, GiB", "permutes in flight"),
-        *("modelled s", "modelled MFU", "published MFU"),
-    )
-    rows = [head, ("---",) * len(head), *(_cells(modelled(line)) for line in lines)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+HEAD = (
+    *("row", "split", "remat", "ZeRO", "peak, GiB", "host, GiB", "sent, GiB"),
+    *("hops in flight", "modelled MFU, %", "published"),
+)
+
+
+def table(lines: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Returns the cells of saved lines, modelled again, under `HEAD`.
+
+    The peak of a line that was not compiled is the planner's, in parentheses.
+    """
+    return [_cells(modelled(line)) for line in lines]
 
 
 def _cells(line: dict[str, Any]) -> tuple[str, ...]:
-    choice = describe(Case.of(line).choice)
-    found = line["published_mfu_percent"]
-    mfu = "-" if found is None else "–".join(f"{x}" for x in dict.fromkeys(found))
-    sizes = ("does not fit", "-", "-", "-")
-    if "error" not in line:
+    choice = Case.of(line).choice
+    split = " × ".join(f"{n} {size}" for n, size in choice.sizes.items() if size > 1)
+    published = line["published_mfu_percent"]
+    ends = dict.fromkeys(published or ("-",))
+    sizes = f"({line['planned_peak_gib']:.1f})", "-", "-", "-"
+    if "error" in line:
+        sizes = "does not fit", "-", "-", "-"
+    elif "peak_gib" in line:
         sent = sum(total["gib"] for total in line["sent"].values())
         part = line["sent"].get("collective-permute", {}).get("in_flight")
         sizes = (
-            f"{line['peak_gib']:.1f} of {line['hbm_gib']:.1f}",
+            f"{line['peak_gib']:.1f}",
             f"{line['host_gib']:.1f}",
             f"{sent:.1f}",
             "-" if part is None else f"{part:.0%}",
         )
-    seconds, own = line["modelled_seconds"], line["modelled_mfu_percent"]
-    return line["name"], choice, *sizes, f"{seconds:.3g}", f"{own}", mfu
+    return (
+        *(line["name"], split, f"`{choice.remat}`", str(choice.zero), *sizes),
+        *(f"{line['modelled_mfu_percent']}", "–".join(map(str, ends))),
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -216,13 +230,15 @@ def main(words: Sequence[str] | None = None) -> None:
     names = [row.name for row in ROWS]
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(names)}")
     parser.add_argument("--into", type=Path, metavar="FILE", help="append, skip known")
+    parser.add_argument("--planned", action="store_true", help="compile nothing")
     parser.add_argument("--kept", type=Path, metavar="FILE")
     parser.add_argument("--table", type=Path, metavar="FILE")
     options = parser.parse_args(words)
     if unknown := set(options.names) - set(names):
         parser.error(f"{sorted(unknown)} must be among {names}")
     if options.table is not None:
-        print(table(kept(options.table)))
+        for cells in (HEAD, *table(kept(options.table))):
+            print("\t".join(cells))
         return
     if options.kept is not None:
         for line in kept(options.kept):
@@ -235,7 +251,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for row in ROWS:
         if row.name in saved or row.name not in (options.names or names):
             continue
-        line = json.dumps(modelled(compile_row(row)))
+        line = json.dumps(modelled(line_of(row, is_compiled=not options.planned)))
         print(line, flush=True)
         if options.into is not None:
             with options.into.open("a") as file:

@@ -2,7 +2,10 @@
 
 `CALIBRATED` has two numbers fitted only on the eight LLaMA2-7B rows of one node in the
 USP paper (arXiv 2405.07719, section 5; A800); `tests/plan/test_paper.py` repeats the
-fit. It is used for every machine that has not been measured.
+fit. It is used for every GPU that has not been measured.
+
+`TPU` has the cycles of attention that were counted in compiled schedules
+(`usp_jax.plan.cycles`), and libtpu's estimates for products; nothing was measured.
 
 `HOPPER` was measured with this library on one H100 (2026-11-26, jax 0.11.2,
 `benchmarks/results/2026-11-26-kernels-h100.jsonl` and `…-train-h100.jsonl`): attention
@@ -80,7 +83,7 @@ HOPPER = Efficiency(
     ),
 )
 
-# The least cycles of the products over those that libtpu 0.0.50.1 estimates for them
+# The least cycles of a layer's products over those that libtpu 0.0.50.1 estimates
 # (`benchmarks.tpu_products`).
 _PRODUCTS = {"v5e": 0.79, "v5p": 0.86, "v6e": 0.69, "tpu7x": 0.64}
 TPU = {
