@@ -65,10 +65,8 @@ def chunk_backward(
     arrays = q, k, v, dout, lse, delta
     kernel = backward_kernel(cut, *arrays, logits, blocks.vmem_mib, interpret)
     dq, dk, dv = kernel.run()
-    return (
-        cut.from_q(dq),
-        *(_sum_parts(cut.from_kv(x), parts) for x in (dk, dv)),
-    )
+    dk, dv = (_sum_parts(cut.from_kv(x), parts) for x in (dk, dv))
+    return cut.from_q(dq), dk, dv
 
 
 def _parts(q: jax.Array, k: jax.Array, target: Target) -> int:
