@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import long_context_rows as published
 from benchmarks.peer_bytes import table as peer_bytes_table
 from benchmarks.plan_bytes import compare
 from benchmarks.train_memory import MAXTEXT, SPLITS
@@ -265,7 +266,14 @@ def windowed_layers() -> str:
     return markdown(head, windowed_layers_table(kept("windowed-layers")))
 
 
+def long_context_rows() -> str:
+    """Google's long-context rows with the planner's choices."""
+    lines = kept("long-context-rows")
+    return markdown(published.HEAD, published.table(lines))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "long-context-rows": long_context_rows,
     "windowed-layers": windowed_layers,
     "kernels": kernels,
     "training-step": training_step,

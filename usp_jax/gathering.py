@@ -4,8 +4,11 @@ The TPU compiler turns some collectives into an all-reduce, which sends twice as
 bytes: scatters along any dim but the first, scatters whose parts are not whole tiles of
 a matrix, and gathers and scatters over many devices. So scatters here are over the rows
 of a matrix, and collectives over many devices are best split into several
-(`groups_in_turn`).
+(`groups_in_turn`). Rows are not enough if the dim was moved to the front: the compiler
+may keep the layout from before, in which a part's rows are lanes, 128 to a tile.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +43,19 @@ def gathered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
 
 def scattered(x: jax.Array, turns: Turns, dim: int) -> jax.Array:
     """Sums over some axes and splits the result along a dim."""
-    parts = 1
-    for axes, groups in turns:
-        parts *= len(groups[0]) if groups else lax.axis_size(axes)
+    sizes = [len(g[0]) if g else lax.axis_size(axes) for axes, g in turns]
+    parts = math.prod(sizes)
     x = jnp.moveaxis(x, dim, 0)
     length, *others = x.shape
     columns = x.size // length
     if columns % LANES and x.size % (parts * LANES) == 0:
         columns = LANES
     x = x.reshape(-1, columns)
-    for axes, groups in turns:
+    for (axes, groups), size in zip(turns, sizes, strict=True):
+        # XLA may leave a moved dim the minor one, whose parts must be whole lanes.
+        ragged = dim != 0 and x.shape[0] // size % LANES
+        if ragged and x.size % (parts * LANES) == 0:
+            x = x.reshape(-1, LANES)
         x = lax.psum_scatter(x, axes, tiled=True, axis_index_groups=groups)
     return jnp.moveaxis(x.reshape(length // parts, *others), 0, dim)
 

@@ -16,6 +16,7 @@ from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu import BlockSizes, Tile, walk
 from usp_jax.kernels.mosaic_tpu.in_place import InPlace
+from usp_jax.kernels.mosaic_tpu.launch import Kernel
 from usp_jax.masking import EMPTY, Mask, MaskRule, Tokens, block_kinds
 
 # The largest error of out and lse; gradients may have twice as much.
@@ -128,6 +129,40 @@ def test_with_a_carry(name):
 def test_without_a_carry(name):
     arrays, _, mask, logits = inputs(**CASES[name])
     check(arrays, None, mask, logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "heads", "first"),
+    [
+        ("TPU v5", 1, (4, 1), 2),
+        ("TPU v5p", 1, (6, 3), 6),
+        ("TPU v5", 2, (4, 1), 1),
+        ("TPU v5", 1, (3, 1), 1),
+        ("TPU v5 lite", 1, (4, 1), 1),
+    ],
+)
+def test_two_cores_share_the_query_heads_of_a_key_head(
+    kind, batch, heads, first, monkeypatch
+):
+    arrays, _, mask, logits = inputs(batch=batch, heads=heads)
+    q, k, v, dout = arrays
+    rows = jnp.zeros(q.shape[:3])
+    kernels = []
+    run = Kernel.run
+    monkeypatch.setattr(Kernel, "run", lambda x: kernels.append(x) or run(x))
+    program = functools.partial(
+        mosaic_tpu.chunk_backward,
+        mask=mask,
+        logits=logits,
+        target=Target("tpu", kind),
+        blocks=SMALL,
+        interpret=True,
+    )
+    found = jax.eval_shape(program, q, k, v, dout, rows, rows)
+    assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+    (kernel,) = kernels
+    assert kernel.grid == (first, heads[0] // first)
+    assert kernel.walk.batch == batch
 
 
 def test_blocks_of_unequal_sizes():

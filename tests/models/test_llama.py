@@ -609,6 +609,8 @@ PUBLISHED = {
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
+    # Not a checkpoint: the same sizes with heads of 256 instead of 128.
+    "llama3-8b-16-heads": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496,

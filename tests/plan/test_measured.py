@@ -8,7 +8,7 @@ import pytest
 
 from usp_jax import plan
 from usp_jax.models.config import LlamaConfig
-from usp_jax.plan.efficiency import CALIBRATED, HOPPER
+from usp_jax.plan.efficiency import CALIBRATED, HOPPER, TPU
 from usp_jax.plan.seconds import step_seconds
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -53,6 +53,14 @@ def test_a_training_step_on_an_h100_takes_what_is_planned(line):
     )
     seconds = step_seconds(job, plan.Choice(remat=line["remat"]))
     assert seconds.total == pytest.approx(line["step_seconds"], rel=0.02)
+
+
+def test_products_on_tpus_are_as_near_the_peak_as_libtpu_estimates():
+    lines = (RESULTS / "2026-11-29-tpu-products.jsonl").read_text().splitlines()
+    found = {line["generation"]: line["share"] for line in map(json.loads, lines)}
+    assert found.keys() == TPU.keys()
+    for name, share in found.items():
+        assert TPU[name].matmul == pytest.approx(share, abs=0.005)
 
 
 def test_between_measurements_and_beyond_them():

@@ -1,7 +1,8 @@
 """Architectures of published models, by family, and of one that trains on a laptop.
 
-The values are those of the config.json published with the weights of each model. Of a
-model that also sees images, a preset is the part for text.
+The values are those of the config.json published with the weights of each model, except
+for "llama3-8b-16-heads", which has none. Of a model that also sees images, a preset is
+the part for text.
 """
 
 import math
@@ -37,6 +38,10 @@ _LLAMA3_8B = Decoder(
     d_ff=14336,
     rope_theta=500000.0,
 )
+# LLaMA3-8B with half as many heads, each twice as wide, which fill the 256 x 256 matrix
+# units of newer TPUs: Google published long-context training times of it in October
+# 2026. No weights of it are published.
+_LLAMA3_8B_16_HEADS = replace(_LLAMA3_8B, num_heads=16, num_kv_heads=4, head_size=256)
 _LLAMA3_70B = replace(_LLAMA3_8B, d_model=8192, num_layers=80, num_heads=64, d_ff=28672)
 _LLAMA32 = replace(
     _LLAMA3_8B, d_ff=8192, rope_scaling=Llama3Scaling(32.0), tie_embeddings=True
@@ -60,6 +65,7 @@ _LLAMA = {
         d_ff=28672,
     ),
     "llama3-8b": _LLAMA3_8B,
+    "llama3-8b-16-heads": _LLAMA3_8B_16_HEADS,
     "llama3-70b": _LLAMA3_70B,
     "llama3.1-8b": replace(_LLAMA3_8B, rope_scaling=Llama3Scaling(8.0)),
     "llama3.1-70b": replace(_LLAMA3_70B, rope_scaling=Llama3Scaling(8.0)),

@@ -3,8 +3,9 @@
     row = usp_jax.plan.best("llama3-8b", "v5p", sequence=2**20, devices=64)
     row.choice, row.seconds.total, row.memory.peak, row.transfers
 
-Traffic and memory model the program that `train` compiles; time is a model with two
-calibrated numbers (`efficiency.py`). On the command line: `python -m usp_jax.plan`.
+Traffic and memory model the program that `train` compiles; time is a model, from one
+measured GPU, two calibrated numbers or cycles counted in TPU schedules
+(`efficiency.py`). On the command line: `python -m usp_jax.plan`.
 """
 
 from usp_jax.plan.choice import Choice as Choice, Job as Job

@@ -2,7 +2,10 @@
 
 `CALIBRATED` has two numbers fitted only on the eight LLaMA2-7B rows of one node in the
 USP paper (arXiv 2405.07719, section 5; A800); `tests/plan/test_paper.py` repeats the
-fit. It is used for every machine that has not been measured.
+fit. It is used for every GPU that has not been measured.
+
+`TPU` has the cycles of attention that were counted in compiled schedules
+(`usp_jax.plan.cycles`), and libtpu's estimates for products; nothing was measured.
 
 `HOPPER` was measured with this library on one H100 (2026-11-26, jax 0.11.2,
 `benchmarks/results/2026-11-26-kernels-h100.jsonl` and `…-train-h100.jsonl`): attention
@@ -13,6 +16,8 @@ by the length of its chunk, `matmul` from a training step of 32K tokens.
 import bisect
 import dataclasses
 import math
+
+from usp_jax.plan.cycles import OURS, Kernels
 
 MEMORY = 0.8
 """Fraction of memory bandwidth reached outside matrix products: an assumption."""
@@ -28,12 +33,15 @@ class Efficiency:
       short: tokens of a chunk at which attention reaches half of `long`.
       measured: (tokens of a chunk, attention's fraction) pairs in order of tokens, used
         instead of `long` and `short`.
+      kernels: attention's counted cycles, used instead of all other numbers but
+        `matmul`; None if they were not counted.
     """
 
     matmul: float
     long: float = 1.0
     short: int = 0
     measured: tuple[tuple[int, float], ...] = ()
+    kernels: Kernels | None = None
 
     def attention(self, chunk: int | float) -> float:
         """Returns the fraction of the peak that attention reaches on a chunk.
@@ -74,3 +82,11 @@ HOPPER = Efficiency(
         (65536, 0.493),
     ),
 )
+
+# The least cycles of a layer's products over those that libtpu 0.0.50.1 estimates
+# (`benchmarks.tpu_products`).
+_PRODUCTS = {"v5e": 0.79, "v5p": 0.86, "v6e": 0.69, "tpu7x": 0.64}
+TPU = {
+    name: Efficiency(matmul=_PRODUCTS[name], kernels=kernels)
+    for name, kernels in OURS.items()
+}

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 
 from usp_jax.aot.devices import GPUS, TPUS, of_kind
-from usp_jax.plan.efficiency import CALIBRATED, HOPPER, Efficiency
+from usp_jax.plan.efficiency import CALIBRATED, HOPPER, TPU, Efficiency
 from usp_jax.units import GIB
 
 GB = 1e9
@@ -203,6 +203,7 @@ def _tpu(
         host_bandwidth=16 * GB,
         torus_dims=dims,
         wrap=wrap,
+        efficiency=TPU[name],
     )
 
 

@@ -11,7 +11,8 @@
 * Documents shorter than a row need less compute, most of it in a device's own shard;
   the hops are the same.
 * ZeRO-3's weights and gradients are sent during the compute of their layer; they count
-  only if sending takes longer than computing in total.
+  only if sending takes longer than computing in total. On TPUs they are waited for: the
+  compiled steps that were kept have none in flight.
 * ZeRO-1 gathers everything once, and scatters it for each part; neither is overlapped.
 * A pipeline of P stages, v rounds and M micro-batches is idle in P - 1 of its
   v·M + P - 1 ticks, and sends in all of them.
@@ -20,10 +21,10 @@
 """
 
 import dataclasses
-import math
 
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
+from usp_jax.plan.chunks import chunk_seconds
 from usp_jax.plan.efficiency import MEMORY
 from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
@@ -141,7 +142,7 @@ def step_seconds(
     bubble = idle * (layers + chunks + moved)
     computed = matmul + chunks + memory + bubble
     waited = exchanges + sums["experts"] + activations
-    if choice.zero == 3:
+    if choice.zero == 3 and not job.machine.torus_dims:
         sent = parameters + hops + waited
         parameters = max(0.0, sent - computed - ring - waited)
     host = _host(job, choice, computed)
@@ -194,8 +195,7 @@ def _ring(
 ) -> tuple[float, float]:
     """(Seconds of chunks, seconds by which hops exceed them), over layers and passes.
 
-    With a halo, a layer has one chunk and no hops. The chunk of a window is taken to be
-    as fast as a causal one whose length is the mean of its queries and a query's keys.
+    With a halo, a layer has one chunk and no hops.
 
     In a pipeline, idle ticks count for hops, not for chunks.
 
@@ -207,22 +207,14 @@ def _ring(
     """
     useful = layers_of(job, choice) * choice.pipeline.microbatches * choice.accumulate
     runs = runs_of(job, choice) * choice.accumulate
-    padded = call.heads.padded / call.num_heads
-    # Seconds of one chunk: one layer, forward, on one device.
-    queries = job.sequence / choice.sequence_shards * call.ulysses
-    keys = job.sequence / (1 if choice.ring_schedule == "all_gather" else call.ring)
-    keys = min(keys, job.model.window or keys)
-    length = math.sqrt(queries * keys)
-    chunk = attention_seconds * padded / job.machine.efficiency.attention(length)
-    chunk /= useful * call.ring
+    chunk, chunk_backward = chunk_seconds(job, choice, call, attention_seconds)
     group = Group.of(job.machine, choice, ("ring",))
     merged = (call.ring - 1) / call.ring * (choice.ring_schedule != "all_gather")
     merged /= job.machine.memory_bandwidth * MEMORY
     # Every chunk but the first reads and writes out. Its part of dq and of dk, dv is
     # written and added to the sum. All in float32.
     forward = chunk + merged * 8 * call.q_elements
-    # The backward has five products, the forward two.
-    backward = 2.5 * chunk + merged * 16 * (call.q_elements + call.kv_elements)
+    backward = chunk_backward + merged * 16 * (call.q_elements + call.kv_elements)
     own = own_share(job, call.ring)
     computed = seen = 0.0
     for times, size, hop in (

@@ -35,6 +35,9 @@ from usp_jax.kernels.mosaic_tpu.walk import Lists, Ref, Walk
 from usp_jax.masking import EMPTY, Mask, MaskRule, sees
 from usp_jax.merge import finite
 
+# Device kinds with two cores: v4 and v5p. XLA splits the parallel axes of a grid.
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+
 
 def chunk_backward(
     q: Float[Array, "B T N H"],
@@ -56,11 +59,31 @@ def chunk_backward(
     """
     q, k, v, dout = multipliable(q, k, v, dout.astype(q.dtype))
     blocks = blocks or BlockSizes.of(target, max(q.shape[3], v.shape[3]), q.dtype)
+    parts = _parts(q, k, target)
+    k, v = (jnp.repeat(x, parts, axis=2) for x in (k, v))
     cut = Cut.of(q, k, mask, blocks.backward)
     arrays = q, k, v, dout, lse, delta
     kernel = backward_kernel(cut, *arrays, logits, blocks.vmem_mib, interpret)
     dq, dk, dv = kernel.run()
-    return cut.from_q(dq), cut.from_kv(dk), cut.from_kv(dv)
+    dk, dv = (_sum_parts(cut.from_kv(x), parts) for x in (dk, dv))
+    return cut.from_q(dq), dk, dv
+
+
+def _parts(q: jax.Array, k: jax.Array, target: Target) -> int:
+    """Returns the parts that the query heads of a key head are summed in, 1 or 2.
+
+    A core takes whole key heads. With two cores and an odd number of key heads, one
+    core would take more, or everything, so each key head is made into two.
+    """
+    group = q.shape[2] // k.shape[2]
+    odd = k.shape[0] * k.shape[2] % 2 == 1
+    return 2 if target.kind in TWO_CORES and odd and group % 2 == 0 else 1
+
+
+def _sum_parts(x: Float[Array, "B S KP H"], parts: int) -> Float[Array, "B S K H"]:
+    """Sums the parts of each key head, which are next to each other."""
+    batch, length, heads, size = x.shape
+    return x.reshape(batch, length, heads // parts, parts, size).sum(3)
 
 
 def backward_kernel(
