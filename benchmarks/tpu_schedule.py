@@ -1,0 +1,192 @@
+"""Count the cycles of the TPU kernels in the schedules that libtpu compiles.
+
+    python -m benchmarks.tpu_schedule --out results.jsonl          # the whole table
+    python -m benchmarks.tpu_schedule --generations v6e --passes forward \\
+        --head-sizes 128 --masks causal --tile 1024,2048,512 --vmem-mib 64
+
+Runs anywhere and times nothing: a TPU's bundles are executed in the order compiled, one
+a cycle (`usp_jax.aot.tpu_schedule`). Waiting for HBM is left out, so that the cycles
+are the least that a call can take, and the share of the peak the most that it can
+reach.
+
+Prints one JSON line per kernel: cycles of a pair of blocks that is fully and partly
+visible, of a step and of a run; the least cycles that the MXUs need for the pair; the
+use of each kind of slot by either; spills; and for each length the cycles of a call, a
+sum over the blocks of its mask, and the share of the core's peak that it reaches on
+visible pairs. With `--out` lines are appended to a file, and a kernel that is there
+already is left out, so that a run that was stopped can be resumed.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from benchmarks.tpu_calls import MASKS, PRODUCTS, Call, ours
+from usp_jax import aot
+from usp_jax.aot import tpu_schedule
+from usp_jax.kernels import Target
+from usp_jax.kernels.mosaic_tpu import BlockSizes, Tile
+
+# The smallest topologies, and the FLOPs of a cycle of a core: 4 MXUs of 128 x 128 on
+# v5e and v5p, twice 2 of 256 x 256 later.
+TOPOLOGIES = {
+    "v5e": "v5e:1x1",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:1x1",
+    "tpu7x": "tpu7x:2x2x1",
+}
+PEAK = {"v5e": 131_072, "v5p": 131_072, "v6e": 524_288, "tpu7x": 524_288}
+HEAD_SIZES = ("64", "128", "256", "192/128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel for a generation of TPU."""
+
+    kernel: str
+    generation: str
+    call: Call
+
+    def head(self) -> dict:
+        """Returns the part of the result line that identifies the case."""
+        call = self.call
+        return {
+            "kernel": self.kernel,
+            "generation": self.generation,
+            "pass": call.which,
+            "head_size": call.head_size,
+            "v_head_size": call.v_head_size,
+            "mask": call.mask,
+            "block_q": call.tile.q,
+            "block_kv": call.tile.kv,
+            "kv_compute": call.tile.kv_compute,
+            "vmem_mib": call.vmem_mib,
+        }
+
+
+def figures(case: Case, dump: Path, lengths: list[int]) -> dict:
+    """Compiles the kernel of a case and returns its result line."""
+    call = case.call
+    topology = aot.topology(TOPOLOGIES[case.generation])
+    function, shapes, name = ours(call, Target.of(topology.devices[0]))
+    before = set(dump.iterdir())
+    start = time.perf_counter()
+    report = aot.compile(function, *shapes, topology=topology)
+    seconds = time.perf_counter() - start
+    new = set(dump.iterdir()) - before
+    if report.error is not None:
+        return case.head() | {"failed": report.error[:400]}
+    schedule = tpu_schedule.read(new, name)
+    loop = tpu_schedule.grid_loop(schedule)
+    return case.head() | {
+        "full_cycles": loop.full.cycles,
+        "partial_cycles": loop.partial.cycles,
+        "step_cycles": loop.step_cycles,
+        "run_cycles": loop.run_cycles,
+        "mxu_cycles": loop.full.mxu_cycles,
+        "full": _plain(loop.full),
+        "partial": _plain(loop.partial),
+        "calls": [whole(case, loop, length) for length in lengths],
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def _plain(work: tpu_schedule.Work) -> dict:
+    use = {kind: round(share, 3) for kind, share in work.use.items()}
+    return {"use": use, "spills": work.spills, "fills": work.fills}
+
+
+def whole(case: Case, loop: tpu_schedule.GridLoop, length: int) -> dict:
+    """Returns the cycles of a call on `length` tokens and its share of the peak."""
+    call = case.call
+    blocks = call.blocks(length, visits_empty=False)
+    # The backward's runs are over the query heads of a key head.
+    runs = call.heads if call.which == "forward" else call.kv_heads
+    cycles = loop.cycles(
+        full=call.heads * blocks.full,
+        partial=call.heads * blocks.partial,
+        empty=call.heads * blocks.empty,
+        runs=runs * blocks.runs,
+    )
+    share = call.flops(length) / (cycles * PEAK[case.generation])
+    return {"length": length, "cycles": cycles, "share_of_peak": round(share, 4)}
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Yields the cases that the options select."""
+    for generation, head_sizes, mask, which in itertools.product(
+        options.generations, options.head_sizes, options.masks, options.passes
+    ):
+        head_size, _, v_head_size = head_sizes.partition("/")
+        sizes = int(head_size), int(v_head_size or head_size)
+        kind = aot.topology(TOPOLOGIES[generation]).device.kind
+        blocks = BlockSizes.of(Target("tpu", kind), max(sizes), "bfloat16")
+        tile = options.tile or getattr(blocks, which)
+        vmem_mib = options.vmem_mib or blocks.vmem_mib
+        yield Case("usp_jax", generation, Call(which, *sizes, mask, tile, vmem_mib))
+
+
+def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:
+    """Yields the result lines that are not in the output file yet."""
+    done = []
+    if options.out is not None and options.out.exists():
+        done = [json.loads(x) for x in options.out.read_text().splitlines()]
+    versions = {
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+    for case in cases(options):
+        head = case.head().items()
+        if not any(head <= line.items() for line in done):
+            yield figures(case, dump, options.lengths) | versions
+
+
+def _tile(text: str) -> Tile:
+    return Tile(*map(int, text.split(",")))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    several = {"nargs": "+"}
+    parser.add_argument(
+        "--generations", **several, choices=TOPOLOGIES, default=list(TOPOLOGIES)
+    )
+    parser.add_argument("--passes", **several, choices=PRODUCTS, default=list(PRODUCTS))
+    parser.add_argument(
+        "--head-sizes",
+        **several,
+        default=HEAD_SIZES,
+        help="128, or 192/128: of q, of v",
+    )
+    parser.add_argument("--masks", **several, choices=MASKS, default=MASKS)
+    parser.add_argument("--lengths", **several, type=int, default=[8192, 32768])
+    parser.add_argument(
+        "--tile", type=_tile, help="q,kv,kv_compute; default: as shipped"
+    )
+    parser.add_argument("--vmem-mib", type=int, help="default: as shipped")
+    parser.add_argument("--out", type=Path, help="JSON lines to append to")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    with tempfile.TemporaryDirectory() as dump:
+        # libtpu reads them once, when it is loaded for the first topology.
+        os.environ["LIBTPU_INIT_ARGS"] = tpu_schedule.dump_flags(Path(dump))
+        for line in lines(options, Path(dump)):
+            text = json.dumps(line)
+            print(text, flush=True)
+            if options.out is not None:
+                with options.out.open("a") as file:
+                    file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
