@@ -1,8 +1,11 @@
 """The attention calls whose TPU kernels `tpu_schedule` compiles, of three projects."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,12 @@ MASKS = ("causal", "full", "window", "packed")
 WINDOW = 4096
 # Enough that XLA leaves the arrays in HBM, as in any longer call.
 COMPILED_LENGTH = 8192
+KERNELS = ("usp_jax", "jax", "tokamax")
+SPLASH = {
+    "jax": "jax.experimental.pallas.ops.tpu.splash_attention",
+    "tokamax": "tokamax._src.ops.experimental.tpu.splash_attention",
+}
+SPLASH_MASKS = ("causal", "full")
 # Matrix products per pair of tokens: those that end in heads of q and k, and of v.
 PRODUCTS = {"forward": (1, 1), "backward": (3, 2)}
 
@@ -96,8 +105,21 @@ class Call:
 Program = tuple[Callable, tuple, str]
 
 
-def ours(call: Call, target: Target) -> Program:
-    """Returns the chunk of usp_jax."""
+def program(kernel: str, call: Call, target: Target) -> Program:
+    """Returns a call of one of `KERNELS`.
+
+    Raises:
+      ValueError: the kernel's project is not installed, or it has no such call.
+    """
+    if kernel == "usp_jax":
+        return _ours(call, target)
+    if call.mask not in SPLASH_MASKS:
+        raise ValueError(f"{kernel=} has mask={SPLASH_MASKS}, not {call.mask!r}")
+    modules = splash_modules(kernel)
+    return _splash(call, (_jax if kernel == "jax" else _tokamax)(call, *modules))
+
+
+def _ours(call: Call, target: Target) -> Program:
     blocks = BlockSizes(call.tile, call.tile, call.vmem_mib)
     logits = Logits(call.head_size**-0.5)
     q, k, v, dout = call.shapes()
@@ -116,3 +138,68 @@ def ours(call: Call, target: Target) -> Program:
 
     row = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     return backward, (q, k, v, dout, row, row, mask), "usp_flash_backward"
+
+
+def splash_modules(kernel: str) -> tuple[ModuleType, ModuleType]:
+    """Imports the kernel and the masks of a project's splash attention.
+
+    Raises:
+      ValueError: the project or a package that it needs is not installed.
+    """
+    package = SPLASH[kernel]
+    try:
+        names = "splash_attention_kernel", "splash_attention_mask"
+        modules = [importlib.import_module(f"{package}.{name}") for name in names]
+    except ImportError as error:
+        raise ValueError(
+            f"{kernel=} cannot be imported ({error}): pip install {kernel}, or leave "
+            "it out of --kernels"
+        ) from None
+    return modules[0], modules[1]
+
+
+def _tile_fields(call: Call) -> dict[str, int]:
+    """Returns the names of the block sizes in both projects, for both passes."""
+    tile = call.tile
+    return {
+        "block_q": tile.q,
+        "block_kv": tile.kv,
+        "block_kv_compute": tile.kv_compute,
+        "block_q_dkv": tile.q,
+        "block_kv_dkv": tile.kv,
+        "block_kv_dkv_compute": tile.kv_compute,
+        "use_fused_bwd_kernel": True,
+    }
+
+
+def _splash_mask(call: Call, masks: ModuleType) -> Any:
+    kind = masks.CausalMask if call.mask == "causal" else masks.FullMask
+    return kind((COMPILED_LENGTH, COMPILED_LENGTH))
+
+
+def _jax(call: Call, kernels: ModuleType, masks: ModuleType) -> Callable:
+    mask = masks.MultiHeadMask([_splash_mask(call, masks)] * call.heads)
+    blocks = kernels.BlockSizes(**_tile_fields(call))
+    return kernels.make_splash_mha_single_device(mask, block_sizes=blocks)
+
+
+def _tokamax(call: Call, kernels: ModuleType, masks: ModuleType) -> Callable:
+    config = kernels.SplashConfig(**_tile_fields(call))
+    mask = _splash_mask(call, masks)
+    return kernels.make_splash_mha_single_device(mask, config=config)
+
+
+def _splash(call: Call, attend: Callable) -> Program:
+    """Returns a pass of (q, k, v) -> out on [N, T, H]."""
+    q, k, v, dout = (
+        jax.ShapeDtypeStruct((x.shape[2], x.shape[1], x.shape[3]), x.dtype)
+        for x in call.shapes()
+    )
+    if call.which == "forward":
+        return attend, (q, k, v), "splash_mha_fwd"
+    _, pull_back = jax.eval_shape(partial(jax.vjp, attend), q, k, v)
+
+    def backward(pull_back, dout):
+        return pull_back(dout)
+
+    return backward, (pull_back, dout), "splash_mha_dkv"

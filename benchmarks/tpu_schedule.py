@@ -20,6 +20,7 @@ already is left out, so that a run that was stopped can be resumed.
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -30,7 +31,15 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.tpu_calls import MASKS, PRODUCTS, Call, ours
+from benchmarks.tpu_calls import (
+    KERNELS,
+    MASKS,
+    PRODUCTS,
+    SPLASH_MASKS,
+    Call,
+    program,
+    splash_modules,
+)
 from usp_jax import aot
 from usp_jax.aot import tpu_schedule
 from usp_jax.kernels import Target
@@ -45,7 +54,7 @@ TOPOLOGIES = {
     "tpu7x": "tpu7x:2x2x1",
 }
 PEAK = {"v5e": 131_072, "v5p": 131_072, "v6e": 524_288, "tpu7x": 524_288}
-HEAD_SIZES = ("64", "128", "256", "192/128")
+HEAD_SIZES = ((64, 64), (128, 128), (256, 256), (192, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +79,8 @@ class Case:
             "block_kv": call.tile.kv,
             "kv_compute": call.tile.kv_compute,
             "vmem_mib": call.vmem_mib,
+            "heads": call.heads,
+            "kv_heads": call.kv_heads,
         }
 
 
@@ -77,16 +88,21 @@ def figures(case: Case, dump: Path, lengths: list[int]) -> dict:
     """Compiles the kernel of a case and returns its result line."""
     call = case.call
     topology = aot.topology(TOPOLOGIES[case.generation])
-    function, shapes, name = ours(call, Target.of(topology.devices[0]))
     before = set(dump.iterdir())
     start = time.perf_counter()
-    report = aot.compile(function, *shapes, topology=topology)
+    # One case that fails must not stop the others.
+    try:
+        target = Target.of(topology.devices[0])
+        function, shapes, name = program(case.kernel, call, target)
+        report = aot.compile(function, *shapes, topology=topology)
+        if report.error is not None:
+            return case.head() | {"failed": report.error[:400]}
+        files = set(dump.iterdir()) - before
+        loop = tpu_schedule.grid_loop(tpu_schedule.read(files, name))
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        reason = " ".join(str(error).split())
+        return case.head() | {"failed": f"{type(error).__name__}: {reason}"[:400]}
     seconds = time.perf_counter() - start
-    new = set(dump.iterdir()) - before
-    if report.error is not None:
-        return case.head() | {"failed": report.error[:400]}
-    schedule = tpu_schedule.read(new, name)
-    loop = tpu_schedule.grid_loop(schedule)
     return case.head() | {
         "full_cycles": loop.full.cycles,
         "partial_cycles": loop.partial.cycles,
@@ -108,7 +124,8 @@ def _plain(work: tpu_schedule.Work) -> dict:
 def whole(case: Case, loop: tpu_schedule.GridLoop, length: int) -> dict:
     """Returns the cycles of a call on `length` tokens and its share of the peak."""
     call = case.call
-    blocks = call.blocks(length, visits_empty=False)
+    # jax's grid has all blocks; the others list those that are visible.
+    blocks = call.blocks(length, visits_empty=case.kernel == "jax")
     # The backward's runs are over the query heads of a key head.
     runs = call.heads if call.which == "forward" else call.kv_heads
     cycles = loop.cycles(
@@ -123,16 +140,20 @@ def whole(case: Case, loop: tpu_schedule.GridLoop, length: int) -> dict:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Yields the cases that the options select."""
-    for generation, head_sizes, mask, which in itertools.product(
-        options.generations, options.head_sizes, options.masks, options.passes
+    for generation, sizes, mask, kernel, which in itertools.product(
+        options.generations,
+        options.head_sizes,
+        options.masks,
+        options.kernels,
+        options.passes,
     ):
-        head_size, _, v_head_size = head_sizes.partition("/")
-        sizes = int(head_size), int(v_head_size or head_size)
+        if kernel != "usp_jax" and (sizes != (128, 128) or mask not in SPLASH_MASKS):
+            continue
         kind = aot.topology(TOPOLOGIES[generation]).device.kind
         blocks = BlockSizes.of(Target("tpu", kind), max(sizes), "bfloat16")
         tile = options.tile or getattr(blocks, which)
         vmem_mib = options.vmem_mib or blocks.vmem_mib
-        yield Case("usp_jax", generation, Call(which, *sizes, mask, tile, vmem_mib))
+        yield Case(kernel, generation, Call(which, *sizes, mask, tile, vmem_mib))
 
 
 def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:
@@ -140,23 +161,42 @@ def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:
     done = []
     if options.out is not None and options.out.exists():
         done = [json.loads(x) for x in options.out.read_text().splitlines()]
-    versions = {
-        "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
-    }
+    done = [line for line in done if "failed" not in line]
     for case in cases(options):
         head = case.head().items()
         if not any(head <= line.items() for line in done):
-            yield figures(case, dump, options.lengths) | versions
+            yield figures(case, dump, options.lengths) | versions(case.kernel)
+
+
+def versions(kernel: str) -> dict:
+    """Returns the versions that the cycles of a kernel depend on."""
+    packages = {"jax", "libtpu", kernel} - {"usp_jax"}
+    return {name: importlib.metadata.version(name) for name in sorted(packages)}
 
 
 def _tile(text: str) -> Tile:
     return Tile(*map(int, text.split(",")))
 
 
+def _head_sizes(text: str) -> tuple[int, int]:
+    of_q, _, of_v = text.partition("/")
+    return int(of_q), int(of_v or of_q)
+
+
+def _installed() -> list[str]:
+    return [name for name in KERNELS if importlib.util.find_spec(name)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = {"nargs": "+"}
+    parser.add_argument(
+        "--kernels",
+        **several,
+        choices=KERNELS,
+        default=_installed(),
+        help="splash attention of jax and tokamax: heads of 128, causal and full",
+    )
     parser.add_argument(
         "--generations", **several, choices=TOPOLOGIES, default=list(TOPOLOGIES)
     )
@@ -174,13 +214,23 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--vmem-mib", type=int, help="default: as shipped")
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
+    parser.add_argument(
+        "--dump", type=Path, help="folder in which to keep libtpu's files"
+    )
     options = parser.parse_args(arguments)
+    for kernel in set(options.kernels) - {"usp_jax"}:
+        try:
+            splash_modules(kernel)
+        except ValueError as error:
+            parser.error(str(error))
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as temporary:
+        dump = options.dump or Path(temporary)
+        dump.mkdir(parents=True, exist_ok=True)
         # libtpu reads them once, when it is loaded for the first topology.
-        os.environ["LIBTPU_INIT_ARGS"] = tpu_schedule.dump_flags(Path(dump))
-        for line in lines(options, Path(dump)):
+        os.environ["LIBTPU_INIT_ARGS"] = tpu_schedule.dump_flags(dump)
+        for line in lines(options, dump):
             text = json.dumps(line)
             print(text, flush=True)
             if options.out is not None:
