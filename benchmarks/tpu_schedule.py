@@ -1,6 +1,6 @@
 """Count the cycles of the TPU kernels in the schedules that libtpu compiles.
 
-    python -m benchmarks.tpu_schedule --out results.jsonl          # the whole table
+    python -m benchmarks.tpu_schedule --sample --out results.jsonl     # docs' table
     python -m benchmarks.tpu_schedule --generations v6e --passes forward \\
         --head-sizes 128 --masks causal --tile 1024,2048,512 --vmem-mib 64
 
@@ -14,11 +14,15 @@ visible, of a step and of a run; the least cycles that the MXUs need for the pai
 use of each kind of slot by either; spills; and for each length the cycles of a call, a
 sum over the blocks of its mask, and the share of the core's peak that it reaches on
 visible pairs. With `--out` lines are appended to a file, and a kernel that is there
-already is left out, so that a run that was stopped can be resumed.
+already, of the same sources and compiler, is left out: a run that was stopped resumes.
+
+A compilation takes half a minute or more. Without options all combinations are
+compiled, 160 with tokamax installed; `--sample` compiles 68 of these.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -42,7 +46,7 @@ from benchmarks.tpu_calls import (
 )
 from usp_jax import aot
 from usp_jax.aot import tpu_schedule
-from usp_jax.kernels import Target
+from usp_jax.kernels import Target, mosaic_tpu
 from usp_jax.kernels.mosaic_tpu import BlockSizes, Tile
 
 # The smallest topologies, and the FLOPs of a cycle of a core: 4 MXUs of 128 x 128 on
@@ -147,13 +151,23 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         options.kernels,
         options.passes,
     ):
-        if kernel != "usp_jax" and (sizes != (128, 128) or mask not in SPLASH_MASKS):
+        is_usual = sizes == (128, 128)
+        if kernel != "usp_jax" and not (is_usual and mask in SPLASH_MASKS):
+            continue
+        if options.sample and not in_sample(generation, sizes, mask):
             continue
         kind = aot.topology(TOPOLOGIES[generation]).device.kind
         blocks = BlockSizes.of(Target("tpu", kind), max(sizes), "bfloat16")
         tile = options.tile or getattr(blocks, which)
         vmem_mib = options.vmem_mib or blocks.vmem_mib
         yield Case(kernel, generation, Call(which, *sizes, mask, tile, vmem_mib))
+
+
+def in_sample(generation: str, sizes: tuple[int, int], mask: str) -> bool:
+    """Returns whether `--sample` takes a case: other sizes and masks one by one."""
+    if sizes == (128, 128):
+        return mask in ("causal", "full") or generation in ("v5e", "v6e")
+    return mask == "causal" and generation in ("v5p", "v6e")
 
 
 def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:
@@ -163,15 +177,23 @@ def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:
         done = [json.loads(x) for x in options.out.read_text().splitlines()]
     done = [line for line in done if "failed" not in line]
     for case in cases(options):
-        head = case.head().items()
-        if not any(head <= line.items() for line in done):
-            yield figures(case, dump, options.lengths) | versions(case.kernel)
+        key = case.head() | sources(case.kernel)
+        if not any(key.items() <= line.items() for line in done):
+            yield figures(case, dump, options.lengths) | sources(case.kernel)
 
 
-def versions(kernel: str) -> dict:
-    """Returns the versions that the cycles of a kernel depend on."""
+def sources(kernel: str) -> dict:
+    """Returns versions of all that the cycles of a kernel depend on."""
     packages = {"jax", "libtpu", kernel} - {"usp_jax"}
-    return {name: importlib.metadata.version(name) for name in sorted(packages)}
+    versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
+    if kernel != "usp_jax":
+        return versions
+    kernels = Path(mosaic_tpu.__file__).parent
+    library = kernels.parent.parent
+    files = [*sorted(kernels.glob("*.py")), *sorted(kernels.parent.glob("*.py"))]
+    files += [library / "masking.py", library / "merge.py"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
+    return versions | {"source": digest.hexdigest()[:12]}
 
 
 def _tile(text: str) -> Tile:
@@ -213,6 +235,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--tile", type=_tile, help="q,kv,kv_compute; default: as shipped"
     )
     parser.add_argument("--vmem-mib", type=int, help="default: as shipped")
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="heads other than of 128: v5p, v6e, causal; window, packed: v5e, v6e",
+    )
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     parser.add_argument(
         "--dump", type=Path, help="folder in which to keep libtpu's files"
