@@ -138,22 +138,18 @@ def read(files: Iterable[Path], kernel: str) -> Schedule:
     Raises:
       ValueError: there is not exactly one such kernel, or the format is unknown.
     """
-    paths = {path.name.partition("-")[2]: path for path in files}
-    name = re.compile(rf"{re.escape(kernel)}\S*-\d+-(.*)\.txt")
-    found = {}
+    paths = sorted(files)
+    texts = []
     for ending in _FILES:
-        found[ending] = [
-            path
-            for rest, path in paths.items()
-            if (match := name.fullmatch(rest)) and match[1] == ending
-        ]
-        if len(found[ending]) != 1:
+        name = re.compile(rf"\d+-{re.escape(kernel)}\S*-\d+-{ending}\.txt")
+        found = [path for path in paths if name.fullmatch(path.name)]
+        if len(found) != 1:
             raise ValueError(
-                f"{len(found[ending])} files {kernel}...{ending}.txt, expected one: "
-                "was libtpu loaded before LIBTPU_INIT_ARGS was set?"
+                f"{len(found)} files {kernel}...{ending}.txt, expected one: was libtpu "
+                "loaded before LIBTPU_INIT_ARGS was set?"
             )
-    bundles, utilization = (found[ending][0].read_text() for ending in _FILES)
-    return parse(bundles, utilization)
+        texts.append(found[0].read_text())
+    return parse(*texts)
 
 
 def parse(bundles: str, utilization: str) -> Schedule:
