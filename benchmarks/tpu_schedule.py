@@ -197,19 +197,31 @@ def sources(kernel: str) -> dict:
 
 
 def _tile(text: str) -> Tile:
-    return Tile(*map(int, text.split(",")))
+    try:
+        q, kv, kv_compute = map(int, text.split(","))
+        return Tile(q, kv, kv_compute)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be q,kv,kv_compute such as 1024,1024,512 ({error})"
+        ) from None
 
 
 def _head_sizes(text: str) -> tuple[int, int]:
     of_q, _, of_v = text.partition("/")
-    return int(of_q), int(of_v or of_q)
+    try:
+        return int(of_q), int(of_v or of_q)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a size such as 128, or two such as 192/128"
+        ) from None
 
 
 def _installed() -> list[str]:
     return [name for name in KERNELS if importlib.util.find_spec(name)]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = {"nargs": "+"}
     parser.add_argument(
@@ -226,8 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--head-sizes",
         **several,
+        type=_head_sizes,
         default=HEAD_SIZES,
-        help="128, or 192/128: of q, of v",
+        help="such as 128, or 192/128 for heads of 192 with values of 128",
     )
     parser.add_argument("--masks", **several, choices=MASKS, default=MASKS)
     parser.add_argument("--lengths", **several, type=int, default=[8192, 32768])
@@ -250,6 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
             splash_modules(kernel)
         except ValueError as error:
             parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     with tempfile.TemporaryDirectory() as temporary:

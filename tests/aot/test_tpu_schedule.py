@@ -83,7 +83,7 @@ def made(*lines: str) -> Schedule:
     kinds = ("MXU", "VALU", "VSTORE", "VSTORE:SPILL", "VLOAD:FILL")
     bundles, used = zip(*(line.split("|") for line in lines), strict=True)
     uses = {kind: tuple(int(kind in x.split()) for x in used) for kind in kinds}
-    return Schedule(bundles, dict.fromkeys(kinds, 1), uses)
+    return Schedule(bundles, dict.fromkeys(kinds, 1), uses, branch_delay=4)
 
 
 DELAY = ("{}|",) * 4

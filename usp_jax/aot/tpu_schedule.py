@@ -17,20 +17,21 @@ region that a branch may skip. `grid_loop` tells regions apart by the slots they
         if the block is fully visible: ...     # full: uses the MXU
         if last step of a run: ...    # run
 
+A region that only starts copies counts as part of each step.
+
 libtpu writes schedules if these are in the environment variable LIBTPU_INIT_ARGS before
 it is loaded (`dump_flags`). The formats are undocumented and read as of libtpu 0.0.50.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-# A taken branch still executes this many bundles behind it.
-BRANCH_DELAY = 4
 # The ends of the names of the files with bundles and with their use of slots.
 _FILES = "packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"
 _BUNDLE = re.compile(r"^ *(?:0x([0-9a-f]+)|0) +[A-Z ]*: [> ]*(\{.*)")
+_END = re.compile(r"/\* .*?\bEnd region \d+")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _TARGET = re.compile(r"\bsbr\.rel\b[^;}]*?target bundleno = (\d+)")
 _MASKING = re.compile(r"= (?:vcmp\.\w+\.s32|vsel|vmsk)")
@@ -44,11 +45,13 @@ class Schedule:
       bundles: the instructions of each bundle, without comments.
       capacities: the slots of a bundle by kind, such as {"MXU": 2, "VALU": 4}.
       uses: the slots that each bundle uses, by kind.
+      branch_delay: number of bundles behind a branch that are executed in any case.
     """
 
     bundles: tuple[str, ...]
     capacities: Mapping[str, int]
     uses: Mapping[str, tuple[int, ...]]
+    branch_delay: int
 
     def __post_init__(self) -> None:
         for kind, uses in self.uses.items():
@@ -68,9 +71,11 @@ class Region:
 
     @property
     def cycles(self) -> int:
+        """Number of bundles."""
         return self.stop - self.start
 
     def contains(self, other: "Region") -> bool:
+        """Returns whether all of another region is in this one."""
         return self.start <= other.start and other.stop <= self.stop
 
 
@@ -111,7 +116,14 @@ class GridLoop:
     run_cycles: int
 
     def cycles(self, *, full: int, partial: int, empty: int = 0, runs: int) -> int:
-        """Computes the cycles of a call from its numbers of blocks and of runs."""
+        """Computes the cycles of a call.
+
+        Args:
+          full: number of blocks that are fully visible.
+          partial: number of blocks that are partly visible.
+          empty: number of blocks that are skipped but take a step.
+          runs: number of runs.
+        """
         return (
             full * self.full.cycles
             + partial * self.partial.cycles
@@ -171,17 +183,19 @@ def parse(bundles: str, utilization: str) -> Schedule:
         ]
         first, *uses = [row for row in numbers if row]
         columns = zip(*uses, strict=True)
+        texts = list(_bundles(bundles))
         return Schedule(
-            tuple(_bundles(bundles)),
+            tuple(_COMMENT.sub("", text) for text in texts),
             dict(zip(kinds, first, strict=True)),
             dict(zip(kinds, columns, strict=True)),
+            _branch_delay(texts),
         )
     except ValueError as error:
         raise ValueError(f"unknown format of libtpu's schedule: {error}") from None
 
 
 def _bundles(text: str) -> Iterator[str]:
-    """Yields the instructions of each bundle."""
+    """Yields the text of each bundle, with its comments."""
     lines: list[str] = []
     count = 0
     for line in text.splitlines():
@@ -191,13 +205,30 @@ def _bundles(text: str) -> Iterator[str]:
             lines += [line] if lines else []
             continue
         if lines:
-            yield _COMMENT.sub("", "\n".join(lines))
+            yield "\n".join(lines)
         if int(match[1] or "0", 16) != count:
             raise ValueError(f"bundle {count:#x} is missing before {line[:40]!r}")
         lines = [match[2]]
         count += 1
     if lines:
-        yield _COMMENT.sub("", "\n".join(lines))
+        yield "\n".join(lines)
+
+
+def _branch_delay(bundles: Sequence[str]) -> int:
+    """Returns the distance from each branch to an end of a region."""
+    branches = [at for at, bundle in enumerate(bundles) if _TARGET.search(bundle)]
+    delays = [
+        delay
+        for delay in range(1, 16)
+        if all(
+            _END.search(bundle)
+            for at in branches
+            for bundle in bundles[at + delay : at + delay + 1]
+        )
+    ]
+    if len(delays) != 1:
+        raise ValueError(f"a branch should delay by one number of bundles: {delays}")
+    return delays[0]
 
 
 def grid_loop(schedule: Schedule) -> GridLoop:
@@ -211,8 +242,9 @@ def grid_loop(schedule: Schedule) -> GridLoop:
         for at, bundle in enumerate(schedule.bundles)
         for target in _TARGET.findall(bundle)
     ]
+    behind = schedule.branch_delay + 1
     loops = [
-        Region(target, at + BRANCH_DELAY + 1)
+        Region(target, at + behind)
         for at, target in branches
         if target <= at and _total(schedule, Region(target, at + 1), "MXU")
     ]
@@ -222,7 +254,7 @@ def grid_loop(schedule: Schedule) -> GridLoop:
             "trips of others are unknown, so unroll them"
         )
     (loop,) = loops
-    skipped = [Region(at + BRANCH_DELAY + 1, target) for at, target in branches]
+    skipped = [Region(at + behind, target) for at, target in branches]
     skipped = [x for x in skipped if x.cycles > 0 and loop.contains(x)]
     working = [x for x in skipped if _total(schedule, x, "MXU")]
     # The innermost: the pipeline's first and last steps skip everything.
