@@ -3,6 +3,7 @@
 `tpu_schedules/` has bundles cut out of what libtpu 0.0.50.1 wrote, renumbered.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -69,6 +70,20 @@ def test_a_loop_with_full_and_partial_blocks() -> None:
     assert loop.full.use["MXU"] == 6 / (2 * 5)
     assert loop.partial.use["VALU"] == 9 / (4 * 7)
     assert (loop.partial.spills, loop.partial.fills, loop.full.spills) == (2, 0, 0)
+
+
+def test_branches_of_another_generation_delay_longer() -> None:
+    schedules = of_pieces("v6e-forward"), of_pieces("tpu7x-forward")
+    assert [schedule.branch_delay for schedule in schedules] == [4, 6]
+    loop = grid_loop(schedules[1])
+    # Regions start behind 0xF, 0x1A, 0x26 and 0x32, six bundles after their branches.
+    assert loop.partial.cycles == 0x1F - 0x1B
+    assert loop.full.cycles == 0x2C - 0x27
+    assert loop.run_cycles == (0x13 - 0x10) + (0x36 - 0x33)
+    text_of = functools.partial(text, "tpu7x-forward")
+    bundles = text_of("bundles").replace("/* End region 54 */", "")
+    with pytest.raises(ValueError, match="as far from the end of a region, found \\[]"):
+        parse(bundles, text_of("utilization"))
 
 
 def test_the_sum_over_a_mask() -> None:

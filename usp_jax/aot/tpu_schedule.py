@@ -215,20 +215,20 @@ def _bundles(text: str) -> Iterator[str]:
 
 
 def _branch_delay(bundles: Sequence[str]) -> int:
-    """Returns the distance from each branch to an end of a region."""
-    branches = [at for at, bundle in enumerate(bundles) if _TARGET.search(bundle)]
-    delays = [
-        delay
-        for delay in range(1, 16)
-        if all(
-            _END.search(bundle)
-            for at in branches
-            for bundle in bundles[at + delay : at + delay + 1]
-        )
+    """Returns the distance from every branch to an end of a region."""
+    ends = [at for at, bundle in enumerate(bundles) if _END.search(bundle)]
+    distances = [
+        {end - at for end in ends if 0 < end - at < 16}
+        for at, bundle in enumerate(bundles)
+        if _TARGET.search(bundle)
     ]
+    delays = set.intersection(*distances) if distances else set()
     if len(delays) != 1:
-        raise ValueError(f"a branch should delay by one number of bundles: {delays}")
-    return delays[0]
+        raise ValueError(
+            "all branches should be as far from the end of a region, found "
+            f"{sorted(delays)} bundles"
+        )
+    return delays.pop()
 
 
 def grid_loop(schedule: Schedule) -> GridLoop:
@@ -275,6 +275,11 @@ def grid_loop(schedule: Schedule) -> GridLoop:
             f"{', '.join(str(x.cycles) for x in works)} cycles"
         )
     works.sort(key=lambda x: _masking(schedule, x))
+    if len(works) == 2 and _masking(schedule, works[0]) == _masking(schedule, works[1]):
+        raise ValueError(
+            "two regions use the MXU and mask alike, so which of them is for partly "
+            "visible blocks is unknown"
+        )
     step = loop.cycles - sum(x.cycles for x in (*works, *runs))
     full, partial = (_work(schedule, x) for x in (works[0], works[-1]))
     return GridLoop(full, partial, step, sum(x.cycles for x in runs))
