@@ -115,6 +115,14 @@ def test_a_kernel_that_skips_nothing() -> None:
     assert loop.partial == loop.full
 
 
+def test_runs_inside_of_what_the_pipeline_skips() -> None:
+    """The branch around everything skips a region that a branch inside skips too."""
+    inside = (*jump(13), "first|VSTORE", "second|VSTORE")
+    loop = grid_loop(made("{}|", *jump(16), *inside, "a|MXU", "b|", "c|", *jump(0)))
+    assert (loop.run_cycles, loop.full.cycles, loop.full.use["VSTORE"]) == (2, 8, 0)
+    assert loop.step_cycles == (1 + 5) + 5
+
+
 def test_one_body_and_a_region_of_scalars() -> None:
     """A skipped region without vector stores is part of the step."""
     schedule = made("{}|", *jump(7), "a|MXU", *jump(14), "b|", "c|", *jump(0))

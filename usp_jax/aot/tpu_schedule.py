@@ -17,7 +17,8 @@ region that a branch may skip. `grid_loop` tells regions apart by the slots they
         if the block is fully visible: ...     # full: uses the MXU
         if last step of a run: ...    # run
 
-A region that only starts copies counts as part of each step.
+A region that only starts copies counts as part of each step, and one that uses no MXU
+as part of a run, even inside another.
 
 libtpu writes schedules if these are in the environment variable LIBTPU_INIT_ARGS before
 it is loaded (`dump_flags`). The formats are undocumented and read as of libtpu 0.0.50.
@@ -25,7 +26,7 @@ it is loaded (`dump_flags`). The formats are undocumented and read as of libtpu 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 # The ends of the names of the files with bundles and with their use of slots.
@@ -257,18 +258,11 @@ def grid_loop(schedule: Schedule) -> GridLoop:
     skipped = [Region(at + behind, target) for at, target in branches]
     skipped = [x for x in skipped if x.cycles > 0 and loop.contains(x)]
     working = [x for x in skipped if _total(schedule, x, "MXU")]
-    # The innermost: the pipeline's first and last steps skip everything.
-    works = [x for x in working if not any(_inside(y, x) for y in working)]
-    runs = [
-        x
-        for x in skipped
-        if _total(schedule, x, "VSTORE")
-        and not any(x.contains(y) or y.contains(x) for y in works)
-    ]
-    runs = [x for x in runs if not any(_inside(x, y) for y in runs)]
-    if not works:
-        # No branch skips the work: all of a step is work.
-        works = [Region(loop.start, loop.stop - sum(x.cycles for x in runs))]
+    # The innermost: the pipeline's first and last steps skip everything. If no branch
+    # skips the work, all of a step is work.
+    works = _ends(working, lambda x, y: x.contains(y)) or [loop]
+    runs = [x for x in skipped if x not in working and _total(schedule, x, "VSTORE")]
+    runs = _ends(runs, lambda x, y: y.contains(x))
     if len(works) > 2:
         raise ValueError(
             "expected one or two regions that use the MXU, found those of "
@@ -280,13 +274,18 @@ def grid_loop(schedule: Schedule) -> GridLoop:
             "two regions use the MXU and mask alike, so which of them is for partly "
             "visible blocks is unknown"
         )
-    step = loop.cycles - sum(x.cycles for x in (*works, *runs))
-    full, partial = (_work(schedule, x) for x in (works[0], works[-1]))
-    return GridLoop(full, partial, step, sum(x.cycles for x in runs))
+    full, partial = (_work(schedule, x, runs) for x in (works[0], works[-1]))
+    run_cycles = sum(x.cycles for x in runs)
+    work_cycles = sum(_work(schedule, x, runs).cycles for x in works)
+    step_cycles = loop.cycles - work_cycles - run_cycles
+    return GridLoop(full, partial, step_cycles, run_cycles)
 
 
-def _inside(inner: Region, outer: Region) -> bool:
-    return outer != inner and outer.contains(inner)
+def _ends(
+    regions: Sequence[Region], is_beyond: Callable[[Region, Region], bool]
+) -> list[Region]:
+    """Returns the regions that are beyond no other one."""
+    return [x for x in regions if not any(y != x and is_beyond(x, y) for y in regions)]
 
 
 def _total(schedule: Schedule, region: Region, kind: str) -> int:
@@ -299,15 +298,21 @@ def _masking(schedule: Schedule, region: Region) -> int:
     return sum(len(_MASKING.findall(bundle)) for bundle in bundles)
 
 
-def _work(schedule: Schedule, region: Region) -> Work:
-    totals = {kind: _total(schedule, region, kind) for kind in schedule.uses}
+def _work(schedule: Schedule, region: Region, runs: Sequence[Region]) -> Work:
+    """Measures a region without the parts of it that belong to runs."""
+    parts = [x for x in runs if region.contains(x)]
+    totals = {
+        kind: _total(schedule, region, kind)
+        - sum(_total(schedule, x, kind) for x in parts)
+        for kind in schedule.uses
+    }
+    cycles = region.cycles - sum(x.cycles for x in parts)
     capacities = schedule.capacities
     return Work(
-        cycles=region.cycles,
+        cycles=cycles,
         mxu_cycles=-(-totals["MXU"] // capacities["MXU"]),
         use={
-            kind: total / (capacities[kind] * region.cycles)
-            for kind, total in totals.items()
+            kind: total / (capacities[kind] * cycles) for kind, total in totals.items()
         },
         spills=totals["VSTORE:SPILL"],
         fills=totals["VLOAD:FILL"],
