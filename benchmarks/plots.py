@@ -1,8 +1,8 @@
 """Plot saved results: `python -m benchmarks.plots RESULTS.jsonl PICTURE.png`.
 
 The content of the lines determines the plot: attention times relative to ringattention,
-TFLOP/s of kernels, or the memory of a training step on the machines that it was
-compiled for. Needs `pip install '.[plan]'`.
+TFLOP/s of kernels, the memory of a training step on the machines that it was compiled
+for, or how much of its cycles a TPU kernel multiplies. Needs `pip install '.[plan]'`.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def draw(lines: Lines, picture: Path) -> None:
         "ratio_to_ringattention": draw_attention,
         "tflops": draw_kernels,
         "peak_bytes": draw_memory,
+        "mxu_cycles": draw_cycles,
     }
     for key, draw_kind in kinds.items():
         own = [line for line in lines if key in line]
@@ -59,6 +60,20 @@ def draw_kernels(axes: Axes, lines: Lines) -> None:
     ]
     _bars(axes, lines, names, "tflops", "%.0f")
     axes.set(xlabel="TFLOP/s")
+
+
+def draw_cycles(axes: Axes, lines: Lines) -> None:
+    """Plots the share of cycles in which the MXUs work on a fully visible block."""
+    names = [
+        "{kernel} {generation}, {mask}, heads of {head_size}".format(**line)
+        for line in lines
+    ]
+    shares = [
+        line | {"share": 100 * line["mxu_cycles"] / line["full_cycles"]}
+        for line in lines
+    ]
+    _bars(axes, shares, names, "share", "%.0f")
+    axes.set(xlabel="% of cycles that the MXUs work")
 
 
 def _bars(axes: Axes, lines: Lines, names: list[str], value: str, form: str) -> None:

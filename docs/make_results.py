@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import long_context_rows as published
+from benchmarks import tpu_schedule_table
 from benchmarks.peer_bytes import table as peer_bytes_table
 from benchmarks.plan_bytes import compare
 from benchmarks.train_memory import MAXTEXT, SPLITS
@@ -28,7 +29,7 @@ from usp_jax.units import GIB
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 IMAGES = DOCS / "images"
-PAGES = ("results", "features", "peers", "memory", "numerics")
+PAGES = ("results", "features", "peers", "memory", "numerics", "tpu-cycles")
 BLOCK = re.compile(r"(<!--begin ([\w-]+)-->\n).*?(<!--end \2-->)", re.DOTALL)
 K, MIB = 1024, 2**20
 Line = dict[str, Any]
@@ -272,6 +273,12 @@ def long_context_rows() -> str:
     return markdown(published.HEAD, published.table(lines))
 
 
+def tpu_cycles() -> str:
+    """Cycles of the TPU kernels, in the schedules that were compiled."""
+    rows = tpu_schedule_table.rows(kept("tpu-schedule"))
+    return markdown(tpu_schedule_table.HEAD, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "long-context-rows": long_context_rows,
     "windowed-layers": windowed_layers,
@@ -285,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "longest": longest,
     "maxtext": maxtext,
     "errors": errors,
+    "tpu-cycles": tpu_cycles,
 }
 
 
@@ -358,6 +366,11 @@ def plan_points() -> Points:
     return points
 
 
+def cycle_points() -> Points:
+    """Shares of the cycles of a full pair of blocks in which the MXU works."""
+    return tpu_schedule_table.points(kept("tpu-schedule"))
+
+
 def draw_kernels(axes: Any, points: Points) -> None:
     for name, row in points.items():
         dashes = "-" if name.startswith(OURS) else "--"
@@ -395,6 +408,17 @@ def draw_memory(axes: Any, points: Points) -> None:
     axes.set(xlabel="GiB a device")
 
 
+def draw_cycles(axes: Any, points: Points) -> None:
+    names = [name for name, _ in points["usp_jax"]]
+    for index, (kernel, row) in enumerate(points.items()):
+        places = [names.index(name) + 0.27 * (index - 1) for name, _ in row]
+        shares = [share for _, share in row]
+        bars = axes.bar(places, shares, 0.27, label=kernel)
+        axes.bar_label(bars, fmt="%.0f", fontsize="x-small")
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    axes.set(ylabel="% of cycles that the MXU works", ylim=(0, 125))
+
+
 def draw_plan(axes: Any, points: Points) -> None:
     sizes = [2**n for n in range(2, 7)]
     ends = [sizes[0], sizes[-1]]
@@ -419,6 +443,7 @@ PICTURES: dict[str, tuple[Callable[[], Points], Callable[[Any, Points], None]]] 
     "bytes-per-layer": (byte_points, draw_bytes),
     "memory-options": (memory_points, draw_memory),
     "planned-bytes": (plan_points, draw_plan),
+    "tpu-cycles": (cycle_points, draw_cycles),
 }
 
 

@@ -10,7 +10,9 @@ from benchmarks.plots import draw
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("kind", ["attention-cpu", "kernels-h100", "train-memory"])
+@pytest.mark.parametrize(
+    "kind", ["attention-cpu", "kernels-h100", "train-memory", "tpu-schedule"]
+)
 def test_stored_results_are_drawn(kind: str, tmp_path: Path) -> None:
     newest = max(RESULTS.glob(f"*-{kind}.jsonl"))
     lines = [json.loads(line) for line in newest.read_text().splitlines()]
