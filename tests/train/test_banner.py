@@ -5,8 +5,9 @@ import re
 import time
 
 import usp_jax
-from train.log.banner import alive, banner
+from train.log.banner import banner
 from train.presets import preset
+from usp_jax.command_line import alive
 
 
 def test_a_run_prints_its_description():
