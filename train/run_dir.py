@@ -60,6 +60,7 @@ class DataRecord(TypedDict):
     path: str | None
     tokenizer: str | None
     mixture: NotRequired[list[tuple[str, float]]]
+    tokenizer_fingerprint: NotRequired[str]
 
 
 class RunRecord(TypedDict):
@@ -71,7 +72,7 @@ class RunRecord(TypedDict):
     """
 
     model: dict[str, Any]
-    mesh: dict[str, int]
+    mesh: dict[str, Any]
     data: DataRecord
     dtype: str
     sequence_length: int

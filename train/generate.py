@@ -1,0 +1,285 @@
+"""`python -m train.generate RUN_OR_FOLDER PROMPT ...`: continues texts, or chats.
+
+The model is that of a run's checkpoint or of a folder in the Hugging Face format, on
+any mesh. Tokens are printed as they come.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from train.config import MeshConfig
+from train.prompting import Message, Prompting
+from train.source import Source
+from train.words import check_no_empty_value
+from usp_jax.command_line import alive, readers_may_leave
+from usp_jax.models.generate import stream
+from usp_jax.models.llama import Llama
+
+# Prompts are padded to a power of two, so that a conversation seldom compiles anew.
+SHORTEST = 64
+# Sampling where neither the command nor generation_config.json says how.
+TEMPERATURE = 0.7
+# What a decoder writes for the bytes of an unfinished character.
+UNFINISHED = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continues texts with a trained model, or chats with it.
+
+    Attributes:
+      source: folder of a run of `python -m train`, or of a model in the Hugging Face
+        format.
+      prompts: texts to continue.
+      file: files with further texts to continue, one each.
+      chat: hold a conversation: each line of the input is a turn, answered with the
+        model's chat template.
+      system: system message that begins the conversation.
+      chat_template: file with a chat template in Jinja; None is the model's own.
+      length: maximum number of tokens to generate, for each prompt or answer.
+      temperature: divides the logits, and 0 takes the most likely token; None is that
+        of generation_config.json, or 0.7.
+      top_k: sample only from this many most likely tokens; None is that of
+        generation_config.json, or all.
+      top_p: sample only from the most likely tokens that together have this
+        probability; None is that of generation_config.json, or all.
+      seed: seed of the samples.
+      json: print a line of JSON for each prompt instead of text.
+      step: step of the run's checkpoint; None is the newest.
+      dtype: dtype of the computation, float32 or bfloat16; None is that of the run or
+        of config.json.
+      keep_weights: gather the weights once for all tokens; None does if a device's
+        memory allows.
+      mesh: devices along each mesh axis; all 1 is the mesh of the run, or a ring of all
+        devices.
+      fake_devices: use this many fake CPU devices; None is as in the run, and 0 is
+        real devices.
+    """
+
+    source: tyro.conf.Positional[Path]
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    file: tuple[Path, ...] = ()
+    chat: bool = False
+    system: str | None = None
+    chat_template: Path | None = None
+    length: int = 200
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    json: bool = False
+    step: int | None = None
+    dtype: str | None = None
+    keep_weights: bool | None = None
+    mesh: MeshConfig = MeshConfig()
+    fake_devices: int | None = None
+
+
+@dataclasses.dataclass
+class Answer:
+    """The text of one row so far.
+
+    Attributes:
+      ids: its tokens, without the one that ends it.
+      ended: whether a token has ended it.
+    """
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    ended: bool = False
+
+
+class Speaker:
+    """A model with its tokenizer and sampling options."""
+
+    def __init__(self, options: Generate, model: Llama, prompting: Prompting):
+        self._options, self._model, self.prompting = options, model, prompting
+        defaults, own = prompting.defaults, options.temperature
+        self._temperature = (
+            defaults.get("temperature", TEMPERATURE) if own is None else own
+        )
+        self._top_p = defaults.get("top_p") if options.top_p is None else options.top_p
+        self._top_k = options.top_k
+        if options.top_k is None and "top_k" in defaults:
+            self._top_k = min(defaults["top_k"], model.config.vocab_size)
+
+    def answers(
+        self, prompts: Sequence[np.ndarray], turn: int = 0
+    ) -> Iterator[list[Answer]]:
+        """Yields the texts after each new token; all prompts continue together.
+
+        Args:
+          prompts: token ids, int32 [P] each.
+          turn: number of the turn, so that each draws other tokens.
+        """
+        longest = max(map(len, prompts))
+        width = max(SHORTEST, 1 << (longest - 1).bit_length())
+        tokens = np.stack([np.pad(x, (0, width - len(x))) for x in prompts])
+        new = stream(
+            self._model,
+            jnp.asarray(tokens, jnp.int32),
+            self._options.length,
+            lengths=jnp.asarray([len(x) for x in prompts], jnp.int32),
+            key=jax.random.fold_in(jax.random.key(self._options.seed), turn),
+            temperature=self._temperature,
+            top_k=self._top_k,
+            top_p=self._top_p,
+            keep_weights=self._options.keep_weights,
+        )
+        rows = [Answer() for _ in prompts]
+        # Both programs are compiled before anything is printed.
+        with alive("reading the prompt", file=sys.stderr):
+            first = list(islice(new, 2))
+        for token in chain(first, new):
+            for row, id_ in zip(rows, np.asarray(token).tolist(), strict=True):
+                row.ended |= id_ in self.prompting.ends
+                if not row.ended:
+                    row.ids.append(id_)
+            yield rows
+            if all(row.ended for row in rows):
+                return
+
+    def text(self, answer: Answer, *, whole: bool) -> str:
+        """The text of a row; unless `whole`, without an unfinished character."""
+        text = self.prompting.vocabulary.decode(np.asarray(answer.ids, np.int32))
+        return text if whole else text.rstrip(UNFINISHED)
+
+
+def continue_texts(speaker: Speaker, texts: Sequence[str], as_json: bool) -> None:
+    """Prints each text with its continuation, the first unfinished one as it grows."""
+    prompts = [speaker.prompting.encode(text) for text in texts]
+    shown, printed, begun = -1, "", time.monotonic()
+    rows = [Answer() for _ in texts]
+    for rows in speaker.answers(prompts):
+        if as_json:
+            continue
+        while shown < len(rows):
+            if shown < 0 or (rows[shown].ended and shown + 1 < len(rows)):
+                if shown >= 0:
+                    _print(speaker.text(rows[shown], whole=True)[len(printed) :])
+                shown, printed = shown + 1, ""
+                _print(_head(shown, texts))
+            else:
+                break
+        text = speaker.text(rows[shown], whole=False)
+        _print(text[len(printed) :])
+        printed = text
+    seconds = time.monotonic() - begun
+    for number in range(max(shown, 0), len(rows)):
+        text = speaker.text(rows[number], whole=True)
+        if as_json:
+            entry = {
+                "prompt": texts[number],
+                "text": text,
+                "tokens": len(rows[number].ids),
+                "ended": rows[number].ended,
+            }
+            print(json.dumps(entry, ensure_ascii=False))
+            continue
+        if number != shown:
+            _print(_head(number, texts))
+            printed = ""
+        _print(text[len(printed) :])
+    if not as_json:
+        print()
+    count = sum(len(row.ids) for row in rows)
+    print(f"{count} tokens in {seconds:.1f} s, with compiling", file=sys.stderr)
+
+
+def _head(number: int, texts: Sequence[str]) -> str:
+    between = "\n\n" if number else ""
+    name = f"== {number + 1}\n" if len(texts) > 1 else ""
+    return f"{between}{name}{texts[number]}"
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def converse(speaker: Speaker, system: str | None) -> None:
+    """Answers each line of the input, until it ends or the second Ctrl-C."""
+    messages: list[Message] = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    # Before the first question, since its answer is written.
+    speaker.prompting.render([*messages, {"role": "user", "content": ""}])
+    typed = sys.stdin.isatty()
+    if typed:
+        print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
+    for turn in range(sys.maxsize):
+        try:
+            question = input("> " if typed else "")
+        except EOFError:
+            return
+        messages.append({"role": "user", "content": question})
+        answer, printed = Answer(), ""
+        try:
+            prompt = speaker.prompting.encode_chat(messages)
+            for (answer,) in speaker.answers([prompt], turn):
+                text = speaker.text(answer, whole=False)
+                _print(text[len(printed) :])
+                printed = text
+        except KeyboardInterrupt:
+            pass
+        text = speaker.text(answer, whole=True)
+        print(text[len(printed) :])
+        messages.append({"role": "assistant", "content": text})
+
+
+def run(options: Generate) -> None:
+    """Loads the model, and continues texts or chats.
+
+    Raises:
+      ValueError: an option or a file is invalid.
+      ImportError: a package is not installed.
+    """
+    texts = list(options.prompts)
+    for path in options.file:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"file={path} cannot be read: {error}") from None
+    if options.chat and (texts or options.json):
+        raise ValueError("chat=True takes neither prompts, files nor --json")
+    if not options.chat and not texts:
+        raise ValueError("there is no prompt: give texts, --file FILE or --chat")
+    if options.length < 1:
+        raise ValueError(f"length={options.length} must be positive")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed={options.seed} must be from 0 to 2**32 - 1")
+    source = Source.open(options.source, options.step, options.dtype)
+    prompting = Prompting.of(source, options.chat_template)
+    with alive("loading the model", file=sys.stderr):
+        _, model = source.load(options.mesh, options.fake_devices)
+    speaker = Speaker(options, model, prompting)
+    if options.chat:
+        converse(speaker, options.system)
+    else:
+        continue_texts(speaker, texts, options.json)
+
+
+def main() -> None:
+    """Runs the command; exits with 2 for errors that the user can fix."""
+    try:
+        check_no_empty_value(sys.argv[1:])
+        options = tyro.cli(Generate, prog="python -m train.generate")
+        with readers_may_leave():
+            run(options)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
