@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from flax import nnx
 
 from tests.models.hf_cases import CONFIGS, write
 from tests.test_code_blocks import FENCED, STANDS_FOR
 from train.cli import parse
 from train.data.vocabulary import Vocabulary
 from train.run_dir import record
+from usp_jax.models import hf
+from usp_jax.models.llama import Llama
 
 ROOT = Path(__file__).parent.parent
 # In the order in which a reader meets them, and then all others.
@@ -84,7 +87,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "essay.txt").write_text(text[:400])
     (folder / "notes" / "a.txt").write_text(text)
     # A chat model, of 256 tokens.
-    model = write(folder / "Qwen3-0.6B", {**CONFIGS["plain"], "vocab_size": 256})
+    model = folder / "Qwen3-0.6B"
+    hf.save(Llama("tiny", rngs=nnx.Rngs(0)), model)
     (model / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     (model / "chat_template.jinja").write_text(template)

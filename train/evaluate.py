@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import rich.table
 import tyro
 
 from train.config import DataConfig, MeshConfig
+from train.data.corpus import Corpus
 from train.data.text import load_text
 from train.data.token_folder import DataGone
 from train.evaluation.by_position import (
@@ -37,6 +38,8 @@ from train.words import check_no_empty_value
 from usp_jax.command_line import alive, readers_may_leave
 from usp_jax.models.llama import Llama
 
+# Length of a Hugging Face folder's windows, if it is not given and the model allows it.
+LONGEST = 8192
 # Values of JSON.
 Results = dict[str, Any]
 
@@ -70,10 +73,10 @@ class Evaluate:
         format.
       text: files or folders of text; none is the run's training text.
       length: tokens that the model sees at most; None is the run's sequence length, or
-        the longest of config.json.
+        that of config.json, but at most 8192.
       rows: maximum number of windows to evaluate of each text.
-      buckets: number of buckets of positions; each ends at twice the position of the
-        previous one.
+      buckets: maximum number of buckets of positions; each ends at twice the position
+        of the previous one.
       batch_size: number of windows to evaluate at once.
       step: step of the run's checkpoint; None is the newest.
       dtype: dtype of the computation, float32 or bfloat16; None is that of the run or
@@ -109,11 +112,11 @@ def evaluate(options: Evaluate) -> Results:
     """
     _check(options)
     source = Source.open(options.source, options.step, options.dtype)
-    texts = () if options.passkey.enabled else _texts(options, source)
-    with alive("loading the model", file=sys.stderr):
+    texts = {} if options.passkey.enabled else _texts(options, source)
+    with alive("loading the model", on_stderr=True):
         step, model = source.load(options.mesh, options.fake_devices)
     results: Results = {} if step is None else {"step": step}
-    with alive("evaluating", file=sys.stderr):
+    with alive("evaluating", on_stderr=True):
         if options.passkey.enabled:
             results["passkeys"] = _passkeys(options, source, model)
         else:
@@ -145,46 +148,49 @@ def _check(options: Evaluate) -> None:
             raise ValueError(f"passkey.depths: {depth} must be between 0 and 1")
 
 
-def _texts(options: Evaluate, source: Source) -> Sequence[Path | None]:
-    """The texts to evaluate; None is the source of Python's standard library."""
-    if options.text:
-        return options.text
-    if source.run is None:
-        raise ValueError(
-            f"text=() of {options.source}, which is not a run: give --text FILE, or "
-            "--passkey.enabled"
-        )
-    data = source.run["data"]
-    if data.get("mixture"):
-        raise ValueError(
-            f"source={options.source} was trained on a mixture: give --text"
-        )
-    return (None if data["path"] is None else Path(data["path"]),)
+def _texts(options: Evaluate, source: Source) -> dict[str, Corpus]:
+    """The texts to evaluate by name."""
+    paths: Sequence[Path | None] = options.text
+    if not paths:
+        if source.run is None:
+            raise ValueError(
+                f"text=() of {options.source}, which is not a run: give --text FILE, "
+                "or --passkey.enabled"
+            )
+        data = source.run["data"]
+        if data.get("mixture"):
+            raise ValueError(
+                f"source={options.source} was trained on a mixture: give --text"
+            )
+        paths = (None if data["path"] is None else Path(data["path"]),)
+    vocabulary, texts = source.vocabulary(), {}
+    for path in paths:
+        name = "Python's standard library" if path is None else str(path)
+        (texts[name],) = load_text(DataConfig(path), vocabulary).corpora
+    return texts
+
+
+def _length(options: Evaluate, source: Source) -> int:
+    """The tokens that the model sees at most."""
+    longest = source.length if source.run is not None else min(source.length, LONGEST)
+    return options.length or longest
 
 
 def _perplexity(
-    options: Evaluate, source: Source, model: Llama, texts: Sequence[Path | None]
+    options: Evaluate, source: Source, model: Llama, texts: Mapping[str, Corpus]
 ) -> Results:
     """Nats per label of each text, and of all of them by position."""
-    length = options.length or source.length
-    bounds, vocabulary = doubling(length, options.buckets), source.vocabulary()
+    length = _length(options, source)
+    bounds = doubling(length, min(options.buckets, length.bit_length()))
     files, whole = [], []
-    for path in texts:
-        (corpus,) = load_text(DataConfig(path), vocabulary).corpora
+    for name, corpus in texts.items():
         rows = islice(pieces(corpus.documents(), length), options.rows)
         nats = list(nats_of_labels(model, rows, length, options.batch_size))
         whole += [x for x in nats if x.size == length]
         every = np.concatenate(nats)
         mean = float(every.mean())
-        name = "Python's standard library" if path is None else str(path)
-        files.append(
-            {
-                "text": name,
-                "labels": every.size,
-                "nats": mean,
-                "perplexity": math.exp(mean),
-            }
-        )
+        row = {"labels": every.size, "nats": mean, "perplexity": math.exp(mean)}
+        files.append({"text": name, **row})
     results: Results = {"length": length, "texts": files}
     # Without a whole window, no two positions are measured on the same texts.
     if whole:
@@ -198,7 +204,7 @@ def _perplexity(
 
 def _passkeys(options: Evaluate, source: Source, model: Llama) -> Results:
     """The share of passkeys found, by length and depth."""
-    longest, passkey = options.length or source.length, options.passkey
+    longest, passkey = _length(options, source), options.passkey
     found = accuracies(
         greedy(model),
         lengths=passkey.lengths or [longest // part for part in (8, 4, 2, 1)],

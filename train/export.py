@@ -49,18 +49,22 @@ def export(options: Export) -> int:
     run = read_run(options.run_dir, options.step)
     source = Source.open(options.run_dir, options.step)
     vocabulary, start = source.vocabulary(), run.get("init_from")
-    like = None if start is None or not Path(start).exists() else Path(start)
-    step, model = source.load(MeshConfig(), None)
-    # It is a run.
-    assert step is not None
-    hf.save(
-        model,
-        options.out,
-        dtype=options.dtype,
-        like=like,
-        max_length=source.length,
-        texts=serving_files(vocabulary, source.folder, source.length),
-    )
+    like = None if start is None else Path(start)
+    if like is not None and not (like / "config.json").exists():
+        like = None
+    folders = [folder for folder in (like, source.folder) if folder is not None]
+    with alive("exporting", on_stderr=True):
+        step, model = source.load(MeshConfig(), None)
+        # It is a run.
+        assert step is not None
+        hf.save(
+            model,
+            options.out,
+            dtype=options.dtype,
+            like=like,
+            max_length=source.length,
+            texts=serving_files(vocabulary, folders, source.length),
+        )
     return step
 
 
@@ -69,8 +73,7 @@ def main() -> None:
     try:
         check_no_empty_value(sys.argv[1:])
         options = tyro.cli(Export, prog="python -m train.export")
-        with alive("exporting", file=sys.stderr):
-            step = export(options)
+        step = export(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -8,9 +8,10 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from train.words import check_no_empty_value
 from usp_jax.command_line import alive, readers_may_leave
 from usp_jax.models.generate import stream
 from usp_jax.models.llama import Llama
+from usp_jax.models.sampling import check_sampling
 
 # Prompts are padded to a power of two, so that a conversation seldom compiles anew.
 SHORTEST = 64
@@ -98,19 +100,42 @@ class Answer:
     ended: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """The sampling options of `usp_jax.models.generate`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    @classmethod
+    def of(
+        cls, options: Generate, defaults: Mapping[str, Any], vocab_size: int
+    ) -> "Drawing":
+        """Chooses between the command's options and those of generation_config.json.
+
+        Raises:
+          ValueError: an option is out of range.
+        """
+        temperature, top_k, top_p = options.temperature, options.top_k, options.top_p
+        if temperature is None:
+            temperature = defaults.get("temperature", TEMPERATURE)
+        if top_k is None and "top_k" in defaults:
+            top_k = min(defaults["top_k"], vocab_size)
+        if top_p is None:
+            top_p = defaults.get("top_p")
+        check_sampling(vocab_size, temperature, top_k, top_p)
+        return cls(temperature, top_k, top_p)
+
+
 class Speaker:
     """A model with its tokenizer and sampling options."""
 
-    def __init__(self, options: Generate, model: Llama, prompting: Prompting):
-        self._options, self._model, self.prompting = options, model, prompting
-        defaults, own = prompting.defaults, options.temperature
-        self._temperature = (
-            defaults.get("temperature", TEMPERATURE) if own is None else own
-        )
-        self._top_p = defaults.get("top_p") if options.top_p is None else options.top_p
-        self._top_k = options.top_k
-        if options.top_k is None and "top_k" in defaults:
-            self._top_k = min(defaults["top_k"], model.config.vocab_size)
+    def __init__(
+        self, options: Generate, model: Llama, prompting: Prompting, drawing: Drawing
+    ):
+        self._options, self._model, self._drawing = options, model, drawing
+        self.prompting = prompting
 
     def answers(
         self, prompts: Sequence[np.ndarray], turn: int = 0
@@ -130,14 +155,14 @@ class Speaker:
             self._options.length,
             lengths=jnp.asarray([len(x) for x in prompts], jnp.int32),
             key=jax.random.fold_in(jax.random.key(self._options.seed), turn),
-            temperature=self._temperature,
-            top_k=self._top_k,
-            top_p=self._top_p,
+            temperature=self._drawing.temperature,
+            top_k=self._drawing.top_k,
+            top_p=self._drawing.top_p,
             keep_weights=self._options.keep_weights,
         )
         rows = [Answer() for _ in prompts]
         # Both programs are compiled before anything is printed.
-        with alive("reading the prompt", file=sys.stderr):
+        with alive("reading the prompt", on_stderr=True):
             first = list(islice(new, 2))
         for token in chain(first, new):
             for row, id_ in zip(rows, np.asarray(token).tolist(), strict=True):
@@ -210,8 +235,6 @@ def converse(speaker: Speaker, system: str | None) -> None:
     messages: list[Message] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
-    # Before the first question, since its answer is written.
-    speaker.prompting.render([*messages, {"role": "user", "content": ""}])
     typed = sys.stdin.isatty()
     if typed:
         print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
@@ -258,9 +281,13 @@ def run(options: Generate) -> None:
         raise ValueError(f"seed={options.seed} must be from 0 to 2**32 - 1")
     source = Source.open(options.source, options.step, options.dtype)
     prompting = Prompting.of(source, options.chat_template)
-    with alive("loading the model", file=sys.stderr):
+    drawing = Drawing.of(options, prompting.defaults, source.config.vocab_size)
+    if options.chat:
+        # Without a template, this raises before the weights are read.
+        prompting.render([{"role": "user", "content": ""}])
+    with alive("loading the model", on_stderr=True):
         _, model = source.load(options.mesh, options.fake_devices)
-    speaker = Speaker(options, model, prompting)
+    speaker = Speaker(options, model, prompting, drawing)
     if options.chat:
         converse(speaker, options.system)
     else:

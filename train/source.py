@@ -12,7 +12,7 @@ from train.config import MeshConfig
 from train.data.vocabulary import Vocabulary
 from train.fake_devices import make_fake_devices
 from train.mesh import make_mesh
-from train.run_dir import RunRecord, checkpoint_folders
+from train.run_dir import TOKENIZER, RunRecord, checkpoint_folders
 from train.trained import load_model, model_config, read_run
 from usp_jax.mesh import ROLES
 from usp_jax.models import hf
@@ -75,16 +75,16 @@ class Source:
     def folder(self) -> Path | None:
         """The folder with the tokenizer's files, if it is known and exists.
 
-        For a run, that of the initial weights, or else of its tokenizer.
+        For a run, that of the initial weights, else of its tokenizer, else its own.
         """
         if self.run is None:
             return self.path
         start, tokenizer = self.run.get("init_from"), self.run["data"]["tokenizer"]
-        if start is not None and (Path(start) / "tokenizer.json").exists():
-            return Path(start)
-        if tokenizer is not None and Path(tokenizer).exists():
-            return Path(tokenizer).parent
-        return None
+        named = ([] if start is None else [Path(start)]) + (
+            [] if tokenizer is None else [Path(tokenizer).parent, self.path]
+        )
+        there = (folder for folder in named if (folder / TOKENIZER).exists())
+        return next(there, None)
 
     def vocabulary(self) -> Vocabulary:
         """Reads the tokenizer; without one, a run's tokens are bytes.
@@ -93,13 +93,15 @@ class Source:
           ValueError: the tokenizer is missing, or is not the one of the run.
         """
         if self.run is None:
-            return Vocabulary.load(self.path / "tokenizer.json", "tokenizer")
-        name = self.run["data"]["tokenizer"]
-        vocabulary = Vocabulary.load(None if name is None else Path(name))
+            return Vocabulary.load(self.path / TOKENIZER, "tokenizer")
+        name, own = self.run["data"]["tokenizer"], self.path / TOKENIZER
+        if name is None:
+            return Vocabulary()
+        vocabulary = Vocabulary.load(own if own.exists() else Path(name))
         known = self.run["data"].get("tokenizer_fingerprint")
         if known not in (None, vocabulary.fingerprint):
             raise ValueError(
-                f"data.tokenizer={name} has changed since the run was trained with it"
+                f"{vocabulary.source} has changed since the run was trained with it"
             )
         return vocabulary
 

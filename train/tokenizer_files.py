@@ -5,7 +5,9 @@ tokenizer.json. What is missing is made from the tokenizer. Bytes become a token
 whose 256 tokens are the bytes.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,18 +24,18 @@ NAMES = (
 
 
 def serving_files(
-    vocabulary: Vocabulary, folder: Path | None, length: int
+    vocabulary: Vocabulary, folders: Sequence[Path], length: int
 ) -> dict[str, str]:
     """Returns the contents of files by name.
 
     Args:
       vocabulary: text to token ids and back.
-      folder: the folder with the tokenizer's files, or None.
+      folders: folders that may have some of the files; the first is preferred.
       length: the longest text of the model in tokens.
     """
     files: dict[str, str] = {}
-    for name in NAMES:
-        if folder is not None and (folder / name).exists():
+    for folder, name in itertools.product(reversed(folders), NAMES):
+        if (folder / name).exists():
             files[name] = (folder / name).read_text(encoding="utf-8")
     tokenizer = vocabulary.tokenizer or byte_tokenizer()
     before, after = vocabulary.around()

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 # Seconds between lines when the output is not a terminal, and between two pictures of
 # the spinner when it is.
@@ -53,16 +53,16 @@ def readers_may_leave() -> Iterator[None]:
 
 @contextlib.contextmanager
 def alive(
-    doing: str, every: float = EVERY, file: TextIO | None = None
+    doing: str, every: float = EVERY, *, on_stderr: bool = False
 ) -> Iterator[None]:
     """Shows that a long operation is in progress, by a spinner or periodic lines.
 
     Args:
       doing: the operation, such as "compiling the step".
       every: seconds between lines when the output is not a terminal.
-      file: where to print; None is standard output.
+      on_stderr: whether to print on standard error, and not on standard output.
     """
-    out = sys.stdout if file is None else file
+    out = sys.stderr if on_stderr else sys.stdout
     done, begun = threading.Event(), time.monotonic()
 
     def line() -> str:

@@ -3,7 +3,7 @@
 GIB = 2**30
 
 
-def bytes_text(size: float) -> str:
+def bytes_text(size: float | int) -> str:
     """Formats a number of bytes with its unit, such as "48.0 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":

@@ -22,7 +22,7 @@ from train.evaluate import Evaluate, evaluate
 from train.export import Export, export
 from train.run_dir import record
 from train.source import Source
-from train.tokenizer_files import serving_files
+from train.tokenizer_files import byte_tokenizer, serving_files
 from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.llama import NTKScaling
@@ -68,6 +68,25 @@ def test_an_export_has_all_that_serves_it(tmp_path: Path) -> None:
     assert (source.length, source.config.vocab_size) == (64, 256)
 
 
+def test_a_run_keeps_its_tokenizer(tmp_path: Path) -> None:
+    config = small_config(tmp_path, mesh=MeshConfig())
+    path = tmp_path / "tokenizer.json"
+    byte_tokenizer().save(str(path))
+    data = dataclasses.replace(config.data, tokenizer=path)
+    run = build(dataclasses.replace(config, data=data))
+    path.unlink()
+    source = Source.open(config.run_dir)
+    assert source.vocabulary().fingerprint == run.vocabulary.fingerprint
+    assert source.folder == config.run_dir
+    byte_tokenizer().save(str(config.run_dir / "tokenizer.json"), pretty=False)
+    assert source.vocabulary().size == 256
+    own = json.loads((config.run_dir / "tokenizer.json").read_text())
+    own["decoder"] = None
+    (config.run_dir / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match="has changed since the run was trained"):
+        source.vocabulary()
+
+
 def test_a_tokenizer_brings_its_special_tokens_and_neighbours(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, [])
@@ -82,7 +101,7 @@ def test_a_tokenizer_brings_its_special_tokens_and_neighbours(tmp_path: Path) ->
     assert vocabulary.around() == ([1], [2])
     assert vocabulary.encode_start("aa").tolist() == [1, 0, 0]
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    files = serving_files(vocabulary, tmp_path, 512)
+    files = serving_files(vocabulary, [tmp_path], 512)
     assert files["tokenizer.json"] == path.read_text()
     assert files["chat_template.jinja"] == "{{ messages }}"
     settings = json.loads(files["tokenizer_config.json"])
@@ -91,7 +110,7 @@ def test_a_tokenizer_brings_its_special_tokens_and_neighbours(tmp_path: Path) ->
     generation = json.loads(files["generation_config.json"])
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    files = serving_files(vocabulary, tmp_path, 512)
+    files = serving_files(vocabulary, [tmp_path], 512)
     assert json.loads(files["generation_config.json"]) == {"eos_token_id": [2, 7]}
 
 

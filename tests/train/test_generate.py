@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 
-from tests.models.hf_cases import CONFIGS, write
 from tests.train.runs import small_config
 from train.build import build
 from train.config import MeshConfig
@@ -20,6 +20,8 @@ from train.evaluation.retrieval import accuracy
 from train.generate import Generate, run
 from train.prompting import Prompting
 from train.source import Source
+from usp_jax.models import hf
+from usp_jax.models.llama import Llama, LlamaConfig
 
 ROOT = Path(__file__).parent.parent.parent
 MESH = MeshConfig(ring=2)
@@ -44,7 +46,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a tokenizer of letters and a chat template."""
     path = tmp_path_factory.mktemp("folder") / "model"
-    write(path, {**CONFIGS["plain"], "vocab_size": 96})
+    config = LlamaConfig.preset("tiny", vocab_size=96, num_layers=1, dtype="float32")
+    hf.save(Llama(config, rngs=nnx.Rngs(0)), path)
     letters = ["<s>", "</s>", *map(chr, range(32, 126))]
     words = {letter: i for i, letter in enumerate(letters)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=" "))

@@ -96,7 +96,7 @@ def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
     options = dict(args.option)
     if args.recommended_flags:
         options = usp_jax.recommended_flags(topology.platform) | options
-    with alive(f"compiling for {args.topology}", file=sys.stderr):
+    with alive(f"compiling for {args.topology}", on_stderr=True):
         return _compiled(args.backward, attention, arguments, options)
 
 

@@ -142,7 +142,7 @@ def stream(
     plan, params = _plan(model, num_tokens, keep_weights)
     kept = _kept(plan, params)
     prompts, rows = Prompts(prompt, lengths), prompt.shape[0]
-    token, caches = _begin(plan, params, kept, prompts, sampling)
+    token, caches = _begin(plan, params, prompts, sampling)
     yield token[:rows]
     for number in range(1, num_tokens):
         token, caches = _advance(
@@ -252,21 +252,14 @@ def _generate(
         state = _advance(plan, params, kept, prompts, sampling, number, *state)
         return write(tokens, number, state), state
 
-    state = _begin(plan, params, kept, prompts, sampling)
+    state = _begin(plan, params, prompts, sampling)
     carry = write(tokens, 0, state), state
     return lax.fori_loop(1, plan.num_tokens, body, carry)[0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _begin(
-    plan: _Plan,
-    params: Any,
-    kept: Weights | None,
-    prompts: Prompts,
-    sampling: Sampling,
-) -> State:
+def _begin(plan: _Plan, params: Any, prompts: Prompts, sampling: Sampling) -> State:
     """The first token of each row, and caches with room for more tokens."""
-    del kept
     model = _model(plan, params, prompts)
     split = model.split
     prompts = prompts.padded(split.size(split.batch))

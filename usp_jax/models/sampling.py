@@ -37,17 +37,12 @@ class Sampling:
         top_k: int | None,
         top_p: float | int | None,
     ) -> "Sampling":
-        """Checks the options of `generate`.
+        """Makes it from the options of `generate`.
 
         Raises:
           ValueError: one is out of range.
         """
-        if not temperature >= 0:
-            raise ValueError(f"{temperature=} must be 0 or positive")
-        if top_k is not None and not 1 <= top_k <= vocab_size:
-            raise ValueError(f"{top_k=} must be between 1 and {vocab_size=}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"{top_p=} must be greater than 0 and at most 1")
+        check_sampling(vocab_size, temperature, top_k, top_p)
         return cls(
             jax.random.key(0) if key is None else key,
             jnp.asarray(temperature, jnp.float32),
@@ -69,6 +64,25 @@ class Sampling:
         key = jax.random.fold_in(self.key, number)
         drawn = jax.random.categorical(key, scaled, -1)
         return jnp.where(self.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def check_sampling(
+    vocab_size: int,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int | None,
+) -> None:
+    """Checks the options of `generate`, without using a device.
+
+    Raises:
+      ValueError: one is out of range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"{temperature=} must be 0 or positive")
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"{top_k=} must be between 1 and {vocab_size=}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"{top_p=} must be greater than 0 and at most 1")
 
 
 def _nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Array:
