@@ -15,6 +15,7 @@ from usp_jax import compiled
 from usp_jax.models import generate as generating
 from usp_jax.models.decoder import Variant
 from usp_jax.models.decoding import Prompts
+from usp_jax.models.experts import Experts
 from usp_jax.models.generate import generate, stream
 from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.models.parameters import parameter_shapes
@@ -140,25 +141,27 @@ def test_equal_calls_without_a_key_draw_equal_tokens(model):
     chex.assert_trees_all_equal(generate(model, PROMPT, 5), given)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "ring": 2, "ulysses": 2}], ids=str)
-def test_prompts_of_several_lengths(model, mesh):
+def test_prompts_of_several_lengths(model):
     """Each row continues as it does alone, whatever follows the prompt."""
-    own = build(**mesh) if mesh else model
-    lengths = jnp.array([3, 7, 1], jnp.int32)
-    out = generate(own, PROMPT, 5, lengths=lengths, temperature=0)
-    for row, length in enumerate(lengths.tolist()):
-        alone = generate(model, PROMPT[row : row + 1, :length], 5, temperature=0)
-        wanted = jnp.pad(alone, ((0, 0), (0, 7 - length)))
-        chex.assert_trees_all_equal(out[row : row + 1], wanted)
+    lengths = jnp.array([3, 7, 3], jnp.int32)
+    out = generate(model, PROMPT, 5, lengths=lengths, temperature=0)
+    chex.assert_trees_all_equal(out[::2, 8:], jnp.zeros((2, 4), jnp.int32))
+    short = generate(model, PROMPT[::2, :3], 5, temperature=0)
+    chex.assert_trees_all_equal(out[::2, :8], short)
+    whole = generate(model, PROMPT, 5, temperature=0)
+    chex.assert_trees_all_equal(out[1], whole[1])
+    own = build(data=2, ring=2, ulysses=2)
+    again = generate(own, PROMPT, 5, lengths=lengths, temperature=0)
+    chex.assert_trees_all_equal(again, out)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_stream_has_the_tokens_of_generate(model, keep):
+def test_a_stream_has_the_tokens_of_generate(model):
     own = build(fsdp=2, ring=2, tensor=2)
-    options = {"key": jax.random.key(3), "temperature": 0.7, "keep_weights": keep}
-    expected = generate(model, PROMPT, 6, key=options["key"], temperature=0.7)
-    chex.assert_trees_all_equal(generate(own, PROMPT, 6, **options), expected)
-    tokens = list(stream(own, PROMPT, 6, **options))
+    options = {"key": jax.random.key(3), "temperature": 0.7}
+    expected = generate(model, PROMPT, 6, **options)
+    out = generate(own, PROMPT, 6, keep_weights=False, **options)
+    chex.assert_trees_all_equal(out, expected)
+    tokens = list(stream(own, PROMPT, 6, keep_weights=True, **options))
     chex.assert_trees_all_equal(jnp.stack(tokens, 1), expected[:, 7:])
     assert list(stream(own, PROMPT, 0)) == []
 
@@ -182,6 +185,20 @@ def test_kept_weights_are_gathered_before_the_loop():
     kept, again = (max(gathers_in_loops(own, keep).values()) for keep in (True, False))
     d_model, d_ff = own.config.d_model, own.config.d_ff
     assert kept < 1024 < 4 * d_model * d_ff <= again
+
+
+def test_experts_stay_on_their_devices():
+    config = LlamaConfig.preset(
+        "tiny", num_layers=1, dtype="float32", experts=Experts(8, 2, 16)
+    )
+    expected = generate(Llama(config, rngs=nnx.Rngs(0)), PROMPT, 4, temperature=0)
+    spread = dataclasses.replace(config, expert_axes=("ring",))
+    mesh = usp_jax.make_mesh(fsdp=2, ring=2, ulysses=2)
+    own = Llama(spread, mesh=mesh, rngs=nnx.Rngs(0))
+    out = generate(own, PROMPT, 4, temperature=0, keep_weights=True)
+    chex.assert_trees_all_equal(out, expected)
+    gate = own.gathered().layers["expert_gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (1, 4, *gate.shape[2:])
 
 
 def test_weights_are_kept_where_memory_allows(monkeypatch):
