@@ -179,45 +179,38 @@ class Speaker:
         return text if whole else text.rstrip(UNFINISHED)
 
 
-def continue_texts(speaker: Speaker, texts: Sequence[str], as_json: bool) -> None:
+def continue_texts(speaker: Speaker, texts: Sequence[str]) -> None:
     """Prints each text with its continuation, the first unfinished one as it grows."""
     prompts = [speaker.prompting.encode(text) for text in texts]
-    shown, printed, begun = -1, "", time.monotonic()
-    rows = [Answer() for _ in texts]
+    printed, begun, rows = "", time.monotonic(), [Answer() for _ in texts]
     for rows in speaker.answers(prompts):
-        if as_json:
-            continue
-        while shown < len(rows):
-            if shown < 0 or (rows[shown].ended and shown + 1 < len(rows)):
-                if shown >= 0:
-                    _print(speaker.text(rows[shown], whole=True)[len(printed) :])
-                shown, printed = shown + 1, ""
-                _print(_head(shown, texts))
-            else:
-                break
-        text = speaker.text(rows[shown], whole=False)
-        _print(text[len(printed) :])
-        printed = text
-    seconds = time.monotonic() - begun
-    for number in range(max(shown, 0), len(rows)):
-        text = speaker.text(rows[number], whole=True)
-        if as_json:
-            entry = {
-                "prompt": texts[number],
-                "text": text,
-                "tokens": len(rows[number].ids),
-                "ended": rows[number].ended,
-            }
-            print(json.dumps(entry, ensure_ascii=False))
-            continue
-        if number != shown:
-            _print(_head(number, texts))
-            printed = ""
-        _print(text[len(printed) :])
-    if not as_json:
-        print()
-    count = sum(len(row.ids) for row in rows)
+        printed = _print_more(printed, _so_far(speaker, texts, rows, done=False))
+    _print_more(printed, _so_far(speaker, texts, rows, done=True) + "\n")
+    seconds, count = time.monotonic() - begun, sum(len(row.ids) for row in rows)
     print(f"{count} tokens in {seconds:.1f} s, with compiling", file=sys.stderr)
+
+
+def write_json(speaker: Speaker, texts: Sequence[str]) -> None:
+    """Prints a line of JSON for each text, with its continuation."""
+    prompts = [speaker.prompting.encode(text) for text in texts]
+    (*_, rows) = speaker.answers(prompts)
+    for prompt, row in zip(texts, rows, strict=True):
+        text = speaker.text(row, whole=True)
+        entry = {"prompt": prompt, "text": text, "tokens": len(row.ids)}
+        print(json.dumps({**entry, "ended": row.ended}, ensure_ascii=False))
+
+
+def _so_far(
+    speaker: Speaker, texts: Sequence[str], rows: Sequence[Answer], *, done: bool
+) -> str:
+    """The texts up to the first unfinished one."""
+    parts = []
+    for number, row in enumerate(rows):
+        whole = done or row.ended
+        parts.append(_head(number, texts) + speaker.text(row, whole=whole))
+        if not whole:
+            break
+    return "".join(parts)
 
 
 def _head(number: int, texts: Sequence[str]) -> str:
@@ -226,12 +219,14 @@ def _head(number: int, texts: Sequence[str]) -> str:
     return f"{between}{name}{texts[number]}"
 
 
-def _print(text: str) -> None:
-    print(text, end="", flush=True)
+def _print_more(printed: str, text: str) -> str:
+    """Prints what is new in a text, and returns the text."""
+    print(text[len(printed) :], end="", flush=True)
+    return text
 
 
 def converse(speaker: Speaker, system: str | None) -> None:
-    """Answers each line of the input, until it ends or the second Ctrl-C."""
+    """Answers each line of the input, until it ends or Ctrl-C between answers."""
     messages: list[Message] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
@@ -248,13 +243,11 @@ def converse(speaker: Speaker, system: str | None) -> None:
         try:
             prompt = speaker.prompting.encode_chat(messages)
             for (answer,) in speaker.answers([prompt], turn):
-                text = speaker.text(answer, whole=False)
-                _print(text[len(printed) :])
-                printed = text
+                printed = _print_more(printed, speaker.text(answer, whole=False))
         except KeyboardInterrupt:
             pass
         text = speaker.text(answer, whole=True)
-        print(text[len(printed) :])
+        _print_more(printed, text + "\n")
         messages.append({"role": "assistant", "content": text})
 
 
@@ -290,8 +283,10 @@ def run(options: Generate) -> None:
     speaker = Speaker(options, model, prompting, drawing)
     if options.chat:
         converse(speaker, options.system)
+    elif options.json:
+        write_json(speaker, texts)
     else:
-        continue_texts(speaker, texts, options.json)
+        continue_texts(speaker, texts)
 
 
 def main() -> None:

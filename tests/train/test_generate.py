@@ -72,7 +72,8 @@ def test_prompts_are_continued(run_dir: Path, capsys: pytest.CaptureFixture[str]
     prompts = ("def f", "a longer prompt")
     options = Generate(run_dir, prompts, length=6, temperature=0.0)
     run(options)
-    together = capsys.readouterr().out
+    together, error = capsys.readouterr()
+    assert "12 tokens in " in error
     one, two = together.split("\n\n")
     assert one.startswith("== 1\ndef f") and two.startswith("== 2\na longer prompt")
     run(Generate(run_dir, prompts, length=6, temperature=0.0, json=True))
@@ -80,7 +81,6 @@ def test_prompts_are_continued(run_dir: Path, capsys: pytest.CaptureFixture[str]
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["prompt"] for row in rows] == list(prompts)
     assert [row["tokens"] for row in rows] == [6, 6]
-    assert "12 tokens in " in printed.err
     assert one.endswith(rows[0]["text"]) and two.rstrip("\n").endswith(
         rows[1]["text"].rstrip("\n")
     )
