@@ -59,9 +59,11 @@ def words(command: str) -> list[str]:
     typed = shlex.split(command.replace("[", " ").replace("]", " "), comments=True)
     typed = [STANDS_FOR.get(word, word) for word in typed]
     typed = [word for word in typed if word]
-    trains = typed[2] in ("train", "train.launch.one_host") and "--help" not in typed
-    few = ["--steps", "2"] if trains and "--steps" not in typed else []
-    return [sys.executable, *typed[1:], *few]
+    if "--steps" in typed:
+        typed[typed.index("--steps") + 1] = "2"
+    elif typed[2] in ("train", "train.launch.one_host") and "--help" not in typed:
+        typed += ["--steps", "2"]
+    return [sys.executable, *typed[1:]]
 
 
 @pytest.fixture(scope="module")
