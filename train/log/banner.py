@@ -6,17 +6,19 @@ from train.config import CONTINUED_LEARNING_RATE, Config
 
 
 def banner(config: Config, mesh: Mesh) -> str:
-    """Describes the model, mesh, work of a step and run directory, in three lines."""
+    """Describes the model, mesh, data, work of a step and run directory, in lines."""
     model, device = config.llama, mesh.devices.flat[0]
     axes = [f"{name}={size}" for name, size in mesh.shape.items() if size > 1]
     tokens = config.batch_size * config.sequence_length
     data = "passkeys" if config.passkey.enabled else _source(config)
     return (
         f"model: {_count(model.num_parameters)} parameters, {model.num_layers} layers, "
-        f"{config.dtype}; {mesh.devices.size} x {device.device_kind} as "
+        f"{config.dtype}\n"
+        f"mesh: {mesh.devices.size} x {device.device_kind} as "
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
-        f"data: {data}; {config.batch_size} rows of {config.sequence_length:,} tokens "
-        f"= {tokens:,} tokens per step, stored {config.layout}\n"
+        f"data: {data}\n"
+        f"step: {config.batch_size} rows of {config.sequence_length:,} tokens = "
+        f"{tokens:,} tokens, stored {config.layout}\n"
         f"run: {config.steps} steps{_start(config)}, in {config.run_dir}"
     )
 
