@@ -217,6 +217,12 @@ def test_weights_are_kept_where_memory_allows(monkeypatch):
     for memory, keeps in ((None, False), (2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(generating, "_memory", lambda _, memory=memory: memory)
         assert generating._plan(own, 3, None)[0].keeps is keeps
+    # On one device, the copy would be the weights themselves.
+    monkeypatch.setattr(generating, "_memory", lambda _: 2**60)
+    alone = build()
+    assert not generating._plan(alone, 3, None)[0].keeps
+    alone.config = config
+    assert generating._plan(alone, 3, None)[0].keeps
     monkeypatch.undo()
     assert generating._memory(own.mesh) > 2**20
     assert generating._memory(own.mesh.abstract_mesh) is None

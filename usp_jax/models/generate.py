@@ -80,7 +80,8 @@ def generate(
         is only split over `tensor` and, for experts, their axes. False gathers each
         layer again for each token. None keeps them if the parameters and the copy take
         at most half of a device's memory (of its share of the host's memory on a CPU),
-        and not if the memory is unknown. Processes whose devices differ must agree.
+        and not if the memory is unknown or nothing is gathered. Processes whose devices
+        differ must agree.
       validate_args: whether ids that are not in the vocabulary raise. It reads the
         prompt on the host, so it cannot be used inside `jax.jit`.
 
@@ -182,11 +183,18 @@ def _checked(
 def _plan(model: Llama, num_tokens: int, keep: bool | None) -> tuple[_Plan, Any]:
     model = model.without_pipeline()
     if keep is None:
-        memory = _memory(model.mesh)
-        needed = kept_bytes(model.config, kept_split(model.split))
-        keep = memory is not None and needed <= memory / 2
+        keep = _fits(model)
     graphdef, params = nnx.split(model, nnx.Param)
     return _Plan(graphdef, num_tokens, keep), params
+
+
+def _fits(model: Llama) -> bool:
+    """Whether a copy of the weights is of use, and leaves half of the memory."""
+    config, split = model.config, kept_split(model.split)
+    if not split.zero and config.dtype == config.stored_dtype:
+        return False
+    memory = _memory(model.mesh)
+    return memory is not None and kept_bytes(config, split) <= memory / 2
 
 
 def _memory(mesh: object) -> int | None:
