@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import long_context_rows as published
-from benchmarks import tpu_schedule_table
+from benchmarks import long_context_rows as published, tpu_schedule_table
 from benchmarks.peer_bytes import table as peer_bytes_table
 from benchmarks.plan_bytes import compare
 from benchmarks.train_memory import MAXTEXT, SPLITS

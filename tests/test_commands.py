@@ -13,15 +13,28 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from flax import nnx
 
 from tests.models.hf_cases import CONFIGS, write
 from tests.test_code_blocks import FENCED, STANDS_FOR
+from train.cli import parse
+from train.data.vocabulary import Vocabulary
+from train.run_dir import record
+from usp_jax.models import hf
+from usp_jax.models.llama import Llama
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README", "docs/training", "docs/data", "docs/watching", "docs/launching")
-# Commands that these machines cannot run, by a part of them.
+# In the order in which a reader meets them, and then all others.
+FIRST = ("README", "docs/training", "docs/data", "docs/launching", "docs/using")
+OTHERS = sorted(f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = tuple(dict.fromkeys((*FIRST, *OTHERS)))
+# Commands that the test leaves out, by a part of them, and why.
 NOT_RUN = {
     "pip install": "the environment of the tests has all extras",
+    "-m benchmarks.": "minutes to hours, or an accelerator",
+    "usp_jax.aot v5p:4x4x4": "minutes of compiling; the README's is run",
+    "--verify": "minutes of compiling",
+    "runs/passkey": "a run of hours",
     "--init-from Llama-3.2-1B/": "published weights and a tokenizer that fits them",
     "-n 8 --devices 1": "eight GPUs",
     "sbatch": "a SLURM cluster",
@@ -46,9 +59,11 @@ def words(command: str) -> list[str]:
     typed = shlex.split(command.replace("[", " ").replace("]", " "), comments=True)
     typed = [STANDS_FOR.get(word, word) for word in typed]
     typed = [word for word in typed if word]
-    trains = typed[2] in ("train", "train.launch.one_host") and "--help" not in typed
-    few = ["--steps", "2"] if trains and "--steps" not in typed else []
-    return [sys.executable, *typed[1:], *few]
+    if "--steps" in typed:
+        typed[typed.index("--steps") + 1] = "2"
+    elif typed[2] in ("train", "train.launch.one_host") and "--help" not in typed:
+        typed += ["--steps", "2"]
+    return [sys.executable, *typed[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +85,34 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator([text], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     write(folder / "Llama-3.2-1B", CONFIGS["plain"])
+    (folder / "notes").mkdir()
+    (folder / "essay.txt").write_text(text[:400])
+    (folder / "notes" / "a.txt").write_text(text)
+    # A chat model, of 256 tokens.
+    model = folder / "Qwen3-0.6B"
+    hf.save(Llama("tiny", rngs=nnx.Rngs(0)), model)
+    (model / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
     return folder
+
+
+def test_commands_do_not_collide(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainings in one folder are the same run, so that the second resumes it."""
+    # Written by a command before the one that reads it.
+    monkeypatch.setattr(Vocabulary, "load", lambda *_: Vocabulary())
+    runs: dict[str, dict[str, object]] = {}
+    for command in (command for page in PAGES for command in printed(page)):
+        if any(part in command for part in NOT_RUN):
+            continue
+        _, _, program, *typed = words(command)
+        if program == "train" and "--help" not in typed:
+            described = record(parse(typed))
+            # Free to change when a run is resumed.
+            described |= dict.fromkeys(("steps", "mesh"))
+            name = str(described["run_dir"])
+            assert runs.setdefault(name, described) == described, command
+    assert len(runs) > 4
 
 
 def test_commands_that_are_not_run_exist() -> None:
@@ -93,6 +135,7 @@ def test_commands_run_in_the_order_printed(clone: Path) -> None:
                 words(command),
                 cwd=clone,
                 env=environment,
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -25,6 +25,7 @@ from usp_jax.compiled import (
 )
 from usp_jax.compiled.groups import parse_groups
 from usp_jax.compiled.hlo import Shape, num_bytes, parse_shape
+from usp_jax.units import bytes_text
 
 RING = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
 
@@ -690,12 +691,17 @@ def test_a_real_program(mixed):
 
 def test_the_table_shows_every_collective_and_the_sum(mixed):
     found = collectives(mixed)
-    lines = table(found).splitlines()
-    assert len(lines) == len(found) + 2
+    # Equal ones share a line.
+    lines = table([*found, *found]).splitlines()
+    assert len(lines) == len(by_kind(found)) + 2
     assert lines[0].split()[:3] == ["kind", "times", "dtype"]
     (permute,) = (line for line in lines if line.startswith("collective-permute"))
-    assert permute.split()[1:6] == ["15", "f32", "1024", "1024", "15360"]
-    assert int(lines[-1]) == sum(one.total_wire_bytes for one in found)
+    assert permute.split()[1:9] == "30 f32 1.0 KiB 1.0 KiB 30.0 KiB".split()
+    total = 2 * sum(one.total_wire_bytes for one in found)
+    assert lines[-1].split() == ["all", *bytes_text(total).split()]
+    end = lines[0].index("in total") + len("in total")
+    assert {line[end - 1] for line in lines[1:]} == {"B"}
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_a_real_program_without_collectives():

@@ -1,5 +1,6 @@
 """Entry point of `python -m train PRESET|MODEL|FOLDER [--section.key value ...]`."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from train.fake_devices import make_fake_devices
 from train.log.steps import GaveUp
 from train.loop import train
 from train.stopping import stop_at_signals
+from usp_jax.command_line import alive
 
 
 def main() -> None:
@@ -42,7 +44,10 @@ def _run(arguments: Sequence[str]) -> None:
         _give_up(error, status=2)
     with stop_at_signals(alone=config.distributed.coordinator is None) as should_stop:
         try:
-            run = build(config)
+            # A log has no use for the line.
+            watched = sys.stdout.isatty() and jax.process_index() == 0
+            with alive("preparing the run") if watched else contextlib.nullcontext():
+                run = build(config)
         # OSError: for instance, a text file that cannot be read.
         except (ValueError, OSError) as error:
             _give_up(error, status=2)

@@ -26,7 +26,7 @@ from train.files import write_atomically
 from train.log.wandb_run import check_wandb
 from train.mesh import make_mesh, memory_of
 from train.published import check_published, published_weights
-from train.run_dir import check_same_run, record
+from train.run_dir import TOKENIZER, check_same_run, record
 from train.run_lock import RunLock, lock_run_dir
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
@@ -193,6 +193,10 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
         try:
             text = json.dumps(wanted, indent=2) + "\n"
             write_atomically(config.run_dir / RECORD, text)
+            if config.data.tokenizer is not None:
+                # For the commands that use the model, wherever they run.
+                own = config.data.tokenizer.read_text(encoding="utf-8")
+                write_atomically(config.run_dir / TOKENIZER, own)
         except OSError as error:
             raise _unwritable(config, error) from error
     return checkpoints

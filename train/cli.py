@@ -8,12 +8,14 @@ import tyro
 
 from train.check import check
 from train.config import HERE, Config, MeshConfig
+from train.data.vocabulary import Vocabulary
 from train.presets import PRESETS, run_of
 from train.published import with_published_model
 from train.words import check_no_empty_value
 from usp_jax.models.execution import Tuning
 from usp_jax.models.presets import PRESETS as MODELS
 
+VOCABULARY_MULTIPLE = 128
 USAGE = "python -m train PRESET|MODEL|FOLDER [--section.key value ...]"
 
 
@@ -45,12 +47,42 @@ def parse(arguments: Sequence[str]) -> Config:
         description="Trains a language model with its sequence split over devices.",
     )
     config = with_published_model(config, options)
+    config = with_vocabulary(config, options, is_preset=name in PRESETS)
     if config.auto_mesh is not None:
         _check_left_to_planner(options)
         # The preset's mesh is unused, and must not be checked.
         config = dataclasses.replace(config, mesh=MeshConfig(), accumulate=1)
     check(config)
     return config
+
+
+def with_vocabulary(
+    config: Config, options: Sequence[str], *, is_preset: bool
+) -> Config:
+    """Returns the run with a vocabulary size for its tokenizer, unless it is given.
+
+    It is rounded up to a multiple of `VOCABULARY_MULTIPLE`, so that a mesh can split
+    it. A published model keeps its own size if the tokenizer fits.
+
+    Args:
+      config: the run.
+      options: the words of the command line.
+      is_preset: whether the run is a preset, and not that of a published model.
+
+    Raises:
+      ValueError: the tokenizer cannot be read.
+    """
+    given = {word.partition("=")[0].replace("_", "-") for word in options}
+    if "--model.vocab-size" in given or config.init_from is not None:
+        return config
+    if config.data.tokenizer is None:
+        return config
+    size = Vocabulary.load(config.data.tokenizer).size
+    if not is_preset and size <= config.model.vocab_size:
+        return config
+    size += -size % VOCABULARY_MULTIPLE
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, model=model)
 
 
 def _print_names() -> None:

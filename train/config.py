@@ -57,7 +57,8 @@ class DataConfig:
         train.tokenize`. None uses the source of Python's standard library.
       mixture: several paths to use instead of `path`, each with the weight with which
         its rows are drawn: `--data.mixture code/ 0.7 prose.jsonl 0.3`.
-      tokenizer: a tokenizer.json; None uses bytes as tokens.
+      tokenizer: a tokenizer.json, which also sizes a preset's vocabulary unless
+        model.vocab_size is given; None uses bytes as tokens.
       text_field: the JSON field or Parquet column that holds the text.
       eval_fraction: fraction of the documents held out from training for evaluation.
     """

@@ -1,23 +1,23 @@
 """`python -m train.export RUN_DIR OUT`: exports a model as a Hugging Face checkpoint.
 
 Only the parameters of the run's checkpoint are exported, and the run may continue
-meanwhile. A damaged checkpoint is refused. The run's tokenizer.json, if it has one, is
-not copied.
+meanwhile. A damaged checkpoint is refused. The tokenizer's files and a
+generation_config.json are written too (`tokenizer_files.py`).
 """
 
 import dataclasses
 import sys
 from pathlib import Path
 
-import jax
 import tyro
-from jax.sharding import Mesh
 
-import usp_jax
-from train.trained import load_model, read_config
+from train.config import MeshConfig
+from train.source import Source
+from train.tokenizer_files import serving_files
+from train.trained import read_run
 from train.words import check_no_empty_value
+from usp_jax.command_line import alive
 from usp_jax.models import hf
-from usp_jax.models.llama import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +45,27 @@ def export(options: Export) -> int:
         `out` is taken.
       OSError: `out` cannot be written.
     """
-    mesh = _all_devices(read_config(options.run_dir, options.step))
-    step, model = load_model(options.run_dir, options.step, mesh)
-    hf.save(model, options.out, dtype=options.dtype)
+    # Named by its option, if it is no run.
+    run = read_run(options.run_dir, options.step)
+    source = Source.open(options.run_dir, options.step)
+    vocabulary, start = source.vocabulary(), run.get("init_from")
+    like = None if start is None else Path(start)
+    if like is not None and not (like / "config.json").exists():
+        like = None
+    folders = [folder for folder in (like, source.folder) if folder is not None]
+    with alive("exporting", on_stderr=True):
+        step, model = source.load(MeshConfig(), None)
+        # It is a run.
+        assert step is not None
+        hf.save(
+            model,
+            options.out,
+            dtype=options.dtype,
+            like=like,
+            max_length=source.length,
+            texts=serving_files(vocabulary, folders, source.length),
+        )
     return step
-
-
-def _all_devices(config: LlamaConfig) -> Mesh:
-    """A mesh of as many devices as the parameters can be split over."""
-    count = jax.device_count()
-    while config.d_model % count:
-        count -= 1
-    return usp_jax.make_mesh(fsdp=count, devices=jax.devices()[:count])
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from train.config import Config
 from train.data.batches import Batch, describe, place
 from train.data.token_folder import DataGone
 from train.evaluation.sample import sample
-from train.log.banner import alive, banner
+from train.log.banner import banner
 from train.log.draw import draw_loss
 from train.log.profiler import Profiler
 from train.log.rows import SavedRow, read_rows
@@ -20,6 +20,7 @@ from train.log.steps import GaveUp, Log
 from train.log.watchdog import watch
 from train.state import State, on_devices, with_params
 from train.step import Metrics, compile_step, make_step
+from usp_jax.command_line import alive
 from usp_jax.models.pipeline import Pipeline
 
 
@@ -44,7 +45,9 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
     config, checkpoints = run.config, run.checkpoints
     tell(banner(config, run.mesh))
     state, step = checkpoints.restore_newest(run.state, run.data)
-    if step:
+    if step == config.steps:
+        tell(f"this run is complete: it has done its {step} steps; --steps adds more")
+    elif step:
         tell(f"resuming from step {step}")
     try:
         step, state = _steps(run, state, step, should_stop)

@@ -17,6 +17,9 @@ from train.digests import RECORD, read_intact
 from train.model_record import model_record
 from usp_jax.models.execution import Computation
 
+# The run's copy of its tokenizer; runs of older versions have none.
+TOKENIZER = "tokenizer.json"
+
 # Options that may change when a run is resumed: where and how fast it is computed, what
 # is logged, and the number of steps (which the learning rate then follows). Everything
 # else identifies the run.
@@ -60,6 +63,7 @@ class DataRecord(TypedDict):
     path: str | None
     tokenizer: str | None
     mixture: NotRequired[list[tuple[str, float]]]
+    tokenizer_fingerprint: NotRequired[str]
 
 
 class RunRecord(TypedDict):
@@ -71,7 +75,7 @@ class RunRecord(TypedDict):
     """
 
     model: dict[str, Any]
-    mesh: dict[str, int]
+    mesh: dict[str, Any]
     data: DataRecord
     dtype: str
     sequence_length: int

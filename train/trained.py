@@ -14,20 +14,23 @@ from jax.sharding import Mesh
 from train.checkpoint import one_line
 from train.digests import damage, has_digests
 from train.model_record import model_fields
-from train.run_dir import RunRecord, find_record
+from train.run_dir import RunRecord, checkpoint_folders, find_record
 from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.models.parameters import parameter_shapes
 from usp_jax.models.sharding import parameter_shardings
 
 
-def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]:
+def load_model(
+    run_dir: Path, step: int | None, mesh: Mesh, config: LlamaConfig | None = None
+) -> tuple[int, Llama]:
     """Loads the model of a run's checkpoint on a mesh.
 
     Args:
       run_dir: folder of the run.
       step: step of the checkpoint; None is the newest.
       mesh: the mesh to split the model over.
+      config: the run's model, computed in another way; None is as the run does.
 
     Returns:
       The step of the checkpoint, and the model.
@@ -36,7 +39,7 @@ def load_model(run_dir: Path, step: int | None, mesh: Mesh) -> tuple[int, Llama]
       ValueError: there is no such run or checkpoint, the checkpoint is damaged, or the
         mesh cannot split the model.
     """
-    config = read_config(run_dir, step)
+    config = read_config(run_dir, step) if config is None else config
     shardings, dtype = parameter_shardings(config, mesh), config.stored_dtype
     wanted = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
@@ -52,7 +55,11 @@ def read_config(run_dir: Path, step: int | None = None) -> LlamaConfig:
     Raises:
       ValueError: there is no run.
     """
-    record = read_run(run_dir, step)
+    return model_config(read_run(run_dir, step))
+
+
+def model_config(record: RunRecord) -> LlamaConfig:
+    """Returns the model configuration in the record of a run."""
     model = model_fields(record["model"])
     # These are chosen for the run's mesh, not the caller's.
     for name in ("ring_schedule", "ulysses_chunks"):
@@ -82,35 +89,32 @@ def _restore(
     folder = (run_dir / "checkpoints").absolute()
     if not folder.exists():
         raise ValueError(f"run_dir={run_dir} has no checkpoint yet")
-    # Read-only, so that a checkpoint that the run is writing is not removed.
-    with ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
-        steps = sorted(manager.all_steps())
-        step = step if step is not None else max(steps, default=None)
-        if step is None or step not in steps:
-            raise ValueError(
-                f"run_dir={run_dir} has no checkpoint of step {step}; it has {steps}"
-            )
-        _check_intact(run_dir, folder, step, steps)
-        tree = {"params": wanted}
-        state = ocp.args.PyTreeRestore(
-            tree,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-            partial_restore=True,
+    # Not by a manager, which may remove what the run is writing.
+    steps = [int(path.name) for path in checkpoint_folders(run_dir)]
+    step = step if step is not None else max(steps, default=None)
+    if step is None or step not in steps:
+        raise ValueError(
+            f"run_dir={run_dir} has no checkpoint of step {step}; it has {steps}"
         )
-        args = ocp.args.Composite(state=state)
-        try:
-            restored = manager.restore(step, args=args)
-        # The readers may raise anything for an old checkpoint without digests.
-        except Exception as error:
-            if has_digests(folder / str(step)):
-                raise
-            raise ValueError(
-                f"run_dir={run_dir}: the checkpoint of step {step} cannot be read: "
-                f"{type(error).__name__}: {one_line(error)}"
-            ) from error
-    return step, restored.state["params"]
+    _check_intact(run_dir, folder, step, steps)
+    tree = {"params": wanted}
+    args = ocp.args.PyTreeRestore(
+        tree,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True,
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(folder / str(step) / "state", args=args)
+    # The readers may raise anything for an old checkpoint without digests.
+    except Exception as error:
+        if has_digests(folder / str(step)):
+            raise
+        raise ValueError(
+            f"run_dir={run_dir}: the checkpoint of step {step} cannot be read: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    return step, restored["params"]
 
 
 def _check_intact(run_dir: Path, folder: Path, step: int, steps: Sequence[int]) -> None:

@@ -1,6 +1,15 @@
-"""Units of memory, and the parsing of token counts."""
+"""Units of memory, and the formatting of bytes and parsing of token counts."""
 
 GIB = 2**30
+
+
+def bytes_text(size: float | int) -> str:
+    """Formats a number of bytes with its unit, such as "48.0 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
 
 
 def tokens_of(name: str, text: str) -> int:

@@ -1,5 +1,8 @@
 """Sampling equals computing each next token from the whole row."""
 
+import dataclasses
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +11,17 @@ from flax import nnx
 
 import usp_jax
 from tests.sampling import thinned
+from usp_jax import compiled
+from usp_jax.models import generate as generating
 from usp_jax.models.decoder import Variant
-from usp_jax.models.generate import generate
+from usp_jax.models.decoding import Prompts
+from usp_jax.models.experts import Experts
+from usp_jax.models.generate import generate, stream
 from usp_jax.models.llama import Llama, LlamaConfig
+from usp_jax.models.parameters import parameter_shapes
+from usp_jax.models.sampling import Sampling
 from usp_jax.models.transformer import Room
+from usp_jax.models.weights import kept_bytes
 
 PROMPT = jax.random.randint(jax.random.key(0), (3, 7), 0, 256, jnp.int32)
 
@@ -46,7 +56,7 @@ def recomputed(model: Llama, prompt, num_tokens, key, temperature):
     logits_of = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     for length in range(start, start + num_tokens):
         logits = logits_of(state, tokens)[:, length - 1] / temperature
-        own = jax.random.fold_in(key, length)
+        own = jax.random.fold_in(key, length - start)
         token = jax.random.categorical(own, logits, -1).astype(jnp.int32)
         tokens = tokens.at[:, length].set(token)
     return tokens
@@ -117,6 +127,112 @@ def test_top_k_leaves_the_others_out(model):
     assert set(drawn[:, -1].tolist()) == set(likely.tolist())
 
 
+def test_top_p_leaves_the_others_out(model):
+    prompts = jnp.broadcast_to(PROMPT[:1], (64, 7))
+    probabilities = jax.nn.softmax(model(PROMPT)[0, -1] / 0.2)
+    ordered = jnp.argsort(probabilities, descending=True)
+    # The fewest tokens that together have more than 0.9.
+    count = int(jnp.sum(jnp.cumsum(probabilities[ordered]) < 0.9)) + 1
+    assert 2 < count < 250
+    drawn = generate(model, prompts, 1, top_p=0.9, temperature=0.2)[:, -1]
+    assert set(drawn.tolist()) <= set(ordered[:count].tolist())
+    assert len(set(drawn.tolist())) > 1
+    first = generate(model, prompts, 1, top_p=1e-6, temperature=0.2)[:, -1]
+    assert set(first.tolist()) == {int(ordered[0])}
+
+
+def test_equal_calls_without_a_key_draw_equal_tokens(model):
+    given = generate(model, PROMPT, 5, key=jax.random.key(0))
+    chex.assert_trees_all_equal(generate(model, PROMPT, 5), given)
+
+
+def test_prompts_of_several_lengths(model):
+    """Each row continues as it does alone, whatever follows the prompt."""
+    lengths = jnp.array([3, 7, 3], jnp.int32)
+    out = generate(model, PROMPT, 5, lengths=lengths, temperature=0)
+    chex.assert_trees_all_equal(out[::2, 8:], jnp.zeros((2, 4), jnp.int32))
+    short = generate(model, PROMPT[::2, :3], 5, temperature=0)
+    chex.assert_trees_all_equal(out[::2, :8], short)
+    whole = generate(model, PROMPT, 5, temperature=0)
+    chex.assert_trees_all_equal(out[1], whole[1])
+    own = build(data=2, ring=2, ulysses=2)
+    again = generate(own, PROMPT, 5, lengths=lengths, temperature=0)
+    chex.assert_trees_all_equal(again, out)
+
+
+def test_a_stream_has_the_tokens_of_generate(model):
+    own = build(fsdp=2, ring=2, tensor=2)
+    options = {"key": jax.random.key(3), "temperature": 0.7}
+    expected = generate(model, PROMPT, 6, **options)
+    out = generate(own, PROMPT, 6, keep_weights=False, **options)
+    chex.assert_trees_all_equal(out, expected)
+    tokens = list(stream(own, PROMPT, 6, keep_weights=True, **options))
+    chex.assert_trees_all_equal(jnp.stack(tokens, 1), expected[:, 7:])
+    assert list(stream(own, PROMPT, 0)) == []
+
+
+def gathers_in_loops(model, keep):
+    """Bytes of results of the all-gathers that run more than once."""
+    sizes = {}
+    plan, params = generating._plan(model, 6, keep)
+    lowered = generating._generate.lower(
+        plan, params, Prompts(PROMPT[:2], None), Sampling.of(256, None, 0, None, None)
+    )
+    for x in compiled.collectives(lowered.compile()):
+        if x.kind == "all-gather" and x.executions >= 5:
+            sizes[x.name] = x.result_bytes
+    return sizes
+
+
+def test_kept_weights_are_gathered_before_the_loop():
+    """The loop gathers token ids only; without, a layer's weights."""
+    own = build(fsdp=2, ring=2, ulysses=2)
+    kept, again = (max(gathers_in_loops(own, keep).values()) for keep in (True, False))
+    d_model, d_ff = own.config.d_model, own.config.d_ff
+    assert kept < 1024 < 4 * d_model * d_ff <= again
+
+
+def test_experts_stay_on_their_devices():
+    config = LlamaConfig.preset(
+        "tiny", num_layers=1, dtype="float32", experts=Experts(8, 2, 16)
+    )
+    expected = generate(Llama(config, rngs=nnx.Rngs(0)), PROMPT, 4, temperature=0)
+    spread = dataclasses.replace(config, expert_axes=("ring",))
+    mesh = usp_jax.make_mesh(fsdp=2, ring=2, ulysses=2)
+    own = Llama(spread, mesh=mesh, rngs=nnx.Rngs(0))
+    out = generate(own, PROMPT, 4, temperature=0, keep_weights=True)
+    chex.assert_trees_all_equal(out, expected)
+    gate = own.gathered().layers["expert_gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (1, 4, *gate.shape[2:])
+
+
+def test_weights_are_kept_where_memory_allows(monkeypatch):
+    own = build(fsdp=2, tensor=2)
+    config = dataclasses.replace(own.config, dtype="bfloat16")
+    # Parameters in float32 over 4 devices, and a copy over 2 that lacks the embedding
+    # but has the output matrix.
+    shapes = parameter_shapes(config)
+    split = [name for name in shapes if not name.endswith("norm")]
+    total = sum(math.prod(shapes[name]) for name in split)
+    norms = sum(math.prod(shapes[name]) for name in shapes if name not in split)
+    copy = total - 256 * 128
+    needed = 4 * total // 4 + 2 * copy // 2 + 4 * norms // 2 + 4 * norms
+    assert kept_bytes(config, own.split) == needed
+    needed = kept_bytes(own.config, own.split)
+    for memory, keeps in ((None, False), (2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr(generating, "_memory", lambda _, memory=memory: memory)
+        assert generating._plan(own, 3, None)[0].keeps is keeps
+    # On one device, the copy would be the weights themselves.
+    monkeypatch.setattr(generating, "_memory", lambda _: 2**60)
+    alone = build()
+    assert not generating._plan(alone, 3, None)[0].keeps
+    alone.config = config
+    assert generating._plan(alone, 3, None)[0].keeps
+    monkeypatch.undo()
+    assert generating._memory(own.mesh) > 2**20
+    assert generating._memory(own.mesh.abstract_mesh) is None
+
+
 def test_nothing_to_generate_is_the_prompt(model):
     chex.assert_trees_all_equal(generate(model, PROMPT, 0, temperature=0), PROMPT)
 
@@ -126,15 +242,14 @@ def test_nothing_to_generate_is_the_prompt(model):
     [
         ({"num_tokens": -1}, "num_tokens=-1 must not be negative"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0 or positive"),
-        ({}, "temperature=1.0 samples: give key=, or temperature=0"),
         ({"top_k": 0}, "top_k=0 must be between 1 and vocab_size=256"),
+        ({"top_p": 0.0}, "top_p=0.0 must be greater than 0 and at most 1"),
+        ({"lengths": jnp.ones(3, jnp.int16)}, r"lengths is int16\[3\]; .* int32 \[3\]"),
     ],
-    ids=["tokens", "temperature", "key", "top_k"],
+    ids=["tokens", "temperature", "top_k", "top_p", "lengths"],
 )
 def test_wrong_arguments_raise(model, options, message):
     options = {"num_tokens": 2, **options}
-    if "top_k" in options:
-        options["key"] = jax.random.key(0)
     with pytest.raises(ValueError, match=message):
         generate(model, PROMPT, **options)
     with pytest.raises(ValueError, match=r"prompt is int32\[3, 0\]; it must be"):

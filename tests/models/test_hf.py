@@ -269,6 +269,21 @@ def test_a_fixed_ntk_scaling_is_written_as_the_base_that_it_is():
     assert written["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("case", "length", "longest"),
+    [("plain", None, 24), ("plain", 16, 24), ("plain", 512, 512), ("dynamic", 512, 24)],
+)
+def test_the_larger_maximal_length_is_written(case, length, longest):
+    """Dynamic RoPE scaling needs its own."""
+    config = read_config(CONFIGS[case])
+    written = write_config(config, "float32", CONFIGS[case], length)
+    assert written["max_position_embeddings"] == longest
+    assert read_config(written) == config
+    if case == "plain":
+        alone = write_config(config, "float32", {}, length)
+        assert alone.get("max_position_embeddings") == length
+
+
 def test_notes_and_tokenizer_come_along(tmp_path):
     first = write(tmp_path / "first", CONFIGS["plain"])
     (first / "tokenizer.json").write_text("{}")

@@ -12,8 +12,8 @@ import usp_jax
 from tests.train.runs import small_config
 from train.build import build
 from train.config import MeshConfig
+from train.evaluate import Evaluate, evaluate
 from train.evaluation.by_position import doubling, in_buckets, nats_by_position, windows
-from train.long_context import ByPosition, measure
 from usp_jax.models.llama import Llama, LlamaConfig
 from usp_jax.models.loss import loss, token_nats
 
@@ -105,8 +105,8 @@ def test_a_run_is_evaluated_on_its_text_and_on_other(
     run = build(small_config(tmp_path, mesh=MeshConfig(ring=2)))
     run.checkpoints.save(1, run.state, run.data)
     run.checkpoints.close()
-    options = ByPosition(run.config.run_dir, rows=3, buckets=2, batch_size=2)
-    found = measure(options)
+    options = Evaluate(run.config.run_dir, rows=3, buckets=2, batch_size=2)
+    found = evaluate(options)
     assert [bucket["end"] for bucket in found["buckets"]] == [32, 64]
     # The model is untrained: all bytes are equally likely.
     for bucket in found["buckets"]:
@@ -114,8 +114,15 @@ def test_a_run_is_evaluated_on_its_text_and_on_other(
     assert "32 to 63" in capsys.readouterr().out
     other = tmp_path / "other.txt"
     other.write_text("ring " * 4)
+    # Shorter than a window: there are no buckets.
+    short = evaluate(Evaluate(run.config.run_dir, text=(other,)))
+    assert "buckets" not in short and short["texts"][0]["labels"] == 19
     message = "no document has the 65 tokens that length=64 needs"
     with pytest.raises(ValueError, match=message):
-        measure(ByPosition(run.config.run_dir, text=other, buckets=1))
-    found = measure(ByPosition(run.config.run_dir, text=other, length=16, buckets=1))
+        evaluate(Evaluate(run.config.run_dir, text=(other,), length=64))
+    found = evaluate(Evaluate(run.config.run_dir, text=(other,), length=16, buckets=1))
     assert len(found["buckets"]) == 1
+    # A window and a rest of three labels.
+    (text,) = found["texts"]
+    assert text["labels"] == 19
+    assert text["nats"] == pytest.approx(short["texts"][0]["nats"], abs=0.1)

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tokenizers
 from flax import nnx
 
 from tests.train.runs import options, small_config
-from train import export, long_context, tokenize
+from train import evaluate, export, generate, tokenize
 from train.check import check
 from train.cli import parse
 from train.config import (
@@ -281,7 +282,20 @@ def test_rope_can_be_stretched(tmp_path: Path) -> None:
         check_same_run(tmp_path, record(other))
 
 
-@pytest.mark.parametrize("command", [export, long_context, tokenize])
+def test_a_tokenizer_sizes_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    words = {f"word{number}": number for number in range(300)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "word0")).save(str(path))
+    tokenizer = ["--data.tokenizer", str(path)]
+    assert parse(["tiny", *tokenizer]).model.vocab_size == 384
+    given = parse(["tiny", *tokenizer, "--model.vocab-size", "300"])
+    assert given.model.vocab_size == 300
+    # A published model keeps its own size, where the tokenizer fits.
+    published = parse(["llama3.2-1b", *tokenizer])
+    assert published.model.vocab_size == MODELS["llama3.2-1b"].vocab_size
+
+
+@pytest.mark.parametrize("command", [evaluate, export, generate, tokenize])
 def test_the_other_commands_refuse_empty_paths(
     command: ModuleType,
     monkeypatch: pytest.MonkeyPatch,

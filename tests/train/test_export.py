@@ -10,15 +10,19 @@ from pathlib import Path
 
 import chex
 import pytest
+import tokenizers
 from flax import nnx
 
 from tests.train.runs import small_config
 from tests.train.test_checkpoint import DAMAGE
 from train.build import build
 from train.config import MeshConfig
+from train.data.vocabulary import Vocabulary
+from train.evaluate import Evaluate, evaluate
 from train.export import Export, export
-from train.long_context import ByPosition, measure
 from train.run_dir import record
+from train.source import Source
+from train.tokenizer_files import byte_tokenizer, serving_files
 from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.llama import NTKScaling
@@ -41,6 +45,73 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
         export(Export(*where, step=2))
     with pytest.raises(ValueError, match="already has model.safetensors"):
         export(Export(*where))
+
+
+def test_an_export_has_all_that_serves_it(tmp_path: Path) -> None:
+    run = build(small_config(tmp_path, mesh=MeshConfig()))
+    run.checkpoints.save(1, run.state, run.data)
+    run.checkpoints.close()
+    out = tmp_path / "out"
+    export(Export(tmp_path / "run", out))
+    names = {path.name for path in out.iterdir()}
+    made = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert names == {"config.json", "model.safetensors", *made}
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+    content = json.loads((out / "config.json").read_text())
+    assert content["max_position_embeddings"] == run.config.sequence_length
+    # Each byte is its own token.
+    source = Source.open(out)
+    text = bytes(range(128)).decode() + "é€😀"
+    ids = source.vocabulary().encode(text.encode())
+    assert ids.tolist() == list(text.encode())
+    assert source.vocabulary().decode(ids) == text
+    assert (source.length, source.config.vocab_size) == (64, 256)
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path: Path) -> None:
+    config = small_config(tmp_path, mesh=MeshConfig())
+    path = tmp_path / "tokenizer.json"
+    byte_tokenizer().save(str(path))
+    data = dataclasses.replace(config.data, tokenizer=path)
+    run = build(dataclasses.replace(config, data=data))
+    path.unlink()
+    source = Source.open(config.run_dir)
+    assert source.vocabulary().fingerprint == run.vocabulary.fingerprint
+    assert source.folder == config.run_dir
+    byte_tokenizer().save(str(config.run_dir / "tokenizer.json"), pretty=False)
+    assert source.vocabulary().size == 256
+    own = json.loads((config.run_dir / "tokenizer.json").read_text())
+    own["decoder"] = None
+    (config.run_dir / "tokenizer.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match="has changed since the run was trained"):
+        source.vocabulary()
+
+
+def test_a_tokenizer_brings_its_special_tokens_and_neighbours(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, [])
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    vocabulary = Vocabulary.load(path)
+    assert vocabulary.around() == ([1], [2])
+    assert vocabulary.encode_start("aa").tolist() == [1, 0, 0]
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    files = serving_files(vocabulary, [tmp_path], 512)
+    assert files["tokenizer.json"] == path.read_text()
+    assert files["chat_template.jinja"] == "{{ messages }}"
+    settings = json.loads(files["tokenizer_config.json"])
+    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "</s>")
+    assert settings["model_max_length"] == 512
+    generation = json.loads(files["generation_config.json"])
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    files = serving_files(vocabulary, [tmp_path], 512)
+    assert json.loads(files["generation_config.json"]) == {"eos_token_id": [2, 7]}
 
 
 def test_a_stretched_model_is_read_from_the_runs_config(tmp_path: Path) -> None:
@@ -81,7 +152,7 @@ def test_a_damaged_checkpoint_is_refused(do, two_steps: Path, tmp_path: Path) ->
         with pytest.raises(ValueError, match=message):
             export(Export(run_dir, tmp_path / "out", step=step))
         with pytest.raises(ValueError, match=message):
-            measure(ByPosition(run_dir, step=step))
+            evaluate(Evaluate(run_dir, step=step))
     assert not (tmp_path / "out").exists()
     assert export(Export(run_dir, tmp_path / "out", step=1)) == 1
     do(run_dir / "checkpoints" / "1")

@@ -22,9 +22,10 @@ import pytest
 import tokenizers
 
 import train.__main__
+import train.evaluate
 import train.export
+import train.generate
 import train.launch.one_host
-import train.long_context
 import train.tokenize
 from tests.hostile import Case, check_all, command
 from tests.train.runs import options, small_config
@@ -370,7 +371,8 @@ def record_cases(folder: Path) -> Iterator[Case]:
         mains = {
             train.__main__.main: [*words, "--run-dir", str(path)],
             train.export.main: [str(path), str(folder / "out")],
-            train.long_context.main: ["passkey", str(path)],
+            train.evaluate.main: [str(path)],
+            train.generate.main: [str(path), "a"],
         }
         for main, arguments in mains.items():
             read = command(main, *arguments)
@@ -410,25 +412,36 @@ def command_cases(folder: Path) -> Iterator[Case]:
         )
         yield Case(f"tokenize {words}", read, refusal)
     nowhere = str(folder / "nowhere")
-    export, long_context = train.export.main, train.long_context.main
+    export, evaluate, generate = (
+        getattr(train, name).main for name in ("export", "evaluate", "generate")
+    )
     yield Case("export nowhere", command(export, nowhere, "out"), "run_dir=")
     yield Case("export", command(export), "")
+    yield Case("evaluate nowhere", command(evaluate, nowhere), "run_dir=")
+    yield Case("generate nowhere", command(generate, nowhere, "a"), "run_dir=")
     run_dir = folder / "run"
     run_dir.mkdir()
     described = record(small_config(folder, data=DataConfig(None)))
     (run_dir / "config.json").write_text(json.dumps(described))
-    measures = {
-        "by-position": (
-            "length=0 length=-1 rows=0 buckets=0 batch-size=0 rows=2147483648"
-        ),
-        "passkey": "lengths=0 lengths=-5 examples=0 seed=-1 depths=nan depths=2",
-    }
-    for name, words in measures.items():
-        yield Case(f"{name} nowhere", command(long_context, name, nowhere), "run_dir=")
+    measures = (
+        "length=0 length=-1 rows=0 buckets=0 batch-size=0 rows=2147483648 "
+        "passkey.lengths=0 passkey.lengths=-5 passkey.examples=0 passkey.seed=-1 "
+        "passkey.depths=nan passkey.depths=2"
+    )
+    for main, words in (
+        (evaluate, measures),
+        (generate, "length=0 length=-1 seed=-1 seed=4294967296 file=/dev/nothing"),
+    ):
         for word in words.split():
             option, value = word.split("=")
-            read = command(long_context, name, str(run_dir), f"--{option}", value)
-            yield Case(f"{name} {word}", read, option.replace("-", "_"))
+            arguments = (f"--{option}", value, str(run_dir))
+            if main is generate:
+                arguments = (str(run_dir), "a", *arguments[:2])
+            read = command(main, *arguments)
+            yield Case(f"{main.__module__} {word}", read, option.replace("-", "_"))
+    yield Case("no prompt", command(generate, str(run_dir)), "there is no prompt")
+    both = command(generate, str(run_dir), "a", "--chat")
+    yield Case("chat and prompt", both, "chat=True takes neither")
 
 
 GENERATORS = (

@@ -191,6 +191,7 @@ def test_a_finished_run_without_its_rows_ends_well(
     assert train(build(config), never)
     printed = capsys.readouterr()
     assert "has lost rows: no row of steps 1 to 2\n" in printed.err
+    assert "this run is complete: it has done its 2 steps" in printed.out
     assert f"step 2: loss unknown; {config.run_dir}\n" in printed.out
     # The plot is all that is left of the losses.
     assert (config.run_dir / "loss.png").read_bytes() == plot

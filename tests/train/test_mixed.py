@@ -10,7 +10,7 @@ import pytest
 from tests.train.runs import losses, never, rows, run_here, small_config
 from train.build import build
 from train.config import Config, MeshConfig
-from train.long_context import ByPosition, measure
+from train.evaluate import Evaluate, evaluate
 from train.loop import train
 from train.model_record import model_fields, model_record
 from train.run_dir import check_same_run, record
@@ -131,7 +131,7 @@ def test_the_record_of_a_model_is_read_back(alone: Config) -> None:
 
 
 def test_long_contexts_are_evaluated(alone: Config) -> None:
-    results = measure(ByPosition(alone.run_dir, rows=4, buckets=2))
+    results = evaluate(Evaluate(alone.run_dir, rows=4, buckets=2))
     last = losses(alone.run_dir)[-1][1]
     assert [bucket["nats"] for bucket in results["buckets"]] == pytest.approx(
         [last, last], abs=0.1

@@ -25,8 +25,8 @@ from train.data.passkey import (
     document,
     passkey_rows,
 )
+from train.evaluate import Evaluate, Passkey, evaluate
 from train.evaluation.retrieval import accuracies, accuracy
-from train.long_context import Passkey, measure
 from train.loop import train
 from train.presets import preset
 
@@ -180,12 +180,13 @@ def test_a_run_is_evaluated_at_every_length_and_depth(
     run = build(passkey_config(tmp_path, mesh=MeshConfig(ring=2)))
     run.checkpoints.save(1, run.state, run.data)
     run.checkpoints.close()
-    options = Passkey(run.config.run_dir, lengths=(40,), depths=(0, 1), examples=2)
-    found = measure(options)
+    passkey = Passkey(True, lengths=(40,), depths=(0, 1), examples=2)
+    found = evaluate(Evaluate(run.config.run_dir, passkey=passkey))
     # An untrained model finds no key.
     expected = [{"length": 40, "depth": depth, "accuracy": 0.0} for depth in (0, 1)]
-    assert found == {"step": 1, "examples": 2, "accuracy": 0.0, "rows": expected}
-    written = json.loads((run.config.run_dir / "passkey.json").read_text())
+    results = {"examples": 2, "accuracy": 0.0, "rows": expected}
+    assert found == {"step": 1, "passkeys": results}
+    written = json.loads((run.config.run_dir / "evaluation.json").read_text())
     assert written == found
     assert "depth 1" in capsys.readouterr().out
 
@@ -209,5 +210,6 @@ def test_a_small_model_learns_to_find_passkeys(tmp_path: Path) -> None:
         optimizer=whole.optimizer,
     )
     train(build(config), lambda _: False)
-    options = Passkey(config.run_dir, lengths=(128, 256, 512), examples=20)
-    assert measure(options)["accuracy"] > 0.9
+    passkey = Passkey(True, lengths=(128, 256, 512), examples=20)
+    found = evaluate(Evaluate(config.run_dir, passkey=passkey))
+    assert found["passkeys"]["accuracy"] > 0.9

@@ -96,6 +96,24 @@ class Vocabulary:
             ) from error
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
+    def around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that `encode` adds before a text, and those after it."""
+        if self.tokenizer is None:
+            return [], []
+        encode = self.tokenizer.encode
+        text, whole = (encode("a", add_special_tokens=x).ids for x in (False, True))
+        # A tokenizer without any token for the letter adds nothing that shows.
+        for start in range(len(whole) - len(text) + 1):
+            if text and whole[start : start + len(text)] == text:
+                return whole[:start], whole[start + len(text) :]
+        return [], []
+
+    def encode_start(self, text: str) -> np.ndarray:
+        """Encodes the beginning of a text, without the tokens that end one."""
+        before, _ = self.around()
+        ids = self.encode(text.encode(), special=False)
+        return np.concatenate([np.asarray(before, np.int32), ids])
+
     def decode(self, ids: np.ndarray) -> str:
         """Decodes token ids to text."""
         if self.tokenizer is None:

@@ -44,6 +44,13 @@ def windows(documents: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray
             yield document[start : start + length + 1]
 
 
+def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Like `windows`, and what is left of each document, of at least two tokens."""
+    for document in documents:
+        for start in range(0, document.size - 1, length):
+            yield document[start : start + length + 1]
+
+
 def doubling(length: int, buckets: int) -> list[int]:
     """Bounds of buckets, each of which ends at twice the position of the previous one.
 
@@ -58,6 +65,29 @@ def doubling(length: int, buckets: int) -> list[int]:
     return [0, *(length >> back for back in reversed(range(buckets)))]
 
 
+def nats_of_labels(
+    model: Llama, rows: Iterable[np.ndarray], length: int, batch_size: int = 1
+) -> Iterator[np.ndarray]:
+    """Yields the nats of the labels of each row, float64 [n] for n labels.
+
+    Args:
+      model: the model to evaluate.
+      rows: windows, int32 [n + 1], with n at most `length`.
+      length: positions in a window; shorter ones are padded.
+      batch_size: rows to evaluate at once, padded to a multiple that the mesh splits.
+    """
+    ways = model.split.size(model.split.ends.batch)
+    for batch in _batches(rows, batch_size):
+        count = len(batch) + -len(batch) % ways
+        tokens = np.zeros((count, length), np.int32)
+        labels = np.full((count, length), NO_LABEL, np.int32)
+        for i, row in enumerate(batch):
+            tokens[i, : row.size - 1], labels[i, : row.size - 1] = row[:-1], row[1:]
+        nats = np.asarray(token_nats(model, jnp.asarray(tokens), jnp.asarray(labels)))
+        for own, row in zip(nats.astype(np.float64), batch, strict=False):
+            yield own[: row.size - 1]
+
+
 def nats_by_position(
     model: Llama, rows: Iterable[np.ndarray], length: int, batch_size: int = 1
 ) -> np.ndarray:
@@ -67,26 +97,25 @@ def nats_by_position(
       model: the model to evaluate.
       rows: windows, int32 [length + 1].
       length: positions in a window.
-      batch_size: rows to evaluate at once, padded to a multiple that the mesh splits.
+      batch_size: as in `nats_of_labels`.
 
     Raises:
       ValueError: there are no rows.
     """
-    ways = model.split.size(model.split.ends.batch)
     total, count = np.zeros(length), 0
-    for batch in _batches(rows, batch_size):
-        count += len(batch)
-        tokens = np.pad(np.stack(batch), ((0, -len(batch) % ways), (0, 0)))
-        labels = tokens[:, 1:].copy()
-        labels[len(batch) :] = NO_LABEL
-        nats = token_nats(model, jnp.asarray(tokens[:, :-1]), jnp.asarray(labels))
-        total += np.asarray(nats, np.float64).sum(0)
+    for nats in nats_of_labels(model, rows, length, batch_size):
+        total, count = total + nats, count + 1
     if not count:
-        raise ValueError(
-            f"no document has the {length + 1} tokens that length={length} needs: give "
-            "a shorter --length, or longer texts"
-        )
+        raise no_windows(length)
     return total / count
+
+
+def no_windows(length: int) -> ValueError:
+    """The error for texts without a whole window."""
+    return ValueError(
+        f"no document has the {length + 1} tokens that length={length} needs: give a "
+        "shorter --length, or longer texts"
+    )
 
 
 def in_buckets(nats: np.ndarray, bounds: list[int]) -> list[Bucket]:

@@ -7,7 +7,8 @@ python -m usp_jax.aot h100:2x8 --ring 2 --ulysses 8 --length 256K --json
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from jax.sharding import NamedSharding
 import usp_jax
 from usp_jax import aot
 from usp_jax.checks import check_positive_int
-from usp_jax.command_line import Parser, readers_may_leave
+from usp_jax.command_line import Parser, alive, needing, readers_may_leave
 from usp_jax.flags import Option
+from usp_jax.kernels import IMPLEMENTATIONS
+from usp_jax.layout import LAYOUTS
 from usp_jax.mesh import ROLES
 from usp_jax.units import tokens_of
 
@@ -35,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
     try:
         reports = _reports(args)
-    except (ValueError, ImportError, jax.errors.JaxRuntimeError) as error:
-        parser.error(str(error))
+    except ImportError as error:
+        parser.error(needing("aot", error))
+    # RuntimeError: the compiler's, whose first line says what is wrong.
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error).strip().partition("\n")[0])
     with readers_may_leave():
         if args.json:
             print(json.dumps({name: x.as_dict() for name, x in reports.items()}))
         else:
-            for name, report in reports.items():
-                print(f"== {name}\n{report.table()}\n")
+            tables = [f"{name}: {x.table()}" for name, x in reports.items()]
+            print("\n\n".join(tables))
     return 0 if all(report.fits for report in reports.values()) else 1
 
 
@@ -90,7 +96,17 @@ def _reports(args: argparse.Namespace) -> dict[str, aot.Report]:
     options = dict(args.option)
     if args.recommended_flags:
         options = usp_jax.recommended_flags(topology.platform) | options
-    if args.backward:
+    with alive(f"compiling for {args.topology}", on_stderr=True):
+        return _compiled(args.backward, attention, arguments, options)
+
+
+def _compiled(
+    backward: bool,
+    attention: Callable[..., Any],
+    arguments: Sequence[jax.ShapeDtypeStruct],
+    options: Mapping[str, Option],
+) -> dict[str, aot.Report]:
+    if backward:
         names = ("forward", "backward")
         reports = aot.compile_vjp(attention, *arguments, compiler_options=options)
         return dict(zip(names, reports, strict=True))
@@ -104,27 +120,54 @@ def _parser() -> argparse.ArgumentParser:
         "bytes per device, collectives, and whether work overlaps them.",
         epilog=f"Machines: {', '.join(aot.known())}. 1K is 1024, 1M is 1024K.",
     )
-    parser.add_argument("topology", help="such as v5p:4x4x4 or h100:2x8")
-    for role in ROLES:
-        parser.add_argument(f"--{role}", type=int, default=1, metavar="N")
-    parser.add_argument("--length", default="64K", help="length of the sequence")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--layout", default="zigzag")
-    causal = argparse.BooleanOptionalAction
-    parser.add_argument("--causal", action=causal, default=True)
-    parser.add_argument("--implementation", help="default: chosen for the platform")
     parser.add_argument(
-        "--backward", action="store_true", help="also compile the backward pass"
+        "topology",
+        help="The machine: chips of a TPU slice, or hosts x GPUs per host, such as "
+        "v5p:4x4x4 or h100:2x8.",
+    )
+    for role in ROLES:
+        parser.add_argument(
+            f"--{role}",
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"Devices along the mesh axis {role}.",
+        )
+    parser.add_argument(
+        "--length", default="64K", help="Tokens in the sequence, such as 64K or 1M."
+    )
+    parser.add_argument("--batch", type=int, default=1, help="Number of sequences.")
+    parser.add_argument("--heads", type=int, default=32, help="Query heads.")
+    parser.add_argument(
+        "--kv-heads", type=int, help="Key/value heads; by default as many as heads."
+    )
+    parser.add_argument("--head-size", type=int, default=128, help="Size of a head.")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="Dtype of queries, keys and values."
+    )
+    parser.add_argument(
+        "--layout",
+        default="zigzag",
+        help=f"Order in which tokens are stored: {', '.join(LAYOUTS)}.",
+    )
+    parser.add_argument(
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Whether a token sees only those before it.",
+    )
+    parser.add_argument(
+        "--implementation",
+        help=f"The kernel: {', '.join(IMPLEMENTATIONS)}; by default the platform's.",
+    )
+    parser.add_argument(
+        "--backward", action="store_true", help="Also compile the backward pass."
     )
     parser.add_argument(
         "--recommended-flags",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compile with usp_jax.recommended_flags",
+        help="Compile with usp_jax.recommended_flags.",
     )
     parser.add_argument(
         "--option",
@@ -132,9 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a compiler option; may be repeated",
+        help="A compiler option; may be repeated.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     return parser
 
 

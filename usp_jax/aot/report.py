@@ -4,7 +4,7 @@ import dataclasses
 
 from usp_jax import compiled
 from usp_jax.aot.devices import Device
-from usp_jax.units import GIB
+from usp_jax.units import bytes_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,15 @@ class Report:
 
     def table(self) -> str:
         """Formats the report as lines of text."""
-        size = f"{self.device.hbm_bytes / GIB:.2f} GiB"
+        size = bytes_text(self.device.hbm_bytes)
         lines = [
             f"{self.num_devices} x {self.device.kind}, {size} each; compiled in "
             f"{self.compile_seconds:.1f} s"
         ]
         if self.error is not None:
             return "\n".join([*lines, f"DOES NOT FIT: {self.error}"])
+        verdict = "fits" if self.fits else f"DOES NOT FIT in {size}"
+        lines.append(f"{verdict}; on each device:")
         parts = {
             "arguments": self.argument_bytes,
             "outputs": self.output_bytes,
@@ -95,14 +97,17 @@ class Report:
             "in host memory": self.host_bytes,
             "vector memory": self.vmem_bytes,
         }
-        for name, number in parts.items():
-            if number is not None:
-                lines.append(f"{name:16} {number / 2**20:12.1f} MiB per device")
-        lines.append("fits" if self.fits else f"DOES NOT FIT in {size}")
-        if self.flops is not None:
-            lines.append(f"{self.flops:.4g} FLOPs per device by the compiler's count")
+        rows = [(f"  {name}", bytes_text(n)) for name, n in parts.items() if n]
+        if self.flops:
+            rows.append(("  computation", f"{self.flops / 1e12:,.3g} TFLOP"))
+        if rows:
+            lines.append(compiled.aligned(rows, right=(1,)))
+        if not self.collectives:
+            return "\n".join([*lines, "no collectives"])
         lines += ["", compiled.table(self.collectives)]
         for kind in compiled.by_kind(self.collectives):
             share = self.in_flight(kind)
-            lines.append(f"{kind}: {share:.0%} of executions overlap with work")
+            # None of a kind that no device executes.
+            if share is not None:
+                lines.append(f"{share:.0%} of {kind} executions overlap with work")
         return "\n".join(lines)

@@ -11,6 +11,7 @@ from usp_jax.compiled.collective import (
     KINDS as KINDS,
     Collective as Collective,
     Total as Total,
+    aligned as aligned,
     by_kind as by_kind,
     in_flight as in_flight,
     table as table,

@@ -1,9 +1,10 @@
 """A collective in a compiled program, and sums over several."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 
 from usp_jax.compiled.groups import Groups
+from usp_jax.units import bytes_text
 
 KINDS = (
     "all-to-all",
@@ -123,23 +124,40 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, Total]:
 
 
 def table(collectives: Iterable[Collective]) -> str:
-    """Formats the collectives, one on each line, and the total of bytes sent."""
-    collectives = tuple(collectives)
-    head = ("kind", "times", "dtype", "operand", "sent", "sent in total", "devices")
-    rows: list[tuple[str, ...]] = [(*head, "overlaps work", "at")]
+    """Formats the collectives, one kind and size on each line, and the bytes sent."""
+    names = ("kind", "times", "dtype", "operand", "sent", "in total", "devices")
+    alike: dict[tuple[str, ...], list[Collective]] = {}
     for x in collectives:
-        times = f"<={x.executions}" if x.is_conditional else str(x.executions)
-        numbers = (x.operand_bytes, x.wire_bytes, x.total_wire_bytes)
+        sizes = bytes_text(x.operand_bytes), bytes_text(x.wire_bytes)
         devices = f"{len(x.groups)}x{x.group_size}"
-        dtypes = "+".join(x.dtypes)
         work = "yes" if x.beside else "no"
-        row = (x.kind, times, dtypes, *map(str, numbers), devices, work, x.op_name)
-        rows.append(row)
-    total = sum(x.total_wire_bytes for x in collectives)
-    rows.append(("", "", "", "", "", str(total), "", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+        mark = "<=" if x.is_conditional else ""
+        key = (x.kind, mark, "+".join(x.dtypes), *sizes, devices, work)
+        alike.setdefault(key, []).append(x)
+    rows: list[tuple[str, ...]] = [(*names, "overlaps")]
+    for (kind, mark, dtypes, operand, sent, devices, work), own in alike.items():
+        times = f"{mark}{sum(x.executions for x in own)}"
+        total = bytes_text(sum(x.total_wire_bytes for x in own))
+        rows.append((kind, times, dtypes, operand, sent, total, devices, work))
+    every = sum(x.total_wire_bytes for own in alike.values() for x in own)
+    rows.append(("all", "", "", "", "", bytes_text(every), "", ""))
+    return aligned(rows, right=range(3, 6))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """Formats rows of cells as lines with aligned columns.
+
+    Args:
+      rows: the cells, as many in each row.
+      right: columns whose cells end, and do not begin, at the same place.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, rows))

@@ -41,7 +41,12 @@ from usp_jax.models.rope_scaling import (
 )
 from usp_jax.models.sharding import Split, check_mesh, parameter_shardings
 from usp_jax.models.transformer import Transformer
-from usp_jax.models.weights import Weights, working_copy
+from usp_jax.models.weights import (
+    Weights,
+    kept_specs,
+    kept_split,
+    working_copy,
+)
 
 Ids = Int[Array, "B T"]
 Result = TypeVar("Result")
@@ -226,7 +231,11 @@ class Llama(nnx.Module):
         return self._run_on(f, transformer, out_specs, *own, *extra)
 
     def run_on(
-        self, f: Callable[..., Result], out_specs: object, *arrays: Placed
+        self,
+        f: Callable[..., Result],
+        out_specs: object,
+        *arrays: Placed,
+        kept: Weights | None = None,
     ) -> Result:
         """Runs a function as `run` does, on arrays that are not a batch.
 
@@ -234,11 +243,26 @@ class Llama(nnx.Module):
           f: called as f(transformer, weights, *arrays).
           out_specs: partition specs of the results.
           arrays: (array, partition spec) pairs.
+          kept: weights from `gathered`, to use instead of gathering them.
         """
         # A single token cannot be split over `tensor`.
         split = dataclasses.replace(self.split, tensor_sequence=False)
+        if kept is not None:
+            split = kept_split(self.split)
         transformer = Transformer(self.config, split, "contiguous")
-        return self._run_on(f, transformer, out_specs, *arrays)
+        if kept is None:
+            return self._run_on(f, transformer, out_specs, *arrays)
+        specs = tuple(spec for _, spec in arrays)
+        values = tuple(array for array, _ in arrays)
+        return _run_kept(f, transformer, specs, out_specs, kept, *values)
+
+    def gathered(self) -> Weights:
+        """Returns the weights of all layers, gathered over all ZeRO axes, for `run_on`.
+
+        They have the computation's dtype. Experts stay split over their axes, and heads
+        and features over `tensor`.
+        """
+        return _gather(self.config, kept_split(self.split), self._params())
 
     def _run_on(
         self,
@@ -247,11 +271,13 @@ class Llama(nnx.Module):
         out_specs: object,
         *placed: Placed,
     ) -> Result:
-        names = parameter_shapes(self.config)
-        params = {name: getattr(self, name)[...] for name in names}
         specs = tuple(spec for _, spec in placed)
         arrays = tuple(array for array, _ in placed)
-        return _run(f, transformer, specs, out_specs, params, *arrays)
+        return _run(f, transformer, specs, out_specs, self._params(), *arrays)
+
+    def _params(self) -> dict[str, jax.Array]:
+        names = parameter_shapes(self.config)
+        return {name: getattr(self, name)[...] for name in names}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -270,6 +296,33 @@ def _run(
         return f(transformer, working_copy(config, split, params), *arrays)
 
     return split.run(shards, in_specs, out_specs)(params, *arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_kept(
+    f: Callable[..., Result],
+    transformer: Transformer,
+    specs: tuple[object, ...],
+    out_specs: object,
+    kept: Weights,
+    *arrays: object,
+) -> Result:
+    config, split = transformer.config, transformer.split
+    in_specs = (kept_specs(config, split), *specs)
+    return split.run(partial(f, transformer), in_specs, out_specs)(kept, *arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _gather(config: LlamaConfig, split: Split, params: dict[str, jax.Array]) -> Weights:
+    in_specs = ({name: split.parameter(name) for name in params},)
+    # Gathered values are the same on all devices, which jax does not infer.
+    gather = split.run(
+        partial(working_copy, config, split),
+        in_specs,
+        kept_specs(config, split),
+        check_vma=False,
+    )
+    return gather(params)
 
 
 def _logits(

@@ -150,10 +150,16 @@ class Split:
 
     def parameter(self, name: str) -> jax.P:
         """Returns the partition spec of a parameter."""
-        dims, tensor, zero = TABLE[in_table(name)]
         every = self.of_parameter(name).zero
-        axes = {tensor: self.tensor, zero: self.without_experts(name, every)}
-        axes["L"] = self.stages
+        return self._spec(name, self.without_experts(name, every))
+
+    def whole(self, name: str) -> jax.P:
+        """Returns the partition spec of a parameter gathered over all ZeRO axes."""
+        return self._spec(name, ())
+
+    def _spec(self, name: str, every: tuple[str, ...]) -> jax.P:
+        dims, tensor, zero = TABLE[in_table(name)]
+        axes = {tensor: self.tensor, zero: every, "L": self.stages}
         if is_of_experts(name):
             axes["E"] = self.experts
         return jax.P(*(axes.get(dim) or None for dim in dims))
@@ -249,12 +255,23 @@ class Split:
         return lax.axis_index(axes) if axes else 0
 
     def run(
-        self, f: Callable[..., Result], in_specs: object, out_specs: object
+        self,
+        f: Callable[..., Result],
+        in_specs: object,
+        out_specs: object,
+        *,
+        check_vma: bool = True,
     ) -> Callable[..., Result]:
         """Maps `f`, a function of one device's shards, over all devices."""
         if self.mesh is None:
             return f
-        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        return jax.shard_map(
+            f,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=check_vma,
+        )
 
 
 def parameter_shardings(

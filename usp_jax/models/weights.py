@@ -1,38 +1,88 @@
 """The working copy of the parameters that a device computes with in one call."""
 
 import dataclasses
+import math
 from functools import partial
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import with_sum
-from usp_jax.models.parameters import in_table, is_of_layers, is_small
+from usp_jax.models.parameters import (
+    in_table,
+    is_of_layers,
+    is_small,
+    parameter_shapes,
+)
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.sharding import Split
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One device's shards in the computation's dtype.
+    """One device's shards in the computation's dtype. A pytree.
 
     Attributes:
       layers: weights of the layers, keyed like the parameters, with a leading dim for
         the layers.
       sums: in a pipeline, arrays like `layers`, in at least float32, that collect the
         layers' gradients (`gradient_sum.py`); otherwise empty.
-      embed: the embedding table, as stored.
-      final_norm: weight of the final norm.
-      lm_head: the output matrix, a separate array even when tied to `embed`.
+      embed: the embedding table [v, _], as stored.
+      final_norm: weight of the final norm, [D].
+      lm_head: the output matrix [v, _], a separate array even when tied to `embed`.
     """
 
-    layers: dict[str, Array]
-    sums: dict[str, Array]
-    embed: Float[Array, "v _"]
-    final_norm: Float[Array, " D"]
-    lm_head: Float[Array, "v _"]
+    # jax puts arrays, tracers and specs into a pytree's leaves, so their type is Any.
+    layers: dict[str, Any]
+    sums: dict[str, Any]
+    embed: Any
+    final_norm: Any
+    lm_head: Any
+
+
+def kept_split(split: Split) -> Split:
+    """Returns the split with which `working_copy` gathers weights for many calls.
+
+    ZeRO-1 gathers them over all ZeRO axes at once. Experts stay split over theirs.
+    """
+    return dataclasses.replace(split, level=1, tensor_sequence=False)
+
+
+def kept_specs(config: LlamaConfig, split: Split) -> Weights:
+    """Returns the partition specs of a working copy under `kept_split`."""
+    names = parameter_shapes(config)
+    return Weights(
+        layers={name: split.whole(name) for name in names if is_of_layers(name)},
+        sums={},
+        embed=split.parameter("embed"),
+        final_norm=split.whole("final_norm"),
+        lm_head=split.whole("lm_head"),
+    )
+
+
+def kept_bytes(config: LlamaConfig, split: Split) -> int:
+    """Bytes that a device needs for its parameters and a kept working copy."""
+    total = 0
+    for name, shape in parameter_shapes(config).items():
+        stored, whole = split.parameter(name), split.whole(name)
+        total += _bytes(split, shape, stored, config.stored_dtype)
+        if name != "embed":
+            total += _bytes(split, shape, whole, _dtype(config, name))
+    if config.tie_embeddings:
+        shape = parameter_shapes(config)["embed"]
+        total += _bytes(split, shape, split.whole("embed"), config.dtype)
+    return total
+
+
+def _bytes(split: Split, shape: tuple[int, ...], spec: jax.P, dtype: str) -> int:
+    """Bytes of a device's shard."""
+    axes = (axes for axes in spec if axes is not None)
+    ways = math.prod(split.size((x,) if isinstance(x, str) else x) for x in axes)
+    return math.prod(shape) * jnp.dtype(dtype).itemsize // ways
 
 
 def working_copy(
@@ -68,9 +118,7 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     """Makes the working copy of one parameter."""
     pipeline = Pipeline.of(config, split.size(split.stages))
     split = split.of_parameter(name)
-    # Small errors of a router's logits would choose other experts.
-    precise = is_small(name) or in_table(name) == "router"
-    x = x.astype(wide(config.dtype) if precise else config.dtype)
+    x = x.astype(_dtype(config, name))
     if is_of_layers(name):
         x = pipeline.deal(x)
     if not is_small(name):
@@ -80,3 +128,10 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     # here sums their gradients once, not in every layer.
     apart = split.tensor_sequence or in_table(name) in ("q_norm", "k_norm")
     return split.vary(x) if apart else x
+
+
+def _dtype(config: LlamaConfig, name: str) -> str:
+    """The dtype of the working copy of one parameter."""
+    # Small errors of a router's logits would choose other experts.
+    precise = is_small(name) or in_table(name) == "router"
+    return wide(config.dtype) if precise else config.dtype

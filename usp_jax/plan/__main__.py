@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from usp_jax.aot import Report
-from usp_jax.command_line import Parser, readers_may_leave
+from usp_jax.command_line import Parser, needing, readers_may_leave
 from usp_jax.layout import LAYOUTS
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.lookup import find_config
@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps(_records(rows[: args.top], reports)))
             else:
                 _show(args, rows, reports)
+    except ImportError as error:
+        parser.error(needing("plan", error))
     # OSError: the plot cannot be written.
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0 if rows and rows[0].can_train else 1
 

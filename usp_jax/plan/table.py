@@ -40,7 +40,8 @@ def show(rows: Sequence[Row], top: int, model: str | None = None) -> None:
     if best.can_train:
         _show_best(console, best)
         console.print(
-            f"\nTo train with it:\n{train_command(job, best.choice, model)}",
+            "\nTo train with it, in a checkout of usp_jax:\n"
+            f"{train_command(job, best.choice, model)}",
             soft_wrap=True,
         )
 

@@ -49,7 +49,10 @@ def read_config(config: Mapping[str, Json], **overrides: object) -> LlamaConfig:
 
 
 def write_config(
-    config: LlamaConfig, dtype: str, like: Mapping[str, Json]
+    config: LlamaConfig,
+    dtype: str,
+    like: Mapping[str, Json],
+    max_length: int | None = None,
 ) -> dict[str, Json]:
     """Returns the content of config.json for a model.
 
@@ -58,19 +61,22 @@ def write_config(
       dtype: dtype of the tensors.
       like: a config.json whose notes are kept, including the maximum length, and whose
         `model_type` if it can hold the model.
+      max_length: least maximum length to write; None is that of `like`, if it has one.
 
     Raises:
       ValueError: no supported `model_type` can hold the model.
     """
     decoder = _explicit(architecture(config))
     wanted, like = _with_model_type(like)
+    longest = _longest(like, max_length)
     families = [family for family in FAMILIES if family.text_of is None]
     families.sort(key=lambda family: family.model_type != wanted)
     # (Number of fields that are lost, the reason why a family does not hold the model.)
     misfits: list[tuple[float, str]] = []
     for family in families:
         try:
-            written = _write_decoder(family, decoder)
+            # Dynamic RoPE scaling writes its own length.
+            written = {**longest, **_write_decoder(family, decoder)}
             lost = _differences(decoder, _read_decoder(family, written))
         except ValueError as error:
             # The family does not have this type of RoPE scaling, for instance.
@@ -78,14 +84,21 @@ def write_config(
             continue
         if not lost:
             notes = {key: x for key, x in like.items() if key in NOTES}
-            # Dynamic RoPE scaling has written its own.
-            longest = {_LONGEST: like[_LONGEST]} if _LONGEST in like else {}
-            return {**longest, **written, "torch_dtype": dtype, **notes}
+            return {**written, "torch_dtype": dtype, **notes}
         values = ", ".join(f"{name}={value!r}" for name, value in lost.items())
         reason = f"{family.model_type!r} comes closest, but without {values}"
         misfits.append((len(lost), reason))
     _, closest = min(misfits, key=lambda misfit: misfit[0])
     raise ValueError(f"no model_type of the format holds this model: {closest}")
+
+
+def _longest(like: Mapping[str, Json], max_length: int | None) -> dict[str, Json]:
+    """The maximum length to write, if it is known."""
+    own = like.get(_LONGEST)
+    if max_length is not None and isinstance(own, int):
+        own = max(own, max_length)
+    longest = max_length if own is None else own
+    return {} if longest is None else {_LONGEST: longest}
 
 
 def _with_model_type(like: Mapping[str, Json]) -> tuple[Json, Mapping[str, Json]]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -44,6 +45,8 @@ def save(
     dtype: DTypeLike | None = None,
     file_bytes: int = 5 * 10**9,
     like: str | os.PathLike[str] | None = None,
+    max_length: int | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Saves a model as config.json and safetensors files.
 
@@ -62,6 +65,11 @@ def save(
       like: a checkpoint from which to copy the tokenizer's files and the notes of
         config.json (maximum length, token ids). Its `model_type` is used too, if it can
         hold the model; otherwise the first of `hf.families` that can.
+      max_length: number of tokens that the model may read, `max_position_embeddings` of
+        config.json; the model's of `like` if that is larger, or part of its RoPE
+        scaling. None is that of `like`, if it has one.
+      texts: further files to write, by name, such as "tokenizer.json"; they replace
+        those of `like`.
 
     Raises:
       ValueError: the folder already has a checkpoint, an argument is invalid, or no
@@ -74,6 +82,8 @@ def save(
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
     if file_bytes < 1:
         raise ValueError(f"{file_bytes=} must be positive")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"{max_length=} must be positive")
     unfinished = folder / _UNFINISHED
     # Those of a save that was killed while it renamed its files do not count.
     weights = [] if unfinished.exists() else folder.glob("*.safetensors")
@@ -85,13 +95,15 @@ def save(
         raise ValueError(
             f"path={folder} already has {existing[0].name}; give an empty folder"
         )
-    config = write_config(model.config, dtype.name, notes)
+    config = write_config(model.config, dtype.name, notes, max_length)
     is_writer = jax.process_index() == 0
     if is_writer:
         _begin(unfinished)
     try:
         if is_writer:
             _copy_companions(like, unfinished)
+            for name, text in (texts or {}).items():
+                (unfinished / name).write_text(text, encoding="utf-8")
         family, _ = family_of(config)
         _write_tensors(model, family, unfinished, dtype, file_bytes, is_writer)
         if is_writer:
@@ -120,8 +132,10 @@ def _begin(unfinished: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Waits until the files of a folder are on disk."""
+    """Waits until the files of a folder are on disk, for others to read."""
     for path in folder.iterdir():
+        # safetensors makes files that only their owner can read.
+        path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
