@@ -21,6 +21,7 @@ from usp_jax.models.loss import (
     _nats_and_lse,
     _Output,
     loss,
+    routed_loss,
     shift_labels,
     token_nats,
 )
@@ -523,7 +524,7 @@ def test_wrong_calls_raise():
     with pytest.raises(
         ValueError, match=r"labels is float32\[8, 60\]; it must be int32"
     ):
-        loss.__wrapped__(model, ids, ids * 1.0)
+        routed_loss.__wrapped__(model, ids, ids * 1.0)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}], ids=str)

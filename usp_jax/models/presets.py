@@ -206,6 +206,9 @@ _MIXTURES = {
 }
 
 # gpt-oss, arXiv 2508.10925: a layer with a window, then one without.
+_GPT_OSS_EXPERTS = Experts(
+    32, experts_per_token=4, d_expert=2880, router_bias=True, biases=True, clamp=7.0
+)
 _GPT_OSS_20B = Decoder(
     vocab_size=201088,
     d_model=2880,
@@ -216,14 +219,7 @@ _GPT_OSS_20B = Decoder(
     d_ff=2880,
     rope_theta=150000.0,
     rope_scaling=YarnScaling(32.0, 4096, truncate=False),
-    experts=Experts(
-        32,
-        experts_per_token=4,
-        d_expert=2880,
-        router_bias=True,
-        biases=True,
-        clamp=7.0,
-    ),
+    experts=_GPT_OSS_EXPERTS,
     qkv_bias=True,
     o_bias=True,
     sinks=True,
@@ -235,7 +231,7 @@ _GPT_OSS = {
     "gpt-oss-120b": replace(
         _GPT_OSS_20B,
         num_layers=36,
-        experts=replace(_GPT_OSS_20B.experts, num_experts=128),
+        experts=replace(_GPT_OSS_EXPERTS, num_experts=128),
     ),
 }
 

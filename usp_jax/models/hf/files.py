@@ -105,6 +105,7 @@ class TensorFiles:
         self._folder = folder
         self._files = files
         self._places = places
+        self._starts: dict[str, dict[str, int]] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -150,25 +151,32 @@ class TensorFiles:
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a tensor, and no other part of it."""
         if self.dtype(name) == "F8_E4M3":
-            path = self._folder / self._places[name]
-            return np.array(_float8(path, name, self.shape(name))[index])
+            return np.array(self._float8(name)[index])
         return self._slice(name)[index]
+
+    def _float8(self, name: str) -> np.ndarray:
+        """A tensor of 8-bit floats, mapped from its file.
+
+        safetensors does not return slices of this dtype as numpy arrays.
+        """
+        file = self._places[name]
+        path = self._folder / file
+        if file not in self._starts:
+            self._starts[file] = _starts(path)
+        start, shape = self._starts[file][name], self.shape(name)
+        return np.memmap(path, np.uint8, "r", start, shape).view(jnp.float8_e4m3fn)
 
     def _slice(self, name: str) -> _Slice:
         return self._files[self._places[name]].get_slice(name)
 
 
-def _float8(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of 8-bit floats, mapped from its file.
-
-    safetensors does not return slices of this dtype as numpy arrays.
-    """
+def _starts(path: Path) -> dict[str, int]:
+    """The number of the first byte of each tensor in a file that safetensors opened."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    offset = 8 + length + header[name]["data_offsets"][0]
-    x = np.memmap(path, np.uint8, "r", offset, shape)
-    return x.view(jnp.float8_e4m3fn)
+    header.pop("__metadata__", None)
+    return {name: 8 + length + x["data_offsets"][0] for name, x in header.items()}
 
 
 def split_into_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, list[str]]:

@@ -81,7 +81,6 @@ PLACES: dict[str, Place] = {
     "shared_gate": Place("mlp.shared_experts.gate_proj.weight", ("S", "D")),
     "shared_up": Place("mlp.shared_experts.up_proj.weight", ("S", "D")),
     "shared_down": Place("mlp.shared_experts.down_proj.weight", ("D", "S")),
-    "shared_scale": Place("mlp.shared_expert_gate.weight", ("1", "D")),
     "mlp_out_norm": Place("post_feedforward_layernorm.weight", ("D",)),
     "final_norm": Place("model.norm.weight", ("D",)),
     "lm_head": Place("lm_head.weight", ("V", "D")),

@@ -40,8 +40,10 @@ def load(
 
     `hf.families` lists the supported families. Each process reads only the slices that
     its own devices hold, one parameter at a time. Apart from the shards themselves, it
-    holds at most one parameter's slices in memory. No memory is taken before
-    config.json has been compared with the names, shapes and dtypes in the files.
+    holds at most one parameter's slices in memory. Weights that are quantized as in the
+    published checkpoints of DeepSeek-V3 (FP8) or gpt-oss (MXFP4) are dequantized. No
+    memory is taken before config.json has been compared with the names, shapes and
+    dtypes in the files.
 
     Args:
       path: the folder of the checkpoint.
