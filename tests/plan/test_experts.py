@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 
-from benchmarks.models import QWEN3_30B_A3B
+from train.cli import parse
 from usp_jax import plan
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Variant
@@ -17,6 +18,7 @@ from usp_jax.plan.considered import details, expert_axes
 from usp_jax.plan.table import headline
 
 K = 1024
+QWEN3_30B_A3B = LlamaConfig.preset("qwen3-30b-a3b")
 ALL = ("fsdp", "ring", "ulysses")
 # DeepSeek-V3's order: dense layers first.
 FIRST_DENSE = dataclasses.replace(
@@ -233,7 +235,19 @@ def test_a_choice_of_axes_is_printed():
     assert "experts over ring x ulysses, ZeRO-3" in headline(row)
     line = json.loads(json.dumps(row.as_dict()))
     assert line["expert_axes"] == ["ring", "ulysses"]
-    words = plan.train_command(row.job, choice, "qwen3-30b-a3b")
-    assert words.endswith("--mesh.expert-axes ring ulysses")
+    command = plan.train_command(row.job, choice)
+    assert command.startswith("python -m train qwen3-30b-a3b ")
+    assert command.endswith("--mesh.expert-axes ring ulysses")
+    words = shlex.split(command)[3:]
+    assert parse(words).mesh.expert_axes == choice.expert_axes
+    unnamed = job_of(with_experts(num_experts=64))
     with pytest.raises(ValueError, match="experts=Experts.* are not options of the tr"):
-        plan.train_command(row.job, choice)
+        plan.train_command(unnamed, choice)
+
+
+def test_latent_attention_is_refused():
+    why = "latent: plans of latent attention are not modelled"
+    job = job_of(LlamaConfig.preset("deepseek-v3"))
+    assert obstacle(job, plan.Choice(ring=8, ulysses=8)) == why
+    rows = plan.plan(job)
+    assert {row.reason for row in rows} == {why}
