@@ -61,9 +61,9 @@ class Blocks:
     """
 
     size: int
-    full: float
-    partial: float
-    runs: float
+    full: int | float
+    partial: int | float
+    runs: int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Kernels:
 
 
 def blocks_of(
-    queries: int, keys: float, chunks: int, *, block: int, edges: int
+    queries: int, keys: int | float, chunks: int, *, block: int, edges: int
 ) -> Blocks:
     """Counts the blocks of a balanced shard of queries and of all keys it sees.
 
