@@ -1,6 +1,9 @@
 """The Pallas TPU kernels, interpreted: results, block lists and races."""
 
+import dataclasses
 import functools
+import itertools
+import math
 
 import chex
 import jax
@@ -130,6 +133,51 @@ def test_without_a_carry(name):
     check(arrays, None, mask, logits)
 
 
+def test_rows_that_have_seen_nothing_see_nothing():
+    """In visited blocks, and with a carry of such rows only."""
+    (q, k, v, _), _, mask, logits = inputs(shift=-100)
+    carry = jnp.zeros(q.shape), jnp.full(q.shape[:3], -jnp.inf)
+    for start in (carry, None):
+        out, lse = mosaic_tpu.chunk_forward(
+            q, k, v, mask, start, logits, target=V5P, blocks=SMALL, interpret=True
+        )
+        assert (out[:, :100] == 0).all() and (lse[:, :100] == -jnp.inf).all()
+        assert jnp.isfinite(lse[:, 100:]).all()
+
+
+def test_scores_ahead():
+    tile = Tile(128, 384, 128, ahead=True)
+    check(*inputs(**CASES["causal"]), blocks=BlockSizes(tile, tile))
+
+
+@pytest.mark.parametrize("case", [{"heads": (4, 1)}, {"heads": (6, 3), "batch": 3}])
+def test_two_cores_share_the_heads_evenly(case):
+    """Also one key head at batch 1, whose query heads are divided."""
+    arrays, carry, mask, logits = inputs(**case)
+    blocks = dataclasses.replace(SMALL, cores=2)
+    check(arrays, carry, mask, logits, blocks=blocks)
+    options = {"target": V5P, "blocks": blocks, "interpret": True}
+    q, k, v, dout = arrays
+    lse = carry[1]
+    for call in (
+        lambda: mosaic_tpu.chunk_forward(q, k, v, mask, None, logits, **options),
+        lambda: mosaic_tpu.chunk_backward(
+            q, k, v, dout, lse, lse, mask, logits, **options
+        ),
+    ):
+        program = jax.make_jaxpr(call)().jaxpr
+        (kernel,) = [x for x in program.eqns if x.primitive.name == "pallas_call"]
+        semantics = kernel.params["compiler_params"].dimension_semantics
+        grid = kernel.params["grid_mapping"].grid
+        # The compiler divides the parallel axes, taken together, among the cores.
+        parallel = [
+            size
+            for size, kind in zip(grid, semantics, strict=True)
+            if kind == "parallel"
+        ]
+        assert math.prod(parallel) % 2 == 0
+
+
 def test_blocks_of_unequal_sizes():
     case = {**CASES["packed"], "length": 1280, "kv_length": 1100, "batch": 1}
     check(*inputs(**case), blocks=UNEVEN)
@@ -188,14 +236,20 @@ def walked(kinds, batch, **options):
     visited = []
     for lists in zip(lists_of.entries, lists_of.sizes, strict=True):
         for b in range(lists_of.batch):
-            count = int(lists_of.step(lists, b, 0).count)
-            t = jnp.arange(count + 1)
-            step = lists_of.step(lists, b, t)
-            assert step.listed[:-1].all() and not step.listed[-1]
-            assert step.first[0] and step.last[-2]
-            row, major, minor = lists_of.blocks(lists, b, t)
-            entries = np.stack([major, minor, step.kind], axis=1)[:-1]
-            visited += [(int(row), *map(int, entry)) for entry in entries]
+            count = int(lists_of.count(lists, b))
+            row = int(lists_of.row(lists, jnp.int32(b)))
+            length = lists_of.entries.shape[1] // (len(lists[1]) - 1)
+            step = lists_of.step(lists, b, jnp.arange(length))
+            blocks = np.stack([step.major, step.minor], axis=1)
+            # The rest is EMPTY and fetches nothing.
+            assert not np.any([step.kind, step.first, step.last], axis=0)[count:].any()
+            assert (blocks[count:] == blocks[count - 1]).all()
+            major = blocks[:count, 0].tolist()
+            ends = [a != b for a, b in itertools.pairwise([None, *major, None])]
+            assert step.first[:count].tolist() == ends[:-1]
+            assert step.last[:count].tolist() == ends[1:]
+            entries = np.column_stack([blocks, step.kind])[:count]
+            visited += [(row, *map(int, entry)) for entry in entries]
     return visited
 
 
