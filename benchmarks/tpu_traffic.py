@@ -109,7 +109,7 @@ def traffic(which: str, kernel: Kernel, cut: Cut) -> Traffic:
         # The kernel itself copies dq in both directions.
         dq = kernel.results[0]
         visits = visited(cut) * dq.shape[1]
-        size = visits * cut.block_q * dq.shape[3] * dq.dtype.itemsize
+        size = visits * cut.block_q * dq.shape[2] * dq.dtype.itemsize
         read["dq"] = written["dq"] = size
     return Traffic(read, written)
 

@@ -73,6 +73,16 @@ def test_visible_is_what_its_four_facts_say(drawn):
         assert actual[row, i, j] == sees(mask, row, i, j)
 
 
+def test_bounds_stop_at_the_ends_of_int32():
+    """Where a position and the bound add up to more than an int32 holds."""
+    most = 2**31 - 1
+    tokens = Tokens(jnp.asarray([[0, 5, most]], jnp.int32))
+    assert visible(Mask(MaskRule(False, most, most), tokens, tokens)).all()
+    actual = visible(Mask(MaskRule(False, most - 5, 1), tokens, tokens))
+    expected = [[True, False, False], [True, True, False], [False, True, True]]
+    np.testing.assert_array_equal(actual[0], expected)
+
+
 @given(masks())
 def test_full_and_empty_blocks_are_certain(drawn):
     mask, (block_q, block_kv) = drawn

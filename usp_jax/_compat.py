@@ -34,6 +34,19 @@ def gpu_store(ref: Ref, value: jax.Array) -> None:
         ref[...] = value
 
 
+def tpu_reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x in a Pallas TPU kernel, for numbers that are normal, with a normal result.
+
+    Infinite and denormal ones would need as many operations again.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    # Moved in jax 0.12.
+    where = pltpu if hasattr(pltpu, "reciprocal") else pl
+    return where.reciprocal(x, approx=False, full_range=False)
+
+
 def gpu_interpret_params() -> object:
     """Parameters that run `plgpu.kernel` on any platform, in interpret mode.
 

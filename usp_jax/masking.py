@@ -183,15 +183,26 @@ def sees(rule: MaskRule, q: Tokens, kv: Tokens) -> Bool[Array, "..."]:
 
 def _conditions(rule: MaskRule, q: Tokens, kv: Tokens) -> Iterator[jax.Array]:
     """Yields the conditions for a query to see a key."""
-    if rule.after is not None or rule.before is not None:
-        ahead = kv.positions - q.positions
-        if rule.after is not None:
-            yield ahead <= rule.after
-        if rule.before is not None:
-            yield ahead >= -rule.before
+    # The bounds are shifted, not the distances compared: an operation for each query
+    # and not for each pair.
+    if rule.after is not None:
+        yield kv.positions <= _shifted(q.positions, rule.after)
+    if rule.before is not None:
+        yield kv.positions >= _shifted(q.positions, -rule.before)
     if q.segment_ids is not None:
-        yield q.segment_ids == kv.segment_ids
-        yield q.segment_ids != PADDING
+        # A query that is padding gets an id that no key has.
+        is_padding = q.segment_ids == PADDING
+        yield jnp.where(is_padding, PADDING - 1, q.segment_ids) == kv.segment_ids
+
+
+def _shifted(positions: jax.Array, by: int) -> jax.Array:
+    """`positions + by`, which stops at the ends of the dtype instead of wrapping."""
+    ends = jnp.iinfo(positions.dtype)
+    if by > 0:
+        return jnp.minimum(positions, ends.max - by) + by
+    if by < 0:
+        return jnp.maximum(positions, ends.min - by) + by
+    return positions
 
 
 def block_kinds(mask: Mask, block_q: int, block_kv: int) -> Int8[Array, "B nq nk"]:

@@ -1,6 +1,9 @@
 """The Pallas TPU kernels, interpreted: results, block lists and races."""
 
+import dataclasses
 import functools
+import itertools
+import math
 
 import chex
 import jax
@@ -16,7 +19,6 @@ from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_tpu import BlockSizes, Tile, walk
 from usp_jax.kernels.mosaic_tpu.in_place import InPlace
-from usp_jax.kernels.mosaic_tpu.launch import Kernel
 from usp_jax.masking import EMPTY, Mask, MaskRule, Tokens, block_kinds
 
 # The largest error of out and lse; gradients may have twice as much.
@@ -131,38 +133,49 @@ def test_without_a_carry(name):
     check(arrays, None, mask, logits)
 
 
-@pytest.mark.parametrize(
-    ("kind", "batch", "heads", "first"),
-    [
-        ("TPU v5", 1, (4, 1), 2),
-        ("TPU v5p", 1, (6, 3), 6),
-        ("TPU v5", 2, (4, 1), 1),
-        ("TPU v5", 1, (3, 1), 1),
-        ("TPU v5 lite", 1, (4, 1), 1),
-    ],
-)
-def test_two_cores_share_the_query_heads_of_a_key_head(
-    kind, batch, heads, first, monkeypatch
-):
-    arrays, _, mask, logits = inputs(batch=batch, heads=heads)
+def test_rows_that_have_seen_nothing_see_nothing():
+    """In visited blocks, and with a carry of such rows only."""
+    (q, k, v, _), _, mask, logits = inputs(shift=-100)
+    carry = jnp.zeros(q.shape), jnp.full(q.shape[:3], -jnp.inf)
+    for start in (carry, None):
+        out, lse = mosaic_tpu.chunk_forward(
+            q, k, v, mask, start, logits, target=V5P, blocks=SMALL, interpret=True
+        )
+        assert (out[:, :100] == 0).all() and (lse[:, :100] == -jnp.inf).all()
+        assert jnp.isfinite(lse[:, 100:]).all()
+
+
+def test_scores_ahead():
+    tile = Tile(128, 384, 128, ahead=True)
+    check(*inputs(**CASES["causal"]), blocks=BlockSizes(tile, tile))
+
+
+@pytest.mark.parametrize("case", [{"heads": (4, 1)}, {"heads": (6, 3), "batch": 3}])
+def test_two_cores_share_the_heads_evenly(case):
+    """Also one key head at batch 1, whose query heads are divided."""
+    arrays, carry, mask, logits = inputs(**case)
+    blocks = dataclasses.replace(SMALL, cores=2)
+    check(arrays, carry, mask, logits, blocks=blocks)
+    options = {"target": V5P, "blocks": blocks, "interpret": True}
     q, k, v, dout = arrays
-    rows = jnp.zeros(q.shape[:3])
-    kernels = []
-    run = Kernel.run
-    monkeypatch.setattr(Kernel, "run", lambda x: kernels.append(x) or run(x))
-    program = functools.partial(
-        mosaic_tpu.chunk_backward,
-        mask=mask,
-        logits=logits,
-        target=Target("tpu", kind),
-        blocks=SMALL,
-        interpret=True,
-    )
-    found = jax.eval_shape(program, q, k, v, dout, rows, rows)
-    assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
-    (kernel,) = kernels
-    assert kernel.grid == (first, heads[0] // first)
-    assert kernel.walk.batch == batch
+    lse = carry[1]
+    for call in (
+        lambda: mosaic_tpu.chunk_forward(q, k, v, mask, None, logits, **options),
+        lambda: mosaic_tpu.chunk_backward(
+            q, k, v, dout, lse, lse, mask, logits, **options
+        ),
+    ):
+        program = jax.make_jaxpr(call)().jaxpr
+        (kernel,) = [x for x in program.eqns if x.primitive.name == "pallas_call"]
+        semantics = kernel.params["compiler_params"].dimension_semantics
+        grid = kernel.params["grid_mapping"].grid
+        # The compiler divides the parallel axes, taken together, among the cores.
+        parallel = [
+            size
+            for size, kind in zip(grid, semantics, strict=True)
+            if kind == "parallel"
+        ]
+        assert math.prod(parallel) % 2 == 0
 
 
 def test_blocks_of_unequal_sizes():
@@ -223,14 +236,20 @@ def walked(kinds, batch, **options):
     visited = []
     for lists in zip(lists_of.entries, lists_of.sizes, strict=True):
         for b in range(lists_of.batch):
-            count = int(lists_of.step(lists, b, 0).count)
-            t = jnp.arange(count + 1)
-            step = lists_of.step(lists, b, t)
-            assert step.listed[:-1].all() and not step.listed[-1]
-            assert step.first[0] and step.last[-2]
-            row, major, minor = lists_of.blocks(lists, b, t)
-            entries = np.stack([major, minor, step.kind], axis=1)[:-1]
-            visited += [(int(row), *map(int, entry)) for entry in entries]
+            count = int(lists_of.count(lists, b))
+            row = int(lists_of.row(lists, jnp.int32(b)))
+            length = lists_of.entries.shape[1] // (len(lists[1]) - 1)
+            step = lists_of.step(lists, b, jnp.arange(length))
+            blocks = np.stack([step.major, step.minor], axis=1)
+            # The rest is EMPTY and fetches nothing.
+            assert not np.any([step.kind, step.first, step.last], axis=0)[count:].any()
+            assert (blocks[count:] == blocks[count - 1]).all()
+            major = blocks[:count, 0].tolist()
+            ends = [a != b for a, b in itertools.pairwise([None, *major, None])]
+            assert step.first[:count].tolist() == ends[:-1]
+            assert step.last[:count].tolist() == ends[1:]
+            entries = np.column_stack([blocks, step.kind])[:count]
+            visited += [(row, *map(int, entry)) for entry in entries]
     return visited
 
 

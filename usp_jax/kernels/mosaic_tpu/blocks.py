@@ -18,18 +18,21 @@ class Tile:
       q: queries per block.
       kv: keys per block.
       kv_compute: keys multiplied at a time, which bounds the scores held at once.
+      ahead: whether the forward computes the scores of the next piece before the
+        softmax of this one, so that matrix and vector units work at the same time.
     """
 
     q: int
     kv: int
     kv_compute: int
+    ahead: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
+        for name in ("q", "kv", "kv_compute"):
+            size = getattr(self, name)
             if size < LANES or size % LANES:
                 raise ValueError(
-                    f"Tile.{field.name}={size} must be a positive multiple of {LANES}"
+                    f"Tile.{name}={size} must be a positive multiple of {LANES}"
                 )
         if self.kv % self.kv_compute:
             raise ValueError(
@@ -43,11 +46,13 @@ class BlockSizes:
 
     Attributes:
       vmem_mib: the limit of vector memory in MiB.
+      cores: the number of cores of a device.
     """
 
     forward: Tile
     backward: Tile
     vmem_mib: int = 16
+    cores: int = 1
 
     @classmethod
     def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
@@ -55,28 +60,31 @@ class BlockSizes:
         return lookup(TABLE, target, head_size, dtype)
 
 
-# Chosen by compiling, not by timing. v5e and v6e have 128 MiB of vector memory, v5p and
-# later 64 MiB per core, earlier ones 16 MiB.
+# v5e and v6e have 128 MiB of vector memory, v5p and later 64 MiB per core, earlier ones
+# 16 MiB. Chosen by the cycles of libtpu's schedules, for causal masks of 8K and 32K and
+# heads of 128. On v5e and v5p the matrix units bound both passes, and on later ones
+# only the backward: there, four pieces in turn let the forward's matrix and vector
+# units work at the same time.
+_WHOLE = Tile(1024, 1024, 512)
+_IN_TURN = Tile(1024, 2048, 512, ahead=True)
 TABLE = (
     Row(
-        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
+        BlockSizes(_WHOLE, _WHOLE, vmem_mib=64),
         device="TPU v5 lite",
+        source="scheduled",
     ),
     Row(
-        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
+        BlockSizes(_IN_TURN, _WHOLE, vmem_mib=64),
         device="TPU v6",
+        source="scheduled",
     ),
     Row(
-        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48),
+        BlockSizes(_WHOLE, _WHOLE, vmem_mib=48, cores=2),
         device="TPU v5",
+        source="scheduled",
     ),
-    Row(
-        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48),
-        device="TPU7",
-    ),
-    Row(
-        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48),
-        device="TPU v7",
-    ),
+    Row(BlockSizes(_IN_TURN, _WHOLE, vmem_mib=48), device="TPU7", source="scheduled"),
+    Row(BlockSizes(_IN_TURN, _WHOLE, vmem_mib=48), device="TPU v7", source="scheduled"),
+    Row(BlockSizes(Tile(512, 512, 512), Tile(512, 512, 256), cores=2), device="TPU v4"),
     Row(BlockSizes(Tile(512, 512, 512), Tile(512, 512, 256))),
 )

@@ -23,7 +23,7 @@ class Cut:
     kv_length: int
     block_q: int
     block_kv: int
-    kv_compute: int
+    tile: Tile
     mask: Mask
 
     @classmethod
@@ -32,8 +32,7 @@ class Cut:
         lengths = q.shape[1], k.shape[1]
         block_q, block_kv = map(_block, lengths, (tile.q, tile.kv))
         mask = pad_mask(mask, block_q, block_kv)
-        sizes = (block_q, block_kv, min(tile.kv_compute, block_kv))
-        return cls(q.shape[0], *lengths, *sizes, mask)
+        return cls(q.shape[0], *lengths, block_q, block_kv, tile, mask)
 
     @property
     def q_padded(self) -> int:

@@ -8,20 +8,24 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from usp_jax._compat import tpu_reciprocal
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Carry
 from usp_jax.kernels.logits import LOG2E, Logits
-from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes
+from usp_jax.kernels.mosaic_tpu.blocks import LANES, BlockSizes, Tile
 from usp_jax.kernels.mosaic_tpu.cut import Cut, Place, Specs
 from usp_jax.kernels.mosaic_tpu.launch import Interpret, Kernel
 from usp_jax.kernels.mosaic_tpu.tiles import (
     as_column,
+    as_row,
     base2,
     dot,
+    in_turn,
     load_columns,
     multipliable,
     pieces,
@@ -32,7 +36,14 @@ from usp_jax.kernels.mosaic_tpu.tiles import (
 )
 from usp_jax.kernels.mosaic_tpu.walk import Lists, Ref, Walk
 from usp_jax.masking import Mask, MaskRule, sees
-from usp_jax.merge import finite
+
+# The least row maximum. Were it -inf in a row that has seen no key, exp2 would have to
+# be kept from -inf - (-inf), with a compare and a select in each masked block. It is
+# low enough for any logit, and high enough not to overflow when subtracted.
+LOWEST = -(2.0**127)
+
+# In place of a sum of weights of 0. The largest weight of a row is 1.
+TINY = 2.0**-100
 
 
 def chunk_forward(
@@ -80,8 +91,9 @@ def forward_kernel(
     num_heads, group = q.shape[2], q.shape[2] // k.shape[2]
 
     def place(b: jax.Array, n: jax.Array, t: jax.Array, *lists: Ref) -> Place:
-        row, i, j = walk.blocks((lists[0], lists[1]), b, t)
-        return Place(row, n, n // group, i, j)
+        step = walk.step((lists[0], lists[1]), b, t)
+        row = walk.row((lists[0], lists[1]), b)
+        return Place(row, n, lax.div(n, group), step.major, step.minor)
 
     specs = Specs(cut, place)
     operands = (cut.tokens, cut.q(q), cut.kv(k), cut.kv(v))
@@ -104,7 +116,7 @@ def forward_kernel(
             walk=walk,
             rule=cut.mask.rule,
             logits=logits,
-            kv_compute=cut.kv_compute,
+            tile=cut.tile,
             may_mask=not cut.mask.sees_all,
         ),
         name="usp_flash_forward",
@@ -142,7 +154,7 @@ def _forward_kernel(
     walk: Walk,
     rule: MaskRule,
     logits: Logits,
-    kv_compute: int,
+    tile: Tile,
     may_mask: bool,
 ) -> None:
     (q_tokens, kv_tokens), q, k, v = operands
@@ -153,27 +165,31 @@ def _forward_kernel(
     def begin() -> None:
         save_columns(columns, q_tokens)
         if carry is None:
-            m[...] = jnp.full_like(m, -jnp.inf)
+            m[...] = jnp.full_like(m, LOWEST)
             l[...] = jnp.zeros_like(l)
             out[...] = jnp.zeros_like(out)
         else:
             # A finished row resumes with its lse as the maximum and a sum over lanes
             # of 1.
-            m[...] = as_column(carry[1][...]) * LOG2E
-            l[...] = jnp.where(m[...] == -jnp.inf, 0.0, 1 / LANES)
+            before = as_column(carry[1][...]) * LOG2E
+            m[...] = jnp.maximum(before, LOWEST)
+            l[...] = jnp.where(before == -jnp.inf, 0.0, 1 / LANES)
             out[...] = carry[0][...]
 
     def attend(masked: bool) -> None:
-        for keys in pieces(k.shape[0], kv_compute):
+        def scores(keys: slice) -> jax.Array:
             s, _ = base2(logits, dot(q[...], k[keys], 1, 1))
             if masked:
                 tokens_q = load_columns(columns, q_tokens, s.shape[1])
-                tokens_kv = jax.tree.map(lambda x, keys=keys: x[:, keys], kv_tokens)
+                tokens_kv = jax.tree.map(lambda x: x[:, keys], kv_tokens)
                 s = jnp.where(sees(rule, tokens_q, tokens_kv), s, -jnp.inf)
+            return s
+
+        parts = pieces(k.shape[0], tile.kv_compute)
+        for keys, s in in_turn(parts, scores, ahead=tile.ahead):
             m_next = jnp.maximum(m[...], s.max(1, keepdims=True))
-            safe = finite(m_next) if masked else m_next
-            p = jnp.exp2(s - widened(safe, s.shape[1]))
-            decay = jnp.exp2(m[...] - safe)
+            p = jnp.exp2(s - widened(m_next, s.shape[1]))
+            decay = jnp.exp2(m[...] - m_next)
             l[...] = l[...] * decay + sum_to_lanes(p)
             pv = dot(p.astype(v.dtype), v[keys], 1, 0)
             out[...] = out[...] * widened(decay, pv.shape[1]) + pv
@@ -183,9 +199,10 @@ def _forward_kernel(
 
     @pl.when(step.last)
     def end() -> None:
-        total = l[...].sum(1, keepdims=True)
-        unseen = total == 0
-        safe = jnp.where(unseen, 1.0, total)
-        out[...] = out[...] / safe
-        natural = jnp.where(unseen, -jnp.inf, m[...] / LOG2E + jnp.log(safe))
-        lse[...] = natural.T[:1]
+        # Division and logarithm of whole columns would take half of the run's cycles:
+        # `out` is multiplied, and the logarithm is of rows, 128 times fewer registers.
+        total = jnp.maximum(l[...].sum(1, keepdims=True), TINY)
+        out[...] *= tpu_reciprocal(total)
+        total, maximum = as_row(total), as_row(m[...])
+        unseen = total == TINY
+        lse[...] = jnp.where(unseen, -jnp.inf, maximum / LOG2E + jnp.log(total))

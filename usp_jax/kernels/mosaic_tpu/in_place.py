@@ -20,6 +20,8 @@ Copy = Any
 class InPlace:
     """Adds to one block of an array in HBM per step, overlapped with the computation.
 
+    The array is [B, N, H, T], and its blocks are of tokens.
+
     Step n = t * group + g adds to block `minor(t)` of head `head + g`. The block is
     read during step n - 1 and written during step n + 1, with buffer n mod 3 of three.
     If step n - 1 or n - 2 writes the same block, it is instead read in step n itself,
@@ -44,7 +46,7 @@ class InPlace:
         again = self._again(t)
 
         # If the previous step had to wait for this write, it has already done so.
-        before = jnp.where(g == 0, t - 1, t)
+        before = jnp.where(g == 0, jnp.maximum(t - 1, 0), t)
         pl.when((n >= 2) & ~self._again(before))(self._write(n - 2).wait)
 
         @pl.when(again)
@@ -54,11 +56,10 @@ class InPlace:
 
         pl.when(n == 0)(self._read(t, g, n).start)
         g_next = jnp.where(g + 1 == self.group, 0, g + 1)
-        t_next = jnp.where(g + 1 == self.group, t + 1, t)
-        more = (t_next < self.count) & ~self._again(t_next)
-        pl.when(more)(
-            self._read(jnp.minimum(t_next, self.count - 1), g_next, n + 1).start
-        )
+        more = n + 1 < self.count * self.group
+        t_next = jnp.where((g_next == 0) & more, t + 1, t)
+        more = more & ~self._again(t_next)
+        pl.when(more)(self._read(t_next, g_next, n + 1).start)
 
     def add(self, x: jax.Array) -> None:
         """Adds `x` to the block of this step."""
@@ -87,9 +88,9 @@ class InPlace:
         return functools.reduce(jnp.logical_or, same, jnp.bool_(False))
 
     def _block(self, t: jax.Array, g: jax.Array) -> Ref:
-        size = self.blocks.shape[1]
+        size = self.blocks.shape[2]
         tokens = pl.ds(self.minor(t) * size, size)
-        return self.hbm.at[self.row, self.head + g, tokens]
+        return self.hbm.at[self.row, self.head + g, :, tokens]
 
     def _read(self, t: jax.Array, g: jax.Array, n: jax.Array) -> Copy:
         slot = n % 3

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int8
+from jaxtyping import Array, Int, Int8
 
 from usp_jax.masking import EMPTY
 
@@ -23,8 +23,11 @@ Lists = tuple[Ref, Ref]
 # An index of the grid, or a number.
 Index = jax.Array | int
 
-# An entry is major << 16 | minor << 2 | kind.
+# An entry is last << 31 | first << 30 | major << 16 | minor << 2 | kind: one number, as
+# each index map of a kernel reads it anew.
 INDEX_BITS = 14
+FIRST = 1 << 30
+LAST = -(1 << 31)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +35,18 @@ class Step:
     """One step of the grid, as given by the list.
 
     Attributes:
-      count: the number of entries of the list.
-      listed: whether the step has an entry.
+      major: the block that the step adds to.
+      minor: the block that is seen.
+      kind: the kind of the pair; EMPTY beyond the end of the list.
       first: whether the step is the first of its run (of one major block).
       last: whether the step is the last of its run.
-      kind: the kind of the block.
     """
 
-    count: jax.Array
-    listed: jax.Array
+    major: jax.Array
+    minor: jax.Array
+    kind: jax.Array
     first: jax.Array
     last: jax.Array
-    kind: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Walk:
     after another on the same results.
 
     Attributes:
-      entries: int32 [calls, rows * length], the list of each row; entries at its end
-        may be unused.
+      entries: int32 [calls, rows * length], the list of each row; its end repeats its
+        last blocks as EMPTY.
       sizes: int32 [calls, 1 + rows], the first batch row, then the number of entries of
         each row (at least one).
       batch: the number of batch rows per call.
@@ -106,11 +109,13 @@ class Walk:
         # A grid needs at least one step: an EMPTY block of the stripe is harmless.
         start = lax.broadcasted_iota(jnp.int32, codes.shape, 1) * stripe
         codes = jnp.where(codes == unused, start << (INDEX_BITS + 2), codes)
+        counts = jnp.maximum(counts, 1)
+        codes = _with_ends(codes, counts)
         calls = stripes * (num_rows // rows)
         taken = rows if num_rows > 1 else batch
         shape = (num_rows // rows, stripes, 1)
         first = lax.broadcasted_iota(jnp.int32, shape, 0) * rows
-        sizes = jnp.concatenate([first, jnp.maximum(counts, 1)], axis=2)
+        sizes = jnp.concatenate([first, counts], axis=2)
         return cls(codes.reshape(calls, -1), sizes.reshape(calls, -1), taken)
 
     @property
@@ -118,32 +123,40 @@ class Walk:
         """Number of calls."""
         return self.entries.shape[0]
 
-    def entry(
-        self, lists: Lists, b: Index, t: Index
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns (major, minor, kind) of entry t, or of the last entry, of row b."""
-        entries, sizes = lists
-        rows = self.sizes.shape[1] - 1
-        row = b if rows > 1 else 0
-        last = sizes[1 + row] - 1
-        code = entries[row * (self.entries.shape[1] // rows) + jnp.minimum(t, last)]
-        index = (1 << INDEX_BITS) - 1
-        return code >> (INDEX_BITS + 2), code >> 2 & index, code & 3
+    def row(self, lists: Lists, b: jax.Array) -> jax.Array:
+        """Returns the batch row of row b of the call."""
+        # A single call starts at the first.
+        return lists[1][0] + b if self.calls > 1 else b
 
-    def blocks(
-        self, lists: Lists, b: Index, t: Index
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns (batch row, major, minor) of entry t."""
-        major, minor, _ = self.entry(lists, b, t)
-        return lists[1][0] + b, major, minor
+    def count(self, lists: Lists, b: Index) -> jax.Array:
+        """Returns the number of entries of row b."""
+        return lists[1][1 + (b if self._num_lists > 1 else 0)]
 
     def step(self, lists: Lists, b: Index, t: Index) -> Step:
-        """Returns the step at entry t."""
-        count = lists[1][1 + (b if self.sizes.shape[1] > 2 else 0)]
-        major, _, kind = self.entry(lists, b, t)
-        before, _, _ = self.entry(lists, b, jnp.maximum(t - 1, 0))
-        after, _, _ = self.entry(lists, b, t + 1)
-        listed = t < count
-        first = listed & ((t == 0) | (before != major))
-        last = listed & ((t == count - 1) | (after != major))
-        return Step(count, listed, first, last, kind)
+        """Returns entry t of row b."""
+        if self._num_lists > 1:
+            t += b * (self.entries.shape[1] // self._num_lists)
+        code = lists[0][t]
+        index = (1 << INDEX_BITS) - 1
+        major, minor = code >> (INDEX_BITS + 2) & index, code >> 2 & index
+        return Step(major, minor, code & 3, (code & FIRST) != 0, code < 0)
+
+    @property
+    def _num_lists(self) -> int:
+        return self.sizes.shape[1] - 1
+
+
+def _with_ends(
+    codes: Int[Array, "*calls length"], counts: Int[Array, "*calls"]
+) -> Int[Array, "*calls length"]:
+    """Marks the first and last step of each run, and repeats the end of each list."""
+    t = lax.broadcasted_iota(jnp.int32, codes.shape, codes.ndim - 1)
+    end = counts[..., None] - 1
+    final = jnp.take_along_axis(codes, end, axis=-1)
+    major = codes >> (INDEX_BITS + 2)
+    changes = major[..., 1:] != major[..., :-1]
+    always = jnp.ones((*changes.shape[:-1], 1), bool)
+    first = jnp.concatenate([always, changes], axis=-1)
+    last = jnp.concatenate([changes, always], axis=-1) | (t == end)
+    marked = codes | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
+    return jnp.where(t <= end, marked, final & ~3)
