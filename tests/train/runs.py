@@ -96,6 +96,10 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows(run_dir)]
 
 
+# Fields of a model that only its name on the command line gives.
+NO_OPTIONS = ("layer_types", "variants", "experts", "latent")
+
+
 def options(config: Config) -> list[str]:
     """The command line for `config`."""
     found = []
@@ -103,14 +107,15 @@ def options(config: Config) -> list[str]:
     def add(prefix, section):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            if dataclasses.is_dataclass(value):
+            if field.name in NO_OPTIONS:
+                assert value == field.default, "the model's name gives it"
+            elif dataclasses.is_dataclass(value):
                 add(f"{prefix}{field.name}.", value)
             elif field.name == "rope_scaling":
                 assert value is None, "not an option but a command of its own"
-            elif field.name in ("layer_types", "variants"):
-                assert value == field.default, "the model's name gives it"
             elif isinstance(value, tuple):
-                words = [str(word) for pair in value for word in pair]
+                pairs = [x if isinstance(x, tuple) else (x,) for x in value]
+                words = [str(word) for pair in pairs for word in pair]
                 found.extend([f"--{prefix}{field.name}", *words] if words else [])
             elif isinstance(value, bool):
                 found.append(f"--{prefix}{'' if value else 'no-'}{field.name}")

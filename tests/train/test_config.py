@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from tests.train.runs import options, small_config
+from tests.train.runs import NO_OPTIONS, options, small_config
 from train import evaluate, export, generate, tokenize
 from train.check import check
 from train.cli import parse
@@ -192,10 +192,10 @@ def test_options_replace_sizes_of_layers_of_several_kinds() -> None:
     assert found.rope_scaling == MODELS["gemma3-4b"].rope_scaling
 
 
-@pytest.mark.parametrize("name", ["layer-types", "variants"])
+@pytest.mark.parametrize("name", NO_OPTIONS)
 def test_kinds_of_layers_are_not_options(name: str) -> None:
     with pytest.raises(SystemExit):
-        parse(["tiny", f"--model.{name}", "default"])
+        parse(["tiny", f"--model.{name.replace('_', '-')}", "default"])
 
 
 @pytest.mark.parametrize("is_file", [False, True])
@@ -237,6 +237,7 @@ def test_every_field_is_an_option(tmp_path: Path) -> None:
         data=DataConfig(mixture=((Path("a"), 0.5), (Path("b c"), 2.0))),
         checkpoint=CheckpointConfig(every_minutes=1.5, keep_minutes=60.0),
         distributed=DistributedConfig("localhost:1", 2, 1),
+        mesh=MeshConfig(ring=8, expert_axes=("ring", "ulysses")),
     )
     assert parse(["tiny", *options(config)]) == config
 
@@ -249,8 +250,8 @@ def test_help_lists_every_option(
         parse(arguments)
     printed = capsys.readouterr().out
     assert exit_.value.code == 0
-    kinds = {"model.layer_types", "model.variants"}
-    for name in flatten(dataclasses.asdict(preset("tiny"))).keys() - kinds:
+    others = {f"model.{name}" for name in NO_OPTIONS}
+    for name in flatten(dataclasses.asdict(preset("tiny"))).keys() - others:
         dashed = name.replace("_", "-")
         # An option with its own fields is a subcommand: model.rope-scaling:none.
         assert any(way in printed for way in (f"--{dashed}", f"--{name}", f"{dashed}:"))
