@@ -17,7 +17,7 @@ from train.model_record import model_fields
 from train.run_dir import RunRecord, checkpoint_folders, find_record
 from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig
-from usp_jax.models.parameters import parameter_shapes
+from usp_jax.models.parameters import parameter_shapes, stored_dtype
 from usp_jax.models.sharding import parameter_shardings
 
 
@@ -40,9 +40,11 @@ def load_model(
         mesh cannot split the model.
     """
     config = read_config(run_dir, step) if config is None else config
-    shardings, dtype = parameter_shardings(config, mesh), config.stored_dtype
+    shardings = parameter_shardings(config, mesh)
     wanted = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        name: jax.ShapeDtypeStruct(
+            shape, stored_dtype(name, config.stored_dtype), sharding=shardings[name]
+        )
         for name, shape in parameter_shapes(config).items()
     }
     step, params = _restore(run_dir, step, wanted)

@@ -147,6 +147,12 @@ def test_correction_biases_follow_the_loads_of_experts():
     bias = np.asarray(after.params["router_correction_bias"])
     assert set(np.unique(bias)) <= {-0.125, 0, 0.125}
     assert (bias.max(-1) > 0).all() and (bias.min(-1) < 0).all()
+    # In 16 bits, small steps would be lost.
+    stored = dataclasses.replace(config, param_dtype="bfloat16")
+    _, state = trained(stored, steps=0)
+    dtypes = {name: str(x.dtype) for name, x in state.params.items()}
+    assert dtypes.pop("router_correction_bias") == "float32"
+    assert set(dtypes.values()) == {"bfloat16"}
 
 
 def test_losses_of_routers_change_gradients_but_not_the_loss():

@@ -27,6 +27,7 @@ from usp_jax.models.parameters import (
     in_table,
     is_small,
     parameter_shapes,
+    stored_dtype,
 )
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.rope_scaling import (
@@ -368,9 +369,9 @@ def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
         "v_up": "C",
         **outputs,
     }
-    values, dtype = {}, config.stored_dtype
+    values = {}
     for number, (name, shape) in enumerate(parameter_shapes(config).items()):
-        kind = in_table(name)
+        kind, dtype = in_table(name), stored_dtype(name, config.stored_dtype)
         if is_small(name):
             is_one = kind.endswith("norm") and not config.zero_centered_norms
             values[name] = jnp.full(shape, int(is_one), dtype)

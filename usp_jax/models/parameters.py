@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 from usp_jax.models.decoder import Decoder, counts_of, of_kind
+from usp_jax.models.execution import wide
 
 # Parameter -> (its dims, the dim split over `tensor`, the dim split over ZeRO axes).
 # L layer, D model, N query heads, K key/value heads, H head, X value, F feed-forward,
@@ -103,6 +104,18 @@ def is_of_layers(name: str) -> bool:
 def is_small(name: str) -> bool:
     """Returns whether a parameter is a norm, a bias or a sink."""
     return in_table(name).endswith(("norm", "bias", "sinks"))
+
+
+def stored_dtype(name: str, dtype: str) -> str:
+    """Returns the dtype in which a parameter is stored.
+
+    Correction biases move by small steps, which 16 bits would lose.
+
+    Args:
+      name: the parameter's name.
+      dtype: `Execution.stored_dtype`.
+    """
+    return wide(dtype) if in_table(name) == "router_correction_bias" else dtype
 
 
 def is_of_experts(name: str) -> bool:

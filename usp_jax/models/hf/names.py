@@ -36,6 +36,7 @@ from usp_jax.models.parameters import (
     layers_with,
     parameter_shapes,
     stacks,
+    stored_dtype,
 )
 
 Index = tuple[slice, ...]
@@ -118,7 +119,7 @@ def read_parameter(
       read: returns a slice of a tensor, given the tensor's name and the slice.
       index: the slice of the parameter, one slice per dim; heads must be whole.
     """
-    dtype = jnp.dtype(config.stored_dtype)
+    dtype = jnp.dtype(stored_dtype(name, config.stored_dtype))
     template, letters = tensor_name(family, name), dims_of(name)
     sizes = dict(zip(letters, parameter_shapes(config)[name], strict=True))
     ranges = {

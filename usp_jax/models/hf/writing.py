@@ -16,14 +16,14 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from usp_jax.models.execution import DTYPES, wide
+from usp_jax.models.execution import DTYPES
 from usp_jax.models.hf.allowed import family_of
 from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
 from usp_jax.models.hf.keys import write_config
 from usp_jax.models.hf.names import Tensor, tensors, to_tensor
 from usp_jax.models.llama import Llama
-from usp_jax.models.parameters import in_table
+from usp_jax.models.parameters import stored_dtype
 
 # Subfolder of the files that are being written.
 _UNFINISHED = ".unfinished"
@@ -187,10 +187,10 @@ def _write_tensors(
 
 def _dtype(tensor: Tensor, stored: str, dtype: np.dtype) -> np.dtype:
     """The dtype in which a tensor is written."""
-    if any(in_table(name) == "router_correction_bias" for name, _ in tensor.parts):
-        # Published checkpoints in bfloat16 have it in float32.
-        return jnp.dtype(wide(stored))
-    return dtype
+    # Published checkpoints in bfloat16 have some in float32.
+    name, _ = tensor.parts[0]
+    wider = stored_dtype(name, stored)
+    return dtype if wider == stored else jnp.dtype(wider)
 
 
 def _on_host(model: Llama, name: str, index: tuple[int, ...]) -> np.ndarray:
