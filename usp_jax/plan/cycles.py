@@ -5,9 +5,9 @@ wrote, so the cycles of a kernel's loops can be counted without a TPU. They do n
 include waiting for memory, which `WAITS` assumes.
 
 The counts are of jax 0.12.0.1 with libtpu 0.0.50.1, causal and in bfloat16
-(`benchmarks/results/2026-11-29-planner-cycles.jsonl`). The kernels now take up to a tenth
-fewer (`2026-11-29-tpu-tune.jsonl`). `TOKAMAX` is version 0.0.17 of
-tokamax in blocks of 512, for comparison.
+(`benchmarks/results/2026-11-29-planner-cycles.jsonl`). The kernels now take up to a
+tenth fewer (`2026-11-29-tpu-tune.jsonl`). `TOKAMAX` is version 0.0.17 of tokamax in
+blocks of 512, for comparison.
 """
 
 import dataclasses
