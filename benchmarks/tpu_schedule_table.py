@@ -25,9 +25,9 @@ def rows(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
             continue
         yield (
             _name(line),
-            f"{line['mxu_cycles']}",
-            _pair(line, "full", "partial") if line["mask"] != "full" else _full(line),
-            _pair(line, "step", "run"),
+            _scaled(line, "mxu"),
+            " / ".join(_scaled(line, kind) for kind in _kinds(line)),
+            f"{line['step_cycles']} / {line['run_cycles']}",
             " / ".join(_percent(call) for call in line["calls"]),
             *(_other(line, counted, kernel) for kernel in ("jax", "tokamax")),
         )
@@ -67,15 +67,20 @@ def _name(line: Line) -> str:
     words = [f"{line['pass']} {line['generation']}"]
     words += [] if size == "128" else [f"heads of {size}"]
     words += [] if line["mask"] == "causal" else [line["mask"]]
+    blocks = line["block_q"], line["block_kv"]
+    words += [] if blocks == (1024, 1024) else ["{} × {}".format(*blocks)]
     return ", ".join(words)
 
 
-def _pair(line: Line, first: str, second: str) -> str:
-    return f"{line[f'{first}_cycles']} / {line[f'{second}_cycles']}"
+def _kinds(line: Line) -> tuple[str, ...]:
+    """The kinds of blocks that a mask has."""
+    return ("full",) if line["mask"] == "full" else ("full", "partial")
 
 
-def _full(line: Line) -> str:
-    return f"{line['full_cycles']}"
+def _scaled(line: Line, kind: str) -> str:
+    """Returns a block's cycles for each 1024 × 1024 pairs."""
+    blocks = line["block_q"] * line["block_kv"] / 1024**2
+    return f"{line[f'{kind}_cycles'] / blocks:.0f}"
 
 
 def _percent(call: Line) -> str:
@@ -86,5 +91,5 @@ def _other(line: Line, lines: Sequence[Line], kernel: str) -> str:
     """Returns the cycles of another kernel in the same call, or a dash."""
     for other in lines:
         if other["kernel"] == kernel and all(other[x] == line[x] for x in SAME):
-            return f"{_full(other)}, {_percent(other['calls'][-1])} %"
+            return f"{_scaled(other, 'full')}, {_percent(other['calls'][-1])} %"
     return "–"
