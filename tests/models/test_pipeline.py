@@ -43,7 +43,10 @@ def on_stages(pipeline: Pipeline, f, *arrays):
     "sizes", [(2, 1, 2), (2, 2, 4), (4, 3, 8), (8, 1, 8), (4, 1, 12)], ids=str
 )
 def test_every_row_goes_through_all_layers_in_order(sizes):
-    """A stage is x -> 2 x + its place among the layers + a fact of the row."""
+    """A stage is x -> 2 x + its place among the layers + a fact of the row.
+
+    It also returns the sum of its inputs, which are then summed over micro-batches.
+    """
     pipeline = Pipeline(*sizes)
     rows = 2 * pipeline.microbatches
     x = jnp.arange(rows, dtype=jnp.float32).reshape(rows, 1, 1)
@@ -54,15 +57,19 @@ def test_every_row_goes_through_all_layers_in_order(sizes):
         def stage(x, turn, output):
             chex.assert_shape(x, (2, 1, 1))
             group = turn * pipeline.stages + lax.axis_index("pipe")
-            return 2 * x + group + output[0][..., None] * output[1][..., None]
+            total = jnp.sum(x)[None]
+            return 2 * x + group + output[0][..., None] * output[1][..., None], total
 
-        return pipeline.run(stage, x, (facts, shared))
+        x, totals = pipeline.run(stage, x, (facts, shared))
+        return x, pipeline.in_layer_order(totals)[None]
 
-    expected = x[:, 0, 0]
+    expected, sums = x[:, 0, 0], []
     for group in range(pipeline.stages * pipeline.rounds):
+        sums.append(jnp.sum(expected))
         expected = 2 * expected + group + facts[:, 0]
-    actual = on_stages(pipeline, run, x, facts, shared)
+    actual, totals = on_stages(pipeline, run, x, facts, shared)
     chex.assert_trees_all_equal(actual[:, 0, 0], expected)
+    chex.assert_trees_all_close(totals, jnp.stack([jnp.stack(sums)] * len(totals)))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (4, 2), (4, 6), (8, 3)], ids=str)

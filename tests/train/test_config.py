@@ -165,10 +165,12 @@ def test_mistakes_raise(given: str) -> None:
 
 
 def test_an_unknown_name_raises() -> None:
-    names = "must be a folder with a config.json, or one of: tiny, passkey, llama2-7b,"
+    names = "must be a folder with a config.json, or one of: tiny, tiny-moe, passkey,"
     with pytest.raises(ValueError, match=f"^model 'huge' {names}"):
         parse(["huge"])
-    with pytest.raises(ValueError, match="preset 'llama3-8b' must be one of: tiny, p"):
+    with pytest.raises(
+        ValueError, match="preset 'llama3-8b' must be one of: tiny, tiny-moe, p"
+    ):
         preset("llama3-8b")
 
 

@@ -65,7 +65,7 @@ def test_the_first_loss_is_the_published_models_and_the_folder_may_then_be_delet
     shutil.rmtree(config.init_from)
     run_here(config)
     output = capsys.readouterr().out
-    assert "resuming from step 1\n" in output and "starting from" not in output
+    assert "this run is complete" in output and "starting from" not in output
 
 
 @pytest.mark.parametrize(

@@ -65,26 +65,38 @@ class BlockSizes:
 # heads of 128. On v5e and v5p the matrix units bound both passes, and on later ones
 # only the backward: there, four pieces in turn let the forward's matrix and vector
 # units work at the same time.
-_WHOLE = Tile(1024, 1024, 512)
-_IN_TURN = Tile(1024, 2048, 512, ahead=True)
 TABLE = (
     Row(
-        BlockSizes(_WHOLE, _WHOLE, vmem_mib=64),
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
         device="TPU v5 lite",
         source="scheduled",
     ),
     Row(
-        BlockSizes(_IN_TURN, _WHOLE, vmem_mib=64),
+        BlockSizes(
+            Tile(1024, 2048, 512, ahead=True), Tile(1024, 1024, 512), vmem_mib=64
+        ),
         device="TPU v6",
         source="scheduled",
     ),
     Row(
-        BlockSizes(_WHOLE, _WHOLE, vmem_mib=48, cores=2),
+        BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=48, cores=2),
         device="TPU v5",
         source="scheduled",
     ),
-    Row(BlockSizes(_IN_TURN, _WHOLE, vmem_mib=48), device="TPU7", source="scheduled"),
-    Row(BlockSizes(_IN_TURN, _WHOLE, vmem_mib=48), device="TPU v7", source="scheduled"),
+    Row(
+        BlockSizes(
+            Tile(1024, 2048, 512, ahead=True), Tile(1024, 1024, 512), vmem_mib=48
+        ),
+        device="TPU7",
+        source="scheduled",
+    ),
+    Row(
+        BlockSizes(
+            Tile(1024, 2048, 512, ahead=True), Tile(1024, 1024, 512), vmem_mib=48
+        ),
+        device="TPU v7",
+        source="scheduled",
+    ),
     Row(BlockSizes(Tile(512, 512, 512), Tile(512, 512, 256), cores=2), device="TPU v4"),
     Row(BlockSizes(Tile(512, 512, 512), Tile(512, 512, 256))),
 )
