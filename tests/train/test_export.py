@@ -36,7 +36,9 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     where = tmp_path / "run", tmp_path / "out"
     assert export(Export(*where)) == 3
     model = hf.load(tmp_path / "out")
-    assert model.config == run.config.llama
+    # How the run is computed is not exported.
+    own = dataclasses.replace(run.config.llama, remat=model.config.remat)
+    assert model.config == own
     # Two layers in two stages.
     assert run.state.params["q"].addressable_shards[0].data.shape[0] == 1
     actual = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])

@@ -29,20 +29,20 @@ from train.log.spikes import Spikes
 from train.log.steps import GaveUp
 from train.loop import train
 from train.step import make_step
-from usp_jax.models.loss import loss
+from usp_jax.models.loss import routed_loss
 
 BAD_BYTE = 255
 
 
 def not_finite_where_bad(model, tokens, labels, **options):
     """The loss, NaN with NaN gradients for a batch that has the bad byte."""
-    nats, count = loss(model, tokens, labels, **options)
-    return nats * jnp.where(jnp.any(tokens == BAD_BYTE), jnp.nan, 1), count
+    nats, *others = routed_loss(model, tokens, labels, **options)
+    return nats * jnp.where(jnp.any(tokens == BAD_BYTE), jnp.nan, 1), *others
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("usp_jax.models.training.loss", not_finite_where_bad)
+    monkeypatch.setattr("usp_jax.models.training.routed_loss", not_finite_where_bad)
 
 
 def small(tmp_path: Path, **changes: Any) -> Config:
@@ -81,8 +81,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 def always_bad(model, tokens, labels, **options):
     """The loss, infinite."""
-    nats, count = loss(model, tokens, labels, **options)
-    return nats * jnp.inf, count
+    nats, *others = routed_loss(model, tokens, labels, **options)
+    return nats * jnp.inf, *others
 
 
 def test_a_bad_batch_is_skipped_and_the_run_continues(
@@ -118,7 +118,7 @@ def test_many_bad_steps_end_the_run_with_1(
         checkpoint=CheckpointConfig(every=1, keep=5),
     )
     train(build(config), lambda step: step >= 4)
-    monkeypatch.setattr("usp_jax.models.training.loss", always_bad)
+    monkeypatch.setattr("usp_jax.models.training.routed_loss", always_bad)
     monkeypatch.setattr(sys, "argv", ["train", "tiny", *options(config)])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -135,7 +135,7 @@ def test_many_bad_steps_end_the_run_with_1(
 def test_without_a_good_checkpoint_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("usp_jax.models.training.loss", always_bad)
+    monkeypatch.setattr("usp_jax.models.training.routed_loss", always_bad)
     config = small(tmp_path, optimizer=OptimizerConfig(max_skipped=2))
     with pytest.raises(GaveUp, match="steps 1 to 2 .* no checkpoint is known to"):
         train(build(config), never)
