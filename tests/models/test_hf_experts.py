@@ -258,6 +258,7 @@ def test_correction_biases_stay_in_32_bits(tmp_path):
         assert written[name].tobytes() == x.tobytes(), name
     model = hf.load(first, param_dtype="bfloat16")
     params = nnx.to_pure_dict(nnx.state(model))
+    assert params.pop("router_correction_bias").dtype == "float32"
     assert {x.dtype.name for x in params.values()} == {"bfloat16"}
     hf.save(model, tmp_path / "third")
     config = json.loads((tmp_path / "third/config.json").read_text())

@@ -21,7 +21,7 @@ from usp_jax.models.hf.allowed import family_of
 from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, INDEX, read_json, split_into_files
 from usp_jax.models.hf.keys import write_config
-from usp_jax.models.hf.names import Tensor, tensors, to_tensor
+from usp_jax.models.hf.names import tensors, to_tensor
 from usp_jax.models.llama import Llama
 from usp_jax.models.parameters import stored_dtype
 
@@ -157,8 +157,10 @@ def _write_tensors(
 ) -> None:
     config = model.config
     by_name = {tensor.name: tensor for tensor in tensors(family, config)}
+    # Published checkpoints in bfloat16 have some tensors in float32.
     dtypes = {
-        name: _dtype(x, config.stored_dtype, dtype) for name, x in by_name.items()
+        name: jnp.dtype(stored_dtype(x.parts[0][0], dtype.name))
+        for name, x in by_name.items()
     }
     sizes = {
         name: math.prod(x.shape) * dtypes[name].itemsize for name, x in by_name.items()
@@ -183,14 +185,6 @@ def _write_tensors(
             "weight_map": places,
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _dtype(tensor: Tensor, stored: str, dtype: np.dtype) -> np.dtype:
-    """The dtype in which a tensor is written."""
-    # Published checkpoints in bfloat16 have some in float32.
-    name, _ = tensor.parts[0]
-    wider = stored_dtype(name, stored)
-    return dtype if wider == stored else jnp.dtype(wider)
 
 
 def _on_host(model: Llama, name: str, index: tuple[int, ...]) -> np.ndarray:
