@@ -21,7 +21,6 @@ from usp_jax.models.loss import (
     _nats_and_lse,
     _Output,
     loss,
-    routed_loss,
     shift_labels,
     token_nats,
 )
@@ -529,7 +528,7 @@ def test_wrong_calls_raise():
     with pytest.raises(
         ValueError, match=r"labels is float32\[8, 60\]; it must be int32"
     ):
-        routed_loss.__wrapped__(model, ids, ids * 1.0)
+        loss.__wrapped__(model, ids, ids * 1.0)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}], ids=str)

@@ -17,10 +17,7 @@ from jaxtyping import Array, Float, Int
 from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
-from usp_jax.models.router_report import (
-    RouterReport,
-    router_report,
-)
+from usp_jax.models.router_report import RouterReport, router_report
 from usp_jax.models.sharding import Split
 from usp_jax.models.transformer import Transformer, capped
 from usp_jax.models.weights import Weights
@@ -68,15 +65,11 @@ def loss(
       ValueError: a shape, dtype or length does not fit; with `validate_args`, a token
         or label is out of range, or they are traced.
     """
-    return routed_loss(
-        model,
-        tokens,
-        labels,
-        segment_ids=segment_ids,
-        positions=positions,
-        layout=layout,
-        validate_args=validate_args,
-    )[:2]
+    batch, extra = _batch(
+        model, tokens, labels, segment_ids, positions, layout, validate_args
+    )
+    nats, count, _ = model.run(_loss, batch, jax.P(), extra)
+    return nats, count
 
 
 def routed_loss(
@@ -333,7 +326,7 @@ def _nats_and_lse(
     zeros = split.vary(jnp.zeros(labels.shape, wide(x.dtype)))
     carry = (zeros - jnp.inf, zeros, zeros)
     (top, total, hit), _ = lax.scan(body, carry, _numbered(blocks))
-    highest = lax.pmax(top, split.tensor) if split.tensor else top
+    highest = split.max(top, split.tensor)
     total = split.sum(total * jnp.exp(top - highest), split.tensor)
     lse = highest + jnp.log(total)
     return jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0), lse

@@ -5,12 +5,10 @@ summed over all devices before they are multiplied, so the losses do not depend 
 the mesh splits the tokens, or on how they are permuted or packed.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.models.config import LlamaConfig
@@ -60,7 +58,7 @@ def router_report(
     axes = split.batch + split.sequence
     totals = jax.tree.map(lambda x: split.sum(x, axes), statistics)
     dropped = split.sum(jnp.sum(metrics.dropped), axes)
-    rounds = _over(lax.pmax, jnp.max(metrics.rounds), axes)
+    rounds = split.max(jnp.max(metrics.rounds), axes)
     load, micro = totals.pairs, 1
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[load.ndim - 1 :]), totals)
     losses = jax.vmap(lambda sums: auxiliary_losses(experts, sums))(flat)
@@ -71,19 +69,13 @@ def router_report(
         balance, z, dropped = (
             split.sum(x, split.stages) for x in (balance, z, dropped)
         )
-        rounds = lax.pmax(rounds, split.stages)
+        rounds = split.max(rounds, split.stages)
     # Devices along `tensor` have counted the same tokens.
     parts = split.size(split.tensor) * micro
     return RouterReport(
         balance=split.sum(balance / parts, split.tensor),
         z=split.sum(z / parts, split.tensor),
-        load=_over(lax.pmax, load, split.tensor),
-        dropped=_over(lax.pmax, dropped, split.tensor),
-        rounds=_over(lax.pmax, rounds, split.tensor),
+        load=split.max(load, split.tensor),
+        dropped=split.max(dropped, split.tensor),
+        rounds=split.max(rounds, split.tensor),
     )
-
-
-def _over(
-    reduce: Callable[[Array, tuple[str, ...]], Array], x: Array, axes: tuple[str, ...]
-) -> Array:
-    return reduce(x, axes) if axes else x

@@ -250,6 +250,10 @@ class Split:
         """Sums x over the devices along `axes`."""
         return lax.psum(x, axes) if axes else x
 
+    def max(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Returns the largest x of the devices along `axes`."""
+        return lax.pmax(x, axes) if axes else x
+
     def index(self, axes: tuple[str, ...]) -> int | jax.Array:
         """Returns this device's index along `axes`."""
         return lax.axis_index(axes) if axes else 0
