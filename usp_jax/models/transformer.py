@@ -247,10 +247,9 @@ class Transformer:
             kind = of_kind(config, run.kind)
             kv = jax.P(*layers, batch, sequence, split.tensor or None)
             tokens = jax.P(*layers, batch, sequence)
-            if kind.latent is not None:
-                page = Page(tokens, None, Tokens(tokens, tokens))
-            else:
-                page = Page(kv, kv, Tokens(tokens, tokens))
+            # The latents are keys and values of all heads.
+            key, value = (kv, kv) if kind.latent is None else (tokens, None)
+            page = Page(key, value, Tokens(tokens, tokens))
             page_tokens, window = room.of(kind)
             pages = (page, page) if window is None else (page,)
             return KVCache(pages, jax.P(), jax.P(), page_tokens, shards, window)

@@ -16,6 +16,7 @@ from usp_jax.models.parameters import (
     is_of_layers,
     is_small,
     parameter_shapes,
+    stored_dtype,
 )
 from usp_jax.models.pipeline import Pipeline
 from usp_jax.models.sharding import Split
@@ -69,7 +70,8 @@ def kept_bytes(config: LlamaConfig, split: Split) -> int:
     total = 0
     for name, shape in parameter_shapes(config).items():
         stored, whole = split.parameter(name), split.whole(name)
-        total += _bytes(split, shape, stored, config.stored_dtype)
+        dtype = stored_dtype(name, config.stored_dtype)
+        total += _bytes(split, shape, stored, dtype)
         if name != "embed":
             total += _bytes(split, shape, whole, _dtype(config, name))
     if config.tie_embeddings:
