@@ -37,15 +37,11 @@ class Bucket:
         return math.exp(self.nats)
 
 
-def windows(documents: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Whole windows, int32 [length + 1]: the inputs and the last one's label."""
-    for document in documents:
-        for start in range(0, document.size - length, length):
-            yield document[start : start + length + 1]
-
-
 def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Like `windows`, and what is left of each document, of at least two tokens."""
+    """Cuts documents into windows, int32 [length + 1], and what is left of each.
+
+    The last token of a window is a label only. What is left has at least two tokens.
+    """
     for document in documents:
         for start in range(0, document.size - 1, length):
             yield document[start : start + length + 1]
@@ -86,28 +82,6 @@ def nats_of_labels(
         nats = np.asarray(token_nats(model, jnp.asarray(tokens), jnp.asarray(labels)))
         for own, row in zip(nats.astype(np.float64), batch, strict=False):
             yield own[: row.size - 1]
-
-
-def nats_by_position(
-    model: Llama, rows: Iterable[np.ndarray], length: int, batch_size: int = 1
-) -> np.ndarray:
-    """Mean nats of each position's label over all rows, float64 [length].
-
-    Args:
-      model: the model to evaluate.
-      rows: windows, int32 [length + 1].
-      length: positions in a window.
-      batch_size: as in `nats_of_labels`.
-
-    Raises:
-      ValueError: there are no rows.
-    """
-    total, count = np.zeros(length), 0
-    for nats in nats_of_labels(model, rows, length, batch_size):
-        total, count = total + nats, count + 1
-    if not count:
-        raise no_windows(length)
-    return total / count
 
 
 def no_windows(length: int) -> ValueError:
