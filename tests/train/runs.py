@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from train.build import build
 from train.config import (
     CheckpointConfig,
@@ -94,6 +96,19 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> list[tuple[int, float]]:
     """(step, loss) of every row."""
     return [(row["step"], row["loss"]) for row in rows(run_dir)]
+
+
+def check_rows(
+    actual: Path, expected: Path, columns: Sequence[str] = ("loss", "grad_norm")
+) -> None:
+    """Compares columns of the metrics of two runs."""
+    for column in columns:
+        np.testing.assert_allclose(
+            [row[column] for row in rows(actual)],
+            [row[column] for row in rows(expected)],
+            rtol=1e-5,
+            err_msg=column,
+        )
 
 
 # Fields of a model that only its name on the command line gives.

@@ -4,10 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.train.runs import losses, never, rows, run_here, small_config
+from tests.train.runs import check_rows, losses, never, run_here, small_config
 from train.build import build
 from train.config import Config, MeshConfig
 from train.evaluate import Evaluate, evaluate
@@ -58,16 +57,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def check_rows(actual: Config, expected: Config) -> None:
-    for column in ("loss", "grad_norm"):
-        np.testing.assert_allclose(
-            [row[column] for row in rows(actual.run_dir)],
-            [row[column] for row in rows(expected.run_dir)],
-            rtol=1e-5,
-            err_msg=column,
-        )
-
-
 MESHES = (
     MeshConfig(ring=2, ulysses=4),
     MeshConfig(ring=8),
@@ -87,7 +76,7 @@ def test_losses_are_the_same_over_devices(
 ) -> None:
     split = dataclasses.replace(alone, mesh=mesh, run_dir=tmp_path / "run")
     run_here(split)
-    check_rows(split, alone)
+    check_rows(split.run_dir, alone.run_dir)
 
 
 @pytest.mark.long
@@ -96,7 +85,7 @@ def test_a_run_resumes_on_another_mesh(alone: Config, tmp_path: Path) -> None:
     train(build(first), lambda step: step >= 3)
     assert len(losses(first.run_dir)) == 3
     train(build(dataclasses.replace(first, mesh=MeshConfig(ring=4))), never)
-    check_rows(first, alone)
+    check_rows(first.run_dir, alone.run_dir)
 
 
 def test_a_run_of_other_layers_is_another_run(alone: Config) -> None:
