@@ -60,7 +60,7 @@ GROUPED = dataclasses.replace(
     ),
 )
 CONFIGS = {"biased": BIASED, "grouped": GROUPED}
-# Weights of the losses of routers beside the sum of nats.
+# Weights of the routers' losses, which are added to the sum of nats.
 BALANCE, Z = 30.0, 3.0
 RING = {"ring": 4, "ulysses": 2}
 FSDP = {"fsdp": 2, "ring": 2, "ulysses": 2}

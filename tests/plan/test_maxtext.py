@@ -98,7 +98,7 @@ def test_the_ratios_of_all_rows():
 
 @pytest.mark.parametrize("sequence", MAXTEXT_LENGTHS)
 def test_this_program_is_predicted_to_take_less(sequence):
-    """With kernels on both cores, larger blocks, and hops beside chunks."""
+    """With kernels on both cores, larger blocks, and hops that overlap chunks."""
     for split in MAXTEXT:
         own = evaluated(split, sequence, v5p()).known[1].total
         assert own < 0.75 * seconds(split, sequence), split

@@ -71,7 +71,7 @@ def in_turn(
     Args:
       ahead: whether to compute the next part before yielding this one. The compiler
         keeps close enough to the order of the program for this to decide whether the
-        products of one part are scheduled beside the softmax of the one before. With
+        products of one part overlap the softmax of the one before. With
         four parts of 512 keys it saves 8 % of a block's cycles on v6e and tpu7x.
     """
     waiting: list[tuple[slice, jax.Array]] = []

@@ -55,7 +55,8 @@ class Rope:
       theta: the base.
       scaling: the scaling, or None.
       part: part of each head that is rotated.
-      mscale: number whose square scales attention's logits, beside YaRN's amplitude.
+      mscale: number whose square scales attention's logits, in addition to YaRN's
+        amplitude.
     """
 
     theta: float
