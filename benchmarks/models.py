@@ -1,4 +1,4 @@
-"""Models of the benchmarks whose layers have windows."""
+"""Models of the benchmarks that are no presets."""
 
 import dataclasses
 
@@ -24,4 +24,8 @@ def model_of(name: str) -> LlamaConfig:
         return LlamaConfig.preset(
             "llama3-8b", window=4096, norm_placement="after", whole_qk_norm=True
         )
+    if name == "deepseek-v3-5-layers":
+        # Two layers without experts, three with them.
+        types = LlamaConfig.preset("deepseek-v3").layer_types[1:6]
+        return LlamaConfig.preset("deepseek-v3", num_layers=5, layer_types=types)
     return LlamaConfig.preset(name)

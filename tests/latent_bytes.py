@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from usp_jax import make_mesh
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.latent_attention import latent_attention_per_shard
-from usp_jax.plan.latent import LatentCall, backward_bytes, forward_bytes
+from usp_jax.plan import attention
 
 BATCH, TOKENS, HEADS = 2, 4, 6
 C, PLAIN, ROTATED, V = 16, 8, 4, 5
@@ -72,9 +72,10 @@ def measure(ring, ulysses):
         }
         for program in (forward, backward)
     ]
-    call = LatentCall(
+    call = attention.Call(
         tokens=BATCH * TOKENS,
         num_heads=HEADS,
+        num_kv_heads=HEADS,
         head_size=PLAIN + ROTATED,
         value_size=V,
         latent_size=C + ROTATED,
@@ -82,7 +83,23 @@ def measure(ring, ulysses):
         ulysses=ulysses,
         itemsize=4,
     )
-    return compiled, [forward_bytes(call), backward_bytes(call)]
+    gathered, summed = attention.forward_gather(call), attention.backward_scatter(call)
+    forward, backward = attention.forward_bytes(call), attention.backward_bytes(call)
+    by_formula = (
+        {
+            "all-to-all": forward.ulysses - gathered,
+            "all-gather": gathered,
+            "collective-permute": forward.ring,
+        },
+        {
+            "all-to-all": backward.ulysses - summed,
+            "reduce-scatter": summed,
+            "collective-permute": backward.ring,
+        },
+    )
+    return compiled, [
+        {kind: size for kind, size in sent.items() if size} for sent in by_formula
+    ]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from usp_jax.latent_attention import (
     latent_decode_attention,
     latent_key,
 )
-from usp_jax.plan.latent import LatentCall, backward_bytes, forward_bytes
+from usp_jax.plan import attention
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCH, TOKENS = 2, 4
@@ -198,17 +198,19 @@ def test_bytes_equal_the_formulas_on_64_devices():
 def test_a_latent_of_deepseek_v3_at_a_million_tokens():
     """A layer on 8 x 8: 128 heads of 192, values of 128, 576 numbers that travel."""
     tokens = 2**20 // 64
-    sizes = {"tokens": tokens, "num_heads": 128, "head_size": 192, "value_size": 128}
-    call = LatentCall(**sizes, latent_size=576, ring=8, ulysses=8)
-    exchanged, gathered, rotated = forward_bytes(call).values()
+    call = attention.Call(
+        tokens, 128, 128, 192, ring=8, ulysses=8, value_size=128, latent_size=576
+    )
+    gathered, sent = attention.forward_gather(call), attention.forward_bytes(call)
+    exchanged, rotated = sent.ulysses - gathered, sent.ring
     # Keys and values of all heads: 40,960 numbers of a token, 1 / 8 of them received.
     keys_rotated = 7 * tokens * 40960 * 2
     keys_exchanged = tokens * 40960 * 2 * 7 // 8
     assert keys_rotated / rotated == keys_exchanged / gathered == 40960 / (8 * 576)
     # q and out have as many numbers as k, v.
     assert exchanged == keys_exchanged
-    _, summed, again = backward_bytes(call).values()
-    assert (summed, again) == (2 * gathered, 3 * rotated)
+    assert attention.backward_scatter(call) == 2 * gathered
+    assert attention.backward_bytes(call).ring == 3 * rotated
 
 
 @pytest.mark.parametrize("degrees", [(1, 1), (2, 4)], ids=str)

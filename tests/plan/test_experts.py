@@ -243,11 +243,3 @@ def test_a_choice_of_axes_is_printed():
     unnamed = job_of(with_experts(num_experts=64))
     with pytest.raises(ValueError, match="experts=Experts.* are not options of the tr"):
         plan.train_command(unnamed, choice)
-
-
-def test_latent_attention_is_refused():
-    why = "latent: plans of latent attention are not modelled"
-    job = job_of(LlamaConfig.preset("deepseek-v3"))
-    assert obstacle(job, plan.Choice(ring=8, ulysses=8)) == why
-    rows = plan.plan(job)
-    assert {row.reason for row in rows} == {why}

@@ -11,6 +11,7 @@ from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Variant, experts_of
 from usp_jax.models.experts import Experts
+from usp_jax.models.latent import Latent
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.command import describe
 from usp_jax.plan.machines import machine
@@ -56,6 +57,20 @@ SOME_EXPERTS = dataclasses.replace(
     norm_placement="both",
     layer_types=("default", "experts", "experts", "experts"),
     variants=(Variant("experts", experts=EXPERTS.experts),),
+)
+
+# The head size of queries and keys includes the rotated dims.
+LATENT = dataclasses.replace(
+    MODEL,
+    num_kv_heads=8,
+    head_size=24,
+    latent=Latent(kv_rank=64, rope_size=8, value_size=16, q_rank=64),
+)
+# DeepSeek-V3's layers: the first has no experts.
+LATENT_EXPERTS = dataclasses.replace(
+    LATENT,
+    layer_types=("default", "default", *("experts",) * 6),
+    variants=(Variant("experts", experts=SHARED.experts),),
 )
 
 
@@ -155,6 +170,39 @@ BOTH, ALL = ("ring", "ulysses"), ("fsdp", "ring", "ulysses")
 )
 def test_a_step_of_experts_sends_what_is_predicted(model, choice):
     """With balanced loads: one round. All but sums of scalars are equal."""
+    check(choice, model=model)
+
+
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        (LATENT, Choice(ring=4, ulysses=2)),
+        *(
+            pytest.param(model, choice, marks=pytest.mark.long)
+            for model, choice in (
+                (LATENT, Choice(ulysses=8, remat="attention")),
+                (LATENT, Choice(ring=8, remat="attention_qkv")),
+                (LATENT, Choice(data=2, ring=2, ulysses=2, remat="dots")),
+                (LATENT, Choice(ring=2, ulysses=2, tensor=2, zero=1)),
+                (LATENT, Choice(fsdp=2, ring=2, tensor=2, remat="attention")),
+                (LATENT, Choice(ring=4, ulysses=2, ring_schedule="all_gather")),
+                (LATENT, Choice(ring=4, ulysses=2, ring_schedule="pass_q")),
+                (LATENT, Choice(ring=4, ulysses=2, ring_schedule="double:2")),
+                (LATENT, Choice(pipe=2, ring=2, ulysses=2)),
+                (
+                    LATENT_EXPERTS,
+                    Choice(ring=2, ulysses=4, expert_axes=("ulysses",)),
+                ),
+                (
+                    LATENT_EXPERTS,
+                    Choice(ring=2, ulysses=4, remat="dots", expert_axes=BOTH),
+                ),
+            )
+        ),
+    ],
+    ids=lambda x: describe(x) if isinstance(x, Choice) else "",
+)
+def test_a_step_of_latents_sends_what_is_predicted(model, choice):
     check(choice, model=model)
 
 

@@ -16,6 +16,7 @@ from train.config import Config, MeshConfig
 from train.log.flops import StepFlops, step_flops
 from usp_jax.models.decoder import Variant, kinds_of
 from usp_jax.models.experts import Experts
+from usp_jax.models.latent import Latent
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import loss
 
@@ -106,6 +107,12 @@ SOME_EXPERTS = {
     "layer_types": ("default", "experts", "experts"),
     "variants": (Variant("experts", **EXPERTS),),
 }
+LATENT = {
+    "num_kv_heads": 8,
+    "head_size": 12,
+    "latent": Latent(kv_rank=20, rope_size=4, value_size=6, q_rank=28),
+}
+DIRECT = {**LATENT, "latent": Latent(kv_rank=20, rope_size=4, value_size=6)}
 BOTH = {"norm_placement": "both", **QK_NORM, **KINDS}
 AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
 
@@ -128,6 +135,8 @@ AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
         ("full", 128, SHARED),
         ("attention", 128, {"norm_placement": "after", **SHARED}),
         ("full", None, SOME_EXPERTS),
+        ("full", None, LATENT),
+        ("attention_qkv", None, LATENT),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
@@ -149,6 +158,11 @@ AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
                 ("attention_qkv", None, {"norm_placement": "after", **SHARED}),
                 ("dots", None, {"norm_placement": "after", **SHARED}),
                 ("dots", 128, SHARED),
+                ("none", None, LATENT),
+                ("attention", None, LATENT),
+                ("dots", None, LATENT),
+                ("attention_qkv", None, DIRECT),
+                ("dots", None, DIRECT),
             )
         ),
     ],
@@ -166,14 +180,18 @@ def test_the_hardware_currency_is_what_the_program_does(
         **fields,
     )
     config = dataclasses.replace(config, model=model)
-    length, heads = config.sequence_length, model.num_heads * model.head_size
+    length, heads = config.sequence_length, model.num_heads
     # The oracle computes all pairs, visible or not.
     unseen = 0.0
     for kind, count in kinds_of(model):
         seen = np.minimum(np.arange(length) + 1, kind.window or length).sum()
         seen = length**2 / 2 if kind.window is None else seen
-        unseen += 4 * config.batch_size * count * heads * (length**2 - seen)
-    unseen *= 3.5 + (remat == "full")
+        size, values = kind.head_size, kind.head_size
+        if kind.latent is not None:
+            values = kind.latent.value_size
+        # Forward q·k and p·v; backward q·k, dq and dk, dv and dp.
+        sizes = (1 + (remat == "full")) * (size + values) + 3 * size + 2 * values
+        unseen += 2 * config.batch_size * count * heads * (length**2 - seen) * sizes
     assert counted(config) == step_flops(config).hardware + unseen
 
 

@@ -26,5 +26,6 @@ def step_flops(config: Config) -> StepFlops:
         sequence=config.sequence_length,
         batch=config.batch_size,
         tiled=model.mlp_tile is not None and at_once > model.mlp_tile,
+        ring=mesh.ring,
     )
     return StepFlops(*map(float, (work.causal, work.full, work.hardware)))

@@ -148,6 +148,16 @@ def active_weights(decoder: Decoder) -> int:
     return round(total)
 
 
+def expansion_weights(decoder: Decoder) -> int:
+    """Returns the number of weights of a layer that make keys and values of a latent.
+
+    Args:
+      decoder: a model whose layers are of the default kind.
+    """
+    numbers = layer_numbers(decoder)
+    return sum(numbers.get(name, 0) for name in ("k_up", "v_up"))
+
+
 def _active_part(decoder: Decoder) -> float:
     """The fraction of the routed experts that a token uses."""
     experts = decoder.experts

@@ -201,14 +201,14 @@ def halo_of_layer(job: Job, choice: Choice) -> Halo | None:
     """Returns the tables of the halo of one row that a layer's attention receives.
 
     None means that it sends none: it has no window, or all-to-alls and a ring send
-    less.
+    less, or attention is latent.
 
     Args:
       job: the job of one kind of layers, from `Job.kinds`.
       choice: how it is split and computed.
     """
     model = job.model
-    if model.window is None or choice.sequence_shards == 1:
+    if model.window is None or model.latent is not None or choice.sequence_shards == 1:
         return None
     return halo_if_less(
         job.layout,
@@ -244,8 +244,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
-    if job.model.latent is not None:
-        return "latent: plans of latent attention are not modelled"
+    if (why := _latent_obstacle(job, choice)) is not None:
+        return why
     if (why := _pipeline_obstacle(job.model, choice)) is not None:
         return why
     if job.batch % choice.rows:
@@ -306,6 +306,17 @@ def _experts_obstacle(job: Job, choice: Choice) -> str | None:
                 f"divisibility: {number} experts do not divide over "
                 f"{' · '.join(choice.expert_axes)} = {choice.expert_shards}"
             )
+    return None
+
+
+def _latent_obstacle(job: Job, choice: Choice) -> str | None:
+    """Returns why a choice is impossible for latent attention, or None."""
+    if all(kind.model.latent is None for kind in job.kinds):
+        return None
+    if not choice.is_trained_here:
+        return f"latent: program={choice.program!r} is modelled without latents"
+    if choice.ulysses_chunks > 1:
+        return "latent: each head group would rotate the latent again"
     return None
 
 

@@ -16,7 +16,8 @@ Empty slots of the exchange do not count; they are not computed either.
 * causal model: 3·P + 3·A, with T²/2 pairs, as in FlashAttention (arXiv 2307.08691,
   section 4.1) and the USP paper;
 * hardware:     what is really computed. Flash attention's backward recomputes q·k (5
-  products instead of 4), and the remat policy recomputes parts of the forward.
+  products instead of 4), and the remat policy recomputes parts of the forward. Keys and
+  values are made of latents at each visit of the ring, and again in the backward.
 
 A layer with a window of W < T tokens has the same pairs in all three, those that its
 queries see: the sum over t < T of min(t + 1, W), which is nearly T·W. A window of T
@@ -31,7 +32,7 @@ import dataclasses
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import kinds_of
 from usp_jax.models.moe.exchange import OUT
-from usp_jax.models.parameters import active_weights
+from usp_jax.models.parameters import active_weights, expansion_weights
 from usp_jax.models.remat import keeps
 
 
@@ -45,7 +46,9 @@ class Work:
       attention: forward attention, of the causal half or a window's pairs.
       masked: forward attention of the other half, in layers without a window.
       layers_again: the part of `layers` that the backward repeats.
-      attention_again: the part of `attention` that the backward repeats.
+      attention_again: the part of `attention` that the backward repeats, q·k always.
+      expanded_again: products that make keys and values of latents, beyond one for each
+        token in the forward and two in the backward.
     """
 
     layers: int | float
@@ -54,6 +57,7 @@ class Work:
     masked: int | float
     layers_again: int | float
     attention_again: int | float
+    expanded_again: int | float
 
     @property
     def causal(self) -> int | float:
@@ -69,8 +73,8 @@ class Work:
     def hardware(self) -> int | float:
         """FLOPs that the program really computes."""
         # The loss keeps no logits, so its backward recomputes them.
-        again = self.layers_again + self.output
-        return self.causal + self.attention / 2 + self.attention_again + again
+        again = self.layers_again + self.expanded_again + self.output
+        return self.causal + self.attention_again + again
 
 
 def step_work(
@@ -81,6 +85,7 @@ def step_work(
     documents: int | None = None,
     remat: str | None = None,
     tiled: bool = False,
+    ring: int = 1,
 ) -> Work:
     """Evaluates the formulas of this file for a training step.
 
@@ -91,19 +96,25 @@ def step_work(
       documents: tokens per document; None means one document per row.
       remat: the remat policy; None is the model's.
       tiled: whether the feed-forward network is tiled, which keeps no activations.
+      ring: devices of the ring, at each of which latents are made into keys and values.
     """
     tokens = batch * sequence
     length = min(documents or sequence, sequence)
     # Where activations are kept does not change the FLOPs.
     policy = (remat or model.remat).removesuffix("_offload")
-    layers = attention = masked = again = 0.0
+    layers = attention = masked = again = scores = expanded = 0.0
+    # Products of a visit: one forward, one again and two of gradients backward.
+    visits = (4 + (policy == "full")) * ring - 3
     for kind, count in kinds_of(model):
         layers += 2 * tokens * count * active_weights(kind)
         again += 2 * tokens * count * _weights_again(kind, policy, tiled)
+        expanded += 2 * tokens * count * expansion_weights(kind) * visits
         value_size = kind.head_size if kind.latent is None else kind.latent.value_size
         sizes = kind.head_size + value_size
         each = 2 * kind.num_heads * sizes * count * tokens / length
-        attention += each * visible_pairs(kind.window, length)
+        seen = each * visible_pairs(kind.window, length)
+        attention += seen
+        scores += seen * kind.head_size / sizes
         if kind.window is None or kind.window >= length:
             masked += each * visible_pairs(None, length)
     return Work(
@@ -112,7 +123,8 @@ def step_work(
         attention=attention,
         masked=masked,
         layers_again=again,
-        attention_again=attention if policy == "full" else 0.0,
+        attention_again=scores + attention * (policy == "full"),
+        expanded_again=expanded,
     )
 
 
@@ -152,14 +164,20 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
         return inner + router + (part + inner + model.d_model) * gated
     # Nothing but a norm after `down`, a layer's last product, needs its output.
     before = model.norm_placement == "before"
-    again = active_weights(model)
+    again = active_weights(model) - expansion_weights(model)
     if before and not gated:
         again -= part
     else:
         again += inner
     if experts is not None and (before or keeps(policy, OUT)):
         again -= model.d_model * experts.d_expert * experts.experts_per_token
-    if policy == "attention_qkv":
+    if policy == "attention_qkv" and model.latent is not None:
+        # The norms' backward needs the latents, but not the queries made of them.
+        if model.latent.q_rank is None:
+            again -= model.d_model * model.num_heads * model.head_size
+        else:
+            again -= model.latent.q_rank * model.num_heads * model.head_size
+    elif policy == "attention_qkv":
         heads = model.num_heads + 2 * model.num_kv_heads
         if model.qk_norm or model.whole_qk_norm:
             # The norms' backward needs their inputs, so q and k are projected again.

@@ -244,8 +244,7 @@ def kept(job: Job, choice: Choice) -> int | float:
     wide = tokens * inner_size(job) * size / choice.tensor
     if policy == "dots":
         inner = 2 * wide * (not is_tiled(job, choice)) + of_experts
-        has_norm = model.qk_norm or model.whole_qk_norm
-        normed = (call.q_elements + call.kv_elements / 2) * size * has_norm
+        normed = _normed(job, choice, call) * size
         # The inputs of norms after the two parts of the layer.
         outs = 2 * x * has_out_norms(job)
         return 2 * x + outs + normed + of_attention + inner
@@ -257,7 +256,18 @@ def kept(job: Job, choice: Choice) -> int | float:
     norms = 5 * 4 * narrow / choice.token_shards
     wide *= 6 if choice.mlp_tile is None else 0
     wide += of_experts
-    return 2 * x + norms + of_attention + call.q_elements * size + wide
+    return 2 * x + norms + of_attention + call.out_elements * size + wide
+
+
+def _normed(job: Job, choice: Choice, call: Call) -> int | float:
+    """Elements of what norms inside attention are applied to."""
+    model = job.model
+    if model.latent is not None:
+        latents = (model.latent.q_rank or 0) + (call.latent_size or 0)
+        return microbatch_of(job, choice) * latents
+    if model.qk_norm or model.whole_qk_norm:
+        return call.q_elements + call.kv_elements / 2
+    return 0
 
 
 def _kept_of_experts(job: Job, choice: Choice) -> int | float:
@@ -281,12 +291,12 @@ def _kept_of_attention(job: Job, choice: Choice) -> int:
     if policy == "full":
         return 0
     # In the kernel's format, padded on TPU.
-    seen = _padded(job, call).q_elements * size + 4 * call.lse_elements
+    seen = _padded(job, call).out_elements * size + 4 * call.lse_elements
     if policy == "attention":
         return seen
-    sides = 1 + (call.ulysses > 1 and choice.program == "train")
+    again = call.ulysses > 1 and choice.program == "train"
     kv = call.kv_elements + _halo_elements(job, choice, call)
-    return seen + (sides * call.q_elements + kv) * size
+    return seen + (call.q_elements + again * call.out_elements + kv) * size
 
 
 def _halo_elements(job: Job, choice: Choice, call: Call) -> int:
@@ -316,7 +326,10 @@ def _layer(job: Job, choice: Choice) -> int | float:
         wide += 4 * 3 * model.d_model * inner_size(job) / choice.tensor
     wide += _experts(job, choice)
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
-    heads: int | float = (2 + 2 * (call.ulysses > 1)) * call.q_elements * size
+    sides, both = 1 + (call.ulysses > 1), call.q_elements + call.out_elements
+    heads: int | float = sides * both * size
+    # k, v made of a latent, and float32 dk, dv.
+    heads += call.expanded_elements * (size + 4)
     if (halo := _halo_elements(job, choice, call)) > 0:
         # k, v and float32 dk, dv of a device's tokens and their halo, side by side.
         heads += (call.kv_elements + halo) * (size + 4)
@@ -349,10 +362,17 @@ def _is_tpu(job: Job) -> bool:
 
 
 def _padded(job: Job, call: Call) -> Call:
-    """The call with the head size that its arrays have in memory."""
+    """The call with the head sizes that its arrays have in memory."""
     if not _is_tpu(job):
         return call
-    return dataclasses.replace(call, head_size=-(-call.head_size // LANES) * LANES)
+    value_size = None if call.value_size is None else _lanes(call.value_size)
+    return dataclasses.replace(
+        call, head_size=_lanes(call.head_size), value_size=value_size
+    )
+
+
+def _lanes(size: int) -> int:
+    return -(-size // LANES) * LANES
 
 
 def _belt(job: Job, choice: Choice) -> int | float:

@@ -133,7 +133,7 @@ def step_seconds(
     exchanges = _beside_chunks(choice, exchanges, exchanging)
     ring, hops = ring + sums["halo"], hops + sums["halo"]
     rate = peak * job.machine.efficiency.matmul
-    layers = (3 * work.layers + work.layers_again) / rate
+    layers = (3 * work.layers + work.layers_again + work.expanded_again) / rate
     output = 4 * work.output / rate
     matmul = layers + output
     moved, ends = _memory(job, choice)
@@ -175,6 +175,7 @@ def work_of(job: Job, choice: Choice, documents: int | None = None) -> Work:
         documents=documents,
         remat=choice.remat,
         tiled=is_tiled(job, choice),
+        ring=choice.ring,
     )
 
 
@@ -213,7 +214,7 @@ def _ring(
     merged /= job.machine.memory_bandwidth * MEMORY
     # Every chunk but the first reads and writes out. Its part of dq and of dk, dv is
     # written and added to the sum. All in float32.
-    forward = chunk + merged * 8 * call.q_elements
+    forward = chunk + merged * 8 * call.out_elements
     backward = chunk_backward + merged * 16 * (call.q_elements + call.kv_elements)
     own = own_share(job, call.ring)
     computed = seen = 0.0
@@ -299,13 +300,17 @@ def _memory(job: Job, choice: Choice) -> tuple[float, float]:
 def _layer_moved(job: Job, choice: Choice) -> float:
     """Bytes that a kind's layers read and write outside matrix products."""
     model, tokens = job.model, choice.accumulate * tokens_of(job, choice)
-    heads = model.num_heads + model.num_kv_heads
+    heads = model.num_heads + model.num_kv_heads * (model.latent is None)
     wide = 2 * heads * model.head_size + 3 * inner_size(job)
     # Norms, and two additions to the residual stream; rotations and the gate.
     norms = layer_sizes(job, choice).norms
     narrow = (2 * norms + 6 * model.d_model) / choice.token_shards
     passes = 3 + (choice.remat != "none")
     moved = tokens * (narrow + wide / choice.tensor) * job.itemsize * passes
+    # At each visit of a latent its k, v are written; float32 dk, dv are read.
+    rounds = choice.accumulate * choice.pipeline.microbatches
+    call = call_of(job, choice)
+    moved += rounds * call.ring * call.expanded_elements * (2 * job.itemsize + 4)
     if choice.mlp_tile is not None and is_tiled(job, choice):
         # Each tile reads the matrices twice, and adds to float32 gradients.
         matrices = 3 * model.d_model * inner_size(job) / choice.tensor
@@ -313,7 +318,6 @@ def _layer_moved(job: Job, choice: Choice) -> float:
     if model.experts is not None:
         # A row is gathered, sorted, sent, received and multiplied, there and back.
         rows = 12 * model.d_model + 3 * model.experts.d_expert / choice.tensor
-        rounds = choice.accumulate * choice.pipeline.microbatches
         moved += rounds * round_rows(job, choice) * rows * job.itemsize * passes
         # Products read the matrices; float32 gradients are summed and cast.
         matrices = expert_sizes(job, choice).matrices

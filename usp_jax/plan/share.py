@@ -195,6 +195,7 @@ def call_of(job: Job, choice: Choice) -> Call:
     ring, ulysses, chunks = choice.ring, choice.ulysses, choice.ulysses_chunks
     if job.model.window is not None and halo_of_layer(job, choice) is not None:
         ring = ulysses = chunks = 1
+    latent = job.model.latent
     return Call(
         tokens=microbatch_of(job, choice),
         num_heads=job.model.num_heads // choice.tensor,
@@ -205,6 +206,8 @@ def call_of(job: Job, choice: Choice) -> Call:
         itemsize=job.itemsize,
         ring_schedule=choice.ring_schedule.partition(":")[0],
         chunks=chunks,
+        value_size=None if latent is None else latent.value_size,
+        latent_size=None if latent is None else latent.kv_rank + latent.rope_size,
     )
 
 

@@ -159,13 +159,18 @@ def _attention(job: Job, choice: Choice) -> Iterator[Transfer]:
     ]
     for size in exchanges:
         yield Transfer("attention", "all-to-all", ("ulysses",), layers, size * stays)
+    times, axes = layers * (1 + again.exchanges), ("ulysses",)
+    latent, summed = attention.forward_gather(call), attention.backward_scatter(call)
+    yield Transfer("attention", "all-gather", axes, times, latent)
+    yield Transfer("attention", "reduce-scatter", axes, layers, summed)
     hops = call.turns * (choice.ring - 1)
     read, follows = attention.forward_hop(call)
     back_read, back_follows = attention.backward_hop(call)
     # Head groups with their own k, v send these in sequence.
     parts = 1 if choice.ring_schedule == "pass_q" else call.heads.kv_parts
     # The compiler merges the first hops of the repeated forward with the backward's.
-    shared = again.ring * _first_hops(choice)
+    # Those of latents are kept apart.
+    shared = again.ring * _first_hops(choice) * (call.latent_size is None)
     if choice.ring_schedule == "all_gather":
         gather, scatter = "all-gather", "reduce-scatter"
         times = layers * (call.turns * parts * (2 + again.ring) - shared)
