@@ -454,6 +454,24 @@ def test_host_memory_is_used_on_request_only():
     assert less < 2**19 < more
 
 
+def test_a_hosts_memory_is_shared_by_its_devices():
+    choice = plan.Choice(ring=8, ulysses=8, remat="attention_offload", mlp_tile=4096)
+    job = plan.job_of("llama3-8b", "v5p", sequence=8 * 2**20, devices=64)
+    longer = dataclasses.replace(job, sequence=16 * 2**20)
+    assert plan.evaluate(job, choice).fits
+    row = plan.evaluate(longer, choice)
+    assert row.memory.peak < job.machine.memory_bytes
+    # 16M tokens over 64 devices: layer inputs, outputs and lse of 32 heads, 32 layers.
+    needed = 2**24 // 64 * (2 * 2 * 4096 + 4 * 32) * 32 / 2**30
+    share = 448e9 / 4 / 2**30
+    assert row.reason == (
+        f"host memory: a device needs {needed:.1f} GiB of it and has {share:.1f} GiB"
+    )
+    # Alone on its host, a device has all of it.
+    h200 = plan.machine("h200")
+    assert h200.host_share(1) == 8 * h200.host_share(16)
+
+
 def test_offloaded_bytes_are_not_on_the_device():
     job = plan.job_of("llama3-8b", "h100", sequence=2**18)
     here = plan.Choice(ulysses=8, remat="attention")

@@ -6,10 +6,12 @@ direction is a table's bidirectional ICI bandwidth of a chip, divided by its lin
 by two. NVIDIA: the data sheets of A100, H100, H200, DGX B200 and L20, dense rates
 without sparsity; NVLink's total divided by two. A800: an A100 with 400 GB/s of NVLink,
 and the 1.6 Tb/s of network per node of the USP paper (arXiv 2405.07719, section 5).
-Memory sizes come from `usp_jax.aot` where it has the device. Latencies are assumptions:
-a few microseconds in a torus or a node, some tens over a network. The link to the host
-is the PCIe of NVIDIA's data sheets (4 or 5, x16); for TPUs nothing is published, and
-PCIe 3 is assumed.
+Memory sizes come from `usp_jax.aot` where it has the device. A host's memory is that of
+Google's TPU machine types (ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-8t,
+tpu7x-standard-4t), and the 2 TB of NVIDIA's DGX; for L20 it is an assumption. Latencies
+are assumptions: a few microseconds in a torus or a node, some tens over a network. The
+link to the host is the PCIe of NVIDIA's data sheets (4 or 5, x16); for TPUs nothing is
+published, and PCIe 3 is assumed.
 """
 
 import dataclasses
@@ -53,6 +55,8 @@ class Machine:
       outer: each device's share of the link between nodes or slices.
       host_bandwidth: bytes per second between a device and the host's memory, in one
         direction.
+      host_bytes: bytes of a host's memory.
+      host_devices: most devices of a host, which share its memory.
       torus_dims: number of dims of the torus; 0 for a switch, which connects all
         devices of a node at full bandwidth.
       wrap: smallest side of the torus that is closed to a ring.
@@ -70,6 +74,8 @@ class Machine:
     node: int
     outer: Link
     host_bandwidth: float
+    host_bytes: float
+    host_devices: int
     torus_dims: int = 0
     wrap: int = 4
     compiles: bool = True
@@ -85,6 +91,10 @@ class Machine:
         if dtype not in peaks:
             raise ValueError(f"{dtype=} must be one of {tuple(peaks)}")
         return peaks[dtype]
+
+    def host_share(self, devices: int) -> float:
+        """Returns the bytes of the host's memory for each of a number of devices."""
+        return self.host_bytes / min(devices, self.host_devices)
 
     def shape(self, devices: int) -> tuple[int, ...]:
         """Returns the sides of the torus for a number of devices, the smallest last.
@@ -162,6 +172,8 @@ def _gpu(
         node=8,
         outer=Link(network / 8 * GB, _NETWORK_LATENCY),
         host_bandwidth=host * GB,
+        host_bytes=2000 * GB,
+        host_devices=8,
         efficiency=efficiency,
     )
 
@@ -176,6 +188,7 @@ def _tpu(
     link: int | float,
     largest: int,
     network: int | float,
+    host: tuple[int, int],
 ) -> Machine:
     """A TPU.
 
@@ -189,6 +202,7 @@ def _tpu(
       link: GB/s of one ICI link, in one direction.
       largest: devices of the largest slice.
       network: Gb/s of data center network per device.
+      host: GB of a host's memory, and its devices.
     """
     return Machine(
         name=name,
@@ -201,6 +215,8 @@ def _tpu(
         node=largest,
         outer=Link(network / 8 * GB, _DCN_LATENCY),
         host_bandwidth=16 * GB,
+        host_bytes=host[0] * GB,
+        host_devices=host[1],
         torus_dims=dims,
         wrap=wrap,
         efficiency=TPU[name],
@@ -226,13 +242,59 @@ MACHINES = (
         node=8,
         outer=Link(12.5 * GB, _NETWORK_LATENCY),
         host_bandwidth=32 * GB,
+        host_bytes=1000 * GB,
+        host_devices=8,
         compiles=False,
     ),
-    _tpu("v5e", 16, 819, 197, dims=2, wrap=16, link=50, largest=256, network=25),
-    _tpu("v5p", 64, 2765, 459, dims=3, wrap=4, link=100, largest=6144, network=50),
-    _tpu("v6e", 16, 1638, 918, dims=2, wrap=16, link=100, largest=256, network=100),
+    _tpu(
+        "v5e",
+        16,
+        819,
+        197,
+        dims=2,
+        wrap=16,
+        link=50,
+        largest=256,
+        network=25,
+        host=(192, 4),
+    ),
+    _tpu(
+        "v5p",
+        64,
+        2765,
+        459,
+        dims=3,
+        wrap=4,
+        link=100,
+        largest=6144,
+        network=50,
+        host=(448, 4),
+    ),
+    _tpu(
+        "v6e",
+        16,
+        1638,
+        918,
+        dims=2,
+        wrap=16,
+        link=100,
+        largest=256,
+        network=100,
+        host=(1440, 8),
+    ),
     # Two devices per chip; each has half of everything.
-    _tpu("tpu7x", 64, 3690, 1153.5, dims=3, wrap=4, link=50, largest=18432, network=50),
+    _tpu(
+        "tpu7x",
+        64,
+        3690,
+        1153.5,
+        dims=3,
+        wrap=4,
+        link=50,
+        largest=18432,
+        network=50,
+        host=(960, 8),
+    ),
 )
 
 

@@ -21,7 +21,7 @@ from usp_jax.plan.considered import (
 )
 from usp_jax.plan.flops import Work
 from usp_jax.plan.machines import Machine, machine as machine_of
-from usp_jax.plan.memory import Memory, step_memory
+from usp_jax.plan.memory import Memory, host_bytes, step_memory
 from usp_jax.plan.seconds import Seconds, step_seconds, work_of
 from usp_jax.plan.traffic import transfers
 from usp_jax.plan.transfer import Transfer
@@ -311,15 +311,16 @@ def longest(job: Job, *, offload: bool = False) -> Job | None:
     """
     step = 2 * job.devices
     choices = [
-        least(job, detail, offload)
+        least(job, detail, away)
         for mesh in meshes(job)
-        for detail in details(job, mesh, offload)
+        for away in ((False, True) if offload else (False,))
+        for detail in details(job, mesh, away)
     ]
 
     def fits(steps: int) -> bool:
         longer = dataclasses.replace(job, sequence=steps * step)
         return any(
-            step_memory(longer, choice).peak <= job.machine.memory_bytes
+            not _lack(longer, choice, step_memory(longer, choice))
             for choice in choices
             if obstacle(longer, choice) is None
         )
@@ -351,17 +352,29 @@ def evaluate(job: Job, choice: Choice) -> Row:
 def _evaluate(job: Job, choice: Choice, memory: Memory | None = None) -> Row:
     collectives = transfers(job, choice)
     memory = step_memory(job, choice) if memory is None else memory
-    fits = memory.peak <= job.machine.memory_bytes
-    reason = ""
-    if not fits:
-        reason = (
-            f"memory: a device needs {memory.peak / GIB:.1f} GiB and has "
-            f"{job.machine.memory_bytes / GIB:.1f} GiB"
-        )
-    elif not choice.is_trained_here:
+    reason = _lack(job, choice, memory)
+    fits = not reason
+    if fits and not choice.is_trained_here:
         reason = f"program: {choice.program} is not the trainer's"
     seconds = step_seconds(job, choice, collectives)
     return Row(job, choice, fits, reason, memory, seconds, collectives)
+
+
+def _lack(job: Job, choice: Choice, memory: Memory) -> str:
+    """Returns which memory is too small, a device's or the host's; "" if neither."""
+    machine = job.machine
+    if memory.peak > machine.memory_bytes:
+        return (
+            f"memory: a device needs {memory.peak / GIB:.1f} GiB and has "
+            f"{machine.memory_bytes / GIB:.1f} GiB"
+        )
+    away, share = host_bytes(job, choice), machine.host_share(job.devices)
+    if away > share:
+        return (
+            f"host memory: a device needs {away / GIB:.1f} GiB of it and has "
+            f"{share / GIB:.1f} GiB"
+        )
+    return ""
 
 
 def _fastest(
@@ -397,10 +410,10 @@ def _in_few_parts(job: Job, choice: Choice) -> Row:
     """
     one, *more = parts_of(job, choice)
     tiled, memory = _tiled(job, choice, one)
-    if more and memory.peak > job.machine.memory_bytes:
+    if more and _lack(job, tiled, memory):
         # From two parts on, more parts take less memory.
         def fits(parts: int) -> bool:
-            return _tiled(job, choice, parts)[1].peak <= job.machine.memory_bytes
+            return not _lack(job, *_tiled(job, choice, parts))
 
         index = bisect.bisect_left(more, True, key=fits)
         tiled, memory = _tiled(job, choice, more[min(index, len(more) - 1)])
