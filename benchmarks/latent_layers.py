@@ -9,11 +9,15 @@ The first two layers have no experts. The options are those of `benchmarks.plan_
 from benchmarks.plan_bytes import K, Steps, main
 
 MODEL = "deepseek-v3-5-layers"
-MESH = {"ring": 8, "ulysses": 8, "expert_axes": ("ring", "ulysses"), "mlp_tile": 4096}
+OPTIONS = {
+    "ring": 8,
+    "ulysses": 8,
+    "expert_axes": ("ring", "ulysses"),
+    "remat": "attention",
+    "mlp_tile": 4096,
+}
 STEPS: Steps = tuple(
-    ((MODEL, machine, 64, tokens, 1), ({**MESH, "remat": remat},))
-    for tokens, remat in ((K * K, "attention"), (256 * K, "full"))
-    for machine in ("v5p", "h100")
+    ((MODEL, machine, 64, K * K, 1), (OPTIONS,)) for machine in ("v5p", "h100")
 )
 
 if __name__ == "__main__":
