@@ -1,6 +1,8 @@
 """The LLaMA against a plain one on several meshes, and its compiled programs."""
 
 import dataclasses
+import math
+import re
 from functools import lru_cache
 
 import chex
@@ -17,17 +19,13 @@ from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.decoder import of_kind
 from usp_jax.models.generate import generate
 from usp_jax.models.llama import Llama, Llama3Scaling, LlamaConfig
-from usp_jax.models.loss import (
-    _nats_and_lse,
-    _Output,
-    loss,
-    shift_labels,
-    token_nats,
-)
+from usp_jax.models.logprobs import logprobs
+from usp_jax.models.loss import loss, shift_labels, token_nats
 from usp_jax.models.norms import rms_norm
 from usp_jax.models.parameters import TABLE, parameter_shapes
 from usp_jax.models.presets import PRESETS
 from usp_jax.models.sharding import Split, parameter_shardings
+from usp_jax.models.tiles import Output, tiled
 
 MESHES = (
     {"data": 8},
@@ -307,7 +305,9 @@ def test_no_stack_of_layers_is_gathered_and_gradients_are_scattered():
 
 
 @lru_cache
-def compiled_gradient(config: LlamaConfig, rows: int = 2, length: int = 64, **mesh):
+def compiled_gradient(
+    config: LlamaConfig, rows: int = 2, length: int = 64, mean=mean_loss, **mesh
+):
     """The gradient's program, from shapes only; for ring=4 and ulysses=2, or `mesh`."""
     own = usp_jax.make_mesh(**(mesh or {"ring": 4, "ulysses": 2}))
     abstract = nnx.eval_shape(lambda: Llama(config, mesh=own, rngs=nnx.Rngs(0)))
@@ -323,7 +323,7 @@ def compiled_gradient(config: LlamaConfig, rows: int = 2, length: int = 64, **me
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def gradients(params, tokens, labels):
-        return jax.value_and_grad(mean_loss, 1)(
+        return jax.value_and_grad(mean, 1)(
             graphdef, params, tokens, labels, layout="zigzag"
         )
 
@@ -385,12 +385,22 @@ def test_a_sequence_that_is_not_split_over_tensor_has_the_same_gradients():
     assert_close_to(gradients, expected_gradients, 1e-5)
 
 
-def test_the_loss_needs_no_logits_of_the_sequence():
+def mean_surprise(graphdef, params, tokens, labels, layout):
+    model = nnx.merge(graphdef, params)
+    found = logprobs(model, tokens, labels=labels, layout=layout, temperature=2)
+    return jnp.mean(found.entropies - found.logprobs)
+
+
+@pytest.mark.parametrize("mean", [mean_loss, mean_surprise])
+def test_the_logits_of_the_sequence_are_not_needed(mean):
     config = small(num_layers=1, vocab_size=32768, loss_chunk=64, loss_block=1024)
-    compiled = compiled_gradient(config, 1, 512, ulysses=2)
+    compiled = compiled_gradient(config, 1, 512, mean, ulysses=2)
     # A device's own 256 tokens' logits would be 32 MiB; its half of the embedding and
     # the output matrix are 8 MiB each, with a gradient of as many.
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**20
+    dims = re.findall(r"\bf\d+\[([\d,]+)\]", compiled.as_text())
+    sizes = [math.prod(map(int, each.split(","))) for each in dims]
+    assert max(sizes) == 32768 * config.d_model // 2 < 256 * 32768
 
 
 def test_bfloat16_computes_on_float32_parameters():
@@ -426,13 +436,15 @@ def test_the_loss_of_16_bits_has_logits_of_float32():
     )
     labels = jax.random.randint(jax.random.key(2), (2, 10), -1, 48, jnp.int32)
     blocks = matrix.reshape(3, 16, 16)
-    nats, lse = _nats_and_lse(_Output(Split.of(None), 8, None), x, blocks, labels)
+    output = Output(Split.of(None), 8, None, entropies=True)
+    nats, entropies = tiled(output, x, blocks, labels, None)
     logits = np.asarray(x, np.float64).reshape(20, 16) @ np.asarray(matrix, "float64").T
-    expected = np.log(np.exp(logits).sum(-1))
-    np.testing.assert_allclose(lse.reshape(-1)[:20], expected, rtol=1e-5)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     places = np.asarray(labels).reshape(-1)
-    expected = np.where(places < 0, 0, expected - logits[np.arange(20), places])
-    np.testing.assert_allclose(nats.reshape(-1)[:20], expected, atol=1e-4)
+    expected = np.where(places < 0, 0, -logs[np.arange(20), places])
+    np.testing.assert_allclose(nats.reshape(-1), expected, atol=1e-4)
+    expected = np.where(places < 0, 0, -np.sum(np.exp(logs) * logs, -1))
+    np.testing.assert_allclose(entropies.reshape(-1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -1,29 +1,20 @@
-"""Cross-entropy of the next token without the logits of a whole sequence.
+"""Cross-entropy of the next token without the logits of a whole sequence (`tiles.py`).
 
-Each device computes the logits of its own tokens in tiles, chunks of tokens by blocks
-of the vocabulary, with the softmax's running maximum and sum over the blocks. The
-backward pass computes them again. No [T, V] array exists, no sequence is gathered, and
-only one block of the output matrix and of its gradient is whole at a time.
+`logprobs.py` has log-probs and entropies of single tokens.
 """
-
-import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax.models.batch import Batch, check_ids
-from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
 from usp_jax.models.router_report import RouterReport, router_report
-from usp_jax.models.sharding import Split
-from usp_jax.models.transformer import Transformer, capped
+from usp_jax.models.tiles import NO_LABEL as NO_LABEL, predict
+from usp_jax.models.transformer import Transformer
 from usp_jax.models.weights import Weights
 
 Ids = Int[Array, "B T"]
-NO_LABEL = -1
 
 
 def loss(
@@ -65,9 +56,8 @@ def loss(
       ValueError: a shape, dtype or length does not fit; with `validate_args`, a token
         or label is out of range, or they are traced.
     """
-    batch, extra = _batch(
-        model, tokens, labels, segment_ids, positions, layout, validate_args
-    )
+    batch = model.batch(tokens, segment_ids, positions, layout)
+    extra = stored_labels(model, batch, tokens, labels, validate_args)
     nats, count, _ = model.run(_loss, batch, jax.P(), extra)
     return nats, count
 
@@ -90,9 +80,8 @@ def routed_loss(
       The sum of nats, the number of labels, and the routers' report; None for a model
         without experts.
     """
-    batch, extra = _batch(
-        model, tokens, labels, segment_ids, positions, layout, validate_args
-    )
+    batch = model.batch(tokens, segment_ids, positions, layout)
+    extra = stored_labels(model, batch, tokens, labels, validate_args)
     return model.run(_loss, batch, jax.P(), extra)
 
 
@@ -113,9 +102,8 @@ def token_nats(
     Returns:
       [B, T] in the order of `tokens`, at least float32; 0 where there is no label.
     """
-    batch, extra = _batch(
-        model, tokens, labels, segment_ids, positions, layout, validate_args
-    )
+    batch = model.batch(tokens, segment_ids, positions, layout)
+    extra = stored_labels(model, batch, tokens, labels, validate_args)
     nats = model.run(_token_nats, batch, model.split.tokens, extra)
     return batch.order.restore(nats)
 
@@ -138,42 +126,36 @@ def shift_labels(tokens: Ids, segment_ids: Ids | None = None) -> Ids:
     return jnp.where((ids == segment_ids) & (ids >= 0), following, NO_LABEL)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """How logits are computed.
-
-    Attributes:
-      split: how the mesh splits arrays.
-      limit: maximum number of tokens whose logits are computed at once.
-      soft_cap: soft cap of the logits, or None.
-    """
-
-    split: Split
-    limit: int
-    soft_cap: float | None
-
-
-def _batch(
+def stored_labels(
     model: Llama,
+    batch: Batch,
     tokens: jax.Array,
     labels: jax.Array,
-    segment_ids: jax.Array | None,
-    positions: jax.Array | None,
-    layout: str,
     validate_args: bool,
-) -> tuple[Batch, tuple[jax.Array, jax.P]]:
-    """The checked batch, and its labels as an extra argument of `Llama.run`."""
+) -> tuple[jax.Array, jax.P]:
+    """Checks labels and makes them an extra argument of `Llama.run`.
+
+    Args:
+      model: on any mesh.
+      batch: the batch of `tokens`.
+      tokens: int32 [B, T].
+      labels: int32 [B, T], in the order of `tokens`.
+      validate_args: whether tokens and labels that are out of range raise.
+
+    Raises:
+      ValueError: the labels' shape or dtype does not fit; with `validate_args`, a token
+        or label is out of range, or they are traced.
+    """
     if labels.shape != tokens.shape or labels.dtype != jnp.int32:
         raise ValueError(
             f"labels is {labels.dtype}{list(labels.shape)}; it must be int32 "
             f"{list(tokens.shape)}, like tokens"
         )
-    batch = model.batch(tokens, segment_ids, positions, layout)
     if validate_args:
         vocab_size = model.config.vocab_size
         check_ids("tokens", tokens, vocab_size)
         check_ids("labels", labels, vocab_size, least=NO_LABEL)
-    return batch, (batch.order.store(labels, NO_LABEL), model.split.tokens)
+    return batch.order.store(labels, NO_LABEL), model.split.tokens
 
 
 def _loss(
@@ -186,9 +168,9 @@ def _loss(
 ) -> tuple[jax.Array, jax.Array, RouterReport | None]:
     """(sum of nats, number of labels, what routers did) over all devices."""
     x, counts = transformer.hidden(weights, tokens, positions, segment_ids)
-    terms = _terms(transformer, weights, x, labels)
-    split = terms[0].split
-    nats = split.sum(_nats(*terms), split.batch + split.sequence)
+    split = transformer.split.ends
+    nats = jnp.sum(predict(transformer, weights, x, labels).nats)
+    nats = split.sum(nats, split.batch + split.sequence)
     count = jnp.sum(labels >= 0, dtype=jnp.int32)
     count = split.sum(count, split.batch + split.sequence)
     return nats, count, router_report(transformer.config, transformer.split, counts)
@@ -204,153 +186,4 @@ def _token_nats(
 ) -> jax.Array:
     """The nats of each of this device's labels."""
     x, _ = transformer.hidden(weights, tokens, positions, segment_ids)
-    terms = _terms(transformer, weights, x, labels)
-    nats, _ = _nats_and_lse(*terms)
-    return nats.reshape(-1)[: labels.size].reshape(labels.shape)
-
-
-def _terms(
-    transformer: Transformer,
-    weights: Weights,
-    x: jax.Array,
-    labels: jax.Array,
-) -> tuple[_Output, jax.Array, jax.Array, jax.Array]:
-    """The arguments of `_nats` for a device's part of a batch, from `hidden`."""
-    config = transformer.config
-    output = _Output(transformer.split.ends, config.loss_chunk, config.final_soft_cap)
-    return output, x, _blocks(weights.lm_head, config.loss_block), labels
-
-
-def _blocks(matrix: jax.Array, limit: int) -> jax.Array:
-    """[v, d] -> [number, block, d]: the largest equal blocks of at most `limit`."""
-    size = matrix.shape[0]
-    number = next(n for n in range(-(-size // limit), size + 1) if size % n == 0)
-    return matrix.reshape(number, size // number, -1)
-
-
-def _chunks(x: jax.Array, limit: int, pad_value: int = 0) -> jax.Array:
-    """[b, t, ...] -> [n, c, ...]: n chunks of c <= limit tokens, the last padded."""
-    x = x.reshape(-1, *x.shape[2:])
-    chunk = min(limit, x.shape[0])
-    padding = ((0, -x.shape[0] % chunk), *((0, 0) for _ in x.shape[1:]))
-    x = jnp.pad(x, padding, constant_values=pad_value)
-    return x.reshape(-1, chunk, *x.shape[1:])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nats(
-    output: _Output, x: jax.Array, blocks: jax.Array, labels: jax.Array
-) -> jax.Array:
-    """Sums the nats of this device's labels.
-
-    Args:
-      output: how logits are computed.
-      x: [b, t, D], or the part of it that `Split.enter` completes.
-      blocks: [m, w, d], this device's part of the output matrix in m blocks.
-      labels: int32 [b, t].
-    """
-    return _nats_fwd(output, x, blocks, labels)[0]
-
-
-def _nats_fwd(
-    output: _Output, x: jax.Array, blocks: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    nats, lse = _nats_and_lse(output, x, blocks, labels)
-    return jnp.sum(nats), (x, blocks, labels, lse)
-
-
-def _nats_bwd(
-    output: _Output, saved: tuple[jax.Array, ...], dnats: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    split, limit = output.split, output.limit
-    part, blocks, labels, lse = saved
-    shape = *labels.shape, part.shape[-1]
-    x, labels = _chunks(split.enter(part), limit), _chunks(labels, limit, NO_LABEL)
-    weight = jnp.where(labels >= 0, dnats, 0)
-
-    def body(
-        dx: jax.Array, block: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        matrix = split.gather(block[1], "lm_head", split.each)
-
-        def tile(
-            dmatrix: jax.Array, chunk: tuple[jax.Array, ...]
-        ) -> tuple[jax.Array, jax.Array]:
-            x, labels, lse, weight, dx = chunk
-            logits, hot = _tile(output, x, matrix, labels, block[0], blocks)
-            dlogits = (jnp.exp(logits - lse[:, None]) - hot) * weight[:, None]
-            if output.soft_cap is not None:
-                dlogits *= 1 - jnp.square(logits / output.soft_cap)
-            dlogits = dlogits.astype(x.dtype)
-            dx += _matmul("TV,VD->TD", dlogits, matrix)
-            return dmatrix + _matmul("TV,TD->VD", dlogits, x), dx
-
-        zeros = split.vary(jnp.zeros(matrix.shape, lse.dtype))
-        dmatrix, dx = lax.scan(tile, zeros, (x, labels, lse, weight, dx))
-        return dx, split.scatter(dmatrix.astype(matrix.dtype), "lm_head", split.each)
-
-    zeros = split.vary(jnp.zeros(x.shape, lse.dtype))
-    dx, dblocks = lax.scan(body, zeros, _numbered(blocks))
-    dx = dx.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape)
-    return split.leave(dx).astype(x.dtype), dblocks, None
-
-
-_nats.defvjp(_nats_fwd, _nats_bwd)
-
-
-def _nats_and_lse(
-    output: _Output, x: jax.Array, blocks: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Nats and log-sum-exp of each label, [n, c]: n chunks of c tokens, padded."""
-    split, limit = output.split, output.limit
-    x, labels = _chunks(split.enter(x), limit), _chunks(labels, limit, NO_LABEL)
-
-    def body(
-        carry: tuple[jax.Array, jax.Array, jax.Array],
-        block: tuple[jax.Array, jax.Array],
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        matrix = split.gather(block[1], "lm_head", split.each)
-
-        def tile(
-            _: None, chunk: tuple[jax.Array, ...]
-        ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
-            x, labels, top, total, hit = chunk
-            logits, hot = _tile(output, x, matrix, labels, block[0], blocks)
-            higher = jnp.maximum(top, jnp.max(logits, -1))
-            now = jnp.sum(jnp.exp(logits - higher[:, None]), -1)
-            total = total * jnp.exp(top - higher) + now
-            return None, (higher, total, hit + jnp.sum(jnp.where(hot, logits, 0), -1))
-
-        return lax.scan(tile, None, (x, labels, *carry))[1], None
-
-    zeros = split.vary(jnp.zeros(labels.shape, wide(x.dtype)))
-    carry = (zeros - jnp.inf, zeros, zeros)
-    (top, total, hit), _ = lax.scan(body, carry, _numbered(blocks))
-    highest = split.max(top, split.tensor)
-    total = split.sum(total * jnp.exp(top - highest), split.tensor)
-    lse = highest + jnp.log(total)
-    return jnp.where(labels >= 0, lse - split.sum(hit, split.tensor), 0), lse
-
-
-def _numbered(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return lax.iota(jnp.int32, blocks.shape[0]), blocks
-
-
-def _tile(
-    output: _Output,
-    x: jax.Array,
-    matrix: jax.Array,
-    labels: jax.Array,
-    number: jax.Array,
-    blocks: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Logits of a chunk of tokens for one block, and a mask of those of the labels."""
-    part = output.split.index(output.split.tensor)
-    first = (part * blocks.shape[0] + number) * blocks.shape[1]
-    own = first + lax.iota(jnp.int32, blocks.shape[1])
-    logits = capped(_matmul("TD,VD->TV", x, matrix), output.soft_cap)
-    return logits, labels[:, None] == own[None]
-
-
-def _matmul(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(dims, x, y, preferred_element_type=wide(x.dtype))
+    return predict(transformer, weights, x, labels).nats
