@@ -50,7 +50,7 @@ LAYERS = (
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
     {"usp_jax.plan"},
-    {"train.config", "train.files"},
+    {"train.chat_template", "train.config", "train.files"},
     {"train.data", "train.log"},
     {"train.state", "train.step"},
     {"train.evaluation"},

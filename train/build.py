@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import sys
 from collections.abc import Mapping
 
 import grain
@@ -13,12 +14,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from train.chat_template import TEMPLATE, Chat
 from train.check import check
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import Config
 from train.data.batches import batches, own_rows
 from train.data.passkey import passkey_rows
-from train.data.text import load_text
+from train.data.text import Text, cut_report, load_text, shuffled_rows
 from train.data.vocabulary import Vocabulary
 from train.digests import RECORD
 from train.evaluation.held_out import Evaluation
@@ -28,6 +30,7 @@ from train.mesh import make_mesh, memory_of
 from train.published import check_published, published_weights
 from train.run_dir import TOKENIZER, check_same_run, record
 from train.run_lock import RunLock, lock_run_dir
+from train.source import tokenizer_folder
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
 from usp_jax.units import GIB
@@ -84,11 +87,13 @@ def build(config: Config) -> Run:
         )
     _check_prompt(config, vocabulary)
     _check_memory(config, mesh)
-    text = None if config.passkey.enabled else load_text(config.data, vocabulary)
+    text = _text(config, vocabulary)
     if text is None:
         rows = passkey_rows(config)
     else:
-        rows = text.rows(config.sequence_length, config.seed)
+        sources = text.rows(config.sequence_length)
+        _warn(cut_report(sources))
+        rows = shuffled_rows(sources, text.weights, config.seed)
     facts = {} if text is None else text.facts
     lock = _lock(config)
     try:
@@ -109,6 +114,23 @@ def build(config: Config) -> Run:
     except Exception:
         lock.release()
         raise
+
+
+def _text(config: Config, vocabulary: Vocabulary) -> Text | None:
+    """The text of a run, or None for passkeys."""
+    if config.passkey.enabled:
+        return None
+    try:
+        folder = tokenizer_folder(config.init_from, config.data.tokenizer)
+        chat = Chat.of(folder, config.data.chat_template)
+        return load_text(config.data, vocabulary, chat)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def _warn(message: str | None) -> None:
+    if message is not None and jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _check_prompt(config: Config, vocabulary: Vocabulary) -> None:
@@ -197,6 +219,9 @@ def _claim_run_dir(config: Config, wanted: dict[str, object]) -> Checkpoints:
                 # For the commands that use the model, wherever they run.
                 own = config.data.tokenizer.read_text(encoding="utf-8")
                 write_atomically(config.run_dir / TOKENIZER, own)
+            if config.data.chat_template is not None:
+                own = config.data.chat_template.read_text(encoding="utf-8")
+                write_atomically(config.run_dir / TEMPLATE, own)
         except OSError as error:
             raise _unwritable(config, error) from error
     return checkpoints

@@ -15,6 +15,7 @@ from train.config import (
     EvalConfig,
     flatten,
 )
+from train.data.conversations import FORMS
 from usp_jax.layout import length_multiple
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.optimizer import check_adamw
@@ -126,6 +127,8 @@ def _check_ranges(flat: Mapping[str, Any]) -> None:
 
 
 def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
+    if data.form not in (None, *FORMS):
+        raise ValueError(f"data.form={data.form!r} must be one of {FORMS}")
     if data.mixture and data.path is not None:
         raise ValueError(
             f"data.path={data.path} and data.mixture={_as_option(data.mixture)} cannot "

@@ -60,6 +60,11 @@ class DataConfig:
       tokenizer: a tokenizer.json, which also sizes a preset's vocabulary unless
         model.vocab_size is given; None uses bytes as tokens.
       text_field: the JSON field or Parquet column that holds the text.
+      form: what the lines of .jsonl files hold: "text"; "messages", conversations whose
+        answers are learnt; or "completion", a `prompt` and the `completion` that is
+        learnt. None chooses by the fields of the first line.
+      chat_template: file with the chat template of conversations, in Jinja; None is the
+        one next to the tokenizer.
       eval_fraction: fraction of the documents held out from training for evaluation.
     """
 
@@ -67,6 +72,8 @@ class DataConfig:
     mixture: tuple[tuple[Path, float], ...] = ()
     tokenizer: Path | None = None
     text_field: str = "text"
+    form: str | None = None
+    chat_template: Path | None = None
     eval_fraction: float = 0.0
 
 

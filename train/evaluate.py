@@ -21,6 +21,7 @@ import rich.table
 import tyro
 
 from train.config import DataConfig, MeshConfig
+from train.data.conversations import TEXT
 from train.data.corpus import Corpus
 from train.data.text import load_text
 from train.data.token_folder import DataGone
@@ -166,7 +167,7 @@ def _texts(options: Evaluate, source: Source) -> dict[str, Corpus]:
     vocabulary, texts = source.vocabulary(), {}
     for path in paths:
         name = "Python's standard library" if path is None else str(path)
-        (texts[name],) = load_text(DataConfig(path), vocabulary).corpora
+        (texts[name],) = load_text(DataConfig(path, form=TEXT), vocabulary).corpora
     return texts
 
 

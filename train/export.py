@@ -52,7 +52,9 @@ def export(options: Export) -> int:
     like = None if start is None else Path(start)
     if like is not None and not (like / "config.json").exists():
         like = None
-    folders = [folder for folder in (like, source.folder) if folder is not None]
+    # A template that the run was given replaces that of its weights.
+    own = None if source.template is None else source.path
+    folders = [folder for folder in (own, like, source.folder) if folder is not None]
     with alive("exporting", on_stderr=True):
         step, model = source.load(MeshConfig(), None)
         # It is a run.

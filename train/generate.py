@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from train.chat_template import Message
 from train.config import MeshConfig
-from train.prompting import Message, Prompting
+from train.prompting import Prompting
 from train.source import Source
 from train.words import check_no_empty_value
 from usp_jax.command_line import alive, readers_may_leave
@@ -277,7 +278,7 @@ def run(options: Generate) -> None:
     drawing = Drawing.of(options, prompting.defaults, source.config.vocab_size)
     if options.chat:
         # Without a template, this raises before the weights are read.
-        prompting.render([{"role": "user", "content": ""}])
+        prompting.chat.prompt([{"role": "user", "content": ""}])
     with alive("loading the model", on_stderr=True):
         _, model = source.load(options.mesh, options.fake_devices)
     speaker = Speaker(options, model, prompting, drawing)

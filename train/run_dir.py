@@ -47,6 +47,8 @@ FREE_ON_RESUME = (
     "environment",
     # Location of the text. Its content is compared by data.documents, .tokens, .sha256,
     # .weights and .tokenizer_fingerprint.
+    "data.chat_template",
+    "data.form",
     "data.mixture",
     "data.path",
     "data.text_field",

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 import usp_jax
+from train.chat_template import TEMPLATE
 from train.config import MeshConfig
 from train.data.vocabulary import Vocabulary
 from train.fake_devices import make_fake_devices
@@ -80,11 +81,18 @@ class Source:
         if self.run is None:
             return self.path
         start, tokenizer = self.run.get("init_from"), self.run["data"]["tokenizer"]
-        named = ([] if start is None else [Path(start)]) + (
-            [] if tokenizer is None else [Path(tokenizer).parent, self.path]
+        named = tokenizer_folder(
+            None if start is None else Path(start),
+            None if tokenizer is None else Path(tokenizer),
         )
-        there = (folder for folder in named if (folder / TOKENIZER).exists())
-        return next(there, None)
+        own = tokenizer is not None and (self.path / TOKENIZER).exists()
+        return self.path if named is None and own else named
+
+    @property
+    def template(self) -> Path | None:
+        """The chat template that the run was trained with, if it has its own."""
+        own = self.path / TEMPLATE
+        return own if self.run is not None and own.exists() else None
 
     def vocabulary(self) -> Vocabulary:
         """Reads the tokenizer; without one, a run's tokens are bytes.
@@ -148,6 +156,18 @@ class Source:
                 f"{count}; --fake-devices {mesh.devices} creates them on a CPU"
             )
         return mesh
+
+
+def tokenizer_folder(start: Path | None, tokenizer: Path | None) -> Path | None:
+    """Returns the folder with the files of a run's tokenizer, if there is one.
+
+    Args:
+      start: the folder of the initial weights, if the run has one.
+      tokenizer: the run's tokenizer.json; None is bytes.
+    """
+    named = (start, None if tokenizer is None else tokenizer.parent)
+    there = (x for x in named if x is not None and (x / TOKENIZER).exists())
+    return next(there, None)
 
 
 def split_over_all(config: LlamaConfig) -> Mesh:

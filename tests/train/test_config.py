@@ -321,6 +321,8 @@ def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
         "mixture": [],
         "tokenizer": None,
         "text_field": "text",
+        "form": None,
+        "chat_template": None,
         "eval_fraction": 0.0,
         "tokens": 5,
     }

@@ -13,14 +13,14 @@ from tests.train.test_documents import write_lines, write_parquet
 from tests.train.test_tokenize import write_tokenizer
 from train.config import DataConfig
 from train.data.batches import batches, describe, own_rows, place
-from train.data.corpus import Corpus
+from train.data.corpus import Corpus, Rows
 from train.data.text import load_text, shuffled_rows
 from train.data.vocabulary import Vocabulary
 from train.tokenize import Tokenize, tokenize
 
 
 def batches_of(corpus: Corpus, *, length: int, batch_size: int, seed: int, own=None):
-    rows = shuffled_rows([corpus], [1.0], length, seed)
+    rows = shuffled_rows([Rows(corpus, length)], [1.0], seed)
     return batches(rows, batch_size, own)
 
 
@@ -79,8 +79,8 @@ def test_a_process_reads_its_own_rows_and_no_other() -> None:
 def test_a_mixture_draws_rows_by_weight_and_resumes() -> None:
     def make():
         small, large = documents_of([41, 160])
-        corpora = [Corpus.of([small]), Corpus.of([large])]
-        return batches(shuffled_rows(corpora, [0.75, 0.25], 8, 1), 8)
+        corpora = [Rows(Corpus.of([x]), 8) for x in (small, large)]
+        return batches(shuffled_rows(corpora, [0.75, 0.25], 1), 8)
 
     data, again = make(), make()
     drawn = np.concatenate([next(data)["tokens"][:, 0] for _ in range(40)])

@@ -70,7 +70,7 @@ WRONG_LINES = {
     "no JSON": ("{'text': 1}", r"a\.jsonl:2 is not JSON: "),
     "no field": ('{"body": "x", "id": 3}', r"a\.jsonl:2 has no text in text_field='te"),
     "no string": ('{"text": null}', r"a\.jsonl:2 has no text .*, only \['text'\]"),
-    "no object": ("[1]", r"a\.jsonl:2 has no text in text_field='text', only \[1\]"),
+    "no object": ("[1]", r"a\.jsonl:2 is not a JSON object, but \[1\]"),
 }
 
 

@@ -102,11 +102,11 @@ def test_a_conversation_is_rendered_and_answered(
     pytest.importorskip("jinja2")
     prompting = Prompting.of(Source.open(folder))
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    assert prompting.render(messages) == "<s><system>S</s><user>U</s><assistant>"
+    assert prompting.chat.prompt(messages) == "<s><system>S</s><user>U</s><assistant>"
     # The template has the special tokens; none are added twice.
     assert prompting.encode_chat(messages)[:2].tolist() == [0, ord("<") - 30]
     with pytest.raises(ValueError, match="the chat template refuses: odd role"):
-        prompting.render([{"role": "odd", "content": ""}])
+        prompting.chat.prompt([{"role": "odd", "content": ""}])
     monkeypatch.setattr(sys, "stdin", io.StringIO("HI\nAGAIN\n"))
     options = Generate(folder, chat=True, length=3, system="S", mesh=MESH)
     run(options)
@@ -115,7 +115,7 @@ def test_a_conversation_is_rendered_and_answered(
 
 def test_a_run_without_a_template_cannot_chat(run_dir: Path) -> None:
     with pytest.raises(ValueError, match="no chat template: give --chat-template"):
-        Prompting.of(Source.open(run_dir)).render([])
+        Prompting.of(Source.open(run_dir)).chat.prompt([])
 
 
 def test_a_folder_is_evaluated(folder: Path, tmp_path: Path) -> None:

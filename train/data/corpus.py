@@ -8,9 +8,11 @@ has no label. Positions count from the start of the row: RoPE sees only differen
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Protocol, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 PADDING = {"tokens": 0, "labels": -1, "segment_ids": -1}
 
@@ -38,20 +40,54 @@ class Tokens(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Lesson:
+    """A document of which only some tokens are learnt.
+
+    Attributes:
+      tokens: int32 [n].
+      learnt: bool [n], whether each token is learnt.
+      hash: a hash by which it is held out; documents of one source share it.
+    """
+
+    tokens: np.ndarray
+    learnt: np.ndarray
+    hash: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
     """The contiguous pieces of a corpus, in order; each lies within one array.
 
     Attributes:
       arrays: the arrays that hold the tokens.
+      learnt: for each of them, an array of bools: whether each token is learnt, as the
+        label of the token before it; () if all are.
       first: int64 [P], the index in the corpus at which each piece begins.
       array: int64 [P], the number of the array that holds each piece.
       offset: int64 [P], the index in that array at which each piece begins.
     """
 
     arrays: tuple[Tokens, ...]
+    learnt: tuple[Tokens, ...]
     first: np.ndarray
     array: np.ndarray
     offset: np.ndarray
+
+    def read(
+        self, arrays: Sequence[Tokens], start: int, stop: int, dtype: npt.DTypeLike
+    ) -> np.ndarray:
+        """Reads `arrays` from the index `start` of the corpus to `stop`."""
+        found = np.empty(stop - start, dtype)
+        number = int(np.searchsorted(self.first, start, side="right")) - 1
+        at = start
+        while at < stop:
+            last = number + 1 == len(self.first)
+            end = stop if last else min(stop, int(self.first[number + 1]))
+            begin = int(self.offset[number]) + at - int(self.first[number])
+            array = arrays[self.array[number]]
+            found[at - start : end - start] = array[begin : begin + end - at]
+            at, number = end, number + 1
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,11 +110,24 @@ class Corpus:
     def of(cls, documents: Iterable[np.ndarray]) -> "Corpus":
         """Joins int32 documents in memory, leaving out empty ones."""
         kept = [document for document in documents if document.size]
+        return cls._of(kept, [document_hash(document) for document in kept])
+
+    @classmethod
+    def of_lessons(cls, lessons: Iterable[Lesson]) -> "Corpus":
+        """Joins documents in memory of which only some tokens are learnt."""
+        kept = list(lessons)
+        learnt = np.concatenate([np.zeros(0, bool), *(x.learnt for x in kept)])
+        whole = cls._of([x.tokens for x in kept], [x.hash for x in kept])
+        pieces = dataclasses.replace(whole.pieces, learnt=(learnt,))
+        return dataclasses.replace(whole, pieces=pieces)
+
+    @classmethod
+    def _of(cls, kept: Sequence[np.ndarray], hashes: Sequence[int]) -> "Corpus":
         lengths = np.array([document.size for document in kept], np.int64)
-        hashes = np.array([document_hash(document) for document in kept], np.uint64)
         tokens = np.concatenate([np.zeros(0, np.int32), *kept])
         starts = np.cumsum(lengths) - lengths
-        return cls.joined([tokens], [starts], [hashes], [tokens.size])
+        own = np.array(hashes, np.uint64)
+        return cls.joined([tokens], [starts], [own], [tokens.size])
 
     @classmethod
     def joined(
@@ -98,9 +147,8 @@ class Corpus:
         """
         first = np.cumsum(sizes, dtype=np.int64) - np.array(sizes, np.int64)
         moved = [at + begin for at, begin in zip(starts, first, strict=True)]
-        pieces = Pieces(
-            tuple(arrays), first, np.arange(len(arrays)), np.zeros(len(arrays), int)
-        )
+        number, zeros = np.arange(len(arrays)), np.zeros(len(arrays), int)
+        pieces = Pieces(tuple(arrays), (), first, number, zeros)
         return cls(np.concatenate(moved), sum(sizes), pieces, np.concatenate(hashes))
 
     @property
@@ -108,29 +156,42 @@ class Corpus:
         """Number of tokens in each document, int64 [D]."""
         return np.diff(self.starts, append=self.size)
 
+    def length_of(self, document: int) -> int:
+        """Number of tokens in a document, given its number."""
+        following = document + 1
+        end = self.starts[following] if following < len(self.starts) else self.size
+        return int(end - self.starts[document])
+
     @property
     def facts(self) -> Facts:
         """The facts that identify this corpus; reads all of its tokens."""
         return Facts(
             documents=len(self.starts),
             tokens=self.size,
-            sha256=digest(self.windows(2**22), self.starts),
+            sha256=digest(chain(self.windows(2**22), self._masks()), self.starts),
         )
+
+    def _masks(self) -> Iterator[np.ndarray]:
+        """What `digest` reads of the tokens that are learnt, unless all are."""
+        if self.is_taught:
+            yield from (self.learnt(i, i + 2**22) for i in range(0, self.size, 2**22))
 
     def window(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`, int32; fewer if the corpus ends earlier."""
         stop = min(stop, self.size)
-        pieces, tokens = self.pieces, np.empty(stop - start, np.int32)
-        number = int(np.searchsorted(pieces.first, start, side="right")) - 1
-        at = start
-        while at < stop:
-            last = number + 1 == len(pieces.first)
-            end = min(stop, self.size if last else int(pieces.first[number + 1]))
-            begin = int(pieces.offset[number]) + at - int(pieces.first[number])
-            array = pieces.arrays[pieces.array[number]]
-            tokens[at - start : end - start] = array[begin : begin + end - at]
-            at, number = end, number + 1
-        return tokens
+        return self.pieces.read(self.pieces.arrays, start, stop, np.int32)
+
+    def learnt(self, start: int, stop: int) -> np.ndarray:
+        """Whether tokens `start` to `stop` are learnt, bool; fewer as in `window`."""
+        stop = min(stop, self.size)
+        if not self.is_taught:
+            return np.ones(stop - start, bool)
+        return self.pieces.read(self.pieces.learnt, start, stop, np.bool_)
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether only some tokens are learnt, so that documents are kept whole."""
+        return bool(self.pieces.learnt)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Iterates over documents, int32 tokens each."""
@@ -154,6 +215,7 @@ class Corpus:
         inside = self.starts[kept[begins]] - pieces.first[piece]
         cut = Pieces(
             pieces.arrays,
+            pieces.learnt,
             starts[begins],
             pieces.array[piece],
             pieces.offset[piece] + inside,
@@ -172,7 +234,12 @@ class Corpus:
 
 def document_hash(document: np.ndarray) -> int:
     """A 64-bit hash of a document's int32 tokens."""
-    digest = hashlib.blake2b(document.astype("<i4").tobytes(), digest_size=8)
+    return hash_of(document.astype("<i4").tobytes())
+
+
+def hash_of(content: bytes) -> int:
+    """A 64-bit hash."""
+    digest = hashlib.blake2b(content, digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -7,10 +7,10 @@ text is in memory.
 
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,7 +21,23 @@ SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tes
 # The text of a document, and the number of bytes that it takes of its file.
 Document = tuple[bytes, float]
 
+Item = TypeVar("Item")
+
 _TOGETHER, _BYTES_TOGETHER = 1024, 2**24
+
+
+class Record(NamedTuple):
+    """A line of a .jsonl file.
+
+    Attributes:
+      place: the file and the number of the line, for errors.
+      content: the JSON object.
+      size: number of bytes of the line.
+    """
+
+    place: str
+    content: dict[str, Any]
+    size: int
 
 
 def read_documents(
@@ -41,10 +57,18 @@ def read_documents(
 
 def in_batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
     """Groups documents for a tokenizer, limited by their number and total size."""
-    held, size = [], 0
-    for text in texts:
-        held.append(text)
-        size += len(text)
+    return in_groups(texts, len)
+
+
+def in_groups(
+    items: Iterable[Item], size_of: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Groups items as `in_batches` does, given the size of each."""
+    held: list[Item] = []
+    size = 0
+    for item in items:
+        held.append(item)
+        size += size_of(item)
         if len(held) == _TOGETHER or size >= _BYTES_TOGETHER:
             yield held
             held, size = [], 0
@@ -112,24 +136,36 @@ def _documents(file: Path, text_field: str) -> Iterator[Document]:
     return iter([(text, len(text))])
 
 
-def _json_lines(file: Path, text_field: str) -> Iterator[Document]:
+def json_records(file: Path) -> Iterator[Record]:
+    """Iterates over the lines of a .jsonl file, without empty ones.
+
+    Raises:
+      ValueError: while reading, for a line that is not a JSON object.
+    """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            place = f"{file}:{number}"
             try:
-                record = json.loads(line)
+                content = json.loads(line)
             # RecursionError: lists or objects that are nested too deeply.
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                there = sorted(record) if isinstance(record, dict) else record
-                raise ValueError(
-                    f"{file}:{number} has no text in text_field={text_field!r}, only "
-                    f"{there}"
-                )
-            yield text.encode(errors="surrogatepass"), len(line)
+                raise ValueError(f"{place} is not JSON: {error}") from error
+            if not isinstance(content, dict):
+                raise ValueError(f"{place} is not a JSON object, but {content!r:.80}")
+            yield Record(place, content, len(line))
+
+
+def _json_lines(file: Path, text_field: str) -> Iterator[Document]:
+    for record in json_records(file):
+        text = record.content.get(text_field)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{record.place} has no text in text_field={text_field!r}, only "
+                f"{sorted(record.content)}"
+            )
+        yield text.encode(errors="surrogatepass"), record.size
 
 
 def _parquet_rows(file: Path, text_field: str) -> Iterator[Document]:

@@ -11,9 +11,12 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from train.chat_template import Chat
 from train.config import DataConfig
+from train.data.conversations import TEXT, Teacher, form_of
 from train.data.corpus import Corpus, Facts, Rows
 from train.data.documents import in_batches, read_documents, source_files
+from train.data.packing import PackedRows, rows_of
 from train.data.token_folder import is_token_folder, open_folder
 from train.data.vocabulary import Vocabulary
 
@@ -34,24 +37,38 @@ class Text:
     held_out: tuple[Corpus, ...]
     facts: dict[str, object]
 
-    def rows(self, length: int, seed: int) -> grain.MapDataset:
-        """Endless training rows."""
-        return shuffled_rows(self.corpora, self.weights, length, seed)
+    def rows(self, length: int) -> list[Rows | PackedRows]:
+        """The training rows of each corpus.
 
-    def held_out_rows(self, length: int, seed: int) -> grain.MapDataset:
-        """Endless held-out rows."""
-        return shuffled_rows(self.held_out, self.weights, length, seed)
+        Raises:
+          ValueError: no conversation has anything to learn within a row.
+        """
+        return [rows_of(corpus, length) for corpus in self.corpora]
+
+    def held_out_rows(self, length: int) -> list[Rows | PackedRows]:
+        """The held-out rows of each corpus; raises ValueError as `rows` does."""
+        return [rows_of(corpus, length) for corpus in self.held_out]
 
 
-def load_text(config: DataConfig, vocabulary: Vocabulary) -> Text:
-    """Encodes text files, and opens folders of tokens.
+def load_text(
+    config: DataConfig, vocabulary: Vocabulary, chat: Chat | None = None
+) -> Text:
+    """Encodes text files and conversations, and opens folders of tokens.
+
+    Args:
+      config: the options.
+      vocabulary: text to token ids.
+      chat: how conversations become text; None is for text only.
 
     Raises:
-      ValueError: there is no file, or no text to train on or to hold out.
+      ValueError: there is no file, a line cannot be read, or there is no text to train
+        on or to hold out.
+      ImportError: there are conversations, and Jinja is not installed.
     """
+    teacher = Teacher(vocabulary, chat or Chat())
     mixture = config.mixture or ((config.path, 1.0),)
     paths, weights = zip(*mixture, strict=True)
-    loaded = [_load(path, config.text_field, vocabulary) for path in paths]
+    loaded = [_load(path, config, teacher) for path in paths]
     corpora, facts = zip(*loaded, strict=True)
     record: dict[str, object] = dict(facts[0])
     if config.mixture:
@@ -83,12 +100,23 @@ def _divided(
 
 
 def _load(
-    path: Path | None, text_field: str, vocabulary: Vocabulary
+    path: Path | None, config: DataConfig, teacher: Teacher
 ) -> tuple[Corpus, Facts]:
     if is_token_folder(path):
-        corpus, facts = open_folder(path, vocabulary)
+        if config.form not in (None, TEXT):
+            raise ValueError(
+                f"data.form={config.form!r} does not fit {path}, a folder of tokens of "
+                "text: leave one of them out"
+            )
+        corpus, facts = open_folder(path, teacher.vocabulary)
     else:
-        corpus = Corpus.of(_encoded(source_files(path), text_field, vocabulary))
+        files = source_files(path)
+        form = config.form or form_of(files, config.text_field)
+        if form == TEXT:
+            encoded = _encoded(files, config.text_field, teacher.vocabulary)
+            corpus = Corpus.of(encoded)
+        else:
+            corpus = Corpus.of_lessons(teacher.lessons(files, form))
         facts = corpus.facts
     if corpus.lengths.max(initial=0) < 2:
         raise ValueError(
@@ -106,14 +134,28 @@ def _encoded(
 
 
 def shuffled_rows(
-    corpora: Sequence[Corpus], weights: Sequence[float], length: int, seed: int
+    sources: Sequence[Rows | PackedRows], weights: Sequence[float], seed: int
 ) -> grain.MapDataset:
     """Endless rows of several corpora, mixed by their weights.
 
     Each epoch of a corpus is shuffled differently.
     """
     endless = [
-        grain.MapDataset.source(Rows(corpus, length)).seed(seed + i).shuffle().repeat()
-        for i, corpus in enumerate(corpora)
+        grain.MapDataset.source(rows).seed(seed + i).shuffle().repeat()
+        for i, rows in enumerate(sources)
     ]
     return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, weights)
+
+
+def cut_report(sources: Sequence[Rows | PackedRows]) -> str | None:
+    """Describes what conversations lose because they are longer than a row."""
+    packed = [rows for rows in sources if isinstance(rows, PackedRows)]
+    cut, unlearnt = sum(x.cut for x in packed), sum(x.unlearnt for x in packed)
+    if not cut + unlearnt:
+        return None
+    whole = sum(len(rows.corpus.starts) for rows in packed)
+    return (
+        f"warning: of {whole:,} conversations, {cut:,} are longer than sequence_length="
+        f"{packed[0].length} and lose their ends, and {unlearnt:,} are left out, "
+        "because no answer begins before that"
+    )

@@ -96,6 +96,41 @@ class Vocabulary:
             ) from error
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_spans(
+        self, texts: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Encodes texts without further tokens, and finds what each token is of.
+
+        Returns:
+          For each text its ids, int32, and for each of them the first character that
+          it is of, and the one after its last.
+
+        Raises:
+          ValueError: the tokenizer cannot encode a text.
+        """
+        if self.tokenizer is None:
+            return [_byte_spans(text) for text in texts]
+        try:
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        # A bare Exception, as above.
+        except Exception as error:
+            raise ValueError(
+                f"{self.source} cannot encode the text: {error}"
+            ) from error
+        found = []
+        for encoding in encodings:
+            at = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            found.append((np.asarray(encoding.ids, np.int32), at[:, 0], at[:, 1]))
+        return found
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """Texts of the special tokens, such as those that end a turn."""
+        if self.tokenizer is None:
+            return ()
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
     def around(self) -> tuple[list[int], list[int]]:
         """The special tokens that `encode` adds before a text, and those after it."""
         if self.tokenizer is None:
@@ -119,3 +154,11 @@ class Vocabulary:
         if self.tokenizer is None:
             return ids.astype(np.uint8).tobytes().decode(errors="replace")
         return self.tokenizer.decode(ids.tolist())
+
+
+def _byte_spans(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bytes of a text, and the character that each is of."""
+    encoded = [letter.encode(errors="replace") for letter in text]
+    ids = np.frombuffer(b"".join(encoded), np.uint8).astype(np.int32)
+    first = np.repeat(np.arange(len(text)), [len(x) for x in encoded])
+    return ids, first, first + 1

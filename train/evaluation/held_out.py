@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from itertools import islice
 
+import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from train.config import Config
 from train.data.batches import Batch, batches, own_rows, place
-from train.data.text import Text
+from train.data.text import Text, shuffled_rows
 from train.log.rows import Evaluated
 from train.state import Params, on_devices
 from train.step import make_nats
@@ -25,14 +26,14 @@ class Evaluation:
     Attributes:
       config: the options of the run.
       mesh: the mesh of the run.
-      text: the text with the held-out documents.
+      rows: the held-out rows, endless.
       count: number of batches to evaluate.
       nats: (parameters, batch) -> (sum of nats, number of labels).
     """
 
     config: Config
     mesh: Mesh
-    text: Text
+    rows: grain.MapDataset
     count: int
     nats: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 
@@ -47,11 +48,12 @@ class Evaluation:
         """The evaluation of a run, or None if no documents are held out."""
         if text is None or not text.held_out:
             return None
-        length = config.sequence_length
-        there = sum(-(-corpus.size // length) for corpus in text.held_out)
+        sources = text.held_out_rows(config.sequence_length)
+        there = sum(map(len, sources))
         count = min(config.eval.batches, -(-there // config.batch_size))
+        rows = shuffled_rows(sources, text.weights, config.seed)
         nats = jax.jit(make_nats(graphdef, config.stored_layout))
-        return cls(config, mesh, text, count, nats)
+        return cls(config, mesh, rows, count, nats)
 
     def due(self, step: int) -> bool:
         """Returns True if an evaluation is due after this training step."""
@@ -64,8 +66,7 @@ class Evaluation:
         config = self.config
         params = on_devices(params, config, self.mesh)
         own = own_rows(config.batch_size, self.mesh)
-        rows = self.text.held_out_rows(config.sequence_length, config.seed)
-        data = batches(rows, config.batch_size, own)
+        data = batches(self.rows, config.batch_size, own)
         results = [
             self.nats(params, place(batch, config.layout, self.mesh))
             for batch in islice(data, self.count)
