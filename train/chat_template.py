@@ -21,6 +21,10 @@ ASSISTANT = "assistant"
 # Code points that are no characters. They stand around what the model writes.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
+# The day that templates write into what is learnt: a run that is resumed on another day
+# reads the same text.
+DAY = datetime(2024, 7, 26)
+
 # A role, a content, and what else a template uses.
 Message = Mapping[str, Any]
 
@@ -76,7 +80,7 @@ class Chat:
           ValueError: there is no chat template, or it refuses the conversation.
           ImportError: Jinja is not installed.
         """
-        return self._rendered(messages, True).text
+        return self._rendered(messages, True, today=datetime.now()).text
 
     def lessons(
         self,
@@ -134,7 +138,11 @@ class Chat:
             yield Rendered(text, ((len(prompt), end),))
 
     def _rendered(
-        self, messages: Sequence[Message], asks: bool, tools: object = None
+        self,
+        messages: Sequence[Message],
+        asks: bool,
+        tools: object = None,
+        today: datetime = DAY,
     ) -> Rendered:
         """Applies the template; `asks` adds the start of the model's turn."""
         if self.template is None:
@@ -159,6 +167,7 @@ class Chat:
             marked = _compiled(self.template).render(
                 messages=list(messages),
                 add_generation_prompt=asks,
+                strftime_now=today.strftime,
                 **options,
                 **self.special,
             )
@@ -194,7 +203,6 @@ def _compiled(template: str) -> "jinja2.Template":
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 

@@ -13,7 +13,7 @@ from train.chat_template import Chat
 from train.config import DataConfig
 from train.data.corpus import Corpus, Lesson, hash_of
 from train.data.packing import PackedRows, best_fit
-from train.data.text import cut_report, load_text
+from train.data.text import cut_report, load_text, shuffled_rows
 from train.data.vocabulary import Vocabulary
 
 pytest.importorskip("jinja2")
@@ -123,6 +123,14 @@ def test_answers_that_a_template_rewrites_are_documents_of_their_own(
     chat = Chat(FORGETFUL, {"bos_token": "<s>"})
     asked = letters().encode(chat.prompt(TALK[:3]).encode(), special=False)
     np.testing.assert_array_equal(second[: asked.size], asked)
+
+
+def test_lessons_are_the_same_every_day(tmp_path: Path) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}" + PLAIN
+    path = write(tmp_path, {"messages": TALK})
+    corpus = load(path, dated)
+    assert letters().decode(corpus.window(0, 11)) == "26 Jul 2024"
+    assert not Chat(dated).prompt(TALK).startswith("26 Jul 2024")
 
 
 def test_a_token_that_reaches_into_an_answer_is_learnt(tmp_path: Path) -> None:
@@ -259,6 +267,27 @@ def test_what_is_too_long_is_counted() -> None:
     assert cut_report([PackedRows.of(lessons_of([(2, 3)]), 8)]) is None
     with pytest.raises(ValueError, match="sequence_length=2 leaves nothing to learn"):
         PackedRows.of(lessons_of([(2, 3)]), 2)
+
+
+def test_conversations_are_held_out_and_mixed_with_text(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [TALK[0], {"role": "assistant", "content": f"number {i}"}]}
+        for i in range(40)
+    ]
+    path = write(tmp_path, *talks)
+    other = write(tmp_path, {"text": "a text " * 40}, name="text.jsonl")
+    chat = Chat(PLAIN, {"bos_token": "<s>"})
+    held = load_text(DataConfig(path, eval_fraction=0.3), letters(), chat)
+    parts = [learnt(part) for part in (*held.corpora, *held.held_out)]
+    assert sorted(parts[0] + parts[1]) == sorted(learnt(load(path)))
+    assert 4 < len(parts[1]) < 20
+    mixed = DataConfig(mixture=((path, 0.5), (other, 0.5)))
+    text = load_text(mixed, letters(), chat)
+    rows = shuffled_rows(text.rows(64), text.weights, seed=1)
+    found = [rows[i] for i in range(20)]
+    # Text is learnt from its first token on, and conversations are not.
+    from_text = [row["labels"][0] >= 0 for row in found]
+    assert 5 <= sum(from_text) <= 15
 
 
 def test_the_mask_is_part_of_what_identifies_a_text(tmp_path: Path) -> None:
