@@ -29,7 +29,7 @@ class LlamaConfig(Execution, Decoder):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trainable parameters."""
+        """Number of parameters, those of adapters included."""
         return sum(map(math.prod, parameter_shapes(self).values()))
 
     @classmethod

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import TypeVar
 
+from usp_jax.models.adapters import Lora
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.models.rope_scaling import RopeScaling
@@ -107,6 +108,8 @@ class Decoder:
       layer_types: kind of each layer, "default" or the name of a variant, repeated if
         there are more layers.
       variants: kinds of layers that differ from these fields.
+      lora: adapters of some matrices; all other parameters are then frozen. None is
+        none.
     """
 
     vocab_size: int
@@ -138,6 +141,7 @@ class Decoder:
     final_soft_cap: float | None = None
     layer_types: tuple[str, ...] = (DEFAULT,)
     variants: tuple[Variant, ...] = ()
+    lora: Lora | None = None
 
     def kind_at(self, layer: int) -> str:
         """Returns the kind of a layer, given its index."""

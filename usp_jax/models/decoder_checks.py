@@ -3,9 +3,11 @@
 import math
 
 from usp_jax.checks import check_bool, check_positive_int
+from usp_jax.models.adapters import check_lora
 from usp_jax.models.decoder import DEFAULT, Decoder, of_kind
 from usp_jax.models.experts import check_experts
 from usp_jax.models.latent import check_latent
+from usp_jax.models.parameters import adaptable_of
 from usp_jax.models.rope_scaling import LongRopeScaling, PairScaling
 
 NORM_PLACEMENTS = ("before", "after", "both")
@@ -49,6 +51,28 @@ def check_decoder(decoder: Decoder) -> None:
             )
     _check_parts(decoder)
     _check_kinds(decoder)
+    try:
+        if decoder.lora is not None:
+            check_lora(decoder.lora)
+    except ValueError as error:
+        raise ValueError(f"lora: {error}") from None
+
+
+def check_targets(decoder: Decoder) -> None:
+    """Checks that a model has the matrices that are to have adapters.
+
+    Not each kind of its layers must have all of them.
+
+    Raises:
+      ValueError: it has no such matrix, or it cannot have an adapter.
+    """
+    able = adaptable_of(decoder)
+    for name in () if decoder.lora is None else decoder.lora.targets:
+        if name not in able:
+            raise ValueError(
+                f"lora: targets has {name!r}, but in this model only {able} can have "
+                "adapters"
+            )
 
 
 def _check_parts(decoder: Decoder) -> None:

@@ -7,6 +7,7 @@ least float32.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,23 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from usp_jax.models.adapters import (
+    Matrix,
+    Trained,
+    gradient_of,
+    times,
+    trained,
+    with_trained,
+)
 from usp_jax.models.execution import wide
 from usp_jax.varying import vary_like
 
 # Names that `jax.checkpoint` policies can keep when there are no tiles.
 INNER_PRODUCTS = ("mlp_gate", "mlp_up")
 
-Matrices = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
+# Gate [D, F], up [D, F] and down [F, D].
+Matrices = tuple[Matrix, Matrix, Matrix]
+Values = tuple[Trained, ...]
 
 
 def feed_forward(
@@ -51,11 +62,11 @@ def feed_forward(
 
 def _whole(activation: str, x: jax.Array, matrices: Matrices) -> jax.Array:
     gate, up, down = matrices
-    gate = checkpoint_name(jnp.einsum("...D,DF->...F", x, gate), "mlp_gate")
-    up = checkpoint_name(jnp.einsum("...D,DF->...F", x, up), "mlp_up")
+    gate = checkpoint_name(times("...D,DF->...F", x, gate), "mlp_gate")
+    up = checkpoint_name(times("...D,DF->...F", x, up), "mlp_up")
     # jax's default form of GELU is the one with tanh.
     gate = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate)
-    return jnp.einsum("...F,FD->...D", gate * up, down)
+    return times("...F,FD->...D", gate * up, down)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,16 +83,21 @@ def _tiled_fwd(
 
 def _tiled_bwd(
     activation: str, saved: tuple[jax.Array, Matrices], dout: jax.Array
-) -> tuple[jax.Array, Matrices]:
+) -> tuple[jax.Array, tuple[Any, ...]]:
     tiles, matrices = saved
+    values = tuple(map(trained, matrices))
+
+    def product(x: jax.Array, values: Values) -> jax.Array:
+        gate, up, down = map(with_trained, matrices, values)
+        return _whole(activation, x, (gate, up, down))
 
     def body(
-        total: Matrices, tile: tuple[jax.Array, jax.Array]
-    ) -> tuple[Matrices, jax.Array]:
+        total: Values, tile: tuple[jax.Array, jax.Array]
+    ) -> tuple[Values, jax.Array]:
         x, dout = tile
-        _, pull = jax.vjp(partial(_whole, activation), x, matrices)
-        dx, dmatrices = pull(dout)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dmatrices), dx
+        _, pull = jax.vjp(product, x, values)
+        dx, dvalues = pull(dout)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dvalues), dx
 
     # XLA would hoist constant zeros out of the loop over layers and keep them.
     zero = vary_like(jnp.zeros((), jnp.float32), (matrices, dout))
@@ -90,8 +106,9 @@ def _tiled_bwd(
     def zeros(matrix: jax.Array) -> jax.Array:
         return jnp.broadcast_to(zero.astype(wide(matrix.dtype)), matrix.shape)
 
-    total, dx = lax.scan(body, jax.tree.map(zeros, matrices), (tiles, dout))
-    return dx, jax.tree.map(lambda a, b: a.astype(b.dtype), total, matrices)
+    total, dx = lax.scan(body, jax.tree.map(zeros, values), (tiles, dout))
+    total = jax.tree.map(lambda a, b: a.astype(b.dtype), total, values)
+    return dx, tuple(map(gradient_of, matrices, total))
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)

@@ -13,19 +13,20 @@ Some models have norms after `leave`, instead of the others or as well. A layer'
 configuration is that of its kind, from `of_kind`.
 """
 
+from functools import partial
 from typing import TypeVar
 
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from usp_jax import KVCache
+from usp_jax.models.adapters import matrix_of, times
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.feed_forward import feed_forward
 from usp_jax.models.mixer import Angles, Attend, heads_of
 from usp_jax.models.mixture import mixture
 from usp_jax.models.norms import norm
-from usp_jax.models.parameters import is_small
+from usp_jax.models.parameters import is_whole
 from usp_jax.models.remat import INPUT, MIDDLE, OUT
 from usp_jax.models.router_report import Counts
 from usp_jax.models.sharding import Split
@@ -58,13 +59,14 @@ def layer(
     """
     x = checkpoint_name(x, INPUT)
     w = {
-        name: shard if is_small(name) else split.gather(shard, name, split.each)
+        name: shard if is_whole(name) else split.gather(shard, name, split.each)
         for name, shard in weights.items()
     }
 
+    matrix = partial(matrix_of, config.lora, w)
     y = split.enter(_before(config, w, "attention_norm", x))
     out, state = attend(heads_of(config, split, w, y, angles), cache)
-    out = split.leave(jnp.einsum("BTNH,NHD->BTD", out, w["o"]))
+    out = split.leave(times("BTNH,NHD->BTD", out, matrix("o")))
     if "o_bias" in w:
         out = out + w["o_bias"].astype(out.dtype)[None, None]
     x = checkpoint_name(x + _after(config, w, "attention_out_norm", out), MIDDLE)
@@ -72,7 +74,7 @@ def layer(
     y = split.enter(_before(config, w, "mlp_norm", x))
     counts = None
     if config.experts is None:
-        matrices = w["gate"], w["up"], w["down"]
+        matrices = matrix("gate"), matrix("up"), matrix("down")
         out = feed_forward(y, matrices, config.mlp_tile, config.activation)
     else:
         out, counts = mixture(config, split, w, y, real)

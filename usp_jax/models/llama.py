@@ -20,9 +20,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
+from usp_jax.models.adapters import A, B
 from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.config import LlamaConfig as LlamaConfig
+from usp_jax.models.decoder_checks import check_targets
 from usp_jax.models.parameters import (
+    SUMMED,
     dims_of,
     in_table,
     is_small,
@@ -92,11 +95,12 @@ class Llama(nnx.Module):
             config = LlamaConfig.preset(config)
         check_mesh(config, mesh)
         check_dtypes(config)
+        check_targets(config)
         self.config = config
         self.mesh = mesh
         shardings = None if mesh is None else parameter_shardings(config, mesh)
-        draw = jax.jit(partial(_draw, config), out_shardings=shardings)
-        for name, value in draw(rngs.params()).items():
+        drawn = jax.jit(partial(draw, config), out_shardings=shardings)
+        for name, value in drawn(rngs.params()).items():
             setattr(self, name, nnx.Param(value))
 
     @classmethod
@@ -351,35 +355,26 @@ def check_dtypes(config: LlamaConfig) -> None:
             )
 
 
-def _draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
+def draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
     """Draws the initial values of all parameters.
 
     Matrices preserve the variance of their inputs. Embeddings are small, so that the
     initial logits are near 0. Contributions to the residual stream shrink with the
-    number of layers.
+    number of layers. The products of adapters are 0.
     """
-    # Dims over which a product with the parameter sums.
-    outputs = {"o": "NX", "down": "F", "expert_down": "W", "shared_down": "S"}
-    inputs = {
-        **dict.fromkeys(("q", "k", "v", "q_down", "kv_down", "gate", "up"), "D"),
-        **dict.fromkeys(("router", "expert_gate", "expert_up"), "D"),
-        **dict.fromkeys(("shared_gate", "shared_up", "shared_scale"), "D"),
-        "q_up": "R",
-        "k_up": "C",
-        "v_up": "C",
-        **outputs,
-    }
+    outputs = ("o", "down", "expert_down", "shared_down")
     values = {}
     for number, (name, shape) in enumerate(parameter_shapes(config).items()):
         kind, dtype = in_table(name), stored_dtype(name, config.stored_dtype)
-        if is_small(name):
+        if is_small(name) or kind.endswith(B):
             is_one = kind.endswith("norm") and not config.zero_centered_norms
             values[name] = jnp.full(shape, int(is_one), dtype)
             continue
         scale = 0.02
-        if kind in inputs:
+        inner = dims_of(name)[1:-1] if kind.endswith(A) else SUMMED.get(kind)
+        if inner is not None:
             sizes = dict(zip(dims_of(name), shape, strict=True))
-            width = math.prod(sizes[dim] for dim in inputs[kind])
+            width = math.prod(sizes[dim] for dim in inner)
             if kind in outputs:
                 width *= 2 * config.num_layers
             scale = 1 / math.sqrt(width)

@@ -8,6 +8,7 @@ Lower-case letters are this device's sizes.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from usp_jax.latent_attention import (
     latent_decode_attention,
     latent_key,
 )
+from usp_jax.models.adapters import matrix_of, times
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.latent import Latent
 from usp_jax.models.norms import norm, whole_norm
@@ -104,13 +106,14 @@ def _latent_heads(
     y: Array,
     angles: Angles,
 ) -> LatentHeads:
+    matrix = partial(matrix_of, config.lora, w)
     if latent.q_rank is None:
-        q = jnp.einsum("BTD,DNH->BTNH", y, w["q"])
+        q = times("BTD,DNH->BTNH", y, matrix("q"))
     else:
-        low = checkpoint_name(jnp.einsum("BTD,DR->BTR", y, w["q_down"]), HEADS)
+        low = checkpoint_name(times("BTD,DR->BTR", y, matrix("q_down")), HEADS)
         low = norm(config, low, w["q_down_norm"])
-        q = jnp.einsum("BTR,RNH->BTNH", low, w["q_up"])
-    kv = checkpoint_name(jnp.einsum("BTD,DJ->BTJ", y, w["kv_down"]), HEADS)
+        q = times("BTR,RNH->BTNH", low, matrix("q_up"))
+    kv = checkpoint_name(times("BTD,DJ->BTJ", y, matrix("kv_down")), HEADS)
     vector, rope_key = kv[..., : latent.kv_rank], kv[..., latent.kv_rank :]
     plain, rotated = q[..., : -latent.rope_size], q[..., -latent.rope_size :]
     return LatentHeads(
@@ -205,7 +208,7 @@ def _projected(
     config: LlamaConfig, split: Split, w: dict[str, Array], name: str, y: Array
 ) -> Array:
     """Projects to q, k or v before RoPE, with the bias or norm some models have."""
-    x = jnp.einsum("BTD,DNH->BTNH", y, w[name])
+    x = times("BTD,DNH->BTNH", y, matrix_of(config.lora, w, name))
     if f"{name}_bias" in w:
         x = x + w[f"{name}_bias"].astype(x.dtype)[None, None]
     if f"{name}_norm" in w:

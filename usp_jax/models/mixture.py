@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Bool, Float
 
+from usp_jax.models.adapters import Lora, matrix_of
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.moe import (
     Exchange,
@@ -46,7 +47,7 @@ def mixture(
         y,
         routing,
         _matrices(weights),
-        shared=_shared(weights) if experts.shared_d_ff else None,
+        shared=_shared(config.lora, weights) if experts.shared_d_ff else None,
         activation=config.activation,
         tile=config.mlp_tile,
         tensor=split.tensor,
@@ -60,6 +61,8 @@ def _matrices(weights: dict[str, Array]) -> ExpertMatrices:
     return ExpertMatrices(*(weights[f"expert_{name}"] for name in names), *biases)
 
 
-def _shared(weights: dict[str, Array]) -> SharedExperts:
-    matrices = weights["shared_gate"], weights["shared_up"], weights["shared_down"]
-    return SharedExperts(matrices, weights.get("shared_scale"))
+def _shared(lora: Lora | None, weights: dict[str, Array]) -> SharedExperts:
+    gate, up, down = (
+        matrix_of(lora, weights, f"shared_{name}") for name in ("gate", "up", "down")
+    )
+    return SharedExperts((gate, up, down), weights.get("shared_scale"))

@@ -9,18 +9,22 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
+from usp_jax.models.adapters import A, B, Lora
 from usp_jax.models.decoder import Decoder, counts_of, of_kind
 from usp_jax.models.execution import wide
 
+T = TypeVar("T")
+
 # Parameter -> (its dims, the dim split over `tensor`, the dim split over ZeRO axes).
 # L layer, D model, N query heads, K key/value heads, H head, X value, F feed-forward,
-# V vocabulary; E experts, W feed-forward of an expert, S of the shared experts; latent
-# attention: R latent of queries, C of keys and values, J the same with a key's rotated
-# dims, P those of a key that RoPE does not rotate. L is split over `pipe`; for
-# parameters without L, `pipe` is one more ZeRO axis. The E of parameters of experts is
-# split over the expert axes, which are then no ZeRO axes. Parameters as small as a head
-# are not split by ZeRO.
+# V vocabulary, Z rank of adapters; E experts, W feed-forward of an expert, S of the
+# shared experts; latent attention: R latent of queries, C of keys and values, J the
+# same with a key's rotated dims, P those of a key that RoPE does not rotate. L is split
+# over `pipe`; for parameters without L, `pipe` is one more ZeRO axis. The E of
+# parameters of experts is split over the expert axes, which are then no ZeRO axes.
+# Parameters as small as a head are not split by ZeRO.
 TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
@@ -66,6 +70,42 @@ TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "final_norm": ("D", None, "D"),
     "lm_head": ("VD", "V", "D"),
 }
+# Matrix of a layer -> the dims over which a product with it sums.
+SUMMED: dict[str, str] = {
+    **dict.fromkeys(("q", "k", "v", "q_down", "kv_down", "gate", "up"), "D"),
+    **dict.fromkeys(("router", "expert_gate", "expert_up"), "D"),
+    **dict.fromkeys(("shared_gate", "shared_up", "shared_scale"), "D"),
+    "q_up": "R",
+    "k_up": "C",
+    "v_up": "C",
+    "o": "NX",
+    "down": "F",
+    "expert_down": "W",
+    "shared_down": "S",
+}
+# Adapters are products, which neither experts nor latent attention expect.
+_UNADAPTED = ("router", "shared_scale", "k_up", "v_up")
+ADAPTABLE = tuple(
+    name
+    for name in TABLE
+    if name in SUMMED and not name.startswith(("expert_", *_UNADAPTED))
+)
+"""Names of the matrices that can have adapters."""
+
+
+def _adapter_rows() -> dict[str, tuple[str, str | None, str | None]]:
+    """Rows of `TABLE` for adapters, whose dims are split as their matrix's are."""
+    rows = {}
+    for name in ADAPTABLE:
+        dims, *split = TABLE[name]
+        outer = "".join(dim for dim in dims[1:] if dim not in SUMMED[name])
+        for end, own in ((A, f"L{SUMMED[name]}Z"), (B, f"LZ{outer}")):
+            tensor, zero = (x if x is not None and x in own else None for x in split)
+            rows[name + end] = own, tensor, zero
+    return rows
+
+
+TABLE |= _adapter_rows()
 _KIND = "__"
 _SHARED = ("shared_gate", "shared_up", "shared_down")
 _EXPERT_BIASES = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
@@ -106,16 +146,59 @@ def is_small(name: str) -> bool:
     return in_table(name).endswith(("norm", "bias", "sinks"))
 
 
+def is_adapter(name: str) -> bool:
+    """Returns whether a parameter is a matrix of an adapter."""
+    return in_table(name).endswith((A, B))
+
+
+def is_whole(name: str) -> bool:
+    """Returns whether a parameter is gathered once for all layers: small, or adapter.
+
+    It is then kept in at least float32.
+    """
+    return is_small(name) or is_adapter(name)
+
+
+def trained(params: dict[str, T]) -> dict[str, T]:
+    """Returns the parameters that are trained: the adapters, or all without any."""
+    return {name: x for name, x in params.items() if is_adapter(name)} or params
+
+
+def adaptable_of(decoder: Decoder) -> tuple[str, ...]:
+    """Returns the names in `TABLE` of a model's matrices that can have adapters."""
+    names = {in_table(name) for name in stacks(decoder)}
+    return tuple(name for name in ADAPTABLE if name in names)
+
+
+def adapters_of(decoder: Decoder) -> dict[str, tuple[str, str]]:
+    """Maps the names of the parameters that have an adapter to those of its A and B."""
+    every = stacks(decoder)
+    named = {name: tuple(_adapter(name, end) for end in (A, B)) for name in every}
+    return {name: (a, b) for name, (a, b) in named.items() if a in every}
+
+
+def _adapter(name: str, end: str) -> str:
+    """The name of an adapter's matrix, A or B, of the parameter `name`."""
+    plain, mark, kind = name.partition(_KIND)
+    return plain + end + mark + kind
+
+
+def _target(name: str) -> str:
+    """The name in `TABLE` of the parameter whose layers share an array of `name`."""
+    return name.removesuffix(A).removesuffix(B)
+
+
 def stored_dtype(name: str, dtype: str) -> str:
     """Returns the dtype in which a parameter is stored.
 
-    Correction biases move by small steps, which 16 bits would lose.
+    Correction biases and adapters move by small steps, which 16 bits would lose.
 
     Args:
       name: the parameter's name.
       dtype: `Execution.stored_dtype`.
     """
-    return wide(dtype) if in_table(name) == "router_correction_bias" else dtype
+    is_wide = in_table(name) == "router_correction_bias" or is_adapter(name)
+    return wide(dtype) if is_wide else dtype
 
 
 def is_of_experts(name: str) -> bool:
@@ -184,10 +267,13 @@ def stacks(decoder: Decoder) -> dict[str, Stack]:
         for kind in counts:
             own = of_kind(decoder, kind)
             if name in _of_layer(own):
-                shared.setdefault(_shape(own, name)[1:], []).append(kind)
-        for number, (shape, kinds) in enumerate(shared.items()):
+                # An adapter's arrays have the same layers as its matrix's.
+                shape = _shape(own, _target(name))
+                shared.setdefault(shape[1:], []).append(kind)
+        for number, kinds in enumerate(shared.values()):
             full = name + _KIND + kinds[0] if number else name
             rows = sum(counts[kind] for kind in kinds)
+            shape = _shape(of_kind(decoder, kinds[0]), name)[1:]
             found[full] = Stack((rows, *shape), tuple(kinds))
     return found
 
@@ -235,7 +321,13 @@ def _of_layer(decoder: Decoder) -> set[str]:
             *(() if experts.shared_d_ff else _SHARED),
             *(() if experts.shared_gate else ("shared_scale",)),
         }
-    return {name for name in TABLE if is_of_layers(name)} - absent
+    names = {name for name in TABLE if is_of_layers(name)} - absent
+    adapted = set() if decoder.lora is None else names & _targets(decoder.lora)
+    return {x for x in names if not is_adapter(x) or _target(x) in adapted}
+
+
+def _targets(lora: Lora) -> set[str]:
+    return set(lora.targets or ADAPTABLE)
 
 
 def _shape(decoder: Decoder, name: str) -> tuple[int, ...]:
@@ -249,6 +341,8 @@ def _shape(decoder: Decoder, name: str) -> tuple[int, ...]:
         "X": decoder.head_size,
         "V": decoder.vocab_size,
     }
+    if decoder.lora is not None:
+        sizes["Z"] = decoder.lora.rank
     if (latent := decoder.latent) is not None:
         sizes |= {
             "R": latent.q_rank or 0,

@@ -42,12 +42,14 @@ class Output:
       split: how the mesh splits arrays.
       limit: maximum number of tokens whose logits are computed at once.
       soft_cap: soft cap of the logits, or None.
+      frozen: whether the output matrix has no gradient.
       entropies: whether entropies are computed.
     """
 
     split: Split
     limit: int
     soft_cap: float | None
+    frozen: bool = False
     entropies: bool = False
 
 
@@ -140,7 +142,11 @@ def predict(
     """
     config = transformer.config
     output = Output(
-        transformer.split.ends, config.loss_chunk, config.final_soft_cap, entropies
+        transformer.split.ends,
+        config.loss_chunk,
+        config.final_soft_cap,
+        frozen=config.lora is not None,
+        entropies=entropies,
     )
     blocks = _blocks(weights.lm_head, config.loss_block)
     return tiled(output, x, blocks, labels, temperature)
@@ -223,7 +229,7 @@ def _sums(
 
 def _tiled_bwd(
     output: Output, saved: _Saved, gradients: Predictions
-) -> tuple[jax.Array, jax.Array, None, None]:
+) -> tuple[jax.Array, jax.Array | None, None, None]:
     split, limit = output.split, output.limit
     part, blocks, labels, temperature, lse, entropies = saved
     x, hidden = split.enter(part), labels < 0
@@ -233,12 +239,12 @@ def _tiled_bwd(
 
     def body(
         dx: jax.Array, block: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         matrix = split.gather(block[1], "lm_head", split.each)
 
         def tile(
-            dmatrix: jax.Array, chunk: tuple[_Tokens, jax.Array]
-        ) -> tuple[jax.Array, jax.Array]:
+            dmatrix: jax.Array | None, chunk: tuple[_Tokens, jax.Array]
+        ) -> tuple[jax.Array | None, jax.Array]:
             tokens, dx = chunk
             logits, hot = _tile(
                 output, tokens.x, matrix, tokens.labels, block[0], blocks
@@ -246,10 +252,16 @@ def _tiled_bwd(
             dlogits = _dlogits(output, tokens, logits, hot, temperature)
             dlogits = dlogits.astype(tokens.x.dtype)
             dx += _matmul("TV,VD->TD", dlogits, matrix)
-            return dmatrix + _matmul("TV,TD->VD", dlogits, tokens.x), dx
+            if dmatrix is not None:
+                dmatrix += _matmul("TV,TD->VD", dlogits, tokens.x)
+            return dmatrix, dx
 
-        zeros = split.vary(jnp.zeros(matrix.shape, lse.dtype))
-        dmatrix, dx = lax.scan(tile, zeros, (tokens, dx))
+        start = None
+        if not output.frozen:
+            start = split.vary(jnp.zeros(matrix.shape, lse.dtype))
+        dmatrix, dx = lax.scan(tile, start, (tokens, dx))
+        if dmatrix is None:
+            return dx, None
         return dx, split.scatter(dmatrix.astype(matrix.dtype), "lm_head", split.each)
 
     zeros = split.vary(jnp.zeros(tokens.x.shape, lse.dtype))

@@ -24,6 +24,7 @@ from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
 from usp_jax.models.loss import routed_loss
 from usp_jax.models.optimizer import AdamW, Optimizer, Params, check_adamw
+from usp_jax.models.parameters import trained
 from usp_jax.models.router_report import RouterReport
 from usp_jax.models.sharding import parameter_shardings
 
@@ -179,7 +180,8 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
     processed in parts; gradients of parts are summed in at least float32. Losses of
     routers are means over the parts, or micro-batches; their gradients are added, but
     they are not part of the metric "loss". A step whose loss or gradient is not finite
-    is counted but changes nothing else.
+    is counted but changes nothing else. In a model with adapters, only they are
+    trained.
 
     Args:
       graphdef: the model without its parameters.
@@ -192,16 +194,17 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
         weight = _labels(batch) / parts
 
         def objective(
-            params: Params, part: Batch
+            learnt: Params, part: Batch
         ) -> tuple[Array, tuple[Array, Array, RouterReport | None]]:
-            nats, labels, report = _routed_loss(graphdef, training.layout, params, part)
+            whole = params | learnt
+            nats, labels, report = _routed_loss(graphdef, training.layout, whole, part)
             total = nats
             if report is not None:
                 total = total + weight * _router_loss(training.router, report)
             return total, (nats, labels, report)
 
         pull = jax.value_and_grad(objective, has_aux=True)
-        (_, aux), gradient = summed(pull, parts, params, batch)
+        (_, aux), gradient = summed(pull, parts, trained(params), batch)
         total, labels, report = aux
         # A batch of only one-token documents has no labels.
         scale = 1 / jnp.maximum(labels, 1).astype(total.dtype)
@@ -216,11 +219,13 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         rate = optimizer.learning_rate(optimizer.updates_done(state.optimizer))
         metrics = dict(zip(METRICS, (value, norm, rate, ~finite), strict=True))
-        params, memory = optimizer.update(
-            finite, gradient, state.params, state.optimizer
+        learnt, memory = optimizer.update(
+            finite, gradient, trained(state.params), state.optimizer
         )
+        params = state.params | learnt
         if report is not None:
             metrics |= _router_metrics(report, parts)
+        if report is not None and len(learnt) == len(params):
             load = jnp.where(finite, report.load, 0)
             params = optimizer.balance(params, load, training.router.bias_rate)
         return State(state.step + 1, params, memory), metrics
@@ -310,7 +315,7 @@ def first_state(
         params = nnx.to_pure_dict(nnx.state(model))
 
     def begin(params: Params) -> State:
-        memory = optimizer.first_memory(params)
+        memory = optimizer.first_memory(trained(params))
         return State(jnp.zeros((), jnp.int32), params, memory)
 
     # Donated, so that the devices do not hold two copies of the parameters.
@@ -348,8 +353,8 @@ def abstract_state(
     memory = optax.tree.map_params(
         optimizer.whole,
         _shape,
-        jax.eval_shape(optimizer.first_memory, params),
-        shardings,
+        jax.eval_shape(optimizer.first_memory, trained(params)),
+        trained(shardings),
         transform_non_params=lambda x: _shape(x, replicated),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)

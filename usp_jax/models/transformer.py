@@ -146,16 +146,19 @@ class Transformer:
             for name, total in weights.sums.items()
         }
 
-        def weight_of(name: str, row: tuple[Array, Array]) -> Array:
+        def weight_of(name: str, row: tuple[Array, Array | None]) -> Array:
             # Indexed inside the layer, so that weights are not kept for every tick.
             number, total = row
-            return add_to(total, copies[name][number])
+            weight: Array = copies[name][number]
+            # A frozen weight collects no gradient.
+            return weight if total is None else add_to(total, weight)
 
         def stage(x: Array, turn: Array, facts: Facts) -> tuple[Array, Counts | None]:
             own = {}
-            for name, total in sums.items():
-                number = total.shape[1]
-                own[name] = turn * number + lax.iota(jnp.int32, number), total[turn]
+            for name, copy in copies.items():
+                number = copy.shape[0] // pipeline.rounds
+                total = sums[name][turn] if name in sums else None
+                own[name] = turn * number + lax.iota(jnp.int32, number), total
             x, _, counts = self._run_layers(
                 x, own, weight_of, facts, self._attend_to_itself(facts), kinds=kinds
             )

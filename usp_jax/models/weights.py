@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import with_sum
 from usp_jax.models.parameters import (
     in_table,
+    is_adapter,
     is_of_layers,
-    is_small,
+    is_whole,
     parameter_shapes,
     stored_dtype,
 )
@@ -30,8 +32,8 @@ class Weights:
     Attributes:
       layers: weights of the layers, keyed like the parameters, with a leading dim for
         the layers.
-      sums: in a pipeline, arrays like `layers`, in at least float32, that collect the
-        layers' gradients (`gradient_sum.py`); otherwise empty.
+      sums: in a pipeline, arrays like those of `layers` that are trained, in at least
+        float32, which collect their gradients (`gradient_sum.py`); otherwise empty.
       embed: the embedding table [v, _], as stored.
       final_norm: weight of the final norm, [D].
       lm_head: the output matrix [v, _], a separate array even when tied to `embed`.
@@ -92,18 +94,23 @@ def working_copy(
 ) -> Weights:
     """Makes the working copy of the stored shards, a linear function of them.
 
-    Matrices are cast to the computation's dtype, then gathered over `split.once`. Norms
-    and biases are small: they are kept in at least float32 and gathered whole, for all
-    layers at once. The embedding table is unchanged. In a pipeline, layers are used
-    once per micro-batch.
+    Matrices are cast to the computation's dtype, then gathered over `split.once`.
+    Norms, biases and adapters are small: they are kept in at least float32 and gathered
+    whole, for all layers at once. With adapters, all else has no gradient. The
+    embedding table is unchanged. In a pipeline, layers are used once per micro-batch.
     """
+    if config.lora is not None:
+        params = {
+            name: x if is_adapter(name) else lax.stop_gradient(x)
+            for name, x in params.items()
+        }
     output = params["embed" if config.tie_embeddings else "lm_head"]
     layers, sums = {}, {}
     for name, x in params.items():
         if not is_of_layers(name):
             continue
         copy = partial(_copy, config, split, name)
-        if split.stages:
+        if split.stages and (config.lora is None or is_adapter(name)):
             layers[name], sums[name] = with_sum(copy, x)
         else:
             layers[name] = copy(x)
@@ -123,17 +130,18 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     x = x.astype(_dtype(config, name))
     if is_of_layers(name):
         x = pipeline.deal(x)
-    if not is_small(name):
+    if not is_whole(name):
         return split.gather(x, name, split.once)
     x = split.gather(x, name, split.zero)
     # Each device along `tensor` applies these to other tokens or heads. Marking them
     # here sums their gradients once, not in every layer.
-    apart = split.tensor_sequence or in_table(name) in ("q_norm", "k_norm")
+    per_head = in_table(name) in ("q_norm", "k_norm") or is_adapter(name)
+    apart = split.tensor_sequence or per_head
     return split.vary(x) if apart else x
 
 
 def _dtype(config: LlamaConfig, name: str) -> str:
     """The dtype of the working copy of one parameter."""
     # Small errors of a router's logits would choose other experts.
-    precise = is_small(name) or in_table(name) == "router"
+    precise = is_whole(name) or in_table(name) == "router"
     return wide(config.dtype) if precise else config.dtype

@@ -69,6 +69,11 @@ def load(
     content = _content(path)
     config = _config(folder, content, dtype, overrides)
     family, own = family_of(content)
+    if config.lora is not None:
+        raise ValueError(
+            f"lora={config.lora}: a checkpoint has no adapters; load the model, then "
+            "use usp_jax.models.lora.adapted"
+        )
     check_mesh(config, mesh)
     check_dtypes(config)
     shardings = {} if mesh is None else parameter_shardings(config, mesh)

@@ -80,6 +80,11 @@ def save(
     folder, dtype = Path(path), jnp.dtype(stored if dtype is None else dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype={dtype.name!r} must be one of {DTYPES}")
+    if model.config.lora is not None:
+        raise ValueError(
+            f"the model has adapters, {model.config.lora}, which a checkpoint cannot "
+            "hold: save usp_jax.models.lora.merged(model)"
+        )
     if file_bytes < 1:
         raise ValueError(f"{file_bytes=} must be positive")
     if max_length is not None and max_length < 1:
