@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from usp_jax.models.adapters import Lora
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import DEFAULT
 
@@ -28,4 +29,9 @@ def model_of(name: str) -> LlamaConfig:
         # Two layers without experts, three with them.
         types = LlamaConfig.preset("deepseek-v3").layer_types[1:6]
         return LlamaConfig.preset("deepseek-v3", num_layers=5, layer_types=types)
+    base, _, rank = name.partition("-lora")
+    if rank:
+        # Frozen weights, stored in 16 bits.
+        lora = Lora(int(rank), 2.0 * int(rank))
+        return LlamaConfig.preset(base, lora=lora, param_dtype="bfloat16")
     return LlamaConfig.preset(name)

@@ -1,16 +1,16 @@
 """Predicted memory and traffic against the reports of compilers for real machines.
 
 The reports for the cases of `benchmarks/plan_bytes.py`, and of `windowed_layers`,
-`expert_layers` and `latent_layers` for other kinds of layers, are stored; the long
-tests compile some of them again. That needs `pip install 'usp_jax[aot]'`; without it
-they are skipped, and the summary says so.
+`expert_layers`, `latent_layers` and `adapter_layers` for other kinds of layers, are
+stored; the long tests compile some of them again. That needs `pip install
+'usp_jax[aot]'`; without it they are skipped, and the summary says so.
 """
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks import expert_layers, latent_layers, windowed_layers
+from benchmarks import adapter_layers, expert_layers, latent_layers, windowed_layers
 from benchmarks.plan_bytes import Case, cases, compare, compile_case, kept
 from tests.compilers import needs_compilers
 from tests.plan.program import config_of
@@ -24,6 +24,7 @@ CASES = [
     *cases(windowed_layers.STEPS),
     *cases(expert_layers.STEPS),
     *cases(latent_layers.STEPS),
+    *cases(adapter_layers.STEPS),
 ]
 # On 16 devices its 11008 features are no whole number of tiles: the compiler pads them.
 PADDED = ("llama2-7b", "v6e", 2048)
@@ -32,7 +33,13 @@ PADDED = ("llama2-7b", "v6e", 2048)
 SUMMED = ("gemma3-12b", "gemma3-12b-full")
 KEPT = [
     line
-    for name in ("plan-bytes", "windowed-layers", "expert-layers", "latent-layers")
+    for name in (
+        "plan-bytes",
+        "windowed-layers",
+        "expert-layers",
+        "latent-layers",
+        "adapter-layers",
+    )
     for line in kept(max(RESULTS.glob(f"*-{name}.jsonl")))
 ]
 # LLaMA3-8B with options that save memory.

@@ -6,6 +6,7 @@ python -m usp_jax.plan --model llama3-8b --machine h100 --sequence 64K --json
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import jax
 from usp_jax.aot import Report
 from usp_jax.command_line import Parser, needing, readers_may_leave
 from usp_jax.layout import LAYOUTS
+from usp_jax.models.adapters import Lora
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.lookup import find_config
 from usp_jax.models.presets import PRESETS
@@ -62,6 +64,9 @@ def _rows(args: argparse.Namespace) -> list[Row]:
         if (getattr(args, name) or 0) < 0:
             raise ValueError(f"{name}={getattr(args, name)} must not be negative")
     model = find_config(args.model, dtype=args.dtype)
+    if args.lora_rank is not None:
+        lora = Lora(args.lora_rank, 2.0 * args.lora_rank)
+        model = dataclasses.replace(model, lora=lora, param_dtype=args.dtype)
     if args.longest:
         shortest = job_of(model, args.machine, sequence=1, **_asked(args))
         job = longest(shortest, offload=args.offload)
@@ -193,6 +198,13 @@ def _parser() -> argparse.ArgumentParser:
         "--offload",
         action="store_true",
         help="Also consider keeping activations and optimizer state on the host.",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="N",
+        help="Train adapters of this rank only (LoRA). All weights are frozen, and "
+        "stored in the computation's dtype.",
     )
     parser.add_argument(
         "--top",

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from usp_jax.models.adapters import Lora
 from usp_jax.models.config import LlamaConfig, architecture
 from usp_jax.models.decoder import Decoder
 from usp_jax.models.execution import Computation, Execution, MeshSizes, Staging
@@ -52,13 +53,24 @@ def train_command(job: Job, choice: Choice, model: str | None = None) -> str:
             for name, value in options.items()
             if name not in usual or value != usual[name]
         }
+    if config.lora is not None:
+        options |= {"init_from": _weights(model), **_options("lora", config.lora, Lora)}
+        # No option of the trainer: all of them is its default.
+        if not config.lora.targets:
+            del options["lora.targets"]
     start = f"python -m train {shlex.quote(model or _TINY)}"
     return " ".join([start, *(_option(*option) for option in options.items()), *words])
 
 
+def _weights(model: str | None) -> str:
+    """The folder with the weights of a model, or a word in its place."""
+    is_folder = model is not None and model not in PRESETS
+    return shlex.quote(model) if model is not None and is_folder else "FOLDER"
+
+
 def _preset_of(config: LlamaConfig) -> str | None:
     """The first preset with the architecture of a model."""
-    wanted = architecture(config)
+    wanted = dataclasses.replace(architecture(config), lora=None)
     return next((name for name, found in PRESETS.items() if found == wanted), None)
 
 
@@ -71,7 +83,8 @@ def _sizes(config: LlamaConfig) -> dict[str, object]:
                 "name, or a folder with its config.json"
             )
     sizes = _options("model", config, Decoder)
-    for name in ("rope_scaling", "layer_types", "variants", "experts", "latent"):
+    unnamed = ("rope_scaling", "layer_types", "variants", "experts", "latent", "lora")
+    for name in unnamed:
         del sizes[f"model.{name}"]
     return sizes
 

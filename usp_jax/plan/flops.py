@@ -12,7 +12,8 @@ has D·E + 3·D·(k·W + S) in place of 3·D·F: its router, and the weights tha
 Empty slots of the exchange do not count; they are not computed either.
 
 * full model:   3·P + 3·A, since the backward is twice the forward (PaLM, arXiv
-  2204.02311, appendix B), with T² pairs, as if nothing were masked;
+  2204.02311, appendix B), with T² pairs, as if nothing were masked; 2·P + 3·A with
+  adapters (LoRA), since frozen weights have no gradient;
 * causal model: 3·P + 3·A, with T²/2 pairs, as in FlashAttention (arXiv 2307.08691,
   section 4.1) and the USP paper;
 * hardware:     what is really computed. Flash attention's backward recomputes q·k (5
@@ -49,6 +50,8 @@ class Work:
       attention_again: the part of `attention` that the backward repeats, q·k always.
       expanded_again: products that make keys and values of latents, beyond one for each
         token in the forward and two in the backward.
+      backward: FLOPs of the backward's products with weights, in those of the forward:
+        2, for the gradients of inputs and weights; 1 if the weights are frozen.
     """
 
     layers: int | float
@@ -58,11 +61,13 @@ class Work:
     layers_again: int | float
     attention_again: int | float
     expanded_again: int | float
+    backward: int = 2
 
     @property
     def causal(self) -> int | float:
         """FLOPs of the model, with unmasked attention counted half."""
-        return 3 * (self.layers + self.output + self.attention)
+        weights = (1 + self.backward) * (self.layers + self.output)
+        return weights + 3 * self.attention
 
     @property
     def full(self) -> int | float:
@@ -125,6 +130,8 @@ def step_work(
         layers_again=again,
         attention_again=scores + attention * (policy == "full"),
         expanded_again=expanded,
+        # Those of adapters are few, and are counted like the others.
+        backward=2 if model.lora is None else 1,
     )
 
 

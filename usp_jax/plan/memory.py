@@ -23,7 +23,9 @@ from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
 from usp_jax.plan.parameter_traffic import gradient_itemsize
 from usp_jax.plan.share import (
+    ADAPTER_BYTES,
     LayerSizes,
+    adapter_sizes,
     all_layer_sizes,
     call_of,
     end_tokens_of,
@@ -42,6 +44,7 @@ from usp_jax.plan.share import (
     rows_of,
     runs_of,
     tokens_of,
+    trained_numbers,
 )
 
 LANES = 128
@@ -53,7 +56,8 @@ class Memory:
     """Bytes of one device's memory, by part.
 
     Attributes:
-      state: stored parameters and two float32 moments, and the batch.
+      state: stored parameters and two float32 moments of those that are trained, and
+        the batch.
       weights: parameters in the computation's dtype.
       gradients: gradients of `weights`.
       activations: arrays that all layers keep for the backward pass.
@@ -86,8 +90,8 @@ def step_memory(job: Job, choice: Choice) -> Memory:
 def host_bytes(job: Job, choice: Choice) -> int | float:
     """Returns the bytes that a device keeps in the host's memory."""
     activations = host_activations(job, choice)
-    numbers = _Sizes.of(job, choice).numbers
-    return activations + job.state_itemsize * numbers * choice.offload
+    sizes = _Sizes.of(job, choice)
+    return activations + sizes.stored(job) * choice.offload
 
 
 def host_activations(job: Job, choice: Choice) -> int | float:
@@ -116,11 +120,12 @@ def _moments(job: Job, choice: Choice) -> Iterator[Memory]:
     gradients += sizes.output_gradient
     layer = max([_layer(kind, choice) for kind in job.kinds]) + _belt(job, choice)
     yield Memory(state, weights, gradients, activations, layer)
-    yield Memory(state, 0, gradients, 0, _embedding(job, choice))
-    update = 4 * sizes.numbers
+    if job.model.lora is None:
+        yield Memory(state, 0, gradients, 0, _embedding(job, choice))
+    update = 4 * sizes.trained
     if choice.offload:
         # One layer is fetched while another is updated and a third is sent back.
-        update += 3 * job.state_itemsize * sizes.numbers / layers_of(job, choice)
+        update += 3 * sizes.stored(job) / layers_of(job, choice)
         yield Memory(state, whole, 0, 0, job.stored_itemsize * sizes.numbers)
     yield Memory(state, 0, 0, 0, update)
 
@@ -130,7 +135,8 @@ class _Sizes:
     """Sizes of a device's parameters and their copies.
 
     Attributes:
-      numbers: number of stored parameters.
+      numbers: number of stored parameters, without adapters.
+      trained: number of stored parameters that are trained: those of adapters, if any.
       layers_copy: bytes of the layers' matrices in the computation's dtype.
       output_copy: bytes of the output matrix in the computation's dtype.
       layers_gradient: bytes of the gradient of `layers_copy`.
@@ -138,6 +144,7 @@ class _Sizes:
     """
 
     numbers: int | float
+    trained: int | float
     layers_copy: int | float
     output_copy: int | float
     layers_gradient: int | float
@@ -147,6 +154,7 @@ class _Sizes:
     def of(cls, job: Job, choice: Choice) -> "_Sizes":
         model, size = job.model, job.itemsize
         output = model.vocab_size * model.d_model / choice.tensor
+        lora = model.lora is not None
         # A tied embedding is stored once, but its output matrix is a separate copy.
         tables = output * (1 if model.tie_embeddings else 2) + model.d_model
         numbers = tables / (choice.pipe * choice.everyone)
@@ -169,13 +177,20 @@ class _Sizes:
             # A stage sums its micro-batches' gradients in float32.
             each = gradient if choice.pipe == 1 else size + 4
             summed += (each * own.matrices + 4 * own.precise) / parts
-        return cls(
-            numbers,
-            copy,
-            0 if same and choice.everyone == copies else size * output,
-            summed,
-            gradient * output,
-        )
+        output_copy = 0 if same and choice.everyone == copies else size * output
+        if not lora:
+            return cls(numbers, numbers, copy, output_copy, summed, gradient * output)
+        # Adapters are gathered in float32, and so are their gradients.
+        own = all_layer_sizes(job, choice, adapter_sizes)
+        whole = 4 * (own.norms + own.whole + own.per_head)
+        learnt = trained_numbers(job, choice)
+        return cls(numbers, learnt, copy + whole, output_copy, whole, 0)
+
+    def stored(self, job: Job) -> int | float:
+        """Bytes of the parameters and of the two moments of those that are trained."""
+        if job.model.lora is None:
+            return job.state_itemsize * self.numbers
+        return job.stored_itemsize * self.numbers + ADAPTER_BYTES * self.trained
 
 
 def _layers(job: Job, choice: Choice) -> Iterator[tuple[LayerSizes, int]]:
@@ -189,8 +204,8 @@ def _state(job: Job, choice: Choice, sizes: _Sizes) -> int | float:
     """Bytes that live from step to step, and of gradient sums over a step's parts."""
     tokens = choice.accumulate * end_tokens_of(job, choice)
     # The gradients of a step's parts are summed in float32.
-    parts = 4 * (choice.accumulate > 1) * sizes.numbers
-    state = 0 if choice.offload else job.state_itemsize * sizes.numbers
+    parts = 4 * (choice.accumulate > 1) * sizes.trained
+    state = 0 if choice.offload else sizes.stored(job)
     return state + parts + 3 * 4 * tokens
 
 
@@ -321,7 +336,7 @@ def _layer(job: Job, choice: Choice) -> int | float:
     narrow = arrays.narrow * tokens * model.d_model * size
     tile = min(tokens, choice.mlp_tile or tokens)
     wide = arrays.wide * tile * inner_size(job) * size / choice.tensor
-    if tile < tokens:
+    if tile < tokens and model.lora is None:
         # Gradients are summed over the tiles in float32.
         wide += 4 * 3 * model.d_model * inner_size(job) / choice.tensor
     wide += _experts(job, choice)
@@ -388,7 +403,7 @@ def _loss(job: Job, choice: Choice) -> int | float:
     """Transient bytes of the loss: a block of the output matrix, a tile of logits."""
     model, tokens = job.model, end_tokens_of(job, choice)
     block = model.vocab_size / choice.tensor / loss_blocks(job, choice)
-    matrix = block * model.d_model * (job.itemsize + 4)
+    matrix = block * model.d_model * (job.itemsize + 4 * (model.lora is None))
     tile = 3 * 4 * min(model.loss_chunk, tokens) * block
     dx = tokens * model.d_model * (2 * job.itemsize + 4)
     return matrix + tile + dx

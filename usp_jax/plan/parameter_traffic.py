@@ -8,6 +8,7 @@ from usp_jax.models.pipeline import deal_tables
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.share import (
     SizesOf,
+    adapter_sizes,
     all_layer_sizes,
     expert_sizes,
     has_experts,
@@ -64,44 +65,57 @@ def _layers(job: Job, choice: Choice) -> Iterator[Transfer]:
     gather, scatter, total = "all-gather", "reduce-scatter", "all-reduce"
     for sizes in _weights(job, choice):
         axes = sizes.axes(ALL_AXES)
-        yield gathered("gradients", scatter, choice, axes, 1, sizes.norms)
-        yield gathered("gradients", total, choice, axes, 1, 2 * sizes.whole)
-        yield _dealt("gradients", choice, sizes)
+        if sizes.trained:
+            yield gathered("gradients", scatter, choice, axes, 1, sizes.norms)
+            yield gathered("gradients", total, choice, axes, 1, 2 * sizes.whole)
+            yield _dealt("gradients", choice, sizes)
         if choice.zero == 1:
+            if not sizes.trained:
+                continue
             layers = ratio * sizes.layers
             yield gathered("gradients", scatter, choice, axes, 1, layers)
             continue
-        split = sizes.layers / sizes.shards(choice, ZERO_AXES)
-        yield gathered("gradients", scatter, choice, ("data",), 1, split)
+        if sizes.trained:
+            split = sizes.layers / sizes.shards(choice, ZERO_AXES)
+            yield gathered("gradients", scatter, choice, ("data",), 1, split)
         axes = sizes.axes(ZERO_AXES)
         for kind in job.kinds:
             runs = runs_of(kind, choice)
             layer = matrix_bytes(job, sizes.of(kind, choice))
             yield gathered("weights", gather, choice, axes, 2 * runs, layer)
-            yield gathered("gradients", scatter, choice, axes, runs, layer)
+            if sizes.trained:
+                yield gathered("gradients", scatter, choice, axes, runs, layer)
 
 
 def _ends(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Gathers of the output matrix, and sums of its gradient and the final norm's."""
     gather, scatter = "all-gather", "reduce-scatter"
+    output, blocks = _output(job, choice), loss_blocks(job, choice)
+    if choice.zero == 3 and blocks > 1:
+        block, axes = output / blocks, END_ZERO_AXES
+        yield gathered("weights", gather, choice, axes, 2 * blocks, block)
+    if job.model.lora is not None:
+        return
     yield gathered("gradients", scatter, choice, END_AXES, 1, _final_norm(job))
-    output = _output(job, choice)
     if choice.zero == 1:
         output *= gradient_itemsize(job, choice) / job.itemsize
         yield gathered("gradients", scatter, choice, END_AXES, 1, output)
         return
     split = output / (choice.split * choice.pipe)
     yield gathered("gradients", scatter, choice, ("data",), 1, split)
-    blocks = loss_blocks(job, choice)
-    block, axes = output / blocks, END_ZERO_AXES
-    if blocks > 1:
-        yield gathered("weights", gather, choice, axes, 2 * blocks, block)
-    yield gathered("gradients", scatter, choice, axes, blocks, block)
+    block = output / blocks
+    yield gathered("gradients", scatter, choice, END_ZERO_AXES, blocks, block)
 
 
 def _apart(job: Job, choice: Choice) -> Iterator[Transfer]:
     """Sums along tensor of gradients of weights that it does not split."""
     total, tensor = "all-reduce", ("tensor",)
+    if job.model.lora is not None:
+        # Each device has computed its own heads or features from an adapter's product.
+        sizes = all_layer_sizes(job, choice, adapter_sizes)
+        unsplit = 4 * (sizes.norms + sizes.per_head)
+        yield gathered("gradients", total, choice, tensor, 1, 2 * unsplit)
+        return
     # Each device along tensor has applied these to its own heads, or tokens.
     apart: int | float = _final_norm(job) * choice.tensor_sequence
     for weights in _weights(job, choice):
@@ -129,6 +143,7 @@ class _Weights:
       whole: bytes of the layers' norms and biases that ZeRO does not split.
       per_head: bytes of those of `whole` that devices along tensor share.
       layers: bytes of the layers' matrices.
+      trained: whether they have gradients.
       apart: axes over which nothing is gathered: the expert axes, for experts.
       of: the sizes of one layer.
     """
@@ -137,6 +152,7 @@ class _Weights:
     whole: int | float
     per_head: int
     layers: int | float
+    trained: bool
     apart: tuple[str, ...]
     of: SizesOf
 
@@ -150,6 +166,7 @@ class _Weights:
             whole=4 * (sizes.whole + sizes.per_head),
             per_head=4 * sizes.per_head,
             layers=matrix_bytes(job, sizes),
+            trained=job.model.lora is None or of is adapter_sizes,
             apart=apart,
             of=of,
         )
@@ -164,11 +181,13 @@ class _Weights:
 
 
 def _weights(job: Job, choice: Choice) -> list[_Weights]:
-    """The weights of all layers: of routed experts, if any, and of all else."""
+    """The weights of all layers: of experts and adapters, if any, and of all else."""
     found = [_Weights.of_layers(job, choice, layer_sizes)]
     if has_experts(job):
         apart = choice.expert_axes
         found.append(_Weights.of_layers(job, choice, expert_sizes, apart))
+    if job.model.lora is not None:
+        found.append(_Weights.of_layers(job, choice, adapter_sizes))
     return found
 
 

@@ -30,6 +30,7 @@ from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
 from usp_jax.plan.memory import host_activations
 from usp_jax.plan.share import (
+    ADAPTER_BYTES,
     again_of,
     call_of,
     end_tokens_of,
@@ -41,6 +42,7 @@ from usp_jax.plan.share import (
     round_rows,
     runs_of,
     tokens_of,
+    trained_numbers,
 )
 from usp_jax.plan.traffic import transfers
 from usp_jax.plan.transfer import Transfer
@@ -133,8 +135,10 @@ def step_seconds(
     exchanges = _beside_chunks(choice, exchanges, exchanging)
     ring, hops = ring + sums["halo"], hops + sums["halo"]
     rate = peak * job.machine.efficiency.matmul
-    layers = (3 * work.layers + work.layers_again + work.expanded_again) / rate
-    output = 4 * work.output / rate
+    products = 1 + work.backward
+    layers = products * work.layers + work.layers_again + work.expanded_again
+    layers /= rate
+    output = (products + 1) * work.output / rate
     matmul = layers + output
     moved, ends = _memory(job, choice)
     memory = moved + ends
@@ -184,8 +188,10 @@ def _host(job: Job, choice: Choice, computed: int | float) -> int | float:
     numbers = job.model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
     # Parameters are fetched for the forward pass; for the update, they and two moments
     # are fetched and sent back.
-    each = job.stored_itemsize + job.state_itemsize
-    waited = each * numbers * choice.offload
+    learnt = job.state_itemsize * numbers
+    if job.model.lora is not None:
+        learnt = ADAPTER_BYTES * trained_numbers(job, choice)
+    waited = (job.stored_itemsize * numbers + learnt) * choice.offload
     streamed = 2 * choice.accumulate * host_activations(job, choice)
     bandwidth = job.machine.host_bandwidth
     return waited / bandwidth + max(0.0, streamed / bandwidth - computed)
@@ -292,7 +298,10 @@ def _memory(job: Job, choice: Choice) -> tuple[float, float]:
     logits = 6 * 4 * ends * model.vocab_size / choice.tensor
     # Parameters and two moments are read and written; gradients of parts are summed.
     parameters = model.num_parameters / (choice.everyone * choice.tensor * choice.pipe)
-    state = (2 * job.state_itemsize + 4 + 8 * (parts - 1)) * parameters
+    if model.lora is None:
+        state = (2 * job.state_itemsize + 4 + 8 * (parts - 1)) * parameters
+    else:
+        state = (2 * ADAPTER_BYTES + 4 + 8 * (parts - 1)) * trained_numbers(job, choice)
     bandwidth = job.machine.memory_bandwidth * MEMORY
     return sum(moved) / bandwidth, (logits + state) / bandwidth
 

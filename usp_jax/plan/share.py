@@ -11,10 +11,19 @@ from usp_jax.models.decoder import Decoder
 from usp_jax.models.moe import Exchange
 from usp_jax.models.moe.exchange import OUT, ROWS
 from usp_jax.models.moe.plan import PLAN
-from usp_jax.models.parameters import TABLE, is_of_experts, is_small, layer_numbers
+from usp_jax.models.parameters import (
+    TABLE,
+    is_adapter,
+    is_of_experts,
+    is_whole,
+    layer_numbers,
+)
 from usp_jax.models.remat import keeps
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
+
+ADAPTER_BYTES = 3 * 4
+"""Bytes of a stored float32 parameter of an adapter with its two moments."""
 
 
 def tokens_of(job: Job, choice: Choice) -> int:
@@ -81,13 +90,25 @@ class LayerSizes:
     whole: int | float
 
 
-# Returns the sizes of a layer, given the job of one kind of layers: one of two below.
+# Returns the sizes of a layer, given the job of one kind of layers: one of three below.
 SizesOf = Callable[[Job, Choice], LayerSizes]
 
 
 def layer_sizes(job: Job, choice: Choice) -> LayerSizes:
-    """Returns the numbers of parameters in a layer, except those of routed experts."""
-    numbers = _numbers(job.model, experts=False)
+    """Returns the numbers of parameters in a layer, but of experts and adapters."""
+    return _split(_numbers(job.model, "others"), choice)
+
+
+def adapter_sizes(job: Job, choice: Choice) -> LayerSizes:
+    """Returns the numbers of parameters in a layer's adapters.
+
+    They are gathered as norms and biases are: once, in at least float32.
+    """
+    return _split(_numbers(job.model, "adapters"), choice)
+
+
+def _split(numbers: LayerSizes, choice: Choice) -> LayerSizes:
+    """The numbers of parameters of one device along tensor."""
     if choice.tensor == 1:
         return numbers
     split = numbers.matrices - numbers.unsplit
@@ -103,7 +124,7 @@ def expert_sizes(job: Job, choice: Choice) -> LayerSizes:
 
     These are the experts that the device computes, before ZeRO splits them.
     """
-    numbers, shards = _numbers(job.model, experts=True), choice.expert_shards
+    numbers, shards = _numbers(job.model, "experts"), choice.expert_shards
     return dataclasses.replace(
         numbers,
         matrices=numbers.matrices / (choice.tensor * shards),
@@ -113,16 +134,16 @@ def expert_sizes(job: Job, choice: Choice) -> LayerSizes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _numbers(model: Decoder, *, experts: bool) -> LayerSizes:
-    """The numbers of parameters in a layer, of routed experts or of all else."""
+def _numbers(model: Decoder, part: str) -> LayerSizes:
+    """The numbers of parameters in a layer: of "experts", "adapters" or "others"."""
     totals = dict.fromkeys((x.name for x in dataclasses.fields(LayerSizes)), 0)
     for name, number in layer_numbers(model).items():
-        if is_of_experts(name) != experts:
+        if part != _part_of(name):
             continue
         _, tensor, zero = TABLE[name]
         if name == "router":
             totals["precise"] += number
-        elif not is_small(name):
+        elif not is_whole(name):
             totals["matrices"] += number
             totals["unsplit"] += number * (tensor is None)
         elif zero is not None:
@@ -130,6 +151,12 @@ def _numbers(model: Decoder, *, experts: bool) -> LayerSizes:
         else:
             totals["per_head" if tensor is None else "whole"] += number
     return LayerSizes(**totals)
+
+
+def _part_of(name: str) -> str:
+    if is_adapter(name):
+        return "adapters"
+    return "experts" if is_of_experts(name) else "others"
 
 
 def all_layer_sizes(job: Job, choice: Choice, of: SizesOf = layer_sizes) -> LayerSizes:
@@ -148,6 +175,12 @@ def all_layer_sizes(job: Job, choice: Choice, of: SizesOf = layer_sizes) -> Laye
 def matrix_bytes(job: Job, sizes: LayerSizes) -> int | float:
     """Returns the bytes of a layer's matrices when a device computes with them."""
     return sizes.matrices * job.itemsize + sizes.precise * max(4, job.itemsize)
+
+
+def trained_numbers(job: Job, choice: Choice) -> int | float:
+    """Returns the numbers of trained parameters that a device stores, of adapters."""
+    sizes = all_layer_sizes(job, choice, adapter_sizes)
+    return sizes.norms / choice.everyone + sizes.whole + sizes.per_head
 
 
 def has_experts(job: Job) -> bool:

@@ -109,7 +109,9 @@ def _tokens(job: Job, choice: Choice) -> Iterator[Transfer]:
     sent = kinds * 4 * ends * (choice.pipe - 1)
     yield Transfer("tokens", "all-gather", ("pipe",), 1, sent)
     x = ends * job.model.d_model * job.itemsize / choice.token_shards
-    yield Transfer("activations", "all-to-all", axes, 2, x * (size - 1) / size)
+    # A frozen embedding has no gradient.
+    times = 1 + (job.model.lora is None)
+    yield Transfer("activations", "all-to-all", axes, times, x * (size - 1) / size)
 
 
 def _document_ids(
@@ -282,7 +284,8 @@ def _ends(job: Job, choice: Choice) -> Iterator[Transfer]:
     dx = 4 * ends * job.model.d_model
     if choice.tensor_sequence:
         # The output matrix's input, the embedding's output, and their gradients.
-        yield Transfer("activations", "all-gather", axes, 2, out * stays)
+        times = 1 + (job.model.lora is None)
+        yield Transfer("activations", "all-gather", axes, times, out * stays)
         yield Transfer("activations", scatter, axes, 1, out * stays)
         yield Transfer("activations", scatter, axes, 1, dx * stays)
     else:
