@@ -77,6 +77,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "a.txt").write_text(text)
     lines = [json.dumps({"text": text})] * 4
     (folder / "prose.jsonl").write_text("\n".join(lines))
+    turns = [{"role": role, "content": text[:40]} for role in ("user", "assistant")]
+    (folder / "talks.jsonl").write_text(json.dumps({"messages": turns}))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.BpeTrainer(

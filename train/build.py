@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from train.run_lock import RunLock, lock_run_dir
 from train.source import tokenizer_folder
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
+from usp_jax.models.parameters import parameter_shapes, trained
 from usp_jax.units import GIB
 
 
@@ -154,7 +156,9 @@ def _check_memory(config: Config, mesh: Mesh) -> None:
     """Raises ValueError for a model that all devices together cannot hold."""
     parameters = config.llama.num_parameters
     # The parameters and AdamW's two means; more, where a device holds a copy.
-    needed = 3 * parameters * jnp.dtype(config.llama.stored_dtype).itemsize
+    learnt = sum(map(math.prod, trained(parameter_shapes(config.llama)).values()))
+    itemsize = jnp.dtype(config.llama.stored_dtype).itemsize
+    needed = (parameters + 2 * learnt) * itemsize
     memory = memory_of(mesh)
     if memory is not None and needed > memory and not config.optimizer.offload:
         raise ValueError(

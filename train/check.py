@@ -17,6 +17,7 @@ from train.config import (
 )
 from train.data.conversations import FORMS
 from usp_jax.layout import length_multiple
+from usp_jax.models.decoder_checks import check_targets
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.optimizer import check_adamw
 from usp_jax.models.training import check_router
@@ -40,6 +41,7 @@ def check(config: Config) -> None:
             f"accumulate={config.accumulate}"
         )
     _check_data(config.data, config.eval)
+    _check_lora(config)
     _check_length(config)
     _check_distributed(config.distributed)
     _check_traced(config)
@@ -146,6 +148,22 @@ def _check_data(data: DataConfig, evaluation: EvalConfig) -> None:
             f"data.eval_fraction={data.eval_fraction}, eval.every={evaluation.every}: "
             "give both, the fraction to hold out and the steps between evaluations"
         )
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    if lora.rank is None:
+        if lora.alpha is not None or lora.targets:
+            raise ValueError(
+                f"lora.alpha={lora.alpha}, lora.targets={lora.targets} need --lora.rank"
+            )
+        return
+    if config.init_from is None:
+        raise ValueError(
+            f"lora.rank={lora.rank} freezes all weights but the adapters': give "
+            "--init-from FOLDER with trained ones"
+        )
+    check_targets(config.llama)
 
 
 def _as_option(mixture: Sequence[tuple[Path, float]]) -> str:

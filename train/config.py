@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from usp_jax.layout import LAYOUTS
+from usp_jax.models.adapters import Lora
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant
 from usp_jax.models.execution import Computation, MeshSizes, Staging, with_fields_of
@@ -27,6 +28,8 @@ STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUT
 HERE = "here"
 CONTINUED_LEARNING_RATE = 1e-5
 """Learning rate of a run that starts from trained weights, unless it is given."""
+LORA_LEARNING_RATE = 2e-4
+"""The same for adapters, which start at 0; QLoRA's at 7B and 13B (arXiv 2305.14314)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,33 @@ class ModelConfig(Computation, Decoder):
     variants: Annotated[tuple[Variant, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     experts: Annotated[Experts | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     latent: Annotated[Latent | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    # Of the section `lora`.
+    lora: Annotated[Lora | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Training of adapters only (LoRA); the weights of `init_from` are frozen.
+
+    Attributes:
+      rank: size of the dim between an adapter's two matrices; None trains all
+        parameters.
+      alpha: the products of adapters are multiplied by alpha / rank; None is 2 · rank.
+      targets: names of the matrices that have adapters, such as `q v down`; none is all
+        of attention and feed-forward networks.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> Lora | None:
+        """The adapters, or None."""
+        if self.rank is None:
+            return None
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return Lora(self.rank, alpha, self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +272,8 @@ class Config:
         2**32.
       run_dir: folder of the run; a run that is already there is resumed.
       init_from: a folder in the Hugging Face format with the initial weights, which
-        also sets the model's sizes; the learning rate is then 1e-5 unless it is given.
-        None draws random weights.
+        also sets the model's sizes; the learning rate is then 1e-5, or 2e-4 with
+        `lora.rank`, unless it is given. None draws random weights.
       fake_devices: use this many fake CPU devices in each process.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for this machine; the planner
         then chooses mesh.*, accumulate and, of model.*, the fields of
@@ -265,6 +295,7 @@ class Config:
     auto_mesh: str | None = None
     dtype: str = "bfloat16"
     mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     passkey: PasskeyConfig = PasskeyConfig()
@@ -284,7 +315,8 @@ class Config:
     @property
     def llama(self) -> LlamaConfig:
         """The model's configuration; raises ValueError for invalid sizes."""
-        config = LlamaConfig(**vars(self.model), dtype=self.dtype)
+        fields = {**vars(self.model), "lora": self.lora.adapters}
+        config = LlamaConfig(**fields, dtype=self.dtype)
         return with_fields_of(config, self.mesh, Staging)
 
     @property

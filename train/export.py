@@ -24,6 +24,8 @@ from usp_jax.models import hf
 class Export:
     """Exports a checkpoint of a run as config.json and safetensors files.
 
+    Adapters (LoRA) are merged into the weights in float32.
+
     Attributes:
       run_dir: folder of a run of `python -m train`.
       out: folder to write to; it must not hold a checkpoint.
@@ -48,6 +50,10 @@ def export(options: Export) -> int:
     # Named by its option, if it is no run.
     run = read_run(options.run_dir, options.step)
     source = Source.open(options.run_dir, options.step)
+    if source.config.lora is not None:
+        # Merged matrices have the bits of the export, not of the frozen weights.
+        config = dataclasses.replace(source.config, param_dtype=options.dtype)
+        source = dataclasses.replace(source, config=config)
     vocabulary, start = source.vocabulary(), run.get("init_from")
     like = None if start is None else Path(start)
     if like is not None and not (like / "config.json").exists():

@@ -9,30 +9,35 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from train.config import CONTINUED_LEARNING_RATE, Config
+from train.config import CONTINUED_LEARNING_RATE, LORA_LEARNING_RATE, Config
 from train.data.vocabulary import Vocabulary
 from train.run_dir import find_record
 from train.trained import read_config
 from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
+from usp_jax.models.lora import adapted
 
 # RoPE may differ from that of the weights, as when training continues on longer
 # contexts. All other fields must match the weights.
 _ROPE = ("rope_theta", "rope_scaling")
 _OF_WEIGHTS = tuple(
-    field.name for field in dataclasses.fields(Decoder) if field.name not in _ROPE
+    field.name
+    for field in dataclasses.fields(Decoder)
+    if field.name not in (*_ROPE, "lora")
 )
 
 
 def with_published_model(config: Config, options: Sequence[str]) -> Config:
     """Returns the run with the folder's model and a learning rate for its weights.
 
+    With adapters, the frozen weights are stored in the dtype of the computation.
     Fields on the command line stay as they are.
 
     Args:
@@ -46,16 +51,18 @@ def with_published_model(config: Config, options: Sequence[str]) -> Config:
         return config
     model = _begun(config) or _folder_config(config.init_from)
     overridden = _fields_in(options)
-    fields = {
+    fields: dict[str, Any] = {
         name: getattr(model, name)
         for name in (*_OF_WEIGHTS, *_ROPE)
         if name not in overridden
     }
-    optimizer = config.optimizer
+    is_lora, optimizer = config.lora.rank is not None, config.optimizer
     if not _gives_learning_rate(options):
-        optimizer = dataclasses.replace(
-            optimizer, learning_rate=CONTINUED_LEARNING_RATE
-        )
+        rate = LORA_LEARNING_RATE if is_lora else CONTINUED_LEARNING_RATE
+        optimizer = dataclasses.replace(optimizer, learning_rate=rate)
+    if is_lora and "param_dtype" not in overridden:
+        # Frozen weights need no more bits than the computation reads.
+        fields["param_dtype"] = config.dtype
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **fields),
@@ -98,7 +105,7 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
     folder, wanted = _folder(config), config.llama
     source = _folder_config(folder)
     try:
-        model = hf.load(folder, mesh=mesh, **vars(wanted))
+        model = hf.load(folder, mesh=mesh, **{**vars(wanted), "lora": None})
     except ValueError as error:
         raise ValueError(f"init_from={folder}: {error}") from error
     if jax.process_index() == 0:
@@ -108,6 +115,8 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
             if getattr(wanted, name) != getattr(source, name)
         )
         print(f"starting from the weights of {folder}{rope}", flush=True)
+    if wanted.lora is not None:
+        model = adapted(model, wanted.lora, rngs=nnx.Rngs(config.seed))
     return nnx.to_pure_dict(nnx.state(model))
 
 

@@ -74,11 +74,13 @@ class RunRecord(TypedDict):
     Attributes:
       model: the fields of a `LlamaConfig` except its dtype.
       mesh: the size of each axis, and other options of the mesh.
+      lora: the options of adapters; runs of older versions have none.
     """
 
     model: dict[str, Any]
     mesh: dict[str, Any]
     data: DataRecord
+    lora: NotRequired[dict[str, Any]]
     dtype: str
     sequence_length: int
     fake_devices: int | None

@@ -12,11 +12,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from train.checkpoint import one_line
+from train.config import LoraConfig
 from train.digests import damage, has_digests
 from train.model_record import model_fields
 from train.run_dir import RunRecord, checkpoint_folders, find_record
 from train.state import Params
 from usp_jax.models.llama import Llama, LlamaConfig
+from usp_jax.models.lora import merged
 from usp_jax.models.parameters import parameter_shapes, stored_dtype
 from usp_jax.models.sharding import parameter_shardings
 
@@ -24,7 +26,7 @@ from usp_jax.models.sharding import parameter_shardings
 def load_model(
     run_dir: Path, step: int | None, mesh: Mesh, config: LlamaConfig | None = None
 ) -> tuple[int, Llama]:
-    """Loads the model of a run's checkpoint on a mesh.
+    """Loads the model of a run's checkpoint on a mesh, with its adapters merged.
 
     Args:
       run_dir: folder of the run.
@@ -48,7 +50,7 @@ def load_model(
         for name, shape in parameter_shapes(config).items()
     }
     step, params = _restore(run_dir, step, wanted)
-    return step, Llama.of_parameters(config, params, mesh=mesh)
+    return step, merged(Llama.of_parameters(config, params, mesh=mesh))
 
 
 def read_config(run_dir: Path, step: int | None = None) -> LlamaConfig:
@@ -66,6 +68,10 @@ def model_config(record: RunRecord) -> LlamaConfig:
     # These are chosen for the run's mesh, not the caller's.
     for name in ("ring_schedule", "ulysses_chunks"):
         model.pop(name, None)
+    lora = record.get("lora", {})
+    model["lora"] = LoraConfig(
+        lora.get("rank"), lora.get("alpha"), tuple(lora.get("targets", ()))
+    ).adapters
     return LlamaConfig(**model, dtype=record["dtype"])
 
 

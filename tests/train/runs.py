@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 
 from train.build import build
 from train.config import (
@@ -73,6 +74,34 @@ def small_config(tmp_path: Path, **changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
+# Turns, each with its end.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'odd' %}"
+    "{{ raise_exception('odd role') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of 97 letters and a chat template, in the Hugging Face format."""
+    letters = ["<s>", "</s>", *map(chr, range(32, 126))]
+    words = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=" "))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def never(step: int) -> bool:
     """A `train` argument for runs that no signal stops."""
     del step
@@ -112,7 +141,7 @@ def check_rows(
 
 
 # Fields of a model that only its name on the command line gives.
-NO_OPTIONS = ("layer_types", "variants", "experts", "latent")
+NO_OPTIONS = ("layer_types", "variants", "experts", "latent", "lora")
 
 
 def options(config: Config) -> list[str]:
@@ -122,7 +151,7 @@ def options(config: Config) -> list[str]:
     def add(prefix, section):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            if field.name in NO_OPTIONS:
+            if prefix == "model." and field.name in NO_OPTIONS:
                 assert value == field.default, "the model's name gives it"
             elif dataclasses.is_dataclass(value):
                 add(f"{prefix}{field.name}.", value)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 
-from tests.train.runs import small_config
+from tests.train.runs import small_config, write_tokenizer
 from train.build import build
 from train.config import MeshConfig
 from train.data.vocabulary import Vocabulary
@@ -25,12 +24,6 @@ from usp_jax.models.llama import Llama, LlamaConfig
 
 ROOT = Path(__file__).parent.parent.parent
 MESH = MeshConfig(ring=2)
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'odd' %}"
-    "{{ raise_exception('odd role') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folder") / "model"
     config = LlamaConfig.preset("tiny", vocab_size=96, num_layers=1, dtype="float32")
     hf.save(Llama(config, rngs=nnx.Rngs(0)), path)
-    letters = ["<s>", "</s>", *map(chr, range(32, 126))]
-    words = {letter: i for i, letter in enumerate(letters)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=" "))
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {
-        "bos_token": {"content": "<s>"},
-        "eos_token": "</s>",
-        "chat_template": TEMPLATE,
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_tokenizer(path)
     generation = {"eos_token_id": [1, 5], "temperature": 0.6, "top_k": 3}
     (path / "generation_config.json").write_text(json.dumps(generation))
     return path

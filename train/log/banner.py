@@ -1,8 +1,11 @@
 """The lines that a run prints before its first step."""
 
+import math
+
 from jax.sharding import Mesh
 
-from train.config import CONTINUED_LEARNING_RATE, Config
+from train.config import CONTINUED_LEARNING_RATE, LORA_LEARNING_RATE, Config
+from usp_jax.models.parameters import adaptable_of, parameter_shapes, trained
 
 
 def banner(config: Config, mesh: Mesh) -> str:
@@ -14,6 +17,7 @@ def banner(config: Config, mesh: Mesh) -> str:
     return (
         f"model: {_count(model.num_parameters)} parameters, {model.num_layers} layers, "
         f"{config.dtype}\n"
+        f"{_adapters(config)}"
         f"mesh: {mesh.devices.size} x {device.device_kind} as "
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
         f"data: {data}\n"
@@ -28,8 +32,25 @@ def _start(config: Config) -> str:
     if config.init_from is None:
         return ""
     rate = config.optimizer.learning_rate
-    usual = " (the default of --init-from)" if rate == CONTINUED_LEARNING_RATE else ""
+    lora = config.lora.rank is not None
+    default = LORA_LEARNING_RATE if lora else CONTINUED_LEARNING_RATE
+    option = "--lora.rank" if lora else "--init-from"
+    usual = f" (the default of {option})" if rate == default else ""
     return f" from the weights of {config.init_from}, learning rate {rate:g}{usual}"
+
+
+def _adapters(config: Config) -> str:
+    """Describes what is trained, unless it is all of the model."""
+    model = config.llama
+    if model.lora is None:
+        return ""
+    learnt = sum(map(math.prod, trained(parameter_shapes(model)).values()))
+    targets = model.lora.targets or adaptable_of(model)
+    return (
+        f"lora: {_count(learnt)} of them are trained, adapters of rank "
+        f"{model.lora.rank} of {', '.join(targets)}; the others are frozen, in "
+        f"{model.stored_dtype}\n"
+    )
 
 
 def _source(config: Config) -> str:
