@@ -4,6 +4,7 @@ from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_
 from usp_jax.balancing import balance
 from usp_jax.cache import KVCache
 from usp_jax.decode import decode_attention
+from usp_jax.delta import gated_delta, gated_delta_per_shard
 from usp_jax.flags import recommended_flags
 from usp_jax.joint import usp_joint_attention
 from usp_jax.layout import from_layout, layout_positions, padded_length, to_layout
@@ -21,6 +22,8 @@ __all__ = [
     "decode_attention",
     "flash_attention",
     "from_layout",
+    "gated_delta",
+    "gated_delta_per_shard",
     "layout_positions",
     "make_mesh",
     "padded_length",

@@ -6,22 +6,20 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Integer
 
 from usp_jax.call import FACTS, Call, Facts, two_sided
 from usp_jax.head_groups import usp_in_groups
 from usp_jax.layout import length_multiple
 from usp_jax.masking import PADDING, Tokens, pad_tokens, zero_padding
-from usp_jax.mesh import MeshAxes, resolve_mesh
+from usp_jax.mesh import NO_AXES, MeshAxes, resolve_mesh
 from usp_jax.options import INSTEAD, Ids, Options, Window, checked, completed
 from usp_jax.ring import Schedule
 from usp_jax.shards import BY_HEAD, SEQ, Shards
 from usp_jax.usp import Result, usp
 from usp_jax.varying import vary_like
 from usp_jax.windowed import takes_halo, usp_windowed
-
-NO_AXES = MeshAxes(*(None,) * 6)
 
 Out = Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]
 
@@ -284,7 +282,7 @@ def _on_mesh(
     arrays = vary_like(arrays, arrays)
     out, lse = _attend(call, *shards.place(arrays, dims))
     if padding[0]:
-        out, lse = jax.tree.map(lambda x: _cut(x, length, shards), (out, lse))
+        out, lse = jax.tree.map(lambda x: shards.cut(x, length), (out, lse))
     return jax.tree.map(lambda x: shards.spelled_like(x, unpadded), (out, lse))
 
 
@@ -369,14 +367,3 @@ def _padded(
     facts = dataclasses.replace(facts, positions=positions, segment_ids=segment_ids)
     key, value = rows(key, padding[1]), rows(value, padding[1])
     return rows(query, padding[0]), key, value, facts
-
-
-def _cut(x: jax.Array, length: int, shards: Shards) -> jax.Array:
-    """Cuts `x` to its first `length` tokens, gathered first on an Explicit mesh."""
-    mesh = shards.its_mesh
-    if AxisType.Explicit in mesh.axis_types:
-        # Leave out axes of one device: for a single number, jax 0.12 drops them.
-        batch, _, *others = shards.splits(jax.typeof(x).sharding.spec)
-        spec = jax.P(*map(tuple, (batch, (), *others)))
-        x = jax.reshard(x, NamedSharding(mesh, spec))
-    return x[:, :length]

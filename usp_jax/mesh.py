@@ -97,6 +97,10 @@ def axis_names(axis: AxisName | None) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
 
 
+# Those of one device: no axis plays a role.
+NO_AXES = MeshAxes(*(None,) * 6)
+
+
 def make_mesh(
     *,
     pipe: int = 1,

@@ -169,6 +169,16 @@ class Shards:
         sharding = NamedSharding(self.mesh, self.spec(dims))
         return lax.with_sharding_constraint(x, sharding)
 
+    def cut(self, x: jax.Array, length: int) -> jax.Array:
+        """Cuts `x` to its first `length` tokens, gathered first on an Explicit mesh."""
+        mesh = self.its_mesh
+        if AxisType.Explicit in mesh.axis_types:
+            # Leave out axes of one device: for a single number, jax 0.12 drops them.
+            batch, _, *others = self.splits(jax.typeof(x).sharding.spec)
+            spec = jax.P(*map(tuple, (batch, (), *others)))
+            x = jax.reshard(x, NamedSharding(mesh, spec))
+        return x[:, :length]
+
     def spelled_like(self, x: jax.Array, other: jax.Array) -> jax.Array:
         """Gives `x` the sharding type of `other`, if both are split the same way.
 
@@ -198,6 +208,13 @@ class Shards:
     def split(self) -> tuple[str, ...]:
         """The axes that split the sequence."""
         return axis_names(self.ring) + axis_names(self.ulysses)
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """The axes of the roles `ring` and `ulysses`, also those of one device."""
+        if self.mesh is not None:
+            return present(self.mesh, self.axes.sequence)
+        return tuple(name for name in self.axes.sequence if _is_bound(name))
 
     @property
     def ring_size(self) -> int:
