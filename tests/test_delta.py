@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.delta_cases import BATCH, LAYOUTS, MESHES, documents, results
 from tests.oracle import Order, assert_equal_to, normal
 from tests.sampling import thinned
 from usp_jax import gated_delta, gated_delta_per_shard, make_mesh
 from usp_jax.delta.reference import reference_gated_delta
 
-BATCH, H, V = 2, 5, 3
+H, V = 5, 3
 NAMES = ("query", "key", "value", "log_decay", "beta", "initial_state")
 BY_TOKEN = NAMES[:5]
 
@@ -35,30 +36,10 @@ def inputs(heads, length, dtype="float64"):
     return arrays
 
 
-def documents(length):
-    """Segment ids: padding anywhere, one-token documents, documents of many shards."""
-    ids = np.zeros((BATCH, length), np.int32)
-    ids[0, :3] = -1
-    ids[0, 5], ids[0, 6] = 1, 2
-    ids[0, -4:] = 7
-    ids[0, -2:] = -1
-    ids[1, length // 3 :] = 4
-    # Equal ids on both sides of padding, or of another document, are two documents.
-    ids[1, length // 2] = -1
-    ids[1, -length // 4] = 5
-    return jnp.asarray(ids)
-
-
 def cotangents(arrays, seed=2):
     batch, length, m, _ = arrays["value"].shape
     dtype = arrays["initial_state"].dtype
     return normal(seed, (batch, length, m, V), (batch, m, H, V), dtype=dtype)
-
-
-def results(f, arrays, given):
-    """out, state and the gradients of all arguments, by name."""
-    (out, state), pull = jax.vjp(lambda arrays: f(**arrays), arrays)
-    return {"out": out, "state": state} | pull(given)[0]
 
 
 @functools.cache
@@ -115,8 +96,6 @@ def on_shards(mesh, layout):
     return f
 
 
-MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
-LAYOUTS = ("contiguous", "zigzag")
 # Ulysses divides both, none, or those of v only.
 HEADS = ((8, 16), (3, 6), (2, 8))
 

@@ -5,6 +5,10 @@ what a kernel computes and `xla.py` how, `maps.py` how chunks exchange states;
 `convolution.py` is the short convolution before it.
 """
 
+from usp_jax.delta.convolution import (
+    short_convolution as short_convolution,
+    short_convolution_per_shard as short_convolution_per_shard,
+)
 from usp_jax.delta.op import (
     gated_delta as gated_delta,
     gated_delta_per_shard as gated_delta_per_shard,

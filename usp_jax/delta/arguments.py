@@ -47,23 +47,19 @@ def checked_call(
             f"the value's heads, M={m}, must be a multiple of the query's, N={n}"
         )
     for name, x in (("log_decay", log_decay), ("beta", beta)):
-        _check_floats(name, x, (batch, length, m), "[B, T, M]")
+        check_floats(name, x, (batch, length, m), "[B, T, M]")
     if state is not None:
         shape = batch, m, size, value.shape[3]
-        _check_floats("initial_state", state, shape, "[B, M, H, V]")
-    ids = arguments.sides_of("segment_ids", segment_ids, query.shape, query.shape)
-    if ids is not None and len(ids) > 1:
-        raise ValueError("segment_ids must be one array [B, T], not a pair")
-    _check_splits(query, value, layout, shards)
+        check_floats("initial_state", state, shape, "[B, M, H, V]")
+    ids = ids_of(segment_ids, (batch, length))
+    check_splits((batch, length), {"N": n, "M": m}, layout, shards)
     tensor = axis_size(shards.mesh, shards.axes.tensor)
     heads = Heads(m // tensor, n // tensor, shards.ulysses_size)
     call = DeltaCall(shards, heads, layout, Tiles(exact=query.dtype.itemsize > 2))
-    return call, None if ids is None else ids[0]
+    return call, ids
 
 
-def _check_floats(
-    name: str, x: jax.Array, shape: tuple[int, ...], letters: str
-) -> None:
+def check_floats(name: str, x: jax.Array, shape: tuple[int, ...], letters: str) -> None:
     """Checks that `x` is floating and has a shape."""
     actual, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
     if actual != shape or not jnp.issubdtype(dtype, jnp.floating):
@@ -72,31 +68,45 @@ def _check_floats(
         )
 
 
-def _check_splits(
-    query: jax.Array, value: jax.Array, layout: str, shards: Shards
+def ids_of(segment_ids: object, shape: tuple[int, ...]) -> jax.Array | None:
+    """Converts segment ids to int32 [B, T]; None stays None."""
+    if isinstance(segment_ids, tuple | list):
+        raise ValueError(
+            f"segment_ids must be one array [B, T], not {len(segment_ids)} arrays"
+        )
+    sides = arguments.sides_of("segment_ids", segment_ids, shape, shape)
+    return None if sides is None else sides[0]
+
+
+def check_splits(
+    shape: tuple[int, ...], heads: dict[str, int], layout: str, shards: Shards
 ) -> None:
-    """Checks that the devices divide the batch, the heads and the layout's length."""
+    """Checks that the devices divide the batch, the heads and the layout's length.
+
+    Args:
+      shape: [B, T].
+      heads: numbers of heads or channels, by their letter.
+    """
     check_layout(layout)
     if layout not in LAYOUTS:
         raise ValueError(
-            f"gated_delta cannot take {layout=}: a shard of it has no runs of "
-            f"consecutive tokens for a state to pass; use one of {LAYOUTS}"
+            f"{layout=} must be one of {LAYOUTS}: no other layout has runs of "
+            "consecutive tokens for a state to pass"
         )
-    mesh, axes = shards.mesh, shards.axes
+    (batch, length), mesh, axes = shape, shards.mesh, shards.axes
     data, tensor = axis_size(mesh, axes.batch), axis_size(mesh, axes.tensor)
-    if len(query) % data:
+    if batch % data:
         raise ValueError(
-            f"the batch, B={len(query)}, must be a multiple of data·fsdp = {data}"
+            f"the batch, B={batch}, must be a multiple of data·fsdp = {data}"
         )
-    for letter, x in (("N", query), ("M", value)):
-        if x.shape[2] % tensor:
+    for letter, size in heads.items():
+        if size % tensor:
             raise ValueError(
-                f"{letter}={x.shape[2]} heads must be a multiple of the mesh axis "
+                f"{letter}={size} must be a multiple of the mesh axis "
                 f"{axes.tensor!r}, {tensor}; give that axis fewer devices"
             )
     if layout == "zigzag":
         devices = 1 if mesh is not None else shards.ring_size * shards.ulysses_size
-        length, what = query.shape[1] * devices, "query.shape[1]"
-        if devices > 1:
-            what = "the length of all shards of query"
-        check_length(length, layout, shards.ring_size, shards.ulysses_size, what)
+        what = "T" if devices == 1 else "the length of all shards, T"
+        ring_size, ulysses_size = shards.ring_size, shards.ulysses_size
+        check_length(length * devices, layout, ring_size, ulysses_size, what)

@@ -1,5 +1,6 @@
 """Where documents start, in the chunks of one device."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -46,3 +47,9 @@ def document_starts(
     some_real = lax.cummax(real[..., :-1].astype(jnp.int32), axis=2)
     seen = jnp.concatenate([seen, jnp.maximum(some_real, seen)], -1)
     return real & (before != segment_ids) & (seen == 1)
+
+
+def padded(x: jax.Array, padding: int, fill: int = 0) -> jax.Array:
+    """Appends tokens to [B, T, ...]."""
+    widths = [(0, padding if dim == 1 else 0) for dim in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Integer
 
 from usp_jax.delta.arguments import checked_call
+from usp_jax.delta.documents import padded
 from usp_jax.delta.split import DeltaCall, delta
 from usp_jax.layout import length_multiple
 from usp_jax.masking import PADDING, zero_padding
@@ -159,8 +160,8 @@ def _on_mesh(
     if padding := -length % multiple:
         if segment_ids is None:
             segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
-        tokens = tuple(_padded(x, padding) for x in tokens)
-        segment_ids = _padded(segment_ids, padding, PADDING)
+        tokens = tuple(padded(x, padding) for x in tokens)
+        segment_ids = padded(segment_ids, padding, PADDING)
     state = _initial(call, query, value, state)
     # In a region that is manual over other axes, the results vary over every axis that
     # some input varies over.
@@ -253,9 +254,3 @@ def _whole_state(call: DeltaCall, own: jax.Array) -> jax.Array:
     whole = jnp.zeros_like(own, shape=shape).at[:, index].set(own[:, 0])
     whole = lax.psum(whole.reshape(len(own), -1, *own.shape[3:]), axes)
     return whole[:, : heads.num_heads]
-
-
-def _padded(x: jax.Array, padding: int, fill: int = 0) -> jax.Array:
-    """Appends tokens to [B, T, ...]."""
-    widths = [(0, padding if dim == 1 else 0) for dim in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
