@@ -100,13 +100,14 @@ def states_before(
     Returns:
       [B, slots, ..., H, V].
     """
-    run = _from_gathered if gathers(maps, order.ring_size) else _by_doubling
+    run = from_gathered if gathers(maps, order.ring_size) else by_doubling
     return run(maps, start, order, axis, index)
 
 
-def _from_gathered(
+def from_gathered(
     maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array
 ) -> jax.Array:
+    """`states_before` by one all-gather of all maps."""
     gathered = lax.all_gather(_side_by_side(maps), axis)
     # [R, B, slots, ...] -> [R · slots, B, ...]
     chunks = jnp.moveaxis(gathered, 2, 1)
@@ -123,9 +124,10 @@ def _from_gathered(
     return jnp.moveaxis(before[jnp.asarray(order.places)[index]], 0, 1)
 
 
-def _by_doubling(
+def by_doubling(
     maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array
 ) -> jax.Array:
+    """`states_before` by permutes, each over twice the distance of the one before."""
     states = {}
     for slot, devices in order.chains:
         place = jnp.asarray(np.argsort(devices))[index]
