@@ -1,6 +1,6 @@
 """The gated delta rule on split sequences equals the token-by-token oracle.
 
-Outputs, states and all gradients in float64; what is sent, computed and refused.
+Outputs, states and all gradients in float64; and mistakes raise.
 """
 
 import functools
@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.delta_cases import BATCH, LAYOUTS, MESHES, documents, results
+from tests.delta_cases import (
+    BATCH,
+    BY_TOKEN,
+    LAYOUTS,
+    MESHES,
+    H,
+    V,
+    cotangents,
+    documents,
+    inputs,
+    results,
+)
 from tests.oracle import Order, assert_equal_to, normal
 from tests.sampling import thinned
 from usp_jax import gated_delta, gated_delta_per_shard, make_mesh
@@ -19,31 +30,6 @@ from usp_jax.delta.documents import document_starts
 from usp_jax.delta.maps import by_doubling, from_gathered, order_of
 from usp_jax.delta.reference import reference_gated_delta
 from usp_jax.delta.xla import XLA, unit_inverse
-
-H, V = 5, 3
-NAMES = ("query", "key", "value", "log_decay", "beta", "initial_state")
-BY_TOKEN = NAMES[:5]
-
-
-def inputs(heads, length, dtype="float64"):
-    """Arguments by name, in natural order: decays from near 0 to near -20."""
-    n, m = heads
-    shapes = [(BATCH, length, n, H)] * 2 + [(BATCH, length, m, V)]
-    shapes += [(BATCH, length, m)] * 2 + [(BATCH, m, H, V)]
-    arrays = dict(zip(NAMES, normal(0, *shapes, dtype=dtype), strict=True))
-    scale = np.random.default_rng(1).choice([1e-3, 0.5, 20.0], (BATCH, length, m))
-    decay = -scale * (1 - 0.1 * np.abs(np.tanh(arrays["log_decay"])))
-    # Keys of about length 1 keep the state bounded.
-    arrays["key"] /= H**0.5
-    arrays["log_decay"] = jnp.asarray(decay, dtype)
-    arrays["beta"] = jax.nn.sigmoid(arrays["beta"])
-    return arrays
-
-
-def cotangents(arrays, seed=2):
-    batch, length, m, _ = arrays["value"].shape
-    dtype = arrays["initial_state"].dtype
-    return normal(seed, (batch, length, m, V), (batch, m, H, V), dtype=dtype)
 
 
 @functools.cache
@@ -115,7 +101,7 @@ HEADS = ((8, 16), (3, 6), (2, 8))
 
 @pytest.mark.parametrize(
     ("degrees", "layout", "packs", "explicit", "heads"),
-    thinned(MESHES, LAYOUTS, (False, True), (False, True), HEADS, keep=19),
+    thinned(MESHES, LAYOUTS, (False, True), (False, True), HEADS, keep=31),
 )
 def test_equals_the_oracle(degrees, layout, packs, explicit, heads):
     ring, ulysses = degrees
@@ -133,26 +119,32 @@ def test_any_length_on_a_mesh_with_tensor():
     check(sizes, "contiguous", (2, 6), packs=True, length=75)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ring", [2, 6])
+@pytest.mark.parametrize(("ring", "layout"), [(5, "contiguous"), (6, "zigzag")])
 def test_states_by_doubling(ring, layout):
     """Both ways equal the maps one after the other, also in reverse."""
-    order = order_of(layout, ring)
+    order, mesh = order_of(layout, ring), make_mesh(ring=ring)
     shape = ring, BATCH, order.slots, 3
     a, b, start = normal(0, (*shape, H, H), (*shape, H, V), (BATCH, 3, H, V))
-    for one in (order, order.reversed):
+    a, of_shard = a / H, jax.P("ring")
+
+    def on_device(a, b):
+        index, ways = jax.lax.axis_index("ring"), (from_gathered, by_doubling)
+        maps = Map(a[0], b[0])
+        return [
+            way(maps, start, one, "ring", index)[None]
+            for one in (order, order.reversed)
+            for way in ways
+        ]
+
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=of_shard, out_specs=of_shard)
+    actual = jax.jit(run)(a, b)
+    for one, pair in ((order, actual[:2]), (order.reversed, actual[2:])):
         state, expected = start, np.empty(b.shape)
         for device, slot in one.chunks:
             expected[device, :, slot] = state
             state = a[device, :, slot] @ state + b[device, :, slot]
-        for way in (from_gathered, by_doubling):
-            before = jax.vmap(
-                lambda a, b, way=way, one=one: way(
-                    Map(a, b), start, one, "ring", jax.lax.axis_index("ring")
-                ),
-                axis_name="ring",
-            )(a, b)
-            np.testing.assert_allclose(before, expected, rtol=1e-5, atol=1e-3)
+        for before in pair:
+            np.testing.assert_allclose(before, expected, rtol=0, atol=1e-5)
 
 
 TILES = Tiles(block=8, blocks=2)
@@ -177,7 +169,7 @@ def chunks(packs):
     return arrays, tokens, arrays["initial_state"].reshape(BATCH, 2, 2, H, V), real
 
 
-@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("packs", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_chunk_of_several_segments(packs):
     with jax.enable_x64(True):
         arrays, tokens, state, real = chunks(packs)
@@ -211,8 +203,68 @@ def test_a_chunk_of_several_segments(packs):
 
 def test_an_inverse_of_a_triangle():
     with jax.enable_x64(True):
-        lower = jnp.tril(normal(0, (3, 64, 64), dtype="float64")[0], -1)
-        product = (jnp.eye(64) + lower / 8) @ unit_inverse(lower / 8)
-        np.testing.assert_allclose(
-            product, np.broadcast_to(np.eye(64), product.shape), atol=1e-10
-        )
+        lower = jnp.tril(normal(0, (3, 64, 64), dtype="float64")[0], -1) / 8
+        identity = jnp.broadcast_to(jnp.eye(64), lower.shape)
+        product = (identity + lower) @ unit_inverse(lower)
+        np.testing.assert_allclose(product, identity, rtol=0, atol=1e-10)
+
+
+def test_second_derivatives_raise():
+    arrays = inputs((1, 1), 8, "float32")
+
+    def loss(key):
+        return jnp.sum(gated_delta(**(arrays | {"key": key}))[0])
+
+    with pytest.raises(ValueError, match="can be differentiated only once"):
+        jax.grad(lambda key: jnp.sum(jax.grad(loss)(key)))(arrays["key"])
+
+
+WRONG = {
+    "key": ({"key": jnp.zeros((2, 8, 1, H))}, "key.shape=.* must be query.shape="),
+    "dtype": ({"value": jnp.zeros((2, 8, 4, V), "bfloat16")}, "value.dtype=bfloat16"),
+    "length": (
+        {"value": jnp.zeros((2, 9, 4, V))},
+        r"must start with \[B, T\] = \(2, 8",
+    ),
+    "heads": ({"value": jnp.zeros((2, 8, 3, V))}, "M=3, must be a multiple of .*, N=2"),
+    "decay": ({"log_decay": jnp.zeros((2, 8, 2))}, r"log_decay is .* = \[2, 8, 4\]"),
+    "beta": ({"beta": jnp.zeros((2, 8, 4), int)}, "beta is int32.* must be floating"),
+    "state": (
+        {"initial_state": jnp.zeros((2, 4, V, H))},
+        r"\[B, M, H, V\] = \[2, 4, 5",
+    ),
+    "ids": ({"segment_ids": jnp.zeros((2, 7), int)}, "segment_ids .* has shape"),
+    "pair": ({"segment_ids": (jnp.zeros((2, 8), int),) * 2}, "one array .*, not 2"),
+    "striped": ({"layout": "striped"}, "layout='striped' must be one of .*'zigzag'"),
+    "data": ({"layout": "data"}, "layout='data' must be one of"),
+    "other": ({"layout": "zebra"}, "layout='zebra' must be one of .*'striped'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_raise(case, no_type_checks):
+    arrays = inputs((2, 4), 8, "float32")
+    wrong, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        gated_delta(**(arrays | wrong))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "message"),
+    [
+        ({"data": 4}, "contiguous", r"B=2, must be a multiple of data·fsdp = 4"),
+        ({"tensor": 8}, "contiguous", "N=2 must be a multiple of .* 'tensor', 8"),
+        ({"ring": 8}, "zigzag", "T=8 must be a multiple of 16"),
+    ],
+)
+def test_sizes_that_a_mesh_cannot_split_raise(sizes, layout, message):
+    arrays = inputs((2, 4), 8, "float32")
+    with pytest.raises(ValueError, match=message):
+        gated_delta(**arrays, layout=layout, mesh=make_mesh(**sizes))
+
+
+def test_tiles_that_cannot_be_raise():
+    with pytest.raises(ValueError, match="block=48 must be a power of two"):
+        Tiles(block=48)
+    with pytest.raises(ValueError, match="blocks=0 must be a positive int"):
+        Tiles(blocks=0)

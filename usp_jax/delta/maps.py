@@ -6,8 +6,9 @@ before its chunks. Two ways, of which `states_before` takes one by size:
 
     all-gather   one collective of all maps; each device goes through them in order.
                  Sends (R-1) · slots maps from a device, and holds R · slots.
-    doubling     log2(R) permutes, each of one map for each slot (a Hillis-Steele scan);
-                 then a permute and a sum of one state. Sends and holds slots · log2(R).
+    doubling     for each slot log2(R) permutes of a map (a Hillis-Steele scan) and one
+                 of a state; between slots a sum of a state. Sends slots · log2(R) maps
+                 and holds a few.
 
 The backward is the same with transposed maps and the chunks in reverse.
 
@@ -128,15 +129,17 @@ def by_doubling(
     maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array
 ) -> jax.Array:
     """`states_before` by permutes, each over twice the distance of the one before."""
-    states = {}
+    states: dict[int, jax.Array] = {}
     for slot, devices in order.chains:
         place = jnp.asarray(np.argsort(devices))[index]
         total = _of_all(Map(maps.a[:, slot], maps.b[:, slot]), axis, devices, place)
         after = _apply(total, start)
         before = _passed(after, axis, devices, 1)
         states[slot] = jnp.where(place == 0, start, before)
-        end = jnp.where(place == len(devices) - 1, after, 0)
-        start = vary_like(lax.psum(end, axis), after)
+        if len(states) < order.slots:
+            # The next chain starts where this one ends.
+            end = jnp.where(place == len(devices) - 1, after, 0)
+            start = vary_like(lax.psum(end, axis), after)
     return jnp.stack([states[slot] for slot in range(order.slots)], 1)
 
 

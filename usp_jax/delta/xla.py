@@ -28,13 +28,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from usp_jax.delta.contract import DeltaChunk, DeltaTokens, Map, Tiles
 from usp_jax.varying import vary_like
 
-# Inverses of this size are products of powers; larger ones are put together from them.
-SMALLEST = 8
+# Inverses up to this size are made in whole products, larger ones by blocks.
+SMALLEST = 16
 
 
 def run(
@@ -279,14 +280,14 @@ _solved.defvjp(_solved_fwd, _solved_bwd)
 def unit_inverse(lower: jax.Array) -> jax.Array:
     """The inverse of I + lower, [..., C, C], for a strictly lower triangle.
 
-    The inverses of the blocks on the diagonal are merged in pairs until one is left:
-    log2(C / 8) batched products, of C³ / 2 multiplications in all.
+    [[a, 0], [c, d]] has the inverse [[a', 0], [-d' c a', d']], so inverses of blocks on
+    the diagonal are merged in pairs until one is left. No power of `lower` is formed:
+    for repeated keys these are large, and cancel.
     """
     size = lower.shape[-1]
-    inverse = _small_inverse(_diagonal(lower, 0, SMALLEST))
-    half = SMALLEST
+    half = min(SMALLEST, size)
+    inverse = _small_inverse(_diagonal(lower, 0, half))
     while half < size:
-        # [[a, 0], [c, d]] has the inverse [[a', 0], [-d' c a', d']].
         a, d = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         corner = -_exact(_exact(d, _diagonal(lower, half, half)), a)
         top = jnp.concatenate([a, jnp.zeros_like(a)], -1)
@@ -304,12 +305,24 @@ def _diagonal(x: jax.Array, below: int, size: int) -> jax.Array:
 
 
 def _small_inverse(lower: jax.Array) -> jax.Array:
-    """(I + lower)^-1 = (I - lower) (I + lower²) (I + lower⁴), as lower⁸ = 0."""
-    identity = jnp.eye(SMALLEST, dtype=lower.dtype)
-    identity = identity.reshape((1,) * (lower.ndim - 2) + identity.shape)
-    square = _exact(lower, lower)
-    fourth = _exact(square, square)
-    return _exact(_exact(identity - lower, identity + square), identity + fourth)
+    """The inverse of I + lower by the same merges, all of a size in two products."""
+    size = lower.shape[-1]
+    rows, columns = np.indices((size, size))
+    inverse = jnp.eye(size, dtype=lower.dtype)
+    inverse = jnp.broadcast_to(inverse, lower.shape)
+    half = 1
+    while half < size:
+        # The squares below the diagonal, between two blocks that are merged.
+        is_corner = (rows // half % 2 == 1) & (columns // half == rows // half - 1)
+        corner = jnp.where(_like(is_corner, lower), lower, 0)
+        change = corner if half == 1 else _exact(_exact(inverse, corner), inverse)
+        inverse, half = inverse - change, 2 * half
+    return inverse
+
+
+def _like(x: np.ndarray, y: jax.Array) -> np.ndarray:
+    """Adds dims of size 1 in front, up to those of y."""
+    return x.reshape((1,) * (y.ndim - x.ndim) + x.shape)
 
 
 def _exact(x: jax.Array, y: jax.Array) -> jax.Array:

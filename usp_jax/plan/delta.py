@@ -92,10 +92,10 @@ class DeltaLayer:
         if self.gathers:
             return {GATHER: (self.ring - 1) * self.slots * self.map_bytes}
         steps = math.ceil(math.log2(self.ring))
-        # The sum of a state sends it twice: scattered, and gathered again.
-        total = 2 * self.state_bytes * (self.ring - 1) // self.ring
         one = steps * self.map_bytes + self.state_bytes
-        return {PERMUTE: self.slots * one, REDUCE: self.slots * total}
+        # Between the slots a state is summed, which sends it twice.
+        total = 2 * self.state_bytes * (self.ring - 1) // self.ring
+        return {PERMUTE: self.slots * one, REDUCE: (self.slots - 1) * total}
 
 
 def forward_bytes(call: DeltaLayer) -> dict[str, int]:

@@ -1,0 +1,174 @@
+"""What the gated delta rule sends and computes, and the error of 16-bit inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from tests.delta_cases import BATCH, BY_TOKEN, LAYOUTS, cotangents, inputs, results
+from tests.oracle import Order
+from tests.product_flops import product_flops
+from usp_jax import gated_delta, make_mesh
+from usp_jax.compiled import by_kind, collectives
+from usp_jax.delta import SAVED_NAMES
+from usp_jax.delta.reference import reference_gated_delta
+from usp_jax.plan.delta import DeltaLayer, backward_bytes, forward_bytes
+
+
+@functools.cache
+def compiled(ring, ulysses, length, layout="zigzag", heads=(1, 2), packed=False):
+    """The compiled forward, and the backward, of float32 rows without states."""
+    mesh = make_mesh(ring=ring, ulysses=ulysses)
+
+    def struct(*rest, dtype=jnp.float32):
+        spec = NamedSharding(mesh, jax.P(None, ("ring", "ulysses")))
+        return jax.ShapeDtypeStruct((1, length, *rest), dtype, sharding=spec)
+
+    n, m = heads
+    arrays = [struct(n, 128), struct(n, 128), struct(m, 128), struct(m), struct(m)]
+    tokens = struct(dtype=jnp.int32) if packed else None
+
+    def f(ids, q, k, v, decay, beta):
+        facts = {"segment_ids": ids, "layout": layout, "mesh": mesh}
+        return gated_delta(q, k, v, log_decay=decay, beta=beta, **facts)[0]
+
+    def forward(ids, *arrays):
+        return jax.vjp(functools.partial(f, ids), *arrays)
+
+    program = jax.jit(forward).lower(tokens, *arrays).compile()
+    out, pull = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        program.out_info,
+        program.output_shardings,
+    )
+    return program, jax.jit(lambda pull, dout: pull(dout)).lower(pull, out).compile()
+
+
+def sent(program):
+    """Executions and bytes of each kind of collective."""
+    totals = by_kind(collectives(program)).items()
+    return {kind: (total.executions, total.wire_bytes) for kind, total in totals}
+
+
+def wire_bytes(program):
+    return {kind: size for kind, (_, size) in sent(program).items() if size}
+
+
+def executions(program):
+    return {kind: count for kind, (count, _) in sent(program).items()}
+
+
+def check_bytes(degrees, layout, heads, length, *, packed=False):
+    ring, ulysses = degrees
+    call = DeltaLayer(
+        rows=1,
+        tokens=length // (ring * ulysses),
+        num_heads=heads[0],
+        num_v_heads=heads[1],
+        head_size=128,
+        value_size=128,
+        ring=ring,
+        ulysses=ulysses,
+        layout=layout,
+        itemsize=4,
+        packed=packed,
+    )
+    programs = compiled(ring, ulysses, length, layout, heads, packed)
+    formulas = forward_bytes(call), backward_bytes(call)
+    assert tuple(map(wire_bytes, programs)) == formulas
+    return call
+
+
+def test_bytes_equal_the_formulas():
+    """Also at eight times the length: what travels for the states stays the same."""
+    check_bytes((8, 1), "zigzag", (1, 2), 8192, packed=True)
+    check_bytes((8, 1), "zigzag", (1, 2), 65536)
+    for packed, length in ((True, 8192), (False, 65536)):
+        _, backward = compiled(8, 1, length, "zigzag", (1, 2), packed)
+        # Two chunks and two heads of 128 x 256 numbers, to seven devices.
+        assert sent(backward) == {"all-gather": (1, 7 * 2 * 2 * 128 * 256 * 4)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("degrees", [(4, 2), (2, 4), (1, 8)])
+def test_bytes_on_other_meshes(degrees, layout):
+    check_bytes(degrees, layout, (3, 6), 4096, packed=True)
+    check_bytes(degrees, layout, (8, 16), 4096)
+
+
+@pytest.mark.parametrize("ring", [pytest.param(2, marks=pytest.mark.long), 4])
+def test_the_number_of_collectives_does_not_grow_with_the_ring(ring):
+    for program in compiled(ring, 2, 4096):
+        assert executions(program) == {"all-gather": 1, "all-to-all": 4}
+
+
+def test_many_maps_are_composed_by_doubling():
+    """128 MiB of maps: hops in log2 of the ring instead of an all-gather."""
+    call = check_bytes((8, 1), "zigzag", (64, 64), 2048)
+    assert not call.gathers
+    for program in compiled(8, 1, 2048, "zigzag", (64, 64)):
+        # Of each of the two chunks: maps over 1, 2 and 4 devices, and a state.
+        counts = {"collective-permute": 2 * (3 + 1), "all-reduce": 1}
+        assert executions(program) == counts
+
+
+def test_products_of_a_ring_of_8():
+    """At most 1.7 times those of one shard with as many tokens."""
+    one, eight = (
+        sum(map(product_flops, compiled(*split)))
+        for split in ((1, 1, 8192), (8, 1, 65536))
+    )
+    assert 1.4 < eight / one < 1.7
+
+
+@pytest.mark.long
+def test_one_ring_shard_computes_no_map():
+    one, ulysses = (
+        sum(map(product_flops, compiled(*split)))
+        for split in ((1, 1, 8192), (1, 8, 8192, "zigzag", (8, 16)))
+    )
+    assert ulysses == one
+
+
+@functools.cache
+def errors_of_16_bits(ring):
+    """The relative errors of results and gradients in bfloat16, by name."""
+    arrays = inputs((2, 4), 512, "bfloat16")
+    given = cotangents(arrays)
+    wide, wide_given = jax.tree.map(lambda x: x.astype("float32"), (arrays, given))
+    mesh = make_mesh(ring=ring)
+    f = functools.partial(gated_delta, layout="zigzag", mesh=mesh)
+    order = Order("zigzag", mesh, BATCH, 512)
+    stored = arrays | {name: order.store(arrays[name]) for name in BY_TOKEN}
+    given = order.store(given[0]), wide_given[1]
+    actual = jax.jit(functools.partial(results, f))(stored, given)
+    exact = jax.jit(functools.partial(results, reference_gated_delta))(wide, wide_given)
+    actual |= {name: order.restore(actual[name]) for name in ("out", *BY_TOKEN)}
+    return {
+        name: np.std(np.float32(actual[name]) - x) / np.std(x)
+        for name, x in exact.items()
+    }
+
+
+def test_16_bit_errors_do_not_grow_with_the_ring():
+    one, eight = errors_of_16_bits(1), errors_of_16_bits(8)
+    for name, error in one.items():
+        assert error < 0.01 and eight[name] < 1.1 * error + 1e-6, (name, one, eight)
+
+
+def test_a_rematerialised_layer_sends_nothing_twice():
+    mesh = make_mesh(ring=2, ulysses=2)
+    arrays = inputs((2, 4), 64, "float32")
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+
+    def loss(arrays):
+        f = functools.partial(gated_delta, layout="zigzag", mesh=mesh)
+        return jnp.sum(jax.checkpoint(f, policy=policy)(**arrays)[0] ** 2)
+
+    program = jax.jit(jax.grad(loss)).lower(arrays).compile()
+    counts = executions(program)
+    assert (counts["all-gather"], counts["all-to-all"]) == (2, 8)
