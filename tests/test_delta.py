@@ -101,7 +101,7 @@ HEADS = ((8, 16), (3, 6), (2, 8))
 
 @pytest.mark.parametrize(
     ("degrees", "layout", "packs", "explicit", "heads"),
-    thinned(MESHES, LAYOUTS, (False, True), (False, True), HEADS, keep=31),
+    thinned(MESHES, LAYOUTS, (False, True), (False, True), HEADS, keep=46),
 )
 def test_equals_the_oracle(degrees, layout, packs, explicit, heads):
     ring, ulysses = degrees

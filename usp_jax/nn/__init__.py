@@ -12,4 +12,5 @@ from usp_jax.nn.adapter import (
     SequenceMask as SequenceMask,
     attention_fn as attention_fn,
 )
+from usp_jax.nn.delta import DeltaState as DeltaState, USPGatedDelta as USPGatedDelta
 from usp_jax.nn.layer import USPAttention as USPAttention
