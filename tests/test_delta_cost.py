@@ -134,6 +134,23 @@ def test_one_ring_shard_computes_no_map():
     assert ulysses == one
 
 
+def test_large_decays_cost_no_precision_in_float32():
+    """Small decays after many of -20, in one block; also in their gradients."""
+    arrays = inputs((1, 1), 64, "float32")
+    decay = np.where(np.arange(64) < 48, np.float32(-20), np.float32(-1e-3))
+    shape = arrays["log_decay"].shape
+    arrays["log_decay"] = jnp.broadcast_to(decay[None, :, None], shape)
+    given = cotangents(arrays)
+    actual = jax.jit(functools.partial(results, gated_delta))(arrays, given)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, "float64"), (arrays, given))
+        exact = jax.jit(functools.partial(results, reference_gated_delta))(*wide)
+        exact = jax.tree.map(np.asarray, exact)
+    for name, x in exact.items():
+        error = np.std(np.asarray(actual[name], np.float64) - x) / np.std(x)
+        assert error < 3e-6, (name, error)
+
+
 @functools.cache
 def errors_of_16_bits(ring):
     """The relative errors of results and gradients in bfloat16, by name."""

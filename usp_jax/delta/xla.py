@@ -10,7 +10,7 @@ running sum of the log decays, the state S before the block and the writes u,
 
 so that only the last two lines, and u, wait for the block before. A factor exp(c[t] -
 c[s]) is 0 if a document starts after s, up to t; so is exp(c[t]) after a start in the
-block. Only differences of at most 0 are exponentiated, and nothing is divided.
+block. Only sums of log decays are exponentiated, and nothing is divided.
 
     tokens [Z, L, ...]
       | scan over segments        one state kept for each
@@ -192,8 +192,8 @@ def _factors(tokens: DeltaTokens, tiles: Tiles) -> _Factors:
     beta = _blocks(tokens.beta, 2, tiles)[..., None]
     decay, since = _decays(tokens, tiles)
     keys = product("znbtH,znbsH->znbts", k, k, tiles)[:, :, None]
-    strictly = jnp.tri(tiles.block, k=-1, dtype=bool)
-    lower = jnp.where(strictly[None, None, None, None], beta * decay * keys, 0)
+    pairs = beta * decay * keys
+    lower = jnp.where(_like(np.tri(tiles.block, k=-1, dtype=bool), pairs), pairs, 0)
     inverse = lax.stop_gradient(unit_inverse(lower))
     u = _solved(lower, inverse, beta * v, tiles)
     w = _solved(lower, inverse, beta * since[..., None] * k[:, :, None], tiles)
@@ -212,10 +212,13 @@ def _decays(tokens: DeltaTokens, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
         document = jnp.cumsum(starts, 2, dtype=jnp.int32)
         kept = kept & (document[..., :, None] == document[..., None, :])
         whole = (document == 0)[:, None, None]
-    total = jnp.cumsum(log_decay, -1)
-    between = total[..., :, None] - total[..., None, :]
-    # Masked before the exponential: what is masked may be positive.
+    # The sum from s to t of each pair, as a product with ones. A difference of running
+    # sums would have the error of the larger one: 1e-4 after many decays of -20.
+    terms = log_decay[..., None, :]
+    parts = jnp.where(_like(np.tri(tiles.block, dtype=bool), terms), terms, 0)
+    between = _exact(parts, jnp.tri(tiles.block, k=-1, dtype=parts.dtype))
     decay = jnp.exp(jnp.where(kept[:, None, None], between, -jnp.inf))
+    total = jnp.cumsum(log_decay, -1)
     since = jnp.exp(total if whole is None else jnp.where(whole, total, -jnp.inf))
     return decay, since
 
