@@ -62,7 +62,7 @@ def checked_call(
 def check_floats(name: str, x: jax.Array, shape: tuple[int, ...], letters: str) -> None:
     """Checks that `x` is floating and has a shape."""
     actual, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
-    if actual != shape or not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or actual != shape or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{name} is {dtype}{actual}, it must be floating {letters} = {list(shape)}"
         )

@@ -180,10 +180,9 @@ def _convolve(
         ]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = list(weight.astype(wide).T[::-1])
-    y = sum(
-        w[None, None] * part.astype(wide)
-        for w, part in zip(weights, shifted, strict=True)
-    )
+    y = jnp.zeros_like(x, wide)
+    for w, part in zip(weights, shifted, strict=True):
+        y += w[None, None] * part.astype(wide)
     y = _with_head(y, weights, facts, tail.astype(wide))
     return y.astype(x.dtype), _new_tail(shards, shifted, facts, tail)
 

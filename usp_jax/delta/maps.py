@@ -87,7 +87,7 @@ def gathers(maps: Map, ring_size: int) -> bool:
 
 
 def states_before(
-    maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array
+    maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array | int
 ) -> jax.Array:
     """Computes the states before a device's own chunks.
 
@@ -106,7 +106,7 @@ def states_before(
 
 
 def from_gathered(
-    maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array
+    maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array | int
 ) -> jax.Array:
     """`states_before` by one all-gather of all maps."""
     gathered = lax.all_gather(_side_by_side(maps), axis)
@@ -126,7 +126,7 @@ def from_gathered(
 
 
 def by_doubling(
-    maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array
+    maps: Map, start: jax.Array, order: Order, axis: AxisName, index: jax.Array | int
 ) -> jax.Array:
     """`states_before` by permutes, each over twice the distance of the one before."""
     states: dict[int, jax.Array] = {}

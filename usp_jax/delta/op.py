@@ -156,7 +156,7 @@ def _on_mesh(
     """Pads to a length that the mesh can split, then runs the shards."""
     shards, length, unpadded = call.shards, query.shape[1], value
     multiple = length_multiple("contiguous", shards.ring_size, shards.ulysses_size)
-    tokens = query, key, value, log_decay, beta
+    tokens: tuple[jax.Array, ...] = query, key, value, log_decay, beta
     if padding := -length % multiple:
         if segment_ids is None:
             segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
@@ -207,8 +207,8 @@ def _run(
     state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the algorithm, with padding that changes and returns nothing."""
-    query, key, value, *gates = tokens
-    gates = jnp.stack(gates, -1).astype(state.dtype)
+    query, key, value, log_decay, beta = tokens
+    gates = jnp.stack([log_decay, beta], -1).astype(state.dtype)
     if segment_ids is None:
         return delta(call, query, key, value, gates, None, state)
     query, key, value, gates = (

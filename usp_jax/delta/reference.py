@@ -34,7 +34,9 @@ def reference_gated_delta(
         shape = batch, value.shape[2], query.shape[3], value.shape[3]
         initial_state = jnp.zeros(shape, wide)
 
-    def body(carry, token):
+    def body(
+        carry: tuple[Array, Array, Array], token: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array, Array], Array]:
         state, before, seen = carry
         q, k, v, g, b, ids = token
         real = ids != PADDING
@@ -48,7 +50,7 @@ def reference_gated_delta(
         out = jnp.where(real[:, None, None], out, 0)
         return (state, ids, seen | real), out
 
-    def product(spec, x, y):
+    def product(spec: str, x: Array, y: Array) -> Array:
         return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
 
     q, k = (jnp.repeat(x, groups, axis=2) for x in (query, key))

@@ -124,14 +124,19 @@ def _delta_fwd(
 ) -> tuple[Result, Saved]:
     run = call.shards.run
     dims = (SEQ, SEQ, SEQ, SEQ, TOKENS)
-    received = run(partial(_exchanged, call), dims, RECEIVED)(
-        q, k, v, gates, segment_ids
+    exchange = run(partial(_exchanged, call), dims, RECEIVED)
+    qk, v, gates, starts = exchange(q, k, v, gates, segment_ids)
+    received = (
+        checkpoint_name(qk, "delta_qk"),
+        checkpoint_name(v, "delta_v"),
+        checkpoint_name(gates, "delta_gates"),
+        None if starts is None else checkpoint_name(starts, "delta_starts"),
     )
-    received = tuple(map(_named, SAVED_NAMES, received))
-    own, final, kept, a = run(partial(_forward, call), (RECEIVED, HEADS), HEADS)(
-        received, state
-    )
-    own, kept, a = map(_named, SAVED_NAMES[len(received) :], (own, kept, a))
+    forward = run(partial(_forward, call), (RECEIVED, HEADS), HEADS)
+    own, final, kept, a = forward(received, state)
+    own = checkpoint_name(own, "delta_out")
+    kept = checkpoint_name(kept, "delta_states")
+    a = None if a is None else checkpoint_name(a, "delta_maps")
     out = run(partial(_to_seq, call), (HEADS,), SEQ)(own)
     return (out, final), (received, kept, a)
 
@@ -152,10 +157,6 @@ def _delta_bwd(
 
 
 delta.defvjp(_delta_fwd, _delta_bwd)
-
-
-def _named(name: str, x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else checkpoint_name(x, name)
 
 
 def _exchanged(

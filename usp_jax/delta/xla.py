@@ -24,7 +24,7 @@ a block.
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from jax import lax
 
 from usp_jax.delta.contract import DeltaChunk, DeltaTokens, Map, Tiles
 from usp_jax.varying import vary_like
+
+T = TypeVar("T", DeltaTokens, jax.Array)
 
 # Inverses up to this size are made in whole products, larger ones by blocks.
 SMALLEST = 16
@@ -129,7 +131,7 @@ def adjoint(tokens: DeltaTokens, dout: jax.Array, tiles: Tiles) -> jax.Array:
 XLA = DeltaChunk(run, map_of, run_backward, adjoint)
 
 
-def _segments(x: DeltaTokens | jax.Array, tiles: Tiles) -> DeltaTokens | jax.Array:
+def _segments(x: T, tiles: Tiles) -> T:
     """[Z, L, ...] -> [segments, Z, tokens of a segment, ...], the last one padded."""
 
     def cut(x: jax.Array) -> jax.Array:
@@ -138,7 +140,8 @@ def _segments(x: DeltaTokens | jax.Array, tiles: Tiles) -> DeltaTokens | jax.Arr
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * len(rest))
         return jnp.moveaxis(x.reshape(rows, -1, tiles.segment, *rest), 1, 0)
 
-    return jax.tree.map(cut, x)
+    segments: T = jax.tree.map(cut, x)
+    return segments
 
 
 def _wide(segment: DeltaTokens) -> DeltaTokens:

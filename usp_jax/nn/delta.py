@@ -181,14 +181,15 @@ class USPGatedDelta(nnx.Module):
         Raises:
           ValueError: as in `__call__`.
         """
-        split = {"layout": self.layout, "mesh": self.mesh, "axes": self.axes}
         qkv = self.qkv(x)
         mixed, tail = short_convolution(
             qkv.reshape(*qkv.shape[:2], -1),
             self.conv[...],
             segment_ids=segment_ids,
             initial_tail=None if state is None else state.tail,
-            **split,
+            layout=self.layout,
+            mesh=self.mesh,
+            axes=self.axes,
         )
         q, k, v = self._heads(jax.nn.silu(mixed).reshape(qkv.shape))
         log_decay, beta = self._gates(x)
@@ -200,7 +201,9 @@ class USPGatedDelta(nnx.Module):
             beta=beta,
             segment_ids=segment_ids,
             initial_state=None if state is None else state.state,
-            **split,
+            layout=self.layout,
+            mesh=self.mesh,
+            axes=self.axes,
         )
         return self.o(self._gated_norm(out, self.gate(x))), DeltaState(tail, after)
 
