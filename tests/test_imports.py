@@ -46,7 +46,7 @@ LAYERS = (
     {"usp_jax.head_groups", "usp_jax.latent", "usp_jax.windowed"},
     {"usp_jax.cache", "usp_jax.options"},
     {"usp_jax.attention", "usp_jax.decode"},
-    {"usp_jax.joint", "usp_jax.latent_attention"},
+    {"usp_jax.delta", "usp_jax.joint", "usp_jax.latent_attention"},
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
     {"usp_jax.plan"},
