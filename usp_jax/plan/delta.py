@@ -8,10 +8,10 @@ import dataclasses
 import math
 
 from usp_jax.delta.maps import MOST_GATHERED
-from usp_jax.plan.latent import ALL_TO_ALL, GATHER, PERMUTE
 from usp_jax.ulysses import Heads
 
-REDUCE = "all-reduce"
+ALL_TO_ALL, GATHER = "all-to-all", "all-gather"
+PERMUTE, REDUCE = "collective-permute", "all-reduce"
 
 
 @dataclasses.dataclass(frozen=True)
