@@ -29,6 +29,7 @@ LAYERS = (
         "usp_jax.varying",
     },
     {
+        "usp_jax.context",
         "usp_jax.flags",
         "usp_jax.gathering",
         "usp_jax.layout",

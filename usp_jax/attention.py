@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Integer
 
 from usp_jax.call import FACTS, Call, Facts, two_sided
+from usp_jax.context import SplitMesh
 from usp_jax.head_groups import usp_in_groups
 from usp_jax.layout import length_multiple
 from usp_jax.masking import PADDING, Tokens, pad_tokens, zero_padding
@@ -96,7 +97,7 @@ def usp_attention(
       mesh: defaults to the mesh of `jax.set_mesh`, else the mesh the inputs are sharded
         on, else a single device.
       axes: the role of each mesh axis. Every axis with more than one device needs a
-        role.
+        role. One axis `context` is split into ring and Ulysses here.
       implementation: "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA
         GPUs since Ampere), "cudnn" (NVIDIA GPUs since Ampere; full and causal masks
         only), "xla" (any device) or "reference" (the definition; O(T·S) memory).
@@ -157,6 +158,8 @@ def usp_attention(
         ring_schedule=ring_schedule,
         ulysses_chunks=ulysses_chunks,
     )
+    if mesh is not None and axes.context is not None:
+        return _on_context(query, key, value, SplitMesh.of(mesh, axes), options)
     return _attention(query, key, value, Shards.of_mesh(mesh, axes), options)
 
 
@@ -240,6 +243,21 @@ def _attention(
     result: Result = run(call, query, key, value, sinks, facts)
     out, lse = result
     return out if lse is None else (out, lse)
+
+
+def _on_context(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    split: SplitMesh,
+    options: Options,
+) -> Out:
+    """Runs the call on a mesh whose axis `context` is split into ring and Ulysses."""
+    with split.entered():
+        (query, key, value), options = split.to_split(((query, key, value), options))
+        shards = Shards.of_mesh(split.mesh, split.axes)
+        out = _attention(query, key, value, shards, options)
+    return split.to_whole(out, batched=query.ndim > 3)
 
 
 def _with_batch(options: Options) -> Options:

@@ -164,7 +164,7 @@ class KVCache:
           segment_ids: int32 [B, s], as in `of`.
           page_tokens: as in `of`.
           window: as in `of`.
-          axes: the axes that play the roles `ring` and `ulysses`.
+          axes: the axes that split the sequence.
 
         Returns:
           The cache.
@@ -173,7 +173,8 @@ class KVCache:
           ValueError: as in `of`.
         """
         _check_kv(key, value)
-        shards = Shards.of_bound(axes)
+        # A cache exchanges no heads.
+        shards = Shards.of_bound(axes.unsplit)
         parts = shards.ring_size * shards.ulysses_size
         return cls._prefilled(
             key, value, positions, segment_ids, page_tokens, window, shards, parts

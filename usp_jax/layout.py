@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from usp_jax.checks import check_count
-from usp_jax.mesh import MeshAxes, axis_size, check_axes
+from usp_jax.mesh import MeshAxes, check_axes, sequence_sizes
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "data")
 
@@ -251,7 +251,7 @@ def _sizes(
     check_layout(layout)
     if mesh is not None:
         check_axes(axes, mesh)
-    return axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
+    return sequence_sizes(mesh, axes)
 
 
 def _check_permutes(layout: str) -> None:

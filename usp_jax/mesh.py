@@ -43,13 +43,20 @@ class MeshAxes:
       tensor: axes that split the heads.
       unused: axes along which every device computes the same. An axis with more than
         one device must have a role or be named here.
+      context: one axis that splits the sequence, in place of `ring` and `ulysses`.
+        Attention splits it in two, and the rest of the program never sees that.
+      context_ulysses: the Ulysses degree within `context`. The ring has the other
+        factor: 8 devices with a `context_ulysses` of 2 are a ring of 4 pairs.
 
     Raises:
-      ValueError: a name is not a string, or an axis is named twice.
+      ValueError: a name is not a string, an axis is named twice, `context` is combined
+        with `ring` or `ulysses`, or `context_ulysses` is not a positive int or lacks
+        its `context`.
 
     Example:
       ```python
       MeshAxes(data=("replica", "batch"), ring="context", ulysses=None)
+      MeshAxes(context="context", context_ulysses=4)
       ```
     """
 
@@ -60,9 +67,23 @@ class MeshAxes:
     ulysses: AxisName | None = "ulysses"
     tensor: AxisName | None = "tensor"
     unused: tuple[str, ...] = ()
+    context: str | None = None
+    context_ulysses: int = 1
 
     def __post_init__(self) -> None:
-        for field in (*ROLES, "unused"):
+        check_positive_int("context_ulysses", self.context_ulysses)
+        if self.context is None and self.context_ulysses > 1:
+            raise ValueError(
+                f"context_ulysses={self.context_ulysses} needs context=, the name of "
+                "the mesh axis to split"
+            )
+        for role in ("ring", "ulysses") if self.context is not None else ():
+            if (axis := getattr(self, role)) not in (role, None):
+                raise ValueError(
+                    f"context={self.context!r} plays the roles of ring and ulysses: "
+                    f"leave out {role}={axis!r}"
+                )
+        for field in (*ROLES, "unused", "context"):
             value = getattr(self, field)
             if not all(isinstance(name, str) for name in axis_names(value)):
                 raise ValueError(
@@ -76,7 +97,8 @@ class MeshAxes:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all axes, including those in `unused`."""
-        roles = (axis_names(getattr(self, role)) for role in ROLES)
+        whole = self.unsplit
+        roles = (axis_names(getattr(whole, role)) for role in ROLES)
         return (*itertools.chain.from_iterable(roles), *self.unused)
 
     @property
@@ -87,7 +109,19 @@ class MeshAxes:
     @property
     def sequence(self) -> tuple[str, ...]:
         """The axes that split the sequence, outermost first."""
-        return axis_names(self.ring) + axis_names(self.ulysses)
+        return axis_names(self.unsplit.ring) + axis_names(self.unsplit.ulysses)
+
+    @property
+    def unsplit(self) -> "MeshAxes":
+        """The same roles with `context`, if there is one, as a ring of all its devices.
+
+        For what splits the sequence and exchanges no heads.
+        """
+        if self.context is None:
+            return self
+        return dataclasses.replace(
+            self, ring=self.context, ulysses=None, context=None, context_ulysses=1
+        )
 
 
 def axis_names(axis: AxisName | None) -> tuple[str, ...]:
@@ -236,6 +270,23 @@ def axis_size(mesh: Mesh | AbstractMesh | None, axis: AxisName | None) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in axis_names(axis))
 
 
+def sequence_sizes(mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> tuple[int, int]:
+    """Numbers of ring shards and of devices that exchange heads; 1 without a mesh.
+
+    Raises:
+      ValueError: `context_ulysses` does not divide the axis `context`.
+    """
+    if axes.context is None or mesh is None:
+        return axis_size(mesh, axes.ring), axis_size(mesh, axes.ulysses)
+    size, ulysses = axis_size(mesh, axes.context), axes.context_ulysses
+    if size % ulysses:
+        raise ValueError(
+            f"context_ulysses={ulysses} must divide the mesh axis {axes.context!r} of "
+            f"{size} devices"
+        )
+    return size // ulysses, ulysses
+
+
 def present(
     mesh: Mesh | AbstractMesh, axes: Sequence[AxisName | None]
 ) -> tuple[str, ...]:
@@ -342,6 +393,11 @@ def check_asked_for(axes: MeshAxes, names: Sequence[str]) -> None:
     """Raises ValueError if `axes` names a non-default axis that `names` lacks."""
     if not isinstance(axes, MeshAxes):
         raise ValueError(f"{axes=} must be a usp_jax.MeshAxes")
+    if axes.context is not None and axes.context not in names:
+        raise ValueError(
+            f"axes={axes} splits the axis context={axes.context!r}, which is not among "
+            f"the mesh's axes {tuple(names)}"
+        )
     for role in ROLES:
         axis = getattr(axes, role)
         for name in axis_names(axis):

@@ -57,9 +57,13 @@ class Shards:
 
     @classmethod
     def of_mesh(cls, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> "Shards":
-        """Makes the shards of all devices of a mesh, or of one device for None."""
+        """Makes the shards of all devices of a mesh, or of one device for None.
+
+        An axis `context` is a ring here; `usp_jax.context` splits it.
+        """
         if mesh is None:
             return cls()
+        axes = axes.unsplit
 
         def split(axis: AxisName | None) -> AxisName | None:
             return _axis([n for n in axis_names(axis) if axis_size(mesh, n) > 1])
@@ -71,8 +75,15 @@ class Shards:
         """Makes the shards of the caller's own shard_map.
 
         Raises:
-          ValueError: a sequence axis that `axes` names is not bound there.
+          ValueError: a sequence axis that `axes` names is not bound there, or `axes`
+            has a `context`.
         """
+        if axes.context is not None:
+            raise ValueError(
+                f"axes.context={axes.context!r} cannot be split inside a shard_map, "
+                "where its axis is one already: call usp_attention outside of it, or "
+                f"give axes=MeshAxes(ring={axes.context!r})"
+            )
         bound = [name for name in axes.sequence if _is_bound(name)]
         check_asked_for(
             MeshAxes(None, None, None, axes.ring, axes.ulysses, None), bound
