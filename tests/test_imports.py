@@ -38,7 +38,12 @@ LAYERS = (
         "usp_jax.mesh",
         "usp_jax.shards",
     },
-    {"usp_jax.first_order", "usp_jax.kernels", "usp_jax.reference"},
+    {
+        "usp_jax.checking",
+        "usp_jax.first_order",
+        "usp_jax.kernels",
+        "usp_jax.reference",
+    },
     {"usp_jax.halo", "usp_jax.rolling", "usp_jax.ulysses"},
     {"usp_jax.arguments"},
     {"usp_jax.ring", "usp_jax.ringwork"},

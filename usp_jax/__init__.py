@@ -3,6 +3,7 @@
 from usp_jax.attention import flash_attention, usp_attention, usp_attention_per_shard
 from usp_jax.balancing import balance
 from usp_jax.cache import KVCache
+from usp_jax.checking import check
 from usp_jax.decode import decode_attention
 from usp_jax.delta import gated_delta, gated_delta_per_shard
 from usp_jax.flags import recommended_flags
@@ -19,6 +20,7 @@ __all__ = [
     "KVCache",
     "MeshAxes",
     "balance",
+    "check",
     "decode_attention",
     "flash_attention",
     "from_layout",
