@@ -84,9 +84,9 @@ def run(mesh, ulysses, *, ambient=False, **options):
         return {name: restore(np.asarray(x)) for name, x in actual.items()}
 
 
-@pytest.mark.parametrize("ulysses", thinned([2, 1, 4, 8], keep=2))
+@pytest.mark.parametrize("ulysses", thinned([2, 1, 4, 8], keep=4))
 def test_equals_the_oracle_for_every_split(ulysses):
-    ambient = ulysses > 2
+    ambient = ulysses == 2
     assert_equal_to(case()[-1], run(mesh_of(8), ulysses, ambient=ambient), EXACT)
 
 
@@ -152,6 +152,7 @@ def test_a_cache_is_split_over_the_whole_axis():
     np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v), atol=2e-6)
 
 
+@pytest.mark.long
 def test_joint_attention_splits_it_too():
     mesh = mesh_of(8)
     arrays = normal(4, *((1, 16, N, H),) * 3, *((1, 3, N, H),) * 3)

@@ -31,21 +31,18 @@ def make_params(dtype=jnp.float64):
     return {name: x / 2 for name, x in zip(shapes, arrays, strict=True)}
 
 
-def make_batch(*, shifted=True):
-    """Packed documents with padding; labels of the next token, or of each token."""
+def make_batch():
+    """Packed documents with padding. Each token is its own label; the loss shifts."""
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (B, T), np.int32)
     ids = packed(B, T)
     # Row 1 has labels in its second half only, so that shards differ in their number.
     labels = np.where(ids >= 0, tokens, -1)
     labels[1, : T // 2 + 1] = -1
-    if shifted:
-        labels = shift(labels)
     return {"tokens": tokens, "labels": labels, "segment_ids": ids}
 
 
 def shift(labels):
-    xp = np if isinstance(labels, np.ndarray) else jnp
-    return xp.concatenate([labels[:, 1:], xp.full_like(labels[:, :1], -1)], 1)
+    return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], -1)], 1)
 
 
 def rotated(x, positions):
@@ -104,14 +101,15 @@ def _one_shards_bwd(_, g):
 one_shards_gradient.defvjp(lambda w: (w, None), _one_shards_bwd)
 
 
-def make_loss(mesh, *, fault=None, shifts=False):
-    """The loss for `usp_jax.check`; `shifts` leaves the shift of labels to it."""
+def make_loss(mesh, *, fault=None):
+    """The loss for `usp_jax.check`, with a mistake."""
 
     def one_device(params, batch):
         tokens, labels, ids = (batch[n] for n in ("tokens", "labels", "segment_ids"))
-        labels = shift(labels) if shifts else labels
         order = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-        total, count = nats(params, tokens, labels, ids, order, order, False)
+        total, count = nats(
+            params, tokens, shift(labels), ids, order, order, gather=False
+        )
         return total / count
 
     def on_shards(params, tokens, labels, ids, order):
@@ -138,9 +136,8 @@ def make_loss(mesh, *, fault=None, shifts=False):
         tokens, labels, ids = (batch[n] for n in ("tokens", "labels", "segment_ids"))
         if fault == "documents":
             ids = jnp.minimum(ids, 0)
-        if (shifts and fault not in ("not shifted", "shifted in the shard")) or (
-            fault == "shifted twice"
-        ):
+        times = {"not shifted": 0, "shifted in the shard": 0, "shifted twice": 2}
+        for _ in range(times.get(fault, 1)):
             labels = shift(labels)
         order = jnp.broadcast_to(jnp.arange(T), tokens.shape)
         permute = functools.partial(usp_jax.to_layout, layout="zigzag", mesh=mesh)
