@@ -170,6 +170,7 @@ def test_explicit_meshes_and_arrays_that_lie_on_a_mesh():
     def make_loss(mesh):
         def loss(params, batch):
             if mesh is not None:
+                # It runs under the mesh.
                 batch = jax.reshard(batch, jax.P("ring"))
             return jnp.sum(params["w"] * batch * jax.random.uniform(params["key"]))
 

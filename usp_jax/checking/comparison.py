@@ -126,7 +126,8 @@ def check(
 
     Args:
       make_loss: returns the loss, a function of (params, batch), for a mesh, or for one
-        device if it is given None. Each permutes the same batch as it needs.
+        device if it is given None. Each permutes the same batch as it needs. It runs
+        inside `jax.jit`, and under `jax.set_mesh` of its mesh.
       params: any pytree. Its floating arrays are differentiated.
       batch: any pytree with arrays in natural order. Causes can be told apart best if
         tokens, labels, segment ids and positions, [B, T], are arrays of their own, and

@@ -92,6 +92,8 @@ def _ignored(probe: Probe) -> tuple[str, ...]:
     """Arrays that the mesh does not read."""
     found = []
     for path, x in probe.batch.items():
+        if np.iscomplexobj(x):
+            continue
         # Negative numbers mark padding and missing labels.
         constant = np.where(x < 0, x, x.max(initial=0)).astype(x.dtype)
         other = {**probe.batch, path: constant}

@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from usp_jax.checking.alterations import Arrays
@@ -75,13 +75,14 @@ class Program:
         return float(self._results(arrays)[0])
 
     def _results(self, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
-        explicit = self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
-        context = jax.set_mesh(self.mesh) if explicit else contextlib.nullcontext()
+        # Many models read the mesh of the context.
+        mesh = self.mesh
+        context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
         try:
             with context, jax.default_matmul_precision("highest"):
                 return self._run(self._floating, self._others, dict(arrays))
         except Exception as error:
-            where = "one device" if self.mesh is None else str(sizes_of(self.mesh))
+            where = "one device" if mesh is None else str(sizes_of(mesh))
             error.add_note(f"In usp_jax.check, on {where}.")
             raise
 
