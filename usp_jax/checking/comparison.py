@@ -126,12 +126,12 @@ def check(
 
     Args:
       make_loss: returns the loss, a function of (params, batch), for a mesh, or for one
-        device if it is given None. Each permutes the same batch as it needs. It runs
-        inside `jax.jit`, and under `jax.set_mesh` of its mesh.
+        device if it is given None. Each loss permutes the same batch as it needs. It
+        runs inside `jax.jit`, and under `jax.set_mesh` of its mesh.
       params: any pytree. Its floating arrays are differentiated.
       batch: any pytree with arrays in natural order. Causes can be told apart best if
         tokens, labels, segment ids and positions, [B, T], are arrays of their own, and
-        T is a multiple of 6 times the number of devices.
+        T is a multiple of twice the number of devices, and six times it or more.
       meshes: the meshes to compare. None takes (ring, ulysses) over all devices: 1 × n,
         n × 1, and the most even split of n both ways round.
       tolerance: largest relative error of the loss and of each gradient. None takes
@@ -143,8 +143,9 @@ def check(
         and the likely causes.
 
     Raises:
-      ValueError: there is one device only, `meshes` is empty or under `jax.set_mesh`,
-        the loss is no finite real scalar, or no parameter is floating.
+      ValueError: there is one device only or several processes, `meshes` is empty,
+        `jax.set_mesh` is active, the loss is no finite real scalar, or no parameter is
+        floating.
 
     Example:
       ```python
