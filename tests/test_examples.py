@@ -38,6 +38,8 @@ def mesh_for(name):
     [
         pytest.param(name, marks=pytest.mark.long if name in LONG else ())
         for name in NAMES
+        # It has tests of its own, in `test_example_grpo.py`.
+        if name != "grpo"
     ],
 )
 def test_runs_and_equals_one_device(name, capsys):
