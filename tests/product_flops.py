@@ -3,6 +3,7 @@
 The compiler's own count takes a loop's body once.
 """
 
+import functools
 import math
 
 from usp_jax.compiled import parse_module
@@ -15,12 +16,22 @@ def product_flops(compiled) -> int:
     module = parse_module(compiled.as_text())
     trips = Trips(module)
 
+    @functools.cache
+    def has_dots(name: str) -> bool:
+        instructions = module.computations[name].instructions
+        return any(
+            instruction.opcode == "dot" or any(map(has_dots, instruction.called))
+            for instruction in instructions
+        )
+
     def of_computation(computation: Computation, arguments: tuple[Value, ...]) -> int:
         values = trips.values(computation, arguments)
         total = 0
         for instruction in computation.instructions:
             if instruction.opcode == "dot":
                 total += of_dot(computation, instruction)
+            if not any(map(has_dots, instruction.called)):
+                continue
             operands = tuple(values[name] for name in instruction.operands)
             called = [module.computations[name] for name in instruction.called]
             if instruction.opcode == "while":

@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from tests.delta_cases import BATCH, BY_TOKEN, LAYOUTS, cotangents, inputs, results
-from tests.oracle import Order
+from tests.delta_cases import BY_TOKEN, LAYOUTS, cotangents, inputs, results
 from tests.product_flops import product_flops
-from usp_jax import gated_delta, layout_positions, make_mesh, ring_balance
+from usp_jax import (
+    from_layout,
+    gated_delta,
+    layout_positions,
+    make_mesh,
+    ring_balance,
+    to_layout,
+)
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.delta import SAVED_NAMES
 from usp_jax.delta.reference import reference_gated_delta
@@ -100,12 +106,14 @@ def test_bytes_on_other_meshes(degrees, layout):
     check_bytes(degrees, layout, (8, 16), 4096)
 
 
-@pytest.mark.parametrize("ring", [pytest.param(2, marks=pytest.mark.long), 4])
+@pytest.mark.long
+@pytest.mark.parametrize("ring", [2, 4])
 def test_the_number_of_collectives_does_not_grow_with_the_ring(ring):
     for program in compiled(ring, 2, 4096):
         assert executions(program) == {"all-gather": 1, "all-to-all": 4}
 
 
+@pytest.mark.long
 def test_many_maps_are_composed_by_doubling():
     """128 MiB of maps: hops in log2 of the ring instead of an all-gather."""
     call = check_bytes((8, 1), "zigzag", (64, 64), 2048)
@@ -171,28 +179,45 @@ def test_large_decays_cost_no_precision_in_float32():
         assert error < 3e-6, (name, error)
 
 
-@functools.cache
-def errors_of_16_bits(ring):
-    """The relative errors of results and gradients in bfloat16, by name."""
-    arrays = inputs((2, 4), 512, "bfloat16")
-    given = cotangents(arrays)
-    wide, wide_given = jax.tree.map(lambda x: x.astype("float32"), (arrays, given))
-    mesh = make_mesh(ring=ring)
-    f = functools.partial(gated_delta, layout="zigzag", mesh=mesh)
-    order = Order("zigzag", mesh, BATCH, 512)
-    stored = arrays | {name: order.store(arrays[name]) for name in BY_TOKEN}
-    given = order.store(given[0]), wide_given[1]
-    actual = jax.jit(functools.partial(results, f))(stored, given)
-    exact = jax.jit(functools.partial(results, reference_gated_delta))(wide, wide_given)
-    actual |= {name: order.restore(actual[name]) for name in ("out", *BY_TOKEN)}
+def errors_of_16_bits(f, arrays, given, exact):
+    """The relative errors of what `f` returns, by name."""
+    actual = jax.jit(functools.partial(f, given=given))(arrays)
     return {
         name: np.std(np.float32(actual[name]) - x) / np.std(x)
         for name, x in exact.items()
     }
 
 
-def test_16_bit_errors_do_not_grow_with_the_ring():
-    one, eight = errors_of_16_bits(1), errors_of_16_bits(8)
+@pytest.mark.parametrize(
+    "gradients", [False, pytest.param(True, marks=pytest.mark.long)]
+)
+def test_16_bit_errors_do_not_grow_with_the_ring(gradients):
+    arrays = inputs((2, 4), 512, "bfloat16")
+    dout, dstate = cotangents(arrays)
+
+    def run(f, arrays, given):
+        if gradients:
+            return results(f, arrays, given)
+        return dict(zip(("out", "after"), f(**arrays), strict=True))
+
+    def on_ring(arrays, given, ring):
+        """Results of a zigzag ring; they are permuted outside the call."""
+        mesh = make_mesh(ring=ring)
+        store = functools.partial(to_layout, layout="zigzag", mesh=mesh)
+        restore = functools.partial(from_layout, layout="zigzag", mesh=mesh)
+        stored = arrays | {name: store(arrays[name]) for name in BY_TOKEN}
+        f = functools.partial(gated_delta, layout="zigzag", mesh=mesh)
+        found = run(f, stored, (store(given[0]), given[1]))
+        names = [name for name in ("out", *BY_TOKEN) if name in found]
+        return found | {name: restore(found[name]) for name in names}
+
+    wide = jax.tree.map(lambda x: x.astype("float32"), (arrays, (dout, dstate)))
+    exact = jax.jit(functools.partial(run, reference_gated_delta))(*wide)
+    given = dout, wide[1][1]
+    one, eight = (
+        errors_of_16_bits(functools.partial(on_ring, ring=ring), arrays, given, exact)
+        for ring in (1, 8)
+    )
     for name, error in one.items():
         assert error < 0.01 and eight[name] < 1.1 * error + 1e-6, (name, one, eight)
 

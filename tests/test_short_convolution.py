@@ -110,7 +110,7 @@ def on_shards(mesh, layout):
 
 @pytest.mark.parametrize(
     ("degrees", "layout", "packs", "explicit"),
-    thinned(MESHES, LAYOUTS, (False, True), (False, True), keep=15),
+    thinned(MESHES, LAYOUTS, (False, True), (False, True), keep=23),
 )
 def test_equals_the_definition(degrees, layout, packs, explicit):
     ring, ulysses = degrees
