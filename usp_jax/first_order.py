@@ -23,7 +23,7 @@ def first_order(x: T) -> T:
 @first_order.defjvp
 def _first_order_jvp(primals: object, tangents: object) -> NoReturn:
     raise ValueError(
-        "usp_attention can be differentiated only once (first order only): its "
-        "backward pass is written by hand; for second derivatives use "
-        "jax.nn.dot_product_attention"
+        "usp_attention and gated_delta can be differentiated only once (first order "
+        "only): their backward passes are written by hand; for second derivatives of "
+        "attention use jax.nn.dot_product_attention"
     )
