@@ -53,3 +53,8 @@ def results(f, arrays, given):
     """The results of f, and the gradients of all its arguments, by name."""
     (out, after), pull = jax.vjp(lambda arrays: f(**arrays), arrays)
     return {"out": out, "after": after} | pull(given)[0]
+
+
+def poisoned(x, ids):
+    """x with NaN in padding."""
+    return jnp.where(jnp.expand_dims(ids == -1, range(2, x.ndim)), jnp.nan, x)

@@ -20,6 +20,7 @@ from tests.delta_cases import (
     cotangents,
     documents,
     inputs,
+    poisoned,
     results,
 )
 from tests.oracle import Order, assert_equal_to, normal
@@ -39,11 +40,6 @@ def oracle(heads, length, packs):
         ids = documents(length) if packs else None
         f = functools.partial(reference_gated_delta, segment_ids=ids)
         return jax.jit(functools.partial(results, f))(arrays, cotangents(arrays))
-
-
-def poisoned(x, ids):
-    """x with NaN in padding."""
-    return jnp.where(jnp.expand_dims(ids == -1, range(2, x.ndim)), jnp.nan, x)
 
 
 def check(sizes, layout, heads, *, packs, length, per_shard=False):

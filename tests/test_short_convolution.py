@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.delta_cases import BATCH, LAYOUTS, MESHES, documents, results
+from tests.delta_cases import BATCH, LAYOUTS, MESHES, documents, poisoned, results
 from tests.oracle import Order, assert_equal_to, normal
 from tests.sampling import thinned
 from usp_jax import make_mesh
@@ -76,8 +76,12 @@ def check(sizes, layout, packs, length, taps=4, per_shard=False):
         order = Order(layout, mesh, BATCH, length)
         arrays = inputs(length, taps)
         dy, dtail = cotangents(arrays)
+        ids = documents(length) if packs else None
+        if packs:
+            # Nothing gets out of padding.
+            arrays["x"], dy = poisoned(arrays["x"], ids), poisoned(dy, ids)
+            ids = order.store(ids)
         arrays["x"] = order.store(arrays["x"])
-        ids = order.store(documents(length)) if packs else None
         f = functools.partial(short_convolution, layout=layout, mesh=mesh)
         if per_shard:
             f = on_shards(mesh, layout)

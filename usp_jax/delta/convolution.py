@@ -184,6 +184,9 @@ def _convolve(
     for w, part in zip(weights, shifted, strict=True):
         y += w[None, None] * part.astype(wide)
     y = _with_head(y, weights, facts, tail.astype(wide))
+    if facts.runs is not None:
+        # y is 0 in padding already; what this zeroes is its cotangent.
+        y = jnp.where(facts.runs[0][..., None], y, 0)
     return y.astype(x.dtype), _new_tail(shards, shifted, facts, tail)
 
 
