@@ -63,7 +63,12 @@ def gpu_interpret_params() -> object:
 
 
 def cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, is_causal: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    is_causal: bool,
+    before: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """cuDNN's attention of 16-bit q [B, T, N, H] to k, v [B, S, K, H].
 
@@ -74,6 +79,7 @@ def cudnn_attention(
 
     Args:
       is_causal: if True, row i sees keys 0 to i.
+      before: with `is_causal`, row i sees keys from i - before on; None means all.
 
     Returns:
       out [B, T, N, H] in 16 bits, and lse [B, N, T] in float32.
@@ -81,8 +87,9 @@ def cudnn_attention(
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     none = jnp.zeros(0, q.dtype)
+    options = _cudnn_options(scale, is_causal, before)
     out, lse = private._dot_product_attention_fwd_p_wrapper.bind(
-        *(q, k, v, *[none] * 7), **_cudnn_options(scale, is_causal), is_training=True
+        *(q, k, v, *[none] * 7), **options, is_training=True
     )
     return out, lse
 
@@ -96,6 +103,7 @@ def cudnn_attention_backward(
     dout: jax.Array,
     scale: float,
     is_causal: bool,
+    before: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns dq, dk, dv in 16 bits, from an lse [B, N, T] that may cover more keys.
 
@@ -106,12 +114,13 @@ def cudnn_attention_backward(
 
     none = jnp.zeros(0, q.dtype)
     dq, dk, dv = private._dot_product_attention_bwd_p_wrapper.bind(
-        *(q, k, v, *[none] * 7, lse, out, dout), **_cudnn_options(scale, is_causal)
+        *(q, k, v, *[none] * 7, lse, out, dout),
+        **_cudnn_options(scale, is_causal, before),
     )
     return dq, dk, dv
 
 
-def _cudnn_options(scale: float, is_causal: bool) -> dict[str, Any]:
+def _cudnn_options(scale: float, is_causal: bool, before: int | None) -> dict[str, Any]:
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     mask = private.MaskType.CAUSAL if is_causal else private.MaskType.NO_MASK
@@ -125,5 +134,6 @@ def _cudnn_options(scale: float, is_causal: bool) -> dict[str, Any]:
         "variadic_args": (False, False),
         "mask_type": mask,
         "layout": private.AttentionLayout.BTNH.value,
-        "sliding_window_length": None,
+        # The query's own token counts.
+        "sliding_window_length": None if before is None else before + 1,
     }

@@ -188,7 +188,8 @@ def checked(
         "dropout_rate": rate > 0,
         "segment_ids": facts.segment_ids is not None,
         # Positions are read only where order matters.
-        "positions": facts.positions is not None and rule.after is not None,
+        "positions": facts.positions is not None
+        and (rule.before, rule.after) != (None, None),
         "prefix_length": facts.prefix is not None,
         "local_window_size": rule.before is not None,
         "logits_soft_cap": options["logits_soft_cap"] is not None,

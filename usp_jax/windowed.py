@@ -53,8 +53,9 @@ def takes_halo(call: Call, q_length: int, kv_length: int, facts: Facts) -> bool:
     """Returns True if a call sends a halo: it can, and sends fewer elements that way.
 
     It can if queries and keys are the same tokens, in runs of consecutive positions
-    that the layout implies, and the window is bounded on both sides. As a halo is not
-    hidden behind attention and is held at once, it may be `MOST_SHARDS` shards long.
+    that the layout implies, the window is bounded on both sides, and the kernel takes
+    the mask as data: a halo's differs from device to device. As a halo is not hidden
+    behind attention and is held at once, it may be `MOST_SHARDS` shards long.
     The axes must be a mesh's: under `jax.vmap`, permutes have only one axis.
 
     Args:
@@ -65,6 +66,8 @@ def takes_halo(call: Call, q_length: int, kv_length: int, facts: Facts) -> bool:
     if devices == 1 or rule.before is None or rule.after is None:
         return False
     if facts.positions is not None or q_length != kv_length:
+        return False
+    if kernels.needs_static_masks(call.implementation):
         return False
     if call.layouts[0] != call.layouts[1]:
         return False

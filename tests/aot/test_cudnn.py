@@ -114,6 +114,28 @@ def test_one_device_makes_one_call_per_pass() -> None:
         assert operands.count("f16[2,1024,2,64]") == 2
 
 
+def test_a_window_is_passed_to_cudnn() -> None:
+    topology = aot.topology("h100:1x1")
+    mesh = usp_jax.make_mesh(devices=topology.devices)
+    shape = jax.ShapeDtypeStruct(
+        (2, 1024, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, jax.P())
+    )
+    attend = functools.partial(
+        usp_jax.usp_attention,
+        is_causal=True,
+        local_window_size=(99, 0),
+        mesh=mesh,
+        implementation="cudnn",
+    )
+    for program, target in zip(
+        passes(attend, [shape] * 3), (FORWARD, BACKWARD), strict=True
+    ):
+        assert calls(program) == {(target, "CAUSAL"): 1}
+        # Of 100 tokens, the query's own included.
+        (length,) = re.findall(r'"sliding_window_length": ?(\d+)', program.as_text())
+        assert length == "100"
+
+
 @pytest.mark.long
 def test_a_virtual_ring_of_one_gpu() -> None:
     """Under `jax.vmap`, as benchmarks/kernels.py runs it."""

@@ -16,7 +16,7 @@ from tests.kernels import emulated_cudnn
 from tests.oracle import TOLERANCES, Order, expected, normal, results
 from tests.sampling import thinned
 from usp_jax import kernels
-from usp_jax.kernels.cudnn import out_for
+from usp_jax.kernels.delta import out_for
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
 from usp_jax.ring import SCHEDULES
@@ -277,7 +277,6 @@ def test_a_gradient_through_lse_alone(emulated) -> None:
         (Logits(1.0, 2.0), MaskRule(), None, "cannot honour logits_soft_cap="),
         (Logits(1.0, slopes=1), MaskRule(), None, "cannot honour alibi_slopes= or"),
         (Logits(1.0), MaskRule(), 0, "honour segment_ids=, which also .* padding of a"),
-        (Logits(1.0), MaskRule(left=2), None, "the left bound of local_window_size="),
         (Logits(1.0), MaskRule(True), None, "positions are not those of one layout"),
     ],
 )
@@ -303,7 +302,6 @@ IDS = np.zeros((1, T), np.int32)
     [
         ({"segment_ids": IDS}, "cannot honour segment_ids=; use None or one of"),
         ({"positions": IDS, "is_causal": True}, "cannot honour positions=; use None"),
-        ({"local_window_size": 8}, "cannot honour local_window_size=; use"),
         ({"logits_soft_cap": 30.0}, "cannot honour logits_soft_cap=; use"),
         ({"alibi_slopes": np.ones(8, "float32")}, "cannot honour alibi_slopes=; use"),
         ({"dropout_rate": 0.5, "dropout_seed": 1}, "cannot honour dropout_rate=; use"),

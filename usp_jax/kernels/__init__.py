@@ -6,11 +6,12 @@ Each is a file or a folder with the two functions of the chunk contract (`contra
 
 from functools import partial
 
-from usp_jax.kernels import cudnn, reference, xla
+from usp_jax.kernels import cudnn, fa2_fa3, fa4, reference, xla
 from usp_jax.kernels.choice import (
     IMPLEMENTATIONS as IMPLEMENTATIONS,
     Target as Target,
     choose as choose,
+    needs_static_masks as needs_static_masks,
     target_of as target_of,
 )
 from usp_jax.kernels.contract import (
@@ -41,7 +42,13 @@ def chunk(implementation: str, target: Target | None = None) -> Chunk:
         case "xla":
             return Chunk(xla.chunk_forward, xla.chunk_backward)
         case "cudnn":
-            return Chunk(cudnn.chunk_forward, cudnn.chunk_backward)
+            return cudnn.CALLS.chunk()
+        case "fa2":
+            return fa2_fa3.FA2.chunk()
+        case "fa3":
+            return fa2_fa3.FA3.chunk()
+        case "fa4":
+            return fa4.CALLS.chunk()
         case "mosaic_tpu":
             return _mosaic_tpu(target)
         case "mosaic_tpu_interpret":

@@ -1,9 +1,9 @@
 """The static cases of a mask whose layout is known at trace time.
 
-Some kernels support only two masks: every query sees every key, or row i of a square
-sees keys 0 to i. The positions of a ring shard form a few increasing runs, so what its
-queries see of another shard is a staircase of a few such blocks. With zigzag it is one
-block: a shard sees itself causally; it sees half of the keys of an earlier shard; and
+Some kernels take no mask as data: each query sees every key, or those in a band around
+a diagonal. The positions of a ring shard form a few increasing runs, so what its
+queries see of another shard is a few such bands. With a causal mask and zigzag it is
+one: a shard sees itself causally; it sees half of the keys of an earlier shard; and
 half of its queries see a later shard.
 
 The two shards of a mask depend on the device and the ring step. Each pair of shards has
@@ -19,30 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from usp_jax.kernels.bands import Block, Rows, Span
 from usp_jax.layout import shard_runs
 from usp_jax.masking import Mask, Stretch, Stretches, Tokens
 
 WHOLE = slice(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A range of queries that sees a range of keys.
-
-    Attributes:
-      q: the range of queries.
-      kv: the range of keys.
-      is_causal: whether row i sees keys 0 to i (with as many keys as queries); if not,
-        all queries see all keys.
-    """
-
-    q: slice
-    kv: slice
-    is_causal: bool
-
-    def moved(self, q: int, kv: int) -> "Block":
-        """Returns the block shifted by `q` queries and `kv` keys."""
-        return Block(_moved(self.q, q), _moved(self.kv, kv), self.is_causal)
 
 
 Case = tuple[Block, ...]
@@ -66,19 +47,19 @@ def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
 
     Returns:
       One `Cases` for each pair of stretches, or None where the cases are not static:
-        segment ids, the left bound of a window, positions that do not come from a
-        layout, or layouts with different strides.
+        segment ids, positions that do not come from a layout, or layouts with different
+        strides.
     """
     if mask.sees_all:
-        return (Cases(((Block(WHOLE, WHOLE, False),),), 0),)
-    if mask.q.segment_ids is not None or mask.rule.before is not None:
+        return (Cases(((Block(WHOLE, WHOLE),),), 0),)
+    if mask.q.segment_ids is not None:
         return None
     if mask.q.stretches is None or mask.kv.stretches is None:
         return None
     cases = []
     for q, q_start in _placed(mask.q.stretches):
         for kv, kv_start in _placed(mask.kv.stretches):
-            table = _table(q, kv, mask.rule.after)
+            table = _table(q, kv, mask.rule.before, mask.rule.after)
             if table is None:
                 return None
             each = tuple(
@@ -126,12 +107,14 @@ class _Table:
 
 
 @functools.cache
-def _table(q: Stretch, kv: Stretch, after: int) -> _Table | None:
+def _table(
+    q: Stretch, kv: Stretch, before: int | None, after: int | None
+) -> _Table | None:
     q_runs, kv_runs = _runs(q), _runs(kv)
     index = np.zeros((len(q_runs), len(kv_runs)), np.int32)
     cases = []
     for place in np.ndindex(index.shape):
-        case = _case(q_runs[place[0]], kv_runs[place[1]], after)
+        case = _case(q_runs[place[0]], kv_runs[place[1]], before, after)
         if case is None:
             return None
         if case not in cases:
@@ -176,74 +159,59 @@ def _part(stretch: Stretch, start: int, count: int, first: int, stride: int) -> 
     return _Run(place, count, first + skipped * stride, stride)
 
 
-def _case(q_runs: list[_Run], kv_runs: list[_Run], after: int) -> Case | None:
-    """Returns the visible blocks: positions grow, so a query sees a prefix of the keys.
+def _case(
+    q_runs: list[_Run], kv_runs: list[_Run], before: int | None, after: int | None
+) -> Case | None:
+    """Returns the visible blocks. Positions grow, so a query sees consecutive keys.
 
-    Returns None if the number of keys seen grows somewhere, but not by one per row.
+    Returns None if the first or the last key seen changes somewhere, but not by one
+    per row.
     """
-    stairs: list[_Step] = []
+    bands: list[Rows] = []
     for run in q_runs:
-        # Between two of these rows the number of keys seen is constant or grows by one.
-        ends_of_rows = {0, run.count}
-        for kv in kv_runs:
-            starts = -(-(kv.first - after - run.first) // run.stride)
-            ends = -(-(kv.last - after - run.first) // run.stride) + 1
-            ends_of_rows |= {min(max(row, 0), run.count) for row in (starts, ends)}
-        rows = sorted(ends_of_rows)
-        for row, stop in zip(rows, rows[1:], strict=False):
-            seen, last = (_seen(run, i, kv_runs, after) for i in (row, stop - 1))
-            grows = last > seen
-            if grows and last - seen != stop - 1 - row:
+        turns = _turns(run, kv_runs, before, after)
+        for row, stop in zip(turns, turns[1:], strict=False):
+            ends = row, stop - 1
+            hidden = Span(*(_hidden(run, i, kv_runs, before) for i in ends))
+            seen = Span(*(_seen(run, i, kv_runs, after) for i in ends))
+            if not {hidden.growth, seen.growth} <= {0, stop - 1 - row}:
                 return None
-            _add(stairs, _Step(run.start + row, stop - row, seen, grows))
-    return tuple(block for step in stairs for block in step.blocks())
+            rows = Rows(run.start + row, stop - row, hidden, seen).nonempty()
+            if rows is None:
+                continue
+            joined = bands[-1].joined(rows) if bands else None
+            bands[-1:] = [*bands[-1:], rows] if joined is None else [joined]
+    return tuple(band.block() for band in bands)
 
 
-def _seen(run: _Run, row: int, kv_runs: list[_Run], after: int) -> int:
-    """Returns the number of keys that a query sees."""
+def _turns(
+    run: _Run, kv_runs: list[_Run], before: int | None, after: int | None
+) -> list[int]:
+    """Returns the rows between which the keys seen start or stop to change, in order.
+
+    Between two of them, the first and the last key seen are constant or grow by one
+    per row.
+    """
+    reaches = [] if after is None else [after]
+    reaches += [] if before is None else [-before - 1]
+    rows = {0, run.count}
+    for kv in kv_runs:
+        for reach in reaches:
+            starts = -(-(kv.first - reach - run.first) // run.stride)
+            ends = -(-(kv.last - reach - run.first) // run.stride) + 1
+            rows |= {min(max(row, 0), run.count) for row in (starts, ends)}
+    return sorted(rows)
+
+
+def _seen(run: _Run, row: int, kv_runs: list[_Run], after: int | None) -> int:
+    """Returns the number of keys up to the last one that a query sees."""
+    if after is None:
+        return sum(kv.count for kv in kv_runs)
     ahead = run.first + row * run.stride + after
     counts = ((ahead - kv.first) // kv.stride + 1 for kv in kv_runs)
     return sum(min(max(n, 0), kv.count) for n, kv in zip(counts, kv_runs, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """Consecutive rows of queries that form one step of the staircase.
-
-    Attributes:
-      seen: the number of keys that the first row sees.
-      grows: whether each further row sees one key more than the row before it.
-    """
-
-    row: int
-    count: int
-    seen: int
-    grows: bool
-
-    @property
-    def next(self) -> tuple[int, int]:
-        """The row after these, and the keys it sees if it continues the step."""
-        return self.row + self.count, self.seen + self.count * self.grows
-
-    def blocks(self) -> Iterator[Block]:
-        rows = slice(self.row, self.row + self.count)
-        prefix = self.seen - self.grows
-        if prefix:
-            yield Block(rows, slice(0, prefix), False)
-        if self.grows:
-            yield Block(rows, slice(prefix, prefix + self.count), True)
-
-
-def _add(stairs: list[_Step], step: _Step) -> None:
-    """Appends a step, or extends the last one."""
-    before = stairs[-1] if stairs else None
-    start = step.grows, (step.row, step.seen)
-    if before is not None and (before.grows, before.next) == start:
-        count = before.count + step.count
-        stairs[-1] = dataclasses.replace(before, count=count)
-    else:
-        stairs.append(step)
-
-
-def _moved(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
+def _hidden(run: _Run, row: int, kv_runs: list[_Run], before: int | None) -> int:
+    """Returns the number of keys before the first one that a query sees."""
+    return 0 if before is None else _seen(run, row, kv_runs, -before - 1)

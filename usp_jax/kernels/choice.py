@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
+from usp_jax.kernels.packages import Package
+
 _logger = logging.getLogger(__name__)
 
 # Compute capabilities of the GPUs that an abstract mesh may name. "GH200" and "GB200"
@@ -81,25 +83,30 @@ class KernelSpec:
       name: the value of `implementation` that selects it.
       platform: the only platform that it runs on; None means any.
       capability: the lowest compute capability of the GPU.
-      same_major: whether it runs only on GPUs of that major compute capability, because
-        later ones have different instructions.
+      majors: the only major compute capabilities that it runs on, because others have
+        different instructions; () means any.
       max_head_size: the largest head size; None means no limit.
-      older_head_size: the largest head size on GPUs before Hopper, if it is different.
+      head_sizes: the largest head size on GPUs of a major compute capability, where it
+        is smaller.
       dtypes: the dtypes of q, k and v that it accepts.
       bias_and_dropout: whether it supports ALiBi and dropout of the weights.
       refuses: the names of other arguments that it does not support.
+      static_masks: whether it must know its masks before running.
+      package: the package that it calls, if that is optional.
       automatic: whether implementation=None may choose it.
     """
 
     name: str
     platform: str | None = None
     capability: tuple[int, int] | None = None
-    same_major: bool = False
+    majors: tuple[int, ...] = ()
     max_head_size: int | None = None
-    older_head_size: int | None = None
+    head_sizes: tuple[tuple[int, int], ...] = ()
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     bias_and_dropout: bool = False
     refuses: tuple[str, ...] = ()
+    static_masks: bool = False
+    package: Package | None = None
     automatic: bool = False
 
     def refusal(
@@ -110,34 +117,36 @@ class KernelSpec:
         needs: tuple[str, ...] = (),
     ) -> str | None:
         """Returns the reason why it cannot run a call, or None if it can."""
+        elsewhere = f"but the call is for a {target}"
         if self.platform not in (None, target.platform):
-            return f"runs on a {self.platform}, but the call is for a {target}"
-        if self.capability is not None:
-            capability = target.capability or (0, 0)
-            later = self.same_major and capability[0] > self.capability[0]
-            if capability < self.capability or later:
-                required = "{}.{}".format(*self.capability)
-                last = f" to {self.capability[0]}.x" if self.same_major else ""
-                return (
-                    f"needs compute capability {required}{last}, but the call is for a "
-                    f"{target}"
-                )
+            return f"runs on a {self.platform}, {elsewhere}"
+        capability = target.capability or (0, 0)
+        if self.majors and capability[0] not in self.majors:
+            versions = " or ".join(f"{major}.x" for major in self.majors)
+            return f"needs compute capability {versions}, {elsewhere}"
+        if self.capability is not None and capability < self.capability:
+            oldest = "{}.{}".format(*self.capability)
+            return f"needs compute capability {oldest}, {elsewhere}"
         if jnp.dtype(dtype).name not in self.dtypes:
             return f"does not support {jnp.dtype(dtype).name}"
         if self.max_head_size is not None and head_size > self.max_head_size:
             return f"supports head sizes up to {self.max_head_size}, not {head_size=}"
-        before_hopper = (target.capability or (0, 0)) < (9, 0)
-        older = self.older_head_size if before_hopper else None
-        if older is not None and head_size > older:
-            return f"supports head sizes up to {older} before Hopper, not {head_size=}"
+        for major, size in self.head_sizes:
+            if capability[0] == major and head_size > size:
+                return (
+                    f"supports head sizes up to {size} on compute capability "
+                    f"{major}.x, not {head_size=}"
+                )
         refused = self.refuses + (() if self.bias_and_dropout else BIAS_AND_DROPOUT)
         if unable := [name for name in needs if name in refused]:
             return f"cannot honour {unable[0]}="
-        return None
+        return None if self.package is None else self.package.refusal()
 
 
 _ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _16_BITS = ("bfloat16", "float16")
+# Masks that depend on data, and a function of the logits.
+_BY_DATA = ("segment_ids", "positions", "prefix_length", "logits_soft_cap")
 
 # implementation=None chooses the first automatic one that can run the call.
 KERNELS = (
@@ -147,7 +156,7 @@ KERNELS = (
         "mosaic_gpu",
         platform="gpu",
         capability=(9, 0),
-        same_major=True,
+        majors=(9,),
         max_head_size=256,
         dtypes=_16_BITS,
         automatic=True,
@@ -155,21 +164,47 @@ KERNELS = (
     KernelSpec(
         "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
     ),
-    # It has no interpreter, and its masks must be static.
+    # These four have no interpreter, and their masks must be static.
     KernelSpec(
         "cudnn",
         platform="gpu",
         capability=(8, 0),
         max_head_size=256,
-        older_head_size=128,
+        head_sizes=((8, 128),),
         dtypes=_16_BITS,
-        refuses=(
-            "segment_ids",
-            "positions",
-            "prefix_length",
-            "local_window_size",
-            "logits_soft_cap",
-        ),
+        refuses=_BY_DATA,
+        static_masks=True,
+    ),
+    KernelSpec(
+        "fa2",
+        platform="gpu",
+        majors=(8, 12),
+        max_head_size=256,
+        dtypes=_16_BITS,
+        refuses=_BY_DATA,
+        static_masks=True,
+        package=Package("dew_flash_attn", extra="fa2", jax=(0, 11, 2)),
+    ),
+    KernelSpec(
+        "fa3",
+        platform="gpu",
+        majors=(9,),
+        max_head_size=256,
+        dtypes=_16_BITS,
+        refuses=_BY_DATA,
+        static_masks=True,
+        package=Package("dew_flash_attn", extra="fa3", jax=(0, 11, 2)),
+    ),
+    KernelSpec(
+        "fa4",
+        platform="gpu",
+        majors=(8, 9, 10, 12),
+        max_head_size=256,
+        head_sizes=((10, 128),),
+        dtypes=_16_BITS,
+        refuses=_BY_DATA,
+        static_masks=True,
+        package=Package("fa4_jax", extra="fa4", python=(3, 12)),
     ),
     KernelSpec("xla", dtypes=_ALL_DTYPES, bias_and_dropout=True, automatic=True),
     KernelSpec("reference", dtypes=_ALL_DTYPES, bias_and_dropout=True),
@@ -221,6 +256,11 @@ def choose(
             )
         return implementation
     raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+
+
+def needs_static_masks(implementation: str) -> bool:
+    """Returns whether an implementation must know its masks before running."""
+    return any(x.static_masks for x in KERNELS if x.name == implementation)
 
 
 def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
