@@ -35,7 +35,13 @@ def step_of(
     check(config)
     mesh = make_mesh(config.mesh, devices)
     graphdef, state = abstract_state(config, mesh)
-    batch = describe(config.batch_size, config.sequence_length, mesh, config.layout)
+    batch = describe(
+        config.batch_size,
+        config.sequence_length,
+        mesh,
+        config.layout,
+        config.data.across_documents,
+    )
     return jit_step(make_step(config, graphdef), state), (state, batch)
 
 

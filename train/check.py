@@ -42,6 +42,11 @@ def check(config: Config) -> None:
         )
     _check_data(config.data, config.eval)
     _check_lora(config)
+    if config.data.across_documents and config.layout == "balanced":
+        raise ValueError(
+            "data.across_documents=True cannot be combined with layout='balanced', "
+            "which orders a row by its documents: use layout='zigzag'"
+        )
     _check_length(config)
     _check_distributed(config.distributed)
     _check_traced(config)

@@ -96,6 +96,9 @@ class DataConfig:
       chat_template: file with the chat template of conversations, in Jinja; None is the
         one next to the tokenizer.
       eval_fraction: fraction of the documents held out from training for evaluation.
+      across_documents: let tokens attend to all earlier tokens of their row, those of
+        other documents too. Rows then have no segment ids, as kernels that support no
+        packed rows need it.
     """
 
     path: Path | None = None
@@ -105,6 +108,7 @@ class DataConfig:
     form: str | None = None
     chat_template: Path | None = None
     eval_fraction: float = 0.0
+    across_documents: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

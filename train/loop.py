@@ -141,7 +141,13 @@ def tell(message: str) -> None:
 
 def _compile(run: Run, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
     config, begun = run.config, time.monotonic()
-    batch = describe(config.batch_size, config.sequence_length, run.mesh, config.layout)
+    batch = describe(
+        config.batch_size,
+        config.sequence_length,
+        run.mesh,
+        config.layout,
+        config.data.across_documents,
+    )
     if config.mesh.pipe > 1:
         tell(_describe(config.pipeline))
     first = jax.process_index() == 0

@@ -14,6 +14,7 @@ from tests.train.test_tokenize import write_tokenizer
 from train.config import DataConfig
 from train.data.batches import batches, describe, own_rows, place
 from train.data.corpus import Corpus, Rows
+from train.data.packing import rows_of
 from train.data.text import load_text, shuffled_rows
 from train.data.vocabulary import Vocabulary
 from train.tokenize import Tokenize, tokenize
@@ -33,6 +34,29 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own() -> None:
     assert (epochs[0] != epochs[1]).any()
     other = batches_of(corpus, length=4, batch_size=8, seed=2)
     assert (next(other)["tokens"] != epochs[0][:8]).any()
+
+
+def test_rows_across_documents_are_whole_and_have_no_ids() -> None:
+    corpus = corpus_of([9, 6, 8])
+    apart, across = Rows(corpus, 5), Rows(corpus, 5, across_documents=True)
+    # Of 22 tokens with a next one, the last two make no whole row.
+    assert (len(apart), len(across)) == (5, 4)
+    for i in range(4):
+        row = across[i]
+        assert row.keys() == {"tokens", "labels"} and row["tokens"].shape == (5,)
+        for name, x in row.items():
+            np.testing.assert_array_equal(x, apart[i][name])
+    mesh = usp_jax.make_mesh(ring=2)
+    rows = shuffled_rows([Rows(corpus, 4, across_documents=True)], [1.0], 1)
+    batch = place(next(batches(rows, 2)), "zigzag", mesh)
+    shapes = describe(2, 4, mesh, "zigzag", across_documents=True)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), dict(batch)) == (
+        jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), dict(shapes))
+    )
+    match = r"across_documents=True needs 24 tokens .* a text has 23: give more text"
+    with pytest.raises(ValueError, match=match):
+        rows_of(corpus, 23, across_documents=True)
+    assert len(rows_of(corpus, 22, across_documents=True)) == 1
 
 
 def test_a_batch_may_be_a_single_row() -> None:

@@ -82,14 +82,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(ROWS, ("ring", "ulysses")))
 
 
-def describe(batch_size: int, length: int, mesh: Mesh, layout: str = "zigzag") -> Batch:
+def describe(
+    batch_size: int,
+    length: int,
+    mesh: Mesh,
+    layout: str = "zigzag",
+    across_documents: bool = False,
+) -> Batch:
     """The shapes and shardings of a batch, int32 [B, T] each, for the compiler."""
     shape = jax.ShapeDtypeStruct(
         (batch_size, length), np.int32, sharding=batch_sharding(mesh)
     )
-    positions = ("positions",) if layout == "balanced" else ()
+    names = [name for name in PADDING if name != "segment_ids" or not across_documents]
+    names += ["positions"] if layout == "balanced" else []
     # Shapes in place of arrays; jax has no type for either.
-    return cast(Batch, dict.fromkeys((*PADDING, *positions), shape))
+    return cast(Batch, dict.fromkeys(names, shape))
 
 
 def place(batch: Row, layout: str, mesh: Mesh) -> Batch:

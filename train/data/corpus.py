@@ -1,15 +1,16 @@
 """Documents as concatenated token ids, and the rows cut from them.
 
 Row i is the i-th window of T tokens. A token's label is the token that follows it.
-Tokens attend only within their document (segment ids), and the last token of a document
-has no label. Positions count from the start of the row: RoPE sees only differences.
+Tokens attend only within their document (segment ids), unless rows are made across
+documents. The last token of a document has no label. Positions count from the start of
+the row: RoPE sees only differences.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,14 @@ PADDING = {"tokens": 0, "labels": -1, "segment_ids": -1}
 
 
 class Row(TypedDict):
-    """A row to train on, int32 [T] each; or several rows stacked, [B, T]."""
+    """A row to train on, int32 [T] each; or several rows stacked, [B, T].
+
+    Without segment ids, it is one sequence without padding.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
-    segment_ids: np.ndarray
+    segment_ids: NotRequired[np.ndarray]
 
 
 class Facts(TypedDict):
@@ -248,14 +252,21 @@ class Rows:
     """The windows of a corpus by number, a random-access source for grain.
 
     A row is read when it is indexed; of files, only the row's part is read.
+
+    Attributes:
+      length: tokens in a row.
+      across_documents: leave out the segment ids, and the tokens after the last whole
+        row.
     """
 
     corpus: Corpus
     length: int
+    across_documents: bool = False
 
     def __len__(self) -> int:
         # The very last token is only a label.
-        return -(-(self.corpus.size - 1) // self.length)
+        whole, rest = divmod(self.corpus.size - 1, self.length)
+        return whole if self.across_documents or not rest else whole + 1
 
     def __getitem__(self, index: int) -> Row:
         start = index * self.length
@@ -265,11 +276,13 @@ class Rows:
         document = (document - document[0]).astype(np.int32)
         follows = document[1:] == document[:-1]
         labels = np.where(follows, window[1:], PADDING["labels"])
-        return Row(
+        row = Row(
             tokens=self._padded("tokens", window[:-1]),
             labels=self._padded("labels", labels),
-            segment_ids=self._padded("segment_ids", document[:-1]),
         )
+        if not self.across_documents:
+            row["segment_ids"] = self._padded("segment_ids", document[:-1])
+        return row
 
     def _padded(self, name: str, x: np.ndarray) -> np.ndarray:
         return np.pad(x, (0, self.length - x.size), constant_values=PADDING[name])

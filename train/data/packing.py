@@ -84,13 +84,30 @@ class PackedRows:
         )
 
 
-def rows_of(corpus: Corpus, length: int) -> Rows | PackedRows:
+def rows_of(
+    corpus: Corpus, length: int, across_documents: bool = False
+) -> Rows | PackedRows:
     """Returns the rows of a corpus: whole documents if only some tokens are learnt.
 
     Raises:
-      ValueError: no document has anything to learn within a row.
+      ValueError: no document has anything to learn within a row; or rows are to be made
+        across documents, and these are conversations, or not enough for a row.
     """
-    return PackedRows.of(corpus, length) if corpus.is_taught else Rows(corpus, length)
+    if corpus.is_taught and across_documents:
+        raise ValueError(
+            "data.across_documents=True cannot be used with conversations, whose rows "
+            "are padded: leave the option out"
+        )
+    if corpus.is_taught:
+        return PackedRows.of(corpus, length)
+    rows = Rows(corpus, length, across_documents)
+    if not len(rows):
+        raise ValueError(
+            f"data.across_documents=True needs {length + 1} tokens for a row without "
+            f"padding, and a text has {corpus.size}: give more text, a smaller "
+            "sequence_length, or leave the option out"
+        )
+    return rows
 
 
 def best_fit(lengths: np.ndarray, room: int) -> list[np.ndarray]:

@@ -40,7 +40,7 @@ def passkey_rows(config: Config) -> grain.MapDataset:
             f"passkey.shortest={shortest} must be at least {SHORTEST} and at most "
             f"sequence_length={length}"
         )
-    for name in ("path", "mixture", "tokenizer", "eval_fraction"):
+    for name in ("path", "mixture", "tokenizer", "eval_fraction", "across_documents"):
         if getattr(config.data, name):
             raise ValueError(
                 f"data.{name}={getattr(config.data, name)} is not used with "

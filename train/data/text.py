@@ -30,24 +30,26 @@ class Text:
       weights: the weight with which rows are drawn from each corpus.
       held_out: the held-out documents of each corpus; () if none are held out.
       facts: facts that identify the text, for config.json.
+      across_documents: whether rows have no segment ids, see `Rows`.
     """
 
     corpora: tuple[Corpus, ...]
     weights: tuple[float, ...]
     held_out: tuple[Corpus, ...]
     facts: dict[str, object]
+    across_documents: bool = False
 
     def rows(self, length: int) -> list[Rows | PackedRows]:
         """The training rows of each corpus.
 
         Raises:
-          ValueError: no conversation has anything to learn within a row.
+          ValueError: a corpus has no row, or none that can be used, see `rows_of`.
         """
-        return [rows_of(corpus, length) for corpus in self.corpora]
+        return [rows_of(x, length, self.across_documents) for x in self.corpora]
 
     def held_out_rows(self, length: int) -> list[Rows | PackedRows]:
         """The held-out rows of each corpus; raises ValueError as `rows` does."""
-        return [rows_of(corpus, length) for corpus in self.held_out]
+        return [rows_of(x, length, self.across_documents) for x in self.held_out]
 
 
 def load_text(
@@ -76,13 +78,13 @@ def load_text(
         record["weights"] = list(weights)
     record["tokenizer_fingerprint"] = vocabulary.fingerprint
     if not config.eval_fraction:
-        return Text(corpora, weights, (), record)
+        return Text(corpora, weights, (), record, config.across_documents)
     parts = [
         _divided(corpus, config.eval_fraction, path)
         for corpus, path in zip(corpora, paths, strict=True)
     ]
     learnt, held_out = zip(*parts, strict=True)
-    return Text(learnt, weights, held_out, record)
+    return Text(learnt, weights, held_out, record, config.across_documents)
 
 
 def _divided(

@@ -35,14 +35,15 @@ class Batch(TypedDict):
     Attributes:
       tokens: token ids.
       labels: the token that follows each, or -1.
-      segment_ids: the document of each token, -1 for padding.
+      segment_ids: the document of each token, -1 for padding; absent if each row is one
+        sequence without padding.
       positions: positions of the tokens, for balanced rows, each of which is stored in
         its own order.
     """
 
     tokens: Array
     labels: Array
-    segment_ids: Array
+    segment_ids: NotRequired[Array]
     positions: NotRequired[Array]
 
 
@@ -167,7 +168,7 @@ def _routed_loss(
         nnx.merge(graphdef, params),
         part["tokens"],
         part["labels"],
-        segment_ids=part["segment_ids"],
+        segment_ids=part.get("segment_ids"),
         positions=part.get("positions"),
         layout=layout,
     )
