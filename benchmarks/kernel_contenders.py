@@ -45,7 +45,7 @@ def contenders() -> dict[str, Contender]:
     available = {
         f"usp_jax {kernel.name}": _of_jax(partial(_ours, kernel.name))
         for kernel in KERNELS
-        if _runs_on(kernel, platform)
+        if runs_on(kernel, platform)
     }
     available["jax.nn xla"] = _of_jax(partial(_jax_nn, "xla"))
     if platform == "gpu":
@@ -81,17 +81,18 @@ def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Calla
             )
             return _program(attention, which)(*arrays)
 
-        if shape.mask == "packed":
-            raise NotImplementedError("the virtual ring does not support documents")
+        _check(shape, "the virtual ring", value_size=True)
         return jax.jit(jax.vmap(per_shard, axis_name="ring", axis_size=size))
 
     return program
 
 
-def _runs_on(kernel, platform):
+def runs_on(kernel, platform):
     """Returns whether to compare an implementation of usp_jax on a platform."""
     if kernel.name.endswith("_interpret"):
         return platform == "cpu"
+    if kernel.package is not None and kernel.package.refusal():
+        return False
     return kernel.name == "xla" or kernel.platform == platform
 
 
@@ -111,18 +112,29 @@ def _ours(implementation, shape):
         usp_jax.flash_attention,
         is_causal=shape.is_causal,
         segment_ids=shape.segment_ids(),
+        local_window_size=shape.local_window_size,
         implementation=implementation,
     )
 
 
-def _jax_nn(implementation, shape):
+def _check(shape, of, *, window=False, value_size=False):
+    """Raises if others' attention does not support packed documents or the shape."""
     if shape.mask == "packed":
-        raise NotImplementedError("jax.nn does not support packed documents")
+        raise NotImplementedError(f"{of} does not support packed documents")
+    if shape.window is not None and not window:
+        raise NotImplementedError(f"{of} is not called with a window")
+    if shape.value_size is not None and not value_size:
+        raise NotImplementedError(f"{of} has one head size")
+
+
+def _jax_nn(implementation, shape):
+    _check(shape, "jax.nn", window=True)
     if implementation == "xla" and shape.length > 4096:
         raise NotImplementedError("its T x T scores do not fit")
     return partial(
         jax.nn.dot_product_attention,
         is_causal=shape.is_causal,
+        local_window_size=shape.local_window_size,
         implementation=implementation,
     )
 
@@ -135,8 +147,7 @@ def _halves(arrays):
 def _jax_mosaic(shape):
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
-    if shape.mask == "packed":
-        raise NotImplementedError("it does not support packed documents")
+    _check(shape, "jax's Mosaic op")
     config = attention_mgpu.TuningConfig(
         block_q=64,
         block_kv=128,
@@ -156,6 +167,8 @@ def _jax_mosaic(shape):
 def _jax_triton(shape):
     from jax.experimental.pallas.ops.gpu import attention
 
+    if shape.mask != "packed":
+        _check(shape, "jax's Triton op")
     group = shape.heads // shape.kv_heads
 
     def run(q, k, v):
@@ -176,8 +189,7 @@ def _jax_triton(shape):
 def _tokamax(shape):
     import tokamax
 
-    if shape.mask == "packed":
-        raise NotImplementedError("its document mask would be T x T")
+    _check(shape, "tokamax")
     return partial(tokamax.dot_product_attention, is_causal=shape.is_causal)
 
 
@@ -187,8 +199,7 @@ def _of_torch(backend):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def program(shape, which):
-        if shape.mask == "packed":
-            raise NotImplementedError("it does not support packed documents")
+        _check(shape, "torch", value_size=True)
 
         def run(q, k, v, dout):
             with sdpa_kernel([getattr(SDPBackend, backend)]):

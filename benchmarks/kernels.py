@@ -2,10 +2,12 @@
 
     python -m benchmarks.kernels                 # on a GPU: 2K to 128K, hours
     python -m benchmarks.kernels --lengths 16384 32768 --masks causal
+    python -m benchmarks.kernels --head-sizes 64 256 192/128 --windows 128 1024 4096
     python -m benchmarks.kernels --toy           # anywhere: interpreted kernels
 
 Prints JSON lines: first the machine, then one line per shape, pass and contender with
-the median time of a call and its TFLOP/s, which count visible pairs only. All
+the median time of a call and its TFLOP/s, which count visible pairs only. fa2, fa3 and
+fa4 are compared where their packages are installed. All
 contenders run in this process, compiled before anything is timed, on random data that
 changes from call to call.
 
@@ -109,7 +111,7 @@ def chosen(shape: Shape, options) -> dict[str, Contender]:
         selected[name] = contender
         ours = name.removeprefix("usp_jax ")
         causal = shape.mask == "causal" and shape.length % (2 * options.ring) == 0
-        if ours != name and causal:
+        if ours != name and causal and shape.window is None:
             ring = f"{name}, virtual ring of {options.ring}"
             selected[ring] = ring_contender(ours, options.ring)
     return selected
@@ -132,6 +134,8 @@ def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
             "mask": shape.mask,
             "length": shape.length,
             "head_size": shape.head_size,
+            "value_size": shape.head_sizes[1],
+            "window": shape.window,
             "flops": shape.flops(which),
             "contender": name,
         }
@@ -145,11 +149,30 @@ def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
         yield head | figures
 
 
+def head_sizes(word: str) -> tuple[int, int | None]:
+    """Reads "64", or "192/128" for keys of 192 and values of 128."""
+    key, _, value = word.partition("/")
+    return int(key), int(value) if value else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     lengths = [2048 * 2**i for i in range(7)]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
-    parser.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--head-sizes",
+        type=head_sizes,
+        nargs="+",
+        default=[(64, None), (128, None)],
+        help="64, or 192/128 with values of another size",
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[],
+        help="tokens that a causal query sees; also measured",
+    )
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--heads", type=int, default=32)
@@ -163,13 +186,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="one tiny shape")
     options = parser.parse_args(arguments)
     if options.toy:
-        options.lengths, options.head_sizes, options.ring = [64], [16], 2
+        options.lengths, options.ring = [64], 2
+        options.head_sizes = [(16, None)]
         options.heads, options.kv_heads, options.repeats, options.sets = 2, 1, 1, 1
     print(json.dumps(machine() | {"repeats": options.repeats}), flush=True)
+    masks = [(mask, None) for mask in options.masks]
+    masks += [("causal", window) for window in options.windows]
     todo = [
-        (Shape(length, head_size, mask, options.heads, options.kv_heads), which)
-        for length, head_size, mask, which in itertools.product(
-            options.lengths, options.head_sizes, options.masks, options.passes
+        (
+            Shape(
+                length,
+                size,
+                mask,
+                options.heads,
+                options.kv_heads,
+                value_size=value_size,
+                window=window,
+            ),
+            which,
+        )
+        for length, (size, value_size), (mask, window), which in itertools.product(
+            options.lengths, options.head_sizes, masks, options.passes
         )
     ]
     for line in lines(todo, options):

@@ -1,9 +1,12 @@
 """Inputs, timing and operation counts of attention benchmarks on one device."""
 
+import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -13,9 +16,6 @@ import numpy as np
 
 from usp_jax.masking import Mask, MaskRule, Tokens
 
-# FLOPs of the backward over those of the forward (five products to two), as counted by
-# FlashAttention-2 and -3.
-BACKWARD_OVER_FORWARD = 2.5
 DOCUMENTS = 8
 MASKS = ("full", "causal", "packed")
 
@@ -26,6 +26,8 @@ class Shape:
 
     Attributes:
       mask: "full", "causal", or "packed": causal within each of 8 documents.
+      value_size: the head size of values, if it is another.
+      window: number of tokens that a causal query sees, its own included; None is all.
     """
 
     length: int
@@ -35,10 +37,22 @@ class Shape:
     kv_heads: int = 8
     batch: int = 1
     dtype: str = "bfloat16"
+    value_size: int | None = None
+    window: int | None = None
 
     @property
     def is_causal(self) -> bool:
         return self.mask != "full"
+
+    @property
+    def local_window_size(self) -> tuple[int, int] | None:
+        """The window as attention's option."""
+        return None if self.window is None else (self.window - 1, 0)
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """The head sizes of keys and of values."""
+        return self.head_size, self.value_size or self.head_size
 
     def document_lengths(self) -> list[int]:
         """Returns the document lengths of a row: one document, or 8 cut at random."""
@@ -60,28 +74,43 @@ class Shape:
         """Returns the mask in the form that the kernels take."""
         positions = jnp.arange(self.length, dtype=jnp.int32)[None]
         tokens = Tokens(positions, self.segment_ids())
-        return Mask(MaskRule(self.is_causal), tokens, tokens)
+        window = self.local_window_size or (None, None)
+        return Mask(MaskRule(self.is_causal, *window), tokens, tokens)
 
     def pairs(self) -> int:
         """Returns the number of visible pairs of tokens in a row."""
-        if self.is_causal:
-            return sum(n * (n + 1) // 2 for n in self.document_lengths())
-        return self.length**2
+        if not self.is_causal:
+            return self.length**2
+
+        def causal(n: int) -> int:
+            return n * (n + 1) // 2
+
+        # A window hides a triangle of those that are farther back.
+        hidden = self.length if self.window is None else self.window
+        return sum(
+            causal(n) - causal(max(0, n - hidden)) for n in self.document_lengths()
+        )
 
     def flops(self, which: str) -> float:
         """Returns the FLOPs on visible pairs of "forward" or "forward_backward"."""
-        forward = 4.0 * self.batch * self.heads * self.head_size * self.pairs()
-        factor = 1.0 if which == "forward" else 1.0 + BACKWARD_OVER_FORWARD
-        return forward * factor
+        of_keys, of_values = (
+            2.0 * self.batch * self.heads * size * self.pairs()
+            for size in self.head_sizes
+        )
+        forward = of_keys + of_values
+        if which == "forward":
+            return forward
+        # Three products with keys or queries and two with values, as counted by
+        # FlashAttention-2 and -3.
+        return forward + 3 * of_keys + 2 * of_values
 
     def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns the shapes and dtypes of `inputs`."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        sizes = (self.head_size, *self.head_sizes, self.head_sizes[1])
         return tuple(
-            jax.ShapeDtypeStruct(
-                (self.batch, self.length, n, self.head_size), jnp.dtype(self.dtype)
-            )
-            for n in heads
+            jax.ShapeDtypeStruct((self.batch, self.length, n, size), self.dtype)
+            for n, size in zip(heads, sizes, strict=True)
         )
 
     def inputs(self, seed: int) -> tuple[jax.Array, ...]:
@@ -147,4 +176,40 @@ def machine() -> dict:
         "platform": jax.default_backend(),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        **gpu(),
     }
+
+
+# What decides a GPU's speed, as nvidia-smi names it.
+GPU_FIELDS = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "power.draw",
+)
+
+
+def gpu(run: Callable = subprocess.run) -> dict[str, str]:
+    """Describes the first NVIDIA GPU: driver, clocks, power and the version of cuDNN.
+
+    Empty without a GPU or nvidia-smi; a version that is not installed as a package is
+    left out.
+    """
+    command = ["nvidia-smi", "--query-gpu=" + ",".join(GPU_FIELDS)]
+    try:
+        done = run(
+            [*command, "--format=csv,noheader", "--id=0"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    values = (value.strip() for value in done.stdout.strip().split(","))
+    found = dict(zip(GPU_FIELDS, values, strict=True))
+    for package in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

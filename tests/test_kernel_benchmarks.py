@@ -5,18 +5,21 @@ import dataclasses
 import importlib
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import kernels, tune
+from benchmarks import kernel_contenders, kernels, timing, tune
 from benchmarks.timing import Shape
 from benchmarks.tune_space import parts
 from benchmarks.tune_table import merged, replaced, written
-from usp_jax.kernels.choice import Target
+from usp_jax.kernels.choice import KERNELS, Target
+from usp_jax.kernels.packages import Package
 from usp_jax.kernels.table import Row, lookup
+from usp_jax.masking import visible
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 has no interpreter for it"
@@ -55,6 +58,48 @@ def test_visible_work_is_counted_in_flash_attentions_currency(mask) -> None:
     forward = 4 * 3 * 6 * 16 * visible_pairs(shape)
     assert shape.flops("forward") == forward
     assert shape.flops("forward_backward") == 3.5 * forward
+
+
+@pytest.mark.parametrize("window", [1, 17, 200])
+def test_windows_and_values_of_another_size_are_counted(window) -> None:
+    shape = Shape(96, 24, "causal", 6, 2, value_size=16, window=window)
+    seen = np.asarray(visible(shape.mask_data()))[0]
+    assert shape.pairs() == seen.sum()
+    # Products of queries and keys, and of weights and values.
+    one, other = (2 * 6 * size * shape.pairs() for size in (24, 16))
+    assert shape.flops("forward") == one + other
+    assert shape.flops("forward_backward") == 4 * one + 3 * other
+    assert [x.shape[3] for x in shape.structs()] == [24, 24, 16, 16]
+    assert kernels.head_sizes("192/128") == (192, 128)
+    assert kernels.head_sizes("64") == (64, None)
+
+
+def test_a_gpu_is_described_as_nvidia_smi_reports_it() -> None:
+    def answer(command, **options):
+        assert command[0] == "nvidia-smi" and options["check"]
+        _, fields = command[1].split("=")
+        values = ", ".join(f"{name} of 0" for name in fields.split(","))
+        return subprocess.CompletedProcess(command, 0, values + "\n")
+
+    found = timing.gpu(answer)
+    assert found["driver_version"] == "driver_version of 0"
+    assert found["clocks.max.sm"] == "clocks.max.sm of 0"
+    assert found["power.limit"] == "power.limit of 0"
+
+    def absent(command, **options):
+        raise FileNotFoundError(command[0])
+
+    assert timing.gpu(absent) == {}
+
+
+def test_packages_are_contenders_where_they_are_installed(monkeypatch) -> None:
+    rows = {row.name: row for row in KERNELS if row.package is not None}
+    assert rows.keys() == {"fa2", "fa3", "fa4"}
+    for reason, expected in ((None, True), ("it is not installed", False)):
+        monkeypatch.setattr(Package, "refusal", lambda self, reason=reason: reason)
+        for row in rows.values():
+            assert kernel_contenders.runs_on(row, "gpu") == expected
+            assert not kernel_contenders.runs_on(row, "cpu")
 
 
 def test_kernels_at_toy_size(capsys) -> None:
