@@ -99,8 +99,9 @@ def usp_attention(
       axes: the role of each mesh axis. Every axis with more than one device needs a
         role. One axis `context` is split into ring and Ulysses here.
       implementation: "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA
-        GPUs since Ampere), "cudnn" (NVIDIA GPUs since Ampere; full and causal masks
-        only), "xla" (any device) or "reference" (the definition; O(T·S) memory).
+        GPUs since Ampere), "xla" (any device) or "reference" (the definition; O(T·S)
+        memory). For full and causal masks and windows only: "cudnn" (NVIDIA GPUs since
+        Ampere), and "fa2", "fa3" and "fa4" (optional packages, see docs/kernels.md).
         "mosaic_tpu_interpret", "mosaic_gpu_interpret" and "triton_interpret" run on
         any device, slowly. None picks one for the mesh's devices.
       return_residual: if True, also returns the log-sum-exp of the logits.

@@ -2,8 +2,8 @@
 
 A key is visible if four conditions hold: on order (causal), on distance (window), on
 the document (segment), and that neither side is padding. All four are one function of
-(query position, key position, query segment, key segment). Kernels but cuDNN's use no
-other mask.
+(query position, key position, query segment, key segment). Kernels use no other mask,
+but for those of packages (`kernels/cases.py`).
 
 nq and nk are numbers of blocks. The batch axis of positions may be 1 (same for all).
 """
