@@ -6,6 +6,7 @@ and how their results are merged.
 
 import functools
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,39 @@ def test_in_a_ring(
 )
 def test_windows_with_cudnn(cudnn, degrees, layout, mask) -> None:
     check_ring("cudnn", degrees, layout, mask)
+
+
+@pytest.mark.parametrize("implementation", ["fa2", "fa3"])
+def test_a_mapped_axis_becomes_part_of_the_batch(
+    flash, monkeypatch, implementation
+) -> None:
+    """The package's calls cannot be mapped: they get one array of all rows."""
+    batches = []
+    for name in ("forward2", "backward2"):
+        original = getattr(emulated_flash, name)
+
+        def counted(*args, original=original):
+            batches.append([x.shape[0] for x in args[:3]])
+            return original(*args)
+
+        # "fa3" calls these too; the modules hold the functions by name.
+        monkeypatch.setattr(emulated_flash, name, counted)
+        monkeypatch.setattr(sys.modules["dew_flash_attn"], f"_{name}", counted)
+    arrays = normal(4, (3, 2, 8, 2, 8), (2, 8, 2, 8), (2, 8, 2, 8))
+
+    def run(implementation):
+        def loss(q, k, v):
+            options = CAUSAL | {"implementation": implementation}
+            return jnp.sum(usp_jax.flash_attention(q, k, v, **options) ** 2)
+
+        grads = jax.grad(loss, (0, 1, 2))
+        return jax.jit(jax.vmap(grads, in_axes=(0, None, None)))(*arrays)
+
+    actual, exact = run(implementation), run("reference")
+    for x, y in zip(actual, exact, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+    # Also traced without the mapped axis, for the types of the results.
+    assert [6, 6, 6] in batches
 
 
 @pytest.mark.parametrize("implementation", NAMES)
