@@ -64,6 +64,9 @@ LAYERS = (
 )
 # Packages that parts outside the core may import in addition to the core's.
 EXTRA_PACKAGES = {
+    # Imported when one of these kernels runs.
+    "usp_jax.kernels.fa2_fa3": {"dew_flash_attn"},
+    "usp_jax.kernels.fa4": {"fa4_jax"},
     "usp_jax.nn": {"flax"},
     "usp_jax.models": {"flax"},
     "usp_jax.models.hf": {"flax", "safetensors"},

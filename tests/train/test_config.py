@@ -325,6 +325,7 @@ def test_a_config_can_be_written_as_json(tmp_path: Path) -> None:
         "chat_template": None,
         "eval_fraction": 0.0,
         "tokens": 5,
+        "across_documents": False,
     }
 
 
