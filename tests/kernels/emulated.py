@@ -56,8 +56,10 @@ def run_anywhere(monkeypatch, *names):
 
     def anywhere(row):
         dtypes = (*row.dtypes, "float32", "float64")
-        changes = {"platform": None, "capability": None, "majors": (), "dtypes": dtypes}
-        return dataclasses.replace(row, **changes) if row.name in names else row
+        changes = {"platform": None, "capability": None, "majors": (), "package": None}
+        if row.name not in names:
+            return row
+        return dataclasses.replace(row, dtypes=dtypes, **changes)
 
     monkeypatch.setattr(choice, "KERNELS", tuple(map(anywhere, choice.KERNELS)))
 

@@ -13,7 +13,7 @@ from tests.train.test_documents import write_lines, write_parquet
 from tests.train.test_tokenize import write_tokenizer
 from train.config import DataConfig
 from train.data.batches import batches, describe, own_rows, place
-from train.data.corpus import Corpus, Rows
+from train.data.corpus import Corpus, Lesson, Rows
 from train.data.packing import rows_of
 from train.data.text import load_text, shuffled_rows
 from train.data.vocabulary import Vocabulary
@@ -57,6 +57,9 @@ def test_rows_across_documents_are_whole_and_have_no_ids() -> None:
     with pytest.raises(ValueError, match=match):
         rows_of(corpus, 23, across_documents=True)
     assert len(rows_of(corpus, 22, across_documents=True)) == 1
+    lesson = Lesson(np.arange(6, dtype=np.int32), np.ones(6, bool), 0)
+    with pytest.raises(ValueError, match="True cannot be used with conversations"):
+        rows_of(Corpus.of_lessons([lesson]), 5, across_documents=True)
 
 
 def test_a_batch_may_be_a_single_row() -> None:
