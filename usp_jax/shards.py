@@ -17,7 +17,7 @@ from usp_jax.mesh import (
     check_asked_for,
     present,
 )
-from usp_jax.varying import vary_like
+from usp_jax.varying import vary_like, varying_axes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -226,6 +226,14 @@ class Shards:
         if self.mesh is not None:
             return present(self.mesh, self.axes.sequence)
         return tuple(name for name in self.axes.sequence if _is_bound(name))
+
+    def reduced(self, x: jax.Array) -> tuple[str, ...]:
+        """The axes over which a sum of `x` is the same on all devices of a sequence.
+
+        They are those that split it, and those of one device if `x` varies over them.
+        """
+        own = {*self.split, *varying_axes(x)}
+        return tuple(name for name in self.sequence if name in own)
 
     @property
     def ring_size(self) -> int:

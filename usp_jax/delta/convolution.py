@@ -226,7 +226,7 @@ def _facts(
         none = jnp.iinfo(jnp.int32).max // 2
         first = jnp.where(runs[0], positions, none).min(1)
         last = jnp.where(runs[0], positions, -1).max(1)
-        if axes := shards.sequence:
+        if axes := shards.reduced(first):
             first, last = lax.pmin(first, axes), lax.pmax(last, axes)
     head = first[:, None] + jnp.arange(reach, dtype=jnp.int32)[None]
     return _Facts(runs, last - first, past.places(head), past.places(last[:, None]))
@@ -273,7 +273,7 @@ def _new_tail(
         is_short &= jnp.take_along_axis(runs, step, 1)
     is_here = facts.last < shifted[0].shape[1]
     own = own + jnp.where((is_short & is_here)[..., None], before, 0)
-    if axes := shards.sequence:
+    if axes := shards.reduced(own):
         own = lax.psum(own, axes)
     return jnp.where((distance < 0)[..., None], tail, own)
 

@@ -233,7 +233,7 @@ def _initial(
 def _own_state(call: DeltaCall, state: jax.Array) -> jax.Array:
     """The state of this device's heads: [B, M, H, V] -> [B, 1, M/U, H, V]"""
     heads, shards = call.heads, call.shards
-    if axes := shards.sequence:
+    if axes := shards.split:
         # One device has its gradient; the transpose of this adds those of all.
         state = vary_like(state, lax.axis_index(axes))
     padding = heads.padded - heads.num_heads
@@ -246,7 +246,7 @@ def _own_state(call: DeltaCall, state: jax.Array) -> jax.Array:
 def _whole_state(call: DeltaCall, own: jax.Array) -> jax.Array:
     """The sum over the devices: [B, 1, M/U, H, V] -> [B, M, H, V]"""
     heads, shards = call.heads, call.shards
-    axes = shards.sequence
+    axes = shards.reduced(own)
     if not axes:
         return own[:, 0]
     shape = len(own), heads.ulysses_size, *own.shape[2:]
