@@ -16,6 +16,7 @@ from usp_jax.layout import LAYOUTS
 from usp_jax.models.adapters import Lora
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant
+from usp_jax.models.delta import Delta
 from usp_jax.models.execution import Computation, MeshSizes, Staging, with_fields_of
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
@@ -48,6 +49,7 @@ class ModelConfig(Computation, Decoder):
     variants: Annotated[tuple[Variant, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     experts: Annotated[Experts | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     latent: Annotated[Latent | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    delta: Annotated[Delta | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     # Of the section `lora`.
     lora: Annotated[Lora | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
 

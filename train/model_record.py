@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from train.config import ModelConfig
 from usp_jax.models.decoder import DEFAULT, Variant
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.models.rope_scaling import RopeScaling
 
-Part = TypeVar("Part", Experts, Latent)
+Part = TypeVar("Part", Experts, Latent, Delta)
 
 
 def model_record(model: ModelConfig) -> dict[str, Any]:
@@ -37,12 +38,14 @@ def model_fields(record: Mapping[str, Any]) -> dict[str, Any]:
                     **entry,
                     "rope_scaling": _scaling(entry["rope_scaling"]),
                     "experts": _of_fields(Experts, entry.get("experts")),
+                    "delta": _of_fields(Delta, entry.get("delta")),
                 }
             )
             for entry in variants
         ),
         "experts": _of_fields(Experts, record.get("experts")),
         "latent": _of_fields(Latent, record.get("latent")),
+        "delta": _of_fields(Delta, record.get("delta")),
     }
 
 

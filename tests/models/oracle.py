@@ -3,9 +3,11 @@ nor sharding, RoPE as complex numbers, and attention by its definition."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from usp_jax.delta.reference import reference_gated_delta
 from usp_jax.models.decoder import of_kind
 from usp_jax.models.llama import LlamaConfig
 from usp_jax.models.parameters import layer_stacks
@@ -34,15 +36,20 @@ def logits(
         for name, full in layer_stacks(config, kind).items():
             w[name] = params[full][rows[full]]
             rows[full] += 1
-        x = layer(of_kind(config, kind), w, x, seen, real, xp, routed)
+        own = of_kind(config, kind)
+        x = layer(own, w, x, seen, real, xp, routed, segment_ids)
     x = norm(config, x, params["final_norm"], xp)
     x = xp.einsum("btd,vd->btv", x, params.get("lm_head", params["embed"]))
     return cap(x, config.final_soft_cap, xp)
 
 
-def layer(config: LlamaConfig, w: dict, x, seen, real, xp, routed):
+def layer(config: LlamaConfig, w: dict, x, seen, real, xp, routed, ids):
     """One layer of the default kind."""
-    out = attention(config, w, maybe_norm(config, x, w, "attention_norm", xp), seen, xp)
+    y = maybe_norm(config, x, w, "attention_norm", xp)
+    if config.delta is None:
+        out = attention(config, w, y, seen, xp)
+    else:
+        out = delta(config, w, y, ids)
     x = x + maybe_norm(config, out, w, "attention_out_norm", xp)
     y = maybe_norm(config, x, w, "mlp_norm", xp)
     if config.experts is None:
@@ -115,7 +122,43 @@ def attention(config: LlamaConfig, w: dict, y, seen, xp):
     else:
         q, k, v = heads(config, w, y, xp)
     scores = xp.einsum("btnh,bsnh->bnts", q, k)
-    return output(config, w, scores, v, seen, xp)
+    gate = None
+    if config.output_gate:
+        gate = 1 / (1 + xp.exp(-xp.einsum("btd,dnh->btnh", y, w["output_gate"])))
+    return output(config, w, scores, v, seen, xp, gate)
+
+
+def delta(config: LlamaConfig, w: dict, y, ids):
+    """Gated DeltaNet: a loop over taps, then over tokens, with one state for all."""
+    ids = jnp.zeros(y.shape[:2], jnp.int32) if ids is None else ids
+    q, k, v = (mixed(y, w[f"delta_{x}"], w[f"delta_{x}_conv"], ids) for x in "qkv")
+    v = v.reshape(*v.shape[:2], -1, config.delta.value_size)
+    q, k = (x / jnp.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    rate = jnp.exp(w["delta_log_rate"])[None, None]
+    decay = jnp.einsum("btd,dng->btng", y, w["delta_decay"])
+    decay = -rate * jnp.log(1 + jnp.exp(decay + w["delta_decay_bias"][None, None]))
+    beta = 1 / (1 + jnp.exp(-jnp.einsum("btd,dng->btng", y, w["delta_beta"])))
+    gates = {"log_decay": decay, "beta": beta}
+    gates = {name: x.reshape(*v.shape[:3]) for name, x in gates.items()}
+    q = q / math.sqrt(config.delta.key_size)
+    out, _ = reference_gated_delta(q, k, v, **gates, segment_ids=ids)
+    mean = (out * out).mean(-1, keepdims=True)
+    out = out / jnp.sqrt(mean + config.rms_norm_eps) * w["delta_norm"][None, None, None]
+    gate = jnp.einsum("btd,dnz->btnz", y, w["delta_gate"])
+    out = out.reshape(gate.shape) * jax.nn.silu(gate)
+    return jnp.einsum("btnz,nzd->btd", out, w["delta_o"])
+
+
+def mixed(y, matrix, taps, ids):
+    """Projects, convolves over the tokens of each document, and applies SiLU."""
+    x, out = jnp.einsum("btd,dnh->btnh", y, matrix), 0
+    for back in range(taps.shape[-1]):
+        tap = taps[None, None, ..., -1 - back]
+        shift = ((0, 0), (back, 0))
+        before = jnp.pad(x, (*shift, (0, 0), (0, 0)))[:, : x.shape[1]]
+        same = jnp.pad(ids, shift, constant_values=-1)[:, : x.shape[1]] == ids
+        out = out + jnp.where(same[..., None, None], before, 0) * tap
+    return jax.nn.silu(out)
 
 
 def heads(config: LlamaConfig, w: dict, y, xp):
@@ -148,7 +191,7 @@ def latent_heads(config: LlamaConfig, w: dict, y, xp):
     return q, xp.concatenate([k, shared], -1), v
 
 
-def output(config: LlamaConfig, w: dict, scores, v, seen, xp):
+def output(config: LlamaConfig, w: dict, scores, v, seen, xp, gate):
     scores = scores * (config.attention_scale or 1 / math.sqrt(config.head_size))
     scores = cap(scores, config.logits_soft_cap, xp)
     if config.window is not None:
@@ -163,6 +206,7 @@ def output(config: LlamaConfig, w: dict, scores, v, seen, xp):
         sinks = w["sinks"][None, :, None, None]
         total = total + xp.exp(xp.minimum(sinks - top, 100))
     out = xp.einsum("bnts,bsnh->btnh", weights / total, v)
+    out = out if gate is None else out * gate
     return xp.einsum("btnh,nhd->btd", out, w["o"]) + w.get("o_bias", 0)
 
 

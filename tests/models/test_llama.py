@@ -641,6 +641,8 @@ PUBLISHED = {
     "olmo3-7b": 7_298_011_136,
     "olmo3-32b": 32_233_522_176,
     "qwen3-30b-a3b": 30_532_122_624,
+    # Without the layer that predicts a further token.
+    "qwen3-next-80b-a3b": 81_324_862_720 - 1_650_471_424,
     "mixtral-8x7b": 46_702_792_704,
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,

@@ -141,7 +141,7 @@ def check_rows(
 
 
 # Fields of a model that only its name on the command line gives.
-NO_OPTIONS = ("layer_types", "variants", "experts", "latent", "lora")
+NO_OPTIONS = ("layer_types", "variants", "experts", "latent", "delta", "lora")
 
 
 def options(config: Config) -> list[str]:

@@ -19,6 +19,7 @@ from train.config import Config, MeshConfig
 from train.loop import train
 from train.model_record import model_fields, model_record
 from usp_jax.models.decoder import Variant
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.models.training import ROUTER_METRICS
@@ -95,7 +96,7 @@ def test_the_record_of_a_model_is_read_back(alone: Config) -> None:
         num_kv_heads=alone.model.num_heads,
         latent=Latent(8, 4, 8),
         layer_types=("default", "routed"),
-        variants=(Variant("routed", experts=EXPERTS),),
+        variants=(Variant("routed", experts=EXPERTS, delta=Delta(2, 4, 8, 6)),),
     )
     for own in (alone.model, model):
         written = json.loads(json.dumps(model_record(own)))

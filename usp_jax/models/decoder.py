@@ -11,6 +11,7 @@ import functools
 from typing import TypeVar
 
 from usp_jax.models.adapters import Lora
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.models.rope_scaling import RopeScaling
@@ -37,6 +38,7 @@ class Variant:
       head_size: `Decoder.head_size` of these layers.
       d_ff: `Decoder.d_ff` of these layers.
       experts: `Decoder.experts` of these layers.
+      delta: `Decoder.delta` of these layers.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Variant:
     head_size: int | None = None
     d_ff: int | None = None
     experts: Experts | None = None
+    delta: Delta | None = None
 
     @property
     def changes(self) -> dict[str, object]:
@@ -88,10 +91,15 @@ class Decoder:
         none. Layers without them can be a kind of their own (DeepSeek's first layers).
       latent: multi-head latent attention (DeepSeek); None is attention with keys and
         values of their own. `num_kv_heads` must then equal `num_heads`.
+      delta: the gated delta rule, which takes the place of attention; None is none.
+        Fields of attention are then unused. Layers with it are usually a kind of their
+        own (Qwen3-Next).
       qkv_bias: whether q, k and v have a bias (Qwen2).
       o_bias: whether attention's output projection has a bias (gpt-oss).
       sinks: whether each query head has a learned sink, which adds to the softmax's
         denominator (gpt-oss).
+      output_gate: whether attention's output is multiplied by the sigmoid of a linear
+        function of its input (Qwen3-Next).
       qk_norm: whether each head of q and k has a norm before RoPE (Qwen3).
       whole_qk_norm: whether q and k have one norm over all their heads (OLMo 3).
       window: number of tokens that a query sees, its own included; None is all.
@@ -125,9 +133,11 @@ class Decoder:
     tie_embeddings: bool = False
     experts: Experts | None = None
     latent: Latent | None = None
+    delta: Delta | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     sinks: bool = False
+    output_gate: bool = False
     qk_norm: bool = False
     whole_qk_norm: bool = False
     window: int | None = None

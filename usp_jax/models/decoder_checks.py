@@ -5,6 +5,7 @@ import math
 from usp_jax.checks import check_bool, check_positive_int
 from usp_jax.models.adapters import check_lora
 from usp_jax.models.decoder import DEFAULT, Decoder, of_kind
+from usp_jax.models.delta import check_delta
 from usp_jax.models.experts import check_experts
 from usp_jax.models.latent import check_latent
 from usp_jax.models.parameters import adaptable_of
@@ -32,6 +33,7 @@ def check_decoder(decoder: Decoder) -> None:
         "qkv_bias",
         "o_bias",
         "sinks",
+        "output_gate",
         "qk_norm",
         "whole_qk_norm",
         "zero_centered_norms",
@@ -76,12 +78,17 @@ def check_targets(decoder: Decoder) -> None:
 
 
 def _check_parts(decoder: Decoder) -> None:
-    """Checks the experts and latent attention."""
+    """Checks the experts, the delta rule and latent attention."""
     try:
         if decoder.experts is not None:
             check_experts(decoder.experts)
     except ValueError as error:
         raise ValueError(f"experts: {error}") from None
+    try:
+        if decoder.delta is not None:
+            check_delta(decoder.delta)
+    except ValueError as error:
+        raise ValueError(f"delta: {error}") from None
     if decoder.latent is None:
         return
     try:
@@ -93,7 +100,7 @@ def _check_parts(decoder: Decoder) -> None:
             f"num_kv_heads={decoder.num_kv_heads} must equal num_heads="
             f"{decoder.num_heads} with latent="
         )
-    for name in ("qkv_bias", "qk_norm", "whole_qk_norm", "sinks"):
+    for name in ("qkv_bias", "qk_norm", "whole_qk_norm", "sinks", "output_gate"):
         if getattr(decoder, name):
             raise ValueError(f"{name}=True cannot be combined with latent=")
     if decoder.rotary_size is not None:

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from usp_jax import KVCache
 from usp_jax.models.batch import Batch
 from usp_jax.models.llama import Llama
+from usp_jax.models.mixer import Cache
 from usp_jax.models.segments import PerRun
 from usp_jax.models.sharding import Split
 from usp_jax.models.transformer import Room, Transformer
 from usp_jax.models.weights import Weights
 
 # The cache of each run of layers.
-Caches = PerRun[KVCache]
+Caches = PerRun[Cache]
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ def prefill(
     ends = prompts.ends()
     if prompts.lengths is not None:
         places = jnp.arange(prompts.tokens.shape[1], dtype=jnp.int32)
-        ids = jnp.where(places[None] < ends[:, None], 0, -1)
+        ids = jnp.where(places[None] < ends[:, None], 0, jnp.int32(-1))
     batch = Batch.of(split, prompts.tokens, ids, None, "natural")
     run = partial(_prefill_shards, room)
     last = ends - 1, jax.P(split.batch or None)

@@ -2,7 +2,8 @@
 
 The prompts' keys and values stay on the devices that computed them, split over the
 sequence (`usp_jax.decode`). Those of the new tokens are split too, in a second page.
-Layers with a window keep only the last tokens that it holds.
+Layers with a window keep only the last tokens that it holds, and those of the gated
+delta rule a state of constant size.
 """
 
 import dataclasses

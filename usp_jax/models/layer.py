@@ -1,7 +1,7 @@
 """One layer of the transformer, as a function of one device's shards.
 
     x [b, s, D]
-      |- norm, enter -> attention (`mixer.py`) -> o --------------------> leave --|
+      |- norm, enter -> attention or the delta rule (`mixer.py`) -------> leave --|
       +---------------------------------------------------------------------------+
       |- norm, enter -> feed-forward network or experts ----------------> leave --|
       +---------------------------------------------------------------------------+
@@ -19,11 +19,10 @@ from typing import TypeVar
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from usp_jax import KVCache
-from usp_jax.models.adapters import matrix_of, times
+from usp_jax.models.adapters import matrix_of
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.feed_forward import feed_forward
-from usp_jax.models.mixer import Angles, Attend, heads_of
+from usp_jax.models.mixer import Angles, Attend, Cache, inputs_of, output_of
 from usp_jax.models.mixture import mixture
 from usp_jax.models.norms import norm
 from usp_jax.models.parameters import is_whole
@@ -41,7 +40,7 @@ def layer(
     x: Float[Array, "b s D"],
     angles: Angles,
     attend: Attend[State],
-    cache: KVCache | None,
+    cache: Cache | None,
     real: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b s D"], State, Counts | None]:
     """Returns x after one layer, `attend`'s state, and what the router counted.
@@ -52,7 +51,7 @@ def layer(
       weights: this layer's shards, keyed by the names of `parameters.TABLE`.
       x: the residual stream.
       angles: cosine and sine of RoPE.
-      attend: computes attention from its inputs and the cache.
+      attend: computes the mixer from its inputs and the cache.
       cache: this layer's cache, or None.
       real: whether each token is not padding; None if none is. Experts leave padding
         out.
@@ -65,8 +64,8 @@ def layer(
 
     matrix = partial(matrix_of, config.lora, w)
     y = split.enter(_before(config, w, "attention_norm", x))
-    out, state = attend(heads_of(config, split, w, y, angles), cache)
-    out = split.leave(times("BTNH,NHD->BTD", out, matrix("o")))
+    out, state = attend(inputs_of(config, split, w, y, angles), cache)
+    out = split.leave(output_of(config, w, y, out))
     if "o_bias" in w:
         out = out + w["o_bias"].astype(out.dtype)[None, None]
     x = checkpoint_name(x + _after(config, w, "attention_out_norm", out), MIDDLE)

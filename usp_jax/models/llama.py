@@ -24,11 +24,13 @@ from usp_jax.models.adapters import A, B
 from usp_jax.models.batch import Batch, check_ids
 from usp_jax.models.config import LlamaConfig as LlamaConfig
 from usp_jax.models.decoder_checks import check_targets
+from usp_jax.models.delta_mixer import DRAWN, initial_values
 from usp_jax.models.parameters import (
     SUMMED,
     dims_of,
     in_table,
     is_small,
+    is_zero_centered,
     parameter_shapes,
     stored_dtype,
 )
@@ -362,12 +364,16 @@ def draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
     initial logits are near 0. Contributions to the residual stream shrink with the
     number of layers. The products of adapters are 0.
     """
-    outputs = ("o", "down", "expert_down", "shared_down")
+    outputs = ("o", "delta_o", "down", "expert_down", "shared_down")
     values = {}
     for number, (name, shape) in enumerate(parameter_shapes(config).items()):
         kind, dtype = in_table(name), stored_dtype(name, config.stored_dtype)
+        own = jax.random.fold_in(key, number)
+        if kind in DRAWN:
+            values[name] = initial_values(kind, own, shape).astype(dtype)
+            continue
         if is_small(name) or kind.endswith(B):
-            is_one = kind.endswith("norm") and not config.zero_centered_norms
+            is_one = kind.endswith("norm") and not is_zero_centered(config, name)
             values[name] = jnp.full(shape, int(is_one), dtype)
             continue
         scale = 0.02
@@ -378,7 +384,6 @@ def draw(config: LlamaConfig, key: jax.Array) -> dict[str, jax.Array]:
             if kind in outputs:
                 width *= 2 * config.num_layers
             scale = 1 / math.sqrt(width)
-        own = jax.random.fold_in(key, number)
         # Drawn in float32 for any dtype, so that all dtypes start from the same values.
         drawn = scale * jax.random.normal(own, shape, jnp.float32)
         values[name] = drawn.astype(dtype)

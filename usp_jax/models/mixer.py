@@ -1,8 +1,9 @@
-"""Attention in a layer: its inputs from the residual stream, and the calls of the op.
+"""The mixer of a layer: its inputs from the residual stream, and the calls of the op.
 
     y [b, t, D] -> q [b, t, n, H], k, v [b, t, m, H], rotated by RoPE
 
 or, for latent attention, instead of k, v the latent [b, t, C] of which they are made.
+`delta_mixer.py` has the gated delta rule, which takes the place of attention.
 Lower-case letters are this device's sizes.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -23,6 +25,13 @@ from usp_jax.latent_attention import (
 )
 from usp_jax.models.adapters import matrix_of, times
 from usp_jax.models.config import LlamaConfig
+from usp_jax.models.delta_mixer import (
+    DeltaHeads,
+    DeltaState,
+    delta_heads,
+    delta_output,
+    delta_rule,
+)
 from usp_jax.models.latent import Latent
 from usp_jax.models.norms import norm, whole_norm
 from usp_jax.models.remat import HEADS
@@ -71,18 +80,21 @@ class LatentHeads:
     v_up: Float[Array, "C n X"]
 
 
-# (The inputs, this layer's cache) -> (attention's output, the layer's state).
-Attend = Callable[[Heads | LatentHeads, KVCache | None], tuple[Array, State]]
+Inputs = Heads | LatentHeads | DeltaHeads
+# What a layer keeps of the tokens before those that it computes.
+Cache = KVCache | DeltaState
+# (The inputs, this layer's cache) -> (the output of each head, the layer's state).
+Attend = Callable[[Inputs, Cache | None], tuple[Array, State]]
 
 
-def heads_of(
+def inputs_of(
     config: LlamaConfig,
     split: Split,
     weights: dict[str, Array],
     y: Float[Array, "b t D"],
     angles: Angles,
-) -> Heads | LatentHeads:
-    """Returns the inputs of attention.
+) -> Inputs:
+    """Returns the inputs of attention, or of what takes its place.
 
     Args:
       config: the configuration of the layer's kind.
@@ -91,6 +103,8 @@ def heads_of(
       y: the tokens.
       angles: cosine and sine of RoPE.
     """
+    if config.delta is not None:
+        return delta_heads(config, weights, y)
     if config.latent is not None:
         return _latent_heads(config, config.latent, weights, y, angles)
     q, k, v = (_projected(config, split, weights, name, y) for name in "qkv")
@@ -125,15 +139,40 @@ def _latent_heads(
     )
 
 
+def output_of(
+    config: LlamaConfig,
+    weights: dict[str, Array],
+    y: Float[Array, "b t D"],
+    out: Float[Array, "b t n X"],
+) -> Float[Array, "b t D"]:
+    """Returns the mixer's output without a bias, to be summed over `tensor`.
+
+    Args:
+      config: the configuration of the layer's kind.
+      weights: the layer's weights, keyed by the names of `parameters.TABLE`.
+      y: the tokens.
+      out: the output of each head.
+    """
+    if config.delta is not None:
+        return delta_output(config, weights, y, out)
+    matrix = partial(matrix_of, config.lora, weights)
+    if config.output_gate:
+        gate = times("BTD,DNH->BTNH", y, matrix("output_gate"))
+        out = out * jax.nn.sigmoid(checkpoint_name(gate, HEADS))
+    return times("BTNH,NHD->BTD", out, matrix("o"))
+
+
 def self_attention(
     config: LlamaConfig,
     layout: str,
     positions: Int[Array, "#b t"],
     segment_ids: Int[Array, "b t"] | None,
 ) -> Attend[None]:
-    """Returns the `Attend` for causal attention of whole sequences to themselves."""
+    """Returns the `Attend` for whole sequences, whose tokens see those before them."""
 
-    def attend(heads: Heads | LatentHeads, _: KVCache | None) -> tuple[Array, None]:
+    def attend(heads: Inputs, _: Cache | None) -> tuple[Array, None]:
+        if isinstance(heads, DeltaHeads):
+            return delta_rule(heads, segment_ids=segment_ids, layout=layout)[0], None
         options = attention_options(config) | Options(
             is_causal=True,
             layout=layout,

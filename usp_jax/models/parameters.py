@@ -21,14 +21,16 @@ T = TypeVar("T")
 # L layer, D model, N query heads, K key/value heads, H head, X value, F feed-forward,
 # V vocabulary, Z rank of adapters; E experts, W feed-forward of an expert, S of the
 # shared experts; latent attention: R latent of queries, C of keys and values, J the
-# same with a key's rotated dims, P those of a key that RoPE does not rotate. L is split
-# over `pipe`; for parameters without L, `pipe` is one more ZeRO axis. The E of
-# parameters of experts is split over the expert axes, which are then no ZeRO axes.
-# Parameters as small as a head are not split by ZeRO.
+# same with a key's rotated dims, P those of a key that RoPE does not rotate; the delta
+# rule: A key heads of size Y, G value heads of size U for each of them, I = G · U, Q
+# taps of the convolution. L is split over `pipe`; for parameters without L, `pipe` is
+# one more ZeRO axis. The E of parameters of experts is split over the expert axes,
+# which are then no ZeRO axes. Parameters as small as a head are not split by ZeRO.
 TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "embed": ("VD", "V", "D"),
     "attention_norm": ("LD", None, "D"),
     "q": ("LDNH", "N", "D"),
+    "output_gate": ("LDNH", "N", "D"),
     "k": ("LDKH", "K", "D"),
     "v": ("LDKH", "K", "D"),
     "q_bias": ("LNH", "N", None),
@@ -48,6 +50,19 @@ TABLE: dict[str, tuple[str, str | None, str | None]] = {
     "v_up": ("LCNX", "N", "C"),
     "o": ("LNXD", "N", "D"),
     "o_bias": ("LD", None, "D"),
+    "delta_q": ("LDAY", "A", "D"),
+    "delta_k": ("LDAY", "A", "D"),
+    "delta_v": ("LDAI", "A", "D"),
+    "delta_gate": ("LDAI", "A", "D"),
+    "delta_beta": ("LDAG", "A", "D"),
+    "delta_decay": ("LDAG", "A", "D"),
+    "delta_decay_bias": ("LAG", "A", None),
+    "delta_log_rate": ("LAG", "A", None),
+    "delta_q_conv": ("LAYQ", "A", None),
+    "delta_k_conv": ("LAYQ", "A", None),
+    "delta_v_conv": ("LAIQ", "A", None),
+    "delta_norm": ("LU", None, None),
+    "delta_o": ("LAID", "A", "D"),
     "attention_out_norm": ("LD", None, "D"),
     "mlp_norm": ("LD", None, "D"),
     "gate": ("LDF", "F", "D"),
@@ -75,16 +90,19 @@ SUMMED: dict[str, str] = {
     **dict.fromkeys(("q", "k", "v", "q_down", "kv_down", "gate", "up"), "D"),
     **dict.fromkeys(("router", "expert_gate", "expert_up"), "D"),
     **dict.fromkeys(("shared_gate", "shared_up", "shared_scale"), "D"),
+    **dict.fromkeys(("delta_q", "delta_k", "delta_v", "delta_gate"), "D"),
+    **dict.fromkeys(("delta_beta", "delta_decay", "output_gate"), "D"),
     "q_up": "R",
     "k_up": "C",
     "v_up": "C",
     "o": "NX",
+    "delta_o": "AI",
     "down": "F",
     "expert_down": "W",
     "shared_down": "S",
 }
-# Adapters are products, which neither experts nor latent attention expect.
-_UNADAPTED = ("router", "shared_scale", "k_up", "v_up")
+# Adapters are products, which neither experts, latent attention nor gates expect.
+_UNADAPTED = ("router", "shared_scale", "k_up", "v_up", "delta_beta", "delta_decay")
 ADAPTABLE = tuple(
     name
     for name in TABLE
@@ -110,6 +128,12 @@ _KIND = "__"
 _SHARED = ("shared_gate", "shared_up", "shared_down")
 _EXPERT_BIASES = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
 _LATENT = ("q_down", "q_down_norm", "q_up", "kv_down", "kv_down_norm", "k_up", "v_up")
+_DELTA = tuple(x for x in TABLE if x.startswith("delta_"))
+_ATTENTION = (
+    *("q", "output_gate", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm"),
+    *("whole_q_norm", "whole_k_norm", "sinks", *_LATENT, "o", "o_bias"),
+)
+_SMALL = ("norm", "bias", "sinks", "conv", "log_rate")
 _EXPERTS = tuple(x for x in TABLE if x.startswith(("router", "expert_", "shared_")))
 
 
@@ -142,8 +166,13 @@ def is_of_layers(name: str) -> bool:
 
 
 def is_small(name: str) -> bool:
-    """Returns whether a parameter is a norm, a bias or a sink."""
-    return in_table(name).endswith(("norm", "bias", "sinks"))
+    """Returns whether a parameter is no matrix: a norm, bias, sink, filter or rate."""
+    return in_table(name).endswith(_SMALL)
+
+
+def is_zero_centered(decoder: Decoder, name: str) -> bool:
+    """Returns whether a norm multiplies by 1 + its weight."""
+    return decoder.zero_centered_norms and in_table(name) != "delta_norm"
 
 
 def is_adapter(name: str) -> bool:
@@ -306,6 +335,8 @@ def _of_layer(decoder: Decoder) -> set[str]:
         *(() if decoder.qk_norm else ("q_norm", "k_norm")),
         *(() if decoder.whole_qk_norm else ("whole_q_norm", "whole_k_norm")),
         *(() if decoder.sinks else ("sinks",)),
+        *(() if decoder.output_gate else ("output_gate",)),
+        *(_DELTA if decoder.delta is None else _ATTENTION),
         *(() if decoder.o_bias else ("o_bias",)),
         *(_EXPERTS if experts is None else ("gate", "up", "down")),
     }
@@ -350,6 +381,15 @@ def _shape(decoder: Decoder, name: str) -> tuple[int, ...]:
             "J": latent.kv_rank + latent.rope_size,
             "P": decoder.head_size - latent.rope_size,
             "X": latent.value_size,
+        }
+    if (delta := decoder.delta) is not None:
+        sizes |= {
+            "A": delta.key_heads,
+            "Y": delta.key_size,
+            "G": delta.values_per_key,
+            "U": delta.value_size,
+            "I": delta.values_per_key * delta.value_size,
+            "Q": delta.taps,
         }
     if (experts := decoder.experts) is not None:
         sizes |= {

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant
+from usp_jax.models.delta import Delta
 from usp_jax.models.execution import Execution
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
@@ -211,6 +212,34 @@ _MIXTURES = {
     ),
 }
 
+# Qwen3-Next: three layers with the gated delta rule, then one with attention. No report
+# describes it; Gated DeltaNet is arXiv 2412.06464.
+_LINEAR = "linear"
+_QWEN3_NEXT = {
+    "qwen3-next-80b-a3b": replace(
+        _QWEN3_8B,
+        d_model=2048,
+        num_layers=48,
+        num_heads=16,
+        num_kv_heads=2,
+        head_size=256,
+        d_ff=5120,
+        rope_theta=1e7,
+        rotary_size=64,
+        output_gate=True,
+        zero_centered_norms=True,
+        experts=Experts(
+            512,
+            experts_per_token=10,
+            d_expert=512,
+            shared_d_ff=512,
+            shared_gate=True,
+        ),
+        layer_types=(_LINEAR,) * 3 + (DEFAULT,),
+        variants=(Variant(_LINEAR, delta=Delta(16, 32, 128, 128)),),
+    ),
+}
+
 # gpt-oss, arXiv 2508.10925: a layer with a window, then one without.
 _GPT_OSS_EXPERTS = Experts(
     32, experts_per_token=4, d_expert=2880, router_bias=True, biases=True, clamp=7.0
@@ -300,6 +329,7 @@ PRESETS: dict[str, Decoder] = {
     **_GEMMA3,
     **_OLMO3,
     **_MIXTURES,
+    **_QWEN3_NEXT,
     **_GPT_OSS,
     **_DEEPSEEK,
 }

@@ -6,6 +6,7 @@ import jax
 from jax.extend.core import Primitive
 
 from usp_jax import SAVED_NAMES
+from usp_jax.delta import SAVED_NAMES as DELTA_NAMES
 from usp_jax.models.feed_forward import INNER_PRODUCTS
 from usp_jax.models.moe import IDS, KEPT_NAMES, ROUTED_NAMES
 
@@ -13,13 +14,24 @@ from usp_jax.models.moe import IDS, KEPT_NAMES, ROUTED_NAMES
 # OUT is what a norm after a part of the layer is applied to.
 INPUT, MIDDLE, HEADS, OUT = "layer_input", "layer_middle", "layer_heads", "layer_out"
 
+# What the backward of the delta rule needs, apart from its inputs.
+_DELTA = ("delta_out", "delta_states", "delta_maps")
+
 # The experts of each token are kept by all: computed again, a router whose scores are
 # almost equal could choose others.
 _KEPT = {
     "full": (IDS,),
-    "attention": ("usp_out", "usp_lse", IDS),
-    "attention_qkv": (*SAVED_NAMES, *ROUTED_NAMES),
-    "dots": (*SAVED_NAMES, HEADS, MIDDLE, OUT, *INNER_PRODUCTS, *KEPT_NAMES),
+    "attention": ("usp_out", "usp_lse", *_DELTA, IDS),
+    "attention_qkv": (*SAVED_NAMES, *DELTA_NAMES, *ROUTED_NAMES),
+    "dots": (
+        *SAVED_NAMES,
+        *DELTA_NAMES,
+        HEADS,
+        MIDDLE,
+        OUT,
+        *INNER_PRODUCTS,
+        *KEPT_NAMES,
+    ),
 }
 
 

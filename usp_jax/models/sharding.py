@@ -325,9 +325,13 @@ def _divided(
 ) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """Yields sizes of a kind of layer, by name, and the axes that must divide them."""
     yield "d_model", config.d_model, split.ends.zero
-    for name in ("num_heads", "num_kv_heads", "vocab_size"):
-        yield name, getattr(config, name), split.tensor
-    if config.latent is not None:
+    yield "vocab_size", config.vocab_size, split.tensor
+    if config.delta is not None:
+        yield "delta.key_heads", config.delta.key_heads, split.tensor
+    else:
+        for name in ("num_heads", "num_kv_heads"):
+            yield name, getattr(config, name), split.tensor
+    if config.latent is not None and config.delta is None:
         yield "latent.kv_rank", config.latent.kv_rank, split.zero
         yield "latent.q_rank", config.latent.q_rank or 0, split.zero
     experts = config.experts

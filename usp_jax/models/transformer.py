@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, Int
 from usp_jax import KVCache, MeshAxes
 from usp_jax.cache import Page
 from usp_jax.masking import Tokens
-from usp_jax.mesh import axis_size
+from usp_jax.mesh import NO_AXES, axis_size
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import of_kind
+from usp_jax.models.delta_mixer import DeltaHeads, DeltaState, delta_rule
 from usp_jax.models.execution import wide
 from usp_jax.models.gradient_sum import add_to
 from usp_jax.models.layer import layer
@@ -33,8 +34,8 @@ from usp_jax.models.layer_scan import in_layer_order, scan_layers
 from usp_jax.models.mixer import (
     Angles,
     Attend,
-    Heads,
-    LatentHeads,
+    Cache,
+    Inputs,
     State,
     cached,
     cached_attention,
@@ -53,8 +54,9 @@ from usp_jax.shards import Shards
 
 # A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
 Row = TypeVar("Row")
-# What a decoding step changes in a layer's cache: its last page, `used`, `overflowed`.
-Written = tuple[Page, Array, Array]
+# What a decoding step changes in a layer's cache: its last page, `used`, `overflowed`;
+# all of a delta rule's state.
+Written = tuple[Page, Array, Array] | DeltaState
 # Positions and segment ids.
 Facts = tuple[Int[Array, "#b t"], Int[Array, "b t"] | None]
 
@@ -173,20 +175,22 @@ class Transformer:
         positions: Int[Array, "#b t"],
         segment_ids: Int[Array, "b t"] | None,
         room: Room,
-    ) -> tuple[Float[Array, "b s D"], PerRun[KVCache]]:
+    ) -> tuple[Float[Array, "b s D"], PerRun[Cache]]:
         """Returns `hidden`, and caches with room for more tokens.
 
         The caches of a run's layers are stacked: the arrays have a leading dim for
         them, after one for the repeats of a repeated segment.
         """
 
-        def attend_of(kind: LlamaConfig) -> Attend[KVCache]:
+        def attend_of(kind: LlamaConfig) -> Attend[Cache]:
             itself = self_attention(kind, self.layout, positions, segment_ids)
             pages, window = room.of(kind)
 
-            def attend(
-                heads: Heads | LatentHeads, _: KVCache | None
-            ) -> tuple[Array, KVCache]:
+            def attend(heads: Inputs, _: Cache | None) -> tuple[Array, Cache]:
+                if isinstance(heads, DeltaHeads):
+                    return delta_rule(
+                        heads, segment_ids=segment_ids, layout=self.layout
+                    )
                 cache = KVCache.of_shards(
                     *cached(heads),
                     positions=jnp.broadcast_to(positions, tokens.shape),
@@ -207,8 +211,8 @@ class Transformer:
         weights: Weights,
         tokens: Int[Array, "b t"],
         positions: Int[Array, "b t"],
-        caches: PerRun[KVCache],
-    ) -> tuple[Float[Array, "b t D"], PerRun[KVCache]]:
+        caches: PerRun[Cache],
+    ) -> tuple[Float[Array, "b t D"], PerRun[Cache]]:
         """Returns `hidden` for tokens that follow those in caches, and the new caches.
 
         The tokens are replicated on all devices that share a sequence, and are too few
@@ -216,10 +220,11 @@ class Transformer:
         """
 
         def attend_of(kind: LlamaConfig) -> Attend[Written]:
-            def attend(
-                heads: Heads | LatentHeads, cache: KVCache | None
-            ) -> tuple[Array, Written]:
-                assert cache is not None
+            def attend(heads: Inputs, cache: Cache | None) -> tuple[Array, Written]:
+                if isinstance(heads, DeltaHeads):
+                    assert isinstance(cache, DeltaState)
+                    return delta_rule(heads, axes=NO_AXES, before=cache)
+                assert isinstance(cache, KVCache)
                 cache = cache.append(*cached(heads), positions=positions)
                 out = cached_attention(kind, positions, heads, cache)
                 # The scan copies its results: return only the page that was written.
@@ -237,17 +242,23 @@ class Transformer:
         )
         return norm(self.config, x, weights.final_norm), caches
 
-    def cache_specs(self, room: Room) -> PerRun[KVCache]:
-        """Returns the partition specs of `prefill`'s caches, as `KVCache`s."""
+    def cache_specs(self, room: Room) -> PerRun[Cache]:
+        """Returns the partition specs of `prefill`'s caches, in their place."""
         split, config = self.split, self.config
         batch, sequence = split.batch or None, split.sequence or None
         names = ("ring", "ulysses")
         axes = (n if axis_size(split.mesh, n) > 1 else None for n in names)
         shards = Shards(None, MeshAxes(), *axes)
 
-        def specs(segment: Segment, run: Run) -> KVCache:
+        def specs(segment: Segment, run: Run) -> Cache:
             layers = (None,) if segment.repeats == 1 else (None, None)
             kind = of_kind(config, run.kind)
+            if kind.delta is not None:
+                own = jax.P(*layers, batch, sequence)
+                return DeltaState(
+                    jax.P(*own, None, split.tensor or None),
+                    jax.P(*own, split.tensor or None),
+                )
             kv = jax.P(*layers, batch, sequence, split.tensor or None)
             tokens = jax.P(*layers, batch, sequence)
             # The latents are keys and values of all heads.
@@ -271,7 +282,7 @@ class Transformer:
         attend_of: Callable[[LlamaConfig], Attend[State]],
         *,
         kinds: tuple[str, ...] | None = None,
-        caches: PerRun[KVCache] | None = None,
+        caches: PerRun[Cache] | None = None,
     ) -> tuple[Array, PerRun[State], Counts | None]:
         """Returns x after some layers, `attend`'s states and the routers' counts.
 
@@ -283,7 +294,7 @@ class Transformer:
           stacks: for each parameter, arrays with a row for each layer that has it.
           weight_of: maps a parameter's name and one row to a layer's weight.
           facts: positions and segment ids of the tokens.
-          attend_of: returns what computes attention in a kind of layer, see `layer`.
+          attend_of: returns what computes the mixer in a kind of layer, see `layer`.
           kinds: the layers' kinds; None is all layers.
           caches: as in `scan_layers`.
         """
@@ -295,7 +306,7 @@ class Transformer:
         real = None if facts[1] is None else facts[1] >= 0
 
         def apply(
-            kind: str, x: Array, rows: dict[str, Row], cache: KVCache | None
+            kind: str, x: Array, rows: dict[str, Row], cache: Cache | None
         ) -> tuple[Array, tuple[State, Counts | None]]:
             own = uniform[kind]
             w = {name: weight_of(names[kind][name], row) for name, row in rows.items()}
@@ -343,7 +354,7 @@ def _angles(config: LlamaConfig, positions: Array) -> Angles:
     size = config.head_size if config.rotary_size is None else config.rotary_size
     if config.latent is not None:
         size = config.latent.rope_size
-    if size == 0:
+    if size == 0 or config.delta is not None:
         return ()
     return rope_angles(
         positions,
@@ -353,8 +364,11 @@ def _angles(config: LlamaConfig, positions: Array) -> Angles:
     )
 
 
-def _with_written(cache: KVCache, written: Written) -> KVCache:
-    """A cache with its last page replaced."""
+def _with_written(cache: Cache, written: Written) -> Cache:
+    """A cache with its last page replaced, or all of it."""
+    if isinstance(written, DeltaState):
+        return written
+    assert isinstance(cache, KVCache)
     page, used, overflowed = written
     pages = (*cache.pages[:-1], page)
     return dataclasses.replace(cache, pages=pages, used=used, overflowed=overflowed)

@@ -135,7 +135,8 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     x = split.gather(x, name, split.zero)
     # Each device along `tensor` applies these to other tokens or heads. Marking them
     # here sums their gradients once, not in every layer.
-    per_head = in_table(name) in ("q_norm", "k_norm") or is_adapter(name)
+    norms = ("q_norm", "k_norm", "delta_norm")
+    per_head = in_table(name) in norms or is_adapter(name)
     apart = split.tensor_sequence or per_head
     return split.vary(x) if apart else x
 

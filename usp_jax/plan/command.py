@@ -16,6 +16,9 @@ from usp_jax.plan.choice import Choice, Job, check_is_trained_here
 # A preset of the trainer too, whose defaults are not those of the options.
 _TINY = "tiny"
 
+# Fields of a model that only its name on the command line gives.
+_PARTS = ("variants", "experts", "latent", "delta")
+
 
 def train_command(job: Job, choice: Choice, model: str | None = None) -> str:
     """Returns the `python -m train ...` command for a job and a choice.
@@ -31,7 +34,8 @@ def train_command(job: Job, choice: Choice, model: str | None = None) -> str:
 
     Raises:
       ValueError: the choice is for another program than the trainer, or a model with
-        several kinds of layers, experts or latent attention has no name.
+        several kinds of layers, experts, latent attention or the delta rule has no
+        name.
     """
     check_is_trained_here(choice)
     config = job.model_of(choice)
@@ -76,15 +80,14 @@ def _preset_of(config: LlamaConfig) -> str | None:
 
 def _sizes(config: LlamaConfig) -> dict[str, object]:
     """The options of an architecture, apart from its RoPE scaling."""
-    for name in ("variants", "experts", "latent"):
+    for name in _PARTS:
         if value := getattr(config, name):
             raise ValueError(
                 f"{name}={value} are not options of the trainer: give the model's "
                 "name, or a folder with its config.json"
             )
     sizes = _options("model", config, Decoder)
-    unnamed = ("rope_scaling", "layer_types", "variants", "experts", "latent", "lora")
-    for name in unnamed:
+    for name in ("rope_scaling", "layer_types", *_PARTS, "lora"):
         del sizes[f"model.{name}"]
     return sizes
 
