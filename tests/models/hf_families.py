@@ -174,6 +174,49 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
         "rope_theta": 1e6,
     },
+    # Value heads of another size than key heads, and a layer without experts.
+    "qwen3_next": {
+        **_SHAPE,
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "full_attention_interval": 2,
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 6,
+        "linear_conv_kernel_dim": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "rope_theta": 1e6,
+    },
+    "qwen3_5": {
+        **_SHAPE,
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 6,
+        "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+        },
+    },
     "gpt_oss": {
         **_SHAPE,
         "architectures": ["GptOssForCausalLM"],
@@ -234,10 +277,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def weights(shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
     """Draws a checkpoint's tensors."""
-    return {
+    drawn = {
         name: draw(seed, tuple(shape))
         for seed, (name, shape) in enumerate(sorted(shapes.items()))
     }
+    for name, x in drawn.items():
+        # Slow decays and weak writes, so that states reach over many tokens.
+        if name.endswith("A_log"):
+            x -= 3
+        elif ".linear_attn.in_proj_" in name and name.split("_")[-1][0] in "ab":
+            x /= 4
+    return drawn
 
 
 def with_images(

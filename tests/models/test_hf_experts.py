@@ -77,6 +77,42 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "qwen3-next-80b-a3b": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_next",
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000000,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
     "gpt-oss-20b": {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
@@ -225,6 +261,15 @@ def test_a_layer_that_predicts_a_further_token_is_ignored(tmp_path):
     model = hf.load(write(tmp_path / "second", config, {**drawn, **named}))
     hf.save(model, tmp_path / "third")
     chex.assert_trees_all_equal(folder_tensors(tmp_path / "third"), drawn)
+
+
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5"])
+def test_tensors_that_predict_a_further_token_are_ignored(tmp_path, case):
+    drawn = weights(golden(case)["shapes"])
+    more = {"mtp.fc.weight": np.ones((2, 2), np.float32)}
+    model = hf.load(write(tmp_path / "first", CONFIGS[case], {**drawn, **more}))
+    hf.save(model, tmp_path / "second")
+    chex.assert_trees_all_equal(folder_tensors(tmp_path / "second"), drawn)
 
 
 def test_queries_without_a_latent_vector(tmp_path):

@@ -2,7 +2,7 @@
 
 `families` has what distinguishes a `model_type` from others, `allowed.py` checks that
 no key is ignored, `layers.py` converts what differs between layers and `parts.py`
-experts and latent attention.
+experts, latent attention and the delta rule.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from usp_jax.models.hf.families import FAMILIES, Family
 from usp_jax.models.hf.files import Json
 from usp_jax.models.hf.layers import read_layers, write_layers
 from usp_jax.models.hf.parts import (
+    read_delta,
     read_experts,
     read_latent,
+    write_delta,
     write_experts,
     write_latent,
 )
@@ -134,7 +136,8 @@ def _read_decoder(family: Family, config: Mapping[str, Json]) -> Decoder:
     experts = None
     if family.mixture is not None:
         experts = read_experts(family.mixture, given)
-    layers = read_layers(family, given, fields["head_size"], experts)
+    delta = read_delta(given) if family.has_delta else None
+    layers = read_layers(family, given, fields["head_size"], experts, delta)
     return Decoder(**{**fields, **family.fields, **layers})
 
 
@@ -149,6 +152,8 @@ def _write_decoder(family: Family, decoder: Decoder) -> dict[str, Json]:
         if key.write is not None
     }
     parts = write_latent(decoder) if family.is_latent else {}
+    if family.has_delta:
+        parts |= write_delta(decoder)
     if family.mixture is not None:
         parts |= write_experts(family.mixture, decoder)
     return {

@@ -1,4 +1,4 @@
-"""How layers differ, in the keys of config.json: window, RoPE, and experts.
+"""How layers differ, in the keys of config.json: mixer, window, RoPE, experts.
 
 The keys are `sliding_window` and its switch `use_sliding_window`, `layer_types`,
 `no_rope_layers`, those from which a family derives the last two if they are left out,
@@ -10,12 +10,20 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from usp_jax.models.decoder import DEFAULT, Decoder, Variant, of_kind
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
 from usp_jax.models.hf.families import Family
-from usp_jax.models.hf.families.family import number_of_layers, without_rope
+from usp_jax.models.hf.families.family import (
+    all_but_each,
+    number_of_layers,
+    without_rope,
+)
 from usp_jax.models.hf.files import Json, boolean, number, positive_int
 from usp_jax.models.hf.rope import FULL, WINDOWED, Rope, read_ropes, write_ropes
 
+# The name in `layer_types` of layers with the gated delta rule, and the key that says
+# which they are if `layer_types` is left out.
+_LINEAR, _INTERVAL = "linear_attention", "full_attention_interval"
 # Keys that are written, where a family has them.
 _WRITTEN = ("sliding_window", "use_sliding_window", "layer_types", "no_rope_layers")
 
@@ -27,16 +35,19 @@ class _Kind(NamedTuple):
       sparse: whether it has experts, and other layers have none.
       unrotated: whether it has no RoPE.
       windowed: whether it has the window.
+      linear: whether it has the gated delta rule in place of attention.
     """
 
     sparse: bool
     unrotated: bool
     windowed: bool
+    linear: bool
 
     @property
     def name(self) -> str:
         """The kind's name in `Decoder.layer_types`."""
         parts = {
+            "linear": self.linear,
             "windowed": self.windowed,
             "nope": self.unrotated,
             "experts": self.sparse,
@@ -49,14 +60,16 @@ def read_layers(
     config: Mapping[str, Json],
     head_size: int,
     experts: Experts | None,
+    delta: Delta | None,
 ) -> dict[str, object]:
-    """Returns the fields of `Decoder` for the layers' windows, RoPE and experts.
+    """Returns the fields of `Decoder` for the layers' mixers, RoPE and experts.
 
     Args:
       family: the model's family.
       config: the content of config.json without its nulls.
       head_size: size of each head.
       experts: the experts of the layers that have some.
+      delta: the delta rule of the layers that have it.
 
     Raises:
       ValueError: a key has a value that is not understood.
@@ -78,7 +91,10 @@ def read_layers(
     if not family.layer_keys and family.mixture is None:
         return fields
     window, windowed = None, [False] * number_of_layers(config)
-    if family.layer_keys:
+    linear = [False] * len(windowed)
+    if delta is not None:
+        linear = _linear(config)
+    elif family.layer_keys:
         window = _window(family, config)
         windowed = _windowed(family, config, window)
     sparse = [False] * len(windowed)
@@ -87,8 +103,12 @@ def read_layers(
     if all(sparse):
         fields["experts"], sparse = experts, [False] * len(sparse)
     unrotated = without_rope(config)
-    kinds = [_Kind(*own) for own in zip(sparse, unrotated, windowed, strict=True)]
-    variants = {kind: _variant(kind, window, full, local, experts) for kind in kinds}
+    kinds = [
+        _Kind(*own) for own in zip(sparse, unrotated, windowed, linear, strict=True)
+    ]
+    variants = {
+        kind: _variant(kind, window, full, local, experts, delta) for kind in kinds
+    }
     if len(variants) == 1:
         return {**fields, **variants[kinds[0]].changes}
     return {
@@ -99,20 +119,21 @@ def read_layers(
 
 
 def write_layers(family: Family, decoder: Decoder) -> dict[str, Json]:
-    """Returns the keys of config.json for the layers' windows, RoPE and experts.
+    """Returns the keys of config.json for the layers' mixers, RoPE and experts.
 
     A model whose windowed layers, or full layers, differ from each other in more than
     RoPE's absence has no such keys; reading them then returns another model.
     """
     layers = [of_kind(decoder, kind) for kind in decoder.kinds]
-    rotated = [layer for layer in layers if layer.rotary_size != 0] or layers
+    attention = [layer for layer in layers if layer.delta is None] or layers
+    rotated = [layer for layer in attention if layer.rotary_size != 0] or attention
     full = [layer for layer in rotated if layer.window is None] or rotated
     windowed = [layer for layer in rotated if layer.window is not None] or full
     window = next((x.window for x in layers if x.window is not None), None)
     keys: dict[str, Json] = {
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        "layer_types": [FULL if x.window is None else WINDOWED for x in layers],
+        "layer_types": [_type_of(layer) for layer in layers],
         "no_rope_layers": [int(x.rotary_size != 0) for x in layers],
     }
     written = {key: keys[key] for key in _WRITTEN if key in family.layer_keys}
@@ -121,6 +142,13 @@ def write_layers(family: Family, decoder: Decoder) -> dict[str, Json]:
         written |= family.mixture.write_layers(sparse)
     ropes = write_ropes(family, _rope(family, full[0]), _rope(family, windowed[0]))
     return {**written, **ropes}
+
+
+def _type_of(layer: Decoder) -> Json:
+    """The name of a kind of layer in `layer_types`."""
+    if layer.delta is not None:
+        return _LINEAR
+    return FULL if layer.window is None else WINDOWED
 
 
 def _rope(family: Family, layer: Decoder) -> Rope:
@@ -134,7 +162,12 @@ def _rope(family: Family, layer: Decoder) -> Rope:
 
 
 def _variant(
-    kind: _Kind, window: int | None, full: Rope, local: Rope, experts: Experts | None
+    kind: _Kind,
+    window: int | None,
+    full: Rope,
+    local: Rope,
+    experts: Experts | None,
+    delta: Delta | None,
 ) -> Variant:
     """What distinguishes a kind of layer from a full one with RoPE."""
     own = kind.windowed and local != full
@@ -145,7 +178,15 @@ def _variant(
         rope_scaling=local.scaling if own else None,
         rotary_size=0 if kind.unrotated else None,
         experts=experts if kind.sparse else None,
+        delta=delta if kind.linear else None,
     )
+
+
+def _linear(config: Mapping[str, Json]) -> list[bool]:
+    """Whether each layer has the gated delta rule."""
+    if config.get("layer_types") is None:
+        return all_but_each(positive_int(_INTERVAL, config[_INTERVAL]), config)
+    return [kind == _LINEAR for kind in _types(config, _LINEAR)]
 
 
 def _window(family: Family, config: Mapping[str, Json]) -> int | None:
@@ -165,26 +206,32 @@ def _windowed(
     """Whether each layer has the window."""
     if "layer_types" not in family.layer_keys:
         _check_all(FULL if window is None else WINDOWED, config)
-    layers, types = number_of_layers(config), config.get("layer_types")
-    if types is None and window is None:
-        return [False] * layers
-    if types is None:
+    if config.get("layer_types") is None:
+        if window is None:
+            return [False] * number_of_layers(config)
         return family.windows(config)
-    if (
-        not isinstance(types, list)
-        or len(types) != layers
-        or any(kind not in (FULL, WINDOWED) for kind in types)
-    ):
-        raise ValueError(
-            f"layer_types={types!r} must be {FULL!r} or {WINDOWED!r} for each of "
-            f"num_hidden_layers={layers}"
-        )
+    types = _types(config, WINDOWED)
     if WINDOWED in types and window is None:
         raise ValueError(
             f"layer_types={types!r} has {WINDOWED!r}, but sliding_window is not given, "
             "or switched off"
         )
     return [kind == WINDOWED for kind in types]
+
+
+def _types(config: Mapping[str, Json], other: str) -> list[str]:
+    """The kind of each layer, of those with full attention and one other kind."""
+    layers, types = number_of_layers(config), config["layer_types"]
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(kind not in (FULL, other) for kind in types)
+    ):
+        raise ValueError(
+            f"layer_types={types!r} must be {FULL!r} or {other!r} for each of "
+            f"num_hidden_layers={layers}"
+        )
+    return [str(kind) for kind in types]
 
 
 def _check_all(kind: str, config: Mapping[str, Json]) -> None:

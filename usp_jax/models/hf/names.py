@@ -12,6 +12,7 @@ one of its dims:
 
     qkv_proj.weight [(N + 2K)·H, D]  ->  q, k, v
     kv_b_proj.weight [N·(P + X), C]  ->  k_up, v_up
+    conv1d.weight [A·(2Y + I), 1, Q]  ->  delta_q_conv, delta_k_conv, delta_v_conv
 
 `places.py` lists the tensors.
 """
@@ -151,16 +152,19 @@ def to_tensor(
       parts: the names of the parameters, and their arrays without the dims that the
         tensor does not have, in order.
     """
-    arrays = []
+    arrays, axis = [], 0
     for name, x in parts:
         place, (_, inner) = place_of(family, name), _stacked(family, name)
         sizes = {"1": 1, **dict(zip(inner, x.shape, strict=True))}
         x = x.transpose([inner.index(letter) for letter in _named(place)])
         x = x.reshape([sizes[letter] for letter in place.letters])
-        arrays.append(_paired(family, config, name, x, to_pairs=True))
-    x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, place.along)
-    sizes = dict(zip(place.letters, x.shape, strict=True))
-    return np.ascontiguousarray(x.reshape(_shape(place.dims, sizes)))
+        x = _paired(family, config, name, x, to_pairs=True)
+        shape, axis = _merged(place, x.shape)
+        arrays.append(x.reshape(shape))
+    x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+    return np.ascontiguousarray(
+        x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])
+    )
 
 
 def _slice_of(
@@ -193,9 +197,9 @@ def _slice_of(
         if first < along < last:
             # Each entry of the outer letter has the other parameters too.
             held[along] = range(total)
-        start = own[first].start + (before if first == along else 0)
         unit = math.prod(map(len, held[first + 1 : last]))
-        parts.append(slice(start * unit, (start + len(own[first])) * unit))
+        start = own[first].start * unit + (before if first == along else 0)
+        parts.append(slice(start, start + len(own[first]) * unit))
         first = last
     mine = [slice(None)] * len(letters)
     if held[along] != own[along]:
@@ -264,13 +268,14 @@ def _tensor(
     expert: int | None = None,
 ) -> Tensor:
     """The tensor that has these parts of parameters."""
-    first = parts[0][0]
-    place = place_of(family, first)
-    sizes = [_sizes(family, shapes, name) for name, _ in parts]
-    total = dict(zip(place.letters, sizes[0], strict=True))
-    total[place.letters[place.along]] = sum(own[place.along] for own in sizes)
-    full = tensor_name(family, first).format(layer=layer, expert=expert)
-    return Tensor(full, _shape(place.dims, total), tuple(parts))
+    merged = [
+        _merged(place_of(family, name), _sizes(family, shapes, name))
+        for name, _ in parts
+    ]
+    (shape, axis), name = merged[0], tensor_name(family, parts[0][0])
+    size = shape[axis - 1] * sum(own[axis] for own, _ in merged)
+    shape = (*shape[: axis - 1], size, *shape[axis + 1 :])
+    return Tensor(name.format(layer=layer, expert=expert), shape, tuple(parts))
 
 
 def _sizes(
@@ -282,17 +287,38 @@ def _sizes(
 
 
 def _extent(family: Family, config: LlamaConfig, name: str) -> tuple[int, int]:
-    """The entries before a parameter's in its tensor, and all, along `Place.along`."""
-    shapes, along = parameter_shapes(config), place_of(family, name).along
+    """The entries before a parameter's in its tensor, and of all, from `along` on."""
+    shapes = parameter_shapes(config)
     group: tuple[str, ...] = (name,)
     if is_of_layers(name):
         kind = stacks(config)[name].kinds[0]
         names = list(layer_stacks(config, kind).values())
         group = next(group for group in _groups(family, names) if name in group)
-    sizes = [_sizes(family, shapes, other)[along] for other in group]
+    sizes = []
+    for other in group:
+        shape, axis = _merged(place_of(family, other), _sizes(family, shapes, other))
+        sizes.append(shape[axis])
     return sum(sizes[: group.index(name)]), sum(sizes)
 
 
-def _shape(dims: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a tensor with merged dims."""
-    return tuple(math.prod(sizes[letter] for letter in dim) for dim in dims)
+def _merged(place: Place, sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """The dims of a parameter's part of a tensor, that of `Place.along` cut in two.
+
+    Args:
+      place: the parameter's place.
+      sizes: the number of entries for each letter of the tensor.
+
+    Returns:
+      The dims, and the index of the one along which other parameters follow.
+    """
+    shape: list[int] = []
+    first = axis = 0
+    for dim in place.dims:
+        own, cut = sizes[first : first + len(dim)], place.along - first
+        if 0 <= cut < len(dim):
+            axis = len(shape) + 1
+            shape += [math.prod(own[:cut]), math.prod(own[cut:])]
+        else:
+            shape.append(math.prod(own))
+        first += len(dim)
+    return tuple(shape), axis

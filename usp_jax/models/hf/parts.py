@@ -1,14 +1,15 @@
 """The parts of a layer that several keys of config.json describe together.
 
-They are experts and latent attention.
+They are experts, latent attention and the gated delta rule.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from usp_jax.models.decoder import Decoder, experts_of
+from usp_jax.models.decoder import Decoder, experts_of, kinds_of
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
-from usp_jax.models.hf.families.family import LATENT, UNROTATED, Mixture
+from usp_jax.models.hf.families.family import DELTA, LATENT, UNROTATED, Mixture
 from usp_jax.models.hf.files import Json, positive_int
 from usp_jax.models.latent import Latent
 
@@ -82,3 +83,28 @@ def write_latent(decoder: Decoder) -> dict[str, Json]:
         raise ValueError("latent=None must be given")
     keys: dict[str, Json] = {key.name: getattr(latent, key.field) for key in LATENT}
     return {**keys, UNROTATED: decoder.head_size - latent.rope_size}
+
+
+def read_delta(config: Mapping[str, Json]) -> Delta:
+    """Reads the gated delta rule from a config.json without nulls.
+
+    Raises:
+      ValueError: a key has a value that is not understood.
+    """
+    fields: dict[str, Any] = {
+        key.field: key.read(key.name, config[key.name]) for key in DELTA
+    }
+    return Delta(**fields)
+
+
+def write_delta(decoder: Decoder) -> dict[str, Json]:
+    """Returns the keys of the delta rule of the layers that have it.
+
+    Raises:
+      ValueError: no layer has it.
+    """
+    own = (kind.delta for kind, _ in kinds_of(decoder))
+    delta = next((delta for delta in own if delta is not None), None)
+    if delta is None:
+        raise ValueError("delta=None must be given")
+    return {key.name: getattr(delta, key.field) for key in DELTA}

@@ -1,4 +1,4 @@
-"""Where a checkpoint has the parameters: LLaMA's tensors, and those of experts.
+"""Where a checkpoint has the parameters: LLaMA's tensors, and those of other parts.
 
 Families may have other names, or one tensor for several parameters.
 """
@@ -37,12 +37,16 @@ class Place:
         return "".join(self.dims)
 
 
+_Q = "self_attn.q_proj.weight"
 _KV_UP = "self_attn.kv_b_proj.weight"
 _GATE_UP_BIAS = "mlp.experts.gate_up_proj_bias"
+_DELTA, _CONV = "linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight"
 PLACES: dict[str, Place] = {
     "embed": Place("model.embed_tokens.weight", ("V", "D")),
     "attention_norm": Place("input_layernorm.weight", ("D",)),
-    "q": Place("self_attn.q_proj.weight", ("NH", "D")),
+    "q": Place(_Q, ("NH", "D")),
+    # Each head has the rows of its queries, then those of its gate.
+    "output_gate": Place(_Q, ("NH", "D"), along=1),
     "k": Place("self_attn.k_proj.weight", ("KH", "D")),
     "v": Place("self_attn.v_proj.weight", ("KH", "D")),
     "q_bias": Place("self_attn.q_proj.bias", ("NH",)),
@@ -63,6 +67,19 @@ PLACES: dict[str, Place] = {
     "v_up": Place(_KV_UP, ("NX", "C"), along=1),
     "o": Place("self_attn.o_proj.weight", ("D", "NX")),
     "o_bias": Place("self_attn.o_proj.bias", ("D",)),
+    "delta_q": Place(_DELTA, ("AY", "D")),
+    "delta_k": Place(_DELTA, ("AY", "D")),
+    "delta_v": Place(_DELTA, ("AI", "D")),
+    "delta_gate": Place("linear_attn.in_proj_z.weight", ("AI", "D")),
+    "delta_beta": Place("linear_attn.in_proj_b.weight", ("AG", "D")),
+    "delta_decay": Place("linear_attn.in_proj_a.weight", ("AG", "D")),
+    "delta_decay_bias": Place("linear_attn.dt_bias", ("AG",)),
+    "delta_log_rate": Place("linear_attn.A_log", ("AG",)),
+    "delta_q_conv": Place(_CONV, ("AY", "1", "Q")),
+    "delta_k_conv": Place(_CONV, ("AY", "1", "Q")),
+    "delta_v_conv": Place(_CONV, ("AI", "1", "Q")),
+    "delta_norm": Place("linear_attn.norm.weight", ("U",)),
+    "delta_o": Place("linear_attn.out_proj.weight", ("D", "AI")),
     "attention_out_norm": Place("post_attention_layernorm.weight", ("D",)),
     "mlp_norm": Place("post_attention_layernorm.weight", ("D",)),
     "gate": Place("mlp.gate_proj.weight", ("F", "D")),
@@ -81,6 +98,7 @@ PLACES: dict[str, Place] = {
     "shared_gate": Place("mlp.shared_experts.gate_proj.weight", ("S", "D")),
     "shared_up": Place("mlp.shared_experts.up_proj.weight", ("S", "D")),
     "shared_down": Place("mlp.shared_experts.down_proj.weight", ("D", "S")),
+    "shared_scale": Place("mlp.shared_expert_gate.weight", ("1", "D")),
     "mlp_out_norm": Place("post_feedforward_layernorm.weight", ("D",)),
     "final_norm": Place("model.norm.weight", ("D",)),
     "lm_head": Place("lm_head.weight", ("V", "D")),

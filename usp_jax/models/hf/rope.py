@@ -103,9 +103,12 @@ def write_ropes(family: Family, full: Rope, windowed: Rope) -> dict[str, Json]:
     """Returns the keys of config.json for the RoPE of full and of windowed layers."""
     keys: dict[str, Json] = {}
     if family.local_theta is None:
-        keys["rope_parameters"] = {**_written(full), **_written_mscale(full)}
+        keys["rope_parameters"] = {**_written(family, full), **_written_mscale(full)}
     else:
-        keys["rope_parameters"] = {FULL: _written(full), WINDOWED: _written(windowed)}
+        keys["rope_parameters"] = {
+            FULL: _written(family, full),
+            WINDOWED: _written(family, windowed),
+        }
     if isinstance(full.scaling, DynamicNTKScaling):
         keys["max_position_embeddings"] = full.scaling.original_length
     if isinstance(full.scaling, LongRopeScaling):
@@ -139,6 +142,8 @@ def _rope(
     part = settings.pop(
         "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
     )
+    for key in family.unused_rope:
+        settings.pop(key, None)
     kind = _kind(family, name, settings)
     required, optional = _KEYS[kind]
     unknown = sorted(settings.keys() - {*required, *optional})
@@ -276,8 +281,9 @@ def _mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def _written(rope: Rope) -> dict[str, Json]:
-    part = {} if rope.part == 1 else {"partial_rotary_factor": rope.part}
+def _written(family: Family, rope: Rope) -> dict[str, Json]:
+    name = "partial_rotary_factor"
+    part = {} if rope.part == family.defaults.get(name, 1) else {name: rope.part}
     return {"rope_theta": rope.theta, **part, **_written_scaling(rope.scaling)}
 
 

@@ -1,8 +1,8 @@
 """A family of models in the Hugging Face format: its names and facts.
 
 A family is data. Its keys of config.json are read and written by `keys.py`, those of
-its layers by `layers.py` and those of experts and latent attention by `parts.py`;
-`names.py` finds its tensors.
+its layers by `layers.py` and those of experts, latent attention and the delta rule by
+`parts.py`; `names.py` finds its tensors.
 """
 
 import dataclasses
@@ -153,6 +153,14 @@ LATENT = (
     Key("v_head_dim", "value_size", positive_int),
 )
 UNROTATED = "qk_nope_head_dim"
+# The keys of the gated delta rule.
+DELTA = (
+    Key("linear_num_key_heads", "key_heads", positive_int),
+    Key("linear_num_value_heads", "value_heads", positive_int),
+    Key("linear_key_head_dim", "key_size", positive_int),
+    Key("linear_value_head_dim", "value_size", positive_int),
+    Key("linear_conv_kernel_dim", "taps", positive_int),
+)
 # The keys of sizes, which every config.json must have.
 _SIZES = (
     Key("vocab_size", "vocab_size", positive_int),
@@ -192,12 +200,14 @@ class Family:
       local_theta: if windowed layers have a RoPE of their own, its base, if left out.
       rope_types: supported types of RoPE scaling, by their names in config.json.
       rotates_part: whether RoPE may rotate a part of each head.
+      unused_rope: keys of the RoPE settings that change nothing for text.
       default_rope: the RoPE settings, if left out.
       scales_logits: whether YaRN's `mscale_all_dim` scales attention's logits.
       rope_pairs: parameters whose tensors have the dims that RoPE rotates in pairs, and
         the letter of these dims, of which they are the last.
       mixture: the keys of experts.
       is_latent: whether attention is latent.
+      has_delta: whether layers may have the gated delta rule in place of attention.
       aliases: other names of keys.
       tensors: places of parameters that differ from those in `places.py`, or only the
         name. Parameters that share a name are fused.
@@ -228,11 +238,13 @@ class Family:
         default_factory=lambda: {name: name for name in ROPE_TYPES}
     )
     rotates_part: bool = False
+    unused_rope: tuple[str, ...] = ()
     default_rope: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     scales_logits: bool = False
     rope_pairs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mixture: Mixture | None = None
     is_latent: bool = False
+    has_delta: bool = False
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, str | Place] = dataclasses.field(default_factory=dict)
     text_of: str | None = None
@@ -251,11 +263,11 @@ class Family:
 
     @property
     def part_keys(self) -> tuple[str, ...]:
-        """The names of the keys of experts and latent attention."""
+        """The names of the keys of experts, latent attention and the delta rule."""
         experts = () if self.mixture is None else self.mixture.names
-        if not self.is_latent:
-            return experts
-        return (*experts, *(key.name for key in LATENT), UNROTATED)
+        latent = (*(key.name for key in LATENT), UNROTATED) if self.is_latent else ()
+        delta = tuple(key.name for key in DELTA) if self.has_delta else ()
+        return (*experts, *latent, *delta)
 
     @property
     def needed(self) -> tuple[str, ...]:

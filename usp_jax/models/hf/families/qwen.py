@@ -60,6 +60,17 @@ QWEN3 = dataclasses.replace(
     fields={"qk_norm": True},
     required=("num_key_value_heads", "head_dim"),
 )
+MIXTURE = Mixture(
+    (
+        Key("num_experts", "num_experts", positive_int),
+        Key("num_experts_per_tok", "experts_per_token", positive_int),
+        Key("moe_intermediate_size", "d_expert", positive_int),
+        Key("norm_topk_prob", "renormalize", boolean),
+    ),
+    layers=_with_experts,
+    layer_keys=("decoder_sparse_step", "mlp_only_layers"),
+    write_layers=_write_dense,
+)
 QWEN3_MOE = dataclasses.replace(
     QWEN3,
     model_type="qwen3_moe",
@@ -74,17 +85,7 @@ QWEN3_MOE = dataclasses.replace(
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    mixture=Mixture(
-        (
-            Key("num_experts", "num_experts", positive_int),
-            Key("num_experts_per_tok", "experts_per_token", positive_int),
-            Key("moe_intermediate_size", "d_expert", positive_int),
-            Key("norm_topk_prob", "renormalize", boolean),
-        ),
-        layers=_with_experts,
-        layer_keys=("decoder_sparse_step", "mlp_only_layers"),
-        write_layers=_write_dense,
-    ),
+    mixture=MIXTURE,
     # transformers 5 writes the number of experts under this name.
     aliases={"num_local_experts": "num_experts"},
 )
