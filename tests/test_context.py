@@ -259,3 +259,15 @@ def test_refused_where_it_would_not_be_exact():
 def test_wrong_roles(roles, message):
     with pytest.raises(ValueError, match=message):
         usp_jax.MeshAxes(**{"context": "context", "context_ulysses": 2, **roles})
+
+
+def test_the_delta_rule_takes_it_as_a_ring_only():
+    q, log_decay = jnp.ones((1, T, N, H)), -jnp.ones((1, T, N))
+    mesh = mesh_of()
+    run = functools.partial(
+        usp_jax.gated_delta, q, q, q, log_decay=log_decay, beta=-log_decay, mesh=mesh
+    )
+    with pytest.raises(ValueError, match="axes.context_ulysses=2: only attention"):
+        run(axes=axes(2))
+    alone, _ = usp_jax.gated_delta(q, q, q, log_decay=log_decay, beta=-log_decay)
+    np.testing.assert_allclose(run(axes=axes(1))[0], alone, rtol=1e-5)

@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from usp_jax import arguments
 from usp_jax.delta.contract import Tiles
 from usp_jax.delta.split import DeltaCall
 from usp_jax.layout import check_layout, check_length
-from usp_jax.mesh import axis_size
+from usp_jax.mesh import NO_AXES, MeshAxes, axis_size
 from usp_jax.shards import Shards
 from usp_jax.ulysses import Heads
 
@@ -57,6 +58,20 @@ def checked_call(
     heads = Heads(m // tensor, n // tensor, shards.ulysses_size)
     call = DeltaCall(shards, heads, layout, Tiles(exact=query.dtype.itemsize > 2))
     return call, ids
+
+
+def shards_of(mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> Shards:
+    """Makes the shards of a mesh, or of one device; `axes.context` is a ring.
+
+    Raises:
+      ValueError: `axes.context` is to be split into ring and Ulysses.
+    """
+    if axes.context_ulysses > 1:
+        raise ValueError(
+            f"axes.context_ulysses={axes.context_ulysses}: only attention splits the "
+            "axis `context`; leave it out, or give the mesh the axes ring and ulysses"
+        )
+    return Shards(axes=NO_AXES) if mesh is None else Shards.of_mesh(mesh, axes)
 
 
 def check_floats(name: str, x: jax.Array, shape: tuple[int, ...], letters: str) -> None:

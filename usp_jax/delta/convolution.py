@@ -22,12 +22,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Integer
 
-from usp_jax.delta.arguments import check_floats, check_splits, ids_of
+from usp_jax.delta.arguments import check_floats, check_splits, ids_of, shards_of
 from usp_jax.delta.documents import padded
 from usp_jax.delta.neighbours import Past, neighbours_of
 from usp_jax.layout import length_multiple
 from usp_jax.masking import PADDING
-from usp_jax.mesh import NO_AXES, MeshAxes, resolve_mesh
+from usp_jax.mesh import MeshAxes, resolve_mesh
 from usp_jax.shards import SEQ, TOKENS, Shards
 from usp_jax.varying import vary_like
 
@@ -73,7 +73,7 @@ def short_convolution(
       ValueError: shapes, dtypes, lengths, axes or names do not fit.
     """
     mesh = resolve_mesh(mesh, axes, x)
-    shards = Shards(axes=NO_AXES) if mesh is None else Shards.of_mesh(mesh, axes)
+    shards = shards_of(mesh, axes)
     ids = _check(x, weight, segment_ids, initial_tail, layout, shards)
     run = _on_shards if mesh is None else _on_mesh
     return run(shards, layout, x, weight, ids, initial_tail)

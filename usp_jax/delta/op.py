@@ -8,12 +8,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Integer
 
-from usp_jax.delta.arguments import checked_call
+from usp_jax.delta.arguments import checked_call, shards_of
 from usp_jax.delta.documents import padded
 from usp_jax.delta.split import DeltaCall, delta
 from usp_jax.layout import length_multiple
 from usp_jax.masking import PADDING, zero_padding
-from usp_jax.mesh import NO_AXES, MeshAxes, resolve_mesh
+from usp_jax.mesh import MeshAxes, resolve_mesh
 from usp_jax.shards import HEADS, SEQ, TOKENS, Shards
 from usp_jax.varying import vary_like
 
@@ -91,7 +91,7 @@ def gated_delta(
       ```
     """
     mesh = resolve_mesh(mesh, axes, query, key, value)
-    shards = Shards(axes=NO_AXES) if mesh is None else Shards.of_mesh(mesh, axes)
+    shards = shards_of(mesh, axes)
     arrays = query, key, value, log_decay, beta, segment_ids, initial_state
     call, segment_ids = checked_call(*arrays, layout, shards)
     run = _on_shards if mesh is None else _on_mesh
