@@ -16,7 +16,9 @@ from train.config import (
     flatten,
 )
 from train.data.conversations import FORMS
+from usp_jax.delta.arguments import LAYOUTS as DELTA_LAYOUTS
 from usp_jax.layout import length_multiple
+from usp_jax.models.decoder import kinds_of
 from usp_jax.models.decoder_checks import check_targets
 from usp_jax.models.execution import DTYPES
 from usp_jax.models.optimizer import check_adamw
@@ -31,6 +33,7 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} must be one of {values}"
             )
+    _check_delta(config)
     mesh, microbatches = config.mesh, config.pipeline.microbatches
     ways = mesh.data * mesh.fsdp * microbatches * config.accumulate
     if config.batch_size % ways:
@@ -50,6 +53,16 @@ def check(config: Config) -> None:
     _check_length(config)
     _check_distributed(config.distributed)
     _check_traced(config)
+
+
+def _check_delta(config: Config) -> None:
+    kinds = kinds_of(config.model)
+    if all(kind.delta is None for kind, _ in kinds) or config.layout in DELTA_LAYOUTS:
+        return
+    raise ValueError(
+        f"layout={config.layout!r} must be one of {DELTA_LAYOUTS} for a model with the "
+        "gated delta rule"
+    )
 
 
 def _check_length(config: Config) -> None:

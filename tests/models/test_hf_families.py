@@ -165,6 +165,26 @@ def test_the_text_part_of_a_model_with_images_is_read(tmp_path):
     chex.assert_trees_all_equal(folder_tensors(tmp_path / "second"), weights(shapes))
 
 
+def test_the_text_part_of_a_qwen_with_images_is_read(tmp_path):
+    drawn, text = weights(golden("qwen3_5")["shapes"]), {**CONFIGS["qwen3_5"]}
+    text |= {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": {key: x for key, x in text.items() if key != "architectures"},
+        "vision_config": {"model_type": "qwen3_5_vision"},
+        "image_token_id": 30,
+    }
+    begin = "model.language_model."
+    named = {name.replace("model.", begin, 1): x for name, x in drawn.items()}
+    more = {"model.visual.x": np.ones((2, 2), np.float32)}
+    first = write(tmp_path / "first", config, {**named, **more})
+    model = hf.load(first)
+    assert model.config == config_of("qwen3_5")
+    hf.save(model, tmp_path / "second", like=first)
+    chex.assert_trees_all_equal(folder_tensors(tmp_path / "second"), drawn)
+
+
 def test_sizes_that_published_models_with_images_leave_out():
     """As in the config.json of google/gemma-3-4b-it."""
     text = {

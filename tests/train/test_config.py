@@ -230,6 +230,13 @@ def test_options_replace_fields_with_dashes_and_with_underscores() -> None:
     assert parse(["tiny", *dashes]) == parse(["tiny", *underscores]) == expected
 
 
+@pytest.mark.parametrize("layout", ["striped", "balanced"])
+def test_layouts_that_delta_layers_refuse_raise(layout: str) -> None:
+    words = ["qwen3-next-80b-a3b", "--run-dir", "here", "--layout", layout]
+    with pytest.raises(ValueError, match=rf"layout='{layout}' must be .* delta rule"):
+        parse(words)
+
+
 def test_every_field_is_an_option(tmp_path: Path) -> None:
     config = small_config(
         tmp_path,

@@ -15,6 +15,7 @@ from tests.train.runs import small_config
 from train.config import Config, MeshConfig
 from train.log.flops import StepFlops, step_flops
 from usp_jax.models.decoder import Variant, kinds_of
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.models.llama import Llama
@@ -113,6 +114,10 @@ LATENT = {
     "latent": Latent(kv_rank=20, rope_size=4, value_size=6, q_rank=28),
 }
 DIRECT = {**LATENT, "latent": Latent(kv_rank=20, rope_size=4, value_size=6)}
+HYBRID = {
+    "layer_types": ("delta", "default"),
+    "variants": (Variant("delta", delta=Delta(2, 4, 6, 5)),),
+}
 BOTH = {"norm_placement": "both", **QK_NORM, **KINDS}
 AFTER = {"norm_placement": "after", **WHOLE, **KINDS}
 
@@ -193,6 +198,45 @@ def test_the_hardware_currency_is_what_the_program_does(
         sizes = (1 + (remat == "full")) * (size + values) + 3 * size + 2 * values
         unseen += 2 * config.batch_size * count * heads * (length**2 - seen) * sizes
     assert counted(config) == step_flops(config).hardware + unseen
+
+
+@pytest.mark.parametrize(
+    "remat",
+    [
+        "attention_qkv",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("none", "dots", "full")),
+    ],
+)
+def test_products_with_weights_of_delta_layers_are_counted(
+    tmp_path: Path, remat: str
+) -> None:
+    """The products that are not counted, the rule's own, have no model size."""
+
+    def uncounted(d_model: int) -> float:
+        config = small_config(tmp_path / str(d_model), mesh=MeshConfig())
+        fields = {"d_model": d_model, "output_gate": True, "qk_norm": True, **HYBRID}
+        model = dataclasses.replace(
+            config.model, remat=remat, implementation="reference", **fields
+        )
+        config = dataclasses.replace(config, model=model)
+        return counted(config) - step_flops(config).hardware
+
+    assert uncounted(32) == uncounted(64) > 0
+
+
+def test_the_delta_rule_counts_three_products_of_a_state(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    model = dataclasses.replace(config.model, remat="none", **HYBRID)
+    flops = step_flops(dataclasses.replace(config, model=model))
+    # Worked out by hand: B=8, T=64, D=32, F=64, V=256; attention N=8, K=2, H=4; delta
+    # 2 key heads of size 6, each with 2 value heads of size 5.
+    attention = 32 * 20 * 4
+    delta = 32 * (2 * (2 * 6 + 2 * 2 * 5 + 2 * 2) + 2 * 2 * 5)
+    weights = attention + delta + 2 * 3 * 32 * 64 + 32 * 256
+    rule = 2 * 3 * 4 * 6 * 5
+    assert flops.causal == 6 * 512 * weights + 3 * (
+        512 * rule + 4 * 8 * 64**2 / 2 * 8 * 4
+    )
 
 
 def test_a_window_counts_its_pairs_in_every_currency(tmp_path: Path) -> None:

@@ -146,9 +146,11 @@ def delta_rule(
     mixed = jax.nn.silu(mixed)
     width = heads.q.shape[2] * heads.q.shape[3]
     q, k, v = jnp.split(mixed, (width, 2 * width), -1)
-    q, k = (_unit(x.reshape(heads.q.shape)) for x in (q, k))
+    size = heads.q.shape[3]
+    q = _scaled(q.reshape(heads.q.shape), size**-0.5)
+    k = _scaled(k.reshape(heads.k.shape), 1.0)
     out, state = gated_delta_per_shard(
-        q * jnp.asarray(q.shape[3] ** -0.5, q.dtype),
+        q,
         k,
         v.reshape(*v.shape[:2], -1, heads.value_size),
         log_decay=heads.log_decay,
@@ -161,11 +163,11 @@ def delta_rule(
     return out, DeltaState(tail[:, None], state[:, None])
 
 
-def _unit(x: Array) -> Array:
-    """Scales each head to length 1, computed in at least float32."""
+def _scaled(x: Array, length: float) -> Array:
+    """Scales each head to a length, computed in at least float32."""
     y = x.astype(wide(x.dtype))
     square = jnp.sum(jnp.square(y), -1, keepdims=True)
-    return (y * lax.rsqrt(square + _EPSILON)).astype(x.dtype)
+    return (y * (length * lax.rsqrt(square + _EPSILON))).astype(x.dtype)
 
 
 def delta_output(

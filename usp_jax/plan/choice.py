@@ -244,6 +244,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
+    if any(kind.model.delta is not None for kind in job.kinds):
+        return "delta: plans of the gated delta rule are not modelled"
     if (why := _latent_obstacle(job, choice)) is not None:
         return why
     if (why := _pipeline_obstacle(job.model, choice)) is not None:

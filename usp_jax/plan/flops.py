@@ -11,6 +11,11 @@ A layer of E experts of size W, of which a token uses k, and of shared experts o
 has D·E + 3·D·(k·W + S) in place of 3·D·F: its router, and the weights that are active.
 Empty slots of the exchange do not count; they are not computed either.
 
+A layer with the gated delta rule has 6·B·T·M·H·X in place of A, for M value heads of
+size X: three products of a state with a vector for each token. That is the rule by its
+definition. The blocks in which it is computed take more products, and a ring takes
+further ones; none of the three counts has them.
+
 * full model:   3·P + 3·A, since the backward is twice the forward (PaLM, arXiv
   2204.02311, appendix B), with T² pairs, as if nothing were masked; 2·P + 3·A with
   adapters (LoRA), since frozen weights have no gradient;
@@ -44,7 +49,8 @@ class Work:
     Attributes:
       layers: forward products with the layers' weights.
       output: forward products with the output matrix.
-      attention: forward attention, of the causal half or a window's pairs.
+      attention: forward attention, of the causal half or a window's pairs, and the
+        gated delta rule.
       masked: forward attention of the other half, in layers without a window.
       layers_again: the part of `layers` that the backward repeats.
       attention_again: the part of `attention` that the backward repeats, q·k always.
@@ -114,6 +120,10 @@ def step_work(
         layers += 2 * tokens * count * active_weights(kind)
         again += 2 * tokens * count * _weights_again(kind, policy, tiled)
         expanded += 2 * tokens * count * expansion_weights(kind) * visits
+        if (delta := kind.delta) is not None:
+            states = delta.value_heads * delta.key_size * delta.value_size
+            attention += 2 * 3 * states * count * tokens
+            continue
         value_size = kind.head_size if kind.latent is None else kind.latent.value_size
         sizes = kind.head_size + value_size
         each = 2 * kind.num_heads * sizes * count * tokens / length
@@ -178,6 +188,9 @@ def _weights_again(model: LlamaConfig, policy: str, tiled: bool) -> int:
         again += inner
     if experts is not None and (before or keeps(policy, OUT)):
         again -= model.d_model * experts.d_expert * experts.experts_per_token
+    if model.delta is not None:
+        # The convolution's backward needs the projections.
+        return again
     if policy == "attention_qkv" and model.latent is not None:
         # The norms' backward needs the latents, but not the queries made of them.
         if model.latent.q_rank is None:

@@ -72,7 +72,10 @@ def place_of(family: Family, name: str) -> Place:
 def tensor_name(family: Family, name: str) -> str:
     """Returns the name of a parameter's tensor, with {layer} and {expert} in it."""
     layer = LAYER if is_of_layers(name) else ""
-    return family.prefix + layer + place_of(family, name).name
+    full = layer + place_of(family, name).name
+    if full.startswith("model."):
+        full = family.body + full.removeprefix("model.")
+    return family.prefix + full
 
 
 def tensors(family: Family, config: LlamaConfig) -> Iterator[Tensor]:

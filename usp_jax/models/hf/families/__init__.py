@@ -11,7 +11,11 @@ from usp_jax.models.hf.families.llama import LLAMA, MISTRAL, MIXTRAL
 from usp_jax.models.hf.families.olmo import OLMO3
 from usp_jax.models.hf.families.phi import PHI3
 from usp_jax.models.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from usp_jax.models.hf.families.qwen_next import QWEN3_5, QWEN3_NEXT
+from usp_jax.models.hf.families.qwen_next import (
+    QWEN3_5,
+    QWEN3_5_IMAGES,
+    QWEN3_NEXT,
+)
 from usp_jax.models.hf.families.smollm import SMOLLM3
 
 # Of families that can hold a model, the first is written.
@@ -30,6 +34,7 @@ FAMILIES = (
     QWEN3_MOE,
     QWEN3_NEXT,
     QWEN3_5,
+    QWEN3_5_IMAGES,
     GPT_OSS,
     DEEPSEEK_V3,
     KIMI_K2,

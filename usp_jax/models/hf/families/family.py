@@ -215,6 +215,7 @@ class Family:
         the object `text_config` and its tensors have `prefix`. Such checkpoints are
         read, but not written.
       prefix: what the names of all tensors begin with.
+      body: what the names of tensors begin with that begin with "model." in others.
       unused_tensors: beginnings of the names of other tensors.
       has_prediction_layer: whether tensors of a layer after the last one, which
         predicts a further token, may be there. They are not used.
@@ -249,6 +250,7 @@ class Family:
     tensors: Mapping[str, str | Place] = dataclasses.field(default_factory=dict)
     text_of: str | None = None
     prefix: str = ""
+    body: str = "model."
     unused_tensors: tuple[str, ...] = ()
     has_prediction_layer: bool = False
 

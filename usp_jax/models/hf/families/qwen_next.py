@@ -58,7 +58,30 @@ QWEN3_5 = dataclasses.replace(
     model_type="qwen3_5_text",
     architecture="Qwen3_5ForCausalLM",
     defaults={"full_attention_interval": 4, "partial_rotary_factor": 0.25},
+    only={
+        **QWEN3_NEXT.only,
+        "attn_output_gate": (True,),
+        # States are float32 or more, whatever the dtype of the rest.
+        "mamba_ssm_dtype": ("float32",),
+    },
+    unused=("mlp_only_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     unused_rope=("mrope_interleaved", "mrope_section"),
     mixture=None,
     tensors=_GATED,
+)
+QWEN3_5_IMAGES = dataclasses.replace(
+    QWEN3_5,
+    model_type="qwen3_5",
+    architecture="Qwen3_5ForConditionalGeneration",
+    unused=(
+        *QWEN3_5.unused,
+        "image_token_id",
+        "video_token_id",
+        "vision_config",
+        "vision_end_token_id",
+        "vision_start_token_id",
+    ),
+    text_of="qwen3_5_text",
+    body="model.language_model.",
+    unused_tensors=("mtp.", "model.visual."),
 )
