@@ -212,13 +212,14 @@ def test_products_with_weights_of_delta_layers_are_counted(
 ) -> None:
     """The products that are not counted, the rule's own, have no model size."""
 
+    small = small_config(tmp_path, mesh=MeshConfig())
+
     def uncounted(d_model: int) -> float:
-        config = small_config(tmp_path / str(d_model), mesh=MeshConfig())
         fields = {"d_model": d_model, "output_gate": True, "qk_norm": True, **HYBRID}
         model = dataclasses.replace(
-            config.model, remat=remat, implementation="reference", **fields
+            small.model, remat=remat, implementation="reference", **fields
         )
-        config = dataclasses.replace(config, model=model)
+        config = dataclasses.replace(small, model=model)
         return counted(config) - step_flops(config).hardware
 
     assert uncounted(32) == uncounted(64) > 0
