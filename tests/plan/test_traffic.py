@@ -10,6 +10,7 @@ from train.ahead import step_of
 from usp_jax.compiled import by_kind, collectives
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Variant, experts_of
+from usp_jax.models.delta import Delta
 from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.plan.choice import Choice, Job
@@ -73,12 +74,21 @@ LATENT_EXPERTS = dataclasses.replace(
     variants=(Variant("experts", experts=SHARED.experts),),
 )
 
+# Qwen3-Next's layers: three with the gated delta rule to one with attention.
+HYBRID = dataclasses.replace(
+    MODEL,
+    qk_norm=True,
+    output_gate=True,
+    layer_types=("delta", "delta", "delta", "default"),
+    variants=(Variant("delta", delta=Delta(4, 8, 16, 16)),),
+)
+
 
 def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
     layers = 8 if choice.pipe > 1 else 3
     if len(model.layer_types) > 1:
         # A last layer alone is compiled without a loop, so XLA merges what it repeats.
-        layers = 12 if choice.pipe > 1 else 8
+        layers = 4 * len(model.layer_types) if choice.pipe > 1 else 8
     model = dataclasses.replace(model, num_layers=layers)
     job = Job(model, machine("a100"), 8, 512, batch)
     jitted, arguments = step_of(config_of(job, choice))
@@ -204,6 +214,28 @@ def test_a_step_of_experts_sends_what_is_predicted(model, choice):
 )
 def test_a_step_of_latents_sends_what_is_predicted(model, choice):
     check(choice, model=model)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(ring=4, ulysses=2, remat="attention"),
+        *(
+            pytest.param(choice, marks=pytest.mark.long)
+            for choice in (
+                Choice(ulysses=8),
+                Choice(ring=8, remat="attention_qkv"),
+                Choice(ring=2, ulysses=4, remat="dots"),
+                Choice(ring=2, ulysses=2, tensor=2, zero=1),
+                Choice(data=2, ring=2, ulysses=2, remat="none"),
+                Choice(pipe=2, ring=2, ulysses=2),
+            )
+        ),
+    ],
+    ids=describe,
+)
+def test_a_step_of_a_hybrid_sends_what_is_predicted(choice):
+    check(choice, model=HYBRID)
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from usp_jax.checks import check_positive_int
+from usp_jax.delta.arguments import LAYOUTS as DELTA_LAYOUTS
 from usp_jax.halo import Halo
 from usp_jax.layout import LAYOUTS, length_multiple
 from usp_jax.masking import MaskRule
@@ -229,8 +230,11 @@ def split_over_tensor(model: LlamaConfig) -> Iterator[tuple[int, str]]:
     Args:
       model: the model of one kind of layers.
     """
-    yield model.num_heads, "query heads"
-    yield model.num_kv_heads, "key/value heads"
+    if model.delta is None:
+        yield model.num_heads, "query heads"
+        yield model.num_kv_heads, "key/value heads"
+    else:
+        yield model.delta.key_heads, "key heads of the delta rule"
     experts = model.experts
     if experts is None:
         yield model.d_ff, "feed-forward features"
@@ -244,8 +248,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     """Returns why a choice is impossible, regardless of memory; None if possible."""
     if choice.devices != job.devices:
         return f"devices: the mesh has {choice.devices}, not {job.devices}"
-    if any(kind.model.delta is not None for kind in job.kinds):
-        return "delta: plans of the gated delta rule are not modelled"
+    if (why := _delta_obstacle(job, choice)) is not None:
+        return why
     if (why := _latent_obstacle(job, choice)) is not None:
         return why
     if (why := _pipeline_obstacle(job.model, choice)) is not None:
@@ -257,7 +261,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
             f"divisibility: {job.batch} rows do not divide over {ways} = {choice.rows}"
         )
     for kind in job.kinds:
-        if kind.model.window is None and (why := _heads_obstacle(kind, choice)):
+        exchanged = kind.model.window is None and kind.model.delta is None
+        if exchanged and (why := _heads_obstacle(kind, choice)):
             return why
         for size, noun in split_over_tensor(kind.model):
             if size % choice.tensor:
@@ -284,9 +289,10 @@ def obstacle(job: Job, choice: Choice) -> str | None:
             f"{job.layout}, ring, ulysses and tensor need"
         )
     for kind in job.kinds:
-        # A halo needs whole shards, and leaves heads where they are.
-        has_halo = halo_of_layer(kind, choice) is not None
-        if not has_halo and (why := _heads_obstacle(kind, choice)):
+        # A halo needs whole shards, and leaves heads where they are; those of the delta
+        # rule are padded.
+        stay = halo_of_layer(kind, choice) is not None or kind.model.delta is not None
+        if not stay and (why := _heads_obstacle(kind, choice)):
             return why
     return _experts_obstacle(job, choice)
 
@@ -308,6 +314,17 @@ def _experts_obstacle(job: Job, choice: Choice) -> str | None:
                 f"divisibility: {number} experts do not divide over "
                 f"{' · '.join(choice.expert_axes)} = {choice.expert_shards}"
             )
+    return None
+
+
+def _delta_obstacle(job: Job, choice: Choice) -> str | None:
+    """Returns why a choice is impossible for the gated delta rule, or None."""
+    if all(kind.model.delta is None for kind in job.kinds):
+        return None
+    if not choice.is_trained_here:
+        return f"delta: program={choice.program!r} is modelled without the delta rule"
+    if job.layout not in DELTA_LAYOUTS:
+        return f"delta: layout={job.layout!r} must be one of {DELTA_LAYOUTS}"
     return None
 
 

@@ -21,6 +21,7 @@ from usp_jax.models.segments import segments
 from usp_jax.plan.arrays import GPU, TPU, Arrays
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.delta_layers import delta_call_of, kept_of_delta, received_bytes
 from usp_jax.plan.parameter_traffic import gradient_itemsize
 from usp_jax.plan.share import (
     ADAPTER_BYTES,
@@ -275,13 +276,18 @@ def kept(job: Job, choice: Choice) -> int | float:
 
 
 def _normed(job: Job, choice: Choice, call: Call) -> int | float:
-    """Elements of what norms inside attention are applied to."""
+    """Elements of what norms, gates or a convolution in the mixer are applied to."""
     model = job.model
+    if (delta := model.delta) is not None:
+        gate = delta.value_heads * delta.value_size
+        each = delta.channels + gate + 2 * delta.value_heads
+        return microbatch_of(job, choice) * each / choice.tensor
     if model.latent is not None:
         latents = (model.latent.q_rank or 0) + (call.latent_size or 0)
         return microbatch_of(job, choice) * latents
     if model.qk_norm or model.whole_qk_norm:
-        return call.q_elements + call.kv_elements / 2
+        gate = call.out_elements * model.output_gate
+        return call.q_elements + call.kv_elements / 2 + gate
     return 0
 
 
@@ -301,10 +307,15 @@ def _kept_of_experts(job: Job, choice: Choice) -> int | float:
 
 
 def _kept_of_attention(job: Job, choice: Choice) -> int:
-    """Bytes kept of attention: out and lse, or also q, k, v and out in both splits."""
+    """Bytes kept of a mixer.
+
+    Of attention: out and lse, or also q, k, v and out in both splits.
+    """
     policy, size, call = kept_of(choice), job.itemsize, call_of(job, choice)
     if policy == "full":
         return 0
+    if job.model.delta is not None:
+        return kept_of_delta(job, choice)
     # In the kernel's format, padded on TPU.
     seen = _padded(job, call).out_elements * size + 4 * call.lse_elements
     if policy == "attention":
@@ -340,6 +351,21 @@ def _layer(job: Job, choice: Choice) -> int | float:
         # Gradients are summed over the tiles in float32.
         wide += 4 * 3 * model.d_model * inner_size(job) / choice.tensor
     wide += _experts(job, choice)
+    heads = _mixer(job, choice, call)
+    if choice.remat.endswith("_offload"):
+        heads += arrays.early * _kept_of_attention(job, choice)
+    return gathered + narrow + max(wide, heads)
+
+
+def _mixer(job: Job, choice: Choice, call: Call) -> int | float:
+    """Transient bytes of a layer's attention or delta rule."""
+    arrays, size = _arrays(job), job.itemsize
+    if (rule := delta_call_of(job, choice)) is not None:
+        # q, k, v and gates on both sides of the all-to-alls and their gradients; the
+        # convolution and SiLU, in float32.
+        channels = job.model.delta.channels / choice.tensor if job.model.delta else 0
+        both = (2 + 2 * (rule.ulysses > 1)) * received_bytes(rule)
+        return both + 3 * 4 * rule.tokens * channels
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     sides, both = 1 + (call.ulysses > 1), call.q_elements + call.out_elements
     heads: int | float = sides * both * size
@@ -351,9 +377,7 @@ def _layer(job: Job, choice: Choice) -> int | float:
     if call.ring > 1:
         heads += 4 * call.q_elements
         heads += arrays.rotating * 2 * call.kv_elements * (size + 4)
-    if choice.remat.endswith("_offload"):
-        heads += arrays.early * _kept_of_attention(job, choice)
-    return gathered + narrow + max(wide, heads)
+    return heads
 
 
 def _experts(job: Job, choice: Choice) -> int | float:

@@ -8,6 +8,8 @@
   groups, each all-to-all but the first overlaps the previous group's attention.
 * The exchange with experts is not overlapped. Loads are taken to be balanced, so it has
   one round; products of experts are taken to be as fast as others.
+* The products of the gated delta rule are taken to be as fast as others; its maps and
+  the halo of its convolution are waited for.
 * Documents shorter than a row need less compute, most of it in a device's own shard;
   the hops are the same.
 * ZeRO-3's weights and gradients are sent during the compute of their layer; they count
@@ -25,6 +27,7 @@ import dataclasses
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job
 from usp_jax.plan.chunks import chunk_seconds
+from usp_jax.plan.delta_layers import delta_products
 from usp_jax.plan.efficiency import MEMORY
 from usp_jax.plan.flops import Work, step_work
 from usp_jax.plan.links import Group
@@ -112,6 +115,10 @@ def step_seconds(
     chunks = ring = exchanging = 0.0
     for kind in job.kinds:
         own = work if kind is job else work_of(kind, choice, job.documents)
+        if kind.model.delta is not None:
+            rate = peak * job.machine.efficiency.matmul
+            chunks += own.attention * sum(delta_products(choice)) / rate
+            continue
         call = call_of(kind, choice)
         computed, waited = _ring(kind, choice, call, own.attention / peak)
         chunks, ring = chunks + computed, ring + waited
@@ -310,7 +317,12 @@ def _layer_moved(job: Job, choice: Choice) -> float:
     """Bytes that a kind's layers read and write outside matrix products."""
     model, tokens = job.model, choice.accumulate * tokens_of(job, choice)
     heads = model.num_heads + model.num_kv_heads * (model.latent is None)
-    wide = 2 * heads * model.head_size + 3 * inner_size(job)
+    mixed = 2 * heads * model.head_size
+    if (delta := model.delta) is not None:
+        # The taps of a convolution, SiLU and the scaled q, k; the norm and its gate.
+        mixed = (delta.taps + 6) * delta.channels
+        mixed += 4 * delta.value_heads * delta.value_size
+    wide = mixed + 3 * inner_size(job)
     # Norms, and two additions to the residual stream; rotations and the gate.
     norms = layer_sizes(job, choice).norms
     narrow = (2 * norms + 6 * model.d_model) / choice.token_shards

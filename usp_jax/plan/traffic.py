@@ -18,6 +18,7 @@ X along tensor:
 * attention sends the bytes of `attention.py`, and repeats some for the remat policy; a
   window's halo replaces all-to-alls and ring; if a window spans more than 8 devices'
   tokens, its layers are counted as if they had none;
+* layers with the gated delta rule send the bytes of `delta_layers.py` instead;
 * along tensor, activations are gathered before each product with weights and summed and
   scattered after it (TP-sp), or summed whole; so are the sums of squares of a norm over
   all heads;
@@ -36,6 +37,7 @@ from usp_jax.halo import Halo
 from usp_jax.models.moe import traffic as exchange_traffic
 from usp_jax.plan import attention
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
+from usp_jax.plan.delta_layers import delta_ids, delta_transfers
 from usp_jax.plan.parameter_traffic import gathered_once, parameters
 from usp_jax.plan.share import (
     again_of,
@@ -76,7 +78,9 @@ def transfers(job: Job, choice: Choice) -> tuple[Transfer, ...]:
     for kind, halo in zip(job.kinds, halos, strict=True):
         collectives += _tensor(kind, choice)
         collectives += _experts(kind, choice)
-        if halo is None:
+        if kind.model.delta is not None:
+            collectives += delta_transfers(kind, choice)
+        elif halo is None:
             collectives += _attention(kind, choice)
         else:
             collectives += _halo(kind, choice, halo)
@@ -131,6 +135,8 @@ def _document_ids(
         yield Transfer(
             "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
         )
+    for kind in job.kinds:
+        yield from delta_ids(kind, choice, times)
     axes, _ = along(choice, ("ring", "ulysses"))
     for halo in halos:
         if halo is not None:
