@@ -43,6 +43,7 @@ def test_the_reward_counts_steps_of_one_within_the_answer():
     np.testing.assert_allclose(rewards, [0.7, 1])
 
 
+@pytest.mark.long
 def test_the_mean_reward_improves(mesh):
     means = grpo.train(mesh, roll_outs=12)
     # Of 16 tokens, one is right.

@@ -22,7 +22,7 @@ AXES = {
 # What some of them need beside the test's own packages.
 NEEDS = {"equinox_model": "equinox"}
 # `make test-all` runs these; the others show the same of the library.
-LONG = ("equinox_model", "flax_linen", "plain_jax", "tunix_attention")
+LONG = ("equinox_model", "flax_linen", "flax_nnx", "plain_jax", "tunix_attention")
 
 
 def mesh_for(name):

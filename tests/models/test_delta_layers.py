@@ -66,10 +66,11 @@ def plain():
     ("mesh", "layout", "changes"),
     [
         ({"ring": 2, "ulysses": 4}, "natural", {"remat": "attention"}),
-        (
+        pytest.param(
             {"pipe": 2, "ring": 2, "tensor": 2},
             "natural",
             {"remat": "dots", "tensor_sequence": True},
+            marks=LONG,
         ),
         pytest.param({}, "natural", {"remat": "none"}, marks=LONG),
         pytest.param({"ring": 4, "ulysses": 2}, "contiguous", {}, marks=LONG),
