@@ -13,6 +13,7 @@ import pytest
 from tests.train.runs import never, rows, run_here, small_config
 from train.build import build
 from train.config import EvalConfig, LogConfig, MeshConfig, SampleConfig
+from train.data.text import load_text
 from train.log.flops import StepFlops
 from train.log.metrics import MetricsFile, rates
 from train.log.progress import Progress
@@ -72,7 +73,8 @@ def test_held_out_documents_are_evaluated(
         log=LogConfig(every=3, print_every=100),
     )
     run = build(config)
-    (held,), (learnt,) = run.evaluation.text.held_out, run.evaluation.text.corpora
+    text = load_text(config.data, run.vocabulary)
+    (held,), (learnt,) = text.held_out, text.corpora
     assert not set(held.hashes) & set(learnt.hashes)
     begun = run.evaluation(run.state.params)
     assert begun == run.evaluation(run.state.params)
