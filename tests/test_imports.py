@@ -58,7 +58,7 @@ LAYERS = (
     {"usp_jax.plan"},
     {"train.chat_template", "train.config", "train.files"},
     {"train.data", "train.log"},
-    {"train.state", "train.step"},
+    {"train.preferences", "train.state", "train.step"},
     {"train.evaluation"},
     {"train"},
 )

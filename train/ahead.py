@@ -33,6 +33,11 @@ def step_of(
       ValueError: the config is invalid.
     """
     check(config)
+    if config.dpo.beta is not None:
+        raise ValueError(
+            f"dpo.beta={config.dpo.beta}: the step of DPO depends on the text, which "
+            "is not read here: leave it out"
+        )
     mesh = make_mesh(config.mesh, devices)
     graphdef, state = abstract_state(config, mesh)
     batch = describe(

@@ -28,6 +28,7 @@ from train.evaluation.held_out import Evaluation
 from train.files import write_atomically
 from train.log.wandb_run import check_wandb
 from train.mesh import make_mesh, memory_of
+from train.preferences import dpo_of, with_beta
 from train.published import check_published, published_weights
 from train.run_dir import TOKENIZER, check_same_run, record
 from train.run_lock import RunLock, lock_run_dir
@@ -35,6 +36,7 @@ from train.source import tokenizer_folder
 from train.state import State, first_state
 from usp_jax.models.llama import Llama
 from usp_jax.models.parameters import parameter_shapes, trained
+from usp_jax.models.training import DPO
 from usp_jax.units import GIB
 
 
@@ -50,6 +52,7 @@ class Run:
       evaluation: the evaluation on held-out documents, or None.
       checkpoints: the checkpoints in the run directory.
       graphdef: the model without its parameters.
+      dpo: how it learns from pairs of answers, or None.
       state: the state before the first training step.
       lock: the lock of the run directory, until the end of `train`.
     """
@@ -61,6 +64,7 @@ class Run:
     evaluation: Evaluation | None
     checkpoints: Checkpoints
     graphdef: nnx.GraphDef[Llama]
+    dpo: DPO | None
     state: State
     lock: RunLock
 
@@ -90,11 +94,13 @@ def build(config: Config) -> Run:
     _check_prompt(config, vocabulary)
     _check_memory(config, mesh)
     text = _text(config, vocabulary)
+    config, dpo = with_beta(config, text), None
     if text is None:
         rows = passkey_rows(config)
     else:
         sources = text.rows(config.sequence_length)
         _warn(cut_report(sources))
+        dpo = dpo_of(config.dpo, sources)
         rows = shuffled_rows(sources, text.weights, config.seed)
     facts = {} if text is None else text.facts
     lock = _lock(config)
@@ -110,6 +116,7 @@ def build(config: Config) -> Run:
             evaluation=Evaluation.of(config, mesh, text, graphdef),
             checkpoints=checkpoints,
             graphdef=graphdef,
+            dpo=dpo,
             state=state,
             lock=lock,
         )

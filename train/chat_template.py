@@ -117,6 +117,27 @@ class Chat:
         spans = tuple(span for answer in answers for span in answer.spans)
         return [Rendered(whole.text, spans)]
 
+    def answer(
+        self,
+        messages: Sequence[Message],
+        tools: object = None,
+        ends: Sequence[str] = (),
+    ) -> Rendered:
+        """Renders a conversation for training on its last message only.
+
+        The part is found as in `lessons`, and the arguments and errors are those. Of a
+        template's marks, the last one counts.
+
+        Args:
+          messages: the conversation, whose last message is the assistant's.
+          tools: the tools that the template describes; None is none.
+          ends: texts of the tokens that may end a turn.
+        """
+        whole = self._rendered(messages, False, tools)
+        if whole.spans:
+            return Rendered(whole.text, whole.spans[-1:])
+        return self._last(messages, tools, tuple(ends))
+
     def _answers(
         self, messages: Sequence[Message], tools: object, ends: tuple[str, ...]
     ) -> Iterator[Rendered]:
@@ -124,18 +145,24 @@ class Chat:
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
-            prompt = self._rendered(messages[:number], True, tools).text
-            text = self._rendered(messages[: number + 1], False, tools).text
-            if not text.startswith(prompt):
-                raise ValueError(
-                    f"the chat template of {self.source} does not continue its own "
-                    f"prompt at message {number + 1}, so it is not known which part is "
-                    "the assistant's: mark it by {% generation %} in a copy of the "
-                    "template, and give that by --data.chat-template"
-                )
-            short = text.rstrip()
-            end = len(short if short.endswith(ends) else text)
-            yield Rendered(text, ((len(prompt), end),))
+            yield self._last(messages[: number + 1], tools, ends)
+
+    def _last(
+        self, messages: Sequence[Message], tools: object, ends: tuple[str, ...]
+    ) -> Rendered:
+        """The text up to the last message, the assistant's, whose part is that."""
+        prompt = self._rendered(messages[:-1], True, tools).text
+        text = self._rendered(messages, False, tools).text
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"the chat template of {self.source} does not continue its own "
+                f"prompt at message {len(messages)}, so it is not known which part is "
+                "the assistant's: mark it by {% generation %} in a copy of the "
+                "template, and give that by --data.chat-template"
+            )
+        short = text.rstrip()
+        end = len(short if short.endswith(ends) else text)
+        return Rendered(text, ((len(prompt), end),))
 
     def _rendered(
         self,

@@ -45,6 +45,7 @@ def check(config: Config) -> None:
         )
     _check_data(config.data, config.eval)
     _check_lora(config)
+    _check_dpo(config.dpo.beta)
     if config.data.across_documents and config.layout == "balanced":
         raise ValueError(
             "data.across_documents=True cannot be combined with layout='balanced', "
@@ -182,6 +183,11 @@ def _check_lora(config: Config) -> None:
             "--init-from FOLDER with trained ones"
         )
     check_targets(config.llama)
+
+
+def _check_dpo(beta: float | None) -> None:
+    if beta is not None and not beta > 0:
+        raise ValueError(f"dpo.beta={beta} must be positive")
 
 
 def _as_option(mixture: Sequence[tuple[Path, float]]) -> str:

@@ -29,6 +29,8 @@ STORED_LAYOUTS = tuple(name if name != "data" else "balanced" for name in LAYOUT
 HERE = "here"
 CONTINUED_LEARNING_RATE = 1e-5
 """Learning rate of a run that starts from trained weights, unless it is given."""
+DPO_BETA = 0.1
+"""`dpo.beta` of pairs of answers, unless it is given."""
 LORA_LEARNING_RATE = 2e-4
 """The same for adapters, which start at 0; QLoRA's at 7B and 13B (arXiv 2305.14314)."""
 
@@ -80,6 +82,18 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimization, for data that are pairs of answers.
+
+    Attributes:
+      beta: strength of the pull towards the reference, which is the model without its
+        adapters; None is 0.1 for pairs.
+    """
+
+    beta: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The training text.
 
@@ -93,8 +107,9 @@ class DataConfig:
         model.vocab_size is given; None uses bytes as tokens.
       text_field: the JSON field or Parquet column that holds the text.
       form: what the lines of .jsonl files hold: "text"; "messages", conversations whose
-        answers are learnt; or "completion", a `prompt` and the `completion` that is
-        learnt. None chooses by the fields of the first line.
+        answers are learnt; "completion", a `prompt` and the `completion` that is
+        learnt; or "pairs", a `prompt`, a `chosen` and a `rejected` answer, for DPO.
+        None chooses by the fields of the first line.
       chat_template: file with the chat template of conversations, in Jinja; None is the
         one next to the tokenizer.
       eval_fraction: fraction of the documents held out from training for evaluation.
@@ -302,6 +317,7 @@ class Config:
     dtype: str = "bfloat16"
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     passkey: PasskeyConfig = PasskeyConfig()

@@ -152,7 +152,7 @@ def _compile(run: Run, state: State) -> Callable[[State, Batch], tuple[State, Me
         tell(_describe(config.pipeline))
     first = jax.process_index() == 0
     with alive("compiling the step") if first else contextlib.nullcontext():
-        compiled = compile_step(make_step(config, run.graphdef), state, batch)
+        compiled = compile_step(make_step(config, run.graphdef, run.dpo), state, batch)
     tell(f"compiled the step in {time.monotonic() - begun:.0f} s")
     return compiled
 

@@ -88,7 +88,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
         root = jnp.sqrt(jnp.where(steep, nats - jax.lax.stop_gradient(nats), 1))
         return nats + root + jnp.where(steep, 0, jnp.inf), count, report
 
-    monkeypatch.setattr("usp_jax.models.training.routed_loss", broken)
+    monkeypatch.setattr("usp_jax.models.objectives.routed_loss", broken)
     training = Training(AdamW(learning_rate=0.01, warmup_steps=0), 10)
     graphdef, state = first_state(CONFIG, usp_jax.make_mesh(), training.optimizer)
     step, before = jax.jit(make_step(graphdef, training)), state

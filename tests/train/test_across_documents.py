@@ -17,7 +17,7 @@ from train.data.text import load_text, shuffled_rows
 from train.data.vocabulary import Vocabulary
 from train.mesh import make_mesh
 from train.state import first_state
-from train.step import make_nats
+from train.step import objective_of
 
 flash = emulated_flash.flash
 
@@ -36,8 +36,8 @@ def loss_and_gradients(config: Config):
     rows = shuffled_rows(text.rows(config.sequence_length), text.weights, config.seed)
     rows = next(batches(rows, config.batch_size))
     batch = place(rows, config.layout, mesh)
-    nats = make_nats(graphdef, config.stored_layout)
-    return jax.jit(jax.value_and_grad(lambda x: nats(x, batch)[0]))(state.params)
+    sums = objective_of(graphdef, config.stored_layout)
+    return jax.jit(jax.value_and_grad(lambda x: sums(x, batch).loss))(state.params)
 
 
 def test_a_package_trains_across_documents(flash, tmp_path: Path) -> None:

@@ -59,16 +59,21 @@ MODEL = LlamaConfig(
 TALKS = {"HI": "YO", "WHAT IS 1+1": "TWO", "BYE": "SEE YOU"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of a random model, and conversations next to it."""
-    path = tmp_path_factory.mktemp("base") / "model"
+def write_model(path: Path) -> None:
+    """A Hugging Face folder of a random model."""
     model = Llama(MODEL, rngs=nnx.Rngs(0))
     # Frozen random matrices of the usual size could not make any token likely.
     model.embed[...] *= 30
     model.lm_head[...] *= 30
     hf.save(model, path)
     write_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model, and conversations next to it."""
+    path = tmp_path_factory.mktemp("base") / "model"
+    write_model(path)
     lines = []
     for question, answer in TALKS.items():
         turns = [("user", question), ("assistant", answer)]

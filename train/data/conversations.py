@@ -1,29 +1,46 @@
-"""Conversations and completions from JSON lines, as documents with a mask.
+"""Conversations, completions and pairs of answers, as documents with a mask.
 
-A line has `messages`, which a chat template renders, and the assistant's turns are
-learnt; or it has `prompt` and `completion`, and the completion is learnt, with the
-token that ends a text.
+A line of JSON has `messages`, which a chat template renders, and the assistant's turns
+are learnt; or it has `prompt` and `completion`, and the completion is learnt, with the
+token that ends a text; or it has `prompt`, `chosen` and `rejected`, and becomes two
+documents, of the prompt with either answer, of which only the answers count.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.chat_template import Chat, Rendered
+from train.chat_template import ASSISTANT, Chat, Message, Rendered
 from train.data.corpus import Lesson, hash_of
 from train.data.documents import Record, in_groups, json_records
 from train.data.vocabulary import Vocabulary
 
-TEXT, MESSAGES, COMPLETION = "text", "messages", "completion"
+TEXT, MESSAGES, COMPLETION, PAIRS = "text", "messages", "completion", "pairs"
+SIDES = ("chosen", "rejected")
 # The fields of a line that show its form.
 FIELDS: dict[str, tuple[str, ...]] = {
     MESSAGES: ("messages",),
     COMPLETION: ("prompt", "completion"),
+    PAIRS: ("prompt", *SIDES),
 }
 FORMS = (TEXT, *FIELDS)
+
+
+class _Text(NamedTuple):
+    """A text that is learnt in part.
+
+    Attributes:
+      rendered: the text and its parts.
+      is_plain: whether no template made it, so that it lacks the tokens around a text.
+      key: a hash that all texts of a line share.
+    """
+
+    rendered: Rendered
+    is_plain: bool
+    key: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,42 +60,47 @@ class Teacher:
 
         Args:
           files: .jsonl files, read in this order.
-          form: one of `FIELDS`.
+          form: one of `FIELDS`. Of pairs, the lesson with the chosen answer is followed
+            by that with the rejected one.
 
         Raises:
           ValueError: while reading, for a line that has another form, no answer, or a
             conversation that the template refuses; it names the file and the line.
         """
-        rendered = self._messages if form == MESSAGES else self._completion
-        begin, end = self._around() if form == COMPLETION else ([], [])
-        texts = self._texts(files, rendered)
-        for group in in_groups(texts, lambda x: len(x[0].text)):
-            encoded = self.vocabulary.encode_spans([text.text for text, _ in group])
-            for (text, key), (ids, first, last) in zip(group, encoded, strict=True):
+        around = self._around()
+        texts = self._texts(files, form)
+        for group in in_groups(texts, lambda x: len(x.rendered.text)):
+            encoded = self.vocabulary.encode_spans([x.rendered.text for x in group])
+            for text, (ids, first, last) in zip(group, encoded, strict=True):
                 learnt = np.zeros(ids.size, bool)
-                for start, stop in text.spans:
+                for start, stop in text.rendered.spans:
                     learnt |= (first < stop) & (last > start)
-                yield _surrounded(ids, learnt, begin, end, key)
+                begin, end = around if text.is_plain else ([], [])
+                yield _surrounded(ids, learnt, begin, end, text.key)
 
-    def _texts(
-        self,
-        files: Sequence[Path],
-        rendered: Callable[[dict[str, Any]], list[Rendered]],
-    ) -> Iterator[tuple[Rendered, int]]:
-        """Yields the texts of each line, with a hash of all that it has."""
+    def _texts(self, files: Sequence[Path], form: str) -> Iterator[_Text]:
+        """Yields the texts of each line."""
+        forms: dict[str, Callable[[dict[str, Any]], list[Rendered]]] = {
+            MESSAGES: self._messages,
+            COMPLETION: self._completion,
+            PAIRS: self._pair,
+        }
         for file in files:
             if file.suffix != ".jsonl":
                 raise ValueError(
-                    f"{file} is not a .jsonl file: conversations and completions are "
-                    "read from JSON lines"
+                    f"{file} is not a .jsonl file: conversations, completions and "
+                    "pairs of answers are read from JSON lines"
                 )
             for record in json_records(file):
                 try:
-                    texts = rendered(record.content)
+                    texts = forms[form](record.content)
                 except ValueError as error:
                     raise ValueError(f"{record.place} {error}") from error
                 key = hash_of(texts[-1].text.encode(errors="replace"))
-                yield from ((text, key) for text in texts)
+                is_plain = form != MESSAGES and isinstance(
+                    record.content["prompt"], str
+                )
+                yield from (_Text(text, is_plain, key) for text in texts)
 
     def _messages(self, content: dict[str, Any]) -> list[Rendered]:
         messages = content.get("messages")
@@ -86,13 +108,7 @@ class Teacher:
             raise ValueError(
                 f"has no list of messages in 'messages', only {sorted(content)}"
             )
-        for number, message in enumerate(messages, 1):
-            if not isinstance(message, dict) or not isinstance(
-                message.get("role"), str
-            ):
-                raise ValueError(
-                    f"has a message without a role: message {number} is {message!r:.80}"
-                )
+        _check_roles(messages)
         ends = self.vocabulary.special
         found = self.chat.lessons(messages, content.get("tools"), ends)
         if not any(stop > start for x in found for start, stop in x.spans):
@@ -109,8 +125,45 @@ class Teacher:
             )
         if not completion:
             raise ValueError("has an empty completion: there is nothing to learn")
-        span = len(prompt), len(prompt) + len(completion)
-        return [Rendered(prompt + completion, (span,))]
+        return [_completed(prompt, completion)]
+
+    def _pair(self, content: dict[str, Any]) -> list[Rendered]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        fields: list[Any] = [content.get(name) for name in FIELDS[PAIRS]]
+        prompt, *answers = fields
+        if not all(x and isinstance(x, str) for x in fields) and not all(
+            x and isinstance(x, list) for x in fields
+        ):
+            raise ValueError(
+                "needs three texts, or lists of messages, in 'prompt', 'chosen' and "
+                f"'rejected', none of them empty; it has {sorted(content)}"
+            )
+        if isinstance(prompt, str):
+            return [_completed(prompt, answer) for answer in answers]
+        return [
+            self._answered(prompt, answer, name, content.get("tools"))
+            for name, answer in zip(SIDES, answers, strict=True)
+        ]
+
+    def _answered(
+        self,
+        prompt: list[Message],
+        answer: list[Message],
+        name: str,
+        tools: object,
+    ) -> Rendered:
+        messages = [*prompt, *answer]
+        _check_roles(messages)
+        if len(answer) > 1 or answer[0]["role"] != ASSISTANT:
+            raise ValueError(
+                f"has {len(answer)} messages in {name!r}, the first with the role "
+                f"{answer[0]['role']!r}: it must be one message with the role "
+                f"{ASSISTANT!r}, and those before it belong in 'prompt'"
+            )
+        found = self.chat.answer(messages, tools, self.vocabulary.special)
+        if not any(stop > start for start, stop in found.spans):
+            raise ValueError(f"has an answer without text in {name!r}")
+        return found
 
     def _around(self) -> tuple[list[int], list[int]]:
         """The tokens that begin a text, and those that end it."""
@@ -146,6 +199,19 @@ def _records(files: Sequence[Path]) -> Iterator[Record]:
     for file in files:
         if file.suffix == ".jsonl":
             yield from json_records(file)
+
+
+def _completed(prompt: str, completion: str) -> Rendered:
+    """A prompt and its completion, which is learnt."""
+    return Rendered(prompt + completion, ((len(prompt), len(prompt + completion)),))
+
+
+def _check_roles(messages: Sequence[object]) -> None:
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"has a message without a role: message {number} is {message!r:.80}"
+            )
 
 
 def _surrounded(

@@ -103,12 +103,15 @@ class Corpus:
       size: total number of tokens.
       pieces: where the tokens are stored. A document lies in one piece.
       hashes: uint64 [D], a hash of each document's tokens.
+      together: number of consecutive documents that share a row: 2 for pairs of a
+        chosen and a rejected answer.
     """
 
     starts: np.ndarray
     size: int
     pieces: Pieces
     hashes: np.ndarray
+    together: int = 1
 
     @classmethod
     def of(cls, documents: Iterable[np.ndarray]) -> "Corpus":
@@ -117,13 +120,13 @@ class Corpus:
         return cls._of(kept, [document_hash(document) for document in kept])
 
     @classmethod
-    def of_lessons(cls, lessons: Iterable[Lesson]) -> "Corpus":
+    def of_lessons(cls, lessons: Iterable[Lesson], together: int = 1) -> "Corpus":
         """Joins documents in memory of which only some tokens are learnt."""
         kept = list(lessons)
         learnt = np.concatenate([np.zeros(0, bool), *(x.learnt for x in kept)])
         whole = cls._of([x.tokens for x in kept], [x.hash for x in kept])
         pieces = dataclasses.replace(whole.pieces, learnt=(learnt,))
-        return dataclasses.replace(whole, pieces=pieces)
+        return dataclasses.replace(whole, pieces=pieces, together=together)
 
     @classmethod
     def _of(cls, kept: Sequence[np.ndarray], hashes: Sequence[int]) -> "Corpus":
@@ -193,6 +196,11 @@ class Corpus:
         return self.pieces.read(self.pieces.learnt, start, stop, np.bool_)
 
     @property
+    def is_paired(self) -> bool:
+        """Whether documents are pairs of a chosen and a rejected answer."""
+        return self.together == 2
+
+    @property
     def is_taught(self) -> bool:
         """Whether only some tokens are learnt, so that documents are kept whole."""
         return bool(self.pieces.learnt)
@@ -224,7 +232,8 @@ class Corpus:
             pieces.array[piece],
             pieces.offset[piece] + inside,
         )
-        return Corpus(starts, int(lengths.sum()), cut, self.hashes[kept])
+        size, hashes = int(lengths.sum()), self.hashes[kept]
+        return Corpus(starts, size, cut, hashes, self.together)
 
     def divided(self, fraction: float) -> tuple["Corpus", "Corpus"]:
         """Splits the documents into those to train on and those held out.

@@ -4,6 +4,9 @@ A model that learns to answer must see the question. So documents are put into r
 wholes, each into the row that it fills best, the longest ones first (best-fit
 decreasing); what a row has left is padding. A document that is longer than a row loses
 its end.
+
+The two documents of a pair are put into a row as if they were one. A pair that is
+longer than a row is left out: the answers could not be compared without their ends.
 """
 
 import bisect
@@ -24,7 +27,7 @@ class PackedRows:
       rows: for each row, the numbers of its documents, int64.
       cut: number of documents that lose their ends.
       unlearnt: number of documents left out, because no token that they would keep is
-        learnt.
+        learnt, or because they are a pair that is too long.
     """
 
     corpus: Corpus
@@ -40,26 +43,32 @@ class PackedRows:
         Raises:
           ValueError: no document has anything to learn within a row.
         """
-        lengths = corpus.lengths
-        ends = corpus.starts + np.minimum(lengths, length)
+        together = corpus.together
+        sizes = np.minimum(corpus.lengths, length)
         # The first token follows none, so it cannot be learnt.
-        spans = zip((corpus.starts + 1).tolist(), ends.tolist(), strict=True)
-        learnt = np.array([corpus.learnt(*span).any() for span in spans], bool)
-        if not learnt.any():
-            raise ValueError(
-                f"sequence_length={length} leaves nothing to learn of the "
-                f"{len(lengths)} conversations: every answer begins later; give a "
-                "longer one"
-            )
-        kept = np.flatnonzero(learnt)
-        rows = best_fit(np.minimum(lengths[kept], length), length)
+        first, ends = (corpus.starts + 1).tolist(), (corpus.starts + sizes).tolist()
+        learnt = np.array(
+            [corpus.learnt(*span).any() for span in zip(first, ends, strict=True)], bool
+        )
+        # A group is a document, or the two of a pair.
+        groups = sizes.reshape(-1, together).sum(1)
+        kept = np.flatnonzero(learnt.reshape(-1, together).all(1) & (groups <= length))
+        if not kept.size:
+            raise ValueError(_nothing_left(corpus, length))
+        members = together * kept[:, None] + np.arange(together)
+        rows = best_fit(groups[kept], length)
         return cls(
             corpus,
             length,
-            tuple(kept[row] for row in rows),
-            int((lengths[kept] > length).sum()),
-            int((~learnt).sum()),
+            tuple(members[row].ravel() for row in rows),
+            int((corpus.lengths[members] > length).sum()),
+            len(sizes) - members.size,
         )
+
+    @property
+    def most(self) -> int:
+        """The largest number of documents in a row."""
+        return max(row.size for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,6 +91,19 @@ class PackedRows:
         return Row(
             tokens=row["tokens"], labels=row["labels"], segment_ids=row["segment_ids"]
         )
+
+
+def _nothing_left(corpus: Corpus, length: int) -> str:
+    number = len(corpus.starts) // corpus.together
+    if corpus.is_paired:
+        return (
+            f"sequence_length={length} is less than the tokens of each of the {number} "
+            "pairs of answers, with their prompts: give a longer one"
+        )
+    return (
+        f"sequence_length={length} leaves nothing to learn of the {number} "
+        "conversations: every answer begins later; give a longer one"
+    )
 
 
 def rows_of(

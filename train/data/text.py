@@ -13,7 +13,7 @@ import numpy as np
 
 from train.chat_template import Chat
 from train.config import DataConfig
-from train.data.conversations import TEXT, Teacher, form_of
+from train.data.conversations import PAIRS, TEXT, Teacher, form_of
 from train.data.corpus import Corpus, Facts, Rows
 from train.data.documents import in_batches, read_documents, source_files
 from train.data.packing import PackedRows, rows_of
@@ -38,6 +38,11 @@ class Text:
     held_out: tuple[Corpus, ...]
     facts: dict[str, object]
     across_documents: bool = False
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the text is pairs of a chosen and a rejected answer."""
+        return self.corpora[0].is_paired
 
     def rows(self, length: int) -> list[Rows | PackedRows]:
         """The training rows of each corpus.
@@ -72,6 +77,13 @@ def load_text(
     paths, weights = zip(*mixture, strict=True)
     loaded = [_load(path, config, teacher) for path in paths]
     corpora, facts = zip(*loaded, strict=True)
+    paired = [corpus.is_paired for corpus in corpora]
+    if any(paired) and not all(paired):
+        raise ValueError(
+            f"data.mixture: {paths[paired.index(True)]} has pairs of answers, and "
+            f"{paths[paired.index(False)]} has none: a run learns from pairs only, or "
+            "from none"
+        )
     record: dict[str, object] = dict(facts[0])
     if config.mixture:
         record = {name: [each[name] for each in facts] for name in record}
@@ -118,7 +130,8 @@ def _load(
             encoded = _encoded(files, config.text_field, teacher.vocabulary)
             corpus = Corpus.of(encoded)
         else:
-            corpus = Corpus.of_lessons(teacher.lessons(files, form))
+            together = 2 if form == PAIRS else 1
+            corpus = Corpus.of_lessons(teacher.lessons(files, form), together)
         facts = corpus.facts
     if corpus.lengths.max(initial=0) < 2:
         raise ValueError(
@@ -156,6 +169,12 @@ def cut_report(sources: Sequence[Rows | PackedRows]) -> str | None:
     if not cut + unlearnt:
         return None
     whole = sum(len(rows.corpus.starts) for rows in packed)
+    if packed[0].corpus.is_paired:
+        return (
+            f"warning: of {whole // 2:,} pairs of answers, {unlearnt // 2:,} are left "
+            "out, because the two documents are together longer than sequence_length="
+            f"{packed[0].length}"
+        )
     return (
         f"warning: of {whole:,} conversations, {cut:,} are longer than sequence_length="
         f"{packed[0].length} and lose their ends, and {unlearnt:,} are left out, "

@@ -1,7 +1,6 @@
-"""The loss on held-out documents."""
+"""The loss on held-out documents, or pairs of answers."""
 
 import dataclasses
-from collections.abc import Callable
 from itertools import islice
 
 import grain
@@ -11,12 +10,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import Config
-from train.data.batches import Batch, batches, own_rows, place
+from train.data.batches import batches, own_rows, place
 from train.data.text import Text, shuffled_rows
 from train.log.rows import Evaluated
+from train.preferences import dpo_of
 from train.state import Params, on_devices
-from train.step import make_nats
+from train.step import objective_of
 from usp_jax.models.llama import Llama
+from usp_jax.models.objectives import DPO_METRICS, Objective, Sums
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,14 +29,14 @@ class Evaluation:
       mesh: the mesh of the run.
       rows: the held-out rows, endless.
       count: number of batches to evaluate.
-      nats: (parameters, batch) -> (sum of nats, number of labels).
+      objective: (parameters, batch) -> the sums of a training step.
     """
 
     config: Config
     mesh: Mesh
     rows: grain.MapDataset
     count: int
-    nats: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+    objective: Objective
 
     @classmethod
     def of(
@@ -52,8 +53,9 @@ class Evaluation:
         there = sum(map(len, sources))
         count = min(config.eval.batches, -(-there // config.batch_size))
         rows = shuffled_rows(sources, text.weights, config.seed)
-        nats = jax.jit(make_nats(graphdef, config.stored_layout))
-        return cls(config, mesh, rows, count, nats)
+        dpo = dpo_of(config.dpo, sources)
+        objective = jax.jit(objective_of(graphdef, config.stored_layout, dpo))
+        return cls(config, mesh, rows, count, objective)
 
     def due(self, step: int) -> bool:
         """Returns True if an evaluation is due after this training step."""
@@ -62,15 +64,24 @@ class Evaluation:
         return is_due or step == self.config.steps
 
     def __call__(self, params: Params) -> Evaluated:
-        """Returns the mean nats of a held-out label, and the perplexity."""
+        """Returns the mean nats of a held-out label, and the perplexity.
+
+        Of pairs, it returns the means of their losses, accuracies and margins.
+        """
         config = self.config
         params = on_devices(params, config, self.mesh)
         own = own_rows(config.batch_size, self.mesh)
         data = batches(self.rows, config.batch_size, own)
-        results = [
-            self.nats(params, place(batch, config.layout, self.mesh))
+        results: list[Sums] = [
+            self.objective(params, place(batch, config.layout, self.mesh))
             for batch in islice(data, self.count)
         ]
-        nats, labels = np.sum(jax.device_get(results), axis=0)
-        mean = float(nats / max(labels, 1))
-        return Evaluated(eval_loss=mean, eval_perplexity=float(np.exp(mean)))
+        results = jax.device_get(results)
+        number = max(sum(int(x.number) for x in results), 1)
+        loss = sum(float(x.loss) for x in results) / number
+        if config.dpo.beta is None:
+            return Evaluated(eval_loss=loss, eval_perplexity=float(np.exp(loss)))
+        accuracy, margin = (
+            sum(float(x.others[name]) for x in results) / number for name in DPO_METRICS
+        )
+        return Evaluated(eval_loss=loss, eval_accuracy=accuracy, eval_margin=margin)

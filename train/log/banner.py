@@ -18,6 +18,7 @@ def banner(config: Config, mesh: Mesh) -> str:
         f"model: {_count(model.num_parameters)} parameters, {model.num_layers} layers, "
         f"{config.dtype}\n"
         f"{_adapters(config)}"
+        f"{_preferences(config)}"
         f"mesh: {mesh.devices.size} x {device.device_kind} as "
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
         f"data: {data}\n"
@@ -51,6 +52,14 @@ def _adapters(config: Config) -> str:
         f"{model.lora.rank} of {', '.join(targets)}; the others are frozen, in "
         f"{model.stored_dtype}\n"
     )
+
+
+def _preferences(config: Config) -> str:
+    """Describes what pairs of answers are compared with, if there are any."""
+    beta = config.dpo.beta
+    if beta is None:
+        return ""
+    return f"dpo: beta {beta:g}, the reference is the model without its adapters\n"
 
 
 def _source(config: Config) -> str:

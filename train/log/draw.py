@@ -14,6 +14,6 @@ def draw_loss(rows: Sequence[SavedRow], path: Path) -> None:
     axes = figure.add_subplot()
     rows = [row for row in rows if isinstance(row["loss"], float)]
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set(xlabel="step", ylabel="loss, nats")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -28,4 +28,10 @@ def step_flops(config: Config) -> StepFlops:
         tiled=model.mlp_tile is not None and at_once > model.mlp_tile,
         ring=mesh.ring,
     )
-    return StepFlops(*map(float, (work.causal, work.full, work.hardware)))
+    counts = work.causal, work.full, work.hardware
+    if config.dpo.beta is None:
+        return StepFlops(*map(float, counts))
+    # DPO's reference is one more forward pass.
+    again = work.layers + work.output + work.attention
+    more = again, again + work.masked, again
+    return StepFlops(*(float(x + y) for x, y in zip(counts, more, strict=True)))

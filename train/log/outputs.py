@@ -8,8 +8,8 @@ from train.log.metrics import MetricsFile, rates
 from train.log.progress import Progress
 from train.log.rows import (
     Evaluated,
+    FurtherMetrics,
     MetricsRow,
-    RouterMetrics,
     StepMetrics,
     read_rows,
 )
@@ -43,7 +43,7 @@ class Outputs:
     def write(
         self,
         given: StepMetrics,
-        routers: RouterMetrics,
+        further: FurtherMetrics,
         found: Evaluated,
         *,
         seconds: float,
@@ -56,7 +56,7 @@ class Outputs:
 
         Args:
           given: the metrics of the step.
-          routers: the metrics of the model's routers; empty without experts.
+          further: the metrics that only some runs have.
           found: the results of an evaluation after it; empty without one.
           seconds: duration of the step.
           skipped: number of consecutive skipped steps up to this one.
@@ -64,7 +64,7 @@ class Outputs:
         limit = self._spikes.limit()
         spike = self._spikes.add(given["loss"])
         speed = rates(seconds, self._tokens, self._flops, self._peak)
-        row: MetricsRow = {**given, **routers, **speed, "spike": spike, **found}
+        row: MetricsRow = {**given, **further, **speed, "spike": spike, **found}
         if skipped:
             self._progress.warn(
                 f"skipped step {row['step']}: its loss or gradient is not finite "

@@ -37,6 +37,8 @@ class Progress:
         )
         if row["mfu_causal"] is not None:
             status += f"  MFU {row['mfu_causal']:.1%}"
+        if "accuracy" in row:
+            status += f"  accuracy {row['accuracy']:.1%}"
         if "expert_load" in row:
             status += f"  expert load {row['expert_load']:.2f}"
         if "eval_loss" in row:

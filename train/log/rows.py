@@ -38,6 +38,22 @@ class RouterMetrics(TypedDict, total=False):
     dropped: float
 
 
+class DpoMetrics(TypedDict, total=False):
+    """The metrics of DPO; empty without pairs.
+
+    Attributes:
+      accuracy: fraction of pairs whose chosen answer has the higher reward.
+      margin: mean difference of the two rewards, in nats.
+    """
+
+    accuracy: float
+    margin: float
+
+
+class FurtherMetrics(RouterMetrics, DpoMetrics):
+    """The metrics of a training step that only some runs have."""
+
+
 class Rates(TypedDict):
     """Rates computed from the duration of a step; None if unknown."""
 
@@ -50,13 +66,18 @@ class Rates(TypedDict):
 
 
 class Evaluated(TypedDict, total=False):
-    """The results of an evaluation after the step; empty without one."""
+    """The results of an evaluation after the step; empty without one.
+
+    Pairs of answers have the fields of `DpoMetrics` in place of a perplexity.
+    """
 
     eval_loss: float
     eval_perplexity: float
+    eval_accuracy: float
+    eval_margin: float
 
 
-class MetricsRow(StepMetrics, RouterMetrics, Rates, Evaluated):
+class MetricsRow(StepMetrics, FurtherMetrics, Rates, Evaluated):
     """Everything that is logged of a training step."""
 
     spike: bool

@@ -8,8 +8,8 @@ import jax
 
 from train.config import Config
 from train.log.outputs import Outputs
-from train.log.rows import Evaluated, RouterMetrics, StepMetrics
-from usp_jax.models.training import ROUTER_METRICS
+from train.log.rows import Evaluated, FurtherMetrics, StepMetrics
+from usp_jax.models.training import DPO_METRICS, ROUTER_METRICS
 
 
 class GaveUp(RuntimeError):
@@ -86,10 +86,11 @@ class Log:
                 skipped=values["skipped"],
                 data_seconds=waited,
             )
-            routers = {name: values[name] for name in ROUTER_METRICS if name in values}
+            names = (*ROUTER_METRICS, *DPO_METRICS)
+            further = {name: values[name] for name in names if name in values}
             self._outputs.write(
                 step_metrics,
-                cast(RouterMetrics, routers),
+                cast(FurtherMetrics, further),
                 evaluation,
                 seconds=seconds,
                 skipped=self.skipped,

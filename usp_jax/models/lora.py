@@ -56,6 +56,20 @@ def adapted(model: Llama, lora: Lora, *, rngs: nnx.Rngs) -> Llama:
     return Llama.of_parameters(config, params | new, mesh=mesh)
 
 
+def without_adapters(model: Llama) -> Llama:
+    """Returns the model that adapters were added to. It shares the parameters.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    if model.config.lora is None:
+        raise ValueError("the model has no adapters: give its config lora=Lora(...)")
+    config = dataclasses.replace(model.config, lora=None)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    frozen = {name: x for name, x in params.items() if not is_adapter(name)}
+    return Llama.of_parameters(config, frozen, mesh=model.mesh)
+
+
 def merged(model: Llama) -> Llama:
     """Returns a model without adapters that computes the same.
 

@@ -7,14 +7,14 @@ parameters (`sharding.py`).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from usp_jax import recommended_flags
 from usp_jax.checks import check_positive_int
@@ -22,30 +22,17 @@ from usp_jax.models.accumulate import summed
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.llama import Llama
-from usp_jax.models.loss import routed_loss
+from usp_jax.models.objectives import (
+    DPO as DPO,
+    DPO_METRICS as DPO_METRICS,
+    Batch as Batch,
+    Sums,
+    objective_of,
+)
 from usp_jax.models.optimizer import AdamW, Optimizer, Params, check_adamw
 from usp_jax.models.parameters import trained
 from usp_jax.models.router_report import RouterReport
 from usp_jax.models.sharding import parameter_shardings
-
-
-class Batch(TypedDict):
-    """Rows in stored order, split over a mesh: int32 [B, T].
-
-    Attributes:
-      tokens: token ids.
-      labels: the token that follows each, or -1.
-      segment_ids: the document of each token, -1 for padding; absent if each row is one
-        sequence without padding.
-      positions: positions of the tokens, for balanced rows, each of which is stored in
-        its own order.
-    """
-
-    tokens: Array
-    labels: Array
-    segment_ids: NotRequired[Array]
-    positions: NotRequired[Array]
-
 
 Metrics = dict[str, Array]
 METRICS = ("loss", "grad_norm", "learning_rate", "skipped")
@@ -120,6 +107,7 @@ class Training:
         part's activations are in memory at a time.
       layout: the layout in which rows are stored, as a `Llama` takes it.
       router: how routers are trained, in a model with experts.
+      dpo: learn from pairs of answers; None learns the labels.
 
     Raises:
       ValueError: a value is invalid; the message names the field.
@@ -130,6 +118,7 @@ class Training:
     accumulate: int = 1
     layout: str = "natural"
     router: Router = Router()
+    dpo: DPO | None = None
 
     def __post_init__(self) -> None:
         check_adamw(self.adamw)
@@ -143,83 +132,51 @@ class Training:
         return Optimizer(self.adamw, self.steps)
 
 
-def nats_of(
-    graphdef: nnx.GraphDef[Llama], layout: str
-) -> Callable[[Params, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """Returns the function (parameters, rows) -> (sum of nats, number of labels).
-
-    Both results are sums over all devices.
-
-    Args:
-      graphdef: the model without its parameters.
-      layout: the layout in which rows are stored.
-    """
-
-    def nats(params: Params, part: Batch) -> tuple[Array, Array]:
-        return _routed_loss(graphdef, layout, params, part)[:2]
-
-    return nats
-
-
-def _routed_loss(
-    graphdef: nnx.GraphDef[Llama], layout: str, params: Params, part: Batch
-) -> tuple[Array, Array, RouterReport | None]:
-    return routed_loss(
-        nnx.merge(graphdef, params),
-        part["tokens"],
-        part["labels"],
-        segment_ids=part.get("segment_ids"),
-        positions=part.get("positions"),
-        layout=layout,
-    )
-
-
 def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
     """Returns the training step, not yet compiled.
 
-    The loss is the mean of nats over all labels of the batch, also when its rows are
-    processed in parts; gradients of parts are summed in at least float32. Losses of
-    routers are means over the parts, or micro-batches; their gradients are added, but
-    they are not part of the metric "loss". A step whose loss or gradient is not finite
-    is counted but changes nothing else. In a model with adapters, only they are
-    trained.
+    The loss is the mean of nats over all labels of the batch, or with `dpo` the mean
+    over all its pairs, also when its rows are processed in parts; gradients of parts
+    are summed in at least float32. Losses of routers are means over the parts, or
+    micro-batches; their gradients are added, but they are not part of the metric
+    "loss". A step whose loss or gradient is not finite is counted but changes nothing
+    else. In a model with adapters, only they are trained.
 
     Args:
       graphdef: the model without its parameters.
       training: the options of the step.
     """
     optimizer, parts = training.optimizer, training.accumulate
+    objective = objective_of(graphdef, training.layout, training.dpo)
 
-    def mean(params: Params, batch: Batch) -> tuple[Array, Params, RouterReport | None]:
-        """Returns the mean of nats, the gradient, and the routers' report."""
+    def mean(params: Params, batch: Batch) -> tuple[Metrics, Params, Sums]:
+        """Returns the means of the objective, the gradient, and the sums."""
         weight = _labels(batch) / parts
 
-        def objective(
-            learnt: Params, part: Batch
-        ) -> tuple[Array, tuple[Array, Array, RouterReport | None]]:
-            whole = params | learnt
-            nats, labels, report = _routed_loss(graphdef, training.layout, whole, part)
-            total = nats
-            if report is not None:
-                total = total + weight * _router_loss(training.router, report)
-            return total, (nats, labels, report)
+        def total(learnt: Params, part: Batch) -> tuple[Array, Sums]:
+            sums = objective(params | learnt, part)
+            value = sums.loss
+            if sums.report is not None:
+                value = value + weight * _router_loss(training.router, sums.report)
+            return value, sums
 
-        pull = jax.value_and_grad(objective, has_aux=True)
-        (_, aux), gradient = summed(pull, parts, trained(params), batch)
-        total, labels, report = aux
+        pull = jax.value_and_grad(total, has_aux=True)
+        (_, sums), gradient = summed(pull, parts, trained(params), batch)
         # A batch of only one-token documents has no labels.
-        scale = 1 / jnp.maximum(labels, 1).astype(total.dtype)
+        scale = 1 / jnp.maximum(sums.number, 1).astype(sums.loss.dtype)
         gradient = jax.tree.map(lambda x: _scaled(x, scale), gradient)
-        return total * scale, gradient, report
+        means = {"loss": sums.loss, **sums.others}
+        return {name: x * scale for name, x in means.items()}, gradient, sums
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params = optimizer.fetch(state.params)
-        value, gradient, report = mean(params, batch)
+        means, gradient, sums = mean(params, batch)
+        value, report = means["loss"], sums.report
         norm = optax.tree.norm(gradient)
         # Both are the same on all devices, so all devices skip the same steps.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         rate = optimizer.learning_rate(optimizer.updates_done(state.optimizer))
-        metrics = dict(zip(METRICS, (value, norm, rate, ~finite), strict=True))
+        metrics = dict(zip(METRICS, (value, norm, rate, ~finite), strict=True)) | means
         learnt, memory = optimizer.update(
             finite, gradient, trained(state.params), state.optimizer
         )
