@@ -101,6 +101,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_commands_do_not_collide(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trainings in one folder are the same run, so that the second resumes it."""
+    monkeypatch.chdir(clone)
     # Written by a command before the one that reads it.
     monkeypatch.setattr(Vocabulary, "load", lambda *_: Vocabulary())
     runs: dict[str, dict[str, object]] = {}
