@@ -42,7 +42,7 @@ def not_finite_where_bad(model, tokens, labels, **options):
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("usp_jax.models.training.routed_loss", not_finite_where_bad)
+    monkeypatch.setattr("usp_jax.models.objectives.routed_loss", not_finite_where_bad)
 
 
 def small(tmp_path: Path, **changes: Any) -> Config:
@@ -118,7 +118,7 @@ def test_many_bad_steps_end_the_run_with_1(
         checkpoint=CheckpointConfig(every=1, keep=5),
     )
     train(build(config), lambda step: step >= 4)
-    monkeypatch.setattr("usp_jax.models.training.routed_loss", always_bad)
+    monkeypatch.setattr("usp_jax.models.objectives.routed_loss", always_bad)
     monkeypatch.setattr(sys, "argv", ["train", "tiny", *options(config)])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -135,7 +135,7 @@ def test_many_bad_steps_end_the_run_with_1(
 def test_without_a_good_checkpoint_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("usp_jax.models.training.routed_loss", always_bad)
+    monkeypatch.setattr("usp_jax.models.objectives.routed_loss", always_bad)
     config = small(tmp_path, optimizer=OptimizerConfig(max_skipped=2))
     with pytest.raises(GaveUp, match="steps 1 to 2 .* no checkpoint is known to"):
         train(build(config), never)
