@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import jax
 import pytest
 
 from tests.plan.program import config_of
@@ -83,6 +84,13 @@ HYBRID = dataclasses.replace(
     variants=(Variant("delta", delta=Delta(4, 8, 16, 16)),),
 )
 
+# The forward that the backward repeats has hops of its own.
+MERGED = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason='REPEATED HOPS OF LATENTS ARE NOT COUNTED, with remat="full": the CPU '
+    "compiler of jax 0.10.2 merges them with the backward's",
+)
+
 
 def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
     layers = 8 if choice.pipe > 1 else 3
@@ -91,8 +99,6 @@ def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
         layers = 4 * len(model.layer_types) if choice.pipe > 1 else 8
     model = dataclasses.replace(model, num_layers=layers)
     job = Job(model, machine("a100"), 8, 512, batch)
-    # With latents, jax 0.10.2 sends 2.1 % more.
-    near = 0.02 if model.latent is None else 0.03
     jitted, arguments = step_of(config_of(job, choice))
     trips = rounds_after_the_first(model)
     compiled = jitted.lower(*arguments).compile()
@@ -101,10 +107,10 @@ def check(choice: Choice, batch: int = 4, model: LlamaConfig = MODEL) -> None:
     for one in transfers(job, choice):
         found[one.kind] += one.total
     sent = {kind: total.wire_bytes for kind, total in program.items()}
-    assert sum(found.values()) == pytest.approx(sum(sent.values()), rel=near)
+    assert sum(found.values()) == pytest.approx(sum(sent.values()), rel=0.02)
     for kind, size in sent.items():
         # Sums of single numbers are left out.
-        assert found[kind] == pytest.approx(size, rel=near, abs=1024), kind
+        assert found[kind] == pytest.approx(size, rel=0.02, abs=1024), kind
         if experts_of(model) is not None and kind != "all-reduce":
             assert found[kind] == size, kind
     assert set(found) <= set(sent)
@@ -188,9 +194,14 @@ def test_a_step_of_experts_sends_what_is_predicted(model, choice):
 @pytest.mark.parametrize(
     ("model", "choice"),
     [
-        (LATENT, Choice(ring=4, ulysses=2)),
+        (LATENT, Choice(ring=4, ulysses=2, remat="attention")),
+        pytest.param(LATENT, Choice(ring=4, ulysses=2), marks=MERGED),
         *(
-            pytest.param(model, choice, marks=pytest.mark.long)
+            pytest.param(
+                model,
+                choice,
+                marks=[pytest.mark.long, *([MERGED] * (choice.remat == "full"))],
+            )
             for model, choice in (
                 (LATENT, Choice(ulysses=8, remat="attention")),
                 (LATENT, Choice(ring=8, remat="attention_qkv")),
