@@ -77,13 +77,18 @@ class DeltaLayer:
         """True if the maps are gathered, False if they are composed by doubling."""
         return self.ring * self.slots * self.map_bytes <= MOST_GATHERED
 
-    def exchanged(self, itemsize_qk: int, value_copies: int) -> int:
-        """Bytes of all-to-alls: q, k, the gates, and so many arrays like v."""
+    def array_bytes(self, itemsize_qk: int, value_copies: int) -> int:
+        """Bytes of q, k, the gates, and so many arrays like v, as they are sent."""
         qk = self.heads.sent.size if self.heads.replicated else self.num_heads
         size = qk * 2 * self.head_size * itemsize_qk
         values = value_copies * self.value_size * self.itemsize
         size += self.heads.padded * (values + 2 * self.accumulated)
-        return self.tokens * size * (self.ulysses - 1) // self.ulysses
+        return self.tokens * size
+
+    def exchanged(self, itemsize_qk: int, value_copies: int) -> int:
+        """Bytes that all-to-alls of `array_bytes` send."""
+        size = self.array_bytes(itemsize_qk, value_copies)
+        return size * (self.ulysses - 1) // self.ulysses
 
     def over_ring(self) -> dict[str, int]:
         """Bytes of the maps that a device sends, which do not depend on the tokens."""

@@ -53,23 +53,26 @@ def delta_transfers(job: Job, choice: Choice) -> Iterator[Transfer]:
     if call is None or delta is None:
         return
     runs, policy = runs_of(job, choice), kept_of(choice)
-    again = policy in ("full", "attention"), policy == "full", policy != "none"
-    out = call.tokens * call.heads.padded * call.value_size * call.itemsize
-    out = out * (call.ulysses - 1) // call.ulysses
-    inputs, ring = call.exchanged(call.itemsize, 2) - out, call.over_ring()
-    heads, back = ("ulysses",), backward_bytes(call).get(ALL_TO_ALL, 0)
-    times = runs * (1 + again[0])
-    yield Transfer("attention", ALL_TO_ALL, heads, times, inputs)
-    # The norm of a layer's heads needs out, which is kept before its exchange.
-    yield Transfer("attention", ALL_TO_ALL, heads, runs * (1 + again[2]), out)
-    yield Transfer("attention", ALL_TO_ALL, heads, runs, back)
-    for kind, size in ring.items():
-        yield Transfer("halo", kind, ("ring",), runs * (2 + again[1]), size)
+    # How often the backward repeats what the forward sends.
+    inputs_again, maps_again = policy in ("full", "attention"), policy == "full"
+    any_again = policy != "none"
+    inputs = call.exchanged(call.itemsize, 1)
+    out = call.exchanged(call.itemsize, 2) - inputs
+    back = backward_bytes(call).get(ALL_TO_ALL, 0)
+    for times, size in (
+        (1 + inputs_again, inputs),
+        # The norm of a layer's heads needs out, which is kept before its exchange.
+        (1 + any_again, out),
+        (1, back),
+    ):
+        yield Transfer("attention", ALL_TO_ALL, ("ulysses",), runs * times, size)
+    for kind, size in call.over_ring().items():
+        yield Transfer("halo", kind, ("ring",), runs * (2 + maps_again), size)
     channels = rows_of(job, choice) * delta.channels // choice.tensor
     halo = _halo_of(job, choice, delta) * channels * job.itemsize
     axes, _ = along(choice, ("ring", "ulysses"))
     # The gradient of the filters needs the halo again, and what it adds is sent back.
-    yield Transfer("halo", PERMUTE, axes, runs * (2 + again[2]), halo)
+    yield Transfer("halo", PERMUTE, axes, runs * (2 + any_again), halo)
 
 
 def delta_ids(job: Job, choice: Choice, times: int) -> Iterator[Transfer]:
@@ -105,21 +108,25 @@ def kept_of_delta(job: Job, choice: Choice) -> int:
     call, policy = delta_call_of(job, choice), kept_of(choice)
     if call is None or policy == "full":
         return 0
-    heads = call.rows * call.heads.padded // call.ulysses
+    received = call.array_bytes(call.itemsize, 1)
+    out = call.array_bytes(call.itemsize, 2) - received
     segments = -(-call.tokens * call.ulysses // (call.rows * Tiles().segment))
-    states = heads * segments * call.head_size * call.value_size
-    maps = heads * call.slots * call.head_size**2 * (call.ring > 1)
-    out = call.tokens * call.heads.padded * call.value_size
-    total = out * call.itemsize + (states + maps) * call.accumulated
-    if policy == "attention":
-        return total
-    return total + received_bytes(call)
+    # Of a chunk's map, only the matrix that is applied to the state is kept.
+    maps = call.slots * (call.map_bytes - call.state_bytes) * (call.ring > 1)
+    total = out + segments * call.state_bytes + maps
+    return total if policy == "attention" else total + received
 
 
-def received_bytes(call: DeltaLayer) -> int:
-    """Returns the bytes of q, k, v and the gates after the exchange."""
-    qk = call.heads.sent.size if call.heads.replicated else call.num_heads
-    values = call.heads.padded * call.value_size
-    numbers = call.tokens * (2 * qk * call.head_size + values)
-    gates = 2 * call.tokens * call.heads.padded
-    return numbers * call.itemsize + gates * call.accumulated
+def transient_of_delta(job: Job, choice: Choice) -> int | float:
+    """Returns the transient bytes of the rule in one layer's backward.
+
+    q, k, v and gates on both sides of the all-to-alls, and their gradients; the
+    convolution and SiLU, in float32.
+    """
+    call, delta = delta_call_of(job, choice), job.model.delta
+    if call is None or delta is None:
+        return 0
+    sides = 1 + (call.ulysses > 1)
+    channels = delta.channels / choice.tensor
+    arrays = call.array_bytes(call.itemsize, 1)
+    return 2 * sides * arrays + 3 * 4 * call.tokens * channels

@@ -21,7 +21,7 @@ from usp_jax.models.segments import segments
 from usp_jax.plan.arrays import GPU, TPU, Arrays
 from usp_jax.plan.attention import Call
 from usp_jax.plan.choice import Choice, Job, halo_of_layer
-from usp_jax.plan.delta_layers import delta_call_of, kept_of_delta, received_bytes
+from usp_jax.plan.delta_layers import kept_of_delta, transient_of_delta
 from usp_jax.plan.parameter_traffic import gradient_itemsize
 from usp_jax.plan.share import (
     ADAPTER_BYTES,
@@ -360,12 +360,8 @@ def _layer(job: Job, choice: Choice) -> int | float:
 def _mixer(job: Job, choice: Choice, call: Call) -> int | float:
     """Transient bytes of a layer's attention or delta rule."""
     arrays, size = _arrays(job), job.itemsize
-    if (rule := delta_call_of(job, choice)) is not None:
-        # q, k, v and gates on both sides of the all-to-alls and their gradients; the
-        # convolution and SiLU, in float32.
-        channels = job.model.delta.channels / choice.tensor if job.model.delta else 0
-        both = (2 + 2 * (rule.ulysses > 1)) * received_bytes(rule)
-        return both + 3 * 4 * rule.tokens * channels
+    if job.model.delta is not None:
+        return transient_of_delta(job, choice)
     # q and out, on both sides of the all-to-alls; dq, which a ring sums in float32.
     sides, both = 1 + (call.ulysses > 1), call.q_elements + call.out_elements
     heads: int | float = sides * both * size
