@@ -16,20 +16,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from usp_jax import MeshAxes, gated_delta_per_shard
 from usp_jax.delta import short_convolution_per_shard
+from usp_jax.delta.heads import of_length
 from usp_jax.models.adapters import matrix_of, times
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.execution import wide
 from usp_jax.models.norms import rms_norm
 from usp_jax.models.remat import HEADS
 
-# What is added to the squared length of q and k, in every published model.
-_EPSILON = 1e-6
 _RATE, _STEP = "delta_log_rate", "delta_decay_bias"
 DRAWN = (_RATE, _STEP, "delta_q_conv", "delta_k_conv", "delta_v_conv")
 """Names of the small parameters whose initial values are drawn."""
@@ -147,8 +145,8 @@ def delta_rule(
     width = heads.q.shape[2] * heads.q.shape[3]
     q, k, v = jnp.split(mixed, (width, 2 * width), -1)
     size = heads.q.shape[3]
-    q = _scaled(q.reshape(heads.q.shape), size**-0.5)
-    k = _scaled(k.reshape(heads.k.shape), 1.0)
+    q = of_length(q.reshape(heads.q.shape), size**-0.5)
+    k = of_length(k.reshape(heads.k.shape), 1.0)
     out, state = gated_delta_per_shard(
         q,
         k,
@@ -161,13 +159,6 @@ def delta_rule(
         axes=axes,
     )
     return out, DeltaState(tail[:, None], state[:, None])
-
-
-def _scaled(x: Array, length: float) -> Array:
-    """Scales each head to a length, computed in at least float32."""
-    y = x.astype(wide(x.dtype))
-    square = jnp.sum(jnp.square(y), -1, keepdims=True)
-    return (y * (length * lax.rsqrt(square + _EPSILON))).astype(x.dtype)
 
 
 def delta_output(

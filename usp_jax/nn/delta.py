@@ -14,6 +14,7 @@ from usp_jax import MeshAxes, gated_delta
 from usp_jax.checks import check_count, check_positive_int
 from usp_jax.delta import short_convolution
 from usp_jax.delta.contract import Leaf
+from usp_jax.delta.heads import of_length
 
 
 @jax.tree_util.register_dataclass
@@ -214,7 +215,7 @@ class USPGatedDelta(nnx.Module):
         # In two steps: an Explicit mesh cannot split and merge a dim in one.
         v = v.reshape(*v.shape[:3], -1, self.value_size)
         v = v.reshape(*v.shape[:2], self.num_v_heads, self.value_size)
-        return _unit(q, size**-0.5), _unit(k, 1.0), v
+        return of_length(q, size**-0.5), of_length(k, 1.0), v
 
     def _gates(self, x: Array) -> tuple[Array, Array]:
         """The log decays and the strengths of the writes, [B, T, M]."""
@@ -230,11 +231,3 @@ class USPGatedDelta(nnx.Module):
         y, factor = out.astype(wide), self.norm[...].astype(wide)[None, None, None]
         y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.norm_eps)
         return (factor * y * jax.nn.silu(gate.astype(wide))).astype(out.dtype)
-
-
-def _unit(x: Array, length: float) -> Array:
-    """Vectors of a length, in the dtype of x."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    # The number in Qwen3-Next, which keeps the gradient finite at 0.
-    y = y * (length * lax.rsqrt(jnp.sum(y * y, -1, keepdims=True) + 1e-6))
-    return y.astype(x.dtype)
