@@ -36,8 +36,8 @@ def load_balanced(x, context):
 def attention_op(query, key, value, decoder_segment_ids, *, mesh, positions, ulysses):
     """What to call in `AttentionOp.apply_attention`, with `inputs_position`.
 
-    On one ring this order is zigzag, which skips empty hops. Beside Ulysses the ring is
-    shorter and its zigzag another order, so the positions are passed.
+    On one ring this order is zigzag, which skips empty hops. With Ulysses, the ring is
+    shorter and has another zigzag order, so positions are passed.
     """
     is_zigzag = ulysses == 1
     return usp_jax.usp_attention(

@@ -19,7 +19,7 @@ AXES = {
     "maxtext_attention": (("data", "context", "tensor"), (1, 2, 1)),
     "tunix_attention": (("fsdp", "sp", "tp"), (1, 2, 2)),
 }
-# What some of them need beside the test's own packages.
+# Packages that some of them need, apart from those of the other tests.
 NEEDS = {"equinox_model": "equinox"}
 # `make test-all` runs these; the others show the same of the library.
 LONG = ("equinox_model", "flax_linen", "flax_nnx", "plain_jax", "tunix_attention")

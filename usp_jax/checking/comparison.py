@@ -129,7 +129,7 @@ def check(
         device if it is given None. Each loss permutes the same batch as it needs. It
         runs inside `jax.jit`, and under `jax.set_mesh` of its mesh.
       params: any pytree. Its floating arrays are differentiated.
-      batch: any pytree with arrays in natural order. Causes can be told apart best if
+      batch: any pytree with arrays in natural order. Causes are easiest to find if
         tokens, labels, segment ids and positions, [B, T], are arrays of their own, and
         T is a multiple of twice the number of devices, and six times it or more.
       meshes: the meshes to compare. None takes (ring, ulysses) over all devices: 1 × n,

@@ -6,8 +6,8 @@ small changes of the batch, and a cause is named only if a probe shows it:
 * An array that changes the loss on one device, and not on the mesh, is ignored there.
 * Labels only add up in a loss. So swapping the labels within a part of the sequence
   changes the loss by an amount that depends on the logits of this part alone: equal
-  changes mean equal logits. Where they begin to differ, and by which factor, tells
-  positions, attention and means apart.
+  changes mean equal logits. Where they begin to differ, and by what factor, shows
+  whether positions, attention or a mean is wrong.
 * If one device, given an altered batch (labels shifted, arrays in another order),
   reacts to swapped labels as the mesh does, then the mesh computes on such a batch.
 """

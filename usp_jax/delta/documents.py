@@ -19,8 +19,8 @@ def document_starts(
     """Computes at which tokens a document starts, other than the row's first one.
 
     A document is a maximal run of equal ids in position order. The row's first document
-    goes on from the row's initial state, so nothing starts there. Devices exchange two
-    numbers for each chunk.
+    continues from the row's initial state, so nothing starts there. Devices exchange
+    two numbers for each chunk.
 
     Args:
       segment_ids: of this device's chunks.

@@ -14,9 +14,9 @@ One call on one device; R = ring, U = ulysses degree, slots = 2 in zigzag, else 
     out [B, T/(R·U), M, V]
 
 A state passes the chunks in the order of the text, whatever device holds them, so
-zigzag costs no more than contiguous shards, and attention layers beside this one stay
-balanced. The start of a document drops the state: there the map is a = 0. With R = 1
-there is one chunk and no map.
+zigzag costs no more than contiguous shards, and the attention layers of a hybrid model
+stay balanced. The start of a document drops the state: there the map is a = 0. With R =
+1 there is one chunk and no map.
 
 The backward computes the gradient of each chunk's incoming state for its own outputs,
 exchanges these with the maps, transposed, and runs each chunk backwards once. Kept are

@@ -174,7 +174,7 @@ def _run(
 
 
 class _Factors(NamedTuple):
-    """What the blocks of a segment need beside the state, [Z, n, g, b, ...].
+    """What the blocks of a segment need in addition to the state, [Z, n, g, b, ...].
 
     Attributes:
       u, w: [..., t, V] and [..., t, H]; the writes are u - w · state.
