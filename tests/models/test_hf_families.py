@@ -165,24 +165,54 @@ def test_the_text_part_of_a_model_with_images_is_read(tmp_path):
     chex.assert_trees_all_equal(folder_tensors(tmp_path / "second"), weights(shapes))
 
 
-def test_the_text_part_of_a_qwen_with_images_is_read(tmp_path):
-    drawn, text = weights(golden("qwen3_5")["shapes"]), {**CONFIGS["qwen3_5"]}
+def fused_experts(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Merges the tensors of a layer's experts, as in published Qwen3.5 checkpoints."""
+    own = {name: x for name, x in named.items() if ".mlp.experts." not in name}
+    for layer in {name.split(".experts.")[0] for name in named.keys() - own.keys()}:
+        gate, up, down = (
+            np.stack([named[f"{layer}.experts.{i}.{x}_proj.weight"] for i in range(8)])
+            for x in ("gate", "up", "down")
+        )
+        own[f"{layer}.experts.gate_up_proj"] = np.concatenate([gate, up], 1)
+        own[f"{layer}.experts.down_proj"] = down
+    return own
+
+
+@pytest.mark.parametrize("case", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_a_qwen_with_images_is_read(tmp_path, case):
+    drawn, text = weights(golden(case)["shapes"]), {**CONFIGS[case]}
     text |= {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
     config = {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "model_type": "qwen3_5",
-        "text_config": {key: x for key, x in text.items() if key != "architectures"},
-        "vision_config": {"model_type": "qwen3_5_vision"},
+        "architectures": [
+            text.pop("architectures")[0].replace("CausalLM", "ConditionalGeneration")
+        ],
+        "model_type": case,
+        "text_config": text,
+        "vision_config": {"model_type": f"{case}_vision"},
         "image_token_id": 30,
     }
     begin = "model.language_model."
     named = {name.replace("model.", begin, 1): x for name, x in drawn.items()}
     more = {"model.visual.x": np.ones((2, 2), np.float32)}
-    first = write(tmp_path / "first", config, {**named, **more})
+    first = write(tmp_path / "first", config, {**fused_experts(named), **more})
     model = hf.load(first)
-    assert model.config == config_of("qwen3_5")
+    assert model.config == config_of(case)
     hf.save(model, tmp_path / "second", like=first)
     chex.assert_trees_all_equal(folder_tensors(tmp_path / "second"), drawn)
+
+
+def test_slices_of_fused_experts(tmp_path):
+    """Experts, and their widths, are divided over devices."""
+    drawn = weights(golden("qwen3_5_moe")["shapes"])
+    config = CONFIGS["qwen3_5_moe"]
+    fused = write(tmp_path / "fused", config, fused_experts(drawn))
+    apart = write(tmp_path / "apart", config, drawn)
+    mesh = usp_jax.make_mesh(ring=2, ulysses=2, tensor=2)
+    split = {"mesh": mesh, "expert_axes": ("ring",)}
+    chex.assert_trees_all_equal(
+        nnx.to_pure_dict(nnx.state(hf.load(fused, **split))),
+        nnx.to_pure_dict(nnx.state(hf.load(apart))),
+    )
 
 
 def test_sizes_that_published_models_with_images_leave_out():

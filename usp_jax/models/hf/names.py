@@ -20,7 +20,7 @@ one of its dims:
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +67,14 @@ def place_of(family: Family, name: str) -> Place:
     if isinstance(place, str):
         return dataclasses.replace(PLACES[own], name=place)
     return place
+
+
+def as_stored(family: Family, names: Collection[str]) -> Family:
+    """Returns a family with its fused places, if the files have their tensors."""
+    fused = tuple(place.name for place in family.fused.values())
+    if not any(name.endswith(fused) for name in names):
+        return family
+    return dataclasses.replace(family, tensors={**family.tensors, **family.fused})
 
 
 def tensor_name(family: Family, name: str) -> str:

@@ -17,7 +17,13 @@ from usp_jax.models.hf.allowed import family_of
 from usp_jax.models.hf.families import Family
 from usp_jax.models.hf.files import CONFIG, Json, TensorFiles, read_json
 from usp_jax.models.hf.keys import read_config
-from usp_jax.models.hf.names import Index, read_parameter, tensor_name, tensors
+from usp_jax.models.hf.names import (
+    Index,
+    as_stored,
+    read_parameter,
+    tensor_name,
+    tensors,
+)
 from usp_jax.models.hf.places import LAYER
 from usp_jax.models.hf.quantized import Tensors, dequantized
 from usp_jax.models.hub import download_hint
@@ -79,6 +85,7 @@ def load(
     shardings = {} if mesh is None else parameter_shardings(config, mesh)
     with TensorFiles.open(folder) as opened:
         files = dequantized(opened, own.get("quantization_config"))
+        family = as_stored(family, files.names)
         _check_tensors(folder, files, family, config)
         params = {
             name: _place(

@@ -14,6 +14,8 @@ from usp_jax.models.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from usp_jax.models.hf.families.qwen_next import (
     QWEN3_5,
     QWEN3_5_IMAGES,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_IMAGES,
     QWEN3_NEXT,
 )
 from usp_jax.models.hf.families.smollm import SMOLLM3
@@ -35,6 +37,8 @@ FAMILIES = (
     QWEN3_NEXT,
     QWEN3_5,
     QWEN3_5_IMAGES,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_IMAGES,
     GPT_OSS,
     DEEPSEEK_V3,
     KIMI_K2,

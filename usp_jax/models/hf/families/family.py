@@ -211,6 +211,8 @@ class Family:
       aliases: other names of keys.
       tensors: places of parameters that differ from those in `places.py`, or only the
         name. Parameters that share a name are fused.
+      fused: places of parameters in other checkpoints of the family, which are read
+        where the files have these tensors.
       text_of: name of the family whose models are a part of this one's. Its keys are in
         the object `text_config` and its tensors have `prefix`. Such checkpoints are
         read, but not written.
@@ -248,6 +250,7 @@ class Family:
     has_delta: bool = False
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, str | Place] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, Place] = dataclasses.field(default_factory=dict)
     text_of: str | None = None
     prefix: str = ""
     body: str = "model."
@@ -260,7 +263,8 @@ class Family:
         activation = Key(
             self.activation, "activation", read_activation, write_activation
         )
-        common = [x for x in _COMMON if not (self.is_latent and x.field == "head_size")]
+        without = {*self.fields, *(["head_size"] if self.is_latent else [])}
+        common = [key for key in _COMMON if key.field not in without]
         return (*common, activation, *self.keys)
 
     @property
@@ -274,7 +278,8 @@ class Family:
     @property
     def needed(self) -> tuple[str, ...]:
         """The keys that must be given, and not as null."""
-        sizes = [key.name for key in _SIZES if key.name not in self.defaults]
+        own = [key.name for key in _SIZES if key.field not in self.fields]
+        sizes = [name for name in own if name not in self.defaults]
         optional = {*self.defaults, *self.nullable}
         parts = [name for name in self.part_keys if name not in optional]
         return ("model_type", *dict.fromkeys((*sizes, *self.required, *parts)))

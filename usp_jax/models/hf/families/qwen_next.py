@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from usp_jax.models.hf.families.family import Family, Key
+from usp_jax.models.hf.families.family import Family, Key, Mixture
 from usp_jax.models.hf.families.qwen import MIXTURE
 from usp_jax.models.hf.files import positive_int
 from usp_jax.models.hf.places import Place
@@ -13,6 +13,14 @@ _QKVZ, _BA = "linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"
 _KEYS, _VALUES = Place(_QKVZ, ("AY", "D"), along=1), Place(_QKVZ, ("AI", "D"), along=1)
 _GATES = Place(_BA, ("AG", "D"), along=1)
 _GATED = {"q": Place("self_attn.q_proj.weight", ("NH", "D"), along=1)}
+_SHARED_SIZE = Key("shared_expert_intermediate_size", "shared_d_ff", positive_int)
+_SHARED = {
+    "shared_gate": "mlp.shared_expert.gate_proj.weight",
+    "shared_up": "mlp.shared_expert.up_proj.weight",
+    "shared_down": "mlp.shared_expert.down_proj.weight",
+}
+# Each expert has the rows of its gate, then those of up.
+_GATE_UP = Place("mlp.experts.gate_up_proj", ("E", "W", "D"), along=1)
 
 QWEN3_NEXT = Family(
     "qwen3_next",
@@ -32,10 +40,7 @@ QWEN3_NEXT = Family(
     rotates_part=True,
     mixture=dataclasses.replace(
         MIXTURE,
-        keys=(
-            *MIXTURE.keys,
-            Key("shared_expert_intermediate_size", "shared_d_ff", positive_int),
-        ),
+        keys=(*MIXTURE.keys, _SHARED_SIZE),
         fields={"shared_gate": True},
     ),
     has_delta=True,
@@ -44,9 +49,7 @@ QWEN3_NEXT = Family(
         **dict.fromkeys(("delta_q", "delta_k"), _KEYS),
         **dict.fromkeys(("delta_v", "delta_gate"), _VALUES),
         **dict.fromkeys(("delta_beta", "delta_decay"), _GATES),
-        "shared_gate": "mlp.shared_expert.gate_proj.weight",
-        "shared_up": "mlp.shared_expert.up_proj.weight",
-        "shared_down": "mlp.shared_expert.down_proj.weight",
+        **_SHARED,
     },
     # Of the layer that predicts a further token.
     unused_tensors=("mtp.",),
@@ -69,19 +72,47 @@ QWEN3_5 = dataclasses.replace(
     mixture=None,
     tensors=_GATED,
 )
-QWEN3_5_IMAGES = dataclasses.replace(
+# All layers have experts, whose weights for a token are renormalized. Published
+# checkpoints have one tensor for all experts, and transformers writes one for each.
+QWEN3_5_MOE = dataclasses.replace(
     QWEN3_5,
-    model_type="qwen3_5",
-    architecture="Qwen3_5ForConditionalGeneration",
-    unused=(
-        *QWEN3_5.unused,
-        "image_token_id",
-        "video_token_id",
-        "vision_config",
-        "vision_end_token_id",
-        "vision_start_token_id",
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    # No layer is dense, so this size is not used.
+    fields={**QWEN3_5.fields, "d_ff": 1},
+    unused=(*QWEN3_5.unused, "router_aux_loss_coef", "output_router_logits"),
+    mixture=Mixture(
+        (
+            *(key for key in MIXTURE.keys if key.field != "renormalize"),
+            _SHARED_SIZE,
+        ),
+        fields={"renormalize": True, "shared_gate": True},
     ),
-    text_of="qwen3_5_text",
-    body="model.language_model.",
-    unused_tensors=("mtp.", "model.visual."),
+    tensors={**_GATED, **_SHARED},
+    fused={
+        "expert_gate": _GATE_UP,
+        "expert_up": _GATE_UP,
+        "expert_down": Place("mlp.experts.down_proj", ("E", "D", "W")),
+    },
+)
+
+
+def _with_images(text: Family, model_type: str, architecture: str) -> Family:
+    """Returns the family of models that see images and whose text part is `text`."""
+    images = ("image_token_id", "video_token_id", "vision_config")
+    marks = ("vision_end_token_id", "vision_start_token_id")
+    return dataclasses.replace(
+        text,
+        model_type=model_type,
+        architecture=architecture,
+        unused=(*text.unused, *images, *marks),
+        text_of=text.model_type,
+        body="model.language_model.",
+        unused_tensors=("mtp.", "model.visual."),
+    )
+
+
+QWEN3_5_IMAGES = _with_images(QWEN3_5, "qwen3_5", "Qwen3_5ForConditionalGeneration")
+QWEN3_5_MOE_IMAGES = _with_images(
+    QWEN3_5_MOE, "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"
 )
