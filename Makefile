@@ -21,8 +21,8 @@ EXTRAS_docs := docs
 
 # Most of a test's time is compiling, which keeps one core busy.
 WORKERS ?= 2
-# Tests that share what is dear to make are a group, for one worker.
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+# The tests of a file share fixtures and compiled programs, so one worker runs them all.
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help train test test-smoke test-slice test-all test-gpu lint coverage notebooks benchmark docs types clean python-found
 .DEFAULT_GOAL := help

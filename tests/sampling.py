@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import re
 
 import pytest
 
@@ -12,9 +11,7 @@ SLICES = 28
 
 def slice_of(node_id: str) -> int:
     """The slice of the long tests that holds a test, from 1; reproducible."""
-    # pytest-xdist adds the name of a group to the ids of its tests.
-    plain = re.sub(r"@[\w-]+$", "", node_id)
-    digest = hashlib.sha256(plain.encode()).digest()
+    digest = hashlib.sha256(node_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") % SLICES + 1
 
 

@@ -26,9 +26,6 @@ from usp_jax.kernels.choice import KERNELS, target_of
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
 
-# One worker compiles the oracle of each case.
-pytestmark = pytest.mark.xdist_group("kernels")
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:

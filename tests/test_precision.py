@@ -11,9 +11,6 @@ import usp_jax
 from tests.oracle import expected, normal, results
 from tests.sampling import thinned
 
-# One worker compiles what the tests share.
-pytestmark = pytest.mark.xdist_group("precision")
-
 B, T, N, K, H = 1, 512, 8, 8, 16
 # Results that are rounded to 16 bits; lse is not.
 ROUNDED = ("out", "dq", "dk", "dv")

@@ -38,16 +38,11 @@ TILES = {"mlp_tile": 5, "loss_chunk": 7, "loss_block": 24, "remat": "full"}
 RING = {"ring": 4, "ulysses": 2}
 WAYS = (
     {"ring_schedule": "double:2", "ulysses_chunks": 2},
-    *(
-        pytest.param(way, marks=pytest.mark.long)
-        for way in (
-            {"ring_schedule": "bidirectional"},
-            {"ring_schedule": "double:2"},
-            {"ring_schedule": "all_gather"},
-            {"ring_schedule": "pass_q"},
-            {"ulysses_chunks": 2},
-        )
-    ),
+    {"ring_schedule": "bidirectional"},
+    {"ring_schedule": "double:2"},
+    {"ring_schedule": "all_gather"},
+    {"ring_schedule": "pass_q"},
+    {"ulysses_chunks": 2},
 )
 
 
@@ -121,6 +116,8 @@ def test_a_mesh_has_the_results_of_one_device(mesh, one_device):
     check_equal(loss_and_gradients(**mesh), one_device)
 
 
+# `test_schedules.py` and `test_head_groups.py` have them in the default run.
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_ring_schedule_and_head_groups_change_nothing(way, one_device):
     config = dataclasses.replace(CONFIG, **way)

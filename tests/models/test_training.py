@@ -159,7 +159,7 @@ def test_losses_of_routers_change_gradients_but_not_the_loss():
     config = dataclasses.replace(CONFIG, experts=Experts(4, 2, 8))
     results = [
         trained(config, steps=1, router=Router(balance_loss, z_loss))[0][0]
-        for balance_loss, z_loss in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5))
+        for balance_loss, z_loss in ((0.0, 0.0), (0.5, 0.5))
     ]
     assert len({float(result["loss"]) for result in results}) == 1
-    assert len({float(result["grad_norm"]) for result in results}) == 3
+    assert len({float(result["grad_norm"]) for result in results}) == 2

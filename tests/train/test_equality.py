@@ -23,9 +23,6 @@ from train.build import build
 from train.config import Config, EvalConfig, MeshConfig, SampleConfig
 from train.loop import train
 
-# The tests share the run `plain`, which one worker makes once.
-pytestmark = pytest.mark.xdist_group("equality")
-
 RING_AND_ULYSSES = MeshConfig(ring=4, ulysses=2)
 MESHES = {
     "fsdp2-ring2-tensor2": MeshConfig(fsdp=2, ring=2, tensor=2),

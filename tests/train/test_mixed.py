@@ -22,9 +22,6 @@ from usp_jax.models.rope_scaling import (
     NTKScaling,
 )
 
-# The tests share the run `alone`, which one worker makes once.
-pytestmark = pytest.mark.xdist_group("mixed")
-
 LOCAL = Variant(
     "local", window=12, rope_theta=1e3, rope_scaling=LinearScaling(2.0), rotary_size=2
 )
@@ -119,6 +116,8 @@ def test_the_record_of_a_model_is_read_back(alone: Config) -> None:
     assert type(plain)(**model_fields(old)) == plain
 
 
+# `test_by_position.py` has such reports in the default run.
+@pytest.mark.long
 def test_long_contexts_are_evaluated(alone: Config) -> None:
     results = evaluate(Evaluate(alone.run_dir, rows=4, buckets=2))
     last = losses(alone.run_dir)[-1][1]

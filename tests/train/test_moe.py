@@ -24,9 +24,6 @@ from usp_jax.models.experts import Experts
 from usp_jax.models.latent import Latent
 from usp_jax.models.training import ROUTER_METRICS
 
-# The tests share the run `alone`, which one worker makes once.
-pytestmark = pytest.mark.xdist_group("moe")
-
 EXPERTS = Experts(
     8, 2, 16, scores="sigmoid", scaling=2.0, correction_bias=True, shared_d_ff=16
 )

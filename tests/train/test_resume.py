@@ -37,10 +37,6 @@ class Program:
         return dataclasses.replace(self, config=config)
 
 
-# One worker makes the run that all tests compare with.
-pytestmark = pytest.mark.xdist_group("resume")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """An uninterrupted run; later runs use its compiled programs."""
