@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 import usp_jax
-from usp_jax.mesh import ROLES, axis_size, place, present, resolve_mesh
+from usp_jax.mesh import ROLES, axis_size, present, resolve_mesh
+from usp_jax.placement import place
 
 
 def test_has_all_six_axes_outermost_first():

@@ -8,51 +8,32 @@ nothing. For layers with a window, a cache keeps the window only (`rolling.py`).
 """
 
 import dataclasses
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from usp_jax import arguments
 from usp_jax.checks import check_positive_int
 from usp_jax.layout import check_layout, layout_positions
-from usp_jax.masking import PADDING, Tokens, zero_padding
+from usp_jax.masking import Tokens
 from usp_jax.mesh import MeshAxes, axis_size, resolve_mesh
-from usp_jax.rolling import Pair, roll, write_rolling
-from usp_jax.shards import SEQ, TOKENS, Dims, Shards
-from usp_jax.varying import vary_like
-
-T = TypeVar("T")
-# New tokens are replicated over the devices that share a sequence.
-NEW = ("batch", None, "tensor")
-NEW_TOKENS = ("batch",)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """A run of keys and values, in any order.
-
-    Attributes:
-      key: [B, S, K, H], split like the keys of `usp_attention`.
-      value: [B, S, K, V], split like `key`; None if the keys are the values too.
-      tokens: positions and segment ids, int32 [B, S]; id -1 marks an unused slot.
-    """
-
-    # jax puts arrays, tracers and specs into a pytree's leaves, so their type is Any.
-    key: Any
-    value: Any
-    tokens: Tokens
-
-    @property
-    def parts(self) -> tuple[Pair, Tokens]:
-        """((key, value), tokens), grouped by how they are split."""
-        return (self.key, self.value), self.tokens
+from usp_jax.pages import (
+    NEW,
+    NEW_TOKENS,
+    Page,
+    empty_page,
+    laid,
+    new_page,
+    rolling_page,
+    whole_length,
+    write_page,
+    write_rolling_page,
+)
+from usp_jax.shards import SEQ, TOKENS, Shards
 
 
 @jax.tree_util.register_dataclass
@@ -195,17 +176,17 @@ class KVCache:
         check_positive_int("page_tokens", page_tokens)
         _check_divides("page_tokens", page_tokens, parts, "ring·ulysses")
         tokens = tokens_of(positions, segment_ids, key.shape)
-        k, v = _laid(shards, jax.tree.map(jnp.asarray, (key, value)), SEQ)
-        page = _page(k, v, _laid(shards, tokens, TOKENS), segment_ids)
+        k, v = laid(shards, jax.tree.map(jnp.asarray, (key, value)), SEQ)
+        page = new_page(k, v, laid(shards, tokens, TOKENS), segment_ids)
         if window is not None:
             check_positive_int("window", window)
             capacity = -(-window // parts) * parts + page_tokens
-            page = _rolling_page(shards, capacity, page)
+            page = rolling_page(shards, capacity, page)
             used = np.int32(0)
             return cls((page,), used, np.False_, page_tokens, shards, window)
         # The page of a prefill counts as full: it is never written to. `used` is a
         # numpy number, so that `append` can read it under jit too.
-        used = np.int32(_whole_length(shards, key.shape[1]))
+        used = np.int32(whole_length(shards, key.shape[1]))
         return cls((page,), used, np.False_, page_tokens, shards)
 
     def append(
@@ -240,7 +221,7 @@ class KVCache:
         _check_fits(key, value, self.pages[-1])
         tokens = tokens_of(positions, segment_ids, key.shape)
         k, v = self.shards.place((key, value), NEW)
-        new = _page(k, v, self.shards.place(tokens, NEW_TOKENS), segment_ids)
+        new = new_page(k, v, self.shards.place(tokens, NEW_TOKENS), segment_ids)
         if self.window is not None:
             return self._rolled(new)
         if isinstance(self.used, jax.core.Tracer):
@@ -264,14 +245,14 @@ class KVCache:
         """
         if self.window is not None:
             return self
-        page = _empty_page(self.shards, self.page_tokens, self.pages[0])
+        page = empty_page(self.shards, self.page_tokens, self.pages[0])
         pages = (*self.pages, page)
         return dataclasses.replace(self, pages=pages, used=np.int32(0))
 
     @property
     def _capacity(self) -> int:
         """Number of slots in the last page, over all devices."""
-        return _whole_length(self.shards, self.pages[-1].key.shape[1])
+        return whole_length(self.shards, self.pages[-1].key.shape[1])
 
     def _rolled(self, new: Page) -> "KVCache":
         """The cache of a window with new tokens."""
@@ -281,122 +262,13 @@ class KVCache:
                 f"key.shape[1]={count} must be at most page_tokens={self.page_tokens} "
                 f"for a cache with window={self.window}: append them in parts"
             )
-        page = _write_rolling_page(self.shards, self.pages[0], new)
+        page = write_rolling_page(self.shards, self.pages[0], new)
         return dataclasses.replace(self, pages=(page,))
 
     def _written(self, new: Page) -> "KVCache":
-        page = _write_page(self.shards, self.pages[-1], new, self.used)
+        page = write_page(self.shards, self.pages[-1], new, self.used)
         used = self.used + np.int32(new.key.shape[1])
         return dataclasses.replace(self, pages=(*self.pages[:-1], page), used=used)
-
-
-def _page(
-    k: jax.Array, v: jax.Array | None, tokens: Tokens, segment_ids: object
-) -> Page:
-    """Makes a page, with zeros in padded tokens if the caller gave segment ids."""
-    if segment_ids is not None:
-        k, v = jax.tree.map(lambda x: zero_padding(x, tokens.segment_ids), (k, v))
-    return Page(k, v, tokens)
-
-
-@partial(jax.jit, static_argnames=("shards", "capacity"))
-def _rolling_page(shards: Shards, capacity: int, page: Page) -> Page:
-    dims = (SEQ, TOKENS)
-    run = shards.run(partial(roll, shards, capacity), dims, dims)
-    (k, v), tokens = run(*shards.place(page.parts, dims))
-    return Page(k, v, tokens)
-
-
-@partial(jax.jit, static_argnames=("shards",))
-def _write_rolling_page(shards: Shards, page: Page, new: Page) -> Page:
-    def write(*args: Any) -> tuple[Pair, Tokens]:
-        return write_rolling(*place_on(shards), *args)
-
-    dims = (SEQ, TOKENS, NEW, NEW_TOKENS)
-    run = shards.run(write, dims, (SEQ, TOKENS))
-    (k, v), tokens = run(*shards.place((*page.parts, *new.parts), dims))
-    return Page(k, v, tokens)
-
-
-@partial(jax.jit, static_argnames=("shards",))
-def _write_page(shards: Shards, page: Page, new: Page, used: jax.Array) -> Page:
-    dims = (SEQ, TOKENS, NEW, NEW_TOKENS, ())
-    args = (*page.parts, *new.parts, used)
-    run = shards.run(partial(_write, shards), dims, (SEQ, TOKENS))
-    (k, v), tokens = run(*shards.place(args, dims))
-    return Page(k, v, tokens)
-
-
-def _write(
-    shards: Shards,
-    kv: Pair,
-    tokens: Tokens,
-    new_kv: Pair,
-    new_tokens: Tokens,
-    used: jax.Array,
-) -> tuple[Pair, Tokens]:
-    """Writes this device's share of the new tokens into its part of a page.
-
-    Tokens past the end of the page are left out.
-    """
-    index, parts = place_on(shards)
-    length, count = tokens.positions.shape[1], new_tokens.positions.shape[1]
-    places = used + lax.iota(jnp.int32, count)
-    mine = jnp.where(places % parts == index, places // parts, length)
-
-    def write(old: T, new: T) -> T:
-        # Called once for each: ids do not vary over the axis of heads.
-        old = vary_like(old, (old, new, mine))
-        written: T = jax.tree.map(
-            lambda x, y: x.at[:, mine].set(y, mode="drop"), old, new
-        )
-        return written
-
-    return write(kv, new_kv), write(tokens, new_tokens)
-
-
-@partial(jax.jit, static_argnames=("shards", "page_tokens"))
-def _empty_page(shards: Shards, page_tokens: int, like: Page) -> Page:
-    def empty(kv: Pair, tokens: Tokens) -> tuple[Pair, Tokens]:
-        length, axes = page_tokens // place_on(shards)[1], shards.bound_indices()
-
-        def zeros(x: jax.Array) -> jax.Array:
-            none = jnp.zeros_like(x, shape=(x.shape[0], length, *x.shape[2:]))
-            return vary_like(none, (x, axes))
-
-        positions, ids = zeros(tokens.positions), zeros(tokens.segment_ids)
-        return jax.tree.map(zeros, kv), Tokens(positions, ids + PADDING)
-
-    dims = (SEQ, TOKENS)
-    (k, v), tokens = shards.run(empty, dims, dims)(*shards.place(like.parts, dims))
-    return Page(k, v, tokens)
-
-
-def place_on(shards: Shards) -> tuple[jax.Array | int, int]:
-    """This device's index among those that share a sequence, and their number."""
-    place = shards.index(shards.ring) * shards.ulysses_size
-    place += shards.index(shards.ulysses)
-    return place, shards.ring_size * shards.ulysses_size
-
-
-def _whole_length(shards: Shards, length: int) -> int:
-    """The length over all devices, from that of a global array or of a shard."""
-    return length if shards.mesh is not None else length * place_on(shards)[1]
-
-
-def _laid(shards: Shards, xs: T, dims: Dims) -> T:
-    """Shards arrays like the parts of a page; those that already are do not move."""
-    mesh = shards.mesh
-
-    def lay(x: jax.Array) -> jax.Array:
-        if isinstance(mesh, Mesh) and not isinstance(x, jax.core.Tracer):
-            sharding = NamedSharding(mesh, shards.spec(dims))
-            if sharding.is_equivalent_to(x.sharding, x.ndim):
-                return x
-        return shards.constrain(x, dims)
-
-    laid: T = jax.tree.map(lay, xs)
-    return laid
 
 
 def tokens_of(positions: object, segment_ids: object, shape: tuple[int, ...]) -> Tokens:

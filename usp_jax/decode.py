@@ -24,13 +24,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from usp_jax import arguments, kernels
-from usp_jax.cache import NEW, NEW_TOKENS, KVCache, Page, place_on, tokens_of
+from usp_jax.cache import KVCache, tokens_of
 from usp_jax.checks import check_bool
 from usp_jax.kernels import Carry
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import PADDING, Mask, MaskRule, Tokens
 from usp_jax.merge import finite, normalize
 from usp_jax.options import DEFAULTS, Options, Window, completed
+from usp_jax.pages import NEW, NEW_TOKENS, Page, place_on
 from usp_jax.rolling import Pair
 from usp_jax.shards import BY_HEAD, SEQ, TOKENS, Shards
 from usp_jax.varying import vary_like

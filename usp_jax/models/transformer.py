@@ -21,7 +21,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from usp_jax import KVCache, MeshAxes
-from usp_jax.cache import Page
 from usp_jax.masking import Tokens
 from usp_jax.mesh import NO_AXES, axis_size
 from usp_jax.models.config import LlamaConfig
@@ -50,6 +49,7 @@ from usp_jax.models.router_report import Counts
 from usp_jax.models.segments import PerRun, Run, Segment, segments
 from usp_jax.models.sharding import Split
 from usp_jax.models.weights import Weights
+from usp_jax.pages import Page
 from usp_jax.shards import Shards
 
 # A pytree of arrays with a leading dim for the layers, or one layer's slice of it.
