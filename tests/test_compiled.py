@@ -694,12 +694,12 @@ def test_the_table_shows_every_collective_and_the_sum(mixed):
     # Equal ones share a line.
     lines = table([*found, *found]).splitlines()
     assert len(lines) == len(by_kind(found)) + 2
-    assert lines[0].split()[:3] == ["kind", "times", "dtype"]
+    assert lines[0].split()[:3] == ["kind", "runs", "type"]
     (permute,) = (line for line in lines if line.startswith("collective-permute"))
     assert permute.split()[1:9] == "30 f32 1.0 KiB 1.0 KiB 30.0 KiB".split()
     total = 2 * sum(one.total_wire_bytes for one in found)
     assert lines[-1].split() == ["all", *bytes_text(total).split()]
-    end = lines[0].index("in total") + len("in total")
+    end = lines[0].index("total") + len("total")
     assert {line[end - 1] for line in lines[1:]} == {"B"}
     assert all(len(line) <= 80 for line in lines)
 

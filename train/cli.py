@@ -90,10 +90,11 @@ def _print_names() -> None:
     lines = [
         f"  {key}: {str(make.__doc__).splitlines()[0]}" for key, make in PRESETS.items()
     ]
-    print("\n".join([f"{USAGE}\n\npresets:", *lines]))
     models = ", ".join(name for name in MODELS if name not in PRESETS)
     words = f"{models}; or a folder with a config.json, whose weights --init-from loads"
-    print(f"\n{textwrap.fill(f'models, with random weights: {words}', 80)}")
+    texts = [USAGE, "", "presets:", *lines, "", f"models, with random weights: {words}"]
+    for text in texts:
+        print(textwrap.fill(text, 80, subsequent_indent="    ", break_on_hyphens=False))
 
 
 def _with_machine(options: Sequence[str]) -> list[str]:

@@ -51,8 +51,8 @@ class Passkey:
 
     Attributes:
       enabled: measure this, instead of perplexity.
-      lengths: lengths of the texts in tokens; by default 1/8, 1/4, 1/2 and all of
-        --length.
+      lengths: lengths of the texts in tokens; by default an eighth, a quarter, half
+        and all of --length.
       depths: positions of the key, from 0 (start of the text) to 1 (end).
       examples: number of texts for each length and depth.
       seed: seed of the texts; a run with another seed has not seen them.

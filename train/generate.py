@@ -22,7 +22,7 @@ from train.chat_template import Message
 from train.config import MeshConfig
 from train.prompting import Prompting
 from train.source import Source
-from train.words import check_no_empty_value
+from train.words import check_no_empty_value, printable
 from usp_jax.command_line import alive, readers_may_leave
 from usp_jax.models.generate import stream
 from usp_jax.models.llama import Llama
@@ -222,7 +222,8 @@ def _head(number: int, texts: Sequence[str]) -> str:
 
 def _print_more(printed: str, text: str) -> str:
     """Prints what is new in a text, and returns the text."""
-    print(text[len(printed) :], end="", flush=True)
+    new = text[len(printed) :]
+    print(printable(new) if sys.stdout.isatty() else new, end="", flush=True)
     return text
 
 

@@ -20,6 +20,7 @@ from train.log.steps import GaveUp, Log
 from train.log.watchdog import watch
 from train.state import State, on_devices, with_params
 from train.step import Metrics, compile_step, make_step
+from train.words import printable
 from usp_jax.command_line import alive
 from usp_jax.models.pipeline import Pipeline
 
@@ -93,7 +94,7 @@ def _steps(
             profiler.after(step, state)
             log.dispatched(step, metrics)
             if run.evaluation is not None and run.evaluation.due(step):
-                log.evaluated(partial(run.evaluation, state.params))
+                log.evaluated(partial(run.evaluation, state))
             if checkpoints.due(step):
                 log.finish()
                 # Checkpoints are saved only after a finite step.
@@ -184,4 +185,4 @@ def _report(run: Run, state: State) -> None:
         params = on_devices(state.params, config, run.mesh)
         model = with_params(run.graphdef, params)
         text = sample(model, run.vocabulary, config.sample, config.seed)
-        tell(f"a sample from the trained model:\n{text}")
+        tell(f"a sample from the trained model:\n{printable(text)}")

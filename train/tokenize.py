@@ -31,7 +31,7 @@ from train.data.token_folder import (
 )
 from train.data.vocabulary import Vocabulary
 from train.files import write_atomically
-from train.words import check_no_empty_value
+from train.words import check_no_empty_value, counted
 
 # Each is a thread.
 MOST_WORKERS = 10_000
@@ -199,7 +199,8 @@ class _Progress:
         """Reports a shard that has been written."""
         self._documents += shard.documents
         self._tokens += shard.tokens
-        status = f"{self._documents:,} documents, {self._tokens:,} tokens"
+        documents = counted(self._documents, "document")
+        status = f"{documents}, {self._tokens:,} tokens"
         self._bar.update(self._task, status=status)
         if not self._console.is_terminal:
             self._console.print(f"wrote {status}")
@@ -221,10 +222,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
-    print(
-        f"{options.out} has {counts['shards']} shards, {counts['new']} of them new; "
-        "the others have not changed since they were written"
-    )
+    before = counts["shards"] - counts["new"]
+    kept = f"; {before:,} were there, and have not changed" if before else ""
+    print(f"wrote {counted(counts['new'], 'shard')} to {options.out}{kept}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A check of a command's words that is impossible once they are parsed."""
+"""Words of a command line, and of the lines that commands print."""
 
 from collections.abc import Sequence
 
@@ -25,3 +25,17 @@ def check_no_empty_value(words: Sequence[str], allowed: Sequence[str] = ()) -> N
                 f"{name}='' must not be empty: leave it out or give a value; the "
                 "current directory is '.'"
             )
+
+
+def printable(text: str) -> str:
+    """Replaces control characters, which could move a terminal's cursor or colour it.
+
+    New lines and tabs stay. A model may generate any byte.
+    """
+    controls = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
+    return text.translate(dict.fromkeys(controls, "\ufffd"))
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: "1 document", "1,200 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

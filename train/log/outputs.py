@@ -26,7 +26,7 @@ class Outputs:
         self._tokens = config.batch_size * config.sequence_length
         kind = jax.devices()[0].device_kind
         self._peak = peak_of_kind(kind, config.dtype)
-        if self._peak is None:
+        if self._peak is None and step < config.steps:
             print(
                 f"MFU is not reported: the peak FLOP/s of a {kind!r} device is unknown"
             )

@@ -22,7 +22,8 @@ class Progress:
             "{task.fields[status]}",
             rich.progress.TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            # A complete run has no step to show.
+            disable=not self._console.is_terminal or step == steps,
         )
         self._task = self._bar.add_task("", completed=step, total=steps, status="")
         self._first, self._begun = step, time.monotonic()

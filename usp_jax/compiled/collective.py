@@ -125,7 +125,8 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, Total]:
 
 def table(collectives: Iterable[Collective]) -> str:
     """Formats the collectives, one kind and size on each line, and the bytes sent."""
-    names = ("kind", "times", "dtype", "operand", "sent", "in total", "devices")
+    # Short enough for 80 columns.
+    names = ("kind", "runs", "type", "operand", "sent", "total", "groups", "overlap")
     alike: dict[tuple[str, ...], list[Collective]] = {}
     for x in collectives:
         sizes = bytes_text(x.operand_bytes), bytes_text(x.wire_bytes)
@@ -134,7 +135,7 @@ def table(collectives: Iterable[Collective]) -> str:
         mark = "<=" if x.is_conditional else ""
         key = (x.kind, mark, "+".join(x.dtypes), *sizes, devices, work)
         alike.setdefault(key, []).append(x)
-    rows: list[tuple[str, ...]] = [(*names, "overlaps")]
+    rows: list[tuple[str, ...]] = [names]
     for (kind, mark, dtypes, operand, sent, devices, work), own in alike.items():
         times = f"{mark}{sum(x.executions for x in own)}"
         total = bytes_text(sum(x.total_wire_bytes for x in own))

@@ -83,8 +83,8 @@ class Decoder:
       d_ff: hidden size of the feed-forward network; unused with `experts`.
       rope_theta: base of RoPE's frequencies; a larger one suits longer contexts.
       rope_scaling: RoPE scaling for longer contexts, from `rope_scaling.py`. On the
-        trainer's command line it comes last: `model.rope-scaling:linear-scaling
-        --model.rope-scaling.factor 4`.
+        trainer's command line, model.rope-scaling:linear-scaling comes last, followed
+        by options such as `--model.rope-scaling.factor 4`.
       rms_norm_eps: number that norms add to the mean square.
       tie_embeddings: whether the output matrix is the embedding table.
       experts: the experts that take the place of the feed-forward network; None is
@@ -103,12 +103,12 @@ class Decoder:
       qk_norm: whether each head of q and k has a norm before RoPE (Qwen3).
       whole_qk_norm: whether q and k have one norm over all their heads (OLMo 3).
       window: number of tokens that a query sees, its own included; None is all.
-      rotary_size: number of leading dims of a head that RoPE rotates; None is all, and
-        0 is none (NoPE).
+      rotary_size: number of leading dims of a head that RoPE rotates; None is all,
+        and 0 is none (NoPE).
       attention_scale: factor of the products q · k; None is 1/sqrt(head_size).
       logits_soft_cap: attention's logits become cap · tanh(logits / cap) (Gemma 2).
-      norm_placement: norms before attention and feed-forward, "before"; after them,
-        "after" (OLMo 3); or "both" (Gemma).
+      norm_placement: where attention and feed-forward have norms: "before", "after" as
+        in OLMo 3, or "both" as in Gemma.
       zero_centered_norms: whether norms multiply by 1 + weight (Gemma).
       activation: of the feed-forward network's gate, "silu" or "gelu_tanh" (Gemma).
       embedding_scale: factor of the embeddings.

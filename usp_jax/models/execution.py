@@ -94,17 +94,16 @@ class Tuning:
         output on both sides of the all-to-alls are kept too, so no collective of
         attention runs twice; "dots": the values between attention and the feed-forward
         network and its two inner products are kept too, so no matrix product but q · k
-        runs twice. "full_offload", "attention_offload", "attention_qkv_offload" and
-        "dots_offload" keep the same values, and the layer's input, in the host's pinned
-        memory.
+        runs twice. All but "none" may end in "_offload", such as "dots_offload": the
+        same values, and the layer's input, are then in the host's pinned memory.
       mlp_tile: number of a device's tokens whose hidden feed-forward activations are in
         memory at once; the backward pass recomputes them. None: all.
       tensor_sequence: on a mesh with a `tensor` axis, splits by tokens what heads or
         features do not split (TP-sp): 1/tensor of the memory for the same bytes sent. A
         device's part of the sequence must be a multiple of tensor.
       ring_schedule: order of the hops around the ring, which does not change results:
-        "unidirectional", "bidirectional", "double:4" (inner rings of 4 devices),
-        "all_gather" or "pass_q", as in `usp_attention`.
+        as in `usp_attention`, "unidirectional", "bidirectional", "double:4" (inner
+        rings of 4 devices), "all_gather" or "pass_q".
       ulysses_chunks: number of head groups that attention processes in sequence, so
         that one group's all-to-all overlaps another's attention.
     """

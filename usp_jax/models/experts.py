@@ -20,10 +20,10 @@ class Experts:
       num_experts: number of routed experts.
       experts_per_token: number of experts that a token uses.
       d_expert: hidden size of each routed expert.
-      scores: function from the router's logits to scores, "softmax" or "sigmoid"
-        (DeepSeek-V3).
-      renormalize: whether the scores of a token's experts are divided by their sum
-        (Mixtral, Qwen3-MoE, DeepSeek-V3). With "softmax" that is the softmax of the
+      scores: function from the router's logits to scores: "softmax", or "sigmoid" as
+        in DeepSeek-V3.
+      renormalize: whether the scores of a token's experts are divided by their sum, as
+        in Mixtral, Qwen3-MoE and DeepSeek-V3. With "softmax" that is the softmax of the
         chosen logits alone (gpt-oss).
       scaling: factor of the weights.
       groups: number of equal groups of experts (DeepSeek-V3).

@@ -1,6 +1,7 @@
 """Prints a plan as text tables."""
 
 import collections
+import textwrap
 from collections.abc import Sequence
 
 import rich.box
@@ -34,7 +35,7 @@ def show(rows: Sequence[Row], top: int, model: str | None = None) -> None:
         f"{job.devices} x {machine.name} with {machine.memory_bytes / GIB:.1f} GiB "
         f"each; {tokens if job.batch > 1 else tokens.replace('rows', 'row')} a step"
     )
-    console.print(f"best: {headline(best)}" if best.can_train else "nothing fits")
+    _print(console, f"best: {headline(best)}" if best.can_train else "nothing fits")
     console.print(_table([row for row in rows if row.memory is not None][:top]))
     _show_refused(console, rows)
     if best.can_train:
@@ -68,23 +69,24 @@ def _show_refused(console: rich.console.Console, rows: Sequence[Row]) -> None:
     for why, count in refused.most_common():
         example = next(row for row in rows if row.reason.startswith(why))
         reason = example.reason.partition(": ")[2]
-        console.print(
-            f"left out {count:,} for {why}, such as {describe(example.choice)}:"
+        _print(
+            console,
+            f"left out {count:,} for {why}, such as {describe(example.choice)}:",
         )
-        console.print(f"  {reason}")
+        _print(console, f"  {reason}")
 
 
 def _show_best(console: rich.console.Console, best: Row) -> None:
     """Prints what the best row sends and keeps, and what speaks against it."""
     console.print("The best one, on each device:")
     for axes, sent in by_axis(best.transfers).items():
-        console.print(f"  sends {_gib(sent)} GiB per step along {axes}")
+        _print(console, f"  sends {_gib(sent)} GiB per step along {axes}")
     if (host := host_bytes(best.job, best.choice)) > 0:
         console.print(f"  keeps {_gib(host)} GiB in the host's memory")
     for number in against(best):
-        console.print(f"  goes against tip {number} of the paper: {TIPS[number]}")
+        _print(console, f"  goes against tip {number} of the paper: {TIPS[number]}")
     for waste in wasteful(best):
-        console.print(f"  {waste}")
+        _print(console, f"  {waste}")
 
 
 def _table(rows: Sequence[Row]) -> rich.table.Table:
@@ -134,6 +136,19 @@ def _console() -> rich.console.Console:
     """A console at least as wide as the tables, also when piped."""
     width = max(WIDTH, rich.console.Console().width)
     return rich.console.Console(highlight=False, width=width)
+
+
+def _print(console: rich.console.Console, text: str) -> None:
+    """Prints a line, the continuation of a long one with an indent of its own."""
+    print(
+        textwrap.fill(
+            text,
+            console.width,
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def _gib(size: int | float) -> str:
