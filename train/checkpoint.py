@@ -224,11 +224,13 @@ class Checkpoints:
 
 
 def _tree(state: State) -> Tree:
-    return {
+    parts = {
         "step": state.step,
         "params": state.params,
         "optimizer": state.optimizer,
+        "reference": state.reference,
     }
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _anywhere(here: bool) -> bool:

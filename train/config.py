@@ -87,7 +87,7 @@ class DpoConfig:
 
     Attributes:
       beta: strength of the pull towards the reference, which is the model without its
-        adapters; None is 0.1 for pairs.
+        adapters, or else a frozen copy of the initial weights; None is 0.1 for pairs.
     """
 
     beta: float | None = None
@@ -149,8 +149,8 @@ class PasskeyConfig:
     Attributes:
       enabled: train on passkey documents instead of text.
       shortest: minimum number of tokens in a document.
-      growth_rows: number of rows over which the longest document grows from
-        `shortest` to a whole row; 0 starts with whole rows.
+      growth_rows: number of rows over which the longest document grows from `shortest`
+        to a whole row; 0 starts with whole rows.
     """
 
     enabled: bool = False
@@ -266,8 +266,8 @@ class DistributedConfig:
     """Training with several processes.
 
     Attributes:
-      coordinator: host:port of process 0; "auto" reads the cluster's environment
-        (SLURM, TPU pods, JAX_COORDINATOR_ADDRESS and the like); None is one process.
+      coordinator: host:port of process 0; "auto" reads the environment of a cluster,
+        such as SLURM's, a TPU pod's or JAX_COORDINATOR_ADDRESS; None is one process.
       num_processes: number of processes; needed with host:port.
       process_id: number of this process, from 0; needed with host:port.
     """
@@ -287,18 +287,18 @@ class Config:
       batch_size: rows in a step, over all devices.
       accumulate: number of sequential parts into which a step divides its rows. Their
         gradients are summed, and activations take the memory of one part.
-      layout: the order in which a row is stored on the mesh; "balanced" orders each
-        row so that its documents are equal work for every device of the ring.
-      seed: seed of the initial parameters and of the order of the data; less than
-        2**32.
+      layout: the order in which a row is stored on the mesh: "zigzag", "striped",
+        or "contiguous"; "balanced" orders each row so that its documents are equal work
+        for every device of the ring.
+      seed: seed of the initial parameters and of the order of the data, below 2**32.
       run_dir: folder of the run; a run that is already there is resumed.
       init_from: a folder in the Hugging Face format with the initial weights, which
-        also sets the model's sizes; the learning rate is then 1e-5, or 2e-4 with
-        `lora.rank`, unless it is given. None draws random weights.
+        also sets the model's sizes; unless the learning rate is given, it is then 1e-5,
+        or 2e-4 with `lora.rank`. None draws random weights.
       fake_devices: use this many fake CPU devices in each process.
       auto_mesh: a machine of `usp_jax.plan`, or "here" for this machine; the planner
-        then chooses mesh.*, accumulate and, of model.*, the fields of
-        `usp_jax.models.execution.Tuning`.
+        then chooses mesh.*, accumulate and, of model.*, remat, mlp_tile and the other
+        fields of `usp_jax.models.execution.Tuning`.
       dtype: dtype of the computation: float32, bfloat16 or float64 (which needs
         JAX_ENABLE_X64=1). See model.param_dtype for the stored parameters.
     """

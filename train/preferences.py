@@ -7,6 +7,7 @@ from train.config import DPO_BETA, Config, DpoConfig
 from train.data.corpus import Rows
 from train.data.packing import PackedRows
 from train.data.text import Text
+from usp_jax.models.decoder import experts_of
 from usp_jax.models.training import DPO
 
 
@@ -18,8 +19,8 @@ def with_beta(config: Config, text: Text | None) -> Config:
       text: its text; None for passkeys.
 
     Raises:
-      ValueError: the text is pairs, and the model has no adapters; or it is not, and
-        `dpo.beta` is given.
+      ValueError: the text is pairs, and the model has experts but no adapters; or it is
+        not, and `dpo.beta` is given.
     """
     beta = config.dpo.beta
     if text is None or not text.is_paired:
@@ -29,10 +30,10 @@ def with_beta(config: Config, text: Text | None) -> Config:
                 "'chosen' and 'rejected', but the text has none: leave it out"
             )
         return config
-    if config.lora.rank is None:
+    if config.lora.rank is None and experts_of(config.llama) is not None:
         raise ValueError(
-            "pairs of answers need --lora.rank: dpo compares the model with itself "
-            "without adapters"
+            "pairs of answers need --lora.rank in a model with experts: dpo has no "
+            "losses for its routers, which adapters leave frozen"
         )
     beta = DPO_BETA if beta is None else beta
     return dataclasses.replace(config, dpo=DpoConfig(beta))

@@ -28,7 +28,12 @@ def first_state(
     """
     optimizer = config.training.optimizer
     return training.first_state(
-        config.llama, mesh, optimizer, params=params, seed=config.seed
+        config.llama,
+        mesh,
+        optimizer,
+        params=params,
+        seed=config.seed,
+        with_reference=config.dpo.beta is not None and config.lora.rank is None,
     )
 
 

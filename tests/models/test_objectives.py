@@ -1,9 +1,11 @@
-"""DPO of adapters has the sums and gradients of dense logits, on any mesh.
+"""DPO has the sums and gradients of dense logits, on any mesh.
 
-In float64 to 1e-10; the reference is a plain model with the frozen matrices.
+In float64 to 1e-10, of adapters, whose reference is a plain model with the frozen
+matrices, and of all parameters, whose reference is another model.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ from tests.models.test_mixed import parameters
 from usp_jax.models.llama import Llama
 from usp_jax.models.lora import without_adapters
 from usp_jax.models.loss import shift_labels
-from usp_jax.models.objectives import DPO, Batch, objective_of
+from usp_jax.models.objectives import DPO, Batch, objective_of, reference_of
+from usp_jax.models.optimizer import Params
 from usp_jax.models.parameters import is_adapter, trained
 
 BETA = 0.3
@@ -51,11 +54,17 @@ def rows() -> Batch:
     return Batch(tokens=tokens, labels=labels, segment_ids=jnp.asarray(ids))
 
 
+def other() -> Params:
+    """The reference of a model without adapters."""
+    return {name: 0.9 * x for name, x in parameters(PLAIN).items()}
+
+
 @pytest.fixture(scope="module")
 def dense():
-    """Sums and gradients by the definition, pair by pair."""
+    """Returns sums and gradients by the definition, pair by pair."""
     with jax.enable_x64(True):
         batch, params = rows(), parameters(LORA)
+        frozen = {name: x for name, x in params.items() if not is_adapter(name)}
         ids, labels = np.asarray(batch["segment_ids"]), np.asarray(batch["labels"])
 
         def answers(whole):
@@ -64,9 +73,8 @@ def dense():
             hit = jnp.take_along_axis(logs, labels[..., None], -1)[..., 0]
             return jnp.where(labels >= 0, hit, 0)
 
-        def loss(learnt):
-            policy = answers(merge(LORA, params | learnt))
-            gain = policy - answers({n: x for n, x in params.items() if n in frozen})
+        def loss(whole, reference):
+            gain = answers(whole) - answers(reference)
             margins = []
             for row, lengths in enumerate(LENGTHS):
                 for number in range(0, len(lengths), 2):
@@ -81,41 +89,61 @@ def dense():
             values = {"accuracy": wins, "margin": jnp.sum(found)}
             return total, {"loss": total, **values}
 
-        frozen = {name for name in params if not is_adapter(name)}
-        with jax.numpy_rank_promotion("allow"):
-            gradients, values = jax.jit(jax.grad(loss, has_aux=True))(trained(params))
-        return jax.device_get({**values, **gradients})
+        def of_adapters(learnt):
+            return loss(merge(LORA, params | learnt), frozen)
+
+        def of_all(whole):
+            return loss(whole, other())
+
+        def found(of, learnt):
+            with jax.numpy_rank_promotion("allow"), jax.enable_x64(True):
+                gradients, values = jax.jit(jax.grad(of, has_aux=True))(learnt)
+            return jax.device_get({**values, **gradients})
+
+        wanted = {
+            LORA: functools.partial(found, of_adapters, trained(params)),
+            PLAIN: functools.partial(found, of_all, parameters(PLAIN)),
+        }
+    return functools.cache(lambda config: wanted[config]())
 
 
 @pytest.mark.parametrize(
-    ("mesh", "layout"),
+    ("config", "mesh", "layout"),
     [
-        ({"ring": 2, "ulysses": 4}, "zigzag"),
-        pytest.param({}, "natural", marks=LONG),
-        pytest.param({"ring": 4, "ulysses": 2}, "zigzag", marks=LONG),
-        pytest.param({"ring": 8}, "zigzag", marks=LONG),
-        pytest.param({"ulysses": 8}, "contiguous", marks=LONG),
-        pytest.param({"fsdp": 2, "ring": 2, "tensor": 2}, "striped", marks=LONG),
-        pytest.param({"pipe": 2, "ring": 2, "ulysses": 2}, "zigzag", marks=LONG),
+        (LORA, {"ring": 2, "ulysses": 4}, "zigzag"),
+        pytest.param(LORA, {}, "natural", marks=LONG),
+        pytest.param(LORA, {"ring": 4, "ulysses": 2}, "zigzag", marks=LONG),
+        pytest.param(LORA, {"ring": 8}, "zigzag", marks=LONG),
+        pytest.param(LORA, {"ulysses": 8}, "contiguous", marks=LONG),
+        pytest.param(LORA, {"fsdp": 2, "ring": 2, "tensor": 2}, "striped", marks=LONG),
+        pytest.param(LORA, {"pipe": 2, "ring": 2, "ulysses": 2}, "zigzag", marks=LONG),
+        (PLAIN, {"ring": 4, "ulysses": 2}, "zigzag"),
+        pytest.param(PLAIN, {"ring": 2, "ulysses": 4}, "zigzag", marks=LONG),
+        pytest.param(PLAIN, {"pipe": 2, "ring": 2, "ulysses": 2}, "zigzag", marks=LONG),
     ],
-    ids=str,
+    ids=lambda x: (
+        ("all" if x.lora is None else "lora") if x in (LORA, PLAIN) else str(x)
+    ),
 )
-def test_a_mesh_has_the_results_of_dense_logits(mesh, layout, dense):
-    model = model_of(LORA, **mesh)
+def test_a_mesh_has_the_results_of_dense_logits(config, mesh, layout, dense):
+    model = model_of(config, **mesh)
     graphdef, params = nnx.split(model, nnx.Param)
     params, batch = nnx.to_pure_dict(params), rows()
     if layout != "natural":
         batch = jax.tree.map(lambda x: usp_jax.to_layout(x, layout, model.mesh), batch)
-    objective = objective_of(graphdef, layout, DPO(BETA, 2))
+    objective, reference = objective_of(graphdef, layout, DPO(BETA, 2)), None
+    if config is PLAIN:
+        places = {name: x.sharding for name, x in params.items()}
+        reference = jax.device_put(reference_of(config, other()), places)
 
     def total(learnt):
-        sums = objective(params | learnt, batch)
+        sums = objective(params | learnt, batch, reference)
         return sums.loss, sums
 
     gradients, sums = jax.jit(jax.grad(total, has_aux=True))(trained(params))
     values = {"loss": sums.loss, **sums.others}
     assert sums.report is None and sums.number == 6 and 0 < sums.others["accuracy"] < 6
-    check_equal({**values, **gradients}, dense)
+    check_equal({**values, **gradients}, dense(config))
 
 
 def test_rows_with_more_pairs_are_not_passed_over():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.train.runs import check_rows, options, rows, run_here
 from tests.train.test_conversations import (
@@ -40,6 +41,9 @@ from train.data.vocabulary import Vocabulary
 from train.log.banner import banner
 from train.log.flops import step_flops
 from train.loop import train
+from usp_jax.models import hf
+from usp_jax.models.experts import Experts
+from usp_jax.models.parameters import is_small
 
 pytest.importorskip("jinja2")
 
@@ -149,6 +153,32 @@ def test_a_run_is_resumed_with_its_beta(trained: Config) -> None:
     assert 1.3 < step_flops(same).causal / step_flops(plain).causal < 1.5
 
 
+@pytest.mark.long
+def test_all_parameters_are_trained_too(folder: Path, tmp_path: Path) -> None:
+    """The reference is a copy of the initial weights, which computes the same."""
+    changes = {"lora": LoraConfig(), "dtype": "bfloat16"}
+    config = config_in(folder, "all", **changes)
+    found = run_here(config)
+    assert found[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert found[0]["margin"] == 0 != found[1]["margin"]
+    assert found[-1]["loss"] < 0.3 and found[-1]["accuracy"] == 1
+    assert found[-1]["eval_accuracy"] == 1
+    run = build(config)
+    state, step = run.checkpoints.restore_newest(run.state, run.data)
+    run.checkpoints.close()
+    run.lock.release()
+    assert step == 20
+    first = nnx.to_pure_dict(nnx.state(hf.load(folder, dtype="float32")))
+    assert first.keys() == state.reference.keys()
+    for name, x in state.reference.items():
+        assert x.dtype == ("float32" if is_small(name) else "bfloat16"), name
+        np.testing.assert_array_equal(x, first[name].astype(x.dtype), err_msg=name)
+        assert x.sharding == state.params[name].sharding
+    assert "the reference is a copy of the initial weights" in banner(
+        run.config, run.mesh
+    )
+
+
 def test_only_answers_count(tmp_path: Path) -> None:
     path = write(tmp_path, STRINGS, MESSAGES)
     corpus = load(path)
@@ -223,10 +253,12 @@ def test_what_does_not_fit_pairs_is_refused(folder: Path, tmp_path: Path) -> Non
     write(tmp_path, STRINGS)
     with pytest.raises(ValueError, match=r"talk.jsonl has pairs of answers, and"):
         load_text(mixed, letters(), Chat(PLAIN))
-    whole = config_in(folder, "whole", lora=LoraConfig())
-    with pytest.raises(ValueError, match="pairs of answers need --lora.rank: dpo comp"):
-        build(whole)
-    talks = dataclasses.replace(whole.data, path=other, eval_fraction=0.0)
+    routed = config_in(folder, "routed", lora=LoraConfig(), init_from=None)
+    experts = Experts(num_experts=2, experts_per_token=1, d_expert=8)
+    model = dataclasses.replace(routed.model, experts=experts)
+    with pytest.raises(ValueError, match="pairs of answers need --lora.rank in a mod"):
+        build(dataclasses.replace(routed, model=model))
+    talks = dataclasses.replace(routed.data, path=other, eval_fraction=0.0)
     given = config_in(
         folder, "given", dpo=DpoConfig(0.2), data=talks, eval=EvalConfig()
     )

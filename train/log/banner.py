@@ -59,7 +59,9 @@ def _preferences(config: Config) -> str:
     beta = config.dpo.beta
     if beta is None:
         return ""
-    return f"dpo: beta {beta:g}, the reference is the model without its adapters\n"
+    if config.lora.rank is not None:
+        return f"dpo: beta {beta:g}, the reference is the model without its adapters\n"
+    return f"dpo: beta {beta:g}, the reference is a copy of the initial weights\n"
 
 
 def _source(config: Config) -> str:

@@ -4,9 +4,8 @@ Sums of parts of a batch can be added, so a mean does not depend on the parts.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from usp_jax.checks import check_positive_int
+from usp_jax.models.config import LlamaConfig
 from usp_jax.models.dpo import dpo_loss
 from usp_jax.models.llama import Llama
 from usp_jax.models.logprobs import logprobs, per_document
@@ -21,6 +21,7 @@ from usp_jax.models.lora import without_adapters
 from usp_jax.models.loss import routed_loss
 from usp_jax.models.optimizer import Params
 from usp_jax.models.router_report import RouterReport
+from usp_jax.models.weights import computed_dtype
 
 
 class Batch(TypedDict):
@@ -57,15 +58,30 @@ class Sums(NamedTuple):
     report: RouterReport | None
 
 
-Objective = Callable[[Params, Batch], Sums]
+@runtime_checkable
+class Objective(Protocol):
+    """The function that a step minimises."""
+
+    def __call__(
+        self, params: Params, part: Batch, reference: Params | None = None
+    ) -> Sums:
+        """Returns the sums over rows.
+
+        Args:
+          params: the model's parameters.
+          part: the rows.
+          reference: parameters of DPO's reference, from `reference_of`; None is the
+            model without its adapters.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class DPO:
-    """Direct preference optimization (`dpo.py`) of a model's adapters.
+    """Direct preference optimization (`dpo.py`).
 
-    The reference is the model without its adapters. Documents 2i and 2i + 1 of a row
-    are its pair i, the chosen answer first; labels are those of the answers.
+    The reference is the model without its adapters, or a copy of its initial weights.
+    Documents 2i and 2i + 1 of a row are its pair i, the chosen answer first; labels are
+    those of the answers.
 
     Attributes:
       beta: strength of the pull towards the reference.
@@ -91,22 +107,39 @@ DPO_METRICS = ("accuracy", "margin")
 def objective_of(
     graphdef: nnx.GraphDef[Llama], layout: str, dpo: DPO | None = None
 ) -> Objective:
-    """Returns the function (parameters, rows) -> sums that a step minimises.
+    """Returns the sums over rows that a step minimises.
 
     Args:
       graphdef: the model without its parameters.
       layout: the layout in which rows are stored.
       dpo: learn from pairs of answers; None learns the labels. The losses of routers
-        are not part of DPO: adapters leave the routers frozen.
+        are not part of DPO.
     """
     if dpo is None:
         return partial(_nats, graphdef, layout)
     return partial(_preferences, graphdef, layout, dpo)
 
 
+def reference_of(config: LlamaConfig, params: Params) -> Params:
+    """Returns a copy of a model's parameters, as DPO's reference.
+
+    Each is in the dtype that it is computed with, so the copy computes the same.
+
+    Args:
+      config: the model, without adapters.
+      params: its parameters.
+    """
+    return {name: x.astype(computed_dtype(config, name)) for name, x in params.items()}
+
+
 def _nats(
-    graphdef: nnx.GraphDef[Llama], layout: str, params: Params, part: Batch
+    graphdef: nnx.GraphDef[Llama],
+    layout: str,
+    params: Params,
+    part: Batch,
+    reference: Params | None = None,
 ) -> Sums:
+    del reference
     nats, labels, report = routed_loss(
         nnx.merge(graphdef, params),
         part["tokens"],
@@ -119,7 +152,12 @@ def _nats(
 
 
 def _preferences(
-    graphdef: nnx.GraphDef[Llama], layout: str, dpo: DPO, params: Params, part: Batch
+    graphdef: nnx.GraphDef[Llama],
+    layout: str,
+    dpo: DPO,
+    params: Params,
+    part: Batch,
+    reference: Params | None = None,
 ) -> Sums:
     if "segment_ids" not in part:
         raise ValueError("the batch has no segment_ids: DPO needs those of its pairs")
@@ -137,8 +175,12 @@ def _preferences(
         )
         return per_document(predicted.logprobs, ids, 2 * dpo.pairs)
 
-    policy, reference = answers(model), answers(without_adapters(model))
-    found = dpo_loss(policy, reference, _pairs(ids, dpo.pairs), beta=dpo.beta)
+    if reference is None:
+        before = without_adapters(model)
+    else:
+        before = Llama.of_parameters(model.config, reference, mesh=model.mesh)
+    pairs = _pairs(ids, dpo.pairs)
+    found = dpo_loss(answers(model), answers(before), pairs, beta=dpo.beta)
     others = {name: getattr(found, name) * found.pairs for name in DPO_METRICS}
     return Sums(found.loss * found.pairs, found.pairs, others, None)
 

@@ -7,6 +7,7 @@ parameters (`sharding.py`).
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from usp_jax.models.objectives import (
     Batch as Batch,
     Sums,
     objective_of,
+    reference_of,
 )
 from usp_jax.models.optimizer import AdamW, Optimizer, Params, check_adamw
 from usp_jax.models.parameters import trained
@@ -49,12 +51,14 @@ class State:
       step: number of training steps done, int32.
       params: parameters, keyed by the names of `parameters.stacks`.
       optimizer: the optimizer's state.
+      reference: parameters of DPO's reference, which do not change; None without one.
     """
 
     # The leaves may be arrays, shapes or shardings.
     step: Any
     params: Any
     optimizer: Any
+    reference: Any = None
 
 
 Step = Callable[[State, Batch], tuple[State, Metrics]]
@@ -65,13 +69,13 @@ class Router:
     """How the routers of a model with experts are trained to use all experts alike.
 
     Attributes:
-      balance_loss: coefficient of the load-balancing loss (arXiv 2101.03961, equations
-        4 to 6), which is summed over layers.
+      balance_loss: coefficient of the load-balancing loss, which is summed over layers;
+        its definition is in arXiv 2101.03961, equations 4 to 6.
       z_loss: coefficient of the z-loss (arXiv 2202.08906, equation 5), which is summed
         over layers too.
       bias_rate: amount by which a step raises the correction bias of an expert that got
-        fewer tokens than the mean, and lowers that of one that got more (arXiv
-        2408.15664), in models that have such a bias.
+        fewer tokens than the mean, and lowers that of one that got more, in models that
+        have such a bias (arXiv 2408.15664).
     """
 
     balance_loss: float = 0.01
@@ -149,12 +153,14 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
     optimizer, parts = training.optimizer, training.accumulate
     objective = objective_of(graphdef, training.layout, training.dpo)
 
-    def mean(params: Params, batch: Batch) -> tuple[Metrics, Params, Sums]:
+    def mean(
+        params: Params, reference: Params | None, batch: Batch
+    ) -> tuple[Metrics, Params, Sums]:
         """Returns the means of the objective, the gradient, and the sums."""
         weight = _labels(batch) / parts
 
         def total(learnt: Params, part: Batch) -> tuple[Array, Sums]:
-            sums = objective(params | learnt, part)
+            sums = objective(params | learnt, part, reference)
             value = sums.loss
             if sums.report is not None:
                 value = value + weight * _router_loss(training.router, sums.report)
@@ -170,7 +176,10 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params = optimizer.fetch(state.params)
-        means, gradient, sums = mean(params, batch)
+        reference = state.reference
+        if reference is not None:
+            reference = optimizer.fetch(reference)
+        means, gradient, sums = mean(params, reference, batch)
         value, report = means["loss"], sums.report
         norm = optax.tree.norm(gradient)
         # Both are the same on all devices, so all devices skip the same steps.
@@ -186,7 +195,7 @@ def make_step(graphdef: nnx.GraphDef[Llama], training: Training) -> Step:
         if report is not None and len(learnt) == len(params):
             load = jnp.where(finite, report.load, 0)
             params = optimizer.balance(params, load, training.router.bias_rate)
-        return State(state.step + 1, params, memory), metrics
+        return State(state.step + 1, params, memory, state.reference), metrics
 
     return step
 
@@ -253,6 +262,7 @@ def first_state(
     *,
     params: Params | None = None,
     seed: int = 0,
+    with_reference: bool = False,
 ) -> tuple[nnx.GraphDef[Llama], State]:
     """Returns the model without its parameters, and the initial state.
 
@@ -262,11 +272,14 @@ def first_state(
       optimizer: the optimizer of the run.
       params: initial parameters, in their shards, which are donated; None draws them.
       seed: random seed of drawn parameters.
+      with_reference: keep a copy of the initial parameters as DPO's reference.
 
     Raises:
       ValueError: the mesh cannot split the model.
     """
-    graphdef, shapes = abstract_state(config, mesh, optimizer)
+    graphdef, shapes = abstract_state(
+        config, mesh, optimizer, with_reference=with_reference
+    )
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     if params is None:
         model = Llama(config, mesh=mesh, rngs=nnx.Rngs(seed))
@@ -274,7 +287,8 @@ def first_state(
 
     def begin(params: Params) -> State:
         memory = optimizer.first_memory(trained(params))
-        return State(jnp.zeros((), jnp.int32), params, memory)
+        reference = reference_of(config, params) if with_reference else None
+        return State(jnp.zeros((), jnp.int32), params, memory, reference)
 
     # Donated, so that the devices do not hold two copies of the parameters.
     donated = () if optimizer.config.offload else (0,)
@@ -283,17 +297,22 @@ def first_state(
 
 
 def abstract_state(
-    config: LlamaConfig, mesh: Mesh | AbstractMesh, optimizer: Optimizer
+    config: LlamaConfig,
+    mesh: Mesh | AbstractMesh,
+    optimizer: Optimizer,
+    *,
+    with_reference: bool = False,
 ) -> tuple[nnx.GraphDef[Llama], State]:
     """Returns `first_state` as shapes with shardings; no devices are needed.
 
-    Optimizer state is placed with its parameter, in the host's pinned memory with
-    `offload`; the rest is on all devices.
+    Optimizer state and the reference are placed with their parameters, in the host's
+    pinned memory with `offload`; the rest is on all devices.
 
     Args:
       config: the model and how it is computed.
       mesh: from `make_mesh`, with Auto axes; it may be abstract.
       optimizer: the optimizer of the run.
+      with_reference: keep a copy of the initial parameters as DPO's reference.
 
     Raises:
       ValueError: the mesh cannot split the model.
@@ -316,7 +335,12 @@ def abstract_state(
         transform_non_params=lambda x: _shape(x, replicated),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return graphdef, State(step, jax.tree.map(_shape, params, shardings), memory)
+    params = jax.tree.map(_shape, params, shardings)
+    reference = None
+    if with_reference:
+        copied = jax.eval_shape(partial(reference_of, config), params)
+        reference = jax.tree.map(_shape, copied, shardings)
+    return graphdef, State(step, params, memory, reference)
 
 
 def _shape(

@@ -75,7 +75,7 @@ def kept_bytes(config: LlamaConfig, split: Split) -> int:
         dtype = stored_dtype(name, config.stored_dtype)
         total += _bytes(split, shape, stored, dtype)
         if name != "embed":
-            total += _bytes(split, shape, whole, _dtype(config, name))
+            total += _bytes(split, shape, whole, computed_dtype(config, name))
     if config.tie_embeddings:
         shape = parameter_shapes(config)["embed"]
         total += _bytes(split, shape, split.whole("embed"), config.dtype)
@@ -127,7 +127,7 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     """Makes the working copy of one parameter."""
     pipeline = Pipeline.of(config, split.size(split.stages))
     split = split.of_parameter(name)
-    x = x.astype(_dtype(config, name))
+    x = x.astype(computed_dtype(config, name))
     if is_of_layers(name):
         x = pipeline.deal(x)
     if not is_whole(name):
@@ -141,8 +141,13 @@ def _copy(config: LlamaConfig, split: Split, name: str, x: jax.Array) -> jax.Arr
     return split.vary(x) if apart else x
 
 
-def _dtype(config: LlamaConfig, name: str) -> str:
-    """The dtype of the working copy of one parameter."""
+def computed_dtype(config: LlamaConfig, name: str) -> str:
+    """Returns the dtype of the working copy of one parameter.
+
+    Args:
+      config: the model.
+      name: the parameter's name.
+    """
     # Small errors of a router's logits would choose other experts.
     precise = is_whole(name) or in_table(name) == "router"
     return wide(config.dtype) if precise else config.dtype
