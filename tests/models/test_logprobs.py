@@ -14,6 +14,7 @@ from flax import nnx
 import usp_jax
 from tests.models import oracle
 from tests.models.test_float64 import CONFIG, batch, check_equal
+from tests.models.test_lora import merge
 from tests.models.test_mixed import parameters
 from tests.models.test_moe import BIASED
 from usp_jax.compiled import collectives
@@ -27,10 +28,13 @@ from usp_jax.models.logprobs import (
     per_document,
     per_token,
 )
+from usp_jax.models.lora import Lora
 from usp_jax.models.loss import shift_labels
+from usp_jax.models.parameters import trained
 
 # Tiles that do not divide.
 CAPPED = dataclasses.replace(CONFIG, final_soft_cap=1.5, loss_chunk=7, loss_block=24)
+ADAPTED = dataclasses.replace(CAPPED, lora=Lora(2, 3.0))
 TEMPERATURE = 0.7
 TOKENS = jax.P(None, ("ring", "ulysses"))
 DOCUMENTS = 3
@@ -70,13 +74,13 @@ def losses(predicted: TokenLogprobs, ids: jax.Array) -> dict[str, jax.Array]:
 
 
 def with_gradients(predict, params, ids: jax.Array) -> dict[str, jax.Array]:
-    """`losses` of predict(params), and the gradients of their total."""
+    """`losses` of predict(params), and their total's gradients of what is trained."""
 
-    def total(params):
-        values = losses(predict(params), ids)
+    def total(learnt):
+        values = losses(predict(params | learnt), ids)
         return values["total"], values
 
-    gradients, values = jax.jit(jax.grad(total, has_aux=True))(params)
+    gradients, values = jax.jit(jax.grad(total, has_aux=True))(trained(params))
     return {**values, **gradients}
 
 
@@ -106,8 +110,11 @@ def of_dense_logits(config: LlamaConfig):
     mask = np.array(ids == np.roll(ids, -1, 1)) & np.array(ids >= 0)
     mask[:, -1] = False
 
+    own = dataclasses.replace(config, lora=None)
+
     def predict(params):
-        scores = oracle.logits(config, params, tokens, ids, jnp) / TEMPERATURE
+        whole = merge(config, params)
+        scores = oracle.logits(own, whole, tokens, ids, jnp) / TEMPERATURE
         logs = jax.nn.log_softmax(scores, -1)
         hit = jnp.take_along_axis(logs, following[..., None], -1)[..., 0]
         entropies = -jnp.sum(jnp.exp(logs) * logs, -1)
@@ -144,6 +151,17 @@ CASES = (
 @pytest.mark.parametrize(("mesh", "layout"), CASES, ids=str)
 def test_a_mesh_has_the_results_of_dense_logits(mesh, layout, expected):
     check_equal(of_model(layout=layout, **mesh), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "mesh", ({"ring": 2, "ulysses": 4}, {"fsdp": 2, "ring": 2, "tensor": 2}), ids=str
+)
+def test_adapters_have_the_results_of_merged_matrices(mesh):
+    with jax.numpy_rank_promotion("allow"):
+        expected = jax.device_get(of_dense_logits(ADAPTED))
+    assert trained(parameters(ADAPTED)).keys() < expected.keys()
+    check_equal(of_model(ADAPTED, **mesh), expected)
 
 
 @pytest.mark.long

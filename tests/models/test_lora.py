@@ -16,6 +16,7 @@ from flax import nnx
 
 import usp_jax
 from tests.models import hf_cases, oracle
+from tests.models.test_delta_layers import HYBRID
 from tests.models.test_float64 import CONFIG, batch, check_equal
 from tests.models.test_hf import TOLERANCE, needs_transformers
 from tests.models.test_hf_families import checkpoint as hf_checkpoint
@@ -41,10 +42,12 @@ from usp_jax.models.training import (
 )
 
 LORA = Lora(rank=3, alpha=5.0)
-# Layers of two shapes, in tiles; and latent attention, experts and a shared one.
+# Layers of two shapes, in tiles; latent attention, experts and a shared one; and the
+# gated delta rule.
 CONFIGS = {
     "wide": dataclasses.replace(WIDE, lora=LORA),
     "grouped": dataclasses.replace(GROUPED, lora=LORA),
+    "hybrid": dataclasses.replace(HYBRID, lora=LORA),
     "some": dataclasses.replace(CONFIG, lora=Lora(2, 1.0, ("v", "down"))),
 }
 LONG = pytest.mark.long
@@ -253,7 +256,14 @@ def test_impossible_adapters_raise():
         of(CONFIG, 1, 0.0)
     with pytest.raises(ValueError, match="lora: targets=.* must differ from each"):
         of(CONFIG, 1, 1.0, ("q", "q"))
-    for config, name in ((CONFIG, "q_down"), (GROUPED, "expert_up"), (GROUPED, "k_up")):
+    for config, name in (
+        (CONFIG, "q_down"),
+        (GROUPED, "expert_up"),
+        (GROUPED, "k_up"),
+        (HYBRID, "delta_beta"),
+        (HYBRID, "delta_decay"),
+    ):
         with pytest.raises(ValueError, match=f"targets has '{name}', but in this mod"):
             of(config, 1, 1.0, (name,))
     of(GROUPED, 1, 1.0, ("shared_up", "up"))
+    of(HYBRID, 1, 1.0, ("output_gate", *(f"delta_{x}" for x in ("q", "gate", "o"))))
