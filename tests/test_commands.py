@@ -4,7 +4,6 @@
 blocks of Python.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -12,16 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
-from flax import nnx
 
+from docs.reader import write_files
 from tests.models.hf_cases import CONFIGS, write
 from tests.test_code_blocks import FENCED, STANDS_FOR
 from train.cli import parse
 from train.data.vocabulary import Vocabulary
 from train.run_dir import record
-from usp_jax.models import hf
-from usp_jax.models.llama import Llama
 
 ROOT = Path(__file__).parent.parent
 # In the order in which a reader meets them, and then all others.
@@ -71,31 +67,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone, with the files that stand for a reader's own."""
     folder = tmp_path_factory.mktemp("reader") / "usp_jax"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    text = "a line of text, long enough to train on\n" * 4000
-    for name in ("my_texts", "texts", "code"):
-        (folder / name).mkdir()
-        (folder / name / "a.txt").write_text(text)
-    lines = [json.dumps({"text": text})] * 4
-    (folder / "prose.jsonl").write_text("\n".join(lines))
-    turns = [{"role": role, "content": text[:40]} for role in ("user", "assistant")]
-    (folder / "talks.jsonl").write_text(json.dumps({"messages": turns}))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=200, special_tokens=["[UNK]", "</s>"]
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_files(folder)
     write(folder / "Llama-3.2-1B", CONFIGS["plain"])
-    (folder / "notes").mkdir()
-    (folder / "essay.txt").write_text(text[:400])
-    (folder / "notes" / "a.txt").write_text(text)
-    # A chat model, of 256 tokens.
-    model = folder / "Qwen3-0.6B"
-    hf.save(Llama("tiny", rngs=nnx.Rngs(0)), model)
-    (model / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    (model / "chat_template.jinja").write_text(template)
     return folder
 
 
