@@ -22,6 +22,7 @@ import tempfile
 import termios
 from pathlib import Path
 
+import jax
 import rich.console
 import rich.terminal_theme
 import rich.text
@@ -255,6 +256,7 @@ def main() -> None:
         help=f"Draw only these: {', '.join(names)}.",
     )
     wanted = parser.parse_args().names or names
+    jax.config.update("jax_platforms", "cpu")
     if unknown := set(wanted) - set(names):
         parser.error(f"{', '.join(sorted(unknown))} must be one of {', '.join(names)}")
     with tempfile.TemporaryDirectory() as parent:

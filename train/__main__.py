@@ -15,7 +15,7 @@ from train.checkpoint import CheckpointError
 from train.cli import parse
 from train.config import Config
 from train.data.token_folder import DataGone
-from train.fake_devices import make_fake_devices
+from train.fake_devices import make_fake_devices, use_cpu_if_alone
 from train.log.steps import GaveUp
 from train.loop import train
 from train.stopping import stop_at_signals
@@ -78,6 +78,8 @@ def start_jax(config: Config) -> None:
     """Makes fake devices and joins other processes; call it before using jax."""
     if config.fake_devices is not None:
         make_fake_devices(config.fake_devices)
+    else:
+        use_cpu_if_alone()
     distributed = config.distributed
     if distributed.coordinator == "auto":
         jax.distributed.initialize()

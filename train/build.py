@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import platform
-import sys
 from collections.abc import Mapping
 
 import grain
@@ -34,6 +33,7 @@ from train.run_dir import TOKENIZER, check_same_run, record
 from train.run_lock import RunLock, lock_run_dir
 from train.source import tokenizer_folder
 from train.state import State, first_state
+from usp_jax.command_line import say
 from usp_jax.models.llama import Llama
 from usp_jax.models.parameters import parameter_shapes, trained
 from usp_jax.models.training import DPO
@@ -139,7 +139,7 @@ def _text(config: Config, vocabulary: Vocabulary) -> Text | None:
 
 def _warn(message: str | None) -> None:
     if message is not None and jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        say(message, on_stderr=True)
 
 
 def _check_prompt(config: Config, vocabulary: Vocabulary) -> None:

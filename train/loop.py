@@ -20,7 +20,7 @@ from train.log.steps import GaveUp, Log
 from train.log.watchdog import watch
 from train.state import State, on_devices, with_params
 from train.step import Metrics, compile_step, make_step
-from train.words import printable
+from train.words import filled, printable
 from usp_jax.command_line import alive
 from usp_jax.models.pipeline import Pipeline
 
@@ -44,7 +44,7 @@ def train(run: Run, should_stop: Callable[[int], bool]) -> bool:
       OSError: the run directory cannot be written to.
     """
     config, checkpoints = run.config, run.checkpoints
-    tell(banner(config, run.mesh))
+    tell(filled(banner(config, run.mesh)))
     state, step = checkpoints.restore_newest(run.state, run.data)
     if step == config.steps:
         tell(f"this run is complete: it has done its {step} steps; --steps adds more")
@@ -94,7 +94,7 @@ def _steps(
             profiler.after(step, state)
             log.dispatched(step, metrics)
             if run.evaluation is not None and run.evaluation.due(step):
-                log.evaluated(partial(run.evaluation, state))
+                log.evaluated(partial(run.evaluation, state.params, state.reference))
             if checkpoints.due(step):
                 log.finish()
                 # Checkpoints are saved only after a finite step.

@@ -19,6 +19,7 @@ from train.config import CONTINUED_LEARNING_RATE, LORA_LEARNING_RATE, Config
 from train.data.vocabulary import Vocabulary
 from train.run_dir import find_record
 from train.trained import read_config
+from usp_jax.command_line import say
 from usp_jax.models import hf
 from usp_jax.models.config import LlamaConfig
 from usp_jax.models.decoder import Decoder
@@ -114,7 +115,7 @@ def published_weights(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
             for name in _ROPE
             if getattr(wanted, name) != getattr(source, name)
         )
-        print(f"starting from the weights of {folder}{rope}", flush=True)
+        say(f"starting from the weights of {folder}{rope}")
     if wanted.lora is not None:
         model = adapted(model, wanted.lora, rngs=nnx.Rngs(config.seed))
     return nnx.to_pure_dict(nnx.state(model))

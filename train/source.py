@@ -11,7 +11,7 @@ import usp_jax
 from train.chat_template import TEMPLATE
 from train.config import MeshConfig
 from train.data.vocabulary import Vocabulary
-from train.fake_devices import make_fake_devices
+from train.fake_devices import make_fake_devices, use_cpu_if_alone
 from train.mesh import make_mesh
 from train.run_dir import TOKENIZER, RunRecord, checkpoint_folders
 from train.trained import load_model, model_config, read_run
@@ -133,6 +133,8 @@ class Source:
             fake_devices = self.run["fake_devices"]
         if fake_devices:
             make_fake_devices(fake_devices)
+        else:
+            use_cpu_if_alone()
         mesh = self._or_own(mesh)
         config = with_fields_of(self.config, mesh, Staging)
         devices = split_over_all(config) if mesh.devices == 1 else make_mesh(mesh)

@@ -1,5 +1,8 @@
 """Words of a command line, and of the lines that commands print."""
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 
 
@@ -34,6 +37,18 @@ def printable(text: str) -> str:
     """
     controls = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
     return text.translate(dict.fromkeys(controls, "\ufffd"))
+
+
+def filled(text: str) -> str:
+    """Breaks long lines between words, if they are printed on a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="  ", **options)
+        for line in text.splitlines()
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -13,6 +13,8 @@ from typing import NoReturn
 # Seconds between lines when the output is not a terminal, and between two pictures of
 # the spinner when it is.
 EVERY, PICTURE = 30.0, 0.125
+# Goes back to the start of a terminal's line, and removes it.
+CLEAR = "\r\033[K"
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -51,6 +53,17 @@ def readers_may_leave() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def say(message: str, *, on_stderr: bool = False) -> None:
+    """Prints a line at once, in place of the spinner of `alive` if one is shown.
+
+    Args:
+      message: the line.
+      on_stderr: whether to print on standard error, and not on standard output.
+    """
+    out = sys.stderr if on_stderr else sys.stdout
+    print(f"{CLEAR if out.isatty() else ''}{message}", file=out, flush=True)
+
+
 @contextlib.contextmanager
 def alive(
     doing: str, every: float = EVERY, *, on_stderr: bool = False
@@ -73,7 +86,7 @@ def alive(
             print(f"\r{picture} {line()}", end="", file=out, flush=True)
             if done.wait(PICTURE):
                 # Removes the line.
-                print("\r\033[K", end="", file=out, flush=True)
+                print(CLEAR, end="", file=out, flush=True)
                 return
 
     def report() -> None:

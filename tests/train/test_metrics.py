@@ -242,3 +242,21 @@ def test_a_terminal_gets_one_live_line(
     progress.close()
     output = capsys.readouterr().out
     assert "\x1b[" in output and "loss 1.2500" in output and "MFU 50.0%" in output
+
+
+@pytest.mark.parametrize(("columns", "has_norm"), [(80, False), (120, True)])
+def test_a_live_line_fits_the_terminal(
+    columns: int,
+    has_norm: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    progress = Progress(LogConfig(), step=0, steps=300)
+    row = {"step": 2, "loss": 5.1013, "grad_norm": 4.418, "tokens_per_second": 1269.0}
+    progress.tell({**row, "mfu_causal": 0.403, "eval_loss": 4.9347})
+    progress.close()
+    output = capsys.readouterr().out
+    assert "…" not in output and "MFU 40.3%  eval loss 4.9347" in output
+    assert ("grad norm 4.418" in output) == has_norm

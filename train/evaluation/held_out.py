@@ -14,7 +14,7 @@ from train.data.batches import batches, own_rows, place
 from train.data.text import Text, shuffled_rows
 from train.log.rows import Evaluated
 from train.preferences import dpo_of
-from train.state import State, on_devices
+from train.state import Params, on_devices
 from train.step import objective_of
 from usp_jax.models.llama import Llama
 from usp_jax.models.objectives import DPO_METRICS, Objective, Sums
@@ -63,14 +63,17 @@ class Evaluation:
         is_due = every is not None and step % every == 0
         return is_due or step == self.config.steps
 
-    def __call__(self, state: State) -> Evaluated:
+    def __call__(self, params: Params, reference: Params | None = None) -> Evaluated:
         """Returns the mean nats of a held-out label, and the perplexity.
 
         Of pairs, it returns the means of their losses, accuracies and margins.
+
+        Args:
+          params: the model's parameters.
+          reference: those of DPO's reference, if it is not the model without adapters.
         """
         config = self.config
-        params = on_devices(state.params, config, self.mesh)
-        reference = state.reference
+        params = on_devices(params, config, self.mesh)
         if reference is not None:
             reference = on_devices(reference, config, self.mesh)
         own = own_rows(config.batch_size, self.mesh)

@@ -5,6 +5,7 @@ import math
 from jax.sharding import Mesh
 
 from train.config import CONTINUED_LEARNING_RATE, LORA_LEARNING_RATE, Config
+from train.words import counted
 from usp_jax.models.parameters import adaptable_of, parameter_shapes, trained
 
 
@@ -22,7 +23,8 @@ def banner(config: Config, mesh: Mesh) -> str:
         f"mesh: {mesh.devices.size} x {device.device_kind} as "
         f"{' x '.join(axes) or 'one device'}, ZeRO-{config.mesh.zero}\n"
         f"data: {data}\n"
-        f"step: {config.batch_size} rows of {config.sequence_length:,} tokens = "
+        f"step: {counted(config.batch_size, 'row')} of "
+        f"{counted(config.sequence_length, 'token')} = "
         f"{tokens:,} tokens, stored {config.layout}\n"
         f"run: {config.steps} steps{_start(config)}, in {config.run_dir}"
     )

@@ -8,6 +8,9 @@ import rich.progress
 from train.config import LogConfig
 from train.log.rows import MetricsRow
 
+# Columns that a terminal's line needs for a bar and the time that is left.
+AROUND = 13
+
 
 class Progress:
     """A live line on a terminal; otherwise a line every `print_every` steps."""
@@ -32,18 +35,20 @@ class Progress:
     def tell(self, row: MetricsRow) -> None:
         """Shows the metrics of a row."""
         step = row["step"]
-        status = (
-            f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s"
-        )
+        parts = {
+            "loss": f"loss {row['loss']:.4f}",
+            "norm": f"grad norm {row['grad_norm']:.3f}",
+            "speed": f"{row['tokens_per_second']:,.0f} tokens/s",
+        }
         if row["mfu_causal"] is not None:
-            status += f"  MFU {row['mfu_causal']:.1%}"
+            parts["mfu"] = f"MFU {row['mfu_causal']:.1%}"
         if "accuracy" in row:
-            status += f"  accuracy {row['accuracy']:.1%}"
+            parts["accuracy"] = f"accuracy {row['accuracy']:.1%}"
         if "expert_load" in row:
-            status += f"  expert load {row['expert_load']:.2f}"
+            parts["load"] = f"expert load {row['expert_load']:.2f}"
         if "eval_loss" in row:
-            status += f"  eval loss {row['eval_loss']:.4f}"
+            parts["eval"] = f"eval loss {row['eval_loss']:.4f}"
+        status = self._fitted(parts)
         self._bar.update(self._task, completed=step, status=status)
         shown = step in (self._first + 1, self._steps) or step % self._every == 0
         shown |= "eval_loss" in row
@@ -53,6 +58,15 @@ class Progress:
             self._console.print(
                 f"step {step}/{self._steps}  {status}  {seconds:.0f} s left"
             )
+
+    def _fitted(self, parts: dict[str, str]) -> str:
+        """Joins parts; on a narrow terminal, the least needed ones are left out."""
+        left = self._console.width - len(f"step {self._steps}/{self._steps} ") - AROUND
+        for name in ("norm", "load", "speed"):
+            whole = "  ".join(parts.values())
+            if self._console.is_terminal and len(whole) > left:
+                parts = {key: part for key, part in parts.items() if key != name}
+        return "  ".join(parts.values())
 
     def warn(self, message: str) -> None:
         """Prints a warning that stays on the terminal."""

@@ -257,9 +257,8 @@ def obstacle(job: Job, choice: Choice) -> str | None:
     if job.batch % choice.rows:
         ways = "data · fsdp" + " · micro-batches" * (choice.pipe > 1)
         ways += " · accumulate" * (choice.accumulate > 1)
-        return (
-            f"divisibility: {job.batch} rows do not divide over {ways} = {choice.rows}"
-        )
+        rows = "1 row does" if job.batch == 1 else f"{job.batch} rows do"
+        return f"divisibility: {rows} not divide over {ways} = {choice.rows}"
     for kind in job.kinds:
         exchanged = kind.model.window is None and kind.model.delta is None
         if exchanged and (why := _heads_obstacle(kind, choice)):
