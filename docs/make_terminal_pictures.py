@@ -96,7 +96,7 @@ PICTURES = (
         "docs/fine-tuning",
         "python -m train qwen3-0.6b --init-from Qwen3-0.6B/ --run-dir runs/lora "
         f"{TUNED}",
-        "--fake-devices 2 --mesh.ring 2 --batch-size 2 --steps 60 "
+        "--fake-devices 2 --mesh.ring 2 --batch-size 2 --steps 40 "
         "--optimizer.learning-rate 0.02 --optimizer.warmup-steps 5 --sample.length 0",
     ),
     Picture(

@@ -63,12 +63,13 @@ def write_model(folder: Path, words: list[str]) -> None:
 
 
 def _write_lines(path: Path) -> None:
-    lines = []
-    for question, answer in TALKS.items():
-        turns = [("user", question), ("assistant", answer)]
-        messages = [{"role": role, "content": text} for role, text in turns]
-        lines += [json.dumps({"messages": messages})] * 8
-    path.write_text("\n".join(lines))
+    turns = [
+        {"role": role, "content": text}
+        for talk in TALKS.items()
+        for role, text in zip(("user", "assistant"), talk, strict=True)
+    ]
+    lines = [json.dumps({"messages": turns[: 2 * n]}) for n in (1, 2, 3)]
+    path.write_text("\n".join(8 * lines))
 
 
 def _tokenizer(words: list[str]) -> tokenizers.Tokenizer:

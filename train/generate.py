@@ -239,6 +239,8 @@ def converse(speaker: Speaker, system: str | None) -> None:
         try:
             question = input("> " if typed else "")
         except EOFError:
+            # What comes next, such as the shell's prompt, begins a line.
+            print("\n" if typed else "", end="")
             return
         messages.append({"role": "user", "content": question})
         answer, printed = Answer(), ""
