@@ -163,6 +163,10 @@ def test_what_dpo_needs_is_named():
     model = nnx.eval_shape(lambda: Llama(LORA, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     batch = rows()
+    bare, whole = nnx.split(plain, nnx.Param)
+    objective = objective_of(bare, "natural", DPO(0.1, 1))
+    with pytest.raises(ValueError, match="reference=None is the model without its ad"):
+        jax.eval_shape(objective, nnx.to_pure_dict(whole), batch)
     del batch["segment_ids"]
     objective = objective_of(graphdef, "natural", DPO(0.1, 1))
     with pytest.raises(ValueError, match="the batch has no segment_ids: DPO needs"):

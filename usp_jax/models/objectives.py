@@ -175,6 +175,11 @@ def _preferences(
         )
         return per_document(predicted.logprobs, ids, 2 * dpo.pairs)
 
+    if reference is None and model.config.lora is None:
+        raise ValueError(
+            "reference=None is the model without its adapters, but it has none: give "
+            "a copy, as first_state(..., with_reference=True) makes"
+        )
     if reference is None:
         before = without_adapters(model)
     else:
