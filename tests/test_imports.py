@@ -57,7 +57,7 @@ LAYERS = (
     {"usp_jax"},
     {"usp_jax.aot", "usp_jax.models", "usp_jax.nn"},
     {"usp_jax.plan"},
-    {"train.chat_template", "train.config", "train.files"},
+    {"train.chat_template", "train.config", "train.files", "train.words"},
     {"train.data", "train.log"},
     {"train.preferences", "train.state", "train.step"},
     {"train.evaluation"},

@@ -43,12 +43,13 @@ def filled(text: str) -> str:
     """Breaks long lines between words, if they are printed on a terminal."""
     if not sys.stdout.isatty():
         return text
-    width = shutil.get_terminal_size().columns
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(
-        textwrap.fill(line, width, subsequent_indent="  ", **options)
-        for line in text.splitlines()
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return "\n".join(map(wrapper.fill, text.splitlines()))
 
 
 def counted(number: int, noun: str) -> str:

@@ -43,13 +43,15 @@ def test_two_killed_processes_have_the_losses_of_one(
     several = dataclasses.replace(whole, run_dir=tmp_path / "run")
     for stop in (4, 11):
         programs = start_processes(several, 2, devices=4, cache=tmp_path / "cache")
-        while len(rows(several.run_dir)) < stop:
+        try:
+            while len(rows(several.run_dir)) < stop:
+                for program in programs:
+                    assert program.process.poll() is None, program.log.read_text()
+                time.sleep(0.01)
+        finally:
             for program in programs:
-                assert program.process.poll() is None, program.log.read_text()
-            time.sleep(0.001)
-        for program in programs:
-            program.process.kill()
-            program.process.wait(timeout=60)
+                program.process.kill()
+                program.process.wait(timeout=60)
     for program in start_processes(several, 2, devices=4, cache=tmp_path / "cache"):
         finish(program.process, program.log)
     text = (tmp_path / "0.log").read_text()
