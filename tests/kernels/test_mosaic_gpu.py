@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import usp_jax
+from tests.oracle import normal
 from tests.test_kernels import CASES, Case, check, inputs, run
 from usp_jax import MeshAxes, kernels
 from usp_jax.kernels import Target
@@ -22,6 +23,7 @@ from usp_jax.kernels.logits import Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes, Tile
 from usp_jax.kernels.mosaic_gpu.walk import walk_table
 from usp_jax.masking import EMPTY, FULL, Mask, MaskRule, Tokens, block_kinds
+from usp_jax.ring import apart, side_by_side
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 has no interpreter for it"
@@ -95,6 +97,44 @@ def test_an_invisible_chunk_leaves_the_carry_bit_for_bit() -> None:
     chunk = kernels.chunk("mosaic_gpu_interpret")
     carry = chunk.forward(q, k, v, mask, (out, lse), Logits(1.0))
     chex.assert_trees_all_equal(carry, (out, lse))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "length",
+    [
+        pytest.param(128, id="whole-tiles"),
+        pytest.param(100, id="padded", marks=pytest.mark.long),
+    ],
+)
+def test_without_copies_it_has_the_same_bits(length) -> None:
+    """Keys and values side by side, and results that the kernels round themselves."""
+    shapes = [(1, length, n, size) for n, size in ((2, 32), (1, 48), (2, 16), (2, 1))]
+    q, kv, dout, delta = normal(5, *shapes, dtype="bfloat16")
+    delta = delta[..., 0].astype("float32")
+    tokens = Tokens(jnp.arange(length, dtype=jnp.int32)[None])
+    mask, logits = Mask(MaskRule(True), tokens, tokens), Logits(0.2)
+    chunk = kernels.chunk("mosaic_gpu_interpret")
+
+    def rounded(*arrays):
+        return [x.astype("bfloat16") for x in arrays]
+
+    @jax.jit
+    def plain(q, kv, dout, delta):
+        k, v = apart(kv, 32)
+        out, lse = chunk.forward(q, k, v, mask, None, logits)
+        dq, dk, dv = chunk.backward(q, k, v, dout, lse, delta, mask, logits)
+        return lse, *rounded(out, dq, side_by_side(dk, dv))
+
+    @jax.jit
+    def direct(q, kv, dout, delta):
+        run, both = chunk.direct, ("bfloat16", "bfloat16")
+        out, lse = run.forward(q, kv, None, mask, None, logits, dtype="bfloat16")
+        grads = run.backward(q, kv, None, dout, lse, delta, mask, logits, dtypes=both)
+        return lse, out, *grads[:2]
+
+    arrays = q, kv, dout, delta
+    chex.assert_trees_all_equal(direct(*arrays), plain(*arrays))
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ Each is a file or a folder with the two functions of the chunk contract (`contra
 `choice.py` decides which implementation a call uses.
 """
 
+import dataclasses
 from functools import partial
 
 from usp_jax.kernels import cudnn, fa2_fa3, fa4, reference, xla
@@ -19,6 +20,7 @@ from usp_jax.kernels.contract import (
     Chunk as Chunk,
     ChunkBackward as ChunkBackward,
     ChunkForward as ChunkForward,
+    Direct as Direct,
     Grads as Grads,
     PallasBackward,
     PallasForward,
@@ -80,9 +82,13 @@ def _mosaic_tpu(target: Target | None, interpret: bool = False) -> Chunk:
 def _mosaic_gpu(target: Target | None, interpret: bool = False) -> Chunk:
     from usp_jax.kernels import mosaic_gpu
 
-    return _bound(
+    target = target_of(None) if target is None else target
+    forward = partial(mosaic_gpu.direct_forward, target=target, interpret=interpret)
+    backward = partial(mosaic_gpu.direct_backward, target=target, interpret=interpret)
+    chunk = _bound(
         mosaic_gpu.chunk_forward, mosaic_gpu.chunk_backward, target, interpret
     )
+    return dataclasses.replace(chunk, direct=Direct(forward, backward))
 
 
 def _triton(target: Target | None, interpret: bool = False) -> Chunk:

@@ -3,6 +3,8 @@
     chunk_forward(q, k, v, mask, carry, logits) -> carry
     chunk_backward(q, k, v, dout, lse, delta, mask, logits) -> dq, dk, dv
 
+A kernel may also offer the two in a form that needs no copies around it (`Direct`).
+
 All results are in the accumulation dtype, promote_types(q.dtype, float32). In the
 implementations, G is the number of query heads per key/value head.
 
@@ -15,6 +17,7 @@ Algorithm 2). A row that has seen nothing has lse = -inf, out = 0 and a gradient
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from usp_jax.kernels.choice import Target
@@ -25,6 +28,11 @@ Carry = tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
 
 # dq, dk and dv.
 Grads = tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]
+
+# dq, dk and dv; or dq, dk and dv side by side, and None.
+DirectGrads = tuple[
+    Float[Array, "B T N H"], Float[Array, "B S K D"], Float[Array, "B S K V"] | None
+]
 
 
 @runtime_checkable
@@ -59,12 +67,69 @@ class ChunkBackward(Protocol):
     ) -> Grads: ...
 
 
+@runtime_checkable
+class DirectForward(Protocol):
+    """A `ChunkForward` without copies of k, v and out around it.
+
+    With v=None, k holds keys and values of each head side by side, [B, S, K, H+V], and
+    is read as it is. `dtype` is the dtype of out; None is the accumulation dtype.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K V"] | None,
+        mask: Mask,
+        carry: Carry | None,
+        logits: Logits,
+        *,
+        dtype: DTypeLike | None = None,
+    ) -> Carry: ...
+
+
+@runtime_checkable
+class DirectBackward(Protocol):
+    """A `ChunkBackward` without copies of k, v and their gradients around it.
+
+    With v=None, k is as in `DirectForward`, the second result is the gradient of k, and
+    the third is None. `dtypes` are those of dq and of dk, dv.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K V"] | None,
+        dout: Float[Array, "B T N V"],
+        lse: Float[Array, "B T N"],
+        delta: Float[Array, "B T N"],
+        mask: Mask,
+        logits: Logits,
+        *,
+        dtypes: tuple[DTypeLike | None, DTypeLike | None] = (None, None),
+    ) -> DirectGrads: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Direct:
+    """The two functions of a kernel that leaves no copies to XLA."""
+
+    forward: DirectForward
+    backward: DirectBackward
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """An implementation of the chunk contract."""
+    """An implementation of the chunk contract.
+
+    Attributes:
+      direct: the same without copies around the kernel, if it can do that.
+    """
 
     forward: ChunkForward
     backward: ChunkBackward
+    direct: Direct | None = None
 
 
 @runtime_checkable

@@ -22,9 +22,15 @@ warpgroups arrive at "free" when no product reads the buffer any more. Head size
 padded to multiples of 16, lengths to multiples of 128.
 """
 
-from usp_jax.kernels.mosaic_gpu.backward import chunk_backward as chunk_backward
+from usp_jax.kernels.mosaic_gpu.backward import (
+    chunk_backward as chunk_backward,
+    direct_backward as direct_backward,
+)
 from usp_jax.kernels.mosaic_gpu.blocks import (
     BlockSizes as BlockSizes,
     Tile as Tile,
 )
-from usp_jax.kernels.mosaic_gpu.forward import chunk_forward as chunk_forward
+from usp_jax.kernels.mosaic_gpu.forward import (
+    chunk_forward as chunk_forward,
+    direct_forward as direct_forward,
+)

@@ -8,14 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
-from usp_jax.kernels.contract import Grads
+from usp_jax.kernels.contract import DirectGrads, Grads
 from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
-from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
+from usp_jax.kernels.mosaic_gpu.launch import (
+    keys_and_values,
+    launch,
+    padded,
+    tokens_last,
+)
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
 from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
 from usp_jax.kernels.mosaic_gpu.tiles import (
@@ -23,8 +29,11 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     MATRIX,
     ROW,
     ROWS,
+    Columns,
+    Operand,
     Ref,
     by_row,
+    columns_of,
     full,
     slot_of,
     transposed,
@@ -54,36 +63,79 @@ def chunk_backward(
 
     See `chunk_forward` for the keyword arguments and the errors.
     """
-    spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
-    operands = {"q": q, "k": k, "v": v, "do": dout.astype(q.dtype)}
-    operands = {name: padded(x) for name, x in operands.items()}
+    dq, dk, dv = direct_backward(
+        q,
+        k,
+        v,
+        dout,
+        lse,
+        delta,
+        mask,
+        logits,
+        target=target,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    assert dv is not None
+    return dq, dk, dv
+
+
+def direct_backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K V"] | None,
+    dout: Float[Array, "B T N V"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    mask: Mask,
+    logits: Logits,
+    *,
+    target: Target,
+    dtypes: tuple[DTypeLike | None, DTypeLike | None] = (None, None),
+    blocks: BlockSizes | None = None,
+    interpret: bool = False,
+) -> DirectGrads:
+    """Computes `chunk_backward` with results in `dtypes`, as in `DirectBackward`."""
+    keys, values = keys_and_values(k, v, q.shape[-1])
+    spec = ChunkSpec.of(q, keys, values, mask, logits, target, blocks, interpret)
+    dq_dtype, dkv_dtype = (dtype or jnp.float32 for dtype in dtypes)
+    operands: dict[str, Operand] = {"q": padded(q), "k": keys, "v": values}
+    operands["do"] = padded(dout.astype(q.dtype))
     operands["lse"] = tokens_last(raised(finite(lse) * LOG2E, 2.5, q.dtype), 0.0)
     operands["delta"] = tokens_last(delta, 0.0)
     streams = ("k",), ("v",)
     kernel = Kernel("dq", _dq, ("q", "do"), streams, spec.blocks.dq)
-    (dq,) = launch(spec, kernel, operands, [operands["q"].shape])
-    dk, dv = _dk_and_dv(spec, operands)
-    return (
-        dq[:, : q.shape[1], :, : q.shape[3]],
-        dk[:, : k.shape[1], :, : k.shape[3]],
-        dv[:, : v.shape[1], :, : v.shape[3]],
-    )
+    (dq,) = launch(spec, kernel, operands, [operands["q"].shape], [dq_dtype])
+    dq = dq[:, : q.shape[1], :, : q.shape[3]]
+    dkv = _dk_and_dv(spec, operands, dkv_dtype)
+    if len(dkv) == 1:
+        return dq, dkv[0], None
+    size = k.shape[3] - q.shape[3] if v is None else v.shape[3]
+    dk, dv = dkv[0][:, : k.shape[1], :, : q.shape[3]], dkv[1][:, : k.shape[1], :, :size]
+    return (dq, jnp.concatenate([dk, dv], -1), None) if v is None else (dq, dk, dv)
 
 
 def _dk_and_dv(
-    spec: ChunkSpec, operands: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Computes dk and dv, padded like k and v, in one pass or two."""
+    spec: ChunkSpec, operands: Mapping[str, Operand], dtype: DTypeLike
+) -> list[jax.Array]:
+    """Computes dk and dv, padded like k and v, in one pass or two.
 
-    def run(*names: str) -> list[jax.Array]:
+    One pass over keys and values side by side returns one array of that kind.
+    """
+
+    def run(*names: str, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
         streams = ("q", "lse"), ("do", "delta")
         body = partial(_dkv, names)
         kernel = Kernel("dkv", body, ("k", "v"), streams, spec.blocks.dkv)
-        shapes = [operands[name.removeprefix("d")].shape for name in names]
-        return launch(spec, kernel, operands, shapes)
+        return launch(spec, kernel, operands, shapes, [dtype] * len(shapes))
 
-    dk, dv = [*run("dk"), *run("dv")] if spec.blocks.split_dkv else run("dk", "dv")
-    return dk, dv
+    keys, values = operands["k"], operands["v"]
+    if spec.blocks.split_dkv:
+        dk, dv = run("dk", shapes=[keys.shape]), run("dv", shapes=[values.shape])
+        return [*dk, *dv]
+    if isinstance(keys, Columns):
+        return run("dk", "dv", shapes=[keys.array.shape])
+    return run("dk", "dv", shapes=[keys.shape, values.shape])
 
 
 def _dq(cta: Cta) -> None:
@@ -121,7 +173,8 @@ def _dq(cta: Cta) -> None:
         return state
 
     (dq,) = walk.fold(step, [full((ROWS, k_s.shape[-1]), 0.0, MATRIX)], 0)
-    gpu_store(cta.rows_of(cta.outs[0]), dq * spec.late_scale)
+    dq = dq * spec.late_scale
+    gpu_store(cta.rows_of(cta.outs[0]), dq.astype(cta.outs[0].dtype))
 
 
 def _dkv(names: tuple[str, ...], cta: Cta) -> None:
@@ -175,5 +228,9 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
     scales = {"dk": spec.late_scale, "dv": 1.0}
     zeros = [full((ROWS, sizes[name]), 0.0, MATRIX) for name in names]
     state = walk.fold(step, zeros, 0)
-    for name, ref, x in zip(names, cta.outs, state, strict=True):
-        gpu_store(cta.rows_of(ref), x * scales[name])
+    outs = list(cta.outs)
+    if len(outs) < len(names):
+        size = sizes["dk"]
+        outs = [columns_of(outs[0], *part) for part in ((0, size), (size, sizes["dv"]))]
+    for name, ref, x in zip(names, outs, state, strict=True):
+        gpu_store(cta.rows_of(ref), (x * scales[name]).astype(ref.dtype))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from usp_jax._compat import gpu_load, gpu_store
@@ -18,13 +19,19 @@ from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Carry
 from usp_jax.kernels.logits import LOG2E, Logits, raised
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
-from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
+from usp_jax.kernels.mosaic_gpu.launch import (
+    keys_and_values,
+    launch,
+    padded,
+    tokens_last,
+)
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
 from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
 from usp_jax.kernels.mosaic_gpu.tiles import (
     MATRIX,
     ROW,
     ROWS,
+    Operand,
     Ref,
     by_row,
     full,
@@ -61,16 +68,46 @@ def chunk_forward(
     Raises:
       NotImplementedError: q is not bfloat16 or float16, or the head size is over 256.
     """
-    spec = ChunkSpec.of(q, k, v, mask, logits, target, blocks, interpret)
-    length, size = q.shape[1], v.shape[-1]
-    operands = {name: padded(x) for name, x in (("q", q), ("k", k), ("v", v))}
+    return direct_forward(
+        q,
+        k,
+        v,
+        mask,
+        carry,
+        logits,
+        target=target,
+        blocks=blocks,
+        interpret=interpret,
+    )
+
+
+def direct_forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K V"] | None,
+    mask: Mask,
+    carry: Carry | None,
+    logits: Logits,
+    *,
+    target: Target,
+    dtype: DTypeLike | None = None,
+    blocks: BlockSizes | None = None,
+    interpret: bool = False,
+) -> Carry:
+    """Computes `chunk_forward` with out in `dtype`, and k, v as in `DirectForward`."""
+    keys, values = keys_and_values(k, v, q.shape[-1])
+    spec = ChunkSpec.of(q, keys, values, mask, logits, target, blocks, interpret)
+    length = q.shape[1]
+    size = k.shape[-1] - q.shape[-1] if v is None else v.shape[-1]
+    operands: dict[str, Operand] = {"q": padded(q), "k": keys, "v": values}
     if carry is not None:
         operands["out"] = padded(carry[0])
         operands["lse"] = tokens_last(carry[1], -jnp.inf)
     batch, rows, heads, _ = operands["q"].shape
-    shapes = (batch, rows, heads, operands["v"].shape[-1]), (batch, heads, rows)
+    shapes = (batch, rows, heads, values.shape[-1]), (batch, heads, rows)
+    dtypes = dtype or jnp.float32, jnp.float32
     kernel = Kernel("forward", _forward, ("q",), (("k",), ("v",)), spec.blocks.forward)
-    out, lse = launch(spec, kernel, operands, shapes)
+    out, lse = launch(spec, kernel, operands, shapes, dtypes)
     return out[:, :length, :, :size], lse.swapaxes(1, 2)[:, :length]
 
 
@@ -153,12 +190,13 @@ def _forward(cta: Cta) -> None:
             [o * by_row(decay, o.shape)],
         )
         inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
-        gpu_store(out_ref, o * by_row(inverse, o.shape))
+        out = o * by_row(inverse, o.shape)
+        gpu_store(out_ref, out.astype(out_ref.dtype))
         gpu_store(lse_ref, (m + jnp.log2(jnp.where(l > 0.0, l, 1.0))) / LOG2E)
 
     @pl.when(walk.listed == 0)
     def hand_through() -> None:
-        gpu_store(out_ref, carried)
+        gpu_store(out_ref, carried.astype(out_ref.dtype))
         gpu_store(lse_ref, carried_lse)
 
     pl.when(walk.listed > 0)(attend)

@@ -6,11 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from usp_jax._compat import gpu_interpret_params
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
 from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
-from usp_jax.kernels.mosaic_gpu.tiles import COMPUTING, TILE, Ref
+from usp_jax.kernels.mosaic_gpu.tiles import (
+    COMPUTING,
+    TILE,
+    WIDTH,
+    Columns,
+    Operand,
+    Ref,
+)
 from usp_jax.kernels.mosaic_gpu.walk import Walk, walk_table
 from usp_jax.masking import Mask
 from usp_jax.varying import vary_like
@@ -19,25 +28,25 @@ from usp_jax.varying import vary_like
 def launch(
     spec: ChunkSpec,
     kernel: Kernel,
-    operands: Mapping[str, jax.Array],
+    operands: Mapping[str, Operand],
     shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[DTypeLike] | None = None,
 ) -> list[jax.Array]:
     """Runs a kernel over all tiles and heads.
 
     Args:
       operands: padded arrays by name.
       shapes: the shapes of the results.
-
-    Returns:
-      Float32 arrays of `shapes`.
+      dtypes: the dtypes of the results; None means that all are float32.
     """
     tile_side, other_side = "kq" if kernel.transposed else "qk"
     batch, length, heads, _ = operands[tile_side].shape
     columns = operands[other_side].shape[1] // kernel.tile.tokens
+    dtypes = dtypes or [jnp.float32] * len(shapes)
     scratch = kernel.scratch(operands)
     if not spec.interpret:
         del scratch["staged"]
-    inputs: dict[str, jax.Array | Mask] = dict(operands)
+    inputs: dict[str, Operand | Mask] = dict(operands)
     if not spec.mask.sees_all:
         table = walk_table(spec.mask, kernel.tile.tokens, kernel.transposed)
         inputs |= {"mask": spec.mask, "walks": table}
@@ -45,6 +54,7 @@ def launch(
 
     def body(*refs: Ref, **scratch: Ref) -> None:
         ins = jax.tree.unflatten(tree, refs[: len(leaves)])
+        ins = {k: x.view() if isinstance(x, Columns) else x for k, x in ins.items()}
         outs = refs[len(leaves) :]
         repeats = spec.group if kernel.transposed else 1
         walk = Walk.of(ins.get("walks"), columns, repeats)
@@ -54,7 +64,7 @@ def launch(
 
     results = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        out_type=list(map(jax.ShapeDtypeStruct, shapes, dtypes)),
         scratch_types=scratch,
         grid=(heads, length // TILE, batch),
         grid_names=("head", "tile", "batch"),
@@ -71,12 +81,26 @@ def launch(
     return vary_like(list(results), leaves)
 
 
-def padded(x: jax.Array) -> jax.Array:
-    """Pads T of [B, T, N, H] to a multiple of 128, and H to one of 16.
+def keys_and_values(
+    k: Float[Array, "B S K D"], v: Float[Array, "B S K V"] | None, head_size: int
+) -> tuple[Operand, Operand]:
+    """Returns the operands k and v.
 
-    These are the tokens of a tile and the width of the narrowest swizzle.
+    Args:
+      k: the keys; with v=None also the values, after the keys of each head.
+      head_size: H, the size of the keys.
     """
-    widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, -x.shape[3] % 16)
+    if v is not None:
+        return padded(k), padded(v)
+    value_size = k.shape[-1] - head_size
+    if k.shape[1] % TILE or head_size % WIDTH or value_size % WIDTH:
+        return padded(k[..., :head_size]), padded(k[..., head_size:])
+    return Columns(k, 0, head_size), Columns(k, head_size, value_size)
+
+
+def padded(x: jax.Array) -> jax.Array:
+    """Pads T of [B, T, N, H] to a multiple of 128, and H to one of 16."""
+    widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, -x.shape[3] % WIDTH)
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 

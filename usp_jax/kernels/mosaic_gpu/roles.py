@@ -24,6 +24,7 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     ROWS,
     TILE,
     Index,
+    Operand,
     Ref,
     slot_of,
 )
@@ -61,7 +62,7 @@ class Kernel:
         """True if the tiles are keys and the queries stream."""
         return "k" in self.own
 
-    def scratch(self, operands: Mapping[str, jax.Array]) -> dict[str, Scratch]:
+    def scratch(self, operands: Mapping[str, Operand]) -> dict[str, Scratch]:
         """Returns the shared memory and the barriers by name."""
         streamed = [name for stream in self.streams for name in stream]
         widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
-from usp_jax.kernels.mosaic_gpu.tiles import TILE
+from usp_jax.kernels.mosaic_gpu.tiles import TILE, Operand
 from usp_jax.kernels.padding import pad_mask
 from usp_jax.masking import Mask
 
@@ -32,8 +32,8 @@ class ChunkSpec:
     def of(
         cls,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: Operand,
+        v: Operand,
         mask: Mask,
         logits: Logits,
         target: Target,

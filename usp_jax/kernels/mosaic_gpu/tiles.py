@@ -1,11 +1,13 @@
 """Sizes and register layouts of the Hopper kernels' tiles, and operations on them."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 # A Pallas reference to memory, inside a kernel.
 Ref = Any
@@ -17,8 +19,50 @@ Index = jax.Array | int
 ROWS, COMPUTING = 64, 2
 TILE = ROWS * COMPUTING
 
+# Head sizes are padded to multiples of this, the width of the narrowest swizzle.
+WIDTH = 16
+
 MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Consecutive numbers of each head of [B, T, N, D], read without a copy."""
+
+    array: Any
+    start: int = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, T, N, size]"""
+        return *self.array.shape[:-1], self.size
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the array."""
+        return len(self.array.shape)
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """The dtype of the array."""
+        dtype: DTypeLike = self.array.dtype
+        return dtype
+
+    def view(self) -> Ref:
+        """Returns these columns of a reference."""
+        return columns_of(self.array, self.start, self.size)
+
+
+# An array that a kernel reads.
+Operand = jax.Array | Columns
+
+
+def columns_of(ref: Ref, start: int, size: int) -> Ref:
+    """Returns consecutive columns of a reference to [B, T, N, D]."""
+    return ref.at[:, :, :, start : start + size]
 
 
 def slot_of(n: Index, stages: int) -> jax.Array:
