@@ -1,5 +1,6 @@
 """The ring on virtual devices: R hops add up to one chunk over all keys."""
 
+import dataclasses
 import functools
 
 import chex
@@ -8,12 +9,23 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import usp_jax
 from tests.oracle import normal
 from tests.sampling import thinned
 from usp_jax import kernels
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens
-from usp_jax.ring import Bidirectional, Ring, SideBySide, Unidirectional, apart
+from usp_jax.ring import (
+    AllGather,
+    Bidirectional,
+    Double,
+    Ring,
+    SideBySide,
+    Unidirectional,
+    apart,
+    schedule_backward,
+    schedule_forward,
+)
 from usp_jax.ring.ring import Turn
 from usp_jax.ring.steps import ring_backward, ring_forward
 from usp_jax.ring.tokens import RingTokens
@@ -117,3 +129,70 @@ def test_turns_visit_every_device_of_their_ring():
     assert [outer.moved(device, 1) for device in range(6)] == [3, 4, 5, 0, 1, 2]
     assert [inner.moved(4, -step) for step in range(4)] == [4, 3, 5, 4]
     assert inner.pairs(6, -1) == [(0, 2), (1, 0), (2, 1), (3, 5), (4, 3), (5, 4)]
+
+
+def recording(of_forward, of_backward):
+    """A kernel that rounds itself, and appends the dtypes it is called with."""
+    chunk = kernels.chunk("xla")
+
+    def forward(*arrays, dtype=None):
+        of_forward.append(dtype)
+        out, lse = chunk.forward(*arrays)
+        return out.astype(dtype or out.dtype), lse
+
+    def backward(*arrays, dtypes):
+        of_backward.append(dtypes)
+        grads = zip(chunk.backward(*arrays), (dtypes[0], *[dtypes[1]] * 2), strict=True)
+        return tuple(x.astype(dtype or x.dtype) for x, dtype in grads)
+
+    return dataclasses.replace(chunk, direct=kernels.Direct(forward, backward))
+
+
+BF16 = jnp.dtype("bfloat16")
+ROUNDED = {
+    "one device": (1, Unidirectional(), [BF16], {(BF16, BF16)}),
+    "ring": (3, Unidirectional(), [None, None, BF16], {(None, None)}),
+    "two rings": (4, Double(2), [None, None, None, BF16], {(None, None)}),
+    "gathered": (3, AllGather(), [BF16], {(BF16, None)}),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_only_what_nothing_is_added_to_is_rounded(name):
+    size, schedule, forward, backward = ROUNDED[name]
+    of_forward, of_backward = [], []
+
+    def shard(q, kv, out, lse):
+        chunk = recording(of_forward, of_backward)
+        ring = dataclasses.replace(
+            ring_of(size, RULES["full"]), chunk=chunk, rounds_dkv=True
+        )
+        schedule_forward(schedule, ring, q, kv, None)
+        return schedule_backward(schedule, ring, q, kv, out, lse, lse)
+
+    shapes = (B, T, N, H), (B, T, K, H + V), (B, T, N, V)
+    structs = [jax.ShapeDtypeStruct((size, *shape), BF16) for shape in shapes]
+    lse = jax.ShapeDtypeStruct((size, B, T, N), jnp.float32)
+    jax.eval_shape(jax.vmap(shard, axis_name="ring"), *structs, lse)
+    assert of_forward == forward
+    assert set(of_backward) == backward
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "dkv"),
+    [((4, 2), 1, BF16), ((4, 1), 1, None), ((4, 2), 2, None)],
+    ids=["own heads", "a head on two devices", "head groups"],
+)
+def test_dk_and_dv_are_rounded_after_the_last_sum(heads, groups, dkv, monkeypatch):
+    of_backward = []
+    chunk = recording([], of_backward)
+    monkeypatch.setattr(kernels, "chunk", lambda *_: chunk)
+    mesh = usp_jax.make_mesh(ulysses=2)
+    q, kv = (jax.ShapeDtypeStruct((1, 8, n, H), BF16) for n in heads)
+    attend = functools.partial(usp_jax.usp_attention, mesh=mesh, ulysses_chunks=groups)
+
+    def loss(q, k, v):
+        return attend(q, k, v).sum()
+
+    jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), q, kv, kv)
+    assert of_backward == [(BF16, dkv)] * groups

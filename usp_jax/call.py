@@ -118,7 +118,13 @@ def ring_of(
         logits=logits_of(call, facts),
         q_tokens=dataclasses.replace(q_tokens, prefix=facts.prefix),
         kv_tokens=kv_tokens,
+        rounds_dkv=keys is None and _is_dkv_final(call),
     )
+
+
+def _is_dkv_final(call: Call) -> bool:
+    """Returns whether dk and dv of a head come from one device and one head group."""
+    return not call.heads.replicated and call.head_groups == 1
 
 
 def two_sided(layouts: tuple[str, str], facts: Facts) -> bool:

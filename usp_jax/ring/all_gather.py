@@ -30,7 +30,8 @@ def gather_forward(
 ) -> Carry:
     """Computes `ring_forward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
-    return ring.chunk_forward(ring.mask(ring.kv_tokens.all()), q, kv, carry)
+    mask = ring.mask(ring.kv_tokens.all())
+    return ring.chunk_forward(mask, q, kv, carry, is_last=True)
 
 
 def gather_backward(
@@ -44,6 +45,8 @@ def gather_backward(
     """Computes `ring_backward` in one chunk."""
     kv = lax.all_gather(kv, ring.axis_name, axis=1, tiled=True)
     mask = ring.mask(ring.kv_tokens.all())
-    stays, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta)
+    # The sum over devices is in the accumulation dtype.
+    ring = dataclasses.replace(ring, rounds_dkv=False)
+    stays, dkv = ring.chunk_backward(mask, q, kv, dout, lse, delta, is_only=True)
     assert ring.axis_name is not None
     return stays, scattered(dkv, ((ring.axis_name, None),), 1)

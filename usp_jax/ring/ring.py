@@ -64,6 +64,8 @@ class Ring:
       keys: what a visit makes of the array that travels.
       held: the shard that each equal part of the held keys comes from; () is this
         device's own.
+      rounds_dkv: whether kv's gradient may be rounded to its dtype after the ring, as
+        nothing else is added to it.
     """
 
     axis_name: AxisName | None
@@ -75,6 +77,7 @@ class Ring:
     q_tokens: RingTokens
     kv_tokens: RingTokens
     held: tuple[Index, ...] = ()
+    rounds_dkv: bool = False
 
     @property
     def devices(self) -> int:
@@ -144,11 +147,26 @@ class Ring:
         return Mask(self.rule, self.q_tokens.shard(self.index), keys)
 
     def chunk_forward(
-        self, mask: Mask, q: jax.Array, kv: jax.Array, carry: Carry | None
+        self,
+        mask: Mask,
+        q: jax.Array,
+        kv: jax.Array,
+        carry: Carry | None,
+        *,
+        is_last: bool = False,
     ) -> Carry:
-        """Runs the kernel's forward pass on the keys made of `kv`."""
+        """Runs the kernel's forward pass on the keys made of `kv`.
+
+        Args:
+          is_last: whether out is not merged any more, so that a kernel may round it to
+            the dtype of q.
+        """
         k, v = self.keys.of(kv)
-        return self.chunk.forward(q, k, v, mask, carry, self.logits)
+        direct = self.chunk.direct
+        if direct is None:
+            return self.chunk.forward(q, k, v, mask, carry, self.logits)
+        dtype = q.dtype if is_last else None
+        return direct.forward(q, k, v, mask, carry, self.logits, dtype=dtype)
 
     def chunk_backward(
         self,
@@ -158,16 +176,42 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
+        *,
+        is_only: bool = False,
     ) -> tuple[Stays, jax.Array]:
-        """Runs the kernel's backward pass: the gradients that stay, and that of kv."""
+        """Runs the kernel's backward pass: the gradients that stay, and that of kv.
+
+        Args:
+          is_only: whether no other chunk adds to these gradients, so that a kernel may
+            round dq, and kv's gradient if `rounds_dkv`.
+        """
+        direct, logits = self.chunk.direct, self.logits
         k, v = self.keys.of(kv)
-        dq, dk, dv = self.chunk.backward(q, k, v, dout, lse, delta, mask, self.logits)
+        if direct is None:
+            dq, dk, dv = self.chunk.backward(q, k, v, dout, lse, delta, mask, logits)
+        else:
+            dq_dtype = q.dtype if is_only else None
+            dkv_dtype = q.dtype if is_only and self.rounds_dkv else None
+            dtypes = dq_dtype, dkv_dtype
+            dq, dk, more = direct.backward(
+                q, k, v, dout, lse, delta, mask, logits, dtypes=dtypes
+            )
+            assert more is not None
+            dv = more
         params, dkv = self.keys.gradients(kv, dk, dv)
         return (dq, params), dkv
 
-    def held_forward(self, q: jax.Array, kv: jax.Array, carry: Carry | None) -> Carry:
+    def held_forward(
+        self,
+        q: jax.Array,
+        kv: jax.Array,
+        carry: Carry | None,
+        *,
+        is_last: bool = False,
+    ) -> Carry:
         """Attends with this device's queries to the held keys."""
-        return self.chunk_forward(self.mask(self.held_tokens()), q, kv, carry)
+        mask = self.mask(self.held_tokens())
+        return self.chunk_forward(mask, q, kv, carry, is_last=is_last)
 
     def held_backward(
         self,
@@ -177,6 +221,8 @@ class Ring:
         dout: jax.Array,
         lse: jax.Array,
         delta: jax.Array,
+        *,
+        is_only: bool = False,
     ) -> tuple[Stays, jax.Array]:
         """Gradients of `held_forward` for some query rows, as in `chunk_backward`.
 
@@ -185,7 +231,7 @@ class Ring:
         """
         mask = self.mask(self.held_tokens()).rows(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
-        return self.chunk_backward(mask, q, kv, dout, lse, delta)
+        return self.chunk_backward(mask, q, kv, dout, lse, delta, is_only=is_only)
 
 
 def _parts(length: int, count: int) -> list[slice]:

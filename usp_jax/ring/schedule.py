@@ -33,7 +33,7 @@ def schedule_forward(
 ) -> Carry:
     """Attends with this device's queries to all keys, as `ring_forward` does."""
     if ring.devices == 1:
-        return ring.held_forward(q, kv, carry)
+        return ring.held_forward(q, kv, carry, is_last=True)
     match schedule:
         case AllGather():
             return gather_forward(ring, q, kv, carry)
@@ -57,7 +57,8 @@ def schedule_backward(
     """Gradients of `schedule_forward`: those that stay, and that of kv."""
     saved = q, kv, dout, lse, delta
     if ring.devices == 1:
-        return ring.held_backward(kv, slice(None), q, dout, lse, delta)
+        rows = slice(None)
+        return ring.held_backward(kv, rows, q, dout, lse, delta, is_only=True)
     match schedule:
         case AllGather():
             return gather_backward(ring, *saved)

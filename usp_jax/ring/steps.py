@@ -35,23 +35,28 @@ def ring_forward(
     q: Float[Array, "B T n H"],
     kv: Float[Array, "B S m D"],
     carry: Carry | None = None,
+    *,
+    is_last: bool = True,
 ) -> Carry:
     """Attends with this device's queries to the keys of the whole ring.
 
     Args:
       kv: the array that travels; `ring.keys` makes keys and values of it.
       carry: the result over anything seen before the ring, such as attention sinks.
+      is_last: whether no other turn follows.
 
     Returns:
-      out [B, T, n, V] and lse [B, T, n] in the accumulation dtype.
+      out [B, T, n, V] and lse [B, T, n] in the accumulation dtype. Out is in q's dtype
+        instead if the kernel of the last step rounds it.
     """
     turn, *inner = turns
 
     def attend(step: Index, kv: jax.Array, carry: Carry | None) -> Carry:
         here = ring.at(turn, step)
+        final = is_last and isinstance(step, int) and step == turn.size - 1
         if inner:
-            return ring_forward(here, tuple(inner), q, kv, carry)
-        return here.held_forward(q, kv, carry)
+            return ring_forward(here, tuple(inner), q, kv, carry, is_last=final)
+        return here.held_forward(q, kv, carry, is_last=final)
 
     def body(step: Index, state: tuple[jax.Array, Carry]) -> tuple[jax.Array, Carry]:
         kv, carry = state

@@ -117,7 +117,7 @@ def visits_forward(
         arrived = ring.send(kv[:, visit.rows], visit.pairs)
         kv, arrived, carry = together(kv, arrived, attend(carry))
         attend = functools.partial(ring.chunk_forward, _mask(ring, visit), q, arrived)
-    return attend(carry)
+    return attend(carry, is_last=True)
 
 
 def visits_backward(
@@ -137,7 +137,7 @@ def visits_backward(
     ours = (q, dout, lse, delta)
     first, *rest = own_rows(q.shape[1])
     if not visits:
-        return ring.held_backward(kv, slice(None), *ours)
+        return ring.held_backward(kv, slice(None), *ours, is_only=True)
 
     half = kv.shape[-1] // 2
 
