@@ -25,6 +25,7 @@ from usp_jax.ring import (
     apart,
     schedule_backward,
     schedule_forward,
+    side_by_side,
 )
 from usp_jax.ring.ring import Turn
 from usp_jax.ring.steps import ring_backward, ring_forward
@@ -135,15 +136,18 @@ def recording(of_forward, of_backward):
     """A kernel that rounds itself, and appends the dtypes it is called with."""
     chunk = kernels.chunk("xla")
 
-    def forward(*arrays, dtype=None):
+    def forward(q, kv, v, *facts, dtype=None):
+        assert v is None
         of_forward.append(dtype)
-        out, lse = chunk.forward(*arrays)
+        out, lse = chunk.forward(q, *apart(kv, H), *facts)
         return out.astype(dtype or out.dtype), lse
 
-    def backward(*arrays, dtypes):
+    def backward(q, kv, v, *facts, dtypes):
+        assert v is None
         of_backward.append(dtypes)
-        grads = zip(chunk.backward(*arrays), (dtypes[0], *[dtypes[1]] * 2), strict=True)
-        return tuple(x.astype(dtype or x.dtype) for x, dtype in grads)
+        dq, dk, dv = chunk.backward(q, *apart(kv, H), *facts)
+        grads = zip((dq, side_by_side(dk, dv)), dtypes, strict=True)
+        return *(x.astype(dtype or x.dtype) for x, dtype in grads), None
 
     return dataclasses.replace(chunk, direct=kernels.Direct(forward, backward))
 

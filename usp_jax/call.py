@@ -119,6 +119,7 @@ def ring_of(
         q_tokens=dataclasses.replace(q_tokens, prefix=facts.prefix),
         kv_tokens=kv_tokens,
         rounds_dkv=keys is None and _is_dkv_final(call),
+        is_sent=kv_tokens.ring_size * call.heads.ulysses_size > 1,
     )
 
 

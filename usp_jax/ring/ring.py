@@ -19,7 +19,7 @@ from usp_jax.kernels import Carry, Chunk
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens, join
 from usp_jax.mesh import AxisName, axis_names
-from usp_jax.ring.keys import Keys, Stays
+from usp_jax.ring.keys import Keys, SideBySide, Stays
 from usp_jax.ring.tokens import RingTokens
 
 # An index on the axis or a number of steps: an int, or the counter of a loop.
@@ -66,6 +66,8 @@ class Ring:
         device's own.
       rounds_dkv: whether kv's gradient may be rounded to its dtype after the ring, as
         nothing else is added to it.
+      is_sent: whether kv is in one array for a collective. If not, compilers leave out
+        that array, and a kernel that reads it would need a copy.
     """
 
     axis_name: AxisName | None
@@ -78,6 +80,7 @@ class Ring:
     kv_tokens: RingTokens
     held: tuple[Index, ...] = ()
     rounds_dkv: bool = False
+    is_sent: bool = True
 
     @property
     def devices(self) -> int:
@@ -161,12 +164,11 @@ class Ring:
           is_last: whether out is not merged any more, so that a kernel may round it to
             the dtype of q.
         """
-        k, v = self.keys.of(kv)
-        direct = self.chunk.direct
+        direct, logits = self.chunk.direct, self.logits
         if direct is None:
-            return self.chunk.forward(q, k, v, mask, carry, self.logits)
+            return self.chunk.forward(q, *self.keys.of(kv), mask, carry, logits)
         dtype = q.dtype if is_last else None
-        return direct.forward(q, k, v, mask, carry, self.logits, dtype=dtype)
+        return direct.forward(q, *self._uncopied(kv), mask, carry, logits, dtype=dtype)
 
     def chunk_backward(
         self,
@@ -186,20 +188,27 @@ class Ring:
             round dq, and kv's gradient if `rounds_dkv`.
         """
         direct, logits = self.chunk.direct, self.logits
-        k, v = self.keys.of(kv)
         if direct is None:
+            k, v = self.keys.of(kv)
             dq, dk, dv = self.chunk.backward(q, k, v, dout, lse, delta, mask, logits)
-        else:
-            dq_dtype = q.dtype if is_only else None
-            dkv_dtype = q.dtype if is_only and self.rounds_dkv else None
-            dtypes = dq_dtype, dkv_dtype
-            dq, dk, more = direct.backward(
-                q, k, v, dout, lse, delta, mask, logits, dtypes=dtypes
-            )
-            assert more is not None
-            dv = more
-        params, dkv = self.keys.gradients(kv, dk, dv)
+            params, dkv = self.keys.gradients(kv, dk, dv)
+            return (dq, params), dkv
+        dq_dtype = q.dtype if is_only else None
+        dtypes = dq_dtype, dq_dtype if self.rounds_dkv else None
+        keys, values = self._uncopied(kv)
+        dq, dkv, more = direct.backward(
+            q, keys, values, dout, lse, delta, mask, logits, dtypes=dtypes
+        )
+        params = None
+        if more is not None:
+            params, dkv = self.keys.gradients(kv, dkv, more)
         return (dq, params), dkv
+
+    def _uncopied(self, kv: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The keys and values of a `Direct` kernel."""
+        if self.is_sent and isinstance(self.keys, SideBySide):
+            return kv, None
+        return self.keys.of(kv)
 
     def held_forward(
         self,
