@@ -34,6 +34,16 @@ def gpu_store(ref: Ref, value: jax.Array) -> None:
         ref[...] = value
 
 
+def gpu_writes_operands(*operands: jax.Array) -> bool:
+    """Returns whether a Mosaic GPU kernel can write its results over these operands.
+
+    There must be one. jax 0.10.2 cannot batch a kernel that writes an operand, and no
+    jax accepts one that `jax.shard_map` with check_vma=True says varies.
+    """
+    varies = any(jax.typeof(x).manual_axis_type.varying for x in operands)
+    return bool(operands) and jax.__version_info__ >= (0, 12) and not varies
+
+
 def tpu_reciprocal(x: jax.Array) -> jax.Array:
     """1 / x in a Pallas TPU kernel, for numbers that are normal, with a normal result.
 

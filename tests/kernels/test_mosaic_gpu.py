@@ -20,6 +20,7 @@ from tests.test_kernels import CASES, Case, check, inputs, run
 from usp_jax import MeshAxes, kernels
 from usp_jax.kernels import Target
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.mosaic_gpu import launch as launching
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes, Tile
 from usp_jax.kernels.mosaic_gpu.walk import walk_table
 from usp_jax.masking import EMPTY, FULL, Mask, MaskRule, Tokens, block_kinds
@@ -135,6 +136,27 @@ def test_without_copies_it_has_the_same_bits(length) -> None:
 
     arrays = q, kv, dout, delta
     chex.assert_trees_all_equal(direct(*arrays), plain(*arrays))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="not before jax 0.12")
+def test_a_carry_in_place_has_the_same_bits(monkeypatch) -> None:
+    """The first of two tiles sees nothing, and is not written."""
+    shapes = [(1, 256, 1, 16)] * 4 + [(1, 256, 1)]
+    q, k, v, out, lse = normal(6, *shapes, dtype="bfloat16")
+    carry = out.astype("float32") / 3, lse.astype("float32") / 3
+    positions = jnp.arange(256, dtype=jnp.int32)[None]
+    mask = Mask(MaskRule(True), Tokens(positions), Tokens(positions + 128))
+    chunk = kernels.chunk("mosaic_gpu_interpret")
+
+    def forward(*carry):
+        return chunk.forward(q, k, v, mask, carry, Logits(0.3))
+
+    in_place, text = jax.jit(forward)(*carry), str(jax.make_jaxpr(forward)(*carry))
+    assert "new_ref" in text
+    chex.assert_trees_all_equal(in_place[0][:, :128], carry[0][:, :128])
+    monkeypatch.setattr(launching, "gpu_writes_operands", lambda *_: False)
+    jax.clear_caches()
+    chex.assert_trees_all_equal(jax.jit(forward)(*carry), in_place)
 
 
 @pytest.mark.long

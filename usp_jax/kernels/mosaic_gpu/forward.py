@@ -106,8 +106,11 @@ def direct_forward(
     batch, rows, heads, _ = operands["q"].shape
     shapes = (batch, rows, heads, values.shape[-1]), (batch, heads, rows)
     dtypes = dtype or jnp.float32, jnp.float32
+    # A carry that is rounded needs other memory.
+    is_carried = carry is not None and dtypes[0] == jnp.float32
+    into = ("out", "lse") if is_carried else ()
     kernel = Kernel("forward", _forward, ("q",), (("k",), ("v",)), spec.blocks.forward)
-    out, lse = launch(spec, kernel, operands, shapes, dtypes)
+    out, lse = launch(spec, kernel, operands, shapes, dtypes, into)
     return out[:, :length, :, :size], lse.swapaxes(1, 2)[:, :length]
 
 
@@ -118,12 +121,13 @@ def _forward(cta: Cta) -> None:
     q, stages = cta.scratch["q"].at[warpgroup], k_s.shape[0]
     shape = (ROWS, k_s.shape[1])
     out_ref, lse_ref = (cta.rows_of(ref) for ref in cta.outs)
-    if "out" in cta.refs:
-        carried = gpu_load(cta.rows_of(cta.refs["out"]), MATRIX)
-        carried_lse = gpu_load(cta.rows_of(cta.refs["lse"]), ROW)
-    else:
-        carried = full((ROWS, v_s.shape[-1]), 0.0, MATRIX)
-        carried_lse = full((ROWS,), -jnp.inf, ROW)
+
+    def carried() -> tuple[jax.Array, jax.Array]:
+        if "out" not in cta.refs:
+            zeros = full((ROWS, v_s.shape[-1]), 0.0, MATRIX)
+            return zeros, full((ROWS,), -jnp.inf, ROW)
+        out, lse = cta.rows_of(cta.refs["out"]), cta.rows_of(cta.refs["lse"])
+        return gpu_load(out, MATRIX), gpu_load(lse, ROW)
 
     def softmax(
         s: jax.Array, m: jax.Array, l: jax.Array, seen: jax.Array | None
@@ -145,14 +149,15 @@ def _forward(cta: Cta) -> None:
             plgpu.wgmma(s_ref, q, transposed(k_s.at[0]))
             return plgpu.wgmma_accumulator_load(s_ref)
 
+        out, lse = carried()
         cta.await_own()
         cta.await_full("k", 0)
         s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
         cta.free("k", 0)
         # A carried row resumes with its lse as the maximum and a sum of 1.
-        m, l = carried_lse * LOG2E, jnp.where(carried_lse == -jnp.inf, 0.0, 1.0)
+        m, l = lse * LOG2E, jnp.where(lse == -jnp.inf, 0.0, 1.0)
         m, l, decay, p = softmax(s, m, l, cta.seen(0))
-        return carried, m, l, decay, p.astype(k_s.dtype)
+        return out, m, l, decay, p.astype(k_s.dtype)
 
     def step(n: jax.Array, state: State, masked: bool) -> State:
         """Computes the scores of block n while o += p v of the block before runs."""
@@ -194,9 +199,12 @@ def _forward(cta: Cta) -> None:
         gpu_store(out_ref, out.astype(out_ref.dtype))
         gpu_store(lse_ref, (m + jnp.log2(jnp.where(l > 0.0, l, 1.0))) / LOG2E)
 
-    @pl.when(walk.listed == 0)
     def hand_through() -> None:
-        gpu_store(out_ref, carried.astype(out_ref.dtype))
-        gpu_store(lse_ref, carried_lse)
+        out, lse = carried()
+        gpu_store(out_ref, out.astype(out_ref.dtype))
+        gpu_store(lse_ref, lse)
 
     pl.when(walk.listed > 0)(attend)
+    # A carry that is written in place is there already.
+    if cta.refs.get("out") is not cta.outs[0]:
+        pl.when(walk.listed == 0)(hand_through)

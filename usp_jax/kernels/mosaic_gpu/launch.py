@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from usp_jax._compat import gpu_interpret_params
+from usp_jax._compat import gpu_interpret_params, gpu_writes_operands
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel
 from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
 from usp_jax.kernels.mosaic_gpu.tiles import (
@@ -31,6 +31,7 @@ def launch(
     operands: Mapping[str, Operand],
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[DTypeLike] | None = None,
+    into: Sequence[str] = (),
 ) -> list[jax.Array]:
     """Runs a kernel over all tiles and heads.
 
@@ -38,6 +39,9 @@ def launch(
       operands: padded arrays by name.
       shapes: the shapes of the results.
       dtypes: the dtypes of the results; None means that all are float32.
+      into: the names of the operands that the results replace in memory, where this jax
+        can do that; () means new memory. The kernel finds the same references in
+        `Cta.refs` and `Cta.outs`, and need not write what does not change.
     """
     tile_side, other_side = "kq" if kernel.transposed else "qk"
     batch, length, heads, _ = operands[tile_side].shape
@@ -46,7 +50,12 @@ def launch(
     scratch = kernel.scratch(operands)
     if not spec.interpret:
         del scratch["staged"]
-    inputs: dict[str, Operand | Mask] = dict(operands)
+    replaced = [x for name in into if isinstance(x := operands[name], jax.Array)]
+    if not gpu_writes_operands(*replaced):
+        into, replaced = (), []
+    inputs: dict[str, Operand | Mask] = {
+        name: x for name, x in operands.items() if name not in into
+    }
     if not spec.mask.sees_all:
         table = walk_table(spec.mask, kernel.tile.tokens, kernel.transposed)
         inputs |= {"mask": spec.mask, "walks": table}
@@ -56,15 +65,17 @@ def launch(
         ins = jax.tree.unflatten(tree, refs[: len(leaves)])
         ins = {k: x.view() if isinstance(x, Columns) else x for k, x in ins.items()}
         outs = refs[len(leaves) :]
+        ins |= dict(zip(into, outs, strict=False))
         repeats = spec.group if kernel.transposed else 1
         walk = Walk.of(ins.get("walks"), columns, repeats)
         cta = Cta(spec, kernel, walk, ins, outs, scratch)
         pl.when(cta.warpgroup < COMPUTING)(cta.compute)
         pl.when(cta.warpgroup == COMPUTING)(cta.copy)
 
-    results = plgpu.kernel(
+    types = list(map(jax.ShapeDtypeStruct, shapes, dtypes))
+    run = plgpu.kernel(
         body,
-        out_type=list(map(jax.ShapeDtypeStruct, shapes, dtypes)),
+        out_type=() if into else types,
         scratch_types=scratch,
         grid=(heads, length // TILE, batch),
         grid_names=("head", "tile", "batch"),
@@ -77,8 +88,12 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=gpu_interpret_params() if spec.interpret else None,
-    )(*leaves)
-    return vary_like(list(results), leaves)
+    )
+    if not into:
+        return vary_like(list(run(*leaves)), leaves)
+    targets = [jax.new_ref(x) for x in replaced]
+    run(*leaves, *targets)
+    return vary_like([jax.freeze(x) for x in targets], leaves)
 
 
 def keys_and_values(
