@@ -157,6 +157,7 @@ ROUNDED = {
     "one device": (1, Unidirectional(), [BF16], {(BF16, BF16)}),
     "ring": (3, Unidirectional(), [None, None, BF16], {(None, None)}),
     "two rings": (4, Double(2), [None, None, None, BF16], {(None, None)}),
+    "groups": (8, Unidirectional(4), [None, None, None, BF16], {(None, None)}),
     "gathered": (3, AllGather(), [BF16], {(BF16, None)}),
 }
 
@@ -180,6 +181,38 @@ def test_only_what_nothing_is_added_to_is_rounded(name):
     jax.eval_shape(jax.vmap(shard, axis_name="ring"), *structs, lse)
     assert of_forward == forward
     assert set(of_backward) == backward
+
+
+@pytest.mark.parametrize(
+    ("size", "shards"),
+    [
+        # The own shard, one, two, a loop of two groups, and one that remains.
+        pytest.param(9, 2, id="loop"),
+        pytest.param(8, 3, id="remainder", marks=pytest.mark.long),
+        pytest.param(8, 4, id="whole", marks=pytest.mark.long),
+        pytest.param(3, 4, id="few", marks=pytest.mark.long),
+        pytest.param(2, 2, id="two", marks=pytest.mark.long),
+    ],
+)
+def test_groups_of_shards_are_one_chunk(size, shards):
+    q, kv = normal(0, (size, B, T, N, H), (size, B, T, K, H + V))
+
+    def shard(schedule, q, kv):
+        return schedule_forward(schedule, ring_of(size, RULES["window"]), q, kv, None)
+
+    whole = tokens(0, size * T)
+    mask = Mask(RULES["window"], whole, whole)
+    k, v = apart(joined(kv, 1), H)
+    with jax.enable_x64(True):
+        exact = [x.astype("float64") for x in (joined(q, 1), k, v)]
+        expected = kernels.chunk("reference").forward(*exact, mask, None, Logits(0.5))
+    errors = []
+    for schedule in (Unidirectional(shards), Unidirectional()):
+        run = jax.vmap(functools.partial(shard, schedule), axis_name="ring")
+        actual = [joined(x, 1) for x in jax.jit(run)(q, kv)]
+        chex.assert_trees_all_close(actual, [*expected], atol=1e-5)
+        errors.append(jnp.linalg.norm(actual[0] - expected[0].astype("float32")))
+    assert errors[0] <= 1.1 * errors[1]
 
 
 @pytest.mark.parametrize(

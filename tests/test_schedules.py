@@ -272,6 +272,7 @@ def test_wrong_options(options, message, no_type_checks):
 
 NAMES = {
     "unidirectional": Unidirectional(),
+    "unidirectional:4": Unidirectional(4),
     "bidirectional": Bidirectional(),
     "double:1": Double(1),
     "double:4": Double(4),
@@ -284,6 +285,11 @@ NAMES = {
 def test_a_string_names_each_schedule(name):
     assert schedule_of(NAMES[name], 8) is NAMES[name]
     assert schedule_of(name, 8) == NAMES[name]
+
+
+def test_a_call_attends_to_some_shards():
+    with pytest.raises(ValueError, match="shards=0 must be a positive int"):
+        Unidirectional(0)
 
 
 def test_inner_rings_have_devices():

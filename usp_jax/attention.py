@@ -107,7 +107,9 @@ def usp_attention(
       return_residual: if True, also returns the log-sum-exp of the logits.
       ring_schedule: how keys and queries meet around the ring; it does not change what
         is computed. A name, or an object from `usp_jax.ring`. "unidirectional" rotates
-        k and v, and leaves out the hops that the layout and masks make empty.
+        k and v, and leaves out the hops that the layout and masks make empty;
+        "unidirectional:4" attends to groups of up to 4 shards in the forward pass,
+        which needs memory for 8 shards and writes partial results less often.
         "bidirectional" sends half of each shard in each direction, which halves the
         time of a hop on a torus. "double:4" (`Double(inner=4)`) nests rings of 4
         neighbours in an outer ring, for links of two speeds; 4 must divide the ring.

@@ -260,6 +260,7 @@ def test_eight_fake_cpu_devices_remain():
         {"ring_schedule": "bidirectional"},
         {"ring_schedule": "double:2"},
         {"ring_schedule": "double:4"},
+        {"ring_schedule": "unidirectional:4"},
         {"ring_schedule": "pass_q"},
     ],
 )

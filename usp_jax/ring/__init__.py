@@ -2,9 +2,10 @@
 
 `schedule.py` selects a schedule. `steps.py` is the algorithm over the turns of
 `ring.py`, which `unidirectional.py`, `bidirectional.py` and `double.py` list.
-`visits.py` leaves out hops that are known to be empty. `all_gather.py` and `pass_q.py`
-are separate algorithms. `keys.py` makes keys and values of what travels, and
-`tokens.py` gathers the facts of all shards that masks need.
+`visits.py` leaves out hops that are known to be empty, `grouped.py` attends to several
+shards at once. `all_gather.py` and `pass_q.py` are separate algorithms. `keys.py` makes
+keys and values of what travels, and `tokens.py` gathers the facts of all shards that
+masks need.
 """
 
 from usp_jax.ring.all_gather import AllGather as AllGather

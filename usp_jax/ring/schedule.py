@@ -10,6 +10,7 @@ from usp_jax.kernels import Carry
 from usp_jax.ring.all_gather import AllGather, gather_backward, gather_forward
 from usp_jax.ring.bidirectional import Bidirectional
 from usp_jax.ring.double import Double
+from usp_jax.ring.grouped import grouped_forward
 from usp_jax.ring.keys import Stays
 from usp_jax.ring.pass_q import PassQ, pass_q_backward, pass_q_forward
 from usp_jax.ring.ring import Ring
@@ -41,6 +42,8 @@ def schedule_forward(
             return pass_q_forward(ring, q, kv, carry)
         case Unidirectional() if (visits := static_visits(ring)) is not None:
             return visits_forward(ring, visits, q, kv, carry)
+        case Unidirectional(shards=shards) if shards > 1:
+            return grouped_forward(ring, shards, q, kv, carry)
         case _:
             return ring_forward(ring, schedule.turns(ring.devices), q, kv, carry)
 
@@ -84,15 +87,17 @@ def schedule_of(
     """
     schedule = ring_schedule
     if isinstance(schedule, str):
-        name, _, inner = schedule.partition(":")
-        if name == "double" and inner.isdecimal() and int(inner):
-            schedule = Double(int(inner))
+        name, _, number = schedule.partition(":")
+        sized = {"double": Double, "unidirectional": Unidirectional}
+        if name in sized and number.isdecimal() and int(number):
+            schedule = sized[name](int(number))
         elif schedule in _NAMED:
             schedule = _NAMED[schedule]
     if not isinstance(schedule, Schedule):
         raise ValueError(
             f"{ring_schedule=} must be one of {SCHEDULES}, double with the size of its "
-            'inner rings ("double:4"), or an object from usp_jax.ring'
+            'inner rings ("double:4"), unidirectional with the number of shards of a '
+            'kernel call ("unidirectional:2"), or an object from usp_jax.ring'
         )
     if isinstance(schedule, Double) and (ring_size or 0) % schedule.inner:
         raise ValueError(

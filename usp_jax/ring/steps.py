@@ -66,7 +66,7 @@ def ring_forward(
         return attend(0, kv, carry)
     # Without `together`, a hop inside the next step need not wait for this one.
     first = together(ring.hop(turn, kv), attend(0, kv, carry))
-    kv, carry = _loop(1, turn.size - 1, body, first)
+    kv, carry = loop(1, turn.size - 1, body, first)
     return attend(turn.size - 1, kv, carry)
 
 
@@ -173,7 +173,7 @@ def take_turn(
         stays, travels = together(*part(1, visitor, ALL))
     else:
         state = together(ring.hop(turn, visitor), *part(1, visitor, ALL))
-        visitor, stays, travels = _loop(2, last, body, state)
+        visitor, stays, travels = loop(2, last, body, state)
         stays, travels = late(last, visitor, stays, travels)
     own, stays, travels = together(own, stays, travels)
     arrived = ring.hop(turn, travels)
@@ -209,6 +209,6 @@ def added(a: S, b: S) -> S:
     return total
 
 
-def _loop(start: int, stop: int, body: Callable[[Index, S], S], state: S) -> S:
+def loop(start: int, stop: int, body: Callable[[Index, S], S], state: S) -> S:
     """Runs a loop in the compiled program; leaves it out if it has no trips."""
     return lax.fori_loop(start, stop, body, state) if start < stop else state
