@@ -20,7 +20,7 @@ def merged(table: Sequence[Row], rows: Sequence[Row]) -> tuple[Row, ...]:
     Each new row goes before the rows for heads that are as large, so that it is found
     before rows that match more devices.
     """
-    names = ("device", "capabilities", "head_size", "itemsize")
+    names = ("device", "capabilities", "head_size", "itemsize", "value_size")
 
     def calls(row):
         return tuple(getattr(row, name) for name in names)

@@ -252,3 +252,8 @@ def test_every_head_size_has_block_sizes() -> None:
     h200 = Target("gpu", "NVIDIA H200", (9, 0))
     for head_size in range(1, 257):
         assert isinstance(BlockSizes.of(h200, head_size, "bfloat16"), BlockSizes)
+    same = BlockSizes.of(h200, 192, "bfloat16")
+    assert BlockSizes.of(h200, 192, "bfloat16", 136) == same
+    # Smaller values leave registers and shared memory for longer tiles.
+    smaller = BlockSizes.of(h200, 192, "bfloat16", 128)
+    assert smaller.forward.tokens > same.forward.tokens

@@ -124,9 +124,15 @@ def _dk_and_dv(
     """
 
     def run(*names: str, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
-        streams = ("q", "lse"), ("do", "delta")
-        body = partial(_dkv, names)
-        kernel = Kernel("dkv", body, ("k", "v"), streams, spec.blocks.dkv)
+        body, tile = partial(_dkv, names), spec.blocks.dkv
+        own: tuple[str, ...] = ("k", "v")
+        streams: tuple[tuple[str, ...], ...] = ("q", "lse"), ("do", "delta")
+        if names == ("dv",):
+            # It needs no product of do and v.
+            own, streams = ("k",), (("q", "lse"), ("do",))
+            tile = spec.blocks.dv or tile
+        name = "dkv" if len(names) > 1 else names[0]
+        kernel = Kernel(name, body, own, streams, tile)
         return launch(spec, kernel, operands, shapes, [dtype] * len(shapes))
 
     keys, values = operands["k"], operands["v"]
@@ -183,7 +189,7 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
     Scores are transposed: [keys, queries].
     """
     spec, walk, scratch = cta.spec, cta.walk, cta.scratch
-    k, v = (scratch[name].at[cta.warpgroup] for name in ("k", "v"))
+    k = scratch["k"].at[cta.warpgroup]
     stages, size = scratch["q"].shape[:2]
     shape = (ROWS, size)
     pl.when(walk.listed > 0)(cta.await_own)
@@ -204,6 +210,7 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
             def products(s_ref: Ref, *dp_ref: Ref) -> None:
                 plgpu.wgmma(s_ref, k, transposed(q))
                 for ref in dp_ref:
+                    v = scratch["v"].at[cta.warpgroup]
                     plgpu.wgmma(ref, v, transposed(do))
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(dp_ref))
                 seen = cta.seen(n) if masked else None
@@ -224,7 +231,7 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
         cta.free("do", slot)
         return state
 
-    sizes = {"dk": k.shape[-1], "dv": v.shape[-1]}
+    sizes = {"dk": k.shape[-1], "dv": scratch["do"].shape[-1]}
     scales = {"dk": spec.late_scale, "dv": 1.0}
     zeros = [full((ROWS, sizes[name]), 0.0, MATRIX) for name in names]
     state = walk.fold(step, zeros, 0)

@@ -34,26 +34,40 @@ class BlockSizes:
     Attributes:
       split_dkv: whether to compute dk and dv in two passes, for heads where registers
         hold only one of them.
+      dv: the tile of the pass for dv, if there are two; None means `dkv`, the other's.
     """
 
     forward: Tile
     dq: Tile
     dkv: Tile
     split_dkv: bool = False
+    dv: Tile | None = None
 
     @classmethod
-    def of(cls, target: Target, head_size: int, dtype: DTypeLike) -> "BlockSizes":
+    def of(
+        cls,
+        target: Target,
+        head_size: int,
+        dtype: DTypeLike,
+        value_size: int | None = None,
+    ) -> "BlockSizes":
         """Returns the default for a device, a head size and the dtype of q, k, v.
+
+        Args:
+          head_size: the larger of the head sizes of keys and values.
+          value_size: the head size of values, if it is smaller.
 
         Raises:
           ValueError: there is no default for this head size.
         """
-        return lookup(TABLE, target, head_size, dtype)
+        return lookup(TABLE, target, head_size, dtype, value_size)
 
 
 # Chosen to fit the 64K registers and 227 KiB of shared memory that a multiprocessor of
-# compute capability 9.0 has. Rows with a source are the fastest that benchmarks/tune.py
-# found.
+# compute capability 9.0 has: of the tiles with few spilled registers the longest, with
+# two stages if they fit (benchmarks/hopper_resources.py). Rows with a source are the
+# fastest that benchmarks/tune.py found. Heads of 192 with values of 128 are those of
+# latent attention.
 TABLE = (
     Row(BlockSizes(Tile(128), Tile(128), Tile(128)), head_size=64),
     Row(
@@ -61,6 +75,14 @@ TABLE = (
         head_size=128,
         source="2026-11-26, jax 0.11.2, NVIDIA H100, causal 16384, head size 128",
     ),
+    Row(
+        BlockSizes(Tile(128), Tile(64), Tile(64), split_dkv=True, dv=Tile(128)),
+        head_size=192,
+        value_size=128,
+    ),
     Row(BlockSizes(Tile(64), Tile(64), Tile(64), split_dkv=True), head_size=192),
-    Row(BlockSizes(Tile(64), Tile(32), Tile(32), split_dkv=True), head_size=256),
+    Row(
+        BlockSizes(Tile(64), Tile(32), Tile(32), split_dkv=True, dv=Tile(64)),
+        head_size=256,
+    ),
 )

@@ -57,7 +57,7 @@ class ChunkSpec:
                 f"mosaic_gpu supports head sizes up to 256, not {size}; use "
                 "implementation='xla'"
             )
-        blocks = blocks or BlockSizes.of(target, size, q.dtype)
+        blocks = blocks or BlockSizes.of(target, size, q.dtype, v.shape[-1])
         mask = pad_mask(mask, TILE, TILE)
         return cls(mask, logits, blocks, q.shape[2] // k.shape[2], interpret)
 
