@@ -6,17 +6,28 @@ import importlib
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import kernel_contenders, kernels, timing, tune
+from benchmarks import (
+    hopper_check,
+    hopper_resources,
+    kernel_contenders,
+    kernels,
+    timing,
+    tune,
+)
 from benchmarks.timing import Shape
 from benchmarks.tune_space import parts
 from benchmarks.tune_table import merged, replaced, written
+from tests.compilers import needs_compilers
+from usp_jax import aot
 from usp_jax.kernels.choice import KERNELS, Target
+from usp_jax.kernels.mosaic_gpu import blocks as mosaic_gpu
 from usp_jax.kernels.packages import Package
 from usp_jax.kernels.table import Row, lookup
 from usp_jax.masking import visible
@@ -256,3 +267,105 @@ def test_every_candidate_is_valid() -> None:
                 assert part.which in ("forward", "backward")
     with pytest.raises(ValueError, match="implementation='xla' must be one of"):
         parts("xla")
+
+
+PTXAS = """\
+ptxas info    : Compiling entry function 'usp_{}_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for usp_{}_mosaic_gpu_kernel
+    32 bytes stack frame, {} bytes spill stores, {} bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+"""
+
+
+def test_resources_are_read_from_what_the_compilers_print() -> None:
+    shared = "Resources(smem_scratch_bytes={}, tmem_scratch_cols=0)\n"
+    text = shared.format(1000) + shared.format(2000)
+    text += PTXAS.format("dkv", "dkv", 12, 20) + PTXAS.format("dq", "dq", 0, 0)
+    resources = hopper_resources.Resources
+    expected = {
+        "dq": resources(168, (0, 0), 1000),
+        "dkv": resources(168, (12, 20), 2000),
+    }
+    assert hopper_resources.resources(text, ("dq", "dkv")) == expected
+    with pytest.raises(ValueError, match="MOSAIC_GPU_DUMP_PTXAS"):
+        hopper_resources.resources(shared.format(1000), ("forward",))
+    # A kernel that was compiled before is left out.
+    text = shared.format(1) + shared.format(2) + PTXAS.format("dkv", "dkv", 0, 0)
+    assert list(hopper_resources.resources(text, ("dq", "dkv"))) == ["dkv"]
+
+
+def test_kept_resources_are_of_the_tiles_that_ship() -> None:
+    path = kernels.__file__.replace("kernels.py", "results/")
+    text = Path(path, "2026-11-30-hopper-resources.jsonl").read_text()
+    _, *lines = map(json.loads, text.splitlines())
+    chosen = [line for line in lines if line["chosen"]]
+    # Forward, dq, and dk, dv in one kernel or, for the larger three heads, in two.
+    kernels_of_a_mask = 2 * 3 + 3 * 4
+    assert len(chosen) == 2 * len(hopper_resources.MASKS) * kernels_of_a_mask
+    for line in chosen:
+        sizes = line["head_size"], "bfloat16", line["value_size"]
+        blocks = mosaic_gpu.BlockSizes.of(Target("gpu", line["device"], (9, 0)), *sizes)
+        assert hopper_resources.tile(blocks, line["kernel"]) == mosaic_gpu.Tile(
+            line["tokens"], line["stages"]
+        )
+        assert line["shared_memory_bytes"] <= 227 * 1024
+        # At most 15 registers are spilled: heads of 64, dk and dv.
+        assert line["spill_store_bytes"] <= 15 * 4
+
+
+@pytest.mark.long
+@needs_compilers
+def test_the_tiles_for_latent_attention_do_not_spill() -> None:
+    command = "-m benchmarks.hopper_resources --head-sizes 192/128 --machine h100:1x1"
+    run = [sys.executable, *command.split()]
+    text = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    _, *lines = map(json.loads, text.splitlines())
+    assert {line["kernel"] for line in lines} == {"forward", "dq", "dk", "dv"}
+    for line in lines:
+        assert line["chosen"] and line["device"] == "NVIDIA H100"
+        assert line["spill_store_bytes"] == line["spill_load_bytes"] == 0
+        assert 0 < line["shared_memory_bytes"] <= 227 * 1024
+
+
+@pytest.mark.long
+@interpreted
+def test_the_check_of_a_gpu_runs_at_toy_size(capsys) -> None:
+    lines = printed(hopper_check.main, ["--toy"], capsys)
+    kinds = [line["check"] for line in lines]
+    assert kinds == [
+        "reduce_add",
+        *["exact"] * 2,
+        "uncopied",
+        *["ratio"] * 2,
+        *["ring"] * 2,
+    ]
+    for line in lines:
+        assert "no_ratio" not in line and not line.get("failed")
+    assert all(line["same"] for line in lines if line["check"] == "uncopied")
+
+
+def test_the_check_of_a_gpu_ends_in_time_and_fails_if_a_result_is_wrong(
+    monkeypatch, capsys
+) -> None:
+    wrong = {"check": "exact", "failed": True}
+    monkeypatch.setattr(hopper_check, "checks", lambda _: [wrong])
+    assert hopper_check.main(["--toy", "--seconds", "-1"]) == 1
+    _, first, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == wrong
+    assert last == {"check": "stopped", "not_compared": 4}
+
+
+def test_a_ratio_needs_both_rates() -> None:
+    a, b = {"tflops": 3.0}, {"tflops": 2.0}
+    assert hopper_check.ratio(a, b)["ratio"] == 1.5
+    assert hopper_check.ratio(a, None) == {"no_ratio": "not installed"}
+    assert hopper_check.ratio(a, {"failed": "no"}) == {"no_ratio": "no"}
+
+
+@needs_compilers
+@pytest.mark.long
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="not before jax 0.12")
+def test_the_sum_of_integers_compiles_for_an_h100() -> None:
+    x = jax.ShapeDtypeStruct((8, 64, 64), "int32")
+    add = hopper_check.adding(8, (64, 64))
+    assert aot.compile(add, x, topology=aot.topology("h100:1x1")).fits
