@@ -235,7 +235,7 @@ def _tables(results: Results) -> list[rich.table.Table]:
     if "texts" in results:
         table = _table("perplexity", "text", "labels", "nats per label", "perplexity")
         for row in results["texts"]:
-            numbers = f"{row['nats']:.4f}", f"{row['perplexity']:.2f}"
+            numbers = f"{row['nats']:.4f}", f"{row['perplexity']:,.2f}"
             table.add_row(row["text"], f"{row['labels']:,}", *numbers)
         tables.append(table)
     if "buckets" in results:
@@ -244,7 +244,7 @@ def _tables(results: Results) -> list[rich.table.Table]:
         for row in results["buckets"]:
             positions = f"{row['first']:,} to {row['end'] - 1:,}"
             perplexity = math.exp(row["nats"])
-            table.add_row(positions, f"{row['nats']:.4f}", f"{perplexity:.2f}")
+            table.add_row(positions, f"{row['nats']:.4f}", f"{perplexity:,.2f}")
         tables.append(table)
     if "passkeys" in results:
         found = results["passkeys"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from usp_jax.command_line import say
+
 # jax's plugins for GPUs and TPUs, and the files of devices that they may run on: of
 # NVIDIA GPUs, also under WSL and on Jetson boards, and of TPUs.
 PLUGINS = frozenset(("xla_cuda12", "xla_cuda13", "libtpu"))
@@ -41,7 +43,7 @@ def use_cpu_if_alone() -> None:
     if importlib.util.find_spec("libtpu") is not None:
         plugins.add("libtpu")
     if not jax.config.jax_platforms and is_alone(plugins, Path("/dev")):
-        print("no GPU or TPU is here: running on the CPU", file=sys.stderr)
+        say("no GPU or TPU is here: running on the CPU", on_stderr=True)
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -57,7 +57,8 @@ def test_two_killed_processes_have_the_losses_of_one(
     text = (tmp_path / "0.log").read_text()
     assert text.count("resuming from step") == 2
     expected = losses(whole.run_dir)
-    np.testing.assert_allclose(losses(several.run_dir), expected, rtol=1e-5)
+    # Where answers are known by heart, losses are small differences of float32.
+    np.testing.assert_allclose(losses(several.run_dir), expected, rtol=1e-5, atol=1e-5)
     for name in ("margin", "eval_loss"):
         found = [
             [x[name] for x in rows(y.run_dir) if name in x] for y in (several, whole)
