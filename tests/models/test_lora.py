@@ -144,18 +144,19 @@ def test_a_mesh_has_the_results_of_merged_matrices(name, mesh, plain):
     assert all(not x.any() for n, x in gradients.items() if not is_adapter(n))
 
 
-def test_merged_matrices_are_sums():
-    model = model_of(CONFIGS["wide"], ring=2, tensor=2)
+@pytest.mark.parametrize("name", ["wide", pytest.param("hybrid", marks=LONG)])
+def test_merged_matrices_are_sums(name):
+    model = model_of(CONFIGS[name], ring=2, tensor=2)
     own = merged(model)
     assert own.config == dataclasses.replace(model.config, lora=None)
     merge_once = jax.jit(merge, static_argnums=0)
     expected = merge_once(model.config, parameters(model.config))
     actual = nnx.to_pure_dict(nnx.state(own))
     assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_allclose(actual[name], x, atol=1e-12)
-        before = getattr(model, name)[...].sharding
-        assert actual[name].sharding.is_equivalent_to(before, x.ndim)
+    for key, x in expected.items():
+        np.testing.assert_allclose(actual[key], x, atol=1e-12)
+        before = getattr(model, key)[...].sharding
+        assert actual[key].sharding.is_equivalent_to(before, x.ndim)
     assert merged(own) is own
 
 

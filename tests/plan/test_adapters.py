@@ -19,20 +19,24 @@ from usp_jax.plan.flops import step_work
 
 BASE = LlamaConfig.preset("llama3-8b")
 LORA = dataclasses.replace(BASE, lora=Lora(16, 32.0), param_dtype="bfloat16")
+HYBRID = dataclasses.replace(
+    LlamaConfig.preset("qwen3-next-80b-a3b"), lora=LORA.lora, param_dtype="bfloat16"
+)
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("model", "sizes"),
     [
-        {"ring": 2, "ulysses": 4},
-        {"data": 2, "tensor": 4, "zero": 1},
-        {"pipe": 2, "fsdp": 2, "tensor": 2},
+        (LORA, {"ring": 2, "ulysses": 4}),
+        (LORA, {"data": 2, "tensor": 4, "zero": 1}),
+        (LORA, {"pipe": 2, "fsdp": 2, "tensor": 2}),
+        (HYBRID, {"ring": 4, "tensor": 2, "zero": 1}),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, dict) else str(x.num_layers),
 )
-def test_the_state_is_that_of_the_training_step(sizes):
+def test_the_state_is_that_of_the_training_step(model, sizes):
     choice = plan.Choice(**sizes)
-    job = plan.job_of(LORA, "h100", devices=8, sequence=2**15, batch=8)
+    job = plan.job_of(model, "h100", devices=8, sequence=2**15, batch=8)
     mesh = usp_jax.make_mesh(**choice.sizes, devices=jax.devices(), explicit=False)
     optimizer = Training(AdamW(), 10).optimizer
     _, state = abstract_state(job.model_of(choice), mesh, optimizer)
