@@ -136,18 +136,20 @@ def recording(of_forward, of_backward):
     """A kernel that rounds itself, and appends the dtypes it is called with."""
     chunk = kernels.chunk("xla")
 
-    def forward(q, kv, v, *facts, dtype=None):
-        assert v is None
+    def forward(q, k, v, *facts, dtype=None):
         of_forward.append(dtype)
-        out, lse = chunk.forward(q, *apart(kv, H), *facts)
+        k, v = apart(k, H) if v is None else (k, v)
+        out, lse = chunk.forward(q, k, v, *facts)
         return out.astype(dtype or out.dtype), lse
 
-    def backward(q, kv, v, *facts, dtypes):
-        assert v is None
+    def backward(q, k, v, *facts, dtypes):
         of_backward.append(dtypes)
-        dq, dk, dv = chunk.backward(q, *apart(kv, H), *facts)
-        grads = zip((dq, side_by_side(dk, dv)), dtypes, strict=True)
-        return *(x.astype(dtype or x.dtype) for x, dtype in grads), None
+        arrays = apart(k, H) if v is None else (k, v)
+        dq, dk, dv = chunk.backward(q, *arrays, *facts)
+        dq_dtype, dtype = (x or dq.dtype for x in dtypes)
+        if v is not None:
+            return dq.astype(dq_dtype), dk.astype(dtype), dv.astype(dtype)
+        return dq.astype(dq_dtype), side_by_side(dk, dv).astype(dtype), None
 
     return dataclasses.replace(chunk, direct=kernels.Direct(forward, backward))
 
@@ -233,3 +235,17 @@ def test_dk_and_dv_are_rounded_after_the_last_sum(heads, groups, dkv, monkeypatc
 
     jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), q, kv, kv)
     assert of_backward == [(BF16, dkv)] * groups
+
+
+def test_the_one_chunk_of_a_window_is_rounded(monkeypatch):
+    of_forward, of_backward = [], []
+    chunk = recording(of_forward, of_backward)
+    monkeypatch.setattr(kernels, "chunk", lambda *_: chunk)
+    window = {"is_causal": True, "local_window_size": (3, 0)}
+    attend = functools.partial(
+        usp_jax.usp_attention, mesh=usp_jax.make_mesh(ring=4), **window
+    )
+    q, kv = (jax.ShapeDtypeStruct((1, 64, n, H), BF16) for n in (N, K))
+    jax.eval_shape(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2)), q, kv, kv)
+    # dk and dv of the halo are still added up.
+    assert (set(of_forward), of_backward) == ({BF16}, [(BF16, None)])

@@ -198,7 +198,10 @@ def _attend(
     k, v = _with_halo(k, v, halo)
     before = sinks_carry(chain, q, v.shape[-1], sinks)
     mask, logits = _mask(call, q.shape[1], halo, facts), logits_of(chain, facts)
-    out, lse = chunk.forward(q, k, v, mask, before, logits)
+    if chunk.direct is None:
+        out, lse = chunk.forward(q, k, v, mask, before, logits)
+    else:
+        out, lse = chunk.direct.forward(q, k, v, mask, before, logits, dtype=q.dtype)
     return out.astype(q.dtype), lse
 
 
@@ -220,9 +223,15 @@ def _backward(
     chunk = kernels.chunk(call.implementation, kernels.target_of(call.shards.mesh))
     delta = delta_of(out, lse, dout, dlse)
     mask, logits = _mask(call, q.shape[1], halo, facts), logits_of(chain, facts)
-    dq, dk, dv = chunk.backward(
-        q, *_with_halo(k, v, halo), dout, lse, delta, mask, logits
-    )
+    arrays = q, *_with_halo(k, v, halo), dout, lse, delta
+    if chunk.direct is None:
+        dq, dk, dv = chunk.backward(*arrays, mask, logits)
+    else:
+        # Only dq is complete: dk and dv of the halo are added up on other devices.
+        dtypes = q.dtype, None
+        dq, dk, more = chunk.direct.backward(*arrays, mask, logits, dtypes=dtypes)
+        assert more is not None
+        dv = more
     tables = _halo(call, k.shape[1])
     dkv = tables.send_back(side_by_side(dk, dv), call.shards.split)
     dk, dv = apart(dkv.astype(k.dtype), k.shape[-1])
