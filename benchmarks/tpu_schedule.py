@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_schedule --sample --out results.jsonl     # docs' table
     python -m benchmarks.tpu_schedule --generations v6e --passes forward \\
-        --head-sizes 128 --masks causal --tile 1024,2048,512 --vmem-mib 64
+        --head-sizes 128 --masks causal --tile 1024,2048,512,ahead --vmem-mib 64
 
 Runs anywhere and times nothing: a TPU's bundles are executed in the order compiled, one
 a cycle (`usp_jax.aot.tpu_schedule`). Waiting for HBM is left out, so that the cycles
@@ -16,8 +16,9 @@ sum over the blocks of its mask, and the share of the core's peak that it reache
 visible pairs. With `--out` lines are appended to a file, and a kernel that is there
 already, of the same sources and compiler, is left out: a run that was stopped resumes.
 
-A compilation takes half a minute or more. Without options all combinations are
-compiled, 160 with tokamax installed; `--sample` compiles 68 of these.
+A compilation takes 5 to 30 seconds of a CPU core. Without options all combinations are
+compiled, 160 with tokamax installed; `--sample` compiles 60 of these: causal calls of
+all, and other masks for heads of 128 on v5e and v6e.
 """
 
 import argparse
@@ -62,6 +63,8 @@ TOPOLOGIES = {
 # twice that where heads of 128 fill half of an MXU. With the published peaks, clocks
 # are 1.5 (v5e), 1.75 (v5p, v6e) and 2.2 GHz.
 PEAK = {"v5e": 131_072, "v5p": 131_072, "v6e": 524_288, "tpu7x": 524_288}
+# Of each kind of MXU one: the generations whose windows and documents are sampled.
+SAMPLED = ("v5e", "v6e")
 HEAD_SIZES = ((64, 64), (128, 128), (256, 256), (192, 128))
 
 
@@ -86,6 +89,7 @@ class Case:
             "block_q": call.tile.q,
             "block_kv": call.tile.kv,
             "kv_compute": call.tile.kv_compute,
+            "ahead": call.tile.ahead,
             "vmem_mib": call.vmem_mib,
             "heads": call.heads,
             "kv_heads": call.kv_heads,
@@ -166,7 +170,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         is_usual = sizes == (128, 128)
         if kernel != "usp_jax" and not (is_usual and mask in SPLASH_MASKS):
             continue
-        if options.sample and not in_sample(generation, sizes, mask):
+        if options.sample and not in_sample(kernel, generation, sizes, mask):
             continue
         (kind,) = (tpu.kind for tpu in TPUS if tpu.name == generation)
         blocks = BlockSizes.of(Target("tpu", kind), max(sizes), "bfloat16")
@@ -175,11 +179,11 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield Case(kernel, generation, Call(which, *sizes, mask, tile, vmem_mib))
 
 
-def in_sample(generation: str, sizes: tuple[int, int], mask: str) -> bool:
-    """Returns whether `--sample` takes a case: other sizes and masks one by one."""
-    if sizes == (128, 128):
-        return mask in ("causal", "full") or generation in ("v5e", "v6e")
-    return mask == "causal" and generation in ("v5p", "v6e")
+def in_sample(kernel: str, generation: str, sizes: tuple[int, int], mask: str) -> bool:
+    """Returns whether `--sample` takes a case."""
+    if mask == "causal":
+        return True
+    return kernel == "usp_jax" and sizes == (128, 128) and generation in SAMPLED
 
 
 def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:
@@ -201,20 +205,22 @@ def sources(kernel: str) -> dict:
     if kernel != "usp_jax":
         return versions
     kernels = Path(mosaic_tpu.__file__).parent
-    library = kernels.parent.parent
-    files = [*sorted(kernels.glob("*.py")), *sorted(kernels.parent.glob("*.py"))]
-    files += [library / "masking.py", library / "merge.py"]
+    # The block sizes are in the line.
+    files = sorted(set(kernels.glob("*.py")) - {kernels / "blocks.py"})
+    files += [kernels.parent / "logits.py", kernels.parent.parent / "masking.py"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return versions | {"source": digest.hexdigest()[:12]}
 
 
 def _tile(text: str) -> Tile:
+    sizes, ahead, rest = text.partition(",ahead")
     try:
-        q, kv, kv_compute = map(int, text.split(","))
-        return Tile(q, kv, kv_compute)
+        q, kv, kv_compute = map(int, (sizes + rest).split(","))
+        return Tile(q, kv, kv_compute, bool(ahead))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be q,kv,kv_compute such as 1024,1024,512 ({error})"
+            f"{text!r} must be q,kv,kv_compute such as 1024,1024,512, or these and "
+            f"ahead such as 1024,2048,512,ahead ({error})"
         ) from None
 
 
@@ -257,13 +263,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--masks", **several, choices=MASKS, default=MASKS)
     parser.add_argument("--lengths", **several, type=int, default=[8192, 32768])
     parser.add_argument(
-        "--tile", type=_tile, help="q,kv,kv_compute; default: as shipped"
+        "--tile",
+        type=_tile,
+        help="q,kv,kv_compute or q,kv,kv_compute,ahead; default: as shipped",
     )
     parser.add_argument("--vmem-mib", type=int, help="default: as shipped")
     parser.add_argument(
         "--sample",
         action="store_true",
-        help="heads other than of 128: v5p, v6e, causal; window, packed: v5e, v6e",
+        help="causal calls of all; other masks: heads of 128 on v5e and v6e",
     )
     parser.add_argument("--out", type=Path, help="JSON lines to append to")
     parser.add_argument(

@@ -1,9 +1,10 @@
-"""The table and the points of the picture made from `tpu_schedule`'s lines."""
+"""The tables and the points of the picture made from `tpu_schedule`'s lines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Line = dict[str, Any]
+GENERATIONS = ("v5e", "v5p", "v6e", "tpu7x")
 HEAD = (
     "",
     "least",
@@ -13,24 +14,47 @@ HEAD = (
     "jax's: full, 32K",
     "tokamax's: full, 32K",
 )
-# The fields that kernels of one row have in common.
-SAME = ("generation", "pass", "mask", "head_size", "v_head_size")
+HEAD_SIZES = ("64", "128", "192/128", "256")
+MASKS = ("causal", "full", "window", "packed")
 
 
 def rows(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
-    """Yields a row for each kernel of usp_jax, with the same call's of the others."""
-    counted = [line for line in lines if "full_cycles" in line]
-    for line in sorted(counted, key=_order):
-        if line["kernel"] != "usp_jax":
+    """Yields a row for each kernel of usp_jax, with the other projects' in its row.
+
+    Calls are causal with heads of 128.
+    """
+    found = {
+        (_place(line), line["kernel"]): line
+        for line in _counted(lines)
+        if (line["mask"], _heads(line)) == ("causal", "128")
+    }
+    for (place, kernel), line in found.items():
+        if kernel != "usp_jax":
             continue
+        blocks = line["block_q"], line["block_kv"]
+        size = "" if blocks == (1024, 1024) else ", {} × {}".format(*blocks)
         yield (
-            _name(line),
+            " ".join(place) + size,
             _scaled(line, "mxu"),
-            " / ".join(_scaled(line, kind) for kind in _kinds(line)),
+            " / ".join(_scaled(line, kind) for kind in ("full", "partial")),
             f"{line['step_cycles']} / {line['run_cycles']}",
-            " / ".join(_percent(call) for call in line["calls"]),
-            *(_other(line, counted, kernel) for kernel in ("jax", "tokamax")),
+            _percents(line),
+            *(_other(found.get((place, name))) for name in ("jax", "tokamax")),
         )
+
+
+def by_head_size(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
+    """Yields the % of the peak of causal calls by head size, at 8K / 32K tokens."""
+    chosen = [line for line in _counted(lines) if line["mask"] == "causal"]
+    yield from _pivoted(chosen, _heads, HEAD_SIZES)
+
+
+def by_mask(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
+    """Yields the % of the peak by mask, for heads of 128 where several were counted."""
+    chosen = [line for line in _counted(lines) if _heads(line) == "128"]
+    several = {_place(line) for line in chosen if line["mask"] != "causal"}
+    chosen = [line for line in chosen if _place(line) in several]
+    yield from _pivoted(chosen, lambda line: str(line["mask"]), MASKS)
 
 
 def points(lines: Sequence[Line]) -> dict[str, list[list[Any]]]:
@@ -39,42 +63,45 @@ def points(lines: Sequence[Line]) -> dict[str, list[list[Any]]]:
     Calls are causal with heads of 128.
     """
     found: dict[str, list[list[Any]]] = {}
-    for line in sorted((x for x in lines if "full_cycles" in x), key=_order):
-        if line["mask"] == "causal" and line["head_size"] == 128:
+    for line in _counted(lines):
+        if (line["mask"], _heads(line)) == ("causal", "128"):
             share = round(100 * line["mxu_cycles"] / line["full_cycles"], 1)
-            name = f"{line['pass']} {line['generation']}"
-            found.setdefault(line["kernel"], []).append([name, share])
+            found.setdefault(line["kernel"], []).append([" ".join(_place(line)), share])
     return found
 
 
+def _counted(lines: Sequence[Line]) -> list[Line]:
+    """Returns the lines that did not fail, in the order of the tables."""
+    return sorted((line for line in lines if "full_cycles" in line), key=_order)
+
+
 def _order(line: Line) -> tuple[Any, ...]:
-    """Sorts the usual call first: causal, with heads of 128."""
-    usual = line["mask"] == "causal", line["head_size"] == 128
-    generations = ("v5e", "v5p", "v6e", "tpu7x")
     return (
         line["pass"] == "backward",
-        usual != (True, True),
-        line["mask"],
-        line["head_size"],
-        generations.index(line["generation"]),
+        GENERATIONS.index(line["generation"]),
         ("usp_jax", "jax", "tokamax").index(line["kernel"]),
     )
 
 
-def _name(line: Line) -> str:
+def _place(line: Line) -> tuple[str, str]:
+    return line["pass"], line["generation"]
+
+
+def _heads(line: Line) -> str:
     of_q, of_v = line["head_size"], line["v_head_size"]
-    size = f"{of_q}" if of_q == of_v else f"{of_q}/{of_v}"
-    words = [f"{line['pass']} {line['generation']}"]
-    words += [] if size == "128" else [f"heads of {size}"]
-    words += [] if line["mask"] == "causal" else [line["mask"]]
-    blocks = line["block_q"], line["block_kv"]
-    words += [] if blocks == (1024, 1024) else ["{} × {}".format(*blocks)]
-    return ", ".join(words)
+    return f"{of_q}" if of_q == of_v else f"{of_q}/{of_v}"
 
 
-def _kinds(line: Line) -> tuple[str, ...]:
-    """The kinds of blocks that a mask has."""
-    return ("full",) if line["mask"] == "full" else ("full", "partial")
+def _pivoted(
+    lines: Sequence[Line], column: Callable[[Line], str], columns: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each pass and generation of usp_jax, with a cell by column."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for line in lines:
+        if line["kernel"] == "usp_jax":
+            cells.setdefault(_place(line), {})[column(line)] = _percents(line)
+    for place, found in cells.items():
+        yield (" ".join(place), *(found.get(name, "–") for name in columns))
 
 
 def _scaled(line: Line, kind: str) -> str:
@@ -83,13 +110,13 @@ def _scaled(line: Line, kind: str) -> str:
     return f"{line[f'{kind}_cycles'] / blocks:.0f}"
 
 
-def _percent(call: Line) -> str:
-    return f"{100 * call['share_of_peak']:.0f}"
+def _percents(line: Line) -> str:
+    return " / ".join(f"{100 * call['share_of_peak']:.0f}" for call in line["calls"])
 
 
-def _other(line: Line, lines: Sequence[Line], kernel: str) -> str:
-    """Returns the cycles of another kernel in the same call, or a dash."""
-    for other in lines:
-        if other["kernel"] == kernel and all(other[x] == line[x] for x in SAME):
-            return f"{_scaled(other, 'full')}, {_percent(other['calls'][-1])} %"
-    return "–"
+def _other(line: Line | None) -> str:
+    """Returns the cycles of another project's kernel, or a dash."""
+    if line is None:
+        return "–"
+    share = line["calls"][-1]["share_of_peak"]
+    return f"{_scaled(line, 'full')}, {100 * share:.0f} %"

@@ -274,8 +274,21 @@ def long_context_rows() -> str:
 
 def tpu_cycles() -> str:
     """Cycles of the TPU kernels, in the schedules that were compiled."""
-    rows = tpu_schedule_table.rows(kept("tpu-schedule"))
+    rows = tpu_schedule_table.rows(kept("tpu-schedule-sample"))
     return markdown(tpu_schedule_table.HEAD, rows)
+
+
+def tpu_heads() -> str:
+    """Shares of a TPU's peak by head size."""
+    rows = tpu_schedule_table.by_head_size(kept("tpu-schedule-sample"))
+    head = (f"heads of {size}" for size in tpu_schedule_table.HEAD_SIZES)
+    return markdown(("% of peak, 8K / 32K", *head), rows)
+
+
+def tpu_masks() -> str:
+    """Shares of a TPU's peak by mask."""
+    rows = tpu_schedule_table.by_mask(kept("tpu-schedule-sample"))
+    return markdown(("% of peak, 8K / 32K", *tpu_schedule_table.MASKS), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -292,6 +305,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "maxtext": maxtext,
     "errors": errors,
     "tpu-cycles": tpu_cycles,
+    "tpu-heads": tpu_heads,
+    "tpu-masks": tpu_masks,
 }
 
 
@@ -367,7 +382,7 @@ def plan_points() -> Points:
 
 def cycle_points() -> Points:
     """Shares of the cycles of a full pair of blocks in which the MXU works."""
-    return tpu_schedule_table.points(kept("tpu-schedule"))
+    return tpu_schedule_table.points(kept("tpu-schedule-sample"))
 
 
 def draw_kernels(axes: Any, points: Points) -> None:

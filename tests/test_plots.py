@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
-    "kind", ["attention-cpu", "kernels-h100", "train-memory", "tpu-schedule"]
+    "kind", ["attention-cpu", "kernels-h100", "train-memory", "tpu-schedule-sample"]
 )
 def test_stored_results_are_drawn(kind: str, tmp_path: Path) -> None:
     newest = max(RESULTS.glob(f"*-{kind}.jsonl"))

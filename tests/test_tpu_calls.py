@@ -1,10 +1,12 @@
 """The calls that benchmarks/tpu_schedule.py counts, and its sums; nothing compiles."""
 
 import sys
+from typing import Any
 
 import jax
 import pytest
 
+from benchmarks import tpu_schedule_table
 from benchmarks.timing import Shape
 from benchmarks.tpu_calls import MASKS, Call, program, splash_modules
 from benchmarks.tpu_schedule import Case, cases, parse, whole
@@ -66,15 +68,59 @@ def test_the_cycles_of_a_call_and_its_share_of_the_peak() -> None:
         assert dense["cycles"] == line["cycles"] + 32 * 6 * 100
 
 
-def test_the_table_and_its_sample() -> None:
+def test_all_cases_and_the_sample() -> None:
     everything, sample = (
         list(cases(parse(["--kernels", "usp_jax", "jax", *option])))
         for option in ([], ["--sample"])
     )
     assert len(everything) == 4 * 2 * (4 * 4 + 2)
     assert set(sample) < set(everything)
-    ours = {(x.generation, x.call.mask) for x in sample if x.kernel == "usp_jax"}
-    assert {mask for generation, mask in ours if generation == "v6e"} == set(MASKS)
+    causal = {x for x in everything if x.call.mask == "causal"}
+    assert len(causal) == 4 * 2 * (4 + 1) and causal < set(sample)
+    others = {
+        (x.kernel, x.generation, x.call.mask, x.call.head_size)
+        for x in set(sample) - causal
+    }
+    assert others == {
+        ("usp_jax", generation, mask, 128)
+        for generation in ("v5e", "v6e")
+        for mask in set(MASKS) - {"causal"}
+    }
+
+
+def counted(**fields: Any) -> dict[str, Any]:
+    """A line of results."""
+    line = {"kernel": "usp_jax", "generation": "v6e", "pass": "forward"}
+    line |= {"mask": "causal", "head_size": 128, "v_head_size": 128}
+    line |= {"block_q": 1024, "block_kv": 2048, "step_cycles": 266, "run_cycles": 828}
+    line |= {"full_cycles": 5064, "partial_cycles": 5782, "mxu_cycles": 4096}
+    shares = [{"share_of_peak": share} for share in (0.28, 0.35)]
+    return {**line, "calls": shares, **fields}
+
+
+def test_tables_of_lines() -> None:
+    square = {"block_kv": 1024, "full_cycles": 2858}
+    lines = [
+        counted(kernel="tokamax", **square),
+        counted(),
+        counted(generation="v5e", **square),
+        counted(mask="window", calls=[{"share_of_peak": 0.2}]),
+        counted(head_size=192, calls=[{"share_of_peak": 0.4}]),
+        {"kernel": "jax", "generation": "v6e", "failed": "no memory"},
+    ]
+    usual = "forward v6e, 1024 × 2048"
+    shares = "2532 / 2891", "266 / 828", "28 / 35", "–", "2858, 35 %"
+    first, second = tpu_schedule_table.rows(lines)
+    assert first[0] == "forward v5e" and second == (usual, "2048", *shares)
+    heads = dict(enumerate(tpu_schedule_table.by_head_size(lines)))
+    assert heads[1] == ("forward v6e", "–", "28 / 35", "40", "–")
+    # Of v5e no mask but the causal one was counted.
+    (masks,) = tpu_schedule_table.by_mask(lines)
+    assert masks == ("forward v6e", "28 / 35", "–", "20", "–")
+    assert tpu_schedule_table.points(lines) == {
+        "usp_jax": [["forward v5e", 143.3], ["forward v6e", 80.9]],
+        "tokamax": [["forward v6e", 143.3]],
+    }
 
 
 def test_options_select_a_case() -> None:
@@ -85,6 +131,9 @@ def test_options_select_a_case() -> None:
     expected = Call("backward", 192, 128, "window", tile, 32)
     assert case == Case("usp_jax", "v5p", expected)
     assert case.head()["block_q"] == 256 and case.head()["v_head_size"] == 128
+    ahead = blocks.replace(",512", ",512,ahead").split()
+    (case,) = cases(parse([*text.split(), *ahead]))
+    assert case.call.tile == Tile(256, 1024, 512, ahead=True)
     with pytest.raises(SystemExit):
         parse(["--tile", "256,1024"])
     with pytest.raises(SystemExit):

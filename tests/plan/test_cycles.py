@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from usp_jax import plan
+from usp_jax.aot.devices import TPUS
+from usp_jax.kernels import Target
+from usp_jax.kernels.mosaic_tpu import BlockSizes
 from usp_jax.layout import shard_positions
 from usp_jax.masking import EMPTY, FULL, PARTIAL, Mask, MaskRule, Tokens, block_kinds
 from usp_jax.plan.chunks import chunk_seconds
@@ -16,26 +19,46 @@ from usp_jax.plan.cycles import OURS, TOKAMAX, WAITS, Blocks, Pass, blocks_of
 from usp_jax.plan.share import call_of
 
 K = 1024
-KEPT = Path(__file__).parents[2] / "benchmarks/results/2026-11-29-planner-cycles.jsonl"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+
+
+def kept(name):
+    """Lines of causal calls in a file of results."""
+    newest = max(RESULTS.glob(f"*-{name}.jsonl"))
+    lines = [json.loads(line) for line in newest.read_text().splitlines()]
+    return [line for line in lines if line.get("mask", "causal") == "causal"]
+
+
+def pass_of(line):
+    cycles = (line[f"{name}_cycles"] for name in ("full", "partial", "step", "run"))
+    return Pass(*cycles, line["block_q"], line["block_kv"])
+
+
+def shipped():
+    """(line, the planner's pass) of each TPU, head size and pass, in its own blocks."""
+    lines = kept("tpu-schedule-sample")
+    names = "kernel", "generation", "pass", "head_size", "v_head_size"
+    names += "block_q", "block_kv", "kv_compute", "ahead"
+    by_call = {tuple(line.get(name) for name in names): line for line in lines}
+    for generation, kernels in OURS.items():
+        (kind,) = (tpu.kind for tpu in TPUS if tpu.name == generation)
+        for counts in kernels.counts:
+            sizes = counts.head_size, counts.value_size
+            blocks = BlockSizes.of(Target("tpu", kind), max(sizes), "bfloat16")
+            for name in ("forward", "backward"):
+                tile = dataclasses.astuple(getattr(blocks, name))
+                line = by_call["usp_jax", generation, name, *sizes, *tile]
+                yield line, getattr(counts, name)
 
 
 def test_the_cycles_are_those_that_were_kept():
-    lines = [json.loads(line) for line in KEPT.read_text().splitlines()]
-    found = {}
-    for kernel, table in (("usp_jax", OURS), ("tokamax", TOKAMAX)):
-        for generation, kernels in table.items():
-            for counts in kernels.counts:
-                for name in ("forward", "backward"):
-                    key = kernel, generation, name, counts.head_size, kernels.block
-                    found[key] = getattr(counts, name)
-    names = [field.name for field in dataclasses.fields(Pass)]
-    keys = "kernel", "generation", "pass", "head_size", "block"
-    assert found == {
-        tuple(line[key] for key in keys): Pass(
-            **{name: line[f"{name}_cycles"] for name in names}
-        )
-        for line in lines
-    }
+    found = list(shipped())
+    assert len(found) == 4 * 2 * len(OURS["v6e"].counts)
+    for line, own in found:
+        assert own == pass_of(line), line
+    (counts,) = TOKAMAX["v5p"].counts
+    for line in kept("planner-cycles"):
+        assert getattr(counts, line["pass"]) == pass_of(line)
 
 
 def visited(sequence, ring, block, window=None, documents=None):
@@ -53,7 +76,7 @@ def visited(sequence, ring, block, window=None, documents=None):
                 )
                 for x in (q, kv)
             ]
-            kinds = np.asarray(block_kinds(Mask(rule, *tokens), block, block)[0])
+            kinds = np.asarray(block_kinds(Mask(rule, *tokens), *block)[0])
             found["full"] += (kinds == FULL).sum()
             found["partial"] += (kinds == PARTIAL).sum()
             found["forward"] += (kinds != EMPTY).any(1).sum()
@@ -61,29 +84,51 @@ def visited(sequence, ring, block, window=None, documents=None):
     return {name: count / ring for name, count in found.items()}
 
 
+def of_size(q, kv):
+    """A pass with blocks of a size, whose cycles do not matter."""
+    return Pass(0, 0, 0, 0, q, kv)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (16, 32), (32, 16)])
 @pytest.mark.parametrize("ring", [1, 2, 4])
 @pytest.mark.parametrize("shard", [1, 2, 4])
-def test_the_blocks_of_a_causal_ring_are_those_of_the_mask(ring, shard):
-    block = 16
-    sequence = ring * shard * block
+def test_the_blocks_of_a_causal_ring_are_those_of_the_mask(block, ring, shard):
+    queries = shard * max(block)
+    sequence = ring * queries
     expected = visited(sequence, ring, block)
-    found = blocks_of(shard * block, sequence / 2, ring, block=block, edges=1)
-    assert (found.size, found.full, found.partial) == (
-        block,
-        expected["full"],
-        expected["partial"],
+    forward, backward = (
+        blocks_of(
+            queries,
+            sequence / 2,
+            ring,
+            counted=of_size(*block),
+            edges=1,
+            by_keys=by_keys,
+        )
+        for by_keys in (False, True)
     )
-    assert found.runs == (expected["forward"] + expected["backward"]) / 2
+    for found in (forward, backward):
+        assert (found.q, found.kv) == block
+        assert (found.full, found.partial) == (expected["full"], expected["partial"])
+    if block[0] == block[1]:
+        # The two runs differ by one block at the diagonal.
+        total = expected["forward"] + expected["backward"]
+        assert forward.runs + backward.runs == total
+    else:
+        runs = expected["forward"], expected["backward"]
+        assert (forward.runs, backward.runs) == pytest.approx(runs, rel=0.15)
 
 
+@pytest.mark.parametrize("block", [(16, 16), (16, 32)])
 @pytest.mark.parametrize(
     "masked", [{"window": 64}, {"window": 8}, {"documents": 250}, {"documents": 100}]
 )
-def test_the_blocks_of_windows_and_documents_are_near_those_of_the_mask(masked):
-    sequence, block = 512, 16
+def test_the_blocks_of_windows_and_documents_are_near_those_of_the_mask(block, masked):
+    sequence = 512
     expected = visited(sequence, 1, block, **masked)
     keys = masked["window"] if "window" in masked else masked["documents"] / 2
-    found = blocks_of(sequence, keys, 1, block=block, edges=2)
+    counted = of_size(*block)
+    found = blocks_of(sequence, keys, 1, counted=counted, edges=2)
     assert found.runs == expected["forward"]
     assert found.full == pytest.approx(expected["full"], rel=0.15, abs=2)
     steps = expected["full"] + expected["partial"]
@@ -91,37 +136,39 @@ def test_the_blocks_of_windows_and_documents_are_near_those_of_the_mask(masked):
 
 
 def test_shards_are_cut_into_whole_blocks_as_the_kernels_do():
-    assert blocks_of(1500, 750, 1, block=1024, edges=1).size == 750
+    square = of_size(1024, 1024)
+    assert blocks_of(1500, 750, 1, counted=square, edges=1).q == 750
     # A block of less than the largest has all of a short shard.
-    assert blocks_of(600, 300, 1, block=1024, edges=1) == Blocks(600, 0, 1, 1)
+    found = blocks_of(600, 300, 1, counted=square, edges=1)
+    assert found == Blocks(600, 600, 0, 1, 1)
 
 
 def test_smaller_blocks_do_less_but_walk_as_often():
-    one = Pass(full=1000, partial=2000, step=30, run=4)
-    assert one.cycles(Blocks(1024, 3, 2, 1), 1024) == 3000 + 4000 + 150 + 4
-    assert one.cycles(Blocks(512, 3, 2, 1), 1024) == 750 + 1000 + 150 + 4
+    one = Pass(full=1000, partial=2000, step=30, run=4, q=1024, kv=2048)
+    assert one.cycles(Blocks(1024, 2048, 3, 2, 1)) == 3000 + 4000 + 150 + 4
+    assert one.cycles(Blocks(512, 1024, 3, 2, 1)) == 750 + 1000 + 150 + 4
 
 
-@pytest.mark.parametrize(
-    ("name", "passes"),
-    # Cycles of whole causal kernels of 32 query and 8 key/value heads and 32K tokens,
-    # added up over the lists of blocks that the kernels walk.
-    [("v5e", (80_484_352, 192_165_376)), ("tpu7x", (55_827_968, 108_260_352))],
-)
-def test_the_cycles_of_whole_kernels(name, passes):
-    kernels = OURS[name]
-    blocks = blocks_of(32 * K, 16 * K, 1, block=kernels.block, edges=1)
-    shared = dataclasses.replace(blocks, runs=blocks.runs / 4)
-    forward, backward = kernels.of(128)
-    assert 32 * forward.cycles(blocks, kernels.block) == passes[0]
-    assert 32 * backward.cycles(shared, kernels.block) == passes[1]
+def test_the_cycles_of_whole_kernels():
+    """They are those that were added up over the lists of blocks that kernels walk."""
+    for line, own in shipped():
+        by_keys = line["pass"] == "backward"
+        for call in line["calls"]:
+            length = call["length"]
+            blocks = blocks_of(
+                length, length / 2, 1, counted=own, edges=1, by_keys=by_keys
+            )
+            if by_keys:
+                # Four query heads share the runs of a key head.
+                blocks = dataclasses.replace(blocks, runs=blocks.runs / 4)
+            assert 32 * own.cycles(blocks) == call["cycles"], line
 
 
 def test_heads_fill_the_matrix_units():
     kernels = OURS["v6e"]
-    assert kernels.of(64) == kernels.of(128)
-    assert kernels.of(192) == kernels.of(256)
-    wider, counted = kernels.of(512)[1], kernels.of(256)[1]
+    assert kernels.of(32, 32) == kernels.of(64, 64)
+    assert kernels.of(192, 192) == kernels.of(256, 256) != kernels.of(192, 128)
+    wider, counted = kernels.of(512, 512)[1], kernels.of(256, 256)[1]
     assert (wider.full, wider.step) == (2 * counted.full, counted.step)
 
 
@@ -139,12 +186,15 @@ def seconds(machine, heads, **options):
 
 def test_a_chunk_takes_the_cycles_of_its_heads_over_the_clock():
     machine = plan.machine("v6e")
-    blocks = blocks_of(16 * K, 32 * K, 4, block=K, edges=1)
     clock = machine.peak_bfloat16 / OURS["v6e"].flops
     # Two query heads share the runs of a key/value head in the backward.
-    forward, backward = OURS["v6e"].of(128)
-    halved = dataclasses.replace(blocks, runs=blocks.runs / 2)
-    cycles = forward.cycles(blocks, K), backward.cycles(halved, K)
+    forward, backward = OURS["v6e"].of(128, 128)
+    queries, keys = (
+        blocks_of(16 * K, 32 * K, 4, counted=counted, edges=1, by_keys=by_keys)
+        for counted, by_keys in ((forward, False), (backward, True))
+    )
+    halved = dataclasses.replace(keys, runs=keys.runs / 2)
+    cycles = forward.cycles(queries), backward.cycles(halved)
     expected = [8 * x / 4 / clock / (1 - WAITS) for x in cycles]
     assert seconds("v6e", (8, 4), ring=4) == pytest.approx(expected)
 

@@ -1,6 +1,7 @@
 """Seconds that attention computes on one chunk, the mean over a ring's chunks."""
 
 import dataclasses
+import functools
 import math
 
 from usp_jax.plan.attention import Call
@@ -49,17 +50,18 @@ def _counted(
     """Seconds of a chunk from the cycles of its blocks."""
     length = min(job.documents or job.sequence, job.sequence)
     window = job.model.window
-    blocks = blocks_of(
+    blocks = functools.partial(
+        blocks_of,
         job.sequence // choice.sequence_shards * call.ulysses,
         visible_pairs(window, length) / length,
         1 if choice.ring_schedule == "all_gather" else call.ring,
-        block=kernels.block,
         edges=1 if length == job.sequence and (window or length) >= length else 2,
     )
     heads, rows = call.heads, rows_of(job, choice)
     own = heads.padded // (heads.ulysses_size * call.chunks)
     groups = heads.groups.shape[1]
-    forward, backward = kernels.of(call.head_size)
+    value_size = call.head_size if call.value_size is None else call.value_size
+    forward, backward = kernels.of(call.head_size, value_size)
     clock = job.machine.peak(job.model.dtype) / (kernels.cores * kernels.flops)
     # A core takes whole heads; in the backward, all query heads of a key/value head,
     # which share its runs. It is made into two if the cores could not share it.
@@ -71,11 +73,12 @@ def _counted(
         if cores == 2 and rows * groups % 2 and group % 2 == 0:
             groups, group = 2 * groups, group // 2
         second = group * _most(rows * groups, cores)
-    shared = dataclasses.replace(blocks, runs=blocks.runs / group)
+    found = blocks(counted=backward, by_keys=True)
+    shared = dataclasses.replace(found, runs=found.runs / group)
     each = call.chunks / (call.ring * clock * (1 - WAITS))
     return (
-        first * forward.cycles(blocks, kernels.block) * each,
-        second * backward.cycles(shared, kernels.block) * each,
+        first * forward.cycles(blocks(counted=forward)) * each,
+        second * backward.cycles(shared) * each,
     )
 
 

@@ -61,10 +61,11 @@ class BlockSizes:
 
 
 # v5e and v6e have 128 MiB of vector memory, v5p and later 64 MiB per core, earlier ones
-# 16 MiB. Chosen by the cycles of libtpu's schedules, for causal masks of 8K and 32K and
-# heads of 128. On v5e and v5p the matrix units bound both passes, and on later ones
-# only the backward: there, four pieces in turn let the forward's matrix and vector
-# units work at the same time.
+# 16 MiB. Chosen by the cycles of libtpu's schedules, for causal masks of 8K and 32K:
+# many sizes for heads of 128, a few others for those of 64, 192/128 and 256, where none
+# took fewer cycles at 32K (`benchmarks/results/*-tpu-tune.jsonl`). On v5e and v5p the
+# matrix units bound both passes, and on later ones only the backward: there, four
+# pieces in turn let the forward's matrix and vector units work at the same time.
 TABLE = (
     Row(
         BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
