@@ -27,6 +27,7 @@ import jax
 from benchmarks.plan_bytes import Case, K, kept
 from usp_jax import aot, plan
 from usp_jax.compiled import by_kind
+from usp_jax.plan.memory import host_bytes
 from usp_jax.units import GIB
 
 MODEL = "llama3-8b-16-heads"
@@ -171,7 +172,7 @@ def _compiled(report: aot.Report) -> dict[str, Any]:
 
 
 def modelled(line: dict[str, Any]) -> dict[str, Any]:
-    """Adds the planner's peak, seconds and causal MFU, and the published MFU."""
+    """Adds the planner's peak, host, seconds and MFU, and the published MFU."""
     case = Case.of(line)
     row = plan.evaluate(case.job, case.choice)
     memory, seconds = row.known
@@ -180,6 +181,7 @@ def modelled(line: dict[str, Any]) -> dict[str, Any]:
     return {
         **line,
         "planned_peak_gib": round(memory.peak / GIB, 2),
+        "planned_host_gib": round(host_bytes(case.job, case.choice) / GIB, 2),
         "modelled_seconds": round(seconds.total, 4),
         "modelled_parts": parts,
         "modelled_mfu_percent": round(100 * float(str(values["mfu_causal"])), 1),
@@ -196,7 +198,7 @@ HEAD = (
 def table(lines: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Returns the cells of saved lines, modelled again, under `HEAD`.
 
-    The peak of a line that was not compiled is the planner's, in parentheses.
+    Peak and host of a line that was not compiled are the planner's, in parentheses.
     """
     return [_cells(modelled(line)) for line in lines]
 
@@ -206,7 +208,8 @@ def _cells(line: dict[str, Any]) -> tuple[str, ...]:
     split = " × ".join(f"{n} {size}" for n, size in choice.sizes.items() if size > 1)
     published = line["published_mfu_percent"]
     ends = dict.fromkeys(published or ("-",))
-    sizes = f"({line['planned_peak_gib']:.1f})", "-", "-", "-"
+    planned = (f"({line[f'planned_{x}_gib']:.1f})" for x in ("peak", "host"))
+    sizes = *planned, "-", "-"
     if "error" in line:
         sizes = "does not fit", "-", "-", "-"
     elif "peak_gib" in line:
