@@ -16,8 +16,8 @@ from tests.kernels import emulated_cudnn
 from tests.oracle import TOLERANCES, Order, expected, normal, results
 from tests.sampling import thinned
 from usp_jax import kernels
-from usp_jax.kernels.delta import out_for
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.row_sums import out_for
 from usp_jax.masking import Mask, MaskRule, Tokens
 from usp_jax.ring import SCHEDULES
 from usp_jax.ring.tokens import RingTokens

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from usp_jax import arguments
+from usp_jax import arguments, kernels
 from usp_jax.delta.contract import Tiles
+from usp_jax.delta.implementations import KERNELS
 from usp_jax.delta.split import DeltaCall
 from usp_jax.layout import check_layout, check_length
 from usp_jax.mesh import NO_AXES, MeshAxes, axis_size
@@ -24,6 +25,7 @@ def checked_call(
     segment_ids: object,
     state: jax.Array | None,
     layout: str,
+    implementation: str | None,
     shards: Shards,
 ) -> tuple[DeltaCall, jax.Array | None]:
     """Checks the arguments, and makes the call and int32 segment ids."""
@@ -56,8 +58,15 @@ def checked_call(
     check_splits((batch, length), {"N": n, "M": m}, layout, shards)
     tensor = axis_size(shards.mesh, shards.axes.tensor)
     heads = Heads(m // tensor, n // tensor, shards.ulysses_size)
-    call = DeltaCall(shards, heads, layout, Tiles(exact=query.dtype.itemsize > 2))
-    return call, ids
+    tiles = Tiles(exact=query.dtype.itemsize > 2)
+    implementation = kernels.choose(
+        implementation,
+        target=kernels.target_of(shards.mesh),
+        dtype=query.dtype,
+        head_size=max(size, value.shape[3]),
+        kernels=KERNELS,
+    )
+    return DeltaCall(shards, heads, layout, tiles, implementation), ids
 
 
 def shards_of(mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> Shards:

@@ -34,6 +34,7 @@ def gated_delta(
     segment_ids: Ids | None = None,
     initial_state: Float[Array, "B M H V"] | None = None,
     layout: str = "contiguous",
+    implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
 ) -> Result:
@@ -67,6 +68,9 @@ def gated_delta(
         row. Defaults to 0.
       layout: order in which T is stored: "contiguous" (any length) or "zigzag" (lengths
         that `padded_length` returns).
+      implementation: "xla"; or "mosaic_tpu", a Pallas kernel for the forward, which has
+        never run on a TPU, or "mosaic_tpu_interpret", the same on any device, slowly.
+        Defaults to "xla".
       mesh: as in `usp_attention`.
       axes: as in `usp_attention`.
 
@@ -76,8 +80,8 @@ def gated_delta(
         promote_types(query.dtype, float32), the dtype in which it is computed.
 
     Raises:
-      ValueError: shapes, dtypes, lengths, heads, axes or names do not fit, or a second
-        derivative is taken.
+      ValueError: shapes, dtypes, lengths, heads, axes or names do not fit, the
+        implementation cannot run the call, or a second derivative is taken.
 
     Example:
       ```python
@@ -93,7 +97,7 @@ def gated_delta(
     mesh = resolve_mesh(mesh, axes, query, key, value)
     shards = shards_of(mesh, axes)
     arrays = query, key, value, log_decay, beta, segment_ids, initial_state
-    call, segment_ids = checked_call(*arrays, layout, shards)
+    call, segment_ids = checked_call(*arrays, layout, implementation, shards)
     run = _on_shards if mesh is None else _on_mesh
     return run(call, query, key, value, log_decay, beta, segment_ids, initial_state)
 
@@ -108,6 +112,7 @@ def gated_delta_per_shard(
     segment_ids: Integer[Array, "B t"] | None = None,
     initial_state: Float[Array, "B M H V"] | None = None,
     layout: str = "contiguous",
+    implementation: str | None = None,
     axes: MeshAxes = MeshAxes(),
 ) -> tuple[Float[Array, "B t M V"], Float[Array, "B M H V"]]:
     """`gated_delta` (arXiv 2412.06464) inside the caller's own `jax.shard_map`.
@@ -125,6 +130,7 @@ def gated_delta_per_shard(
       segment_ids: integers [B, t].
       initial_state: [B, M, H, V], the same on all devices of `ring` and `ulysses`.
       layout: as in `gated_delta`. Nothing is padded: lengths must divide.
+      implementation: as in `gated_delta`.
       axes: the axes that play the roles `ring` and `ulysses`.
 
     Returns:
@@ -136,7 +142,7 @@ def gated_delta_per_shard(
     """
     shards = Shards.of_bound(axes)
     arrays = query, key, value, log_decay, beta, segment_ids, initial_state
-    call, segment_ids = checked_call(*arrays, layout, shards)
+    call, segment_ids = checked_call(*arrays, layout, implementation, shards)
     return _on_shards(
         call, query, key, value, log_decay, beta, segment_ids, initial_state
     )

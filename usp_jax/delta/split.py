@@ -33,10 +33,10 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from usp_jax.delta.contract import DeltaTokens, Map, Tiles
+from usp_jax.delta.contract import DeltaChunk, DeltaTokens, Map, Tiles
 from usp_jax.delta.documents import document_starts
+from usp_jax.delta.implementations import chunk
 from usp_jax.delta.maps import Order, order_of, states_before
-from usp_jax.delta.xla import XLA
 from usp_jax.first_order import first_order
 from usp_jax.ring import apart, side_by_side
 from usp_jax.shards import HEADS, SEQ, TOKENS, Shards
@@ -65,12 +65,19 @@ class DeltaCall:
 
     Attributes:
       heads: the heads of v as query heads, those of q and k as key/value heads.
+      implementation: the name of the chunks' implementation.
     """
 
     shards: Shards
     heads: Heads
     layout: str
     tiles: Tiles
+    implementation: str
+
+    @property
+    def chunk(self) -> DeltaChunk:
+        """The chunk contract's functions."""
+        return chunk(self.implementation)
 
     @property
     def order(self) -> Order:
@@ -198,10 +205,11 @@ def _forward(
     if ring is None:
         before, a = start, None
     else:
-        maps = jax.tree.map(lambda x: _slots(x, order.slots), XLA.map_of(tokens, tiles))
+        maps = call.chunk.map_of(tokens, tiles)
+        maps = jax.tree.map(lambda x: _slots(x, order.slots), maps)
         before = _rows(states_before(maps, start, order, ring, index))
         a = _flat(maps.a, 2)
-    out, after, kept = XLA.run(tokens, before, tiles)
+    out, after, kept = call.chunk.run(tokens, before, tiles)
     # Every device could compute it from the maps; it would then be rounded differently.
     device, slot = order.chunks[-1]
     final = _slots(after, order.slots)[:, slot]
@@ -229,12 +237,12 @@ def _backward(
     # The final state is a sum over devices, so all have the same cotangent.
     dafter = _grouped(tokens, dfinal[:, 0], 1)
     if a is not None and shards.ring is not None:
-        b = _slots(XLA.adjoint(tokens, dout, tiles), order.slots)
+        b = _slots(call.chunk.adjoint(tokens, dout, tiles), order.slots)
         maps = Map(_grouped(tokens, a, 2).swapaxes(-1, -2), b)
         reverse = order.reversed
         dafter = _rows(states_before(maps, dafter, reverse, shards.ring, index))
     kept = kept.reshape(len(tokens.q), -1, *kept.shape[2:])
-    grads, dbefore = XLA.run_backward(
+    grads, dbefore = call.chunk.run_backward(
         tokens, _grouped(tokens, kept, 2), dout, dafter, tiles
     )
     device, slot = order.chunks[0]

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 from usp_jax.kernels.bands import Block, squares
 from usp_jax.kernels.cases import Case, Cases, static_cases
 from usp_jax.kernels.contract import Carry, Chunk, Grads
-from usp_jax.kernels.delta import out_for
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.row_sums import out_for
 from usp_jax.masking import Mask
 from usp_jax.merge import merge
 from usp_jax.varying import vary_like

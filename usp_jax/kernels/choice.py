@@ -143,7 +143,7 @@ class KernelSpec:
         return None if self.package is None else self.package.refusal()
 
 
-_ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _16_BITS = ("bfloat16", "float16")
 # Masks that depend on data, and a function of the logits.
 _BY_DATA = ("segment_ids", "positions", "prefix_length", "logits_soft_cap")
@@ -206,8 +206,8 @@ KERNELS = (
         static_masks=True,
         package=Package("fa4_jax", extra="fa4", python=(3, 12)),
     ),
-    KernelSpec("xla", dtypes=_ALL_DTYPES, bias_and_dropout=True, automatic=True),
-    KernelSpec("reference", dtypes=_ALL_DTYPES, bias_and_dropout=True),
+    KernelSpec("xla", dtypes=ALL_DTYPES, bias_and_dropout=True, automatic=True),
+    KernelSpec("reference", dtypes=ALL_DTYPES, bias_and_dropout=True),
     KernelSpec("triton_interpret", max_head_size=256),
     KernelSpec("mosaic_tpu_interpret"),
     KernelSpec("mosaic_gpu_interpret", max_head_size=256, dtypes=_16_BITS),
@@ -223,30 +223,32 @@ def choose(
     dtype: DTypeLike,
     head_size: int,
     needs: tuple[str, ...] = (),
+    kernels: tuple[KernelSpec, ...] = KERNELS,
 ) -> str:
     """Returns the implementation to use: the requested one, or the default of a target.
 
     With None, the choice is logged at debug level.
 
     Args:
-      implementation: one of `IMPLEMENTATIONS`, or None to choose the first automatic
-        one that can run the call.
+      implementation: the name of one of `kernels`, or None to choose the first
+        automatic one that can run the call.
       target: the device that the call will run on.
       dtype: the dtype of q, k and v.
       head_size: the larger of the head sizes of keys and values.
       needs: the names of the arguments in use that some kernels do not support.
+      kernels: the table; the one of attention by default.
 
     Raises:
       ValueError: `implementation` is unknown, or it does not support the target, the
         dtype, the head size or an argument in `needs`.
     """
     call = target, jnp.dtype(dtype), head_size, needs
-    able = [kernel for kernel in KERNELS if kernel.refusal(*call) is None]
+    able = [kernel for kernel in kernels if kernel.refusal(*call) is None]
     if implementation is None:
         name = next(kernel.name for kernel in able if kernel.automatic)
         _logger.debug("implementation=None takes %r for %s on %s", name, dtype, target)
         return name
-    for kernel in KERNELS:
+    for kernel in kernels:
         if kernel.name != implementation:
             continue
         if reason := kernel.refusal(*call):
@@ -255,7 +257,8 @@ def choose(
                 f"{tuple(kernel.name for kernel in able)}"
             )
         return implementation
-    raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+    names = tuple(kernel.name for kernel in kernels)
+    raise ValueError(f"{implementation=} must be None or one of {names}")
 
 
 def needs_static_masks(implementation: str) -> bool:

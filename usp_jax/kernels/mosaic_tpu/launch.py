@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 from jax import lax
@@ -18,6 +18,26 @@ TokensOfBoth = tuple[Tokens, Tokens]
 
 # Whether, and how, a kernel is interpreted.
 Interpret = bool | pltpu.InterpretParams
+
+Tree = TypeVar("Tree")
+
+
+def varied(inputs: Tree, interpret: Interpret) -> Tree:
+    """Makes all inputs vary over each mesh axis that any of them varies over.
+
+    Raises:
+      NotImplementedError: the kernel is interpreted inside a `jax.shard_map` that
+        checks which values vary.
+    """
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(inputs)))
+    if axes and interpret:
+        raise NotImplementedError(
+            "mosaic_tpu_interpret cannot run where jax checks which mesh axes "
+            f"values vary over ({', '.join(sorted(axes))}): pass check_vma=False "
+            "to jax.shard_map"
+        )
+    varying: Tree = jax.tree.map(lambda x: vary_over(x, axes), inputs)
+    return varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +75,8 @@ class Kernel:
             checks which values vary.
         """
         walk = self.walk
-        # Make all inputs vary over each mesh axis that any of them varies over.
         inputs = (walk.entries, walk.sizes, self.operands, self.state)
-        axes = frozenset().union(*map(varying_axes, jax.tree.leaves(inputs)))
-        entries, sizes, operands, state = jax.tree.map(
-            lambda x: vary_over(x, axes), inputs
-        )
-        if axes and self.interpret:
-            raise NotImplementedError(
-                "mosaic_tpu_interpret cannot run where jax checks which mesh axes "
-                f"values vary over ({', '.join(sorted(axes))}): pass check_vma=False "
-                "to jax.shard_map"
-            )
+        entries, sizes, operands, state = varied(inputs, self.interpret)
         if walk.calls == 1:
             return self._call(entries[0], sizes[0], operands, state)
 
@@ -75,6 +85,7 @@ class Kernel:
         ) -> tuple[tuple[jax.Array, ...], None]:
             return self._call(*lists, operands, state), None
 
+        assert state is not None  # Each call adds to it.
         return lax.scan(body, state, (entries, sizes))[0]
 
     def _call(

@@ -1,4 +1,4 @@
-"""The contract's delta, for packages that take out instead."""
+"""Making an out whose row sums with dout are given, for packages that take out."""
 
 import jax
 import jax.numpy as jnp
