@@ -44,13 +44,18 @@ from usp_jax.varying import varying_like
 
 LANES = 128
 
-# The most blocks, and the most heads of v, of a step.
-BLOCKS, HEADS = 4, 4
+# Rows of a register of 16-bit numbers.
+ROWS = 16
+
+# The most blocks of a step, over all heads of v. They are independent, up to the state
+# of each head, and fill each other's waits: with 16 blocks of 16 heads a block takes 25
+# % fewer cycles than with 16 of 4 heads. Twice as many would save 4 % more.
+MOST_BLOCKS = 16
 
 # A log decay after which nothing is left. Sums of some of them are finite.
 NOTHING_LEFT = -1e30
 
-VMEM_MIB = 64
+VMEM_MIB = 32
 
 
 def chunk(interpret: Interpret = False) -> DeltaChunk:
@@ -122,8 +127,8 @@ class Cut:
         """The cut of some chunks, with heads of v of a size."""
         rows, length, n, size = tokens.q.shape
         groups = tokens.v.shape[3]
-        heads = _divisor(n, max(1, HEADS // groups))
-        blocks = _divisor(tiles.blocks, BLOCKS)
+        heads = _divisor(n, MOST_BLOCKS // groups)
+        blocks = _divisor(tiles.blocks, MOST_BLOCKS // (groups * heads))
         return cls(rows, length, n, groups, size, values, tiles, heads, blocks, reads)
 
     @property
@@ -177,8 +182,8 @@ class Cut:
 
 
 def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is at most `most`."""
-    return max(i for i in range(1, most + 1) if n % i == 0)
+    """The largest divisor of n that is at most `most`, or 1."""
+    return max(i for i in range(1, max(most, 1) + 1) if n % i == 0)
 
 
 def _to_lanes(size: int) -> int:
@@ -410,7 +415,15 @@ def _inverse(lower: jax.Array, exact: bool) -> jax.Array:
         # Rows of the second of two blocks that are merged, and columns of the first.
         corner = ((row & half) != 0) & (((row ^ column) & -half) == half)
         change = jnp.where(corner, lower, 0)
-        if half > 1:
+        if half >= ROWS:
+            # Only the rows of second blocks change.
+            pairs = len(lower), -1, 2, half, block
+            second = inverse.reshape(pairs)[:, :, 1].reshape(len(lower), -1, block)
+            change = _fine(_fine(second, change, exact), inverse, exact)
+            change = change.reshape(len(lower), -1, half, block)
+            change = jnp.stack([jnp.zeros_like(change), change], 2)
+            change = change.reshape(inverse.shape)
+        elif half > 1:
             change = _fine(_fine(inverse, change, exact), inverse, exact)
         inverse, half = inverse - change, 2 * half
     return inverse
