@@ -22,6 +22,7 @@ from usp_jax.kernels.contract import (
     ChunkForward as ChunkForward,
     Direct as Direct,
     Grads as Grads,
+    IntegerSums,
     PallasBackward,
     PallasForward,
 )
@@ -59,6 +60,10 @@ def chunk(implementation: str, target: Target | None = None) -> Chunk:
             return _mosaic_gpu(target)
         case "mosaic_gpu_interpret":
             return _mosaic_gpu(target, interpret=True)
+        case "mosaic_gpu_fused":
+            return _mosaic_gpu_fused(target)
+        case "mosaic_gpu_fused_interpret":
+            return _mosaic_gpu_fused(target, interpret=True)
         case "triton":
             return _triton(target)
         case "triton_interpret":
@@ -89,6 +94,16 @@ def _mosaic_gpu(target: Target | None, interpret: bool = False) -> Chunk:
         mosaic_gpu.chunk_forward, mosaic_gpu.chunk_backward, target, interpret
     )
     return dataclasses.replace(chunk, direct=Direct(forward, backward))
+
+
+def _mosaic_gpu_fused(target: Target | None, interpret: bool = False) -> Chunk:
+    from usp_jax.kernels.mosaic_gpu import chunk_forward, fixed_point, fused
+
+    target = target_of(None) if target is None else target
+    chunk = _bound(chunk_forward, fused.chunk_backward, target, interpret)
+    backward = partial(fused.integer_backward, target=target, interpret=interpret)
+    sums = IntegerSums(fixed_point.key_maxima, backward, fused.finish)
+    return dataclasses.replace(chunk, sums=sums)
 
 
 def _triton(target: Target | None, interpret: bool = False) -> Chunk:

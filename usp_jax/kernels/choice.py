@@ -93,6 +93,7 @@ class KernelSpec:
       refuses: the names of other arguments that it does not support.
       static_masks: whether it must know its masks before running.
       package: the package that it calls, if that is optional.
+      jax: the oldest jax that can compile it; () means any.
       automatic: whether implementation=None may choose it.
     """
 
@@ -107,6 +108,7 @@ class KernelSpec:
     refuses: tuple[str, ...] = ()
     static_masks: bool = False
     package: Package | None = None
+    jax: tuple[int, ...] = ()
     automatic: bool = False
 
     def refusal(
@@ -140,6 +142,9 @@ class KernelSpec:
         refused = self.refuses + (() if self.bias_and_dropout else BIAS_AND_DROPOUT)
         if unable := [name for name in needs if name in refused]:
             return f"cannot honour {unable[0]}="
+        if jax.__version_info__ < self.jax:
+            oldest = ".".join(map(str, self.jax))
+            return f"needs jax {oldest} or newer, but this is jax {jax.__version__}"
         return None if self.package is None else self.package.refusal()
 
 
@@ -163,6 +168,16 @@ KERNELS = (
     ),
     KernelSpec(
         "triton", platform="gpu", capability=(8, 0), max_head_size=256, automatic=True
+    ),
+    # Deterministic, with five products in the backward. It has never run on a GPU.
+    KernelSpec(
+        "mosaic_gpu_fused",
+        platform="gpu",
+        capability=(9, 0),
+        majors=(9,),
+        max_head_size=128,
+        dtypes=_16_BITS,
+        jax=(0, 11, 2),
     ),
     # These four have no interpreter, and their masks must be static.
     KernelSpec(
@@ -211,6 +226,9 @@ KERNELS = (
     KernelSpec("triton_interpret", max_head_size=256),
     KernelSpec("mosaic_tpu_interpret"),
     KernelSpec("mosaic_gpu_interpret", max_head_size=256, dtypes=_16_BITS),
+    KernelSpec(
+        "mosaic_gpu_fused_interpret", max_head_size=128, dtypes=_16_BITS, jax=(0, 12)
+    ),
 )
 
 IMPLEMENTATIONS = tuple(kernel.name for kernel in KERNELS)

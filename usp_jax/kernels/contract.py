@@ -15,10 +15,12 @@ Algorithm 2). A row that has seen nothing has lse = -inf, out = 0 and a gradient
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.logits import Logits
@@ -32,6 +34,10 @@ Grads = tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B 
 # dq, dk and dv; or dq, dk and dv side by side, and None.
 DirectGrads = tuple[
     Float[Array, "B T N H"], Float[Array, "B S K D"], Float[Array, "B S K V"] | None
+]
+# dq in integers of `IntegerSums`, dk and dv.
+IntegerGrads = tuple[
+    Int[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]
 ]
 
 
@@ -120,16 +126,36 @@ class Direct:
 
 
 @dataclasses.dataclass(frozen=True)
+class IntegerSums:
+    """The backward of a chunk whose dq can be added to that of others as integers.
+
+    Such sums do not depend on their order. Every chunk of a sum needs the same maxima.
+
+    Attributes:
+      maxima: (k, v, segment_ids or None) -> float32 facts about these keys. Those of
+        several chunks are combined by their maximum.
+      backward: (the arguments of `ChunkBackward`, maxima) -> int32 dq, and dk, dv.
+      finish: (int32 dq, q, dout, lse, delta, maxima, logits) -> dq of the contract.
+    """
+
+    maxima: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+    backward: Callable[..., IntegerGrads]
+    finish: Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Chunk:
     """An implementation of the chunk contract.
 
     Attributes:
       direct: the same without copies around the kernel, if it can do that.
+      sums: the backward with integer dq, if it has one.
     """
 
     forward: ChunkForward
     backward: ChunkBackward
     direct: Direct | None = None
+    sums: IntegerSums | None = None
 
 
 @runtime_checkable

@@ -4,9 +4,13 @@ A schedule is a small object, or the string that names it. Schedules that are li
 turns run in `steps.py`; each of the others has a forward and a backward function.
 """
 
-import jax
+import dataclasses
+from functools import partial
 
-from usp_jax.kernels import Carry
+import jax
+from jax import lax
+
+from usp_jax.kernels import Carry, Chunk
 from usp_jax.ring.all_gather import AllGather, gather_backward, gather_forward
 from usp_jax.ring.bidirectional import Bidirectional
 from usp_jax.ring.double import Double
@@ -57,7 +61,33 @@ def schedule_backward(
     lse: jax.Array,
     delta: jax.Array,
 ) -> tuple[Stays, jax.Array]:
-    """Gradients of `schedule_forward`: those that stay, and that of kv."""
+    """Gradients of `schedule_forward`: those that stay, and that of kv.
+
+    A kernel that adds dq up in integers does so over all chunks of the ring, in units
+    that all devices agree on by one small all-reduce.
+    """
+    sums = ring.chunk.sums
+    if sums is None:
+        return _backward(schedule, ring, q, kv, dout, lse, delta)
+    maxima = sums.maxima(*ring.keys.of(kv), ring.held_tokens().segment_ids)
+    if ring.devices > 1:
+        maxima = lax.pmax(maxima, ring.axis_name)
+    chunk = Chunk(ring.chunk.forward, partial(sums.backward, maxima=maxima))
+    ring = dataclasses.replace(ring, chunk=chunk)
+    (dq, params), dkv = _backward(schedule, ring, q, kv, dout, lse, delta)
+    dq = sums.finish(dq, q, dout, lse, delta, maxima, ring.logits)
+    return (dq, params), dkv
+
+
+def _backward(
+    schedule: Schedule,
+    ring: Ring,
+    q: jax.Array,
+    kv: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+) -> tuple[Stays, jax.Array]:
     saved = q, kv, dout, lse, delta
     if ring.devices == 1:
         rows = slice(None)

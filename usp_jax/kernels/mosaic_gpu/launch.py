@@ -1,6 +1,7 @@
 """Launching a Hopper kernel on padded operands."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ def launch(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[DTypeLike] | None = None,
     into: Sequence[str] = (),
+    sums: Mapping[str, Ref] = MappingProxyType({}),
 ) -> list[jax.Array]:
     """Runs a kernel over all tiles and heads.
 
@@ -42,6 +44,7 @@ def launch(
       into: the names of the operands that the results replace in memory, where this jax
         can do that; () means new memory. The kernel finds the same references in
         `Cta.refs` and `Cta.outs`, and need not write what does not change.
+      sums: references to arrays in global memory, which the kernel changes.
     """
     tile_side, other_side = "kq" if kernel.transposed else "qk"
     batch, length, heads, _ = operands[tile_side].shape
@@ -53,13 +56,14 @@ def launch(
     replaced = [x for name in into if isinstance(x := operands[name], jax.Array)]
     if not gpu_writes_operands(*replaced):
         into, replaced = (), []
-    inputs: dict[str, Operand | Mask] = {
+    inputs: dict[str, Operand | Mask | Ref] = {
         name: x for name, x in operands.items() if name not in into
     }
     if not spec.mask.sees_all:
         table = walk_table(spec.mask, kernel.tile.tokens, kernel.transposed)
         inputs |= {"mask": spec.mask, "walks": table}
-    leaves, tree = jax.tree.flatten(inputs)
+    arrays = jax.tree.leaves(inputs)
+    leaves, tree = jax.tree.flatten(inputs | dict(sums))
 
     def body(*refs: Ref, **scratch: Ref) -> None:
         ins = jax.tree.unflatten(tree, refs[: len(leaves)])
@@ -90,10 +94,10 @@ def launch(
         interpret=gpu_interpret_params() if spec.interpret else None,
     )
     if not into:
-        return vary_like(list(run(*leaves)), leaves)
+        return vary_like(list(run(*leaves)), arrays)
     targets = [jax.new_ref(x) for x in replaced]
     run(*leaves, *targets)
-    return vary_like([jax.freeze(x) for x in targets], leaves)
+    return vary_like([jax.freeze(x) for x in targets], arrays)
 
 
 def keys_and_values(

@@ -6,6 +6,7 @@ Two warpgroups compute; the third copies tiles to shared memory for them.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -49,6 +50,9 @@ class Kernel:
       streams: the operands whose blocks stream through; those in a tuple arrive
         together.
       tile: the tokens of a streamed block, and the buffers of each stream.
+      further: further shared memory and barriers by name.
+      swizzled: the most columns that are swizzled together in shared memory: parts of
+        an operand that products read must be multiples of it.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Kernel:
     own: tuple[str, ...]
     streams: tuple[tuple[str, ...], ...]
     tile: Tile
+    further: Mapping[str, Scratch] = MappingProxyType({})
+    swizzled: int = 64
 
     @property
     def transposed(self) -> bool:
@@ -67,12 +73,9 @@ class Kernel:
         streamed = [name for stream in self.streams for name in stream]
         widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]
         # The widest swizzle that divides the streamed block and all head sizes.
-        sizes = self.tile.tokens, *widths
+        sizes = self.swizzled, self.tile.tokens, *widths
         width = next(w for w in (64, 32, 16) if not any(size % w for size in sizes))
-        transforms = (
-            plgpu.TilingTransform((8, width)),  # type: ignore[abstract]
-            plgpu.SwizzleTransform(2 * width),  # type: ignore[abstract]
-        )
+        transforms = swizzle(width, 2)
 
         def buffers(name: str, *lead: int) -> Scratch:
             x = operands[name]
@@ -98,7 +101,15 @@ class Kernel:
         # The interpreter's wgmma does not take operands from registers.
         staged = (COMPUTING, ROWS, self.tile.tokens)
         memory["staged"] = plgpu.SMEM(staged, operands["q"].dtype)
-        return memory
+        return memory | dict(self.further)
+
+
+def swizzle(columns: int, itemsize: int) -> tuple[Scratch, ...]:
+    """Returns the transforms of shared memory that products read and TMA writes."""
+    return (
+        plgpu.TilingTransform((8, columns)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(columns * itemsize),  # type: ignore[abstract]
+    )
 
 
 class Cta:
