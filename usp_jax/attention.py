@@ -104,7 +104,8 @@ def usp_attention(
         Ampere), and "fa2", "fa3" and "fa4" (optional packages, see docs/kernels.md).
         "mosaic_gpu_fused" (Hopper GPUs) has not run on a GPU yet, see docs/kernels.md.
         "mosaic_tpu_interpret", "mosaic_gpu_interpret", "mosaic_gpu_fused_interpret" and
-        "triton_interpret" run on any device, slowly. None picks one for the mesh's devices.
+        "triton_interpret" run on any device, slowly. None picks one for the mesh's
+        devices.
       return_residual: if True, also returns the log-sum-exp of the logits.
       ring_schedule: how keys and queries meet around the ring; it does not change what
         is computed. A name, or an object from `usp_jax.ring`. "unidirectional" rotates
