@@ -19,8 +19,8 @@ def with_beta(config: Config, text: Text | None) -> Config:
       text: its text; None for passkeys.
 
     Raises:
-      ValueError: the text is pairs, and the model has experts but no adapters; or it is
-        not, and `dpo.beta` is given.
+      ValueError: the text is pairs, and the model has random weights, or experts but no
+        adapters; or it is not, and `dpo.beta` is given.
     """
     beta = config.dpo.beta
     if text is None or not text.is_paired:
@@ -34,6 +34,11 @@ def with_beta(config: Config, text: Text | None) -> Config:
         raise ValueError(
             "pairs of answers need --lora.rank in a model with experts: dpo has no "
             "losses for its routers, which adapters leave frozen"
+        )
+    if config.init_from is None:
+        raise ValueError(
+            "pairs of answers need --init-from: dpo compares the model with the one "
+            "that it begins with, and random weights answer nothing"
         )
     beta = DPO_BETA if beta is None else beta
     return dataclasses.replace(config, dpo=DpoConfig(beta))

@@ -3,15 +3,24 @@
 The losses are those of one process that nothing interrupts.
 """
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.train import test_dpo, test_lora
-from tests.train.runs import finish, losses, rows, run_here, start_processes
+from tests.train.runs import (
+    Program,
+    finish,
+    losses,
+    rows,
+    run_here,
+    start_processes,
+)
 from train.config import CheckpointConfig, Config, EvalConfig, LoraConfig, MeshConfig
 
 pytest.importorskip("jinja2")
@@ -37,23 +46,31 @@ def whole(request: pytest.FixtureRequest, folder: Path, pairs_folder: Path) -> C
     return config
 
 
+@contextlib.contextmanager
+def two_processes(config: Config, cache: Path) -> Iterator[list[Program]]:
+    """Starts a run in two processes, which are killed in the end."""
+    programs = start_processes(config, 2, devices=4, cache=cache)
+    try:
+        yield programs
+    finally:
+        for program in programs:
+            program.process.kill()
+            program.process.wait(timeout=60)
+
+
 def test_two_killed_processes_have_the_losses_of_one(
     whole: Config, tmp_path: Path
 ) -> None:
     several = dataclasses.replace(whole, run_dir=tmp_path / "run")
     for stop in (4, 11):
-        programs = start_processes(several, 2, devices=4, cache=tmp_path / "cache")
-        try:
+        with two_processes(several, tmp_path / "cache") as programs:
             while len(rows(several.run_dir)) < stop:
                 for program in programs:
                     assert program.process.poll() is None, program.log.read_text()
                 time.sleep(0.01)
-        finally:
-            for program in programs:
-                program.process.kill()
-                program.process.wait(timeout=60)
-    for program in start_processes(several, 2, devices=4, cache=tmp_path / "cache"):
-        finish(program.process, program.log)
+    with two_processes(several, tmp_path / "cache") as programs:
+        for program in programs:
+            finish(program.process, program.log)
     text = (tmp_path / "0.log").read_text()
     assert text.count("resuming from step") == 2
     expected = losses(whole.run_dir)

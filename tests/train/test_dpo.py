@@ -258,6 +258,8 @@ def test_what_does_not_fit_pairs_is_refused(folder: Path, tmp_path: Path) -> Non
     model = dataclasses.replace(routed.model, experts=experts)
     with pytest.raises(ValueError, match="pairs of answers need --lora.rank in a mod"):
         build(dataclasses.replace(routed, model=model))
+    with pytest.raises(ValueError, match="pairs of answers need --init-from: dpo comp"):
+        build(routed)
     talks = dataclasses.replace(routed.data, path=other, eval_fraction=0.0)
     given = config_in(
         folder, "given", dpo=DpoConfig(0.2), data=talks, eval=EvalConfig()
