@@ -47,9 +47,17 @@ def parts(q, k, v, dout, lse, delta, mask, logits, maxima):
     )
 
 
-def integer_backward(*args, maxima):
-    """`fused.integer_backward` in plain jax."""
-    _, dk, dv = xla.chunk_backward(*args)
+def integer_backward(q, k, v, dout, lse, delta, mask, logits, maxima):
+    """`fused.integer_backward` in plain jax, without a soft cap."""
+    args = q, k, v, dout, lse, delta, mask, logits
+    ds, _ = gradients_of_logits(*args)
+    # With delta = 1 and dout = 0, -ds are the weights.
+    weights = -gradients_of_logits(
+        q, k, v, jnp.zeros_like(dout), lse, jnp.ones_like(delta), mask, logits
+    )[0]
+    dk = _einsum("BNTS,BTNH->BSNH", ds, q) * logits.scale
+    dv = _einsum("BNTS,BTNV->BSNV", weights, dout)
+    dk, dv = (x.reshape(*k.shape[:3], -1, x.shape[3]).sum(3) for x in (dk, dv))
     return jnp.sum(parts(*args, maxima), 0), dk, dv
 
 

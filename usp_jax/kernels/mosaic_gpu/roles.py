@@ -6,7 +6,6 @@ Two warpgroups compute; the third copies tiles to shared memory for them.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ class Kernel:
     own: tuple[str, ...]
     streams: tuple[tuple[str, ...], ...]
     tile: Tile
-    further: Mapping[str, Scratch] = MappingProxyType({})
+    further: Mapping[str, Scratch] = dataclasses.field(default_factory=dict)
     swizzled: int = 64
 
     @property
