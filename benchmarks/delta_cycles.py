@@ -7,10 +7,10 @@ Compiles the chunk contract's functions for one device, with the heads of Qwen3-
 bfloat16, and adds up the bundles that libtpu schedules, one a cycle
 (`usp_jax.aot.tpu_schedule`). Nothing runs. Prints a JSON line per program:
 
-    cycles      bundles of the kernel's grid and of all fusions and copies. Their loops
-                are counted as often as `iteration_bounds` says; small ones of a few
-                copies, of which it says nothing, once. Not in it: waits for HBM,
-                asynchronous copies, and the start of each fusion.
+    cycles      bundles of the kernel's grid and of all fusions and copies. The longest
+                loop of one is counted as often as `iteration_bounds` says, and those
+                inside it once. Not in it: waits for HBM, asynchronous copies, and the
+                start of each fusion.
     estimate    libtpu's own estimate of the fusions and copies, waits for HBM included;
                 it has none of a kernel
     hbm_cycles  the least that HBM needs for the arguments and results alone
@@ -43,8 +43,9 @@ from usp_jax.delta.contract import DeltaTokens, Tiles
 
 TOKENS, HEADS, GROUPS, SIZE = 8192, 16, 2, 128
 TILES = Tiles(exact=False).of_length(TOKENS)
-# Bytes of HBM per cycle: published bandwidths over the clocks of `tpu_schedule`.
-HBM = {"v5e": 819e9 / 1.5e9, "v5p": 2765e9 / 1.75e9, "v6e": 1640e9 / 1.75e9}
+# Bytes of HBM per cycle: published bandwidths over the clocks of `tpu_schedule`. The
+# TPUs whose devices have one core: how two share XLA's loops is not in the files.
+HBM = {"v5e": 819e9 / 1.5e9, "v6e": 1640e9 / 1.75e9}
 # A contender, and a function of the contract.
 CONTENDERS = {
     "xla": ("xla", "run"),
@@ -240,31 +241,55 @@ def scheduled(
     cycles = {}
     for x in found:
         if x.name in named:
-            bundles, loops = bundles_of(named[x.name].read_text())
-            # Without a loop, all iterations are unrolled. The trips of other loops are
-            # unknown, so these are counted once.
-            known = len(loops) == 1
-            cycles[x.result] = bundles + known * sum(loops) * (x.iterations - 1)
+            bundles, loop = bundles_of(named[x.name].read_text())
+            # Without a loop, all iterations are unrolled.
+            cycles[x.result] = bundles + loop * (x.iterations - 1)
     if missing := [x.name for x in found if x.result not in cycles]:
         raise ValueError(f"no schedule of {missing} is among {len(named)} files")
     return [(x, cycles[x.result]) for x in found]
 
 
-def bundles_of(text: str) -> tuple[int, list[int]]:
-    """Returns the number of bundles, and of those in each loop."""
-    at, loops = -1, []
+def bundles_of(text: str) -> tuple[int, int]:
+    """Returns the number of bundles, and of those in the longest loop."""
+    at, longest = -1, 0
     for line in text.splitlines():
         if match := _BUNDLE.match(line):
             at = int(match[1] or "0", 16)
-        targets = map(int, _TARGET.findall(line))
-        loops += [at + 1 - target for target in targets if target <= at]
-    return at + 1, loops
+        for target in map(int, _TARGET.findall(line)):
+            longest = max(longest, at + 1 - target)
+    return at + 1, longest
 
 
 def _matched(pattern: re.Pattern[str], line: str) -> re.Match[str]:
     if (match := pattern.search(line)) is None:
         raise ValueError(f"{pattern.pattern!r} is not in {line[:200]!r}")
     return match
+
+
+def table(kept: Sequence[dict]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Head and rows of the documentation's table of some result lines."""
+    names = {
+        "xla": "forward, XLA",
+        "mosaic_tpu": "forward, kernel",
+        "xla_map": "map, XLA",
+        "mosaic_tpu_map": "map, kernel",
+        "xla_backward": "backward, XLA",
+    }
+    found = {(line["contender"], line["generation"]): line for line in kept}
+    generations = sorted({line["generation"] for line in kept})
+
+    def cell(contender: str, generation: str) -> str:
+        line = found.get((contender, generation))
+        if line is None:
+            return "–"
+        estimate = line["estimate"]
+        return f"{line['cycles']:.1f}" + (f" ({estimate:.0f})" if estimate else "")
+
+    rows = [
+        (name, *(cell(contender, generation) for generation in generations))
+        for contender, name in names.items()
+    ]
+    return ("cycles of a token and head of v", *generations), rows
 
 
 def lines(options: argparse.Namespace, dump: Path) -> Iterator[dict]:

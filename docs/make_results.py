@@ -17,7 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import long_context_rows as published, tpu_schedule_table
+from benchmarks import (
+    delta_cycles as of_delta,
+    long_context_rows as published,
+    tpu_schedule_table,
+)
 from benchmarks.peer_bytes import table as peer_bytes_table
 from benchmarks.plan_bytes import compare
 from benchmarks.train_memory import MAXTEXT, SPLITS
@@ -28,7 +32,15 @@ from usp_jax.units import GIB
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 IMAGES = DOCS / "images"
-PAGES = ("results", "features", "peers", "memory", "numerics", "tpu-cycles")
+PAGES = (
+    "results",
+    "features",
+    "peers",
+    "memory",
+    "numerics",
+    "tpu-cycles",
+    "delta",
+)
 BLOCK = re.compile(r"(<!--begin ([\w-]+)-->\n).*?(<!--end \2-->)", re.DOTALL)
 K, MIB = 1024, 2**20
 Line = dict[str, Any]
@@ -291,6 +303,11 @@ def tpu_masks() -> str:
     return markdown(("% of peak, 8K / 32K", *tpu_schedule_table.MASKS), rows)
 
 
+def delta_cycles() -> str:
+    """Cycles of the delta rule on TPUs, in plain XLA and in the kernel."""
+    return markdown(*of_delta.table(kept("delta-tpu")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "long-context-rows": long_context_rows,
     "windowed-layers": windowed_layers,
@@ -307,6 +324,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu-cycles": tpu_cycles,
     "tpu-heads": tpu_heads,
     "tpu-masks": tpu_masks,
+    "delta-cycles": delta_cycles,
 }
 
 

@@ -53,8 +53,8 @@ def test_trips_of_loops_over_segments_and_their_blocks():
 
 
 def test_bundles_and_those_of_loops():
-    assert bundles_of(LOOP) == (4, [2])
-    assert bundles_of(LINE) == (3, [])
+    assert bundles_of(LOOP) == (4, 2)
+    assert bundles_of(LINE) == (3, 0)
 
 
 def test_cycles_of_each_instruction(tmp_path):

@@ -22,7 +22,7 @@ from usp_jax.models.decoder import Variant
 from usp_jax.models.decoding import Prompts
 from usp_jax.models.delta import Delta
 from usp_jax.models.delta_mixer import DeltaState
-from usp_jax.models.generate import generate
+from usp_jax.models.generate import generate, stream
 from usp_jax.models.latent import Latent
 from usp_jax.models.llama import Llama
 from usp_jax.models.parameters import parameter_shapes
@@ -109,6 +109,17 @@ def test_states_give_what_recomputing_gives():
     own = Llama(config, mesh=mesh, rngs=nnx.Rngs(0))
     options = {"lengths": lengths, "key": key}
     chex.assert_trees_all_equal(generate(own, prompt, 6, **options), expected)
+
+
+@LONG
+def test_a_stream_has_the_tokens_of_generate():
+    config = dataclasses.replace(HYBRID, num_layers=2, dtype="float32")
+    mesh = usp_jax.make_mesh(ring=2, ulysses=2, tensor=2)
+    model = Llama(config, mesh=mesh, rngs=nnx.Rngs(0))
+    prompt = jax.random.randint(jax.random.key(0), (4, 7), 0, 64, jnp.int32)
+    expected = generate(model, prompt, 6, key=jax.random.key(3))[:, 7:]
+    tokens = list(stream(model, prompt, 6, key=jax.random.key(3)))
+    chex.assert_trees_all_equal(jnp.stack(tokens, 1), expected)
 
 
 def test_a_state_does_not_grow_with_the_prompt():
