@@ -197,6 +197,19 @@ def test_bytes_and_hops(schedule, degrees):
         assert backward[PERMUTE].wire_bytes == 2 * hops * kv
 
 
+@pytest.mark.long
+def test_groups_of_shards_send_what_the_plain_ring_sends():
+    """In four hops, of 1, 2, 3 and 1 shards; the backward in as many as ever."""
+    plain, groups = (
+        [*passes((8, 1), 64, (8, 4), ring_schedule=f"unidirectional:{shards}")]
+        for shards in (1, 3)
+    )
+    for one, other in zip(plain, groups, strict=True):
+        assert one[PERMUTE].wire_bytes == other[PERMUTE].wire_bytes
+    assert groups[0][PERMUTE].executions == 4
+    assert groups[1][PERMUTE].executions == plain[1][PERMUTE].executions
+
+
 @pytest.mark.parametrize(
     ("window", "tokens"),
     [
