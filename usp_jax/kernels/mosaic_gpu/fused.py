@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
@@ -204,7 +204,7 @@ def _mappable(spec: ChunkSpec) -> Callable[[Operands, Mask], Results]:
 
     @run.def_vmap
     def mapped(
-        size: int, is_mapped: tuple[Operands, Mask], operands: Operands, mask: Mask
+        size: int, is_mapped: Sequence[PyTree], operands: Operands, mask: Mask
     ) -> tuple[Results, tuple[bool, bool, bool]]:
         q = operands["q"]
         batch = q.shape[1] if is_mapped[0]["q"] else q.shape[0]
