@@ -1,8 +1,8 @@
 """The gated delta rule, whose sequence is split like attention's.
 
 `op.py` has the public functions, `split.py` the algorithm on one device, `contract.py`
-what a kernel computes and `xla.py` how, `maps.py` how chunks exchange states;
-`convolution.py` is the short convolution before it.
+what a kernel computes, `xla.py` and `mosaic_tpu.py` how, `maps.py` how chunks exchange
+states; `convolution.py` is the short convolution before it.
 """
 
 from usp_jax.delta.convolution import (
