@@ -16,7 +16,7 @@ sum over the blocks of its mask, and the share of the core's peak that it reache
 visible pairs. With `--out` lines are appended to a file, and a kernel that is there
 already, of the same sources and compiler, is left out: a run that was stopped resumes.
 
-A compilation takes 5 to 30 seconds of a CPU core. Without options all combinations are
+A compilation takes 3 to 30 seconds of a CPU core. Without options all combinations are
 compiled, 160 with tokamax installed; `--sample` compiles 60 of these: causal calls of
 all, and other masks for heads of 128 on v5e and v6e.
 """

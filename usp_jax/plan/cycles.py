@@ -40,7 +40,7 @@ class Pass:
     q: int = 1024
     kv: int = 1024
 
-    def cycles(self, blocks: "Blocks") -> float:
+    def cycles(self, blocks: "Blocks") -> int | float:
         """Returns the cycles of blocks, which may be smaller than those counted."""
         # Smaller blocks do less, but walk the list and start runs as often.
         part = blocks.q * blocks.kv / (self.q * self.kv)
@@ -64,9 +64,9 @@ class Blocks:
 
     q: int
     kv: int
-    full: float
-    partial: float
-    runs: float
+    full: int | float
+    partial: int | float
+    runs: int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Kernels:
 
 def blocks_of(
     queries: int,
-    keys: float,
+    keys: int | float,
     chunks: int,
     *,
     counted: Pass,
@@ -170,7 +170,7 @@ def _cut(length: int, largest: int) -> tuple[int, int]:
 
 def _of_whole_chunks(
     queries: int,
-    keys: float,
+    keys: int | float,
     chunks: int,
     size: tuple[int, int],
     edges: int,
@@ -244,7 +244,7 @@ OURS = {
                 256,
                 256,
                 Pass(5170, 5947, 268, 920, kv=2048),
-                Pass(5793, 5812, 585, 580),
+                Pass(11095, 11108, 585, 1220, kv=2048),
             ),
         ),
         _V6,

@@ -62,14 +62,32 @@ class BlockSizes:
 
 # v5e and v6e have 128 MiB of vector memory, v5p and later 64 MiB per core, earlier ones
 # 16 MiB. Chosen by the cycles of libtpu's schedules, for causal masks of 8K and 32K:
-# many sizes for heads of 128, a few others for those of 64, 192/128 and 256, where none
-# took fewer cycles at 32K (`benchmarks/results/*-tpu-tune.jsonl`). On v5e and v5p the
-# matrix units bound both passes, and on later ones only the backward: there, four
-# pieces in turn let the forward's matrix and vector units work at the same time.
+# many sizes for heads of 128, a few others for those of 64, 192/128 and 256. Of these,
+# blocks of 2048 keys save 6 % at 32K in v6e's backward for 256, and none else 2 %
+# (`benchmarks/results/*-tpu-tune.jsonl`). On v5e and v5p the matrix units bound both
+# passes, and on later ones only the backward: there, four pieces in turn let the
+# forward's matrix and vector units work at the same time.
 TABLE = (
     Row(
         BlockSizes(Tile(1024, 1024, 512), Tile(1024, 1024, 512), vmem_mib=64),
         device="TPU v5 lite",
+        source="scheduled",
+    ),
+    Row(
+        BlockSizes(
+            Tile(1024, 2048, 512, ahead=True), Tile(1024, 1024, 512), vmem_mib=64
+        ),
+        device="TPU v6",
+        head_size=192,
+        source="scheduled",
+    ),
+    Row(
+        BlockSizes(
+            Tile(1024, 2048, 512, ahead=True), Tile(1024, 2048, 512), vmem_mib=64
+        ),
+        device="TPU v6",
+        head_size=256,
+        itemsize=2,
         source="scheduled",
     ),
     Row(
