@@ -241,7 +241,7 @@ def choose(
     dtype: DTypeLike,
     head_size: int,
     needs: tuple[str, ...] = (),
-    kernels: tuple[KernelSpec, ...] = KERNELS,
+    kernels: tuple[KernelSpec, ...] | None = None,
 ) -> str:
     """Returns the implementation to use: the requested one, or the default of a target.
 
@@ -254,12 +254,13 @@ def choose(
       dtype: the dtype of q, k and v.
       head_size: the larger of the head sizes of keys and values.
       needs: the names of the arguments in use that some kernels do not support.
-      kernels: the table; the one of attention by default.
+      kernels: the table; None is the one of attention.
 
     Raises:
       ValueError: `implementation` is unknown, or it does not support the target, the
         dtype, the head size or an argument in `needs`.
     """
+    kernels = KERNELS if kernels is None else kernels
     call = target, jnp.dtype(dtype), head_size, needs
     able = [kernel for kernel in kernels if kernel.refusal(*call) is None]
     if implementation is None:
