@@ -17,7 +17,6 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 import usp_jax
-from benchmarks import fused_resources
 from tests.compilers import needs_compilers
 from tests.kernels import emulated_fused
 from tests.oracle import normal, packed
@@ -571,21 +570,6 @@ def test_a_ring_agrees_on_units_by_one_small_all_reduce() -> None:
     # The maxima of 128 columns and two norms for each of two key heads.
     assert (total.executions, total.operand_bytes) == (1, 2 * (128 + 2) * 4)
     assert fused == today
-
-
-def test_the_resources_of_a_kernel_are_read_from_its_compilers() -> None:
-    text = """smem_scratch_bytes=199680
-        ptxas info : Compiling entry function 'usp_fused_mosaic_gpu_kernel' for 'sm_90a'
-        0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-        ptxas info : Used 168 registers, used 16 barriers"""
-    assert fused_resources.resources(text) == {
-        "shared_memory_bytes": 199680,
-        "spill_store_bytes": 8,
-        "spill_load_bytes": 12,
-        "registers": 168,
-    }
-    with pytest.raises(ValueError, match="no resources in .*'other'"):
-        fused_resources.resources("other")
 
 
 def test_it_is_chosen_by_name_only() -> None:
