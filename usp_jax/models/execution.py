@@ -102,9 +102,9 @@ class Tuning:
         features do not split (TP-sp): 1/tensor of the memory for the same bytes sent. A
         device's part of the sequence must be a multiple of tensor.
       ring_schedule: order of the hops around the ring, which does not change results:
-        as in `usp_attention`, "unidirectional", "unidirectional:4" (up to 4 shards at
-        once), "bidirectional", "double:4" (inner rings of 4 devices), "all_gather" or
-        "pass_q".
+        as in `usp_attention`, one of "unidirectional", "bidirectional", "all_gather"
+        and "pass_q"; or with a number, "unidirectional:4" for up to 4 shards at once,
+        or "double:4" for inner rings of 4 devices.
       ulysses_chunks: number of head groups that attention processes in sequence, so
         that one group's all-to-all overlaps another's attention.
     """
