@@ -195,7 +195,6 @@ def test_a_step_of_experts_sends_what_is_predicted(model, choice):
     ("model", "choice"),
     [
         (LATENT, Choice(ring=4, ulysses=2, remat="attention")),
-        pytest.param(LATENT, Choice(ring=4, ulysses=2), marks=MERGED),
         *(
             pytest.param(
                 model,
@@ -203,6 +202,7 @@ def test_a_step_of_experts_sends_what_is_predicted(model, choice):
                 marks=[pytest.mark.long, *([MERGED] * (choice.remat == "full"))],
             )
             for model, choice in (
+                (LATENT, Choice(ring=4, ulysses=2)),
                 (LATENT, Choice(ulysses=8, remat="attention")),
                 (LATENT, Choice(ring=8, remat="attention_qkv")),
                 (LATENT, Choice(data=2, ring=2, ulysses=2, remat="dots")),
