@@ -322,7 +322,7 @@ def test_the_tiles_for_latent_attention_do_not_spill() -> None:
     _, *lines = map(json.loads, text.splitlines())
     assert {line["kernel"] for line in lines} == {"forward", "dq", "dk", "dv"}
     for line in lines:
-        assert line["chosen"] and line["device"] == "NVIDIA H100"
+        assert line["chosen"] and "H100" in line["device"]
         assert line["spill_store_bytes"] == line["spill_load_bytes"] == 0
         assert 0 < line["shared_memory_bytes"] <= 227 * 1024
 
