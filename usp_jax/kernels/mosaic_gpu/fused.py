@@ -36,7 +36,7 @@ from usp_jax.kernels.mosaic_gpu.fixed_point import (
     to_fixed,
     to_float,
 )
-from usp_jax.kernels.mosaic_gpu.launch import launch, tokens_last
+from usp_jax.kernels.mosaic_gpu.launch import launch, padded, tokens_last
 from usp_jax.kernels.mosaic_gpu.roles import Cta, Kernel, swizzle
 from usp_jax.kernels.mosaic_gpu.spec import ChunkSpec
 from usp_jax.kernels.mosaic_gpu.tiles import (
@@ -184,12 +184,6 @@ def _listed(mask: Mask) -> Mask:
         return mask
     q, kv = (pad_tokens(tokens, 0, with_ids=True) for tokens in (mask.q, mask.kv))
     return Mask(mask.rule, q, kv)
-
-
-def padded(x: Float[Array, "B T N H"], width: int) -> jax.Array:
-    """Pads T of [B, T, N, H] to a multiple of 128, and H to `width`."""
-    widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, width - x.shape[3])
-    return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
 def _mappable(spec: ChunkSpec) -> Callable[[Operands, Mask], Results]:

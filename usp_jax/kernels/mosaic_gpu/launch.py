@@ -117,9 +117,9 @@ def keys_and_values(
     return Columns(k, 0, head_size), Columns(k, head_size, value_size)
 
 
-def padded(x: jax.Array) -> jax.Array:
-    """Pads T of [B, T, N, H] to a multiple of 128, and H to one of 16."""
-    widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, -x.shape[3] % WIDTH)
+def padded(x: Float[Array, "B T N H"], width: int = WIDTH) -> jax.Array:
+    """Pads T of [B, T, N, H] to a multiple of 128, and H to one of `width`."""
+    widths = (0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, -x.shape[3] % width)
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
