@@ -53,6 +53,22 @@ _GEMMA = {
     "sliding_window": 12,
     "rms_norm_eps": 1e-6,
 }
+_QWEN3_5 = {
+    **_SHAPE,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+    },
+}
 # The config.json of each case, in the keys of old checkpoints where there are such.
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -198,48 +214,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
     },
     "qwen3_5": {
-        **_SHAPE,
+        **_QWEN3_5,
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
         "num_hidden_layers": 3,
-        "head_dim": 16,
         "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 6,
-        "linear_conv_kernel_dim": 4,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "partial_rotary_factor": 0.5,
-            "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
-        },
     },
     "qwen3_5_moe": {
-        **{key: x for key, x in _SHAPE.items() if key != "intermediate_size"},
+        **{key: x for key, x in _QWEN3_5.items() if key != "intermediate_size"},
         "architectures": ["Qwen3_5MoeForCausalLM"],
         "model_type": "qwen3_5_moe_text",
         "num_hidden_layers": 2,
-        "head_dim": 16,
         "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 6,
-        "linear_conv_kernel_dim": 4,
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 40,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "partial_rotary_factor": 0.5,
-            "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
-        },
     },
     "gpt_oss": {
         **_SHAPE,
