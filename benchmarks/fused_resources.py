@@ -10,13 +10,11 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.hopper_resources import PRINTING, Resources, printed, resources
-from benchmarks.timing import machine
+from benchmarks.hopper_resources import Resources, printed, resources, start
 from usp_jax import aot, kernels
 from usp_jax.kernels import Target
 from usp_jax.kernels.logits import Logits
@@ -50,11 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--head-sizes", type=int, nargs="+", default=HEAD_SIZES)
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
     options = parser.parse_args(arguments)
-    os.environ |= dict.fromkeys(PRINTING, "1")
-    # Nothing runs, so leave the accelerator free for others.
-    if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")
-    print(json.dumps(machine() | {"compiled_only": True}), flush=True)
+    start()
     topology = aot.topology(options.machine)
     for size, mask in itertools.product(options.head_sizes, options.masks):
         needs = compiled(topology, size, mask)

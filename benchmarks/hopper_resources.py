@@ -173,6 +173,15 @@ def lines(
             }
 
 
+def start() -> None:
+    """Has the compilers print resources, and prints the line of this machine."""
+    os.environ |= dict.fromkeys(PRINTING, "1")
+    # Nothing runs, so leave the accelerator free for others.
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(machine() | {"compiled_only": True}), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--machine", default="h200:1x1")
@@ -183,11 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--candidates", action="store_true", help="other tiles too")
     options = parser.parse_args(arguments)
-    os.environ |= dict.fromkeys(PRINTING, "1")
-    # Nothing runs, so leave the accelerator free for others.
-    if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")
-    print(json.dumps(machine() | {"compiled_only": True}), flush=True)
+    start()
     topology = aot.topology(options.machine)
     for sizes, (mask, window), which in itertools.product(
         options.head_sizes, MASKS, options.passes
