@@ -14,9 +14,9 @@ in registers while blocks of the other side stream through a ring of buffers:
 
 A table in global memory lists the blocks to stream (`walk.py`): first the fully visible
 ones, which need no mask, then the partly visible ones, where the mask is evaluated from
-positions and segment ids. No other block is fetched. The carry is updated in place, so
-a tile that sees nothing writes nothing. There are no atomics, so results are
-reproducible.
+positions and segment ids. No other block is fetched. Where jax can update the carry in
+place, a tile that sees nothing writes nothing. There are no atomics, so results are
+reproducible; the backward of `fused.py` adds integers atomically, whose sums are too.
 
 Each buffer has two barriers: "full" completes when its copies do, and both computing
 warpgroups arrive at "free" when no product reads the buffer any more. Head sizes are
