@@ -8,6 +8,10 @@ block for kernels whose band must begin or end at the diagonal of a square.
 import dataclasses
 from collections.abc import Iterator
 
+# (left, right): with n queries and m keys, row i sees keys i + m - n - left to
+# i + m - n + right; None is no bound.
+Window = tuple[int | None, int | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -35,7 +39,7 @@ class Block:
         return self.before is None and self.after is None
 
     @property
-    def window(self) -> tuple[int | None, int | None]:
+    def window(self) -> Window:
         """The bounds (left, right) counted from the last query and the last key.
 
         Of n queries and m keys, row i sees keys i + m - n - left to i + m - n + right.

@@ -1,7 +1,8 @@
 """The chunk contract with a package that attends in blocks and takes no mask as data.
 
 The layout allows only a few cases for a chunk (`cases.py`), one of which is selected at
-run time, and each block of a case is one plain call of the package on slices.
+run time, and each block of a case is one plain call of the package on slices. With
+segment ids it is a call for packed rows (`packed_calls.py`).
 
 This is less exact than the other kernels. The packages return their results in the
 inputs' 16 bits, so the contribution of each block to out, dq, dk, dv is rounded once
@@ -21,20 +22,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from usp_jax.kernels.bands import Block, squares
+from usp_jax.kernels.bands import Block, Window, squares
 from usp_jax.kernels.cases import Case, Cases, static_cases
 from usp_jax.kernels.contract import Carry, Chunk, Grads
 from usp_jax.kernels.logits import Logits
+from usp_jax.kernels.packed_calls import (
+    PackedCalls,
+    packed_backward,
+    packed_forward,
+)
 from usp_jax.kernels.row_sums import out_for
-from usp_jax.masking import Mask
+from usp_jax.masking import Mask, MaskRule
 from usp_jax.merge import merge
 from usp_jax.varying import vary_like
 
 Result = TypeVar("Result")
 
-# (left, right): with n queries and m keys, row i sees keys i + m - n - left to
-# i + m - n + right; None is no bound. Every row sees a key.
-Window = tuple[int | None, int | None]
+# The segment ids of queries and of keys.
+Ids = tuple[jax.Array, jax.Array]
 
 # Head sizes must be multiples of this.
 _PIECE = 8
@@ -42,7 +47,7 @@ _PIECE = 8
 
 @runtime_checkable
 class BlockForward(Protocol):
-    """Attention of 16-bit arrays in a window.
+    """Attention of 16-bit arrays in a window. Every row sees a key.
 
     Returns:
       out [B, T, N, V] in 16 bits, and lse [B, N, T] in float32, natural logarithm.
@@ -84,6 +89,7 @@ class BlockCalls:
 
     Attributes:
       name: the value of `implementation`.
+      packed: its calls for packed rows, if it has them.
       only_squares: whether the band of a call must be one that `squares` yields.
       one_head_size: whether heads of keys and values must have one size.
       too_many: the number of elements from which an array is refused; None means no
@@ -93,6 +99,7 @@ class BlockCalls:
     name: str
     forward: BlockForward
     backward: BlockBackward
+    packed: PackedCalls | None = None
     only_squares: bool = False
     one_head_size: bool = True
     too_many: int | None = None
@@ -119,7 +126,7 @@ def chunk_forward(
     attend = partial(_attend, calls, logits.scale, v.shape[3])
     arrays = _padded(calls, q, k, v)
     for cases in _checked(calls, mask, logits):
-        carry = _switch(cases, attend, *arrays, carry)
+        carry = _switch(cases, attend, *arrays, _ids(mask), carry)
     assert carry is not None, "a mask has at least one stretch of each side"
     return carry
 
@@ -144,7 +151,7 @@ def chunk_backward(
     out, dout = out_for(delta, dout.astype(q.dtype))
     arrays = _padded(calls, q, k, v, dout, out)
     parts = [
-        _switch(cases, pull_back, *arrays, lse)
+        _switch(cases, pull_back, *arrays, _ids(mask), lse)
         for cases in _checked(calls, mask, logits)
     ]
     dq, dk, dv = jax.tree.map(lambda *xs: sum(xs), *parts)
@@ -158,11 +165,13 @@ def _checked(calls: BlockCalls, mask: Mask, logits: Logits) -> tuple[Cases, ...]
         reason = "logits_soft_cap="
     elif logits.slopes is not None or logits.dropout is not None:
         reason = "alibi_slopes= or dropout_rate="
-    elif mask.q.segment_ids is not None:
+    elif mask.q.segment_ids is not None and calls.packed is None:
         reason = (
             "segment_ids=, which also mark the padding of a length that "
             "ring·ulysses does not divide"
         )
+    elif mask.q.segment_ids is not None and not _is_aligned(mask.rule):
+        reason = "segment_ids= with a window that is not causal"
     elif (cases := static_cases(mask)) is not None:
         return cases
     else:
@@ -174,6 +183,17 @@ def _checked(calls: BlockCalls, mask: Mask, logits: Logits) -> tuple[Cases, ...]
         f"implementation={calls.name!r} cannot honour {reason}: it supports only full "
         "and causal blocks and windows; use implementation=None"
     )
+
+
+def _is_aligned(rule: MaskRule) -> bool:
+    """Whether documents of a block can have the block's bounds (`documents.py`)."""
+    return rule.after == 0 or (rule.before is None and rule.after is None)
+
+
+def _ids(mask: Mask) -> Ids | None:
+    if mask.q.segment_ids is None:
+        return None
+    return mask.q.segment_ids, mask.kv.segment_ids
 
 
 def _cut(
@@ -193,7 +213,7 @@ def _cut(
 
 
 def _switch(
-    cases: Cases, run: Callable[..., Result], *arrays: jax.Array | Carry | None
+    cases: Cases, run: Callable[..., Result], *arrays: jax.Array | Ids | Carry | None
 ) -> Result:
     """Calls `run` on the case that applies."""
     arrays = vary_like(arrays, (arrays, cases.which))
@@ -204,9 +224,9 @@ def _switch(
     return lax.switch(which, branches, *arrays)
 
 
-def _blocks(calls: BlockCalls, case: Case) -> list[Block]:
+def _blocks(calls: BlockCalls, case: Case, ids: Ids | None) -> list[Block]:
     """Returns the blocks to call the package for."""
-    if not calls.only_squares:
+    if not calls.only_squares and ids is None:
         return list(case)
     return [square for block in case for square in squares(block)]
 
@@ -219,16 +239,26 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    ids: Ids | None,
     carry: Carry | None,
 ) -> Carry:
     """Merges the blocks of one case into `carry`."""
-    for block in _blocks(calls, case):
-        part = calls.forward(*_cut(calls, block, q, k, v), scale, block.window)
+    for block in _blocks(calls, case, ids):
+        arrays = _cut(calls, block, q, k, v)
+        if calls.packed is None or ids is None:
+            part = calls.forward(*arrays, scale, block.window)
+        else:
+            own = _ids_of(block, ids)
+            part = packed_forward(calls.packed, block, own, *arrays, scale)
         # A package may not mark its results as varying.
         out, lse = vary_like(part, q)
         out, lse = out[..., :value_size], lse.swapaxes(1, 2)
         carry = _merged(carry, block.q, out.astype(lse.dtype), lse, q)
     return _nothing(q, value_size) if carry is None else carry
+
+
+def _ids_of(block: Block, ids: Ids) -> Ids:
+    return ids[0][:, block.q], ids[1][:, block.kv]
 
 
 def _merged(
@@ -261,19 +291,23 @@ def _pull_back(
     v: jax.Array,
     dout: jax.Array,
     out: jax.Array,
+    ids: Ids | None,
     lse: jax.Array,
 ) -> Grads:
     """Computes dq, dk, dv of one case in float32."""
     dq, dk, dv = vary_like([jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)], q)
-    for block in _blocks(calls, case):
-        parts = calls.backward(
+    for block in _blocks(calls, case, ids):
+        arrays = (
             *_cut(calls, block, q, k, v),
             lse[:, block.q].swapaxes(1, 2),
             out[:, block.q],
             dout[:, block.q],
-            scale,
-            block.window,
         )
+        if calls.packed is None or ids is None:
+            parts = calls.backward(*arrays, scale, block.window)
+        else:
+            own = _ids_of(block, ids)
+            parts = packed_backward(calls.packed, block, own, *arrays, scale)
         parts = vary_like(parts, q)
         dq = _added(dq, parts[0], block.q)
         dk = _added(dk, parts[1], block.kv)

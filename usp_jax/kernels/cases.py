@@ -43,17 +43,15 @@ class Cases:
 
 
 def static_cases(mask: Mask) -> tuple[Cases, ...] | None:
-    """Returns the cases of a mask; their blocks cover each visible pair once.
+    """Returns the cases of a mask, which does not hide documents or padding yet.
 
     Returns:
-      One `Cases` for each pair of stretches, or None where the cases are not static:
-        segment ids, positions that do not come from a layout, or layouts with different
-        strides.
+      One `Cases` for each pair of stretches, whose blocks cover each visible pair once;
+        or None where the cases are not static: positions that do not come from a
+        layout, or layouts with different strides.
     """
-    if mask.sees_all:
+    if mask.rule.before is None and mask.rule.after is None:
         return (Cases(((Block(WHOLE, WHOLE),),), 0),)
-    if mask.q.segment_ids is not None:
-        return None
     if mask.q.stretches is None or mask.kv.stretches is None:
         return None
     cases = []

@@ -150,8 +150,8 @@ class KernelSpec:
 
 ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _16_BITS = ("bfloat16", "float16")
-# Masks that depend on data, and a function of the logits.
-_BY_DATA = ("segment_ids", "positions", "prefix_length", "logits_soft_cap")
+# Masks by positions that are data, and a function of the logits.
+_BY_POSITION = ("positions", "prefix_length", "logits_soft_cap")
 
 # implementation=None chooses the first automatic one that can run the call.
 KERNELS = (
@@ -187,7 +187,7 @@ KERNELS = (
         max_head_size=256,
         head_sizes=((8, 128),),
         dtypes=_16_BITS,
-        refuses=_BY_DATA,
+        refuses=("segment_ids", *_BY_POSITION),
         static_masks=True,
     ),
     KernelSpec(
@@ -196,7 +196,7 @@ KERNELS = (
         majors=(8, 12),
         max_head_size=256,
         dtypes=_16_BITS,
-        refuses=_BY_DATA,
+        refuses=_BY_POSITION,
         static_masks=True,
         package=Package("dew_flash_attn", extra="fa2", jax=(0, 11, 2)),
     ),
@@ -206,7 +206,7 @@ KERNELS = (
         majors=(9,),
         max_head_size=256,
         dtypes=_16_BITS,
-        refuses=_BY_DATA,
+        refuses=_BY_POSITION,
         static_masks=True,
         package=Package("dew_flash_attn", extra="fa3", jax=(0, 11, 2)),
     ),
@@ -217,7 +217,7 @@ KERNELS = (
         max_head_size=256,
         head_sizes=((10, 128),),
         dtypes=_16_BITS,
-        refuses=_BY_DATA,
+        refuses=_BY_POSITION,
         static_masks=True,
         package=Package("fa4_jax", extra="fa4", python=(3, 12)),
     ),

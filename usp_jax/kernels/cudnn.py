@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from usp_jax import _compat
-from usp_jax.kernels.block_calls import BlockCalls, Window
+from usp_jax.kernels.bands import Window
+from usp_jax.kernels.block_calls import BlockCalls
 from usp_jax.kernels.contract import Grads
 
 

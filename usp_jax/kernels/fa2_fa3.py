@@ -14,8 +14,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from usp_jax.kernels.block_calls import BlockCalls, Window
+from usp_jax.kernels.bands import Window
+from usp_jax.kernels.block_calls import BlockCalls
 from usp_jax.kernels.contract import Grads
+from usp_jax.kernels.folding import folded
+from usp_jax.kernels.packed_calls import PackedCalls, Sequences
 
 Result = TypeVar("Result")
 
@@ -32,7 +35,7 @@ def _fa2_forward(
     import dew_flash_attn
 
     call = partial(_call, dew_flash_attn._forward2, (scale, *_mask(window)))
-    return _folded(call)(q, k, v)
+    return folded(call)(q, k, v)
 
 
 def _fa2_backward(
@@ -48,7 +51,7 @@ def _fa2_backward(
     import dew_flash_attn
 
     call = partial(_call, dew_flash_attn._backward2, (scale, *_mask(window)))
-    return _folded(call)(dout, q, k, v, out, lse)
+    return folded(call)(dout, q, k, v, out, lse)
 
 
 def _fa3_forward(
@@ -58,7 +61,7 @@ def _fa3_forward(
 
     # None and None: rows are not packed.
     options = None, None, scale, *_mask(window)
-    return _folded(partial(_call, dew_flash_attn._forward3, options))(q, k, v)
+    return folded(partial(_call, dew_flash_attn._forward3, options))(q, k, v)
 
 
 def _fa3_backward(
@@ -75,7 +78,7 @@ def _fa3_backward(
 
     options = None, None, scale, *_mask(window)
     call = partial(_call, dew_flash_attn._backward3, options)
-    return _folded(call)(dout, q, k, v, out, lse)
+    return folded(call)(dout, q, k, v, out, lse)
 
 
 def _call(
@@ -84,28 +87,90 @@ def _call(
     return function(*arrays, *options)
 
 
-def _folded(call: Callable[..., Result]) -> Callable[..., Result]:
-    """Lets `jax.vmap` make the mapped axis part of the batch, as the package has none.
+def _fa2_packed_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sequences: Sequences,
+    scale: float,
+    window: Window,
+) -> tuple[jax.Array, jax.Array]:
+    import dew_flash_attn
 
-    Args:
-      call: a function of arrays with a leading batch axis, and to such arrays.
-    """
-    folded = jax.custom_batching.custom_vmap(call)
-
-    @folded.def_vmap
-    def rule(
-        size: int, is_mapped: list[bool], *arrays: jax.Array
-    ) -> tuple[Result, object]:
-        mapped = [
-            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-            for x, mapped in zip(arrays, is_mapped, strict=True)
-        ]
-        results = folded(*(x.reshape(-1, *x.shape[2:]) for x in mapped))
-        split = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-        return split, jax.tree.map(lambda _: True, results)
-
-    return folded
+    starts, longest = sequences.starts, sequences.longest
+    out, lse = dew_flash_attn._packed_forward2(
+        q, k, v, starts, longest, scale, *_mask(window)
+    )
+    # lse is [P, N, longest]: each sequence has rows of its own.
+    token = jnp.arange(q.shape[0], dtype=jnp.int32)
+    sequence = jnp.searchsorted(starts[0], token, side="right") - 1
+    return out, lse[sequence, :, token - starts[0][sequence]].T
 
 
-FA2 = BlockCalls("fa2", _fa2_forward, _fa2_backward)
-FA3 = BlockCalls("fa3", _fa3_forward, _fa3_backward)
+def _fa2_packed_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    out: jax.Array,
+    dout: jax.Array,
+    sequences: Sequences,
+    scale: float,
+    window: Window,
+) -> Grads:
+    import dew_flash_attn
+
+    starts, longest = sequences.starts, sequences.longest
+    row = jnp.arange(longest[0], dtype=jnp.int32)
+    token = jnp.minimum(starts[0][:-1, None] + row[None], q.shape[0] - 1)
+    lse = lse[:, token].swapaxes(0, 1)
+    return dew_flash_attn._packed_backward2(
+        dout, q, k, v, out, lse, starts, longest, scale, *_mask(window)
+    )
+
+
+def _fa3_packed_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sequences: Sequences,
+    scale: float,
+    window: Window,
+) -> tuple[jax.Array, jax.Array]:
+    import dew_flash_attn
+
+    starts, longest = sequences.starts, sequences.longest
+    return dew_flash_attn._forward3(q, k, v, starts, longest, scale, *_mask(window))
+
+
+def _fa3_packed_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    out: jax.Array,
+    dout: jax.Array,
+    sequences: Sequences,
+    scale: float,
+    window: Window,
+) -> Grads:
+    import dew_flash_attn
+
+    starts, longest = sequences.starts, sequences.longest
+    return dew_flash_attn._backward3(
+        dout, q, k, v, out, lse, starts, longest, scale, *_mask(window)
+    )
+
+
+FA2 = BlockCalls(
+    "fa2",
+    _fa2_forward,
+    _fa2_backward,
+    PackedCalls(_fa2_packed_forward, _fa2_packed_backward),
+)
+FA3 = BlockCalls(
+    "fa3",
+    _fa3_forward,
+    _fa3_backward,
+    PackedCalls(_fa3_packed_forward, _fa3_packed_backward),
+)
