@@ -202,10 +202,16 @@ def test_other_masks_have_none(rule, q, kv):
     assert static_cases(Mask(rule, q.shard(0), kv.shard(1))) is None
 
 
-def test_documents_have_none():
-    ids = jnp.zeros((1, LENGTH), jnp.int32)
-    tokens = Tokens(jnp.arange(LENGTH)[None], ids)
-    assert static_cases(Mask(MaskRule(), tokens, tokens)) is None
+def test_documents_do_not_change_the_cases():
+    """They are data, and hide more at run time."""
+    ids = jnp.zeros((3, 1, LENGTH), jnp.int32)
+    tokens = ring("zigzag", 3)
+    packed = RingTokens(None, ids, "zigzag", 3, LENGTH)
+    for rule in (MaskRule(), CAUSAL):
+        (expected,), (actual,) = (
+            static_cases(Mask(rule, x.shard(0), x.shard(1))) for x in (tokens, packed)
+        )
+        assert actual.each == expected.each and actual.which == expected.which
 
 
 def test_many_shards_are_cheap():

@@ -16,7 +16,18 @@ import pytest
 import usp_jax
 from tests.kernels import emulated, emulated_cudnn, emulated_flash
 from tests.kernels.emulated_flash import NAMES
-from tests.oracle import Order, assert_equal_to, expected, normal, results
+from tests.kernels.rings import (
+    CAUSAL,
+    LAYOUTS,
+    LEFT,
+    LONG,
+    LONGER,
+    RINGS,
+    SHORT,
+    T,
+    check_ring,
+)
+from tests.oracle import normal
 from usp_jax import kernels
 from usp_jax.kernels.choice import KERNELS, Target
 from usp_jax.kernels.logits import Logits
@@ -25,42 +36,6 @@ from usp_jax.masking import Mask, MaskRule
 from usp_jax.ring.tokens import RingTokens
 
 cudnn, flash = emulated_cudnn.emulated, emulated_flash.flash
-T = 64
-RINGS = [(2, 4), (4, 2), (8, 1)]
-LAYOUTS = ("zigzag", "contiguous", "striped")
-CAUSAL = {"is_causal": True}
-# Below a chunk, between a chunk and a shard, and above a shard, of ring=4.
-SHORT, LONG = CAUSAL | {"local_window_size": (5, 0)}, {"local_window_size": (22, 9)}
-LONGER, LEFT = (
-    CAUSAL | {"local_window_size": (37, 0)},
-    {"local_window_size": (11, None)},
-)
-
-
-def check_ring(implementation, degrees, layout, mask, sizes=(16, 16), kv_heads=4):
-    """Results and gradients on eight devices, in float64 within 1e-10."""
-    mesh = usp_jax.make_mesh(ring=degrees[0], ulysses=degrees[1])
-    q, k, v = (
-        (2, T, 8, sizes[0]),
-        (2, T, kv_heads, sizes[0]),
-        (2, T, kv_heads, sizes[1]),
-    )
-    attend = functools.partial(
-        usp_jax.usp_attention,
-        layout=layout,
-        mesh=mesh,
-        implementation=implementation,
-        return_residual=True,
-        **mask,
-    )
-    with jax.enable_x64(True):
-        arrays = normal(5, q, k, v, dtype="float64")
-        cotangents = normal(6, (*q[:3], sizes[1]), q[:3], dtype="float64")
-        exact = expected(arrays, cotangents, **mask)
-        order = Order(layout, mesh, 2, T)
-        stored = jax.tree.map(order.store, (arrays, cotangents))
-        actual = jax.jit(lambda *args: results(attend, *args))(*stored)
-        assert_equal_to(exact, jax.tree.map(order.restore, actual), 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +177,10 @@ def test_where_they_run(monkeypatch, name, major) -> None:
     if major in RUNS[name]:
         assert kernels.choose(name, **call) == name
         assert kernels.choose(name, **call, needs=("local_window_size",)) == name
-        match = f"'{name}' cannot honour segment_ids=; use None or one of"
+        assert kernels.choose(name, **call, needs=("segment_ids",)) == name
+        match = f"'{name}' cannot honour positions=; use None or one of"
         with pytest.raises(ValueError, match=match):
-            kernels.choose(name, **call, needs=("segment_ids",))
+            kernels.choose(name, **call, needs=("positions",))
     else:
         versions = " or ".join(f"{x}.x" for x in RUNS[name])
         match = f"'{name}' needs compute capability {versions}, but the call is for"
@@ -244,7 +220,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
 def test_other_masks_are_refused_before_compiling(flash, name) -> None:
     x, ids = jnp.zeros((1, 8, 2, 16), jnp.bfloat16), jnp.zeros((1, 8), jnp.int32)
     for options, match in (
-        ({"segment_ids": ids}, "cannot honour segment_ids="),
+        (
+            {"segment_ids": ids, "local_window_size": (3, None)},
+            "cannot honour segment_ids= with a window that is not causal",
+        ),
         (
             {"positions": ids, "local_window_size": (3, None)},
             "cannot honour positions=",

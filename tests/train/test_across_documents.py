@@ -1,4 +1,4 @@
-"""Rows across documents have no segment ids, so that packages can train on them."""
+"""Packages train on packed rows, and on rows across documents, without segment ids."""
 
 import dataclasses
 from pathlib import Path
@@ -40,18 +40,18 @@ def loss_and_gradients(config: Config):
     return jax.jit(jax.value_and_grad(lambda x: sums(x, batch).loss))(state.params)
 
 
-def test_a_package_trains_across_documents(flash, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "across_documents", [False, pytest.param(True, marks=pytest.mark.long)]
+)
+def test_a_package_trains(flash, tmp_path: Path, across_documents) -> None:
     config = small_config(tmp_path, mesh=MeshConfig(data=4, ring=2))
     model = dataclasses.replace(config.model, num_layers=1)
     config = dataclasses.replace(config, model=model)
-    expected = loss_and_gradients(changed(config, "xla", True))
-    actual = loss_and_gradients(changed(config, "fa2", True))
+    expected = loss_and_gradients(changed(config, "xla", across_documents))
+    actual = loss_and_gradients(changed(config, "fa2", across_documents))
     for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         atol = 1e-5 * np.abs(y).max()
         np.testing.assert_allclose(x, y, rtol=0, atol=atol)
-    # The rows have several documents, and tokens see those before their own.
-    with pytest.raises(ValueError, match="'fa2' cannot honour segment_ids="):
-        loss_and_gradients(changed(config, "fa2", False))
 
 
 def test_what_needs_the_documents_is_refused(tmp_path: Path) -> None:

@@ -91,13 +91,13 @@ def documents_of(
     q_starts = _starts(q_before, q_done, (length, length))
     kv_starts = _starts(kv_between, kv_done, (kv_done[:, -1], kv_length))
 
-    row = jnp.arange(length, dtype=jnp.int32)[None]
     place = jnp.minimum(run, most - 1)
     least, last = (jnp.take_along_axis(x, place, 1) for x in (kv_first, kv_stop - 1))
-    if block.before is not None:
-        least = jnp.maximum(least, row - block.before)
     if block.after is not None:
+        row = jnp.arange(length, dtype=jnp.int32)[None]
         last = jnp.minimum(last, row + block.after)
+    # What a row that cannot be honoured has in it must not reach others in the kernel.
+    is_shared &= is_exact[:, None]
     q_seen = jnp.take_along_axis(is_shared, place, 1) & (least <= last)
     ends = jnp.arange(1, kv_length + 1, dtype=jnp.int32)
     sequence = _count_below(kv_starts, ends) - 1

@@ -18,7 +18,7 @@ from usp_jax.kernels.bands import Window
 from usp_jax.kernels.block_calls import BlockCalls
 from usp_jax.kernels.contract import Grads
 from usp_jax.kernels.folding import folded
-from usp_jax.kernels.packed_calls import PackedCalls, Sequences
+from usp_jax.kernels.packed_calls import PackedCalls, Sequences, SequencesGrads
 
 Result = TypeVar("Result")
 
@@ -117,7 +117,7 @@ def _fa2_packed_backward(
     sequences: Sequences,
     scale: float,
     window: Window,
-) -> Grads:
+) -> SequencesGrads:
     import dew_flash_attn
 
     starts, longest = sequences.starts, sequences.longest
@@ -153,7 +153,7 @@ def _fa3_packed_backward(
     sequences: Sequences,
     scale: float,
     window: Window,
-) -> Grads:
+) -> SequencesGrads:
     import dew_flash_attn
 
     starts, longest = sequences.starts, sequences.longest

@@ -12,7 +12,7 @@ import jax
 from usp_jax.kernels.bands import Window
 from usp_jax.kernels.block_calls import BlockCalls
 from usp_jax.kernels.contract import Grads
-from usp_jax.kernels.packed_calls import PackedCalls, Sequences
+from usp_jax.kernels.packed_calls import PackedCalls, Sequences, SequencesGrads
 
 # Its kernels, not its reference in plain jax, wherever this process runs.
 _BACKEND = "cute"
@@ -79,7 +79,7 @@ def _packed_backward(
     sequences: Sequences,
     scale: float,
     window: Window,
-) -> Grads:
+) -> SequencesGrads:
     from fa4_jax import attention
 
     config = _config(attention.AttnConfig, window, scale, is_packed=True)

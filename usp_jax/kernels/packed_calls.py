@@ -17,6 +17,11 @@ from usp_jax.kernels.contract import Grads
 from usp_jax.kernels.documents import Documents, documents_of
 from usp_jax.kernels.folding import folded
 
+# dq, dk and dv of one row of tokens.
+SequencesGrads = tuple[
+    Float[Array, "M N H"], Float[Array, "L K H"], Float[Array, "L K V"]
+]
+
 # The lse of a query whose weights are to be 0: no logit comes near it, and its product
 # with log2(e) is finite.
 _NO_WEIGHT = 1e38
@@ -73,7 +78,7 @@ class SequencesBackward(Protocol):
         sequences: Sequences,
         scale: float,
         window: Window,
-    ) -> tuple[Float[Array, "M N H"], Float[Array, "L K H"], Float[Array, "L K V"]]: ...
+    ) -> SequencesGrads: ...
 
 
 @dataclasses.dataclass(frozen=True)
