@@ -140,5 +140,8 @@ def test_wrong_arguments_raise(no_type_checks):
         attend(q, k, v, jq, jk[:, :4], jv[:, :4])
     with pytest.raises(ValueError, match="segment_ids of the query side has shape"):
         attend(q, k, v, jq, jk, jv, segment_ids=jnp.zeros((B, J), jnp.int32))
+    match = "implementation='fa2' cannot honour segment_ids=, joint_segment_ids= or a n"
+    with pytest.raises(ValueError, match=match):
+        attend(q, k, v, jq, jk, jv, implementation="fa2")
     with pytest.raises(ValueError, match="joint_segment_ids of the query side has"):
         attend(q, k, v, jq, jk, jv, joint_segment_ids=jnp.zeros((B, T), jnp.int32))

@@ -101,7 +101,8 @@ def usp_attention(
       implementation: "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs), "triton" (NVIDIA
         GPUs since Ampere), "xla" (any device) or "reference" (the definition; O(T·S)
         memory). For full and causal masks and windows only: "cudnn" (NVIDIA GPUs since
-        Ampere), and "fa2", "fa3" and "fa4" (optional packages, see docs/kernels.md).
+        Ampere), and, packed rows included, "fa2", "fa3" and "fa4" (optional packages,
+        see docs/kernels.md).
         "mosaic_gpu_fused" (Hopper GPUs) has not run on a GPU yet, see docs/kernels.md.
         "mosaic_tpu_interpret", "mosaic_gpu_interpret", "mosaic_gpu_fused_interpret" and
         "triton_interpret" run on any device, slowly. None picks one for the mesh's

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Integer
 
-from usp_jax import arguments
+from usp_jax import arguments, kernels
 from usp_jax.attention import usp_attention
 from usp_jax.masking import PADDING
 from usp_jax.mesh import MeshAxes, resolve_mesh
@@ -107,6 +107,7 @@ def usp_joint_attention(
     ids = _document(query, "segment_ids", options["segment_ids"])
     joint_ids = _document(joint_query, "joint_segment_ids", joint_segment_ids)
     if options["segment_ids"] is not None or joint_segment_ids is not None or padding:
+        _check_takes_parts(options["implementation"])
         dealt = _deal(shards, TOKENS, padding, ids, joint_ids, fill=PADDING)
         options |= Options(segment_ids=dealt)
     out = usp_attention(
@@ -122,6 +123,17 @@ def usp_joint_attention(
     out, joint = run(shards.place(out, SEQ))
     joint = _whole(shards, joint)[:, : joint_query.shape[1]]
     return out, joint
+
+
+def _check_takes_parts(implementation: str | None) -> None:
+    """Checks that a document may lie between others or padding, as it does if dealt."""
+    if implementation is not None and kernels.needs_static_masks(implementation):
+        raise ValueError(
+            f"{implementation=} cannot honour segment_ids=, joint_segment_ids= or a "
+            "number of joint tokens that ring·ulysses does not divide: each device has "
+            "a part of a document, with others or padding after it; use "
+            "implementation=None"
+        )
 
 
 def _document(x: jax.Array, name: str, ids: object) -> jax.Array:
