@@ -33,8 +33,8 @@ class Documents:
     """The sequences of one block, in each row.
 
     Attributes:
-      starts: each token is in one sequence; those in none that is attended to are in
-        sequences without queries or without keys.
+      starts: every token is in a sequence. Documents are those at odd places; between
+        them are keys that no query sees, and at the end queries that see no key.
       q_seen: the queries that see a key. The results of the others have no meaning.
       kv_seen: the keys in a document that queries hold.
       is_exact: whether the sequences show each query what it sees.
@@ -49,8 +49,8 @@ class Documents:
 def most_documents(length: int) -> int:
     """Returns the number of documents, and runs of padding, that queries may have.
 
-    Kernels start a group of threads for every sequence, and make room for one. The
-    number must be static, so it follows from the number of queries.
+    The number must be static, and a sequence costs memory and thread blocks even if it
+    is empty.
     """
     return min(length, 16 + length // 128)
 
@@ -91,14 +91,9 @@ def documents_of(
     q_starts = _starts(q_before, q_done, (length, length))
     kv_starts = _starts(kv_between, kv_done, (kv_done[:, -1], kv_length))
 
-    place = jnp.minimum(run, most - 1)
-    least, last = (jnp.take_along_axis(x, place, 1) for x in (kv_first, kv_stop - 1))
-    if block.after is not None:
-        row = jnp.arange(length, dtype=jnp.int32)[None]
-        last = jnp.minimum(last, row + block.after)
     # What a row that cannot be honoured has in it must not reach others in the kernel.
-    is_shared &= is_exact[:, None]
-    q_seen = jnp.take_along_axis(is_shared, place, 1) & (least <= last)
+    visible = jnp.where(is_shared & is_exact[:, None], kv_stop, 0)
+    q_seen = _seen_queries(block, jnp.minimum(run, most - 1), kv_first, visible)
     ends = jnp.arange(1, kv_length + 1, dtype=jnp.int32)
     sequence = _count_below(kv_starts, ends) - 1
     kv_seen = (sequence % 2 == 1) & (sequence < 2 * most)
@@ -133,6 +128,17 @@ def _repeated(ids: Int[Array, "B P"]) -> Bool[Array, "B P"]:
     """Whether a run before or after has the same id."""
     same = ids[:, :, None] == ids[:, None, :]
     return jnp.sum(same, 2) > 1
+
+
+def _seen_queries(
+    block: Block, document: jax.Array, kv_first: jax.Array, kv_stop: jax.Array
+) -> Bool[Array, "B T"]:
+    """Returns the queries that see a key of their document."""
+    first, stop = (jnp.take_along_axis(x, document, 1) for x in (kv_first, kv_stop))
+    if block.after is not None:
+        row = jnp.arange(document.shape[1], dtype=jnp.int32)[None]
+        stop = jnp.minimum(stop, row + block.after + 1)
+    return first < stop
 
 
 def _shifted(x: Int[Array, "B P"]) -> Int[Array, "B P"]:

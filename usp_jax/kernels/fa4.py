@@ -5,8 +5,6 @@ primitive below it, which is why its version is pinned. The backward adds up dq 
 order in which blocks finish: results differ in their last bits from run to run.
 """
 
-from collections.abc import Callable
-
 import jax
 
 from usp_jax.kernels.bands import Window
@@ -40,7 +38,7 @@ def _backward(
 ) -> Grads:
     from fa4_jax import attention
 
-    config = _config(attention.AttnConfig, window, scale, is_packed=False)
+    config = _config(window, scale, is_packed=False)
     dq, dk, dv = attention.fa4_vjp_p.bind(
         q, k, v, out, lse, dout, cfg=config, has_d_lse=False
     )
@@ -82,7 +80,7 @@ def _packed_backward(
 ) -> SequencesGrads:
     from fa4_jax import attention
 
-    config = _config(attention.AttnConfig, window, scale, is_packed=True)
+    config = _config(window, scale, is_packed=True)
     lengths = (starts[1:] - starts[:-1] for starts in sequences.starts)
     dq, dk, dv = attention.fa4_vjp_p.bind(
         q,
@@ -99,13 +97,12 @@ def _packed_backward(
     return dq, dk, dv
 
 
-def _config(
-    make: Callable[..., object], window: Window, scale: float, is_packed: bool
-) -> object:
-    """Returns the package's config, made by its class."""
+def _config(window: Window, scale: float, is_packed: bool) -> object:
+    from fa4_jax.attention import AttnConfig
+
     # The package names a bare bound of 0 on the right causal, and other bounds local.
     is_causal = window == (None, 0)
-    return make(
+    return AttnConfig(
         causal=is_causal,
         local=not is_causal and window != (None, None),
         window=(None, None) if is_causal else window,
