@@ -8,15 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Shaped
 
 from usp_jax import kernels
 from usp_jax.kernels.dropout import Dropout
 from usp_jax.kernels.logits import Logits
 from usp_jax.masking import MaskRule
-from usp_jax.ring import Keys, Ring, Schedule, SideBySide, gather_tokens
+from usp_jax.ring import (
+    Keys,
+    Ring,
+    RingTables,
+    Schedule,
+    SideBySide,
+    gather_tokens,
+    schedule_tables,
+)
 from usp_jax.ring.tokens import RingTokens
-from usp_jax.shards import BY_HEAD, BY_ROW, TOKENS, WHOLE, Shards
+from usp_jax.shards import BY_HEAD, BY_ROW, HEADS, TOKENS, WHOLE, Shards
 from usp_jax.ulysses import Heads, with_groups
 
 
@@ -58,6 +67,8 @@ class Facts:
       rows, heads: int32 [B] and [N], their indices in the whole call.
       slopes: floating [N], the slopes of ALiBi.
       seed: uint32 [], the seed of dropout.
+      tokens: (x,) or (query's, key's) `RingTokens`, from `gathered`.
+      tables: `RingTables`, from `gathered`.
     """
 
     positions: Sides = None
@@ -67,6 +78,8 @@ class Facts:
     heads: Leaf = None
     slopes: Leaf = None
     seed: Leaf = None
+    tokens: Sides = None
+    tables: Leaf = None
 
 
 # How each of the facts is split over the mesh.
@@ -78,7 +91,33 @@ FACTS = Facts(
     heads=BY_HEAD,
     slopes=BY_HEAD,
     seed=WHOLE,
+    tokens=(None, "batch"),
+    tables=("ring", "batch"),
 )
+
+
+def gathered(
+    call: Call, q: jax.Array, kv: jax.Array, facts: Facts, keys: Keys | None = None
+) -> Facts:
+    """Adds what every step of both passes needs to know of the tokens, named to save.
+
+    It does not depend on the values of q and kv, so it is the same in all layers.
+
+    Args:
+      q, kv, keys: as in `ring_of`.
+    """
+
+    def on_device(
+        q: jax.Array, kv: jax.Array, facts: Facts
+    ) -> tuple[Sides, RingTables]:
+        tokens = _tokens(call, q.shape[1], kv.shape[1], facts)
+        ring = ring_of(call, q, kv, dataclasses.replace(facts, tokens=tokens), keys)
+        return tokens, schedule_tables(call.schedule, ring, q)
+
+    dims = FACTS.tokens, FACTS.tables
+    run = call.shards.run(on_device, (HEADS, HEADS, FACTS), dims)
+    tokens, tables = checkpoint_name(run(q, kv, facts), "usp_masks")
+    return dataclasses.replace(facts, tokens=tokens, tables=tables)
 
 
 def ring_of(
@@ -91,6 +130,28 @@ def ring_of(
       keys: what a visit makes of kv; None is k and v, which are side by side.
     """
     shards = call.shards
+    tokens = facts.tokens or _tokens(call, q.shape[1], kv.shape[1], facts)
+    kv_tokens = tokens[-1]
+    chunk = kernels.chunk(call.implementation, kernels.target_of(shards.mesh))
+    return Ring(
+        axis_name=shards.ring,
+        index=shards.index(shards.ring),
+        chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
+        keys=keys or SideBySide(q.shape[-1], kv.shape[-1] - q.shape[-1]),
+        rule=call.rule,
+        logits=logits_of(call, facts),
+        q_tokens=dataclasses.replace(tokens[0], prefix=facts.prefix),
+        kv_tokens=kv_tokens,
+        rounds_dkv=keys is None and _is_dkv_final(call),
+        is_sent=kv_tokens.ring_size * call.heads.ulysses_size > 1,
+        tables=facts.tables or RingTables(),
+    )
+
+
+def _tokens(
+    call: Call, q_length: int, kv_length: int, facts: Facts
+) -> tuple[RingTokens, ...]:
+    """Gathers the tokens of all shards, (x,) or (query's, key's)."""
 
     def tokens(side: int, length: int) -> RingTokens:
         positions, segment_ids = (
@@ -100,27 +161,14 @@ def ring_of(
             positions,
             segment_ids,
             layout=call.layouts[side],
-            ring_axis=shards.ring,
-            ulysses_axis=shards.ulysses,
+            ring_axis=call.shards.ring,
+            ulysses_axis=call.shards.ulysses,
             length=length,
         )
 
-    kv_tokens = q_tokens = tokens(-1, kv.shape[1])
-    if two_sided(call.layouts, facts) or q.shape[1] != kv.shape[1]:
-        q_tokens = tokens(0, q.shape[1])
-    chunk = kernels.chunk(call.implementation, kernels.target_of(shards.mesh))
-    return Ring(
-        axis_name=shards.ring,
-        index=shards.index(shards.ring),
-        chunk=with_groups(chunk, call.heads, shards.index(shards.ulysses)),
-        keys=keys or SideBySide(q.shape[-1], kv.shape[-1] - q.shape[-1]),
-        rule=call.rule,
-        logits=logits_of(call, facts),
-        q_tokens=dataclasses.replace(q_tokens, prefix=facts.prefix),
-        kv_tokens=kv_tokens,
-        rounds_dkv=keys is None and _is_dkv_final(call),
-        is_sent=kv_tokens.ring_size * call.heads.ulysses_size > 1,
-    )
+    if two_sided(call.layouts, facts) or q_length != kv_length:
+        return tokens(0, q_length), tokens(-1, kv_length)
+    return (tokens(-1, kv_length),)
 
 
 def _is_dkv_final(call: Call) -> bool:

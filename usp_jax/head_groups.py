@@ -14,7 +14,7 @@ from functools import partial
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from usp_jax.call import FACTS, Call, Facts
+from usp_jax.call import FACTS, Call, Facts, gathered
 from usp_jax.first_order import first_order
 from usp_jax.ring import apart, side_by_side, together
 from usp_jax.shards import BY_HEAD, HEADS, SEQ
@@ -79,6 +79,8 @@ def _fwd(
         return run(partial(_to_heads, groups[i]), (SEQ,), HEADS)(q), kv
 
     following: tuple[jax.Array, jax.Array] | None = send(0, None)
+    assert following is not None
+    facts = gathered(groups[0], *following, facts)
     for i, group in enumerate(groups):
         assert following is not None
         now, following = following, None

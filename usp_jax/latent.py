@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from usp_jax.call import Call, Facts, Leaf
+from usp_jax.call import Call, Facts, Leaf, gathered
 from usp_jax.first_order import first_order
 from usp_jax.gathering import scattered
 from usp_jax.ring import apart, side_by_side, together
@@ -153,6 +153,7 @@ def _fwd(
     facts: Facts,
 ) -> tuple[Result, Saved]:
     q, latent = exchange(call, q, latent)
+    facts = gathered(call, q, latent, facts, expansion)
     out, lse = attend(call, q, latent, sinks, facts, expansion)
     out, lse = checkpoint_name(out, "usp_out"), checkpoint_name(lse, "usp_lse")
     result = exchange_sequence(call, out)

@@ -140,11 +140,17 @@ def join(*runs: Tokens) -> Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The mask of some queries against some keys."""
+    """The mask of some queries against some keys.
+
+    Attributes:
+      tables: the result of the kernel's `Chunk.tables` for this mask; None lets the
+        kernel make its tables where it runs.
+    """
 
     rule: MaskRule = dataclasses.field(metadata={"static": True})
     q: Tokens
     kv: Tokens
+    tables: Leaf = None
 
     @property
     def sees_all(self) -> bool:
@@ -157,7 +163,7 @@ class Mask:
 
     def rows(self, rows: slice) -> "Mask":
         """The mask of some of the queries."""
-        return dataclasses.replace(self, q=self.q.cut(rows))
+        return Mask(self.rule, self.q.cut(rows), self.kv)
 
 
 def visible(mask: Mask) -> Bool[Array, "*B T S"]:

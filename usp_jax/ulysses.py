@@ -221,4 +221,4 @@ def with_groups(chunk: Chunk, heads: Heads, index: Int[Array, ""] | int) -> Chun
         )
         return dq, summed(dk, k), summed(dv, v)
 
-    return Chunk(forward, backward)
+    return Chunk(forward, backward, tables=chunk.tables)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from usp_jax.call import FACTS, Call, Facts, own_heads, ring_of
+from usp_jax.call import FACTS, Call, Facts, gathered, own_heads, ring_of
 from usp_jax.first_order import first_order
 from usp_jax.kernels import Carry
 from usp_jax.ring import (
@@ -43,9 +43,10 @@ from usp_jax.ring import (
 from usp_jax.shards import BY_HEAD, HEADS, SEQ
 from usp_jax.ulysses import kv_to_heads, kv_to_seq, pad_heads, to_heads, to_seq
 
-SAVED_NAMES = ("usp_q", "usp_kv", "usp_out", "usp_lse", "usp_result")
+SAVED_NAMES = ("usp_q", "usp_kv", "usp_out", "usp_lse", "usp_result", "usp_masks")
 """Names of the residuals of an attention call, for `jax.checkpoint` policies.
 
+"usp_masks" depends on tokens only: a scan over layers saves it once.
 A rematerialised layer that saves "usp_out" and "usp_lse" does not run the ring again.
 One that saves all of them runs no collective of attention again.
 """
@@ -83,6 +84,7 @@ def _usp_fwd(
     facts: Facts,
 ) -> tuple[Result, Saved]:
     q, kv = exchange_heads(call, q, k, v)
+    facts = gathered(call, q, kv, facts)
     out, lse = ring_attention(call, q, kv, sinks, facts)
     result = exchange_sequence(call, out)
     if call.heads.ulysses_size > 1:

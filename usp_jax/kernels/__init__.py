@@ -16,6 +16,7 @@ from usp_jax.kernels.choice import (
     target_of as target_of,
 )
 from usp_jax.kernels.contract import (
+    BlockTables as BlockTables,
     Carry as Carry,
     Chunk as Chunk,
     ChunkBackward as ChunkBackward,
@@ -93,7 +94,8 @@ def _mosaic_gpu(target: Target | None, interpret: bool = False) -> Chunk:
     chunk = _bound(
         mosaic_gpu.chunk_forward, mosaic_gpu.chunk_backward, target, interpret
     )
-    return dataclasses.replace(chunk, direct=Direct(forward, backward))
+    tables = partial(mosaic_gpu.block_tables, target=target)
+    return dataclasses.replace(chunk, direct=Direct(forward, backward), tables=tables)
 
 
 def _mosaic_gpu_fused(target: Target | None, interpret: bool = False) -> Chunk:
@@ -103,7 +105,8 @@ def _mosaic_gpu_fused(target: Target | None, interpret: bool = False) -> Chunk:
     chunk = _bound(chunk_forward, fused.chunk_backward, target, interpret)
     backward = partial(fused.integer_backward, target=target, interpret=interpret)
     sums = IntegerSums(fixed_point.key_maxima, backward, fused.finish)
-    return dataclasses.replace(chunk, sums=sums)
+    tables = partial(fused.block_tables, target=target)
+    return dataclasses.replace(chunk, sums=sums, tables=tables)
 
 
 def _triton(target: Target | None, interpret: bool = False) -> Chunk:

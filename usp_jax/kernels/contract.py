@@ -16,7 +16,7 @@ Algorithm 2). A row that has seen nothing has lse = -inf, out = 0 and a gradient
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.typing import DTypeLike
@@ -35,6 +35,9 @@ Grads = tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B 
 DirectGrads = tuple[
     Float[Array, "B T N H"], Float[Array, "B S K D"], Float[Array, "B S K V"] | None
 ]
+# Tables [B, ...] by a key of the kernel's own.
+BlockTables = dict[Any, Int[Array, "B ..."]]
+
 # dq in integers of `IntegerSums`, dk and dv.
 IntegerGrads = tuple[
     Int[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]
@@ -143,6 +146,15 @@ class IntegerSums:
     finish: Callable[..., jax.Array]
 
 
+@runtime_checkable
+class MakeTables(Protocol):
+    """Makes `Mask.tables` from a mask: which blocks the kernels of a chunk visit."""
+
+    def __call__(
+        self, mask: Mask, head_size: int, value_size: int, dtype: DTypeLike
+    ) -> BlockTables: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """An implementation of the chunk contract.
@@ -150,12 +162,14 @@ class Chunk:
     Attributes:
       direct: the same without copies around the kernel, if it can do that.
       sums: the backward with integer dq, if it has one.
+      tables: makes the tables of a mask that may be made before the call, if any.
     """
 
     forward: ChunkForward
     backward: ChunkBackward
     direct: Direct | None = None
     sums: IntegerSums | None = None
+    tables: MakeTables | None = None
 
 
 @runtime_checkable

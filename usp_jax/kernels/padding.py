@@ -16,6 +16,7 @@ def pad_mask(mask: Mask, block_q: int, block_kv: int) -> Mask:
         mask.rule,
         pad_tokens(mask.q, pad_q, with_ids=with_ids),
         pad_tokens(mask.kv, pad_kv, with_ids=with_ids),
+        mask.tables,
     )
 
 

@@ -17,11 +17,12 @@ INPUT, MIDDLE, HEADS, OUT = "layer_input", "layer_middle", "layer_heads", "layer
 # What the backward of the delta rule needs, apart from its inputs.
 _DELTA = ("delta_out", "delta_states", "delta_maps")
 
-# The experts of each token are kept by all: computed again, a router whose scores are
-# almost equal could choose others.
+# Kept by all: the experts of each token, since a router whose scores are almost equal
+# could choose others when computed again, and what masks need, once for all layers.
+_ALWAYS = (IDS, "usp_masks")
 _KEPT = {
-    "full": (IDS,),
-    "attention": ("usp_out", "usp_lse", *_DELTA, IDS),
+    "full": _ALWAYS,
+    "attention": ("usp_out", "usp_lse", *_DELTA, *_ALWAYS),
     "attention_qkv": (*SAVED_NAMES, *DELTA_NAMES, *ROUTED_NAMES),
     "dots": (
         *SAVED_NAMES,
@@ -46,8 +47,8 @@ def policy(remat: str) -> Callable[..., bool]:
     if not remat.endswith("_offload"):
         return jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[INPUT, *names],
+        names_which_can_be_saved=["usp_masks"],
+        names_which_can_be_offloaded=[INPUT, *(x for x in names if x != "usp_masks")],
         offload_src="device",
         offload_dst="pinned_host",
     )

@@ -4,8 +4,8 @@
 `ring.py`, which `unidirectional.py`, `bidirectional.py` and `double.py` list.
 `visits.py` leaves out hops that are known to be empty, `grouped.py` attends to several
 shards at once. `all_gather.py` and `pass_q.py` are separate algorithms. `keys.py` makes
-keys and values of what travels, and `tokens.py` gathers the facts of all shards that
-masks need.
+keys and values of what travels, `tokens.py` gathers the facts of all shards that masks
+need, and `tables.py` holds what a kernel makes of masks before the ring.
 """
 
 from usp_jax.ring.all_gather import AllGather as AllGather
@@ -27,7 +27,9 @@ from usp_jax.ring.schedule import (
     schedule_backward as schedule_backward,
     schedule_forward as schedule_forward,
     schedule_of as schedule_of,
+    schedule_tables as schedule_tables,
 )
 from usp_jax.ring.steps import together as together
+from usp_jax.ring.tables import RingTables as RingTables
 from usp_jax.ring.tokens import gather_tokens as gather_tokens
 from usp_jax.ring.unidirectional import Unidirectional as Unidirectional

@@ -39,7 +39,10 @@ def grouped_forward(
         """Attends to the shards of a step and of those after it."""
         steps = range(kv.shape[1] // length)
         places = [ring.whole_turn.moved(ring.index, -step - n) for n in steps]
-        mask = ring.mask(join(*map(ring.kv_tokens.shard, places)))
+        if len(places) == 1:
+            mask = ring.shard_mask(places[0])
+        else:
+            mask = ring.mask(join(*map(ring.kv_tokens.shard, places)))
         return ring.chunk_forward(mask, q, kv, carry, is_last=is_last)
 
     def send(held: jax.Array, count: int) -> jax.Array:

@@ -20,6 +20,7 @@ from usp_jax.kernels.logits import Logits
 from usp_jax.masking import Mask, MaskRule, Tokens, join
 from usp_jax.mesh import AxisName, axis_names
 from usp_jax.ring.keys import Keys, SideBySide, Stays
+from usp_jax.ring.tables import RingTables
 from usp_jax.ring.tokens import RingTokens
 
 # An index on the axis or a number of steps: an int, or the counter of a loop.
@@ -68,6 +69,7 @@ class Ring:
         nothing else is added to it.
       is_sent: whether kv is in one array for a collective. If not, compilers leave out
         that array, and a kernel that reads it would need a copy.
+      tables: the block tables of masks that were made before.
     """
 
     axis_name: AxisName | None
@@ -81,6 +83,7 @@ class Ring:
     held: tuple[Index, ...] = ()
     rounds_dkv: bool = False
     is_sent: bool = True
+    tables: RingTables = RingTables()
 
     @property
     def devices(self) -> int:
@@ -148,6 +151,22 @@ class Ring:
     def mask(self, keys: Tokens) -> Mask:
         """The mask of this device's queries against some keys."""
         return Mask(self.rule, self.q_tokens.shard(self.index), keys)
+
+    def shard_mask(self, place: Index) -> Mask:
+        """The mask of this device's queries against a whole shard of keys."""
+        mask = self.mask(self.kv_tokens.shard(place))
+        return dataclasses.replace(mask, tables=self.tables.of(place))
+
+    def held_mask(self, rows: slice = slice(None)) -> Mask:
+        """The mask of some of this device's queries against the held keys."""
+        places = self.held or (self.index,)
+        start, stop, _ = rows.indices(self.q_tokens.length)
+        if (start, stop) != (0, self.q_tokens.length):
+            mask = self.mask(self.held_tokens()).rows(rows)
+            return dataclasses.replace(mask, tables=self.tables.of_own(start, stop))
+        if len(places) > 1:
+            return self.mask(self.held_tokens())
+        return self.shard_mask(places[0])
 
     def chunk_forward(
         self,
@@ -219,8 +238,7 @@ class Ring:
         is_last: bool = False,
     ) -> Carry:
         """Attends with this device's queries to the held keys."""
-        mask = self.mask(self.held_tokens())
-        return self.chunk_forward(mask, q, kv, carry, is_last=is_last)
+        return self.chunk_forward(self.held_mask(), q, kv, carry, is_last=is_last)
 
     def held_backward(
         self,
@@ -238,7 +256,7 @@ class Ring:
         Args:
           rows: the rows of q, dout, lse and delta to use.
         """
-        mask = self.mask(self.held_tokens()).rows(rows)
+        mask = self.held_mask(rows)
         q, dout, lse, delta = (x[:, rows] for x in (q, dout, lse, delta))
         return self.chunk_backward(mask, q, kv, dout, lse, delta, is_only=is_only)
 

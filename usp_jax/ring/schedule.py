@@ -8,17 +8,20 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from usp_jax.kernels import Carry, Chunk
+from usp_jax.kernels import BlockTables, Carry, Chunk
+from usp_jax.masking import Mask
 from usp_jax.ring.all_gather import AllGather, gather_backward, gather_forward
 from usp_jax.ring.bidirectional import Bidirectional
 from usp_jax.ring.double import Double
 from usp_jax.ring.grouped import grouped_forward
 from usp_jax.ring.keys import Stays
 from usp_jax.ring.pass_q import PassQ, pass_q_backward, pass_q_forward
-from usp_jax.ring.ring import Ring
-from usp_jax.ring.steps import ring_backward, ring_forward
+from usp_jax.ring.ring import Index, Ring
+from usp_jax.ring.steps import own_rows, ring_backward, ring_forward
+from usp_jax.ring.tables import RingTables
 from usp_jax.ring.unidirectional import Unidirectional
 from usp_jax.ring.visits import static_visits, visits_backward, visits_forward
 
@@ -30,7 +33,45 @@ _NAMED: dict[str, Schedule] = {
     "all_gather": AllGather(),
     "pass_q": PassQ(),
 }
+
+# The most bytes of tables that are made before the ring. Beyond, a kernel takes far
+# longer than making its table, and those of all shards would need memory.
+MOST_BYTES = 2**26
+
 SCHEDULES = ("unidirectional", "bidirectional", "double", "all_gather", "pass_q")
+
+
+def schedule_tables(schedule: Schedule, ring: Ring, q: jax.Array) -> RingTables:
+    """Makes block tables for the forward and the backward pass of a schedule.
+
+    Masks of parts or groups of shards, and of rings inside a ring, have none. Nor have
+    those of very long shards.
+    """
+    make, devices = ring.chunk.tables, ring.devices
+    if make is None or not isinstance(schedule, Unidirectional | Double):
+        if make is None or devices > 1:
+            return RingTables()
+    sizes = q.shape[-1], ring.keys.value_size
+
+    def tables(mask: Mask) -> BlockTables:
+        return make(mask, *sizes, q.dtype)
+
+    def against(place: Index) -> BlockTables:
+        return tables(ring.shard_mask(place))
+
+    every = jax.eval_shape(jax.vmap(against), jnp.arange(devices))
+    if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(every)) > MOST_BYTES:
+        return RingTables()
+    shards = jax.vmap(against)(jnp.arange(devices))
+    # In rings inside a ring, the first shard is not always this device's own.
+    is_one_ring = isinstance(schedule, Unidirectional) and devices > 1
+    own = {
+        rows.indices(q.shape[1])[:2]: jax.tree.map(
+            lambda x: x[None], tables(ring.held_mask(rows))
+        )
+        for rows in (own_rows(q.shape[1]) if is_one_ring else ())
+    }
+    return RingTables(shards, own)
 
 
 def schedule_forward(

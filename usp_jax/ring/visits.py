@@ -185,5 +185,7 @@ def _brought_home(
 
 
 def _mask(ring: Ring, visit: Visit) -> Mask:
-    kv = ring.kv_tokens.shard((ring.index - visit.offset) % ring.devices)
-    return ring.mask(kv.cut(visit.rows))
+    place = (ring.index - visit.offset) % ring.devices
+    if visit.rows == slice(0, ring.kv_tokens.length):
+        return ring.shard_mask(place)
+    return ring.mask(ring.kv_tokens.shard(place).cut(visit.rows))

@@ -35,3 +35,4 @@ from usp_jax.kernels.mosaic_gpu.forward import (
     chunk_forward as chunk_forward,
     direct_forward as direct_forward,
 )
+from usp_jax.kernels.mosaic_gpu.spec import block_tables as block_tables

@@ -43,6 +43,12 @@ class BlockSizes:
     split_dkv: bool = False
     dv: Tile | None = None
 
+    @property
+    def walks(self) -> set[tuple[int, bool]]:
+        """The step of each kernel, and whether its tiles are keys."""
+        tiles = self.forward, self.dq, self.dkv, self.dv or self.dkv
+        return {(tile.tokens, n > 1) for n, tile in enumerate(tiles)}
+
     @classmethod
     def of(
         cls,

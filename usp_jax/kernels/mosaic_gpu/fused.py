@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
-from usp_jax.kernels.contract import Grads
+from usp_jax.kernels.contract import BlockTables, Grads
 from usp_jax.kernels.logits import LOG2E, Logits, raised
-from usp_jax.kernels.mosaic_gpu.blocks import Tile
+from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes, Tile
 from usp_jax.kernels.mosaic_gpu.fixed_point import (
     column_bounds,
     factors,
@@ -51,6 +52,7 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     slot_of,
     transposed,
 )
+from usp_jax.kernels.mosaic_gpu.walk import walk_tables
 from usp_jax.masking import EMPTY, Mask, block_kinds, pad_tokens
 from usp_jax.merge import finite
 from usp_jax.varying import vary_like
@@ -99,6 +101,15 @@ def chunk_backward(
         interpret=interpret,
     )
     return finish(total, q, dout, lse, delta, maxima, logits), dk, dv
+
+
+def block_tables(
+    mask: Mask, head_size: int, value_size: int, dtype: DTypeLike, *, target: Target
+) -> BlockTables:
+    """Makes the tables of a mask for the forward and this kernel."""
+    size = max(head_size, value_size)
+    forward = BlockSizes.of(target, size, dtype, value_size).forward
+    return walk_tables(mask, ((forward.tokens, False), (TILE_Q.tokens, True)))
 
 
 def finish(

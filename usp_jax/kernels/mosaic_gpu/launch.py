@@ -1,5 +1,6 @@
 """Launching a Hopper kernel on padded operands."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -60,8 +61,12 @@ def launch(
         name: x for name, x in operands.items() if name not in into
     }
     if not spec.mask.sees_all:
-        table = walk_table(spec.mask, kernel.tile.tokens, kernel.transposed)
-        inputs |= {"mask": spec.mask, "walks": table}
+        walk = kernel.tile.tokens, kernel.transposed
+        table = (spec.mask.tables or {}).get(walk)
+        if table is None:
+            table = walk_table(spec.mask, *walk)
+        mask = dataclasses.replace(spec.mask, tables=None)
+        inputs |= {"mask": mask, "walks": table}
     arrays = jax.tree.leaves(inputs)
     leaves, tree = jax.tree.flatten(inputs | dict(sums))
 

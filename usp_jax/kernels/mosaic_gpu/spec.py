@@ -4,13 +4,24 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from usp_jax.kernels.choice import Target
+from usp_jax.kernels.contract import BlockTables
 from usp_jax.kernels.logits import LOG2E, Logits
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes
 from usp_jax.kernels.mosaic_gpu.tiles import TILE, Operand
+from usp_jax.kernels.mosaic_gpu.walk import walk_tables
 from usp_jax.kernels.padding import pad_mask
 from usp_jax.masking import Mask
+
+
+def block_tables(
+    mask: Mask, head_size: int, value_size: int, dtype: DTypeLike, *, target: Target
+) -> BlockTables:
+    """Makes the tables of a mask for the three kernels; the `MakeTables` of a chunk."""
+    size = max(head_size, value_size)
+    return walk_tables(mask, BlockSizes.of(target, size, dtype, value_size).walks)
 
 
 @dataclasses.dataclass(frozen=True)

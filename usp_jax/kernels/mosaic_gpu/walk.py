@@ -1,7 +1,7 @@
 """The table, in HBM, of the blocks that each tile of the Hopper kernels walks."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from usp_jax.kernels.mosaic_gpu.tiles import TILE, Index, Ref
+from usp_jax.kernels.padding import pad_mask
 from usp_jax.masking import EMPTY, FULL, Mask, block_kinds
 
 State = TypeVar("State")
@@ -66,6 +67,20 @@ class Walk:
         if self.row is None:
             return state
         return lax.fori_loop(full, self.steps, lambda n, x: step(n, x, True), state)
+
+
+def walk_tables(
+    mask: Mask, walks: Iterable[tuple[int, bool]]
+) -> dict[tuple[int, bool], Int[Array, "B tiles row"]]:
+    """Makes the tables of kernels, each with the step and the side of `walk_table`.
+
+    Args:
+      mask: the mask before padding.
+    """
+    if mask.sees_all:
+        return {}
+    mask = pad_mask(mask, TILE, TILE)
+    return {walk: walk_table(mask, *walk) for walk in walks}
 
 
 def walk_table(mask: Mask, step: int, transposed: bool) -> Int[Array, "B tiles row"]:
