@@ -131,9 +131,11 @@ def _document_ids(
     rows, shards = 4 * microbatch_of(job, choice), choice.ulysses
     times = 1 if choice.pipe == 1 else 2 * choice.pipeline.ticks
     if None in halos:
-        yield Transfer("tokens", "all-gather", ("ulysses",), times, rows * (shards - 1))
+        # Saved for the backward pass.
+        once = 1 if choice.pipe == 1 else choice.pipeline.ticks
+        yield Transfer("tokens", "all-gather", ("ulysses",), once, rows * (shards - 1))
         yield Transfer(
-            "tokens", "all-gather", ("ring",), times, rows * shards * (choice.ring - 1)
+            "tokens", "all-gather", ("ring",), once, rows * shards * (choice.ring - 1)
         )
     for kind in job.kinds:
         yield from delta_ids(kind, choice, times)
