@@ -14,13 +14,14 @@ from jax.sharding import NamedSharding
 import usp_jax
 from tests.compilers import needs_compilers
 from usp_jax import aot
+from usp_jax.compiled import parse_module
 
 pytestmark = needs_compilers
 
 T, N, K, H = 1024, 8, 2, 128
 
 
-def compiled(ring, *, gradients=False):
+def compiled(ring, *, gradients=False, implementation=None):
     """Causal attention on a ring of GPUs, compiled."""
     devices = aot.topology("h200:1x8").devices[:ring]
     mesh = usp_jax.make_mesh(ring=ring, devices=devices)
@@ -30,7 +31,11 @@ def compiled(ring, *, gradients=False):
         for n in (N, K)
     )
     attend = functools.partial(
-        usp_jax.usp_attention, mesh=mesh, is_causal=True, layout="zigzag"
+        usp_jax.usp_attention,
+        mesh=mesh,
+        is_causal=True,
+        layout="zigzag",
+        implementation=implementation,
     )
 
     def both(q, k, v, dout):
@@ -48,6 +53,25 @@ def test_on_one_gpu_results_leave_the_kernels_rounded():
     """Out, dq, dk or dv in float32 would be temporary memory of their size."""
     memory = compiled(1, gradients=True).memory_analysis()
     assert memory.temp_size_in_bytes < 4 * T * K * H
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_gpu_fused"])
+def test_dout_is_read_once_outside_of_the_kernels(implementation):
+    """For delta, and for the bounds of the fused backward's rows."""
+    program = compiled(1, gradients=True, implementation=implementation)
+    module = parse_module(program.as_text())
+    instructions = module.computations[module.entry].instructions
+    (dout,) = (
+        x.name for x in instructions if x.opcode == "parameter" and x.arguments == "3"
+    )
+    names = {dout}
+    for x in instructions:
+        if x.opcode == "bitcast" and names & set(x.operands):
+            names.add(x.name)
+    readers = [x.opcode for x in instructions if names & set(x.operands)]
+    assert readers.count("fusion") == 1
+    assert set(readers) <= {"fusion", "bitcast", "custom-call"}
 
 
 def test_a_ring_copies_neither_keys_nor_the_carry():

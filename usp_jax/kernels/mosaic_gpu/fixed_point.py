@@ -58,6 +58,9 @@ LARGEST_SUM = 3 * 2 ** (BITS - 1)
 # Bounds from here on are given up. Products with them stay in float32's range.
 LARGEST_BOUND = 2.0**60
 
+# Powers of two that `norm` multiplies numbers by, for three ranges of them.
+_SCALES = -72, 14, 100
+
 # The largest error of a logit, in base 2, that no bound has to allow for, and the
 # largest that a bound allows for.
 FREE_ERROR, LARGEST_ERROR = 0.5, 12.0
@@ -172,10 +175,18 @@ def norm(x: Float[Array, "... H"]) -> Float[Array, "..."]:
 
     No square over- or underflows where the norm does not.
     """
-    x = jnp.abs(x.astype(jnp.float32))
-    largest = jnp.max(x, -1)
-    scale = _power_of_two(jnp.clip(-_exponents(largest), -126, 126))
-    return jnp.sqrt(jnp.sum((x * scale[..., None]) ** 2, -1)) * (1 / scale)
+    x = x.astype(jnp.float32)
+    # One of these sums has no such squares. All three take one pass over x; scaling by
+    # the largest number would take another.
+    large, middle, small = (jnp.sum((x * 2.0**n) ** 2, -1) for n in _SCALES)
+    least = 2.0**-100
+    total = jnp.where(large >= least, large, jnp.where(middle >= least, middle, small))
+    scale = jnp.where(
+        large >= least,
+        2.0 ** -_SCALES[0],
+        jnp.where(middle >= least, 2.0 ** -_SCALES[1], 2.0 ** -_SCALES[2]),
+    )
+    return jnp.sqrt(total) * scale
 
 
 def _exponents(x: Float[Array, "..."]) -> Int[Array, "..."]:
