@@ -219,6 +219,9 @@ def delta_of(
     out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array | None
 ) -> jax.Array:
     """The delta of the chunk contract, [B, T, n], for the cotangents of out and lse."""
+    # XLA reads out and dout once for this. Computed by the kernel for dq, it would save
+    # 67 of the 880 MB that a compiled backward pass of an H100 moves (16K tokens, 16
+    # heads of 128), but the kernel for dk and dv would have to wait.
     delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
     # d lse / d logit is the softmax, so lse's cotangent is subtracted from delta.
     return delta if dlse is None else delta - dlse
