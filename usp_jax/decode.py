@@ -190,7 +190,7 @@ def _attend(
         mask = Mask(step.rule, tokens, page_tokens)
         carry = chunk.forward(q, k, _values(k, v), mask, carry, logits)
     assert carry is not None
-    out, lse = _merge_over(shards.split, *carry)
+    out, lse = _merge_over(shards.split, *vary_like(carry, q))
     if sinks is not None:
         padding = (tokens.segment_ids == PADDING)[..., None]
         lse = jnp.where(padding, -jnp.inf, lse)

@@ -42,6 +42,7 @@ from usp_jax.ring import (
 )
 from usp_jax.shards import BY_HEAD, HEADS, SEQ
 from usp_jax.ulysses import kv_to_heads, kv_to_seq, pad_heads, to_heads, to_seq
+from usp_jax.varying import vary_like
 
 SAVED_NAMES = ("usp_q", "usp_kv", "usp_out", "usp_lse", "usp_result", "usp_masks")
 """Names of the residuals of an attention call, for `jax.checkpoint` policies.
@@ -155,7 +156,8 @@ def attend(
     """
     ring = ring_of(call, q, kv, facts, keys)
     before = sinks_carry(call, q, ring.keys.value_size, sinks)
-    out, lse = schedule_forward(call.schedule, ring, q, kv, before)
+    carry = schedule_forward(call.schedule, ring, q, kv, before)
+    out, lse = vary_like(carry, q)
     return out.astype(q.dtype), lse
 
 

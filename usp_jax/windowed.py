@@ -30,6 +30,7 @@ from usp_jax.ring import apart, side_by_side
 from usp_jax.shards import BY_HEAD, SEQ, TOKENS
 from usp_jax.ulysses import Heads
 from usp_jax.usp import Result, delta_of, sinks_carry, sinks_gradient
+from usp_jax.varying import vary_like
 
 # Own keys and halo are held at once: a halo may be this many times a device's tokens.
 MOST_SHARDS = 8
@@ -199,7 +200,7 @@ def _attend(
     before = sinks_carry(chain, q, v.shape[-1], sinks)
     mask, logits = _mask(call, q.shape[1], halo, facts), logits_of(chain, facts)
     if chunk.direct is None:
-        out, lse = chunk.forward(q, k, v, mask, before, logits)
+        out, lse = vary_like(chunk.forward(q, k, v, mask, before, logits), q)
     else:
         out, lse = chunk.direct.forward(q, k, v, mask, before, logits, dtype=q.dtype)
     return out.astype(q.dtype), lse

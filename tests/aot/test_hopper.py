@@ -55,6 +55,35 @@ def test_on_one_gpu_results_leave_the_kernels_rounded():
     assert memory.temp_size_in_bytes < 4 * T * K * H
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="not before jax 0.12")
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_gpu_fused"])
+def test_a_region_that_checks_what_varies_writes_its_carry_in_place(implementation):
+    """As the models' shard_map is. The fused backward adds dq up in place, too."""
+    devices = aot.topology("h200:1x8").devices[:4]
+    mesh = usp_jax.make_mesh(ring=4, devices=devices)
+    spec = jax.P(None, "ring")
+    sharding = NamedSharding(mesh, spec)
+    q = jax.ShapeDtypeStruct((1, 4 * T, N, H), jnp.bfloat16, sharding=sharding)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def both(q, dout):
+        attend = functools.partial(
+            usp_jax.usp_attention_per_shard,
+            is_causal=True,
+            layout="zigzag",
+            implementation=implementation,
+        )
+        out, pull_back = jax.vjp(attend, q, q, q)
+        return out, *pull_back(dout)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = str(jax.make_jaxpr(both)(q, q))
+    carries = len(re.findall(rf"Ref\{{f32\[1,{T},{N},{H}\]\}} = new_ref", text))
+    sums = len(re.findall(rf"Ref\{{i32\[1,{T},{N},{H}\]\}} = new_ref", text))
+    assert carries
+    assert bool(sums) == (implementation == "mosaic_gpu_fused")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_gpu_fused"])
 def test_dout_is_read_once_outside_of_the_kernels(implementation):

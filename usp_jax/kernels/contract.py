@@ -9,7 +9,8 @@ All results are in the accumulation dtype, promote_types(q.dtype, float32). In t
 implementations, G is the number of query heads per key/value head.
 
 `carry` is (out [B, T, N, V], lse [B, T, N]) over the keys seen so far, or None before
-the first chunk. The backward takes the *global* lse and delta = sum(out · dout, -1), so
+the first chunk. A kernel need not mark it as varying over the axes of a
+`jax.shard_map`. The backward takes the *global* lse and delta = sum(out · dout, -1), so
 that the gradients of all chunks add up (FlashAttention-2, arXiv 2307.08691,
 Algorithm 2). A row that has seen nothing has lse = -inf, out = 0 and a gradient of 0.
 """

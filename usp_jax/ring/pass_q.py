@@ -18,6 +18,7 @@ from usp_jax.merge import merge
 from usp_jax.ring.keys import Params, Stays, apart, side_by_side
 from usp_jax.ring.ring import Index, Ring
 from usp_jax.ring.steps import added, own_rows, take_turn
+from usp_jax.varying import vary_like
 
 # What stays with the keys: their gradient, and those of the parameters of `Keys`.
 Kept = tuple[jax.Array, Params]
@@ -41,7 +42,8 @@ def pass_q_forward(
         before = carry if isinstance(step, int) and step == 0 else None
         before = jax.tree.map(lambda x: x[:, rows], before)
         mask = _mask(ring, step).rows(rows)
-        return None, _packed(ring.chunk_forward(mask, q[:, rows], kv, before))
+        seen = ring.chunk_forward(mask, q[:, rows], kv, before)
+        return None, _packed(vary_like(seen, q))
 
     def add(a: jax.Array, b: jax.Array) -> jax.Array:
         return _packed(merge(*_unpacked(a), *_unpacked(b)))

@@ -106,11 +106,11 @@ def direct_forward(
     batch, rows, heads, _ = operands["q"].shape
     shapes = (batch, rows, heads, values.shape[-1]), (batch, heads, rows)
     dtypes = dtype or jnp.float32, jnp.float32
-    # A carry that is rounded needs other memory.
-    is_carried = carry is not None and dtypes[0] == jnp.float32
-    into = ("out", "lse") if is_carried else ()
+    # A carry that is rounded needs other memory, and is the last.
+    is_carry = dtypes[0] == jnp.float32
+    into = ("out", "lse") if carry is not None and is_carry else ()
     kernel = Kernel("forward", _forward, ("q",), (("k",), ("v",)), spec.blocks.forward)
-    out, lse = launch(spec, kernel, operands, shapes, dtypes, into)
+    out, lse = launch(spec, kernel, operands, shapes, dtypes, into, is_carry)
     return out[:, :length, :, :size], lse.swapaxes(1, 2)[:, :length]
 
 

@@ -249,10 +249,10 @@ def _run(spec: ChunkSpec, operands: Operands) -> Results:
         dtypes = [jnp.float32, jnp.float32, jnp.int32]
         dk, dv, parts = launch(spec, kernel, operands, shapes, dtypes)
         return _sum_of_visited(spec.mask, parts), dk, dv
-    zeros = vary_like(jnp.zeros(shape, jnp.int32), list(operands.values()))
-    dq = jax.new_ref(zeros)
+    dq = jax.new_ref(jnp.zeros(shape, jnp.int32))
     dk, dv = launch(spec, kernel, operands, shapes, sums={"dq": dq})
-    return jax.freeze(dq), dk, dv
+    # Only now: jax refuses references to what varies.
+    return vary_like(jax.freeze(dq), list(operands.values())), dk, dv
 
 
 def _sum_of_visited(

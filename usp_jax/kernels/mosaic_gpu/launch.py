@@ -34,6 +34,7 @@ def launch(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[DTypeLike] | None = None,
     into: Sequence[str] = (),
+    is_carry: bool = False,
     sums: Mapping[str, Ref] = MappingProxyType({}),
 ) -> list[jax.Array]:
     """Runs a kernel over all tiles and heads.
@@ -45,6 +46,8 @@ def launch(
       into: the names of the operands that the results replace in memory, where this jax
         can do that; () means new memory. The kernel finds the same references in
         `Cta.refs` and `Cta.outs`, and need not write what does not change.
+      is_carry: whether the results are operands that the next kernel replaces. They are
+        then not marked as varying, since jax refuses to replace those that are.
       sums: references to arrays in global memory, which the kernel changes.
     """
     tile_side, other_side = "kq" if kernel.transposed else "qk"
@@ -99,10 +102,12 @@ def launch(
         interpret=gpu_interpret_params() if spec.interpret else None,
     )
     if not into:
-        return vary_like(list(run(*leaves)), arrays)
-    targets = [jax.new_ref(x) for x in replaced]
-    run(*leaves, *targets)
-    return vary_like([jax.freeze(x) for x in targets], arrays)
+        results = list(run(*leaves))
+    else:
+        targets = [jax.new_ref(x) for x in replaced]
+        run(*leaves, *targets)
+        results = [jax.freeze(x) for x in targets]
+    return results if is_carry else vary_like(results, arrays)
 
 
 def keys_and_values(
