@@ -48,9 +48,9 @@ def schedule_tables(schedule: Schedule, ring: Ring, q: jax.Array) -> RingTables:
     those of very long shards.
     """
     make, devices = ring.chunk.tables, ring.devices
-    if make is None or not isinstance(schedule, Unidirectional | Double):
-        if make is None or devices > 1:
-            return RingTables()
+    has_whole_shards = devices == 1 or isinstance(schedule, Unidirectional | Double)
+    if make is None or not has_whole_shards:
+        return RingTables()
     sizes = q.shape[-1], ring.keys.value_size
 
     def tables(mask: Mask) -> BlockTables:
@@ -59,10 +59,9 @@ def schedule_tables(schedule: Schedule, ring: Ring, q: jax.Array) -> RingTables:
     def against(place: Index) -> BlockTables:
         return tables(ring.shard_mask(place))
 
-    every = jax.eval_shape(jax.vmap(against), jnp.arange(devices))
-    if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(every)) > MOST_BYTES:
-        return RingTables()
     shards = jax.vmap(against)(jnp.arange(devices))
+    if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shards)) > MOST_BYTES:
+        return RingTables()
     # In rings inside a ring, the first shard is not always this device's own.
     is_one_ring = isinstance(schedule, Unidirectional) and devices > 1
     own = {
