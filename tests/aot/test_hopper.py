@@ -55,8 +55,18 @@ def test_on_one_gpu_results_leave_the_kernels_rounded():
     assert memory.temp_size_in_bytes < 4 * T * K * H
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="not before jax 0.12")
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_gpu_fused"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "mosaic_gpu",
+        pytest.param(
+            "mosaic_gpu_fused",
+            marks=pytest.mark.skipif(
+                jax.__version_info__ < (0, 11), reason="it needs jax 0.11"
+            ),
+        ),
+    ],
+)
 def test_a_region_that_checks_what_varies_writes_its_carry_in_place(implementation):
     """As the models' shard_map is. The fused backward adds dq up in place, too."""
     devices = aot.topology("h200:1x8").devices[:4]
@@ -80,7 +90,7 @@ def test_a_region_that_checks_what_varies_writes_its_carry_in_place(implementati
         text = str(jax.make_jaxpr(both)(q, q))
     carries = len(re.findall(rf"Ref\{{f32\[1,{T},{N},{H}\]\}} = new_ref", text))
     sums = len(re.findall(rf"Ref\{{i32\[1,{T},{N},{H}\]\}} = new_ref", text))
-    assert carries
+    assert bool(carries) == (jax.__version_info__ >= (0, 12))
     assert bool(sums) == (implementation == "mosaic_gpu_fused")
 
 

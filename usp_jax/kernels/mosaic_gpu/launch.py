@@ -46,8 +46,8 @@ def launch(
       into: the names of the operands that the results replace in memory, where this jax
         can do that; () means new memory. The kernel finds the same references in
         `Cta.refs` and `Cta.outs`, and need not write what does not change.
-      is_carry: whether the results are operands that the next kernel replaces. They are
-        then not marked as varying, since jax refuses to replace those that are.
+      is_carry: whether the next kernel replaces the results. They are then not marked
+        as varying, unless this jax cannot replace them.
       sums: references to arrays in global memory, which the kernel changes.
     """
     tile_side, other_side = "kq" if kernel.transposed else "qk"
@@ -107,7 +107,9 @@ def launch(
         targets = [jax.new_ref(x) for x in replaced]
         run(*leaves, *targets)
         results = [jax.freeze(x) for x in targets]
-    return results if is_carry else vary_like(results, arrays)
+    if is_carry and gpu_writes_operands(*results):
+        return results
+    return vary_like(results, arrays)
 
 
 def keys_and_values(
