@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.contract import Grads
@@ -38,7 +38,7 @@ from usp_jax.kernels.mosaic_tpu.tiles import (
     when_listed,
 )
 from usp_jax.kernels.mosaic_tpu.walk import Lists, Ref, Walk
-from usp_jax.masking import EMPTY, Mask, MaskRule, sees
+from usp_jax.masking import EMPTY, Mask, MaskRule, Tokens, sees
 from usp_jax.merge import finite
 
 
@@ -86,6 +86,20 @@ def _shares(q: jax.Array, k: jax.Array, cores: int) -> int:
     return cores if heads % cores and group % cores == 0 else 1
 
 
+def _facts(
+    q_tokens: Tokens, lse: Float[Array, "B N 1 T"], delta: Float[Array, "B N 1 T"]
+) -> Int32[Array, "B N rows T"]:
+    """Stacks the numbers of each query: lse, delta, and its position and id if needed.
+
+    As one operand, because each one takes a step of the grid about 55 cycles.
+    """
+    numbers = [lax.bitcast_convert_type(x, jnp.int32) for x in (lse, delta)]
+    tokens = jax.tree.leaves(q_tokens)
+    return jnp.concatenate(
+        numbers + [jnp.broadcast_to(x[:, None], lse.shape) for x in tokens], axis=2
+    )
+
+
 def backward_kernel(
     cut: Cut,
     q: jax.Array,
@@ -125,6 +139,8 @@ def backward_kernel(
     specs, of_share = Specs(cut, place), Specs(cut, place_of_share)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     queries, keys, values = cut.q(q), cut.kv(k), cut.kv(v)
+    q_tokens, kv_tokens = cut.tokens
+    facts = _facts(q_tokens, cut.row(lse, 0.0), cut.row(delta, 0.0))
     batch, n, length, width = queries.shape
     shapes = (
         (batch, n, width, length),
@@ -137,6 +153,7 @@ def backward_kernel(
             walk=walk,
             rule=cut.mask.rule,
             logits=logits,
+            q_tree=jax.tree.structure(q_tokens),
             kv_compute=cut.tile.kv_compute,
             may_mask=not cut.mask.sees_all,
             group=group,
@@ -145,15 +162,13 @@ def backward_kernel(
         walk=walk,
         grid=(num_heads, group),
         operands=(
-            cut.tokens,
+            *(kv_tokens, facts),
             *(queries, cut.q(dout), keys, values),
-            *(cut.row(lse, 0.0), cut.row(delta, 0.0)),
         ),
         operand_specs=(
-            specs.tokens(),
+            *(specs.tokens()[1], specs.rows(facts.shape[2])),
             *(specs.q(q.shape[-1]), specs.q(v.shape[-1])),
             *(specs.kv(k.shape[-1]), specs.kv(v.shape[-1])),
-            *(specs.row(), specs.row()),
         ),
         results=results,
         result_specs=(in_hbm, of_share.kv(k.shape[-1]), of_share.kv(v.shape[-1])),
@@ -182,12 +197,13 @@ def _backward_kernel(
     walk: Walk,
     rule: MaskRule,
     logits: Logits,
+    q_tree: jax.tree_util.PyTreeDef,
     kv_compute: int,
     may_mask: bool,
     group: int,
 ) -> None:
     del zeros
-    (q_tokens, kv_tokens), q, do, k, v, lse, delta = operands
+    kv_tokens, facts, q, do, k, v = operands
     dq_hbm, dk, dv = results
     columns, dq_blocks, reads, writes = scratch
     b, h, t, g = (pl.program_id(axis) for axis in range(4))
@@ -218,17 +234,21 @@ def _backward_kernel(
         dv[...] = jnp.zeros_like(dv)
 
     def attend(masked: bool) -> None:
+        lse, delta = (
+            lax.bitcast_convert_type(facts[i : i + 1], jnp.float32) for i in range(2)
+        )
         total: jax.Array | None = None
         for keys in pieces(k.shape[0], kv_compute):
             s, natural = base2(logits, dot(k[keys], q[...], 1, 1))
             if masked:
                 tokens_kv = load_columns(columns, kv_tokens, s.shape[1], keys)
-                tokens_q = jax.tree.map(lambda x: x[...], q_tokens)
+                rows = [facts[i : i + 1] for i in range(2, facts.shape[0])]
+                tokens_q: Tokens = jax.tree.unflatten(q_tree, rows)
                 s = jnp.where(sees(rule, tokens_q, tokens_kv), s, -jnp.inf)
-            p = jnp.exp2(s - lse[...])
+            p = jnp.exp2(s - lse)
             dp = dot(v[keys], do[...], 1, 1)
             # The scale is applied to the sums, which are smaller arrays.
-            ds = unscaled.pull_back(p * (dp - delta[...]), natural).astype(q.dtype)
+            ds = unscaled.pull_back(p * (dp - delta), natural).astype(q.dtype)
             dv[keys] += dot(p.astype(do.dtype), do[...], 1, 0)
             dk[keys] += dot(ds, q[...], 1, 0)
             part = dot(k[keys], ds, 0, 0)

@@ -128,9 +128,9 @@ class Specs:
         shape = (None, None, self.cut.block_kv, width)
         return self._spec(shape, lambda at: (at.row, at.kv_head, at.j, 0))
 
-    def row(self) -> pl.BlockSpec:
-        """Blocks of [B, N, 1, T]."""
-        shape = (None, None, 1, self.cut.block_q)
+    def rows(self, count: int = 1) -> pl.BlockSpec:
+        """Blocks of [B, N, count, T]."""
+        shape = (None, None, count, self.cut.block_q)
         return self._spec(shape, lambda at: (at.row, at.head, 0, at.i))
 
     def tokens(self) -> tuple[Tokens, Tokens]:

@@ -102,7 +102,7 @@ def forward_kernel(
         jax.ShapeDtypeStruct((*heads, cut.q_padded, v.shape[-1]), jnp.float32),
         jax.ShapeDtypeStruct((*heads, 1, cut.q_padded), jnp.float32),
     )
-    result_specs = (specs.q(v.shape[-1]), specs.row())
+    result_specs = (specs.q(v.shape[-1]), specs.rows())
     state = None
     if carry is not None:
         state = cut.q(carry[0]), cut.row(carry[1], -jnp.inf)
