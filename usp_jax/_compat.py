@@ -57,6 +57,14 @@ def tpu_reciprocal(x: jax.Array) -> jax.Array:
     return where.reciprocal(x, approx=False, full_range=False)
 
 
+def total_allocation_bytes(memory: object) -> int | None:
+    """Bytes of device memory that a program reserves, from its `memory_analysis()`.
+
+    None in jax 0.10.2, which does not report them.
+    """
+    return getattr(memory, "total_allocation_bytes", None)
+
+
 def gpu_interpret_params() -> object:
     """Parameters that run `plgpu.kernel` on any platform, in interpret mode.
 

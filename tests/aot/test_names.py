@@ -2,11 +2,13 @@
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 
 import usp_jax
 from usp_jax import aot, plugins
+from usp_jax.aot.compilation import peak_bytes
 from usp_jax.aot.devices import of_kind
 from usp_jax.aot.report import Report
 from usp_jax.aot.targets import target_text
@@ -102,6 +104,24 @@ def test_a_report_that_does_not_fit():
     assert lines[1] == "DOES NOT FIT in 79.1 GiB; on each device:"
     # Without rows of zeros and of what is unknown.
     assert lines[2:] == ["  peak  1,024.0 GiB", "no collectives"]
+
+
+def test_a_peak_is_the_devices_and_not_the_hosts():
+    """Numbers of LLaMA3-8B, 2M tokens, a ring of 64 v5p, `attention_qkv_offload`."""
+    memory = SimpleNamespace(
+        peak_memory_in_bytes=31_705_252_544,
+        argument_size_in_bytes=1_506_118_656,
+        output_size_in_bytes=1_505_727_680,
+        alias_size_in_bytes=1_505_725_440,
+        temp_size_in_bytes=11_883_214_432,
+    )
+    # jax 0.10.2 has no total.
+    assert peak_bytes(memory) == 13_389_335_328
+    # That of the buffer assignment, arguments included.
+    memory.total_allocation_bytes = 9_586_131_168
+    assert peak_bytes(memory) == 9_586_131_168
+    memory.peak_memory_in_bytes = 7_000_000_000
+    assert peak_bytes(memory) == 7_000_000_000
 
 
 def test_what_is_compiled_needs_devices():

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from usp_jax import compiled
+from usp_jax._compat import total_allocation_bytes
 from usp_jax.aot.devices import Device, of_kind
 from usp_jax.aot.report import Report
 from usp_jax.aot.topologies import Topology
@@ -138,8 +140,7 @@ def _compile(
     assert memory is not None
     costs = executable.cost_analysis() or {}
     flops = costs.get("flops")
-    # If there are buffers in host memory, the GPU compiler's peak is that of these.
-    peak = min(memory.peak_memory_in_bytes, _allocated(memory))
+    peak = peak_bytes(memory)
     report = Report(
         device=device,
         num_devices=target.num_devices,
@@ -156,6 +157,18 @@ def _compile(
         collectives=compiled.collectives(executable, unknown_trips=unknown_trips),
     )
     return report, executable
+
+
+def peak_bytes(memory: Any) -> int:
+    """Returns the peak on the device, from a program's `memory_analysis()`.
+
+    With buffers in host memory it may be an upper bound: what is reserved.
+    """
+    # libtpu's temporaries can be gigabytes more than it reserves.
+    total = total_allocation_bytes(memory)
+    reserved = _allocated(memory) if total is None else total
+    # The compilers' peak is that of the host's buffers where these are the largest.
+    return min(memory.peak_memory_in_bytes, reserved)
 
 
 def _allocated(memory: object, where: str = "") -> int:

@@ -25,7 +25,8 @@ class Report:
       output_bytes: bytes of the program's outputs.
       aliased_bytes: bytes of the outputs that reuse donated arguments.
       temporary_bytes: bytes of temporaries.
-      peak_bytes: most bytes alive at one time, including arguments and outputs.
+      peak_bytes: most bytes alive at one time, including arguments and outputs. If
+        there are buffers in host memory, it may be what is reserved, which is more.
       host_bytes: bytes of arguments, outputs and temporaries in host memory
         (`pinned_host`), which no other number includes.
       vmem_bytes: most vector memory that one kernel or fusion uses on a TPU, in bytes;
