@@ -171,6 +171,21 @@ def test_a_program_that_does_not_fit_is_reported(name):
     assert (fits.collectives, fits.num_devices) == ((), 1)
 
 
+def test_a_peak_leaves_out_arguments_on_the_host():
+    mesh = usp_jax.make_mesh(devices=aot.topology("v5e:1x1").devices, explicit=False)
+    placed = NamedSharding(mesh, jax.P())
+    w = jax.ShapeDtypeStruct((2**14, 2**10), jnp.float32, sharding=placed)
+    on_host = w.update(sharding=placed.with_memory_kind("pinned_host"))
+
+    def rows(w):
+        return jax.device_put(w, jax.memory.Space.Device).sum(1)
+
+    here, there = (aot.compile(rows, x) for x in (w, on_host))
+    assert (there.argument_bytes, there.host_bytes) == (0, 2**26)
+    # The copy, which takes as much.
+    assert here.peak_bytes == pytest.approx(there.peak_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["v5e:2x2", "a100:1x1"])
 def test_an_option_that_the_compiler_does_not_know_raises(name):
     x = jax.ShapeDtypeStruct((8,), jnp.float32)

@@ -140,7 +140,7 @@ def _compile(
     assert memory is not None
     costs = executable.cost_analysis() or {}
     flops = costs.get("flops")
-    peak = peak_bytes(memory)
+    peak = peak_bytes(memory, device.platform)
     report = Report(
         device=device,
         num_devices=target.num_devices,
@@ -159,16 +159,18 @@ def _compile(
     return report, executable
 
 
-def peak_bytes(memory: Any) -> int:
-    """Returns the peak on the device, from a program's `memory_analysis()`.
+def peak_bytes(memory: Any, platform: str) -> int:
+    """Returns the peak on a device, from a program's `memory_analysis()`.
 
     With buffers in host memory it may be an upper bound: what is reserved.
     """
     # libtpu's temporaries can be gigabytes more than it reserves.
     total = total_allocation_bytes(memory)
     reserved = _allocated(memory) if total is None else total
-    # The compilers' peak is that of the host's buffers where these are the largest.
-    return min(memory.peak_memory_in_bytes, reserved)
+    # The compilers' peak is that of the host's buffers where these are the largest, and
+    # libtpu's also counts arguments that are on the host.
+    of_host = memory.host_argument_size_in_bytes if platform == "tpu" else 0
+    return min(memory.peak_memory_in_bytes - of_host, reserved)
 
 
 def _allocated(memory: object, where: str = "") -> int:
