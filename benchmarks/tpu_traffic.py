@@ -81,7 +81,7 @@ def traffic(which: str, kernel: Kernel, cut: Cut) -> Traffic:
     """Counts the bytes that a kernel reads and writes in all calls of its walk."""
     names = {
         "forward": (("q", "k", "v"), ("out", "lse")),
-        "backward": (("q", "dout", "k", "v", "lse", "delta"), ("dq", "dk", "dv")),
+        "backward": (("facts", "q", "dout", "k", "v"), ("dq", "dk", "dv")),
     }[which]
     tokens, *arrays = kernel.operands
     token_specs, *array_specs = kernel.operand_specs

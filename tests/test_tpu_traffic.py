@@ -51,9 +51,9 @@ def test_the_backward() -> None:
         "dout": 6 * BLOCK,
         "k": 2 * BLOCK,
         "v": 2 * BLOCK,
-        "lse": 6 * ROW,
-        "delta": 6 * ROW,
-        "tokens": 2 * ROW + 2 * ROW,
+        # lse, delta and positions.
+        "facts": 6 * 3 * ROW,
+        "tokens": 2 * ROW,
         "dq": 6 * 2 * BLOCK,
     }
     assert moved.written == {

@@ -13,8 +13,8 @@ from usp_jax.kernels.mosaic_tpu.walk import Ref, Walk
 from usp_jax.masking import Tokens
 from usp_jax.varying import vary_over, varying_axes, varying_like
 
-# The tokens of the queries and of the keys, or their block specs.
-TokensOfBoth = tuple[Tokens, Tokens]
+# Tokens of queries and keys, or of keys only, or their block specs.
+TokenArrays = tuple[Tokens, Tokens] | Tokens
 
 # Whether, and how, a kernel is interpreted.
 Interpret = bool | pltpu.InterpretParams
@@ -56,8 +56,8 @@ class Kernel:
     name: str
     walk: Walk
     grid: tuple[int, ...]
-    operands: tuple[TokensOfBoth | jax.Array, ...]
-    operand_specs: tuple[TokensOfBoth | pl.BlockSpec, ...]
+    operands: tuple[TokenArrays | jax.Array, ...]
+    operand_specs: tuple[TokenArrays | pl.BlockSpec, ...]
     results: tuple[jax.ShapeDtypeStruct, ...]
     result_specs: tuple[pl.BlockSpec, ...]
     state: tuple[jax.Array, ...] | None
@@ -92,7 +92,7 @@ class Kernel:
         self,
         entries: jax.Array,
         sizes: jax.Array,
-        operands: tuple[TokensOfBoth | jax.Array, ...],
+        operands: tuple[TokenArrays | jax.Array, ...],
         state: tuple[jax.Array, ...] | None,
     ) -> tuple[jax.Array, ...]:
         leaves, tree = jax.tree.flatten((operands, state))
