@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import adapter_layers, expert_layers, latent_layers, windowed_layers
+from benchmarks import (
+    adapter_layers,
+    expert_layers,
+    latent_layers,
+    train_memory,
+    windowed_layers,
+)
 from benchmarks.plan_bytes import Case, cases, compare, compile_case, kept
 from tests.compilers import needs_compilers
 from tests.plan.program import config_of
@@ -48,6 +54,20 @@ LONG = [
     for line in kept(max(RESULTS.glob("*-train-memory.jsonl")))
     if "peak_bytes" in line
 ]
+# Compiled when reports added up what libtpu calls temporaries, which is more than a step
+# reserves.
+SUMS = (
+    "v5p-ring64-offload-256K",
+    "v5p-usp16x4-offload-256K",
+    "v5p-usp8x8-offload-256K",
+    "v5p-ring64-offload-4096K",
+    "v5p-usp8x8-offload-4096K",
+    "v5p-offload-8192K",
+    "v5p-attention_offload-1024K",
+    "v5p-attention_qkv_offload-1024K",
+    "v5p-optimizer.offload-1024K",
+    "v5p-all-1024K",
+)
 
 
 def check(report):
@@ -75,13 +95,7 @@ def test_peaks_of_longer_steps_match_the_compilers_reports(line):
     machine, tokens = line["machine"].partition(":")[0], line["tokens"]
     job = plan.job_of(line["model"], machine, sequence=tokens, devices=choice.devices)
     report = plan.evaluate(job, choice).memory.peak
-    least, is_tpu = 0.9, job.machine.torus_dims > 0
-    if is_tpu and choice.mlp_tile and choice.remat.endswith("_offload"):
-        # With tiles, a chip holds more data from the host than is counted.
-        least = 0.75
-    if is_tpu and choice.offload:
-        # Copies that the program makes on the host are among the compiler's buffers.
-        least = 0.55
+    least = 0.5 if line["name"] in SUMS else 0.9
     assert least <= report / line["peak_bytes"] <= 1.1
 
 
@@ -114,6 +128,16 @@ def test_a_stored_line_is_predicted_again():
 @pytest.mark.parametrize("case", CASES[::7], ids=str)
 def test_bytes_are_those_of_the_compiler(case):
     check(compare(compile_case(case)))
+
+
+@pytest.mark.long
+@needs_compilers
+def test_a_peak_beside_the_host_is_the_compilers():
+    name = "v5p-usp8x8-offload-1024K"
+    (case,) = [x for x in train_memory.cases() if x.name == name]
+    (line,) = [x for x in LONG if x["name"] == name]
+    peak = train_memory.compile_case(case)["peak_bytes"]
+    assert peak == pytest.approx(line["peak_bytes"], rel=0.02)
 
 
 @pytest.mark.long
