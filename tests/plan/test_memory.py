@@ -54,8 +54,8 @@ LONG = [
     for line in kept(max(RESULTS.glob("*-train-memory.jsonl")))
     if "peak_bytes" in line
 ]
-# Compiled when reports added up what libtpu calls temporaries, which is more than a step
-# reserves.
+# Compiled when reports added up what libtpu calls temporaries, which can be more than a
+# step reserves.
 SUMS = (
     "v5p-ring64-offload-256K",
     "v5p-usp16x4-offload-256K",
