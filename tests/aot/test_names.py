@@ -121,6 +121,12 @@ def test_a_peak_is_the_devices_and_not_the_hosts():
     # That of the buffer assignment, arguments included.
     memory.total_allocation_bytes = 9_586_131_168
     assert peak_bytes(memory, "tpu") == 9_586_131_168
+    # 1M tokens, ring 8 x ulysses 8, `optimizer.offload`: arguments are on the host.
+    memory.peak_memory_in_bytes = 10_073_218_752
+    memory.total_allocation_bytes = 11_264_818_400
+    memory.host_argument_size_in_bytes = 1_505_723_904
+    assert peak_bytes(memory, "tpu") == 8_567_494_848
+    assert peak_bytes(memory, "cuda") == 10_073_218_752
 
 
 def test_what_is_compiled_needs_devices():

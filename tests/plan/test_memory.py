@@ -65,7 +65,6 @@ SUMS = (
     "v5p-offload-8192K",
     "v5p-attention_offload-1024K",
     "v5p-attention_qkv_offload-1024K",
-    "v5p-optimizer.offload-1024K",
     "v5p-all-1024K",
 )
 
