@@ -2,283 +2,252 @@
 
     python -m benchmarks.hopper_check              # on an H100 or H200
     python -m benchmarks.hopper_check --toy        # anywhere, interpreted
+    python -m benchmarks.hopper_check --sections lengths heads
 
-Prints JSON lines: the machine, then one per check, in this order, and stops before a
-comparison once `--seconds` have passed.
+Prints JSON lines. Each section runs in a process of its own, so that a kernel that
+hangs or crashes costs no other section, and is stopped once `--seconds` have passed:
 
-    reduce_add  integers that many blocks add to global memory at once: exact
-    exact       each pass by head sizes and mask, against XLA: `difference`, and
-                whether all runs have the same bits
-    uncopied    keys and values side by side and rounded results, against the plain
-                form; a carry in place, against one in new memory: the same bits
-    ratio       TFLOP/s of usp_jax's default kernel over those of another contender in
-                the same run, and the ratio `wanted`
-    ring        time of a virtual ring of 8 over that of one call
+    basics    the machine; integers that many blocks add to global memory at once; the
+              two-kernel form against XLA, its runs' bits, and the bits of its two forms
+    fused     the fused backward against XLA, and its bits with tiles in any order
+    lengths   TFLOP/s at heads of 128, over those of cuDNN and others in the same run
+    training  causal MFU of 8 layers of LLaMA3-8B at 64K tokens; needs '.[train]'
+    heads     as `lengths`, for heads of 64, 256 and 192/128
+    rings     time of a virtual ring of 8 over that of one call
+    masks     packed rows and windows
+    more      results of the other head sizes and masks
 
-The exit status is 1 if a check of the first three kinds fails. For the MFU of a model's
-layers, see benchmarks/train_here.py.
+If `fused` fails, the fused backward is left out of later sections. The last line says
+which goals were met, missed or not run, and what failed. A goal is met if one of our
+kernels meets it. The exit status is 1 if something failed; missed goals do not count.
 """
 
 import argparse
-import dataclasses
-import itertools
 import json
 import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from benchmarks.kernels import lines
-from benchmarks.timing import Shape, machine, relative_distance
-from benchmarks.tune import TOLERANCE, Call
-from usp_jax import kernels
-from usp_jax._compat import gpu_writes_operands
+from benchmarks import hopper_times as times
+from benchmarks.hopper_results import exactness, shuffled, sums_are_exact, uncopied
+from benchmarks.timing import Shape, gpu, machine
+from benchmarks.tune import Call
 from usp_jax.kernels.choice import target_of
-from usp_jax.kernels.logits import Logits
-from usp_jax.ring import apart, side_by_side
 
-OURS, CUDNN = "usp_jax mosaic_gpu", "jax.nn cudnn"
-BOTH = "forward_backward"
-# Head sizes of keys and of values.
-SIZES = ((64, None), (128, None), (192, 128), (256, None))
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A shape and pass to time, the contender to compare with, and the wanted ratio."""
-
-    shape: Shape
-    which: str
-    other: str
-    wanted: float
+MFU = "50 % causal MFU: 8 layers of LLaMA3-8B, 64K tokens, remat='dots'", 0.5
+BOTH = "forward", "backward"
+# The checks that can fail.
+RESULTS = "reduce_add", "exact", "uncopied", "shuffled", "section"
+ROOT = Path(__file__).parents[1]
+COMMAND = sys.executable, "-m", "benchmarks.hopper_check"
+# A section that begins with less time left is not begun.
+LEAST_SECONDS = 15.0
 
 
-COMPARISONS = (
-    *(
-        Comparison(Shape(length, 128, "causal"), BOTH, CUDNN, wanted)
-        for length, wanted in ((16384, 1.05), (4096, 1.0), (8192, 1.0), (32768, 1.05))
-    ),
-    Comparison(Shape(16384, 128, "causal"), "forward", CUDNN, 1.0),
-    *(
-        Comparison(Shape(16384, size, "causal"), BOTH, CUDNN, 0.95)
-        for size in (64, 256)
-    ),
-    # jax.nn takes values of the keys' size only.
-    Comparison(
-        Shape(16384, 192, "causal", value_size=128), BOTH, "usp_jax cudnn", 0.95
-    ),
-    *(
-        Comparison(Shape(8192, 128, "causal", window=window), BOTH, CUDNN, 0.95)
-        for window in (128, 1024, 4096)
-    ),
-)
-# Shapes whose rates are compared: packed documents with one document.
-PACKED = Shape(16384, 128, "packed"), Shape(16384, 128, "causal"), 0.9
-# The length of a ring, and the most that its time may be over that of one call.
-RING = 65536, 1.08
+def call_of(options, size: int, mask: str = "causal", **fields) -> Call:
+    """Returns a small call whose results are checked."""
+    length, heads = (384, 1) if options.toy else (1024, 4)
+    shape = Shape(length, 16 if options.toy else size, mask, heads, 1, **fields)
+    return Call("mosaic_gpu", shape, target_of(None))
 
 
-def adding(parts: int, shape: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
-    """Builds int32 [parts, *shape] -> their sum, which all parts add to at once."""
-
-    def body(x_ref, total_ref, tile, barrier):
-        plgpu.copy_gmem_to_smem(x_ref.at[lax.axis_index("part")], tile, barrier)
-        plgpu.barrier_wait(barrier)
-        plgpu.copy_smem_to_gmem(tile, total_ref, reduction_op="add")
-        plgpu.wait_smem_to_gmem(0)
-
-    def add(x):
-        total = jax.new_ref(jnp.zeros(shape, jnp.int32))
-        scratch = {"tile": plgpu.SMEM(shape, jnp.int32), "barrier": plgpu.Barrier()}
-        grid = {"grid": (parts,), "grid_names": ("part",)}
-        plgpu.kernel(body, out_type=(), scratch_types=scratch, **grid)(x, total)
-        return jax.freeze(total)
-
-    return add
+def results(name: str, call: Call, passes: tuple[str, ...], options) -> Iterator[dict]:
+    """Yields the lines of one call's results."""
+    head = {"of": name, "shape": times.named(call.shape)}
+    for which in passes:
+        found = exactness(name, call, which, options.runs)
+        yield {"check": "exact", "pass": which} | head | found
 
 
-def sums_are_exact(parts: int = 132) -> dict:
-    """Compares sums of integers in global memory with numpy's."""
-    if jax.default_backend() != "gpu":
-        return {"skipped": "the interpreter has no additions to global memory"}
-    if not gpu_writes_operands(jnp.zeros(1)):
-        return {"skipped": f"jax {jax.__version__} cannot write operands"}
-    shape, most = (64, 64), 2**31 // parts
-    x = np.random.default_rng(0).integers(-most, most, (parts, *shape), np.int32)
-    exact, add = x.sum(0, dtype=np.int32), jax.jit(adding(parts, shape))
-    wrong = sum(int((np.asarray(add(x)) != exact).sum()) for _ in range(20))
-    return {"wrong": wrong, "failed": wrong > 0}
+def basics(options) -> Iterator[dict]:
+    yield machine()
+    yield {"check": "reduce_add"} | sums_are_exact()
+    call = call_of(options, 128)
+    yield from results(options.ours, call, BOTH, options)
+    yield {"check": "uncopied"} | uncopied(options.ours, call)
 
 
-def exactness(call: Call, which: str, runs: int) -> dict:
-    """Compares a pass with XLA, and its runs with each other."""
-    run = jax.jit(call.program(which, call.default))
-    inputs = call.inputs(which, seed=0)
-    first = jax.device_get(run(*inputs))
-    again = (jax.device_get(run(*inputs)) for _ in range(runs - 1))
-    same = all(
-        np.array_equal(x, y)
-        for results in again
-        for x, y in zip(first, results, strict=True)
-    )
-    off = relative_distance(first, call.exact(which, *inputs))
-    # `not` and `<=`: NaN fails.
-    return {"difference": off, "same": same, "failed": not (same and off <= TOLERANCE)}
-
-
-def uncopied(call: Call) -> dict:
-    """Compares the bits of a kernel's two forms, with a carry and without."""
-    name = "mosaic_gpu_interpret" if call.interpret else "mosaic_gpu"
-    chunk = kernels.chunk(name, call.target)
-    q, k, v, dout, lse, delta, mask = call.inputs("backward", seed=0)
-    kv, dtype, size = side_by_side(k, v), q.dtype, k.shape[-1]
-    logits = Logits(size**-0.5)
-
-    @jax.jit
-    def plain(q, kv, dout, lse, delta, mask):
-        k, v = apart(kv, size)
-        carry = chunk.forward(q, k, v, mask, None, logits)
-        out, lse_of_two = chunk.forward(q, k, v, mask, carry, logits)
-        dq, dk, dv = chunk.backward(q, k, v, dout, lse, delta, mask, logits)
-        rounded = (x.astype(dtype) for x in (out, dq, side_by_side(dk, dv)))
-        return lse_of_two, *rounded
-
-    @jax.jit
-    def direct(q, kv, dout, lse, delta, mask):
-        form, rows = chunk.direct, (dout, lse, delta)
-        carry = form.forward(q, kv, None, mask, None, logits)
-        out, lse = form.forward(q, kv, None, mask, carry, logits, dtype=dtype)
-        dq, dkv, _ = form.backward(
-            q, kv, None, *rows, mask, logits, dtypes=(dtype, dtype)
-        )
-        return lse, out, dq, dkv
-
-    arrays = q, kv, dout, lse, delta, mask
-    pairs = zip(plain(*arrays), direct(*arrays), strict=True)
-    same = all(bool((x == y).all()) for x, y in pairs)
-    return {"same": same, "failed": not same}
-
-
-def calls(toy: bool) -> Iterator[Call]:
-    """Yields the calls whose results are checked."""
-    sizes = ((16, None),) if toy else SIZES
-    length, heads = (128, 1) if toy else (1024, 4)
-    kinds = [(*size, "causal", None) for size in sizes]
-    kinds += [] if toy else [(128, None, "causal", 200), (128, None, "packed", None)]
-    for keys, values, mask, window in kinds:
-        shape = Shape(length, keys, mask, heads, 1, value_size=values, window=window)
-        yield Call("mosaic_gpu", shape, target_of(None), interpret=toy)
-
-
-def described(shape: Shape) -> dict:
-    """Returns the fields of a line that name a shape."""
-    names = "length", "head_size", "value_size", "mask", "window"
-    return {name: getattr(shape, name) for name in names}
-
-
-def rates(shape: Shape, which: str, names: tuple[str, ...], options) -> dict:
-    """Returns the line of each contender for a shape and pass, by name."""
-    options.contenders = list(names)
-    return {line["contender"]: line for line in lines([(shape, which)], options)}
-
-
-def ratio(a: dict | None, b: dict | None) -> dict:
-    """Returns the rates of two lines and their ratio, or why there is none."""
-    for line in (a, b):
-        if line is None or "failed" in line:
-            reason = "not installed" if line is None else line["failed"]
-            return {"no_ratio": reason}
-    return {
-        "tflops": a["tflops"],
-        "other_tflops": b["tflops"],
-        "ratio": a["tflops"] / b["tflops"],
-    }
+def fused(options) -> Iterator[dict]:
+    for size in (128,) if options.toy else (128, 64):
+        call = call_of(options, size)
+        yield from results(options.fused, call, BOTH[1:], options)
+        found = shuffled(options.fused, call, options.runs)
+        yield {"check": "shuffled", "shape": times.named(call.shape)} | found
 
 
 def timed(options) -> Iterator[dict]:
-    """Yields the comparisons of times, until `options.seconds` have passed."""
-    todo = [
-        *((compared, item) for item in options.comparisons),
-        (packed, options.packed),
-        *((ring, (which, *options.ring_of)) for which in ("forward", BOTH)),
-    ]
-    for n, (check, item) in enumerate(todo):
-        if time.perf_counter() - options.start > options.seconds:
-            yield {"check": "stopped", "not_compared": len(todo) - n}
-            return
-        yield check(item, options)
+    for group in groups(options)[options.section]:
+        yield from times.compared(group, options)
 
 
-def compared(item: Comparison, options) -> dict:
-    found = rates(item.shape, item.which, (options.ours, item.other), options)
-    head = {"check": "ratio", "pass": item.which, "other": item.other}
-    figures = ratio(found.get(options.ours), found.get(item.other))
-    return head | described(item.shape) | figures | {"wanted": item.wanted}
+def groups(options) -> dict[str, times.Groups]:
+    return times.toys() if options.toy else times.GROUPS
 
 
-def packed(item: tuple[Shape, Shape, float], options) -> dict:
-    *shapes, wanted = item
-    found = [rates(x, BOTH, (options.ours,), options).get(options.ours) for x in shapes]
-    head = {"check": "ratio", "pass": BOTH, "other": "one document"}
-    return head | described(shapes[0]) | ratio(*found) | {"wanted": wanted}
+def training(options) -> Iterator[dict]:
+    """Yields the MFU of a training step, first with the default backward."""
+    from benchmarks import train_here
+
+    goal, wanted = MFU
+    case = argparse.Namespace(
+        preset="tiny" if options.toy else "llama3-8b",
+        lengths=[256 if options.toy else 65536],
+        layers=1 if options.toy else 8,
+        remat=["dots"],
+        # The interpreter of the fused backward is too slow for a model.
+        implementations=[None, options.fused][: 1 if options.toy else 2],
+        mlp_tile=None,
+        offload=False,
+        steps=1 if options.toy else 3,
+    )
+    if options.without_fused:
+        case.implementations = [None]
+    for line in train_here.lines(case):
+        mfu = line.get("mfu_causal")
+        judged = {} if mfu is None else {"wanted": wanted, "met": mfu >= wanted}
+        yield {"check": "mfu", "goal": goal} | line | judged
 
 
-def ring(item: tuple[str, int, float], options) -> dict:
-    which, length, wanted = item
-    name = f"{options.ours}, virtual ring of {options.ring}"
-    shape = dataclasses.replace(options.packed[1], length=length)
-    found = rates(shape, which, (options.ours, name), options)
-    # As times, so that a smaller one is better.
-    figures = ratio(found.get(options.ours), found.get(name))
-    head = {"check": "ring", "pass": which, "other": name}
-    return head | described(shape) | figures | {"wanted_at_most": wanted}
+def more(options) -> Iterator[dict]:
+    masked = [call_of(options, 128, "packed"), call_of(options, 128, window=200)]
+    for call in masked[: 1 if options.toy else 2]:
+        yield from results(options.ours, call, BOTH, options)
+        if not options.without_fused:
+            yield from results(options.fused, call, BOTH[1:], options)
+    for size, value_size in (
+        () if options.toy else ((64, None), (192, 128), (256, None))
+    ):
+        call = call_of(options, size, value_size=value_size)
+        yield from results(options.ours, call, BOTH, options)
+        yield {"check": "uncopied", "shape": times.named(call.shape)} | uncopied(
+            options.ours, call
+        )
 
 
-def checks(options) -> Iterator[dict]:
-    """Yields the line of each check of results."""
-    yield {"check": "reduce_add"} | sums_are_exact()
-    for call in calls(options.toy):
-        head = described(call.shape)
-        for which in ("forward", "backward"):
-            found = exactness(call, which, options.runs)
-            yield {"check": "exact", "pass": which} | head | found
-        if call.shape.mask == "causal" and call.shape.window is None:
-            yield {"check": "uncopied"} | head | uncopied(call)
+# In order, the most basic and the most valuable first.
+SECTIONS: dict[str, Callable] = {
+    "basics": basics,
+    "fused": fused,
+    "lengths": timed,
+    "training": training,
+    "heads": timed,
+    "rings": timed,
+    "masks": timed,
+    "more": more,
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def lines_of(section: str, arguments: list[str], seconds: float) -> Iterator[dict]:
+    """Yields the lines of a section that runs in its own process, for some seconds.
+
+    The last one says so if it did not end well.
+    """
+    command = [*COMMAND, "--section", section, *arguments]
+    # XLA takes three quarters by default; the training step needs more.
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".94"} | os.environ
+    began = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as child:
+        timer = threading.Timer(seconds, child.kill)
+        timer.start()
+        for line in child.stdout or ():
+            # Compilers may print too.
+            if line.startswith("{"):
+                yield json.loads(line)
+        timer.cancel()
+    if child.returncode:
+        why = f"exit status {child.returncode}"
+        if time.monotonic() - began >= seconds:
+            why = f"stopped after {seconds:.0f} seconds"
+        yield {"check": "section", "section": section, "failed": why}
+
+
+def summary(lines: list[dict], goals: list[str]) -> dict:
+    """Returns which goals were met, missed or not run, and the lines that failed."""
+    judged = [line for line in lines if "met" in line]
+    met = {line["goal"] for line in judged if line["met"]}
+    missed = {line["goal"] for line in judged} - met
+    kept = "check", "section", "of", "pass", "shape", "failed"
+    return {
+        "check": "summary",
+        "met": [goal for goal in goals if goal in met],
+        "missed": [goal for goal in goals if goal in missed],
+        "not_run": [goal for goal in goals if goal not in met | missed],
+        "failed": [
+            {name: line[name] for name in kept if name in line}
+            for line in lines
+            if line["check"] in RESULTS and line.get("failed")
+        ],
+    }
+
+
+def checked(options, arguments: list[str]) -> Iterator[dict]:
+    """Yields the lines of all sections, until `options.seconds` have passed."""
+    end = time.monotonic() + options.seconds
+    for section in options.sections:
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            yield {"check": "section", "section": section, "not_run": "no time left"}
+            continue
+        limit = min(left, options.section_seconds)
+        for line in lines_of(section, arguments, limit):
+            yield {"section": section} | line
+            if section == "fused" and line.get("failed"):
+                arguments = [*arguments, "--without-fused"]
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=540, help="for all sections")
     parser.add_argument(
-        "--seconds", type=float, default=480, help="start no more after"
+        "--section-seconds", type=float, default=180, help="the most for one section"
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS], help="in order"
     )
     parser.add_argument("--runs", type=int, default=20, help="whose bits are compared")
     parser.add_argument("--repeats", type=int, default=5, help="timed samples")
     parser.add_argument("--sets", type=int, default=3, help="input sets to cycle")
     parser.add_argument("--toy", action="store_true", help="tiny and interpreted")
-    options = parser.parse_args(arguments)
-    options.start = time.perf_counter()
-    options.compilers, options.ring = os.cpu_count() or 1, 8
-    options.ours, options.comparisons = OURS, COMPARISONS
-    options.packed, options.ring_of = PACKED, RING
+    parser.add_argument(
+        "--without-fused", action="store_true", help="leave the fused backward out"
+    )
+    parser.add_argument("--section", choices=SECTIONS, help="run it in this process")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    if options.section is None:
+        lines = []
+        for line in checked(options, arguments):
+            print(json.dumps(line), flush=True)
+            lines.append({"check": "machine"} | line)
+        goals = [*times.goals_of(groups(options)), MFU[0]]
+        # The clocks and the power are those after work.
+        last = summary(lines, goals) | gpu()
+        print(json.dumps(last), flush=True)
+        return int(bool(last["failed"]))
+    suffix = "_interpret" if options.toy else ""
+    options.ours, options.fused = (
+        f"{name.removeprefix('usp_jax ')}{suffix}" for name in (times.OURS, times.FUSED)
+    )
+    options.compilers, options.ring = os.cpu_count() or 1, times.RING
+    options.compared_length = 4096
     if options.toy:
-        tiny = Shape(64, 16, "causal", 1, 1)
+        jax.config.update("jax_platforms", "cpu")
         options.runs, options.repeats, options.sets, options.ring = 2, 1, 1, 2
-        options.ours = "usp_jax mosaic_gpu_interpret"
-        options.comparisons = (Comparison(tiny, "forward", "usp_jax xla", 0.0),)
-        options.packed = dataclasses.replace(tiny, mask="packed"), tiny, 0.0
-        options.ring_of = 64, 1e9
-    print(json.dumps(machine() | {"runs": options.runs}), flush=True)
-    failed = False
-    for line in itertools.chain(checks(options), timed(options)):
-        failed |= line.get("failed", False)
+    for line in SECTIONS[options.section](options):
         print(json.dumps(line), flush=True)
-    return int(failed)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The attention kernels that benchmarks/kernels.py compares on one device.
 
 All take q [B, T, N, H] and k, v [B, T, K, H]. A contender that cannot run a shape
-raises, and its line reports the reason.
+raises, and its line reports the reason. Of the package jax-linear-attention (`jla`),
+only the kernel for softmax attention is compared.
 """
 
 import dataclasses
@@ -17,6 +18,15 @@ import numpy as np
 import usp_jax
 from benchmarks.timing import Shape, with_gradients
 from usp_jax.kernels.choice import KERNELS
+
+# Packages that are compared where they are installed, by module.
+PACKAGES = {
+    "tokamax": "tokamax==0.0.17",
+    "jla": "jax-linear-attention==0.1.0, which needs jax 0.11.2",
+    "torch": "torch",
+}
+# "fused" has five products, and adds dq in float32 in an order that changes.
+JLA_BACKWARDS = ("ranged", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +66,9 @@ def contenders() -> dict[str, Contender]:
         available["jax triton"] = _of_jax(_jax_triton)
         if importlib.util.find_spec("tokamax"):
             available["tokamax"] = _of_jax(_tokamax)
+        if importlib.util.find_spec("jla"):
+            for backward in JLA_BACKWARDS:
+                available[f"jla {backward}"] = _of_jax(partial(_jla, backward))
         if importlib.util.find_spec("torch"):
             for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
                 name = f"torch {backend.removesuffix('_ATTENTION').lower()}"
@@ -63,7 +76,23 @@ def contenders() -> dict[str, Contender]:
     return available
 
 
-def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Callable]:
+def skipped() -> dict[str, str]:
+    """Returns the reasons why other contenders are not compared, by their names."""
+    packages = {f"usp_jax {x.name}": x.package for x in KERNELS if x.package}
+    reasons = {name: package.refusal() for name, package in packages.items()}
+    for module, install in PACKAGES.items():
+        is_missing = importlib.util.find_spec(module) is None
+        reasons[module] = (
+            f"not installed: pip install {install}" if is_missing else None
+        )
+    if jax.default_backend() != "gpu":
+        reasons = dict.fromkeys(reasons, "compared on a GPU only")
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def virtual_ring(
+    implementation: str, size: int, schedule: str = "unidirectional"
+) -> Callable[[Shape, str], Callable]:
     """Builds usp_jax's op as `size` devices of a ring run it, all on this device.
 
     The program takes the shards in zigzag order: [size, B, T / size, N, H].
@@ -78,6 +107,7 @@ def virtual_ring(implementation: str, size: int) -> Callable[[Shape, str], Calla
                 layout="zigzag",
                 axes=axes,
                 implementation=implementation,
+                ring_schedule=schedule,
             )
             return _program(attention, which)(*arrays)
 
@@ -189,8 +219,27 @@ def _jax_triton(shape):
 def _tokamax(shape):
     import tokamax
 
-    _check(shape, "tokamax")
-    return partial(tokamax.dot_product_attention, is_causal=shape.is_causal)
+    _check(shape, "tokamax", window=True, value_size=True)
+    return partial(
+        tokamax.dot_product_attention,
+        is_causal=shape.is_causal,
+        local_window_size=shape.local_window_size,
+        # Its default takes a slower implementation where this one cannot run.
+        implementation="mosaic",
+    )
+
+
+def _jla(backward, shape):
+    from jla.ops.mosaic_gpu.attention import flash_attention
+
+    if not shape.is_causal:
+        raise NotImplementedError("jla is causal only")
+    return partial(
+        flash_attention,
+        segment_ids=shape.segment_ids(),
+        sliding_window=shape.window,
+        backward=backward,
+    )
 
 
 def _of_torch(backend):

@@ -5,16 +5,16 @@
     python -m benchmarks.kernels --head-sizes 64 256 192/128 --windows 128 1024 4096
     python -m benchmarks.kernels --toy           # anywhere: interpreted kernels
 
-Prints JSON lines: first the machine, then one line per shape, pass and contender with
-the median time of a call and its TFLOP/s, which count visible pairs only. fa2, fa3 and
-fa4 are compared where their packages are installed. All
-contenders run in this process, compiled before anything is timed, on random data that
-changes from call to call.
+Prints JSON lines: the machine, then one line per contender that is skipped, then one
+per shape, pass and contender with the median time of a call and its TFLOP/s, which
+count visible pairs only. fa2, fa3, fa4, tokamax, jla and torch are compared where they
+are installed. All contenders run in this process, compiled before anything is timed, on
+random data that changes from call to call.
 
 `difference` is the largest |x - y| / |y| between the results of a contender and those
 of the first one. A contender that cannot run a shape reports why. The lines "virtual
 ring of 8" run usp_jax on a ring of 8 shards that are all on this device, for comparison
-with a single call; `--ring` changes the number.
+with a single call; `--ring` and `--ring-schedules` change it.
 """
 
 import argparse
@@ -28,12 +28,20 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks.kernel_contenders import Contender, contenders, virtual_ring
+from benchmarks.kernel_contenders import (
+    Contender,
+    contenders,
+    skipped,
+    virtual_ring,
+)
 from benchmarks.timing import MASKS, Shape, machine, relative_distance, seconds_a_call
 from usp_jax.layout import from_layout, to_layout
 
 PASSES = ("forward", "forward_backward")
 COMPARED_LENGTH = 16384
+
+# A shape, a pass, and a contender with its name.
+Job = tuple[Shape, str, str, Contender]
 
 
 def ready(contender: Contender, shape: Shape, which: str) -> Callable | str:
@@ -59,8 +67,8 @@ def measure(
 ) -> tuple[dict, list[np.ndarray] | None]:
     """Returns the figures of one line, and the results for the first set of inputs.
 
-    Results are returned, and compared with `expected`, only up to COMPARED_LENGTH,
-    where all contenders still fit.
+    Results are returned, and compared with `expected`, only up to the length
+    `options.compared_length`.
     """
     try:
         sets = [contender.place(shape.inputs(seed)) for seed in range(options.sets)]
@@ -70,7 +78,7 @@ def measure(
         return {"failed": reason(error)}, None
     rate = shape.flops(which) / times["seconds_median"] / 1e12
     figures = times | {"tflops": rate}
-    if shape.length > COMPARED_LENGTH:
+    if shape.length > options.compared_length:
         return figures, None
     results = [contender.as_numpy(x) for x in results]
     if expected is not None:
@@ -96,10 +104,16 @@ def uncut(x: jax.Array) -> np.ndarray:
     return np.asarray(from_layout(x, "zigzag", mesh), np.float32)
 
 
-def ring_contender(implementation: str, ring: int) -> Contender:
+def ring_contender(implementation: str, ring: int, schedule: str) -> Contender:
     """Returns usp_jax on a virtual ring, whose inputs and results are shards."""
-    program = virtual_ring(implementation, ring)
+    program = virtual_ring(implementation, ring, schedule)
     return Contender(program, partial(cut, ring=ring), as_numpy=uncut)
+
+
+def ring_name(name: str, ring: int, schedule: str) -> str:
+    """Returns the name of a contender of usp_jax on a virtual ring."""
+    name = f"{name}, virtual ring of {ring}"
+    return name if schedule == "unidirectional" else f"{name}, {schedule}"
 
 
 def chosen(shape: Shape, options) -> dict[str, Contender]:
@@ -112,23 +126,19 @@ def chosen(shape: Shape, options) -> dict[str, Contender]:
         ours = name.removeprefix("usp_jax ")
         causal = shape.mask == "causal" and shape.length % (2 * options.ring) == 0
         if ours != name and causal and shape.window is None:
-            ring = f"{name}, virtual ring of {options.ring}"
-            selected[ring] = ring_contender(ours, options.ring)
+            for schedule in options.ring_schedules:
+                how = options.ring, schedule
+                selected[ring_name(name, *how)] = ring_contender(ours, *how)
     return selected
 
 
-def lines(todo: list[tuple[Shape, str]], options) -> Iterator[dict]:
-    """Yields the result lines of some shapes and passes."""
-    each = [
-        (shape, which, name, contender)
-        for shape, which in todo
-        for name, contender in chosen(shape, options).items()
-    ]
+def lines(jobs: list[Job], options) -> Iterator[dict]:
+    """Yields the result line of each job; those of a shape and pass come together."""
     # A compiler keeps one core busy. Timing starts when all have finished.
     with ThreadPoolExecutor(options.compilers) as pool:
-        runs = list(pool.map(lambda job: ready(job[3], *job[:2]), each))
+        runs = list(pool.map(lambda job: ready(job[3], *job[:2]), jobs))
     expected: dict[tuple[Shape, str], list[np.ndarray]] = {}
-    for (shape, which, name, contender), run in zip(each, runs, strict=True):
+    for (shape, which, name, contender), run in zip(jobs, runs, strict=True):
         head = {
             "pass": which,
             "mask": shape.mask,
@@ -178,38 +188,40 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--ring", type=int, default=8, help="devices of a ring")
+    parser.add_argument(
+        "--ring-schedules",
+        nargs="+",
+        default=["unidirectional"],
+        help="such as unidirectional:4",
+    )
     parser.add_argument("--repeats", type=int, default=10, help="timed samples")
     parser.add_argument("--sets", type=int, default=4, help="input sets to cycle")
     cores = os.cpu_count() or 1
     parser.add_argument("--compilers", type=int, default=cores, help="in parallel")
-    parser.add_argument("--contenders", nargs="+", help="names (default: all)")
+    names = [*contenders(), *skipped()]
+    parser.add_argument("--contenders", nargs="+", choices=names, help="default: all")
     parser.add_argument("--toy", action="store_true", help="one tiny shape")
     options = parser.parse_args(arguments)
+    options.compared_length = COMPARED_LENGTH  # All contenders fit up to it.
     if options.toy:
         options.lengths, options.ring = [64], 2
         options.head_sizes = [(16, None)]
         options.heads, options.kv_heads, options.repeats, options.sets = 2, 1, 1, 1
     print(json.dumps(machine() | {"repeats": options.repeats}), flush=True)
+    for name, why in skipped().items():
+        if not options.contenders or name in options.contenders:
+            print(json.dumps({"contender": name, "skipped": why}), flush=True)
     masks = [(mask, None) for mask in options.masks]
     masks += [("causal", window) for window in options.windows]
-    todo = [
-        (
-            Shape(
-                length,
-                size,
-                mask,
-                options.heads,
-                options.kv_heads,
-                value_size=value_size,
-                window=window,
-            ),
-            which,
-        )
-        for length, (size, value_size), (mask, window), which in itertools.product(
-            options.lengths, options.head_sizes, masks, options.passes
-        )
-    ]
-    for line in lines(todo, options):
+    jobs = []
+    for length, (size, value_size), (mask, window), which in itertools.product(
+        options.lengths, options.head_sizes, masks, options.passes
+    ):
+        heads = options.heads, options.kv_heads
+        shape = Shape(length, size, mask, *heads, value_size=value_size, window=window)
+        selected = chosen(shape, options)
+        jobs += [(shape, which, *contender) for contender in selected.items()]
+    for line in lines(jobs, options):
         print(json.dumps(line), flush=True)
 
 

@@ -58,7 +58,7 @@ class Call:
         """Returns the "forward" or "backward" of the chunk contract with `blocks`."""
         module = importlib.import_module(f"usp_jax.kernels.{self.implementation}")
         how = {"target": self.target, "blocks": blocks, "interpret": self.interpret}
-        return _program(
+        return pass_of(
             kernels.Chunk(
                 partial(module.chunk_forward, **how),
                 partial(module.chunk_backward, **how),
@@ -69,7 +69,7 @@ class Call:
 
     def oracle(self, which: str) -> Callable:
         """Returns the XLA implementation of `program`."""
-        return _program(kernels.chunk("xla"), which, self.shape)
+        return pass_of(kernels.chunk("xla"), which, self.shape)
 
     def exact(self, which: str, *inputs) -> tuple:
         """Computes the results that `program` should give for some inputs."""
@@ -110,7 +110,8 @@ class Call:
         return forward if which == "forward" else both - forward
 
 
-def _program(chunk, which, shape):
+def pass_of(chunk: kernels.Chunk, which: str, shape: Shape) -> Callable:
+    """Returns the "forward" or "backward" of a chunk, on the inputs of `Call`."""
     logits = Logits(shape.head_size**-0.5)
 
     def forward(q, k, v, mask):

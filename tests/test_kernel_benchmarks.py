@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from benchmarks import (
-    hopper_check,
     hopper_resources,
     kernel_contenders,
     kernels,
@@ -25,7 +24,6 @@ from benchmarks.timing import Shape
 from benchmarks.tune_space import parts
 from benchmarks.tune_table import merged, replaced, written
 from tests.compilers import needs_compilers
-from usp_jax import aot
 from usp_jax.kernels.choice import KERNELS, Target
 from usp_jax.kernels.mosaic_gpu import blocks as mosaic_gpu
 from usp_jax.kernels.packages import Package
@@ -113,12 +111,39 @@ def test_packages_are_contenders_where_they_are_installed(monkeypatch) -> None:
             assert not kernel_contenders.runs_on(row, "cpu")
 
 
+def test_contenders_that_are_not_installed_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(Package, "refusal", lambda self: f"needs {self.module}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    skipped = kernel_contenders.skipped()
+    ours = {f"usp_jax fa{n}" for n in (2, 3, 4)}
+    assert skipped.keys() == ours | {"tokamax", "jla", "torch"}
+    assert not skipped.keys() & kernel_contenders.contenders().keys()
+    assert skipped["usp_jax fa4"] == "needs fa4_jax"
+    assert skipped["tokamax"] == "not installed: pip install tokamax==0.0.17"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda x: None if x == "torch" else x
+    )
+    assert kernel_contenders.skipped().keys() == ours | {"torch"}
+    found = kernel_contenders.contenders().keys()
+    assert {"tokamax", "jla ranged", "jla fused"} <= found
+
+
+def test_a_contender_must_be_known(capsys) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main(["--toy", "--contenders", "fa9"])
+    assert "invalid choice: 'fa9'" in capsys.readouterr().err
+
+
 def test_kernels_at_toy_size(capsys) -> None:
     names = ["usp_jax triton_interpret", "jax.nn xla"]
     lines = []
     for mask, which in (("causal", "forward"), ("packed", "forward_backward")):
         arguments = ["--toy", "--masks", mask, "--passes", which, "--contenders"]
-        lines += printed(kernels.main, [*arguments, *names], capsys)
+        lines += printed(kernels.main, [*arguments, *names, "tokamax"], capsys)
+    absent = {"contender": "tokamax", "skipped": "compared on a GPU only"}
+    assert lines.count(absent) == 2
+    lines = [line for line in lines if line != absent]
     found = {(x["contender"], x["mask"], x["pass"]): x for x in lines}
     assert found.keys() == {
         (names[0], "causal", "forward"),
@@ -325,47 +350,3 @@ def test_the_tiles_for_latent_attention_do_not_spill() -> None:
         assert line["chosen"] and "H100" in line["device"]
         assert line["spill_store_bytes"] == line["spill_load_bytes"] == 0
         assert 0 < line["shared_memory_bytes"] <= 227 * 1024
-
-
-@pytest.mark.long
-@interpreted
-def test_the_check_of_a_gpu_runs_at_toy_size(capsys) -> None:
-    lines = printed(hopper_check.main, ["--toy"], capsys)
-    kinds = [line["check"] for line in lines]
-    assert kinds == [
-        "reduce_add",
-        *["exact"] * 2,
-        "uncopied",
-        *["ratio"] * 2,
-        *["ring"] * 2,
-    ]
-    for line in lines:
-        assert "no_ratio" not in line and not line.get("failed")
-    assert all(line["same"] for line in lines if line["check"] == "uncopied")
-
-
-def test_the_check_of_a_gpu_ends_in_time_and_fails_if_a_result_is_wrong(
-    monkeypatch, capsys
-) -> None:
-    wrong = {"check": "exact", "failed": True}
-    monkeypatch.setattr(hopper_check, "checks", lambda _: [wrong])
-    assert hopper_check.main(["--toy", "--seconds", "-1"]) == 1
-    _, first, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert first == wrong
-    assert last == {"check": "stopped", "not_compared": 4}
-
-
-def test_a_ratio_needs_both_rates() -> None:
-    a, b = {"tflops": 3.0}, {"tflops": 2.0}
-    assert hopper_check.ratio(a, b)["ratio"] == 1.5
-    assert hopper_check.ratio(a, None) == {"no_ratio": "not installed"}
-    assert hopper_check.ratio(a, {"failed": "no"}) == {"no_ratio": "no"}
-
-
-@needs_compilers
-@pytest.mark.long
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="not before jax 0.12")
-def test_the_sum_of_integers_compiles_for_an_h100() -> None:
-    x = jax.ShapeDtypeStruct((8, 64, 64), "int32")
-    add = hopper_check.adding(8, (64, 64))
-    assert aot.compile(add, x, topology=aot.topology("h100:1x1")).fits
