@@ -16,10 +16,9 @@ from usp_jax.plan.machines import (
     Machine as Machine,
     machine as machine,
 )
+from usp_jax.plan.row import Row as Row, evaluate as evaluate
 from usp_jax.plan.search import (
-    Row as Row,
     best as best,
-    evaluate as evaluate,
     job_of as job_of,
     longest as longest,
     plan as plan,

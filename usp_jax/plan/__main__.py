@@ -24,7 +24,8 @@ from usp_jax.models.lookup import find_config
 from usp_jax.models.presets import PRESETS
 from usp_jax.plan.command import describe
 from usp_jax.plan.machines import MACHINES
-from usp_jax.plan.search import Row, job_of, longest, plan
+from usp_jax.plan.row import Row
+from usp_jax.plan.search import job_of, longest, plan
 from usp_jax.ring import SCHEDULES
 from usp_jax.units import tokens_of
 

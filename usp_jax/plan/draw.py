@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from usp_jax.plan.choice import obstacle
 from usp_jax.plan.command import describe
 from usp_jax.plan.memory import Memory
-from usp_jax.plan.search import Row, evaluate
+from usp_jax.plan.row import Row, evaluate
 from usp_jax.units import GIB
 
 SPLITS = 6

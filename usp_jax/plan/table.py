@@ -11,7 +11,7 @@ import rich.table
 from usp_jax.aot import Report
 from usp_jax.plan.command import describe, train_command
 from usp_jax.plan.memory import host_bytes
-from usp_jax.plan.search import Row
+from usp_jax.plan.row import Row
 from usp_jax.plan.tips import TIPS, against, wasteful
 from usp_jax.plan.traffic import by_axis
 from usp_jax.units import GIB

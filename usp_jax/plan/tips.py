@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from usp_jax.plan.choice import Choice, Job, obstacle
 from usp_jax.plan.memory import step_memory
-from usp_jax.plan.search import Row
+from usp_jax.plan.row import Row
 from usp_jax.plan.share import call_of
 
 TIPS = {
