@@ -102,7 +102,7 @@ def training(options) -> Iterator[dict]:
         remat=["dots"],
         # The interpreter of the fused backward is too slow for a model.
         implementations=[None, options.fused][: 1 if options.toy else 2],
-        mlp_tile=None,
+        mlp_tile=mlp_tile(),
         offload=False,
         steps=1 if options.toy else 3,
     )
@@ -112,6 +112,12 @@ def training(options) -> Iterator[dict]:
         mfu = line.get("mfu_causal")
         judged = {} if mfu is None else {"wanted": wanted, "met": mfu >= wanted}
         yield {"check": "mfu", "goal": goal} | line | judged
+
+
+def mlp_tile() -> int | None:
+    """Returns the tile of feed-forward layers: on less than 96 GiB the step needs one."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return 4096 if 0 < limit < 96 * 2**30 else None
 
 
 def more(options) -> Iterator[dict]:
