@@ -11,6 +11,7 @@ hangs or crashes costs no other section, and is stopped once `--seconds` have pa
               two-kernel form against XLA, its runs' bits, and the bits of its two forms
     fused     the fused backward against XLA, and its bits with tiles in any order
     lengths   TFLOP/s at heads of 128, over those of cuDNN and others in the same run
+    order     the fused backward over the same kernel whose sums change with their order
     training  causal MFU of 8 layers of LLaMA3-8B at 64K tokens; needs '.[train]'
     heads     as `lengths`, for heads of 64, 256 and 192/128
     rings     time of a virtual ring of 8 over that of one call
@@ -86,6 +87,12 @@ def timed(options) -> Iterator[dict]:
         yield from times.compared(group, options)
 
 
+def order(options) -> Iterator[dict]:
+    if not options.without_fused:
+        shape = Shape(256, 16, "causal", 1, 1) if options.toy else times.causal(16384)
+        yield times.ordered(shape, options)
+
+
 def groups(options) -> dict[str, times.Groups]:
     return times.toys() if options.toy else times.GROUPS
 
@@ -115,7 +122,7 @@ def training(options) -> Iterator[dict]:
 
 
 def mlp_tile() -> int | None:
-    """Returns the tile of feed-forward layers: on less than 96 GiB the step needs one."""
+    """Returns the tile of feed-forward layers, needed below 96 GiB of memory."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     return 4096 if 0 < limit < 96 * 2**30 else None
 
@@ -141,6 +148,7 @@ SECTIONS: dict[str, Callable] = {
     "basics": basics,
     "fused": fused,
     "lengths": timed,
+    "order": order,
     "training": training,
     "heads": timed,
     "rings": timed,
@@ -237,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in checked(options, arguments):
             print(json.dumps(line), flush=True)
             lines.append({"check": "machine"} | line)
-        goals = [*times.goals_of(groups(options)), MFU[0]]
+        goals = [*times.goals_of(groups(options)), times.UNORDERED, MFU[0]]
         # The clocks and the power are those after work.
         last = summary(lines, goals) | gpu()
         print(json.dumps(last), flush=True)

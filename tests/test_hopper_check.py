@@ -34,6 +34,7 @@ def test_all_sections_run_at_toy_size(capsys) -> None:
         ("fused", "exact"),
         ("fused", "shuffled"),
         *[("lengths", "ratio")] * 2,
+        ("order", "ratio"),
         ("training", "mfu"),
         ("heads", "ratio"),
         ("rings", "ratio"),
@@ -42,7 +43,11 @@ def test_all_sections_run_at_toy_size(capsys) -> None:
     ]
     assert all(line["same"] for line in lines if "same" in line)
     assert "loss" in next(line for line in lines if line["check"] == "mfu")
-    assert len(last["met"]) == 2 and last["missed"] == ["too fast"]
+    (of_floats,) = (line for line in lines if line["section"] == "order")
+    assert of_floats["difference"] < 1e-4
+    # What the interpreter's time says of two forms of a kernel is of no interest.
+    judged = [goal for goal in last["missed"] if goal != hopper_times.UNORDERED]
+    assert "a ring" in last["met"] and judged == ["too fast"]
     # A package that is not here, and a device whose peak is unknown.
     assert [goal[:4] for goal in last["not_run"]] == ["1.0 ", "50 %"]
 

@@ -460,9 +460,19 @@ def test_the_kernel_adds_what_the_emulation_adds() -> None:
     for name, x, y in zip(("dq", "dk", "dv"), actual, expected, strict=True):
         x, y = np.float64(x), np.float64(y)
         assert np.abs(x - y).max() < 2e-3 * np.abs(y).max(), name
+    # Without maxima, the same in floats, before the scale.
+    dq, *others = jax.jit(kernels.chunk(NAME).sums.backward)(*args[:-1], None)
+    chex.assert_trees_all_equal(others, list(actual[1:]))
+    x, y = (
+        np.float64(dq) * 0.25,
+        np.float64(fused.finish(actual[0], q, *args[3:6], args[8], args[7])),
+    )
+    assert dq.dtype == jnp.float32 and np.abs(x - y).max() < 1e-6 * np.abs(y).max()
 
 
-def compile_backward(head_size, rule, *, documents=False, soft_cap=None, mapped=None):
+def compile_backward(
+    head_size, rule, *, documents=False, soft_cap=None, mapped=None, floats=False
+):
     """Compiles the backward of a chunk for an H100."""
     topology = aot.topology("h100:1x1")
     chunk = kernels.chunk("mosaic_gpu_fused", Target.of(topology.devices[0]))
@@ -482,7 +492,8 @@ def compile_backward(head_size, rule, *, documents=False, soft_cap=None, mapped=
     )
 
     def backward(*args):
-        return chunk.backward(*args, Logits(head_size**-0.5, soft_cap))
+        args = *args, Logits(head_size**-0.5, soft_cap)
+        return chunk.sums.backward(*args, None) if floats else chunk.backward(*args)
 
     fn = backward if mapped is None else jax.vmap(backward)
     args = q, k, k, q, rows, rows, Mask(RULES[rule], *tokens)
@@ -525,6 +536,13 @@ def test_few_compile_with_spilled_registers(
 def test_it_can_be_mapped() -> None:
     """A kernel that adds to an array cannot; the mapped axis joins the batch."""
     assert compile_backward(128, "causal", documents=True, mapped=3).fits
+
+
+@pytest.mark.long
+@needs_compilers
+@interpreted
+def test_sums_of_floats_compile() -> None:
+    assert compile_backward(128, "causal", floats=True).fits
 
 
 @interpreted

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from usp_jax._compat import gpu_load, gpu_store
 from usp_jax.kernels.choice import Target
@@ -140,20 +140,22 @@ def integer_backward(
     delta: Float[Array, "B T N"],
     mask: Mask,
     logits: Logits,
-    maxima: Float[Array, "B K M"],
+    maxima: Float[Array, "B K M"] | None,
     *,
     target: Target,
     interpret: bool = False,
-) -> tuple[Int[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+) -> tuple[Shaped[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """Computes dq in integers, and dk, dv, of one chunk.
 
     Args:
       maxima: the result of `key_maxima` over the keys of all chunks whose integers are
-        added up.
+        added up. None adds up floats, whose bits change from run to run, to measure
+        what the integers cost.
       target, interpret: as in `chunk_forward`.
 
     Returns:
-      int32 dq, which `finish` converts, and float32 dk, dv.
+      int32 dq, which `finish` converts, and float32 dk, dv. Without maxima, dq is
+        float32, before the scale.
 
     Raises:
       NotImplementedError: q is not bfloat16 or float16, or the head size is over 128.
@@ -167,16 +169,16 @@ def integer_backward(
             "use implementation='mosaic_gpu'"
         )
     dout = dout.astype(q.dtype)
-    rows = factors(row_bounds(q, dout, lse, delta, maxima, logits))
-    columns = factors(column_bounds(maxima))
     operands = {"q": q, "k": k, "v": v, "do": dout}
     operands = {name: padded(x, width) for name, x in operands.items()}
     operands["lse"] = tokens_last(raised(finite(lse) * LOG2E, 2.5, q.dtype), 0.0)
     operands["delta"] = tokens_last(delta, 0.0)
-    operands["rows"] = tokens_last(rows, 1.0)
-    operands["columns"] = jnp.pad(
-        columns, ((0, 0), (0, 0), (0, width - columns.shape[2])), constant_values=1.0
-    )
+    if maxima is not None:
+        rows = factors(row_bounds(q, dout, lse, delta, maxima, logits))
+        columns = factors(column_bounds(maxima))
+        widths = (0, 0), (0, 0), (0, width - columns.shape[2])
+        operands["rows"] = tokens_last(rows, 1.0)
+        operands["columns"] = jnp.pad(columns, widths, constant_values=1.0)
     dq, dk, dv = _mappable(spec)(operands, spec.mask)
     return (
         dq[:, : q.shape[1], :, : q.shape[3]],
@@ -229,6 +231,8 @@ def _mappable(spec: ChunkSpec) -> Callable[[Operands, Mask], Results]:
 def _run(spec: ChunkSpec, operands: Operands) -> Results:
     """Launches the kernel: integer dq, dk, dv, padded like q, k, v."""
     dtype, part = operands["q"].dtype, operands["q"].shape[-1] // COMPUTING
+    units = tuple({"rows"} & operands.keys())
+    sums = jnp.int32 if units else jnp.float32
     further = {
         # Two buffers: a warpgroup may be one block ahead of the other.
         "ds": plgpu.SMEM(
@@ -236,28 +240,28 @@ def _run(spec: ChunkSpec, operands: Operands) -> Results:
         ),
         "ds_full": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=2),
         "part": plgpu.SMEM(
-            (COMPUTING, TILE_Q.tokens, part), jnp.int32, transforms=swizzle(32, 4)
+            (COMPUTING, TILE_Q.tokens, part), sums, transforms=swizzle(32, 4)
         ),
     }
-    streams = ("q", "lse", "rows"), ("do", "delta")
+    streams = ("q", "lse", *units), ("do", "delta")
     kernel = Kernel("fused", _fused, ("k", "v"), streams, TILE_Q, further, part)
     shapes = [operands[name].shape for name in "kv"]
     shape = operands["q"].shape
     if spec.interpret:
         tiles = operands["k"].shape[1] // TILE
         shapes.append((tiles, *shape))
-        dtypes = [jnp.float32, jnp.float32, jnp.int32]
+        dtypes = [jnp.float32, jnp.float32, sums]
         dk, dv, parts = launch(spec, kernel, operands, shapes, dtypes)
         return _sum_of_visited(spec.mask, parts), dk, dv
-    dq = jax.new_ref(jnp.zeros(shape, jnp.int32))
+    dq = jax.new_ref(jnp.zeros(shape, sums))
     dk, dv = launch(spec, kernel, operands, shapes, sums={"dq": dq})
     # Only now: jax refuses references to what varies.
     return vary_like(jax.freeze(dq), list(operands.values())), dk, dv
 
 
 def _sum_of_visited(
-    mask: Mask, parts: Int[Array, "tiles B T N H"]
-) -> Int[Array, "B T N H"]:
+    mask: Mask, parts: Shaped[Array, "tiles B T N H"]
+) -> Shaped[Array, "B T N H"]:
     """Adds each tile's dq, of which only the blocks that it visits are set."""
     step = TILE_Q.tokens
     visited = jnp.repeat(block_kinds(mask, step, TILE) != EMPTY, step, axis=1)
@@ -331,14 +335,15 @@ def _fused(cta: Cta) -> None:
 def _add(cta: Cta, n: jax.Array, dq: jax.Array, columns: pl.Slice) -> None:
     """Adds some columns of a block of dq, in integers, in global memory."""
     spec, walk, scratch, refs = cta.spec, cta.walk, cta.scratch, cta.refs
-    by_row = gpu_load(scratch["rows"].at[slot_of(n, scratch["q"].shape[0])], ROW)
-    by_column = gpu_load(refs["columns"].at[cta.batch, cta.head, columns], COLUMN)
-    for units, dim in ((by_row, 0), (by_column, 1)):
-        dq *= lax.broadcast_in_dim(units, dq.shape, (dim,))
+    if "rows" in refs:
+        by_row = gpu_load(scratch["rows"].at[slot_of(n, scratch["q"].shape[0])], ROW)
+        by_column = gpu_load(refs["columns"].at[cta.batch, cta.head, columns], COLUMN)
+        for units, dim in ((by_row, 0), (by_column, 1)):
+            dq *= lax.broadcast_in_dim(units, dq.shape, (dim,))
     buffer = scratch["part"].at[cta.warpgroup]
     # The copy of the block before may still be reading.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    buffer[...] = to_fixed(dq)
+    buffer[...] = to_fixed(dq) if "rows" in refs else dq
     plgpu.commit_smem()
     rows = pl.ds(walk.column(n) * dq.shape[0], dq.shape[0])
     head = cta.head * walk.repeats + lax.rem(n, jnp.int32(walk.repeats))
