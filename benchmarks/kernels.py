@@ -1,8 +1,9 @@
-"""Compare attention kernels on one device by time and TFLOP/s of visible work.
+r"""Compare attention kernels on one device by time and TFLOP/s of visible work.
 
     python -m benchmarks.kernels                 # on a GPU: 2K to 128K, hours
     python -m benchmarks.kernels --lengths 16384 32768 --masks causal
-    python -m benchmarks.kernels --head-sizes 64 256 192/128 --windows 128 1024 4096
+    python -m benchmarks.kernels --lengths 2048 4096 8192 \
+        --head-sizes 64 128 256 192/128 --windows 128 512 1024 4096
     python -m benchmarks.kernels --toy           # anywhere: interpreted kernels
 
 Prints JSON lines: the machine, then one line per contender that is skipped, then one
