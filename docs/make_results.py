@@ -34,7 +34,6 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 IMAGES = DOCS / "images"
 PAGES = (
     "results",
-    "features",
     "peers",
     "memory",
     "numerics",
@@ -174,26 +173,16 @@ def commands() -> str:
     return markdown(("command", "result"), rows)
 
 
-def features() -> str:
-    """Features and the test of each."""
-    rows = [
-        (line["feature"], line["usp_jax"], f"`{line['test']}`")
-        for line in surveyed()
-        if "feature" in line
-    ]
-    return markdown(("feature", "usp_jax", "test"), rows)
-
-
 def peers() -> str:
     """Answers by feature and project."""
     first, *lines = surveyed()
-    rows = [
-        (line["feature"], *(line["answers"][name]["answer"] for name in first["peers"]))
-        for line in lines
-        if "feature" in line
-    ]
-    rows = [["–" if cell == "not found" else cell for cell in row] for row in rows]
-    return markdown(("", *first["peers"]), rows)
+    rows = []
+    for line in lines:
+        if "feature" in line:
+            answers = [line["answers"][name]["answer"] for name in first["peers"]]
+            answers = ["–" if answer == "not found" else answer for answer in answers]
+            rows.append((line["feature"], line["usp_jax"], *answers))
+    return markdown(("", "usp_jax", *first["peers"]), rows)
 
 
 def longest() -> str:
@@ -316,7 +305,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-cpu": attention_cpu,
     "commands": commands,
     "peer-bytes": lambda: peer_bytes_table(kept("peer-bytes")),
-    "features": features,
     "peers": peers,
     "longest": longest,
     "maxtext": maxtext,

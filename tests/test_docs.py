@@ -11,7 +11,6 @@ from benchmarks import bytes_per_layer
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMED = re.compile(r"tests/[\w/]+\.py(?:::\w+)+")
-FEATURES = ROOT / "docs" / "features.md"
 PEERS = ROOT / "docs" / "peers.jsonl"
 
 
@@ -45,20 +44,14 @@ def test_a_missing_test_is_found(name):
     assert not is_there(name)
 
 
-def test_every_row_of_features_names_a_test():
-    table = [line for line in FEATURES.read_text().splitlines() if "|" in line]
-    rows = [line.split("|") for line in table[2:]]
-    assert len(rows) >= 20
-    assert [row for row in rows if not NAMED.search(row[3])] == []
-
-
-def test_every_feature_is_compared_with_the_peers():
+def test_every_feature_has_a_test_and_is_compared_with_the_peers():
     _, *lines = map(json.loads, PEERS.read_text().splitlines())
     table = PEERS.with_suffix(".md").read_text()
-    features = [line["feature"] for line in lines if "feature" in line]
+    features = {line["feature"]: line for line in lines if "feature" in line}
     assert len(features) >= 20
-    for name in features:
-        assert f"| {name} |" in FEATURES.read_text() and f"| {name} |" in table
+    assert [name for name in features if f"| {name} |" not in table] == []
+    tests = [line["test"] for line in features.values()]
+    assert [name for name in tests if not is_there(name)] == []
 
 
 def test_notes_on_the_peers_are_all_there_and_all_used():
