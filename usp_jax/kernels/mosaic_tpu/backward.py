@@ -91,7 +91,7 @@ def _facts(
 ) -> Int32[Array, "B N rows T"]:
     """Stacks the numbers of each query: lse, delta, and its position and id if needed.
 
-    As one operand, because each one takes a step of the grid about 55 cycles.
+    As one operand, because each takes a step of the grid 55 cycles on v5e, 6 on v6e.
     """
     numbers = [lax.bitcast_convert_type(x, jnp.int32) for x in (lse, delta)]
     tokens = jax.tree.leaves(q_tokens)
