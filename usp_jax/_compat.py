@@ -57,12 +57,13 @@ def tpu_reciprocal(x: jax.Array) -> jax.Array:
     return where.reciprocal(x, approx=False, full_range=False)
 
 
-def total_allocation_bytes(memory: object) -> int | None:
-    """Bytes of device memory that a program reserves, from its `memory_analysis()`.
-
-    None in jax 0.10.2, which does not report them.
-    """
-    return getattr(memory, "total_allocation_bytes", None)
+def temporary_bytes(memory: Any) -> int:
+    """Bytes of device memory for temporaries, from a program's `memory_analysis()`."""
+    # libtpu's `temp_size_in_bytes` can be gigabytes more than it reserves. The total of
+    # all allocations and the part that is not temporary are not in jax 0.10.2.
+    if not hasattr(memory, "indefinite_allocations"):
+        return int(memory.temp_size_in_bytes)
+    return int(memory.total_allocation_bytes - memory.indefinite_allocations)
 
 
 def gpu_interpret_params() -> object:

@@ -65,7 +65,6 @@ SUMS = (
     "v5p-offload-8192K",
     "v5p-attention_offload-1024K",
     "v5p-attention_qkv_offload-1024K",
-    "v5p-all-1024K",
 )
 
 
@@ -95,6 +94,9 @@ def test_peaks_of_longer_steps_match_the_compilers_reports(line):
     job = plan.job_of(line["model"], machine, sequence=tokens, devices=choice.devices)
     report = plan.evaluate(job, choice).memory.peak
     least = 0.5 if line["name"] in SUMS else 0.9
+    if line["name"] == "v5p-all-1024K":
+        # The planner is lowest there.
+        least = 0.85
     assert least <= report / line["peak_bytes"] <= 1.1
 
 

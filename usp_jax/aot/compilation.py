@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from usp_jax import compiled
-from usp_jax._compat import total_allocation_bytes
+from usp_jax._compat import temporary_bytes
 from usp_jax.aot.devices import Device, of_kind
 from usp_jax.aot.report import Report
 from usp_jax.aot.topologies import Topology
@@ -164,9 +164,8 @@ def peak_bytes(memory: Any, platform: str) -> int:
 
     With buffers in host memory it may be an upper bound: what is reserved.
     """
-    # libtpu's temporaries can be gigabytes more than it reserves.
-    total = total_allocation_bytes(memory)
-    reserved = _allocated(memory) if total is None else total
+    excess = memory.temp_size_in_bytes - temporary_bytes(memory)
+    reserved = _allocated(memory) - excess
     # The compilers' peak is that of the host's buffers where these are the largest, and
     # libtpu's also counts arguments that are on the host.
     of_host = memory.host_argument_size_in_bytes if platform == "tpu" else 0
