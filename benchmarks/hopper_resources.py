@@ -35,7 +35,7 @@ from usp_jax.kernels.mosaic_gpu.roles import COMPUTE_REGISTERS
 # The compiler of the kernels prints what they need if these are set.
 PRINTING = "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES"
 HEAD_SIZES = ((64, None), (128, None), (192, 128), (192, None), (256, None))
-MASKS = (("causal", None), ("causal", 1024))
+MASKS = (("causal", None), ("causal", 1024), ("packed", None))
 PASSES = ("forward", "backward")
 # Tiles that were considered, by the head sizes of keys and values and by pass.
 CANDIDATES = {
@@ -51,7 +51,10 @@ CANDIDATES = {
     (192, 192, "forward"): ({"forward": Tile(128, 1)},),
     (256, 256, "forward"): ({"forward": Tile(128, 1)},),
     (192, 192, "backward"): ({"dv": Tile(128, 1)},),
-    (256, 256, "backward"): ({"dq": Tile(64, 1), "dkv": Tile(64, 1)},),
+    (256, 256, "backward"): (
+        {"dq": Tile(64, 1), "dkv": Tile(64, 1)},
+        {"dq": Tile(64, 2, 1), "dkv": Tile(64, 2, 1)},
+    ),
 }
 
 
@@ -162,6 +165,7 @@ def lines(
                 "kernel": name,
                 "head_size": keys,
                 "value_size": values,
+                "mask": call.shape.mask,
                 "window": call.shape.window,
                 "chosen": not fields,
                 **dataclasses.asdict(tile(blocks, name)),
@@ -207,7 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
             window=window,
         )
         call = Call("mosaic_gpu", shape, Target.of(topology.devices[0]))
-        for line in lines(call, which, topology, options.candidates and not window):
+        # Segment ids take the most registers.
+        candidates = options.candidates and mask == "packed"
+        for line in lines(call, which, topology, candidates):
             print(json.dumps(line), flush=True)
 
 

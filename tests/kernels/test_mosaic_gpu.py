@@ -240,7 +240,8 @@ def test_without_an_interpreter_it_says_so() -> None:
     ("sizes", "match"),
     [
         ((96, 2), "tokens=96 must be 16, 32, 64 or 128"),
-        ((64, 0), "stages=0 must be at least 1"),
+        ((64, 0), "stages=0 and self.second=None must be at least 1"),
+        ((64, 2, 0), "stages=2 and self.second=0 must be at least 1"),
     ],
 )
 def test_impossible_block_sizes_raise(sizes, match) -> None:

@@ -35,6 +35,7 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     by_row,
     columns_of,
     full,
+    hidden_zero,
     slot_of,
     transposed,
 )
@@ -148,8 +149,8 @@ def _dq(cta: Cta) -> None:
     """Computes dq of one tile of queries and one head, in one warpgroup."""
     spec, walk = cta.spec, cta.walk
     k_s, v_s = cta.scratch["k"], cta.scratch["v"]
-    q, do = (cta.scratch[name].at[cta.warpgroup] for name in ("q", "do"))
     shape = (ROWS, k_s.shape[1])
+    accumulator = plgpu.ACC(shape, jnp.float32)
     lse, delta = (
         by_row(gpu_load(cta.rows_of(cta.refs[name]), ROW), shape)
         for name in ("lse", "delta")
@@ -157,25 +158,36 @@ def _dq(cta: Cta) -> None:
     pl.when(walk.listed > 0)(cta.await_own)
 
     def step(n: jax.Array, state: State, masked: bool) -> State:
-        slot = slot_of(n, k_s.shape[0])
-        cta.await_full("k", slot)
-        cta.await_full("v", slot)
+        k_slot, v_slot = (slot_of(n, ref.shape[0]) for ref in (k_s, v_s))
+        k, v = k_s.at[k_slot], v_s.at[v_slot]
+        mine = cta.warpgroup + hidden_zero(n)
+        q, do = (cta.scratch[name].at[mine] for name in ("q", "do"))
+        cta.await_full("k", k_slot)
+        cta.await_full("v", v_slot)
+        # Registers do not hold both products while segment ids are compared.
+        late = masked and spec.mask.q.segment_ids is not None
 
-        def products(s_ref: Ref, dp_ref: Ref) -> jax.Array:
-            plgpu.wgmma(s_ref, q, transposed(k_s.at[slot]))
-            plgpu.wgmma(dp_ref, do, transposed(v_s.at[slot]))
-            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+        def scores(s_ref: Ref, *dp_ref: Ref) -> tuple[jax.Array, ...]:
+            plgpu.wgmma(s_ref, q, transposed(k))
+            for ref in dp_ref:
+                plgpu.wgmma(ref, do, transposed(v))
+            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(dp_ref))
             p = spec.weights(s, lse, cta.seen(n) if masked else None)
-            dp = plgpu.wgmma_accumulator_load(dp_ref)
-            return spec.pull_back(p * (dp - delta), s)
+            return s, p, *map(plgpu.wgmma_accumulator_load, dp_ref)
+
+        def late_product(dp_ref: Ref) -> jax.Array:
+            plgpu.wgmma(dp_ref, do, transposed(v))
+            return plgpu.wgmma_accumulator_load(dp_ref)
 
         def body(accumulators: Sequence[Ref]) -> None:
-            ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
-            cta.free("v", slot)
-            cta.multiply(accumulators[0], ds.astype(k_s.dtype), k_s.at[slot])
+            s, p, *dp = pl.run_scoped(scores, *[accumulator] * (1 if late else 2))
+            (dp,) = [pl.run_scoped(late_product, accumulator)] if late else dp
+            cta.free("v", v_slot)
+            ds = spec.pull_back(p * (dp - delta), s).astype(k_s.dtype)
+            cta.multiply(accumulators[0], ds, k)
 
         state, _ = cta.in_flight(body, state)
-        cta.free("k", slot)
+        cta.free("k", k_slot)
         return state
 
     (dq,) = walk.fold(step, [full((ROWS, k_s.shape[-1]), 0.0, MATRIX)], 0)
@@ -189,18 +201,19 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
     Scores are transposed: [keys, queries].
     """
     spec, walk, scratch = cta.spec, cta.walk, cta.scratch
-    k = scratch["k"].at[cta.warpgroup]
-    stages, size = scratch["q"].shape[:2]
-    shape = (ROWS, size)
+    stages, second = (scratch[name].shape[0] for name in ("q", "do"))
+    shape = (ROWS, scratch["q"].shape[1])
+    accumulator = plgpu.ACC(shape, jnp.float32)
     pl.when(walk.listed > 0)(cta.await_own)
 
     def step(n: jax.Array, state: State, masked: bool) -> State:
-        slot = slot_of(n, stages)
-        q, do = scratch["q"].at[slot], scratch["do"].at[slot]
+        slot, do_slot = slot_of(n, stages), slot_of(n, second)
+        q, do = scratch["q"].at[slot], scratch["do"].at[do_slot]
+        mine = cta.warpgroup + hidden_zero(n)
         cta.await_full("q", slot)
-        cta.await_full("do", slot)
+        cta.await_full("do", do_slot)
 
-        def by_column(name: str) -> jax.Array:
+        def by_column(name: str, slot: jax.Array) -> jax.Array:
             x = gpu_load(scratch[name].at[slot], COLUMN)
             return lax.broadcast_in_dim(x, shape, (1,))
 
@@ -208,30 +221,41 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
             into = dict(zip(names, accumulators, strict=True))
 
             def products(s_ref: Ref, *dp_ref: Ref) -> None:
-                plgpu.wgmma(s_ref, k, transposed(q))
-                for ref in dp_ref:
-                    v = scratch["v"].at[cta.warpgroup]
-                    plgpu.wgmma(ref, v, transposed(do))
-                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(dp_ref))
+                def multiply_v() -> None:
+                    for ref in dp_ref:
+                        plgpu.wgmma(ref, scratch["v"].at[mine], transposed(do))
+
+                plgpu.wgmma(s_ref, scratch["k"].at[mine], transposed(q))
+                # Registers do not hold both products while a mask is computed.
+                if not masked:
+                    multiply_v()
+                flying = 0 if masked else len(dp_ref)
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=flying)
                 seen = cta.seen(n) if masked else None
-                p = spec.weights(s, by_column("lse"), seen)
+                p = spec.weights(s, by_column("lse", slot), seen)
                 if "dv" in names:
                     cta.multiply(into["dv"], p.astype(q.dtype), do)
+                if masked:
+                    multiply_v()
                 for ref in dp_ref:
-                    # The product into dv may still be in flight.
-                    dp = plgpu.wgmma_accumulator_load(ref, wait_n=len(names) - 1)
-                    ds = spec.pull_back(p * (dp - by_column("delta")), s)
+                    # The product into dv may still be in flight, if it started last.
+                    flying = 0 if masked else len(names) - 1
+                    dp = plgpu.wgmma_accumulator_load(ref, wait_n=flying)
+                    ds = spec.pull_back(p * (dp - by_column("delta", do_slot)), s)
+                    if names == ("dk",):
+                        cta.free("do", do_slot)
                     cta.multiply(into["dk"], ds.astype(q.dtype), q)
 
             num_products = 2 if "dk" in names else 1
-            pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * num_products)
+            pl.run_scoped(products, *[accumulator] * num_products)
 
         state, _ = cta.in_flight(body, state)
         cta.free("q", slot)
-        cta.free("do", slot)
+        if names != ("dk",):
+            cta.free("do", do_slot)
         return state
 
-    sizes = {"dk": k.shape[-1], "dv": scratch["do"].shape[-1]}
+    sizes = {"dk": scratch["k"].shape[-1], "dv": scratch["do"].shape[-1]}
     scales = {"dk": spec.late_scale, "dv": 1.0}
     zeros = [full((ROWS, sizes[name]), 0.0, MATRIX) for name in names]
     state = walk.fold(step, zeros, 0)

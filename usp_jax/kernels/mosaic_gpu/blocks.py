@@ -15,16 +15,24 @@ class Tile:
     Attributes:
       tokens: tokens per block: keys for the forward and dq, queries for dk and dv.
       stages: the number of blocks that have a buffer.
+      second: the same for the second stream, v or dout; None means `stages`. One is
+        enough for dq, and for dk alone: only an early product of a step reads it.
     """
 
     tokens: int
     stages: int = 2
+    second: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens not in (16, 32, 64, 128):
             raise ValueError(f"tokens={self.tokens} must be 16, 32, 64 or 128")
-        if self.stages < 1:
-            raise ValueError(f"stages={self.stages} must be at least 1")
+        if min(self.buffers) < 1:
+            raise ValueError(f"{self.stages=} and {self.second=} must be at least 1")
+
+    @property
+    def buffers(self) -> tuple[int, int]:
+        """The numbers of buffers of the two streams."""
+        return self.stages, self.stages if self.second is None else self.second
 
 
 @dataclasses.dataclass(frozen=True)

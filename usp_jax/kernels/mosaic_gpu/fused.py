@@ -49,6 +49,7 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     TILE,
     Ref,
     full,
+    hidden_zero,
     slot_of,
     transposed,
 )
@@ -281,9 +282,7 @@ def _fused(cta: Cta) -> None:
     def step(n: jax.Array, state: State, masked: bool) -> State:
         slot, buffer = slot_of(n, stages), slot_of(n, 2)
         q, do = scratch["q"].at[slot], scratch["do"].at[slot]
-        # The compiler cannot tell that this is 0. Otherwise it would keep the addresses
-        # of all parts of k and v in registers, and spill others.
-        zero = lax.shift_right_logical(n, jnp.int32(30))
+        zero = hidden_zero(n)
         k, v = (scratch[name].at[mine + zero] for name in ("k", "v"))
         cta.await_full("q", slot)
         cta.await_full("do", slot)

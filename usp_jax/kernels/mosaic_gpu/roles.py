@@ -48,7 +48,7 @@ class Kernel:
       own: the operands whose tile stays in shared memory.
       streams: the operands whose blocks stream through; those in a tuple arrive
         together.
-      tile: the tokens of a streamed block, and the buffers of each stream.
+      tile: the tokens of a streamed block, and the buffers of both streams.
       further: further shared memory and barriers by name.
       swizzled: the most columns that are swizzled together in shared memory: parts of
         an operand that products read must be multiples of it.
@@ -69,7 +69,6 @@ class Kernel:
 
     def scratch(self, operands: Mapping[str, Operand]) -> dict[str, Scratch]:
         """Returns the shared memory and the barriers by name."""
-        streamed = [name for stream in self.streams for name in stream]
         widths = [x.shape[-1] for name, x in operands.items() if name in "qkv"]
         # The widest swizzle that divides the streamed block and all head sizes.
         sizes = self.swizzled, self.tile.tokens, *widths
@@ -85,17 +84,17 @@ class Kernel:
         memory: dict[str, Scratch] = {
             name: buffers(name, COMPUTING, ROWS) for name in self.own
         }
-        memory |= {
-            name: buffers(name, self.tile.stages, self.tile.tokens) for name in streamed
-        }
+        for stream, stages in zip(self.streams, self.tile.buffers, strict=True):
+            for name in stream:
+                memory[name] = buffers(name, stages, self.tile.tokens)
         memory["own_full"] = plgpu.Barrier(
             num_arrivals=len(self.own), num_barriers=COMPUTING
         )
         memory["turn"] = plgpu.Barrier(num_barriers=COMPUTING)
-        for stream in self.streams:
+        for stream, stages in zip(self.streams, self.tile.buffers, strict=True):
             for what, arrivals in (("full", len(stream)), ("free", COMPUTING)):
                 memory[f"{stream[0]}_{what}"] = plgpu.Barrier(
-                    num_arrivals=arrivals, num_barriers=self.tile.stages
+                    num_arrivals=arrivals, num_barriers=stages
                 )
         # The interpreter's wgmma does not take operands from registers.
         staged = (COMPUTING, ROWS, self.tile.tokens)
@@ -146,7 +145,7 @@ class Cta:
     def copy(self) -> None:
         """Runs the program of the last warpgroup: copies tiles into free buffers."""
         plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        walk, stages = self.walk, self.kernel.tile.stages
+        walk = self.walk
 
         @pl.when(walk.listed > 0)
         def own() -> None:
@@ -157,7 +156,6 @@ class Cta:
                     plgpu.copy_gmem_to_smem(rows, tile.at[i], barrier)
 
         def step(n: jax.Array, column: Index) -> Index:
-            slot = slot_of(n, stages)
             # Read the next entry early, so that no copy waits for the table.
             ahead = walk.column(jnp.minimum(n + 1, walk.columns * walk.repeats - 1))
             if self.kernel.transposed:
@@ -165,7 +163,9 @@ class Cta:
             else:
                 head = lax.div(self.head, jnp.int32(self.spec.group))
             rows = pl.ds(column * self.kernel.tile.tokens, self.kernel.tile.tokens)
-            for stream in self.kernel.streams:
+            both = zip(self.kernel.streams, self.kernel.tile.buffers, strict=True)
+            for stream, stages in both:
+                slot = slot_of(n, stages)
                 full, free = (
                     self.scratch[f"{stream[0]}_{x}"] for x in ("full", "free")
                 )

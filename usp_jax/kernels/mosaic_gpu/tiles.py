@@ -67,7 +67,16 @@ def columns_of(ref: Ref, start: int, size: int) -> Ref:
 
 def slot_of(n: Index, stages: int) -> jax.Array:
     """Returns the buffer of a step."""
-    return lax.rem(n, jnp.int32(stages)) if stages > 1 else jnp.int32(0)
+    return lax.rem(n, jnp.int32(stages)) if stages > 1 else hidden_zero(n)
+
+
+def hidden_zero(n: Index) -> jax.Array:
+    """Returns 0, computed from a step so that the compiler cannot tell.
+
+    An index that it is added to does not look like a constant. Otherwise the compiler
+    would keep the addresses of all parts of an operand in registers, and spill others.
+    """
+    return lax.shift_right_logical(jnp.int32(n), jnp.int32(30))
 
 
 def by_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
