@@ -3,12 +3,15 @@
     python -m benchmarks.hopper_resources                     # anywhere, minutes
     python -m benchmarks.hopper_resources --machine h100:1x1 --head-sizes 192/128
     python -m benchmarks.hopper_resources --candidates
+    python -m benchmarks.hopper_resources --work              # compiles nothing
 
 Prints JSON lines: first the machine that compiles, then one line per kernel, as ptxas
 reports it. Nothing runs, and the extra `aot` is needed. `registers` are a thread's at
 launch; those of computing warpgroups then get `compute_registers`, and 0 spilled bytes
 mean that they suffice. `chosen` says whether the tile is that of the table that ships.
-`--candidates` also compiles tiles that were considered for it.
+`--candidates` also compiles tiles that were considered for it. `--work` prints how many
+pairs of a query and a key the kernels compute for each visible one, by chunk, window
+and tokens of a streamed block, and how many of those are computed with a mask.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.kernels import head_sizes
 from benchmarks.timing import Shape, machine
@@ -31,12 +35,19 @@ from usp_jax import aot
 from usp_jax.kernels.choice import Target
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes, Tile
 from usp_jax.kernels.mosaic_gpu.roles import COMPUTE_REGISTERS
+from usp_jax.kernels.mosaic_gpu.tiles import TILE
+from usp_jax.kernels.mosaic_gpu.walk import walk_table
+from usp_jax.masking import Mask, MaskRule, Tokens, visible
 
 # The compiler of the kernels prints what they need if these are set.
 PRINTING = "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES"
 HEAD_SIZES = ((64, None), (128, None), (192, 128), (192, None), (256, None))
 MASKS = (("causal", None), ("causal", 1024), ("packed", None))
 PASSES = ("forward", "backward")
+# Chunks of a ring, and windows: None is causal without one.
+LENGTHS = 2048, 4096, 8192
+WINDOWS = 128, 512, 1024, 4096, None
+TOKENS = 32, 64, 128
 # Tiles that were considered, by the head sizes of keys and values and by pass.
 CANDIDATES = {
     (64, 64, "forward"): ({"forward": Tile(128, 3)},),
@@ -177,6 +188,37 @@ def lines(
             }
 
 
+def computed(mask: Mask, tokens: int, *, transposed: bool) -> tuple[int, int]:
+    """Counts the pairs that a kernel computes for a head: all, and those masked."""
+    _, full, listed = jnp.sum(walk_table(mask, tokens, transposed)[..., :3], (0, 1))
+    pairs = TILE * tokens
+    return int(listed) * pairs, int(listed - full) * pairs
+
+
+def work() -> Iterator[dict]:
+    """Yields the pairs computed for each visible pair, for each block that streams."""
+    for length, window, is_causal in itertools.product(LENGTHS, WINDOWS, (True, False)):
+        if (window is None and not is_causal) or (window or 0) > length:
+            continue
+        bounds: tuple[int | None, int | None] = (None, None)
+        if window is not None:
+            bounds = (window - 1, 0) if is_causal else (window // 2, window // 2)
+        tokens = Tokens(jnp.arange(length, dtype=jnp.int32)[None])
+        mask = Mask(MaskRule(is_causal, *bounds), tokens, tokens)
+        pairs = int(jnp.sum(visible(mask)))
+        for streams, size in itertools.product(("keys", "queries"), TOKENS):
+            counts = computed(mask, size, transposed=streams == "queries")
+            yield {
+                "length": length,
+                "window": window,
+                "causal": is_causal,
+                "streams": streams,
+                "tokens": size,
+                "computed_per_visible": round(counts[0] / pairs, 3),
+                "masked_per_visible": round(counts[1] / pairs, 3),
+            }
+
+
 def start() -> None:
     """Has the compilers print resources, and prints the line of this machine."""
     os.environ |= dict.fromkeys(PRINTING, "1")
@@ -195,8 +237,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--candidates", action="store_true", help="other tiles too")
+    parser.add_argument("--work", action="store_true", help="count pairs instead")
     options = parser.parse_args(arguments)
     start()
+    if options.work:
+        for line in work():
+            print(json.dumps(line), flush=True)
+        return
     topology = aot.topology(options.machine)
     for sizes, (mask, window), which in itertools.product(
         options.head_sizes, MASKS, options.passes

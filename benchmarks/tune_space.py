@@ -58,13 +58,14 @@ def _mosaic_tpu(toy):
 def _mosaic_gpu(toy):
     sizes = ((64,), (1,)) if toy else ((32, 64, 128), (1, 2, 3, 4))
     tiles = list(itertools.starmap(mosaic_gpu.Tile, itertools.product(*sizes)))
-    split = [
-        {"dkv": tile, "split_dkv": apart}
-        for tile, apart in itertools.product(tiles, [False] if toy else [False, True])
-    ]
+    # For heads of 256: the second stream leaves the first one two buffers.
+    uneven = [] if toy else [mosaic_gpu.Tile(64, 2, 1)]
+    split = [{"dkv": tile, "split_dkv": False} for tile in tiles]
+    if not toy:
+        split += [{"dkv": tile, "split_dkv": True} for tile in (*tiles, *uneven)]
     return (
         _part("forward", "forward", tiles),
-        _part("dq", "backward", tiles),
+        _part("dq", "backward", [*tiles, *uneven]),
         Part("dkv", "backward", tuple(split)),
     )
 

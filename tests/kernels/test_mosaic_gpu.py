@@ -20,9 +20,10 @@ from tests.test_kernels import CASES, Case, check, inputs, run
 from usp_jax import MeshAxes, kernels
 from usp_jax.kernels import Target
 from usp_jax.kernels.logits import Logits
-from usp_jax.kernels.mosaic_gpu import launch as launching
+from usp_jax.kernels.mosaic_gpu import blocks as block_sizes, launch as launching
 from usp_jax.kernels.mosaic_gpu.blocks import BlockSizes, Tile
 from usp_jax.kernels.mosaic_gpu.walk import walk_table
+from usp_jax.kernels.table import Row
 from usp_jax.masking import EMPTY, FULL, Mask, MaskRule, Tokens, block_kinds
 from usp_jax.ring import apart, side_by_side
 
@@ -78,6 +79,17 @@ SINGLE = {
 )
 def test_interpreted(case, dtype) -> None:
     check("mosaic_gpu_interpret", case, dtype)
+
+
+@pytest.mark.long
+@interpreted
+def test_streams_with_different_numbers_of_buffers(monkeypatch) -> None:
+    """As heads of 256 can have: one buffer of v and dout, two of k and q."""
+    tile = Tile(64, 2, 1)
+    sizes = BlockSizes(Tile(64), tile, tile, split_dkv=True, dv=Tile(64))
+    monkeypatch.setattr(block_sizes, "TABLE", (Row(sizes),))
+    case = Case(300, 300, heads=(2, 1), is_causal=True, documents=True)
+    check("mosaic_gpu_interpret", case, "bfloat16")
 
 
 @interpreted

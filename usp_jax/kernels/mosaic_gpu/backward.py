@@ -242,9 +242,9 @@ def _dkv(names: tuple[str, ...], cta: Cta) -> None:
                     flying = 0 if masked else len(names) - 1
                     dp = plgpu.wgmma_accumulator_load(ref, wait_n=flying)
                     ds = spec.pull_back(p * (dp - by_column("delta", do_slot)), s)
+                    cta.multiply(into["dk"], ds.astype(q.dtype), q)
                     if names == ("dk",):
                         cta.free("do", do_slot)
-                    cta.multiply(into["dk"], ds.astype(q.dtype), q)
 
             num_products = 2 if "dk" in names else 1
             pl.run_scoped(products, *[accumulator] * num_products)

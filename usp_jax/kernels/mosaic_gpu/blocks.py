@@ -78,10 +78,15 @@ class BlockSizes:
 
 
 # Chosen to fit the 64K registers and 227 KiB of shared memory that a multiprocessor of
-# compute capability 9.0 has: of the tiles with few spilled registers the longest, with
-# two stages if they fit (benchmarks/hopper_resources.py). Rows with a source are the
-# fastest that benchmarks/tune.py found. Heads of 192 with values of 128 are those of
-# latent attention.
+# compute capability 9.0 has: long tiles without spilled registers, with two stages if
+# they fit (benchmarks/hopper_resources.py). Rows with a source are the fastest that
+# benchmarks/tune.py found. Heads of 192 with values of 128 are those of latent
+# attention.
+#
+# For heads of 256, dq and dkv also compile as Tile(64, 2, 1), without spills. By count
+# they would then take 3/4 of the cycles: 64 keys of dq take 3072 of the tensor cores
+# and of shared memory, at 128 bytes a cycle; twice 32 keys take 4096 of shared memory.
+# The sums are in another order, and neither has been timed.
 TABLE = (
     Row(BlockSizes(Tile(128), Tile(128), Tile(128)), head_size=64),
     Row(

@@ -35,6 +35,7 @@ from usp_jax.kernels.mosaic_gpu.tiles import (
     Ref,
     by_row,
     full,
+    hidden_zero,
     slot_of,
     transposed,
 )
@@ -118,7 +119,7 @@ def _forward(cta: Cta) -> None:
     """Computes out and lse of one tile of queries and one head, in one warpgroup."""
     spec, walk, warpgroup = cta.spec, cta.walk, cta.warpgroup
     k_s, v_s, turn = cta.scratch["k"], cta.scratch["v"], cta.scratch["turn"]
-    q, stages = cta.scratch["q"].at[warpgroup], k_s.shape[0]
+    stages = k_s.shape[0]
     shape = (ROWS, k_s.shape[1])
     out_ref, lse_ref = (cta.rows_of(ref) for ref in cta.outs)
 
@@ -146,6 +147,7 @@ def _forward(cta: Cta) -> None:
 
     def first() -> State:
         def scores(s_ref: Ref) -> jax.Array:
+            q = cta.scratch["q"].at[warpgroup]
             plgpu.wgmma(s_ref, q, transposed(k_s.at[0]))
             return plgpu.wgmma_accumulator_load(s_ref)
 
@@ -163,15 +165,17 @@ def _forward(cta: Cta) -> None:
         """Computes the scores of block n while o += p v of the block before runs."""
         o, m, l, decay, p = state
         now, before = slot_of(n, stages), slot_of(n - 1, stages)
+        mine = warpgroup + hidden_zero(n)
+        q = cta.scratch["q"].at[mine]
         cta.await_full("k", now)
         cta.await_full("v", before)
-        plgpu.barrier_wait(turn.at[warpgroup])
+        plgpu.barrier_wait(turn.at[mine])
 
         def body(accumulators: Sequence[Ref]) -> tuple[jax.Array, ...]:
             def scores(s_ref: Ref) -> jax.Array:
                 plgpu.wgmma(s_ref, q, transposed(k_s.at[now]))
                 cta.multiply(accumulators[0], p, v_s.at[before])
-                plgpu.barrier_arrive(turn.at[1 - warpgroup])
+                plgpu.barrier_arrive(turn.at[1 - mine])
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
 
             s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
