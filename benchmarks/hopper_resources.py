@@ -64,7 +64,7 @@ CANDIDATES = {
     (192, 192, "backward"): ({"dv": Tile(128, 1)},),
     (256, 256, "backward"): (
         {"dq": Tile(64, 1), "dkv": Tile(64, 1)},
-        {"dq": Tile(64, 2, 1), "dkv": Tile(64, 2, 1)},
+        {"dq": Tile(32), "dkv": Tile(32)},
     ),
 }
 

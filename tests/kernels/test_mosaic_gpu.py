@@ -84,7 +84,7 @@ def test_interpreted(case, dtype) -> None:
 @pytest.mark.long
 @interpreted
 def test_streams_with_different_numbers_of_buffers(monkeypatch) -> None:
-    """As heads of 256 can have: one buffer of v and dout, two of k and q."""
+    """As heads of 256 have: one buffer of v and dout, two of k and q."""
     tile = Tile(64, 2, 1)
     sizes = BlockSizes(Tile(64), tile, tile, split_dkv=True, dv=Tile(64))
     monkeypatch.setattr(block_sizes, "TABLE", (Row(sizes),))

