@@ -59,6 +59,10 @@ SINGLE = {
         "bfloat16",
     ),
     "packed": (Case(130, 130, batch=2, documents=True, head_size=80), "float16"),
+    "heads-of-256": (
+        Case(200, 200, heads=(2, 1), head_size=256, documents=True, is_causal=True),
+        "bfloat16",
+    ),
     "carry-window-soft-cap": (
         Case(100, 200, chunks=2, window=(70, 5), soft_cap=3.0),
         "bfloat16",
