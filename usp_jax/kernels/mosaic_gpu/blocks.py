@@ -102,7 +102,11 @@ TABLE = (
     Row(BlockSizes(Tile(64), Tile(64), Tile(64), split_dkv=True), head_size=192),
     Row(
         BlockSizes(
-            Tile(64), Tile(64, 2, 1), Tile(64, 2, 1), split_dkv=True, dv=Tile(64)
+            Tile(64),
+            Tile(64, second=1),
+            Tile(64, second=1),
+            split_dkv=True,
+            dv=Tile(64),
         ),
         head_size=256,
     ),
