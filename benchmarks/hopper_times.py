@@ -62,7 +62,7 @@ class Comparison:
     wanted: float | None = None
 
 
-def beside(
+def with_goal(
     shape: Shape, which: str, other: str, wanted: float, *ours: str
 ) -> Comparison:
     """Compares usp_jax's kernels with another contender on one shape."""
@@ -71,7 +71,7 @@ def beside(
     return Comparison(runs, Run(other, shape, which), goal, wanted)
 
 
-def also(shape: Shape, which: str, ours: str, other: str) -> Comparison:
+def without_goal(shape: Shape, which: str, ours: str, other: str) -> Comparison:
     """Compares two contenders without a goal."""
     return Comparison((Run(ours, shape, which),), Run(other, shape, which))
 
@@ -103,8 +103,8 @@ def long_and_short(length: int, wanted: float) -> tuple[Comparison, ...]:
     """Returns the comparisons of both passes of a length."""
     shape = causal(length)
     return (
-        beside(shape, BOTH, CUDNN, wanted, OURS, FUSED),
-        also(shape, BOTH, FUSED, OURS),
+        with_goal(shape, BOTH, CUDNN, wanted, OURS, FUSED),
+        without_goal(shape, BOTH, FUSED, OURS),
     )
 
 
@@ -114,7 +114,7 @@ def recorded(length: int, rate: float) -> tuple[Comparison, ...]:
     goal = f"{rate} TFLOP/s, as on an H100 before: {named(run.shape)}, forward"
     return (
         Comparison((run,), rate, goal, 1.0),
-        also(run.shape, FORWARD, OURS, CUDNN),
+        without_goal(run.shape, FORWARD, OURS, CUDNN),
     )
 
 
@@ -123,8 +123,8 @@ Groups = tuple[tuple[Comparison, ...], ...]
 LENGTHS: Groups = (
     (
         *long_and_short(16384, 1.05),
-        also(causal(16384), BOTH, FUSED, "jla fused"),
-        also(causal(16384), BOTH, FUSED, "usp_jax fa3"),
+        without_goal(causal(16384), BOTH, FUSED, "jla fused"),
+        without_goal(causal(16384), BOTH, FUSED, "usp_jax fa3"),
     ),
     long_and_short(4096, 1.0),
     long_and_short(8192, 1.0),
@@ -132,25 +132,25 @@ LENGTHS: Groups = (
     recorded(16384, 609),
     recorded(65536, 627),
     (
-        also(causal(2048), BOTH, OURS, CUDNN),
-        also(causal(2048), BOTH, FUSED, CUDNN),
-        also(causal(2048), BOTH, FUSED, OURS),
+        without_goal(causal(2048), BOTH, OURS, CUDNN),
+        without_goal(causal(2048), BOTH, FUSED, CUDNN),
+        without_goal(causal(2048), BOTH, FUSED, OURS),
     ),
 )
 HEADS: Groups = (
     *(
         (
-            beside(causal(length, 64), BOTH, CUDNN, 0.95, OURS, FUSED),
-            also(causal(length, 64), BOTH, FUSED, OURS),
+            with_goal(causal(length, 64), BOTH, CUDNN, 0.95, OURS, FUSED),
+            without_goal(causal(length, 64), BOTH, FUSED, OURS),
         )
         for length in (16384, 8192, 32768, 2048)
     ),
     (
-        beside(causal(16384, 256), BOTH, CUDNN, 0.95),
-        also(causal(16384, 256), BOTH, OURS, "usp_jax fa3"),
+        with_goal(causal(16384, 256), BOTH, CUDNN, 0.95),
+        without_goal(causal(16384, 256), BOTH, OURS, "usp_jax fa3"),
     ),
     # jax.nn takes values of the keys' size only.
-    (beside(causal(16384, 192, value_size=128), BOTH, "usp_jax cudnn", 0.95),),
+    (with_goal(causal(16384, 192, value_size=128), BOTH, "usp_jax cudnn", 0.95),),
 )
 RINGS: Groups = tuple((ringed(causal(65536), x, 1.08),) for x in (FORWARD, BOTH))
 MASKS: Groups = (
@@ -163,7 +163,7 @@ MASKS: Groups = (
         ),
     ),
     *(
-        (also(causal(8192, window=window), BOTH, OURS, CUDNN),)
+        (without_goal(causal(8192, window=window), BOTH, OURS, CUDNN),)
         for window in (128, 1024, 4096)
     ),
 )
@@ -180,8 +180,8 @@ def toys() -> dict[str, Groups]:
     run = Run(ours, shape, FORWARD)
     ring = dataclasses.replace(run, schedule="unidirectional:2")
     return {
-        "lengths": ((beside(shape, BOTH, "usp_jax xla", 0.0, ours, fused),),),
-        "heads": ((beside(shape, FORWARD, "jla fused", 1.0, ours),),),
+        "lengths": ((with_goal(shape, BOTH, "usp_jax xla", 0.0, ours, fused),),),
+        "heads": ((with_goal(shape, FORWARD, "jla fused", 1.0, ours),),),
         "rings": ((Comparison((ring,), run, "a ring", 0.0),),),
         "masks": ((Comparison((Run(ours, packed, FORWARD),), 1e9, "too fast", 1.0),),),
     }
